@@ -1,0 +1,1 @@
+"""The app that joins a family, a method and the trainer from one YAML file."""

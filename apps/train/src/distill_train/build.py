@@ -1,0 +1,98 @@
+"""From a checked run file to parts that run: the only place that knows all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+from distill_checkpoint import CheckpointManager, ExportCallback
+from distill_conditioning import CachedConditioning, LatentDataset, LatentLoader
+from distill_protocols import (
+    Callback,
+    Condition,
+    DistillAdapter,
+    DistillMethod,
+    ModelBundle,
+    RandomStreams,
+    RunParts,
+)
+from distill_trainer import DistillTrainer, ValidationCallback, build_optimizers, build_trackers
+
+from distill_train.plan import horizon
+from distill_train.schema import RunConfig
+
+
+@frozen(eq=False, kw_only=True)
+class Run:
+    """Everything that a run is made of."""
+
+    trainer: DistillTrainer
+    method: DistillMethod[Any]
+    loader: LatentLoader
+    bundle: ModelBundle
+    adapter: DistillAdapter
+
+
+def build(config: RunConfig, *, device: torch.device) -> Run:
+    """Roles, weights, optimizers, conditioning, adapter, method, callbacks, trainer: in this order."""
+    output_dir = Path(config.training.output_dir)
+    specs = [role.spec for role in config.roles.values()]
+    bundle = config.family_plugin.load(specs, config.pipeline, device=device)
+    _attach_optimizers(config, bundle)
+    adapter = config.family_plugin.adapter(bundle, config.pipeline, source=config.source)
+    dataset = LatentDataset(config.data, latent_shape=adapter.latent_shape)
+    conditioning = CachedConditioning(
+        config.conditioning, encoder=adapter, dataset=dataset, output_dir=output_dir, device=device
+    )
+    streams = RandomStreams(config.training.seed, device=device)
+    method = config.method_plugin.build(
+        config.method, bundle=bundle, adapter=adapter, conditioning=conditioning, streams=streams
+    )
+    loader = LatentLoader(
+        dataset,
+        batch_size=config.training.global_batch_size // config.training.accumulation(),
+        seed=config.training.seed,
+        dropout=config.conditioning.dropout,
+        negative=_negative(config, conditioning),
+        device=device,
+    )
+    parts = RunParts(
+        method=method,
+        adapter=adapter,
+        conditioning=conditioning,
+        exporter=config.family_plugin.exporter(bundle, config.pipeline, source=config.source),
+        output_dir=output_dir,
+    )
+    trainer = DistillTrainer(
+        config.training,
+        callbacks=_callbacks(config, parts),
+        trackers=build_trackers(config.training.trackers, output_dir),
+        checkpointer=CheckpointManager(config.checkpoint, output_dir, config.resolved),
+        streams=streams,
+    )
+    return Run(trainer=trainer, method=method, loader=loader, bundle=bundle, adapter=adapter)
+
+
+def _attach_optimizers(config: RunConfig, bundle: ModelBundle) -> None:
+    for name, role in config.roles.items():
+        if role.optimizer is not None:
+            build_optimizers(bundle[name], role.optimizer, horizon=horizon(config, name))
+
+
+def _negative(config: RunConfig, conditioning: CachedConditioning) -> Condition | None:
+    return conditioning.negative() if config.conditioning.dropout > 0 else None
+
+
+def _callbacks(config: RunConfig, parts: RunParts) -> list[Callback]:
+    """In the file's order, then validation, then export: a report sees what validation saw."""
+    plugins: Mapping[str, Any] = config.callback_plugins
+    callbacks = [plugins[name].build(value, parts) for name, value in config.callbacks.items()]
+    if config.validation is not None:
+        callbacks.append(ValidationCallback(config.validation, parts.conditioning))
+    if config.checkpoint.export:
+        exports = config.checkpoint.export
+        callbacks.append(ExportCallback(exports, parts.exporter, parts.output_dir))
+    return callbacks

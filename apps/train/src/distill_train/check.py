@@ -1,0 +1,323 @@
+"""From a run file to a ``RunConfig``, or to every fault of the file at once. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import define, field
+from distill_checkpoint.config import CheckpointConfig
+from distill_conditioning.config import ConditioningConfig, DataConfig
+from distill_conditioning.facts import dataset_facts
+from distill_protocols.errors import ConfigError, PluginError
+from distill_protocols.plugins import FamilyPlugin, MethodPlugin, RoleSpec, load_plugin
+from distill_trainer.config import OptimizerConfig, TrainingConfig, ValidationConfig
+
+from distill_train.schema import (
+    RecipeConfig,
+    Role,
+    RoleConfig,
+    RunConfig,
+    components_source,
+    is_local,
+)
+from distill_train.source import Fault, Path_, Source, read_source
+from distill_train.structure import resolve_path, structure, to_plain, unknown_key
+
+SECTIONS = (
+    "recipe", "models", "training", "data", "conditioning", "pipeline_config", "method_config",
+    "checkpoint", "validation", "callbacks",
+)  # fmt: skip
+_NEEDED = ("recipe", "models", "training", "data", "pipeline_config")
+
+
+def read_config(
+    file: Path, models_json: Path | None = None, *, planning: bool = False
+) -> RunConfig:
+    """Read and check a run file.
+
+    Args:
+        models_json: a JSON object role -> keys, laid over the file's ``models:`` key by key.
+        planning: nothing will be started, so a data folder that is not there yet is no fault.
+
+    Raises:
+        ConfigError: with every fault that was found, each ``file:line: key: message``.
+    """
+    source = read_source(file)
+    overlay = read_source(models_json) if models_json else None
+    if source.values is None or (overlay and overlay.values is None):
+        raise ConfigError([str(f) for s in (source, overlay) if s for f in s.faults])
+    return _Check(source, overlay, planning).run()
+
+
+@define
+class _Check:
+    source: Source
+    overlay: Source | None
+    planning: bool
+    faults: list[Fault] = field(factory=list)
+
+    def run(self) -> RunConfig:
+        self.faults += self.source.faults
+        if self.overlay:
+            self.faults += self.overlay.faults
+        self._sections()
+        recipe = self._structure(RecipeConfig, "recipe")
+        family, method = self._plugins(recipe)
+        roles = self._role_configs()
+        parts: dict[str, Any] = {
+            "training": self._structure(TrainingConfig, "training"),
+            "data": self._structure(DataConfig, "data"),
+            "conditioning": self._structure(ConditioningConfig, "conditioning"),
+            "checkpoint": self._structure(CheckpointConfig, "checkpoint"),
+            "validation": None,
+            "pipeline": family and self._structure(family.config_class, "pipeline_config"),
+            "method": method and self._structure(method.config_class, "method_config"),
+        }
+        if self.source.values.get("validation") is not None:
+            parts["validation"] = self._structure(ValidationConfig, "validation")
+        callback_plugins, callbacks = self._callbacks()
+        complete = self._join(roles, recipe, family, method, parts)
+        self._views(roles, parts["validation"])
+        self._data(complete, family, method, parts)
+        if self.faults:
+            self._raise()
+        resolved = {
+            "recipe": to_plain(recipe),
+            "models": {name: to_plain(role) for name, role in roles.items()},
+            **{
+                section: to_plain(parts[key])
+                for section, key in (
+                    ("training", "training"), ("data", "data"), ("conditioning", "conditioning"),
+                    ("pipeline_config", "pipeline"), ("method_config", "method"),
+                    ("checkpoint", "checkpoint"), ("validation", "validation"),
+                )  # fmt: skip
+            },
+            "callbacks": {name: to_plain(config) for name, config in callbacks.items()},
+        }
+        return RunConfig(
+            recipe=recipe,
+            roles=complete,
+            callbacks=callbacks,
+            family_plugin=family,
+            method_plugin=method,
+            callback_plugins=callback_plugins,
+            resolved=resolved,
+            **parts,
+        )
+
+    # -- sections -----------------------------------------------------------------------------
+
+    def _fault(self, path: Path_, message: str) -> None:
+        from_overlay = self.overlay is not None and path[:1] == ("models",)
+        if from_overlay and path[1:] in self.overlay.lines:  # type: ignore[union-attr]
+            self.faults.append(self.overlay.fault(path[1:], message))  # type: ignore[union-attr]
+        else:
+            self.faults.append(self.source.fault(path, message))
+
+    def _raise(self) -> None:
+        ordered = sorted(dict.fromkeys(self.faults), key=lambda f: (f.file != self.source.file, f.line))
+        raise ConfigError([str(fault) for fault in ordered])
+
+    def _sections(self) -> None:
+        for key in self.source.values:
+            if key not in SECTIONS:
+                self._fault((key,), unknown_key(key, SECTIONS, owner=""))
+        for key in _NEEDED:
+            if self.source.values.get(key) is None:
+                self._fault((key,), "missing section; every run file has recipe, models, "
+                            "training, data and pipeline_config")  # fmt: skip
+
+    def _structure(self, cls: type, section: str) -> Any:
+        if section in _NEEDED and self.source.values.get(section) is None:
+            return None
+        value = self.source.values.get(section)
+        return structure(cls, value, (section,), self._fault, base=self.source.file.parent.resolve())
+
+    # -- plugins ------------------------------------------------------------------------------
+
+    def _plugins(self, recipe: RecipeConfig | None) -> tuple[FamilyPlugin | None, MethodPlugin | None]:
+        if recipe is None:
+            return None, None
+        return (
+            self._plugin("distill.families", recipe.family, ("recipe", "family")),
+            self._plugin("distill.methods", recipe.method, ("recipe", "method")),
+        )
+
+    def _plugin(self, group: Any, name: str, path: Path_) -> Any:
+        try:
+            return load_plugin(group, name)
+        except PluginError as error:
+            self._fault(path, str(error))
+            return None
+
+    def _callbacks(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        plugins, configs = {}, {}
+        section = self.source.values.get("callbacks") or {}
+        if not isinstance(section, dict):
+            self._fault(("callbacks",), f"{section!r} must be a mapping callback -> its options")
+            return {}, {}
+        for name, value in section.items():
+            path = ("callbacks", name)
+            plugin = self._plugin("distill.callbacks", name, path)
+            if plugin is None:
+                continue
+            config = structure(
+                plugin.config_class, value, path, self._fault, base=self.source.file.parent.resolve()
+            )
+            plugins[name], configs[name] = plugin, config
+        return plugins, configs
+
+    # -- roles --------------------------------------------------------------------------------
+
+    def _role_configs(self) -> dict[str, RoleConfig]:
+        section = self.source.values.get("models")
+        if section is None:
+            return {}
+        if not isinstance(section, dict):
+            self._fault(("models",), f"{section!r} must be a mapping role -> its options")
+            return {}
+        merged = {name: value for name, value in section.items()}
+        if self.overlay:
+            for name, value in self.overlay.values.items():
+                old = merged.get(name)
+                both = isinstance(old, dict) and isinstance(value, dict)
+                merged[name] = {**old, **value} if both else value  # type: ignore[dict-item]
+        roles = {}
+        for name, value in merged.items():
+            role = structure(RoleConfig, value, ("models", name), self._fault, base=Path())
+            if role is not None:
+                roles[name] = role
+        return roles
+
+    def _base_of(self, name: str, key: str) -> Path:
+        overlaid = self.overlay is not None and (name, key) in self.overlay.lines
+        file = self.overlay.file if overlaid and self.overlay else self.source.file
+        return file.parent.resolve()
+
+    def _join(
+        self,
+        roles: Mapping[str, RoleConfig],
+        recipe: RecipeConfig | None,
+        family: FamilyPlugin | None,
+        method: MethodPlugin | None,
+        parts: Mapping[str, Any],
+    ) -> dict[str, Role]:
+        """Rules across sections: roles against method and family, capabilities, paths."""
+        method_config, pipeline = parts["method"], parts["pipeline"]
+        needs = {}
+        if method is not None and method_config is not None:
+            needs = {need.name: need for need in method.roles(method_config)}
+            self._check_roles(roles, needs, method)
+            if family is not None and pipeline is not None:
+                missing = family.capabilities(pipeline).missing(method.capabilities(method_config))
+                if missing:
+                    self._fault(("recipe", "method"), f"{method.name} needs {', '.join(missing)}, "
+                                f"which family {family.name} with this pipeline_config has not; "
+                                "choose other options of the method, or another family")  # fmt: skip
+        complete = {}
+        for name, role in roles.items():
+            if recipe and role.family not in (None, recipe.family):
+                self._fault(("models", name, "family"), f"{role.family!r} differs from "
+                            f"recipe.family {recipe.family!r}: one adapter calls all roles, so all "
+                            "belong to one family. Leave the key out")  # fmt: skip
+            need = needs.get(name)
+            trainable = role.trainable if role.trainable is not None else bool(need and need.trainable)
+            path = role.path
+            if is_local(path):
+                path = resolve_path(path, self._base_of(name, "path"))
+            spec = RoleSpec(name=name, path=path, trainable=trainable, precision=role.precision)
+            if family is not None and pipeline is not None:
+                for message in family.faults(spec, pipeline):
+                    self._fault(("models", name, "path"), message)
+            optimizer = self._optimizer(name, role, parts["training"]) if trainable else None
+            if role.optimizer and not trainable:
+                self._fault(("models", name, "optimizer"), f"role {name!r} is frozen, so its "
+                            "optimizer would never step. Remove these keys")  # fmt: skip
+            complete[name] = Role(spec=spec, optimizer=optimizer)
+        return complete
+
+    def _check_roles(
+        self, roles: Mapping[str, RoleConfig], needs: Mapping[str, Any], method: MethodPlugin
+    ) -> None:
+        given = self.source.values.get("models")
+        written = set(roles) | (set(given) if isinstance(given, dict) else set())
+        for name, need in needs.items():
+            if name not in written:
+                self._fault(("models", name), f"missing role; {method.name} calls "
+                            f"{', '.join(needs)} ({name}: {need.help or 'needed'})")  # fmt: skip
+            elif name in roles and roles[name].trainable not in (None, need.trainable):
+                now, then = ("trainable", "false") if roles[name].trainable else ("frozen", "true")
+                self._fault(("models", name, "trainable"), f"{name} is {now} here, but "
+                            f"{method.name} {'never updates it: it is a fixed target' if now == 'trainable' else 'updates it'}"
+                            f". Write trainable: {then}, or leave the key out")  # fmt: skip
+        for name in roles:
+            if name not in needs:
+                near = difflib.get_close_matches(name, needs, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                self._fault(("models", name), f"{method.name} calls no role {name!r}{hint} "
+                            f"(it calls: {', '.join(needs)}); an unused role only costs memory")  # fmt: skip
+
+    def _optimizer(
+        self, name: str, role: RoleConfig, training: TrainingConfig | None
+    ) -> OptimizerConfig | None:
+        """``training.optimizer`` with this role's keys laid over it."""
+        if training is None:
+            return None
+        path = ("models", name, "optimizer")
+        merged = _merge(to_plain(training.optimizer), role.optimizer)
+        return structure(OptimizerConfig, merged, path, self._fault, base=Path())
+
+    # -- the rest -----------------------------------------------------------------------------
+
+    def _views(self, roles: Mapping[str, RoleConfig], validation: ValidationConfig | None) -> None:
+        for name, view in (validation.views if validation else {}).items():
+            if view.role not in roles:
+                self._fault(("validation", "views", name, "role"), f"there is no role "
+                            f"{view.role!r} (this run has: {', '.join(roles) or 'none'})")  # fmt: skip
+
+    def _data(
+        self,
+        roles: Mapping[str, Role],
+        family: FamilyPlugin | None,
+        method: MethodPlugin | None,
+        parts: Mapping[str, Any],
+    ) -> None:
+        """The data set against the model, and the negative condition against who needs it."""
+        data, pipeline, conditioning = parts["data"], parts["pipeline"], parts["conditioning"]
+        if data is None or (self.planning and not Path(data.path).exists()):
+            return
+        shape = None
+        if family and pipeline and roles:
+            shape = family.latent_shape(pipeline, source=components_source(pipeline, roles))
+        facts = dataset_facts(data.path, latent_shape=shape)
+        for message in facts.faults:
+            self._fault(("data", "path"), message)
+        if facts.has_negative or conditioning is None or conditioning.negative_prompt is not None:
+            return
+        for who in self._who_needs_negative(method, parts):
+            self._fault(("conditioning", "negative_prompt"), f"there is none, neither here nor in "
+                        f"the data set, but {who}. Write the prompt here (\"\" is Diffusers' "
+                        "default), or preprocess the data set with one")  # fmt: skip
+
+    def _who_needs_negative(
+        self, method: MethodPlugin | None, parts: Mapping[str, Any]
+    ) -> Iterator[str]:
+        if method and parts["method"] and method.needs_negative(parts["method"]):
+            yield f"{method.name} guides a model, u + w (c - u), and u is its prediction for it"
+        if parts["conditioning"].dropout > 0:
+            yield "conditioning.dropout puts it in a caption's place"
+        for name, view in (parts["validation"].views if parts["validation"] else {}).items():
+            if view.sampler is not None and view.sampler.guidance != 1:
+                yield f"validation.views.{name} samples with guidance"
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        result[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return result

@@ -1,0 +1,177 @@
+"""What a run would be, without weights: the text of ``--dry-run``.
+
+Walks the road of a real run up to the meta device, so it needs torch and diffusers, but neither
+weights nor a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from attrs import frozen
+from distill_conditioning.facts import dataset_facts
+from distill_protocols.bundle import DTYPES, RolePlan
+
+from distill_train.schema import RunConfig
+
+SHOWN_ITERATIONS = 10
+_MOMENTS = {"adamw": 2, "sgd": 0}
+"""Tensors of a parameter's size that an optimizer keeps."""
+
+
+@frozen(kw_only=True)
+class RoleMemory:
+    """Bytes of one role on one device, activations left out."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.ema
+
+
+def role_memory(config: RunConfig, plan: RolePlan) -> RoleMemory:
+    """Weights in fp32 where trained, else in the role's precision; gradients and moments fp32."""
+    role = config.roles[plan.role]
+    n = plan.parameters
+    if role.optimizer is None:
+        return RoleMemory(
+            weights=n * DTYPES[role.spec.precision].itemsize, gradients=0, optimizer=0, ema=0
+        )
+    return RoleMemory(
+        weights=4 * n,
+        gradients=4 * n,
+        optimizer=4 * n * _MOMENTS[role.optimizer.name],
+        ema=4 * n if plan.role in ema_roles(config) else 0,
+    )
+
+
+def ema_roles(config: RunConfig) -> tuple[str, ...]:
+    """Roles of which an average is kept."""
+    return config.callbacks["ema"].roles if "ema" in config.callbacks else ()
+
+
+def horizon(config: RunConfig, role: str) -> int:
+    """How often ``role``'s optimizers step in the whole run: the length of their schedules."""
+    updates = config.method_plugin.updates
+    steps = range(1, config.training.max_train_steps + 1)
+    return sum(role in updates(config.method, iteration) for iteration in steps)
+
+
+def describe(config: RunConfig) -> str:
+    """The resolved plan as text."""
+    plans = [config.family_plugin.plan(r.spec, config.pipeline) for r in config.roles.values()]
+    sections = (
+        ("models", _roles(config, plans)),
+        ("memory (one device, activations not counted)", _memory(config, plans)),
+        (f"updates in iterations 1..{SHOWN_ITERATIONS}", _updates(config)),
+        ("batch", _batch(config)),
+        ("data", _data(config)),
+        ("conditioning", _conditioning(config)),
+        ("output", [f"  {config.training.output_dir}"]),
+    )
+    head = f"{config.recipe.method} on {config.recipe.family}: {config.method_plugin.help}"
+    return "\n".join([head, *(line for name, lines in sections for line in ("", name, *lines))])
+
+
+def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list[str]:
+    """``rows`` as aligned lines; the first row is the head; columns in ``right`` align right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  "
+        + "  ".join(
+            cell.rjust(widths[i]) if i in right else cell.ljust(widths[i])
+            for i, cell in enumerate(row)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def readable_bytes(count: int) -> str:
+    """``4.3 GB`` (powers of ten)."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            break
+        size /= 1000
+    else:
+        unit = "TB"
+    return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.2g} {unit}" if size < 10 else f"{size:.1f} {unit}"
+
+
+def _roles(config: RunConfig, plans: Sequence[RolePlan]) -> list[str]:
+    rows = [("role", "module", "architecture", "parameters", "", "precision", "weights")]
+    for plan in plans:
+        role = config.roles[plan.role]
+        for module in plan.modules:
+            rows.append((
+                plan.role, module.name, module.architecture, f"{module.parameters:,}",
+                "trained" if role.spec.trainable else "frozen", role.spec.precision,
+                plan.source if plan.present else f"{plan.source} (not on this machine; a real run needs it)",
+            ))  # fmt: skip
+    return table(rows, right=(3,))
+
+
+def _memory(config: RunConfig, plans: Sequence[RolePlan]) -> list[str]:
+    rows = [("role", "weights", "gradients", "optimizer", "EMA", "together")]
+    memories = [(plan.role, role_memory(config, plan)) for plan in plans]
+    for name, m in memories:
+        parts = (m.weights, m.gradients, m.optimizer, m.ema, m.total)
+        rows.append((name, *(readable_bytes(part) if part else "-" for part in parts)))
+    rows.append(("all", "", "", "", "", readable_bytes(sum(m.total for _, m in memories))))
+    return table(rows, right=(1, 2, 3, 4, 5))
+
+
+def _updates(config: RunConfig) -> list[str]:
+    iterations = range(1, SHOWN_ITERATIONS + 1)
+    rows = [("optimizer", *map(str, iterations), "in the whole run")]
+    for name, role in config.roles.items():
+        if role.optimizer is not None:
+            marks = (
+                "x" if name in config.method_plugin.updates(config.method, i) else "."
+                for i in iterations
+            )
+            lr = f"lr {role.optimizer.lr:g}, {role.optimizer.schedule.name}"
+            rows.append((f"{name} ({lr})", *marks, f"{horizon(config, name):,}"))
+    return table(rows, right=range(1, SHOWN_ITERATIONS + 2))
+
+
+def _batch(config: RunConfig) -> list[str]:
+    training = config.training
+    accumulation = training.accumulation()
+    micro = training.global_batch_size // accumulation
+    return [
+        f"  {training.global_batch_size} a step = {micro} a micro step x {accumulation} micro "
+        f"step(s) x 1 device; {training.max_train_steps:,} iterations"
+    ]
+
+
+def _data(config: RunConfig) -> list[str]:
+    if not Path(config.data.path).exists():
+        return [f"  not on this machine yet: {config.data.path}", "  a real run needs it"]
+    facts = dataset_facts(config.data.path)
+    epochs = config.training.max_train_steps * config.training.global_batch_size / facts.samples
+    return [
+        f"  {facts.samples:,} samples in {facts.shards} shard(s), latents "
+        f"{list(facts.latent_shape or ())}; the run sees each {epochs:.2f} times",
+        f"  {config.data.path}",
+    ]
+
+
+def _conditioning(config: RunConfig) -> list[str]:
+    facts = dataset_facts(config.data.path)
+    prompt = config.conditioning.negative_prompt
+    if facts.has_negative:
+        source = f"in the data set's constants (prompt {facts.negative_prompt!r})"
+    elif prompt is not None:
+        source = f"encoded once at set-up from {prompt!r}"
+    else:
+        source = "none, and none is needed"
+    return [
+        f"  negative condition: {source}",
+        f"  condition dropout: {config.conditioning.dropout:g}",
+    ]

@@ -1,0 +1,210 @@
+"""Plain values into frozen config objects, with every fault of a section at once.
+
+cattrs structures the leaves, strictly (7 is no string, 2.7 no int, "no" no bool). Classes are
+walked here, field by field, so that one wrong key does not hide the next; then every validator
+of every field runs by itself, which is why config classes keep all their rules in validators.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import attrs
+import cattrs
+
+from distill_train.source import Path_
+
+Report = Callable[[Path_, str], None]
+
+_BROKEN = object()
+"""Stands for a value that has a fault already."""
+
+
+def _strict(kind: type, also: tuple[type, ...] = ()) -> Callable[[Any, Any], Any]:
+    def hook(value: Any, _: Any) -> Any:
+        if isinstance(value, bool) and kind is not bool:
+            raise TypeError
+        if isinstance(value, (kind, *also)):
+            return kind(value)
+        raise TypeError
+
+    return hook
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    for kind in (str, int, bool):
+        converter.register_structure_hook(kind, _strict(kind))
+    converter.register_structure_hook(float, _strict(float, also=(int,)))
+    return converter
+
+
+_CONVERTER = _converter()
+
+
+def to_plain(value: Any) -> Any:
+    """A config object as plain values, for the run's record."""
+    return _CONVERTER.unstructure(value)
+
+
+def structure(kind: Any, value: Any, path: Path_, report: Report, *, base: Path) -> Any:
+    """``value`` as a ``kind``; every fault goes to ``report``, and then the result is ``None``.
+
+    Args:
+        kind: an attrs class, or any type made of scalars, Literals, dicts, tuples and those.
+        base: folder that relative paths are taken from (fields with ``metadata["path"]``).
+    """
+    result = _structure(kind, value, path, report, base)
+    return None if result is _BROKEN else result
+
+
+def _structure(kind: Any, value: Any, path: Path_, report: Report, base: Path) -> Any:
+    if kind is Any:
+        return value
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return _structure_union(kind, value, path, report, base)
+    if attrs.has(origin or kind):
+        return _structure_class(kind, value, path, report, base)
+    if origin in (dict, Mapping):
+        return _structure_mapping(kind, value, path, report, base)
+    if origin is tuple:
+        return _structure_tuple(kind, value, path, report, base)
+    if origin is Literal:
+        options = get_args(kind)
+        if value in options and type(value) in {type(option) for option in options}:
+            return value
+        near = difflib.get_close_matches(str(value), [str(option) for option in options], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        report(path, f"{value!r} must be one of {', '.join(map(repr, options))}{hint}")
+        return _BROKEN
+    try:
+        return _CONVERTER.structure(value, kind)
+    except Exception:
+        report(path, f"{value!r} is {_named(value)}, but must be {_kind_name(kind)}")
+        return _BROKEN
+
+
+def _structure_union(kind: Any, value: Any, path: Path_, report: Report, base: Path) -> Any:
+    options = get_args(kind)
+    if value is None and type(None) in options:
+        return None
+    rest = [option for option in options if option is not type(None)]
+    if len(rest) == 1:
+        return _structure(rest[0], value, path, report, base)
+    for option in rest:
+        silent: list[str] = []
+        result = _structure(option, value, path, lambda _, m, s=silent: s.append(m), base)
+        if not silent:
+            return result
+    report(path, f"{value!r} must be one of: {', '.join(_kind_name(option) for option in rest)}")
+    return _BROKEN
+
+
+def _structure_mapping(kind: Any, value: Any, path: Path_, report: Report, base: Path) -> Any:
+    if not isinstance(value, dict):
+        report(path, f"{value!r} is {_named(value)}, but must be a mapping")
+        return _BROKEN
+    item = get_args(kind)[1]
+    result = {k: _structure(item, v, (*path, k), report, base) for k, v in value.items()}
+    return _BROKEN if any(v is _BROKEN for v in result.values()) else result
+
+
+def _structure_tuple(kind: Any, value: Any, path: Path_, report: Report, base: Path) -> Any:
+    if not isinstance(value, list | tuple):
+        report(path, f"{value!r} is {_named(value)}, but must be a list")
+        return _BROKEN
+    args = get_args(kind)
+    if args[-1] is not Ellipsis and len(args) != len(value):
+        report(path, f"{value!r} has {len(value)} items, but must have {len(args)}")
+        return _BROKEN
+    kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+    items = [
+        _structure(item, v, (*path, str(i)), report, base)
+        for i, (item, v) in enumerate(zip(kinds, value, strict=True))
+    ]
+    return _BROKEN if any(item is _BROKEN for item in items) else tuple(items)
+
+
+def _structure_class(cls: Any, value: Any, path: Path_, report: Report, base: Path) -> Any:
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        report(path, f"{value!r} is {_named(value)}, but must be a mapping of keys")
+        return _BROKEN
+    attrs.resolve_types(cls)
+    fields = {f.name: f for f in attrs.fields(cls) if f.init}
+    faults = 0
+
+    def note(where: Path_, message: str) -> None:
+        nonlocal faults
+        faults += 1
+        report(where, message)
+
+    for key in value:
+        if key not in fields:
+            note((*path, key), unknown_key(key, tuple(fields), owner=path[0] if path else ""))
+    got: dict[str, Any] = {}
+    for name, f in fields.items():
+        if name in value:
+            item = _structure(f.type, value[name], (*path, name), note, base)
+            if isinstance(item, str) and "path" in f.metadata:
+                item = resolve_path(item, base, keep=f.metadata["path"])
+            if item is not _BROKEN:
+                got[name] = item
+        elif f.default is attrs.NOTHING:
+            note((*path, name), f"missing; {cls.__name__} needs it")
+        else:
+            got[name] = f.default.factory() if isinstance(f.default, attrs.Factory) else f.default  # type: ignore[arg-type]
+    _run_validators(cls, fields, got, path, note)
+    return cls(**got) if not faults else _BROKEN
+
+
+def _run_validators(
+    cls: Any, fields: Mapping[str, Any], got: Mapping[str, Any], path: Path_, note: Report
+) -> None:
+    # A partial instance: rules across fields look at it, and may meet a field that is at fault.
+    instance = cls.__new__(cls)
+    for name, value in got.items():
+        object.__setattr__(instance, name, value)
+    for name, value in got.items():
+        validator = fields[name].validator
+        if validator is None:
+            continue
+        try:
+            validator(instance, fields[name], value)
+        except AttributeError:
+            # The rule reads a field whose own fault is reported already.
+            if len(got) == len(fields):
+                raise
+        except (ValueError, TypeError) as error:
+            note((*path, name), str(error.args[0] if error.args else error))
+
+
+def resolve_path(value: str, base: Path, *, keep: tuple[str, ...] = ()) -> str:
+    """``value`` as an absolute path from ``base``; words in ``keep`` stay as they are."""
+    if value in keep:
+        return value
+    return str((base / Path(value).expanduser()).resolve())
+
+
+def unknown_key(key: str, known: tuple[str, ...], *, owner: str) -> str:
+    """The message for a key that nobody reads."""
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown key{hint} ({owner or 'a run file'} accepts: {', '.join(known)})"
+
+
+def _named(value: Any) -> str:
+    names = {str: "a string", bool: "a boolean", int: "an integer", float: "a float",
+             dict: "a mapping", list: "a list", type(None): "empty"}  # fmt: skip
+    return names.get(type(value), type(value).__name__)
+
+
+def _kind_name(kind: Any) -> str:
+    names = {str: "a string", bool: "true or false", int: "an integer", float: "a number"}
+    return names.get(kind, str(kind))

@@ -1,0 +1,53 @@
+"""The Wan family: load, adapt, sample, export.
+
+Names that need torch are imported on first use: run files are checked without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from distill_adapters_wan.config import WanPipelineConfig
+from distill_adapters_wan.plugin import PLUGIN, WanFamily
+from distill_adapters_wan.published import PUBLISHED, LatentFacts, PublishedModel
+
+if TYPE_CHECKING:
+    from distill_adapters_wan.adapter import WanAdapter
+    from distill_adapters_wan.export import WanExporter
+    from distill_adapters_wan.loading import load_bundle, load_module, load_role
+    from distill_adapters_wan.scheduler import StockSchedule, stock_schedule
+
+_LAZY = {
+    "WanAdapter": "adapter",
+    "WanExporter": "export",
+    "load_bundle": "loading",
+    "load_module": "loading",
+    "load_role": "loading",
+    "StockSchedule": "scheduler",
+    "stock_schedule": "scheduler",
+}
+
+__all__ = [
+    "PLUGIN",
+    "PUBLISHED",
+    "LatentFacts",
+    "PublishedModel",
+    "StockSchedule",
+    "WanAdapter",
+    "WanExporter",
+    "WanFamily",
+    "WanPipelineConfig",
+    "load_bundle",
+    "load_module",
+    "load_role",
+    "stock_schedule",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f"distill_adapters_wan.{_LAZY[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

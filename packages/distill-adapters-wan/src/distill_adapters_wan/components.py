@@ -1,0 +1,203 @@
+"""VAE, text encoder and tokenizer of one pipeline folder: read when needed, dropped when told."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from distill_protocols import DTYPES, ConditioningError, WeightsError
+from torch import Tensor
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from distill_adapters_wan.config import WanPipelineConfig
+from distill_adapters_wan.folders import TRANSFORMERS_STEM, component_faults, fetch, weight_files
+from distill_adapters_wan.loading import load_module
+
+_SAMPLED = 64
+_CHUNK = 1 << 16
+_PIXELS_A_CALL = 1 << 22
+"""Pixels (frames x height x width) decoded at once: a real clip goes alone, tiny ones together."""
+
+
+class VideoCodec:
+    """The VAE: pixels to raw latents and back.
+
+    Args:
+        source: Diffusers folder or hub id.
+        device: where it runs, in fp32 (16 bits cost visible quality in Wan's decoder).
+    """
+
+    def __init__(self, source: str, *, device: torch.device) -> None:
+        self._source = source
+        self._device = device
+        self._vae: AutoencoderKLWan | None = None
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Raw latents [B, C, T, H, W], the posterior's mode, of clips [B, 3, F, H, W] in [0, 1]."""
+        pixels = video.float() * 2 - 1
+        vae = self._loaded()
+        parts = [
+            vae.encode(part.to(self._device)).latent_dist.mode()
+            for part in pixels.split(_clips_a_call(pixels.shape[2:].numel()))
+        ]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clips [B, 3, F, H, W] in [0, 1] of raw latents, as WanPipeline makes them."""
+        vae = self._loaded()
+        facts = vae.config
+        cells = latents.shape[2:].numel() * facts.scale_factor_temporal
+        parts = [
+            vae.decode(part.to(self._device, torch.float32)).sample
+            for part in latents.split(_clips_a_call(cells * facts.scale_factor_spatial**2))
+        ]
+        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+    def free(self) -> None:
+        """Drop the VAE's weights; the next use reads them again."""
+        self._vae = None
+
+    def _loaded(self) -> AutoencoderKLWan:
+        if self._vae is None:
+            folder = fetch(self._source, ("vae",)) / "vae"
+            self._vae = load_module(
+                AutoencoderKLWan, folder, dtype=torch.float32, device=self._device
+            ).requires_grad_(False)
+        return self._vae
+
+
+class TextSide:
+    """UMT5 and its tokenizer: prompts to embeddings.
+
+    Args:
+        source: Diffusers folder or hub id.
+        config: length of the padding and precision of the encoder.
+        device: where the encoder runs.
+    """
+
+    def __init__(self, source: str, config: WanPipelineConfig, *, device: torch.device) -> None:
+        self._source = source
+        self._config = config
+        self._device = device
+        self._parts: tuple[Any, UMT5EncoderModel] | None = None
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """[B, max_sequence_length, D] fp32, exactly 0 beyond each prompt's own length.
+
+        As ``WanPipeline.encode_prompt`` does, its clean-up of the prompt included.
+        """
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        if not prompts:
+            raise ConditioningError("no prompts to encode; give one a sample (it may be empty)")
+        tokenizer, encoder = self._loaded()
+        tokens = tokenizer(
+            [prompt_clean(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=self._config.max_sequence_length,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self._device)
+        hidden = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state.float()
+        # where, not a product: 0 * nan or inf of a masked position would stay nan.
+        return torch.where(tokens.attention_mask[..., None] > 0, hidden, 0.0)
+
+    def fingerprint(self) -> str:
+        """Hash of encoder weights, tokenizer files and settings; see ``_digest`` for its reach."""
+        folder = fetch(self._source, ("text_encoder", "tokenizer"))
+        _refuse_incomplete(self._source, folder)
+        digest = hashlib.blake2b(digest_size=16)
+        settings = (self._config.max_sequence_length, self._config.text_encoder_precision)
+        digest.update(repr(settings).encode())
+        encoder, tokenizer = folder / "text_encoder", folder / "tokenizer"
+        files = [encoder / "config.json", *weight_files(encoder, TRANSFORMERS_STEM)]
+        files += sorted(path for path in tokenizer.iterdir() if path.is_file())
+        for file in files:
+            digest.update(file.relative_to(folder).as_posix().encode())
+            digest.update(_digest(file))
+        return digest.hexdigest()
+
+    def free(self) -> None:
+        """Drop encoder and tokenizer; the next use reads them again."""
+        self._parts = None
+
+    def _loaded(self) -> tuple[Any, UMT5EncoderModel]:
+        if self._parts is None:
+            folder = fetch(self._source, ("text_encoder", "tokenizer"))
+            _refuse_incomplete(self._source, folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+            encoder = load_text_encoder(
+                folder / "text_encoder", DTYPES[self._config.text_encoder_precision]
+            )
+            self._parts = (tokenizer, encoder.to(self._device))
+        return self._parts
+
+
+def load_text_encoder(folder: Path, dtype: torch.dtype) -> UMT5EncoderModel:
+    """UMT5 in eval mode, with every key found and its embedding tied.
+
+    Some transformers 5 builds left ``embed_tokens`` untied or zero (transformers PR 43880), and
+    then every prompt means the same; so the tie is asserted.
+
+    Raises:
+        WeightsError: unmatched keys, a damaged file, or an embedding that is not tied.
+    """
+    try:
+        encoder, info = UMT5EncoderModel.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:  # safetensors, OSError, ValueError: all mean unreadable files
+        raise WeightsError(f"{folder} cannot be read: {error}. Download it again") from error
+    unmatched = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if unmatched:
+        raise WeightsError(f"{folder}: the keys do not match UMT5EncoderModel: {unmatched}")
+    tokens, shared = encoder.encoder.embed_tokens.weight, encoder.shared.weight
+    if not torch.equal(tokens, shared) or not bool(shared.any()):
+        raise WeightsError(
+            f"{folder}: encoder.embed_tokens differs from shared after loading (or is all zero); "
+            "they must be one table, or every prompt encodes alike. This is a fault of some "
+            "transformers 5 builds (PR 43880): install another version"
+        )
+    return encoder.eval().requires_grad_(False)
+
+
+def _refuse_incomplete(source: str, folder: Path) -> None:
+    if not (folder / "text_encoder").is_dir():
+        raise WeightsError(
+            f"{source}: text_encoder/ is missing, but a prompt must be encoded. Download it, or "
+            "store the embeddings (and the negative one) in the data set"
+        )
+    for fault in component_faults(folder):
+        if "text_encoder" in fault or "tokenizer" in fault:
+            raise WeightsError(fault)
+
+
+def _digest(file: Path) -> bytes:
+    """Of the whole file up to 64 MiB; beyond, of its size and 64 chunks spread over it.
+
+    UMT5-XXL has 11 GB or more: reading it all at every start would cost a minute, and two
+    trainings of one encoder differ in every chunk.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    size = file.stat().st_size
+    digest.update(size.to_bytes(8, "little"))
+    with file.open("rb") as stream:
+        if size <= 1 << 26:
+            digest.update(stream.read())
+        else:
+            for index in range(_SAMPLED):
+                stream.seek((size - _CHUNK) * index // (_SAMPLED - 1))
+                digest.update(stream.read(_CHUNK))
+    return digest.digest()
+
+
+def _clips_a_call(pixels_a_clip: int) -> int:
+    return max(1, _PIXELS_A_CALL // pixels_a_clip)

@@ -1,0 +1,203 @@
+"""Diffusers-format folders and hub ids, looked at without torch: what is there and what is not.
+
+::
+
+    model_index.json
+    transformer/    config.json, diffusion_pytorch_model.safetensors (or shards and their index)
+    vae/            likewise
+    text_encoder/   config.json, model.safetensors (or shards)    only to encode new prompts
+    tokenizer/      tokenizer.json, spiece.model ...               likewise
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distill_protocols import WeightsError
+
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+TRANSFORMERS_STEM = "model"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether ``path`` reads as ``owner/name``; folders are absolute, so no folder does."""
+    return bool(_HUB_ID.fullmatch(path))
+
+
+def cached_snapshot(hub_id: str) -> Path | None:
+    """The folder of ``hub_id`` in the local Hugging Face cache, if it was ever downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def locate(path: str) -> Path | None:
+    """Where ``path``, a folder or a hub id, is on this machine."""
+    if is_hub_id(path):
+        return cached_snapshot(path)
+    return Path(path) if Path(path).is_dir() else None
+
+
+def fetch(path: str, subfolders: tuple[str, ...]) -> Path:
+    """The local folder of ``path``; a hub id is downloaded (only ``subfolders``) where it may be.
+
+    Raises:
+        WeightsError: no such folder, or the download cannot be had; says how to get it.
+    """
+    if not is_hub_id(path):
+        if not Path(path).is_dir():
+            raise WeightsError(_no_folder(path))
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["model_index.json", *[f"{name}/*" for name in subfolders]]
+    try:
+        return Path(snapshot_download(path, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises from six unrelated trees
+        raise WeightsError(
+            f"{path}: {', '.join(subfolders)} must be read, but the local Hugging Face cache does "
+            f"not hold it and it cannot be downloaded ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). Download it where there is a network, `hf download "
+            f"{path} --local-dir <folder>`, and name that folder; unset HF_HUB_OFFLINE if set"
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        WeightsError: missing or damaged, naming the file.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WeightsError(
+            f"{file} is missing or unreadable ({error.strerror}); a Diffusers-format folder has "
+            "it. Download the model again, or point to another folder"
+        ) from error
+    except ValueError as error:
+        raise WeightsError(f"{file} is no JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{file} holds no JSON object; download it again")
+    return value
+
+
+def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
+    """The safetensors files of one module, from its index where it is sharded.
+
+    Raises:
+        WeightsError: neither a weight file nor an index, or a damaged index.
+    """
+    whole = folder / f"{stem}.safetensors"
+    if whole.is_file():
+        return (whole,)
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        raise WeightsError(
+            f"{whole} is missing, and so is {index.name}: without either there are no weights. "
+            "Download the folder again (a .bin file must be converted to safetensors first)"
+        )
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise WeightsError(f"{index} has no weight_map, so no shard is known; download it again")
+    return tuple(folder / name for name in sorted(set(shards.values())))
+
+
+def file_fault(file: Path) -> str | None:
+    """What is wrong with a safetensors file, from its header and its length alone."""
+    if not file.is_file():
+        return f"{file} is missing; the folder's index names it. Download it again"
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > max(0, size - 8):
+            return (
+                f"{file} is no whole safetensors file ({size} bytes): cut short, or a Git LFS "
+                "pointer. Download it again"
+            )
+        try:
+            header = json.loads(stream.read(length))
+            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"{file} has a damaged safetensors header. Download it again"
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        return (
+            f"{file} has {size} bytes where its header says {expected}: it was cut short or "
+            "overwritten. Download it again"
+        )
+    return None
+
+
+def module_faults(folder: Path, stem: str) -> Iterator[str]:
+    """What is missing or damaged in one module's folder."""
+    if not folder.is_dir():
+        yield f"{folder} is missing; a Diffusers-format folder has it. Download it again"
+        return
+    if not (folder / "config.json").is_file():
+        yield f"{folder / 'config.json'} is missing; it says how to build the module"
+    try:
+        files = weight_files(folder, stem)
+    except WeightsError as error:
+        yield str(error)
+        return
+    yield from filter(None, map(file_fault, files))
+
+
+def has_weights(folder: Path, stem: str) -> bool:
+    """Whether one module can be read whole now."""
+    return not any(module_faults(folder, stem))
+
+
+def pipeline_faults(folder: Path, *, components: bool) -> Iterator[str]:
+    """What is missing or damaged in a pipeline folder; ``components``: look at the VAE too.
+
+    A text encoder may be absent (a data set with stored embeddings needs none), but not broken.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        yield (
+            f"{index} is missing, so {folder} is no Diffusers-format pipeline folder. The "
+            "original Wan format is another one: use the model's ...-Diffusers repository"
+        )
+    yield from module_faults(folder / "transformer", DIFFUSERS_STEM)
+    if components:
+        yield from component_faults(folder)
+
+
+def component_faults(folder: Path) -> Iterator[str]:
+    """What is missing or damaged among VAE, text encoder and tokenizer."""
+    yield from module_faults(folder / "vae", DIFFUSERS_STEM)
+    if (folder / "text_encoder").is_dir():
+        yield from module_faults(folder / "text_encoder", TRANSFORMERS_STEM)
+        tokenizer = folder / "tokenizer"
+        names = ("tokenizer.json", "spiece.model", "tokenizer.model")
+        if not any((tokenizer / name).is_file() for name in names):
+            yield (
+                f"{tokenizer} holds none of {', '.join(names)}, and text_encoder/ beside it is "
+                "of no use without. Download it again"
+            )
+
+
+def folder_fault(path: str) -> str | None:
+    """Why ``path`` is neither a folder here nor a hub id."""
+    return None if is_hub_id(path) or Path(path).is_dir() else _no_folder(path)
+
+
+def _no_folder(path: str) -> str:
+    known = [parent for parent in Path(path).parents if parent.is_dir()]
+    nearest = f" (the nearest that exists is {known[0]})" if known and os.path.isabs(path) else ""
+    return (
+        f"{path} is no folder{nearest} and no hub id; it must be a Diffusers-format folder or a "
+        "hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    )

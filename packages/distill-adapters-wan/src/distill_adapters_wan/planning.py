@@ -1,0 +1,39 @@
+"""Sizes of modules that need not exist: built on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from distill_protocols import ModulePlan, WeightsError
+
+
+def plan_modules(transformers: Mapping[str, Mapping[str, Any]]) -> tuple[ModulePlan, ...]:
+    """One plan a transformer; the keys are module names, the values their configurations."""
+    return tuple(plan_module(name, config) for name, config in transformers.items())
+
+
+def plan_module(name: str, config: Mapping[str, Any]) -> ModulePlan:
+    """Counts of one transformer.
+
+    Raises:
+        WeightsError: the configuration builds no Wan transformer.
+    """
+    try:
+        with torch.device("meta"):
+            module = WanTransformer3DModel.from_config(dict(config))
+    except (TypeError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"{name}: its configuration builds no WanTransformer3DModel ({error}); it belongs to "
+            "another model"
+        ) from error
+    facts = module.config
+    width = facts.num_attention_heads * facts.attention_head_dim
+    return ModulePlan(
+        name=name,
+        architecture=f"WanTransformer3DModel, {facts.num_layers} layers of width {width}",
+        parameters=sum(p.numel() for p in module.parameters()),
+        buffers=sum(b.numel() for b in module.buffers()),
+    )

@@ -1,0 +1,93 @@
+"""Architecture numbers of the published Wan models, so that a run can be planned offline.
+
+The transformer numbers are those of diffusers' ``scripts/convert_wan_to_diffusers.py``; a key that
+is not listed has ``WanTransformer3DModel``'s default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import frozen
+
+
+@frozen(kw_only=True)
+class LatentFacts:
+    """What a VAE makes of pixels.
+
+    Attributes:
+        channels: z_dim.
+        stride_t, stride_hw: pixels a latent cell spans; the first frame stands alone in time.
+    """
+
+    channels: int
+    stride_t: int
+    stride_hw: int
+
+
+@frozen(kw_only=True)
+class PublishedModel:
+    """One published pipeline.
+
+    Attributes:
+        transformers: module name -> keyword arguments of ``WanTransformer3DModel``.
+        expand_timesteps: TI2V-5B's per-token timesteps.
+    """
+
+    transformers: Mapping[str, Mapping[str, Any]]
+    latents: LatentFacts
+    expand_timesteps: bool = False
+
+
+_COMMON: Mapping[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "rope_max_seq_len": 1024,
+}
+_SMALL = {**_COMMON, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+_LARGE = {**_COMMON, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+_IMAGE_21 = {**_LARGE, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+_IMAGE_22 = {**_LARGE, "in_channels": 36}
+_DENSE_5B = {
+    **_COMMON,
+    "num_attention_heads": 24,
+    "ffn_dim": 14336,
+    "num_layers": 30,
+    "in_channels": 48,
+    "out_channels": 48,
+}
+_VAE_21 = LatentFacts(channels=16, stride_t=4, stride_hw=8)
+_VAE_22 = LatentFacts(channels=48, stride_t=4, stride_hw=16)
+
+PUBLISHED: Mapping[str, PublishedModel] = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": PublishedModel(
+        transformers={"transformer": _SMALL}, latents=_VAE_21
+    ),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": PublishedModel(
+        transformers={"transformer": _LARGE}, latents=_VAE_21
+    ),
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": PublishedModel(
+        transformers={"transformer": _IMAGE_21}, latents=_VAE_21
+    ),
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": PublishedModel(
+        transformers={"transformer": _IMAGE_21}, latents=_VAE_21
+    ),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": PublishedModel(
+        transformers={"transformer": _LARGE, "transformer_2": _LARGE}, latents=_VAE_21
+    ),
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": PublishedModel(
+        transformers={"transformer": _IMAGE_22, "transformer_2": _IMAGE_22}, latents=_VAE_21
+    ),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": PublishedModel(
+        transformers={"transformer": _DENSE_5B}, latents=_VAE_22, expand_timesteps=True
+    ),
+}
+"""Hub id -> numbers."""

@@ -1,0 +1,89 @@
+"""Export when the run is complete."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill_protocols import Callback, CapabilityError, Exporter, RoleError, RunState, SamplerSpec
+
+from distill_checkpoint.config import ExportConfig
+
+logger = logging.getLogger(__name__)
+
+
+class ExportCallback(Callback):
+    """Writes roles as pipeline folders when all steps are done.
+
+    A run that was asked to stop exports nothing: it is not finished, its checkpoint is what it
+    goes on from, and who stops a run waits for it. An export that fails raises.
+
+    Args:
+        exports: what to write (``checkpoint.export``).
+        exporter: the family's.
+        output_dir: ``ExportConfig.folder`` is relative to it.
+    """
+
+    name = "export"
+
+    def __init__(
+        self, exports: Sequence[ExportConfig], exporter: Exporter, output_dir: Path | str
+    ) -> None:
+        self.exports = tuple(exports)
+        self.exporter = exporter
+        self.output_dir = Path(output_dir)
+        self._checked = False
+
+    def on_step_start(self, run: RunState) -> None:
+        """Refuse now what could not be exported after days of training.
+
+        In the first step rather than at ``on_train_start``: averages are made there.
+
+        Raises:
+            RoleError: a role to export, or its EMA, does not exist.
+            CapabilityError: the method does not say how its student is sampled.
+        """
+        if self._checked:
+            return
+        for export in self.exports:
+            _sampler_of(run)
+            role = run.method.bundle[export.role]
+            if export.ema and role.modules.keys() - role.ema.keys():
+                raise RoleError(
+                    f"checkpoint.export asks for the EMA weights of {export.role!r}, which keeps "
+                    "none: there would be nothing to export at the end. Add the role under "
+                    "callbacks.ema.roles, or set ema: false."
+                )
+        self._checked = True
+
+    def on_train_end(self, run: RunState) -> None:
+        """Export everything, or say why not."""
+        if not self.exports:
+            return
+        if run.iteration < run.max_train_steps:
+            logger.warning(
+                "nothing exported: the run stopped at iteration %d of %d (%s). Resume it to the "
+                "end, which exports.",
+                run.iteration,
+                run.max_train_steps,
+                run.stop_reason or "no reason given",
+            )
+            return
+        for export in self.exports:
+            folder = self.output_dir / export.folder
+            facts = self.exporter(
+                export.role, str(folder), sampler=_sampler_of(run), ema=export.ema
+            )
+            logger.info("exported %s to %s: %s", export.role, folder, dict(facts))
+
+
+def _sampler_of(run: RunState) -> SamplerSpec:
+    spec = run.method.sampler_spec
+    if spec is None:
+        raise CapabilityError(
+            f"{type(run.method).__name__} has no sampler_spec, and an export without one leaves "
+            "its users to guess steps and shift. Give the method one, or take checkpoint.export "
+            "out of the run file."
+        )
+    return spec

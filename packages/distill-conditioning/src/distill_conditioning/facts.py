@@ -1,0 +1,108 @@
+"""What can be told of a data set before torch is imported: for run-file checks and dry runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from attrs import field, frozen
+from distill_protocols.errors import DataError
+
+from distill_conditioning.index import REBUILD, DatasetIndex, read_index, read_metadata
+
+
+@frozen(kw_only=True)
+class DatasetFacts:
+    """What a data set's index, file sizes and metadata tell; no tensor was read.
+
+    Attributes:
+        index: None where not even the index can be read.
+        negative_prompt: the constants' prompt, None where there are none.
+        faults: one line a fault; empty if all files are there and of the right size and shape.
+    """
+
+    path: Path
+    index: DatasetIndex | None = None
+    negative_prompt: str | None = None
+    faults: tuple[str, ...] = field(default=(), converter=tuple)
+
+    @property
+    def has_negative(self) -> bool:
+        """Whether the data set brings a negative condition of its own."""
+        return self.negative_prompt is not None
+
+    @property
+    def samples(self) -> int:
+        """In all shards together; 0 without an index."""
+        return self.index.samples if self.index else 0
+
+    @property
+    def shards(self) -> int:
+        """How many there are; 0 without an index."""
+        return len(self.index.shards) if self.index else 0
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int] | None:
+        """(C, T, H, W) of a sample."""
+        return self.index.latent_shape if self.index else None
+
+
+def dataset_facts(
+    path: str | Path,
+    *,
+    latent_shape: tuple[int, ...] | None = None,
+    text_width: int | None = None,
+) -> DatasetFacts:
+    """Look at the data set in ``path``: index, files, sizes, shapes. Never raises for bad data.
+
+    Args:
+        latent_shape: (C, T, H, W) that the model takes; None leaves it unchecked.
+        text_width: width D of the text embeddings that the model takes; None likewise.
+    """
+    folder = Path(path)
+    try:
+        index = read_index(folder)
+    except DataError as error:
+        return DatasetFacts(path=folder, faults=(str(error),))
+    faults = [*_file_faults(folder, index), *_shape_faults(folder, index, latent_shape, text_width)]
+    prompt = None
+    if index.constants is not None:
+        try:
+            prompt = str(read_metadata(folder / index.constants)["negative_prompt"])
+        except KeyError:
+            faults.append(f"{folder / index.constants}: names no negative prompt. {REBUILD}")
+        except DataError as error:
+            faults.append(str(error))
+    return DatasetFacts(path=folder, index=index, negative_prompt=prompt, faults=faults)
+
+
+def _file_faults(folder: Path, index: DatasetIndex) -> list[str]:
+    faults = []
+    for shard in index.shards:
+        file = folder / shard.file
+        if not file.is_file():
+            faults.append(f"{file}: this shard is in the index, but not in the folder. {REBUILD}")
+        elif (size := file.stat().st_size) != shard.bytes:
+            faults.append(
+                f"{file}: {size} bytes, but the index says {shard.bytes}, so the shard is "
+                f"truncated or another one. {REBUILD}"
+            )
+    return faults
+
+
+def _shape_faults(
+    folder: Path, index: DatasetIndex, latent_shape: tuple[int, ...] | None, text_width: int | None
+) -> list[str]:
+    faults = []
+    if latent_shape is not None and index.latent_shape != tuple(latent_shape):
+        faults.append(
+            f"{folder}: latents are {list(index.latent_shape)} [C, T, H, W], but the model takes "
+            f"{list(latent_shape)}. Preprocess clips of the run's size with the run's VAE, or set "
+            "frames, height and width of the run to those of the data set."
+        )
+    text = index.conditions.get("text")
+    if text_width is not None and (text is None or text[-1] != text_width):
+        faults.append(
+            f"{folder}: text embeddings are {list(text) if text else 'absent'} [L, D], but the "
+            f"model takes D = {text_width}. Preprocess with the text encoder of the run's model."
+        )
+    return faults

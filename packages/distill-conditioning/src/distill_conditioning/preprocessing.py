@@ -1,0 +1,91 @@
+"""From clips and captions to a latent data set, through the encoders of an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Protocol
+
+import torch
+from distill_protocols import Condition, ConditionEncoder
+from distill_protocols.errors import ConditioningError, DataError
+from torch import Tensor
+
+from distill_conditioning.shards import ShardWriter
+
+Clip = tuple[str, str, Tensor]
+"""id, caption, video [3, F, H_px, W_px] in [0, 1]."""
+
+
+class ClipEncoder(ConditionEncoder, Protocol):
+    """What preprocessing needs of an adapter."""
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Raw posterior means [B, C, T, H, W] of clips [B, 3, F, H_px, W_px] in [0, 1]."""
+        ...
+
+
+def preprocess(
+    clips: Iterable[Clip],
+    encoder: ClipEncoder,
+    writer: ShardWriter,
+    *,
+    negative_prompt: str | None,
+    batch_size: int = 8,
+) -> int:
+    """Encode ``clips`` and add them to ``writer``; returns how many there were.
+
+    Args:
+        clips: read once, ``batch_size`` at a time; all of one size.
+        negative_prompt: encoded into the data set's constants; None leaves them out.
+
+    Raises:
+        DataError: a clip of another shape or range, or two of one id.
+        ConditioningError: ``writer`` was opened with the fingerprint of another encoder.
+    """
+    fingerprint = encoder.condition_fingerprint()
+    if writer.encoder != fingerprint:
+        raise ConditioningError(
+            f"the writer notes the encoder {writer.encoder}, but the captions are encoded by "
+            f"{fingerprint}; a run could not tell whether they fit its model. Open the writer "
+            "with encoder=adapter.condition_fingerprint()."
+        )
+    if negative_prompt is not None:
+        writer.set_negative(negative_prompt, encoder.encode_neg_condition(negative_prompt))
+    seen: set[str] = set()
+    for batch in _batches(clips, batch_size):
+        ids = [sample for sample, _, _ in batch]
+        captions = [caption for _, caption, _ in batch]
+        for sample, _, video in batch:
+            _check_clip(sample, video, seen)
+        with torch.no_grad():
+            latents = encoder.encode(torch.stack([video for _, _, video in batch]))
+            writer.add(ids, captions, latents, _encode_captions(encoder, captions))
+    return len(seen)
+
+
+def _batches(clips: Iterable[Clip], size: int) -> Iterator[list[Clip]]:
+    stream = iter(clips)
+    while batch := list(islice(stream, size)):
+        yield batch
+
+
+def _encode_captions(encoder: ConditionEncoder, captions: Sequence[str]) -> Condition:
+    """One row a caption; each distinct one is encoded once."""
+    distinct = list(dict.fromkeys(captions))
+    rows = encoder.encode_condition(distinct)
+    return rows[torch.tensor([distinct.index(caption) for caption in captions])]
+
+
+def _check_clip(sample: str, video: Tensor, seen: set[str]) -> None:
+    if sample in seen:
+        raise DataError(f"{sample}: two clips have this id; ids name samples in error messages")
+    seen.add(sample)
+    if video.ndim != 4 or video.shape[0] != 3:
+        raise DataError(f"{sample}: video is {list(video.shape)}; it must be [3, F, H, W]")
+    low, high = float(video.min()), float(video.max())
+    if not 0 <= low <= high <= 1:
+        raise DataError(
+            f"{sample}: pixels lie in [{low:g}, {high:g}]; they must lie in [0, 1], which is what "
+            "the adapter maps to its VAE's range. Divide 8-bit frames by 255."
+        )

@@ -1,0 +1,190 @@
+"""Conditions of prompts, encoded once and kept; the negative one stands ready before step 1."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from distill_protocols import Condition, ConditionEncoder
+from distill_protocols.errors import ConditioningError, DataError
+from safetensors.torch import save
+
+from distill_conditioning.config import ConditioningConfig
+from distill_conditioning.shards import LatentDataset
+from distill_conditioning.tensor_file import map_tensors, write_tensors
+
+_log = logging.getLogger(__name__)
+
+
+class CachedConditioning:
+    """A ``ConditioningProvider``: data set's constants, else the cache, else the encoder.
+
+    The encoder is called only for what is neither stored nor cached, so a second run loads no
+    text encoder at all.
+
+    Args:
+        config: the run's negative prompt, and the cache's folder.
+        encoder: the adapter.
+        dataset: whose constants may hold the negative condition.
+        output_dir: ``cache`` in it is the cache's folder where the config names none.
+        device: where the conditions are wanted.
+
+    Raises:
+        ConditioningError: the data set's captions were encoded by another encoder.
+    """
+
+    def __init__(
+        self,
+        config: ConditioningConfig,
+        *,
+        encoder: ConditionEncoder,
+        dataset: LatentDataset | None = None,
+        output_dir: str | Path,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._config = config
+        self._encoder = encoder
+        self._dataset = dataset
+        self._device = torch.device(device)
+        self._cache = ConditionCache(
+            Path(config.cache) if config.cache is not None else Path(output_dir) / "cache"
+        )
+        self._negative: Condition | None = None
+        if dataset is not None:
+            self._check_encoder(f"the captions of {dataset.path}", dataset.index.encoder)
+
+    def negative(self) -> Condition:
+        """The negative condition, one row, fp32.
+
+        Raises:
+            ConditioningError: there is none, or the data set's was made by another encoder.
+        """
+        if self._negative is None:
+            self._negative = self._find_negative().to(self._device)
+        return self._negative
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Conditions of ``prompts``, one row each in their order, fp32."""
+        if not prompts:
+            raise ConditioningError("no prompt to encode; give at least one")
+        rows = self._cache.rows(
+            prompts, "prompt", self._encoder.condition_fingerprint(), self._encoder.encode_condition
+        )
+        return Condition.cat(rows).to(self._device)
+
+    def _find_negative(self) -> Condition:
+        stored = self._dataset.negative() if self._dataset is not None else None
+        prompt = self._config.negative_prompt
+        if stored is not None and prompt in (None, stored.prompt):
+            self._check_encoder("the data set's constants", stored.encoder)
+            return stored.condition
+        if prompt is None:
+            raise ConditioningError(
+                "there is no negative condition: conditioning.negative_prompt is not set, and the "
+                "data set holds no constants. Guidance and condition dropout need one. Set "
+                'conditioning.negative_prompt ("" is a prompt too), or preprocess the data set '
+                "with a negative prompt."
+            )
+        [row] = self._cache.rows(
+            [prompt], "negative", self._encoder.condition_fingerprint(), self._encode_negative
+        )
+        return row
+
+    def _encode_negative(self, prompts: Sequence[str]) -> Condition:
+        [prompt] = prompts
+        return self._encoder.encode_neg_condition(prompt)
+
+    def _check_encoder(self, what: str, fingerprint: str | None) -> None:
+        own = self._encoder.condition_fingerprint() if fingerprint is not None else None
+        if own is not None and fingerprint != own:
+            raise ConditioningError(
+                f"{what} were encoded by the text encoder {fingerprint}, but the run's is {own}; "
+                "embeddings of one mean nothing to a model that reads the other's. Preprocess the "
+                "data set with the run's encoder, or use the models that it was made for."
+            )
+
+
+class ConditionCache:
+    """Encoded prompts in memory and in a folder, one safetensors file each.
+
+    A file is named by the hash of (kind, prompt, encoder) and repeats all three inside, with a
+    hash of its tensors; one that does not agree with its name is encoded again, with a warning.
+    Without a fingerprint nothing is kept on disk: nobody could tell later what it is worth.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._memory: dict[str, Condition] = {}
+
+    def rows(
+        self,
+        prompts: Sequence[str],
+        kind: str,
+        fingerprint: str | None,
+        encode: Callable[[Sequence[str]], Condition],
+    ) -> list[Condition]:
+        """One row a prompt, on the CPU in fp32; ``encode`` sees those that are not cached, once."""
+        facts = {p: {"kind": kind, "prompt": p, "encoder": fingerprint} for p in prompts}
+        keys = {prompt: _digest(repr(sorted(fact.items()))) for prompt, fact in facts.items()}
+        for prompt, key in keys.items():
+            if key not in self._memory and fingerprint is not None:
+                self._read(self._file(key), key, facts[prompt])
+        missing = [prompt for prompt, key in keys.items() if key not in self._memory]
+        if missing:
+            encoded = encode(missing).to("cpu")
+            _check_count(encoded, missing)
+            for number, prompt in enumerate(missing):
+                row = Condition(
+                    {
+                        name: (value.float() if value.is_floating_point() else value).clone()
+                        for name, value in encoded[number : number + 1].tensors.items()
+                    }
+                )
+                self._memory[keys[prompt]] = row
+                if fingerprint is not None:
+                    self._write(self._file(keys[prompt]), row, facts[prompt])
+        return [self._memory[keys[prompt]] for prompt in prompts]
+
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def _read(self, file: Path, key: str, facts: dict[str, str | None]) -> None:
+        if not file.exists():
+            return
+        try:
+            tensors, metadata = map_tensors(file)
+        except DataError as error:
+            _log.warning("%s: encoding the prompt again", error)
+            return
+        condition = Condition(tensors)
+        if metadata != {**facts, "sha256": _content(condition)}:
+            _log.warning(
+                "%s: is not what its name says (prompt, encoder or content changed); encoding "
+                "the prompt again",
+                file,
+            )
+            return
+        self._memory[key] = condition
+
+    def _write(self, file: Path, row: Condition, facts: dict[str, str | None]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(file, row.tensors, {**facts, "sha256": _content(row)})
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _content(condition: Condition) -> str:
+    return hashlib.sha256(save(dict(condition.tensors))).hexdigest()
+
+
+def _check_count(encoded: Condition, prompts: Sequence[str]) -> None:
+    if len(encoded) != len(prompts):
+        raise ConditioningError(
+            f"the encoder gave {len(encoded)} rows for {len(prompts)} prompts; it must give one "
+            "each, or prompts and conditions would be mixed up. This is a fault of the adapter."
+        )

@@ -1,0 +1,66 @@
+"""Reports on a student: Frechet distance, attribute accuracy, contact sheet, clip files.
+
+Nothing here imports torch until one of the names is used: plugin descriptors are read before torch
+is.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill_evaluation.judge import ClipJudge, Judge, JudgeConfig
+    from distill_evaluation.labels import PromptLabelError, label_prompts, labels_of
+    from distill_evaluation.media import SheetRow, write_contact_sheet, write_mp4
+    from distill_evaluation.metrics import (
+        FeatureStatistics,
+        attribute_accuracy,
+        feature_statistics,
+        frechet_distance,
+        frechet_distance_of_features,
+        within_group_variance,
+    )
+
+_HOME = {
+    "ClipJudge": "judge",
+    "FeatureStatistics": "metrics",
+    "Judge": "judge",
+    "JudgeConfig": "judge",
+    "PromptLabelError": "labels",
+    "SheetRow": "media",
+    "attribute_accuracy": "metrics",
+    "feature_statistics": "metrics",
+    "frechet_distance": "metrics",
+    "frechet_distance_of_features": "metrics",
+    "label_prompts": "labels",
+    "labels_of": "labels",
+    "within_group_variance": "metrics",
+    "write_contact_sheet": "media",
+    "write_mp4": "media",
+}
+
+__all__ = [
+    "ClipJudge",
+    "FeatureStatistics",
+    "Judge",
+    "JudgeConfig",
+    "PromptLabelError",
+    "SheetRow",
+    "attribute_accuracy",
+    "feature_statistics",
+    "frechet_distance",
+    "frechet_distance_of_features",
+    "label_prompts",
+    "labels_of",
+    "within_group_variance",
+    "write_contact_sheet",
+    "write_mp4",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """PEP 562: the submodule is imported when one of its names is first asked for."""
+    if name not in _HOME:
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}"
+        )
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

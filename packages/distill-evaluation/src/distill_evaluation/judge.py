@@ -1,0 +1,181 @@
+"""A judge: a small network that looks at decoded clips, says what they show, and gives features for
+the Frechet distance.
+
+A judge is a folder: `judge.json` (JudgeConfig) and `judge.safetensors` (weights). Clips are `[B, 3,
+T, H, W]` in [0, 1].
+"""
+
+import json
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+
+import attrs
+import torch
+from distill_protocols.errors import WeightsError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distill_evaluation.files import replacing
+from distill_evaluation.labels import label_prompts
+
+WEIGHTS = "judge.safetensors"
+SETTINGS = "judge.json"
+
+
+def _attributes(raw: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
+    return {name: tuple(classes) for name, classes in raw.items()}  # type: ignore[arg-type]
+
+
+@attrs.frozen(kw_only=True)
+class JudgeConfig:
+    """What the judge looks at and what it can say.
+
+    `attributes`: attribute name to class words, in the order of the head's outputs. `frames`,
+    `height`, `width`: the only clip size it accepts. `width_factor`: channels of the first
+    convolution. `features`: D.
+    """
+
+    attributes: dict[str, tuple[str, ...]] = attrs.field(converter=_attributes)
+    frames: int
+    height: int
+    width: int
+    width_factor: int = 24
+    features: int = 64
+
+
+class ClipJudge(nn.Module):
+    """Convolutions over the clip's frames as channels, one linear layer of features, one linear
+    head per attribute.
+
+    Frames as channels let a plain image network see motion. The features keep position (they are
+    not pooled to a point), so that clips which all start at the same place are told from clips that
+    do not.
+    """
+
+    def __init__(self, config: JudgeConfig) -> None:
+        super().__init__()
+        self.config = config
+        first = config.width_factor
+        sizes = (config.frames, first, 2 * first, 4 * first, 4 * first)
+        layers: list[nn.Module] = []
+        for index, (inner, outer) in enumerate(pairwise(sizes)):
+            stride = 1 if index == len(sizes) - 2 else 2
+            layers += [
+                nn.Conv2d(inner, outer, 3, stride=stride, padding=1),
+                nn.GroupNorm(4, outer),
+                nn.SiLU(),
+            ]
+        self.trunk = nn.Sequential(*layers)
+        cells = -(-config.height // 8) * -(-config.width // 8)
+        self.embed = nn.Linear(sizes[-1] * cells, config.features)
+        self.heads = nn.ModuleDict(
+            {
+                name: nn.Linear(config.features, len(words))
+                for name, words in config.attributes.items()
+            }
+        )
+
+    def features(self, clips: Tensor) -> Tensor:
+        """`[B, 3, T, H, W]` in [0, 1] to `[B, D]`. ValueError for another size."""
+        config = self.config
+        expected = (3, config.frames, config.height, config.width)
+        if clips.ndim != 5 or tuple(clips.shape[1:]) != expected:
+            raise ValueError(
+                f"clips of shape {tuple(clips.shape)}: this judge takes [B, "
+                f"{', '.join(map(str, expected))}], because it was trained on "
+                "that size; sample clips of that size, or use a judge made for yours."
+            )
+        grey = clips.float().mean(1)
+        return self.embed(self.trunk(grey * 2 - 1).flatten(1))
+
+    def forward(self, clips: Tensor) -> dict[str, Tensor]:
+        """Logits per attribute, `[B, classes]`."""
+        return self.logits(self.features(clips))
+
+    def logits(self, features: Tensor) -> dict[str, Tensor]:
+        """Logits per attribute from features `[B, D]`."""
+        active = nn.functional.silu(features)
+        return {name: head(active) for name, head in self.heads.items()}
+
+
+@attrs.frozen
+class Judge:
+    """A trained ClipJudge, ready to ask. Gradient-free, in batches, on the device where its weights
+    are.
+    """
+
+    network: ClipJudge
+    batch: int = 100
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Judge":
+        """Read a folder. WeightsError if a file is missing or they do not fit each other."""
+        folder = Path(folder)
+        for name in (SETTINGS, WEIGHTS):
+            if not (folder / name).is_file():
+                raise WeightsError(
+                    f"{folder}: {name} is missing; a judge's folder holds {SETTINGS} and "
+                    f"{WEIGHTS}. "
+                    "Give the folder of a judge; `uv run tools/tiny_wan --steps judge` builds the "
+                    "tiny one."
+                )
+        raw = json.loads((folder / SETTINGS).read_text())
+        try:
+            config = JudgeConfig(**raw)
+            network = ClipJudge(config)
+            network.load_state_dict(load_file(folder / WEIGHTS))
+        except (TypeError, RuntimeError) as fault:
+            raise WeightsError(
+                f"{folder}: {SETTINGS} and {WEIGHTS} do not describe one judge ({fault}); rebuild "
+                "the folder rather than mend one of the two."
+            ) from fault
+        return cls(network.eval().requires_grad_(False))
+
+    def save(self, folder: Path | str) -> None:
+        """Write `judge.json` and `judge.safetensors`; each appears whole."""
+        folder = Path(folder)
+        with replacing(folder / WEIGHTS) as path:
+            save_file(
+                {name: value.contiguous() for name, value in self.network.state_dict().items()},
+                path,
+            )
+        with replacing(folder / SETTINGS) as path:
+            path.write_text(json.dumps(attrs.asdict(self.network.config), indent=2) + "\n")
+
+    @property
+    def attributes(self) -> dict[str, tuple[str, ...]]:
+        return self.network.config.attributes
+
+    @torch.no_grad()
+    def features(self, clips: Tensor) -> Tensor:
+        """`[B, 3, T, H, W]` in [0, 1] to `[B, D]` float32 on the CPU. ValueError for another size."""
+        device = next(self.network.parameters()).device
+        return torch.cat(
+            [self.network.features(part.to(device)).cpu() for part in clips.split(self.batch)]
+        )
+
+    @torch.no_grad()
+    def classify(self, clips: Tensor) -> dict[str, Tensor]:
+        """The most likely class index per attribute, `[B]` each, on the CPU. ValueError for another
+        size.
+        """
+        return self.classify_features(self.features(clips))
+
+    @torch.no_grad()
+    def classify_features(self, features: Tensor) -> dict[str, Tensor]:
+        """`classify`, when the features are already there."""
+        device = next(self.network.parameters()).device
+        return {
+            name: logits.argmax(1).cpu()
+            for name, logits in self.network.logits(features.to(device)).items()
+        }
+
+    def expected(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The class indices that the prompts ask for, `[B]` per attribute. PromptLabelError if a
+        prompt names none or two.
+        """
+        return {
+            name: torch.tensor(labels)
+            for name, labels in label_prompts(prompts, self.attributes).items()
+        }

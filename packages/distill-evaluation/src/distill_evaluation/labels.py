@@ -1,0 +1,53 @@
+"""Which answer does a prompt ask for? Attributes and the words that name their classes.
+
+`attributes` maps an attribute to its class words, in the order of the class indices:
+`{"digit": ("zero", "one", ...), "direction": ("left", "right", "up", "down")}`. Needs no torch.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from distill_protocols.errors import DataError
+
+Attributes = Mapping[str, Sequence[str]]
+
+
+class PromptLabelError(DataError):
+    """A prompt names no class of an attribute, or more than one."""
+
+    def __init__(
+        self, prompt: str, attribute: str, found: Sequence[str], words: Sequence[str]
+    ) -> None:
+        self.prompt = prompt
+        self.attribute = attribute
+        self.found = tuple(found)
+        self.words = tuple(words)
+        named = "none of them" if not found else f"{len(found)} of them ({', '.join(found)})"
+        super().__init__(
+            f"prompt {prompt!r}, attribute {attribute!r}: exactly one of {', '.join(words)} must "
+            "stand in the prompt as a whole word, "
+            f"because the judge's answer is compared with it; it holds {named}. "
+            "Reword the prompt, or report without a judge on prompts that it was not made for."
+        )
+
+
+def labels_of(prompt: str, attributes: Attributes) -> dict[str, int]:
+    """The class index that `prompt` names, for every attribute. Case does not matter; "seventeen"
+    is not "seven".
+
+    Raises PromptLabelError if an attribute has no word, or two different ones, in the prompt.
+    """
+    words = set(re.findall(r"\w+", prompt.lower()))
+    labels = {}
+    for attribute, classes in attributes.items():
+        found = [index for index, word in enumerate(classes) if word.lower() in words]
+        if len(found) != 1:
+            raise PromptLabelError(prompt, attribute, [classes[index] for index in found], classes)
+        labels[attribute] = found[0]
+    return labels
+
+
+def label_prompts(prompts: Sequence[str], attributes: Attributes) -> dict[str, list[int]]:
+    """`labels_of` for many prompts, one list per attribute. Same errors."""
+    labels = [labels_of(prompt, attributes) for prompt in prompts]
+    return {attribute: [each[attribute] for each in labels] for attribute in attributes}

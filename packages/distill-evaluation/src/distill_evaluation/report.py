@@ -1,0 +1,224 @@
+"""The `report` callback: what a run was worth, as numbers in a table and as pictures.
+
+Every entry samples the same prompts from the same initial noise; the judge was trained on other
+clips than the teacher. B clips of a chunk, N of an entry, D features.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from distill_protocols import (
+    Callback,
+    Condition,
+    DataError,
+    RandomStreams,
+    RunParts,
+    RunState,
+    SamplerSpec,
+)
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distill_evaluation.config import ReportConfig, ReportEntry
+from distill_evaluation.files import replacing
+from distill_evaluation.judge import Judge
+from distill_evaluation.media import SheetRow, write_contact_sheet, write_sheet_mp4
+from distill_evaluation.metrics import (
+    attribute_accuracy,
+    feature_statistics,
+    frechet_distance,
+    within_group_variance,
+)
+
+CHUNK = 64
+"""Clips sampled at once; bounds memory, and is the batch at which seconds per clip are taken."""
+
+
+@attrs.frozen(kw_only=True)
+class EntryReport:
+    """One row: quality and cost of one way to sample.
+
+    `seconds_per_clip` is wall time of denoising alone (no text encoder, no VAE), in batches of
+    `CHUNK`.
+    """
+
+    name: str
+    weights: str
+    sampler: SamplerSpec
+    clips: int
+    frechet_distance: float
+    accuracy: dict[str, float]
+    within_caption_variance: float
+    seconds_per_clip: float
+    model_calls_per_clip: int
+
+
+class ReportCallback(Callback):
+    """Writes report.json, contact_sheet.png and clips.mp4 into the output folder, prints a table.
+
+    Everything it reads (judge, reference, prompts and their labels, roles) is read when the run
+    starts, so that a wrong path is not found out at its end.
+
+    Raises:
+        WeightsError, DataError: the judge, its reference or the prompts are missing or misfit.
+        RoleError: an entry names a role that the run has not.
+    """
+
+    name = "report"
+
+    def __init__(self, config: ReportConfig, parts: RunParts) -> None:
+        self.config = config
+        self.parts = parts
+        parts.method.bundle.require_roles({entry.role for entry in config.entries.values()})
+        self.judge = Judge.load(config.judge)
+        self.reference = feature_statistics(_reference(Path(config.judge)))
+        self.prompts = _read_prompts(Path(config.prompts))
+        self.labels = self.judge.expected([*self.prompts, *config.sheet_prompts])
+
+    def on_train_end(self, run: RunState) -> None:
+        if run.stop_reason is not None:
+            print(f"report: left out, as the run was stopped ({run.stop_reason})")
+            return
+        rows, sheets = [], []
+        for name, entry in self.config.entries.items():
+            with self.parts.method.bundle[entry.role].averaged(ema=entry.ema), torch.no_grad():
+                rows.append(self._measure(name, entry))
+                if entry.sheet:
+                    sheets.append(self._sheet_row(name, entry))
+        report = {
+            "iteration": run.iteration,
+            "method": type(self.parts.method).__name__,
+            "update_counts": self.parts.method.update_counts,
+            "seed": {"training": run.streams.seed, "report": self.config.seed},
+            "reference_clips": self.reference.count,
+            "entries": [attrs.asdict(row) for row in rows],
+        }
+        self._write(run.output_dir, report, sheets)
+        text = format_table(rows)
+        for tracker in run.trackers:
+            tracker.log_text(run.iteration, "report", f"```\n{text}\n```")
+        print(f"\n{text}\n\nreport.json, contact_sheet.png, clips.mp4 in {run.output_dir}")
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _spec(self, entry: ReportEntry) -> SamplerSpec:
+        spec = entry.sampler or self.parts.method.sampler_spec
+        if spec is None:
+            raise DataError(
+                f"report entry of role {entry.role!r} has no sampler, and the method states none; "
+                "how a clip is sampled must be said. Add `sampler:` to the entry."
+            )
+        return spec
+
+    def _measure(self, name: str, entry: ReportEntry) -> EntryReport:
+        spec = self._spec(entry)
+        prompts = [p for p in self.prompts for _ in range(self.config.clips_per_prompt)]
+        cond = self.parts.conditioning.encode(prompts)
+        latents, seconds = self._sample(entry, spec, cond, purpose="measure")
+        clips = torch.cat([self.parts.adapter.decode(part).cpu() for part in latents.split(CHUNK)])
+        features = self.judge.features(clips)
+        answers = self.judge.classify_features(features)
+        groups = torch.arange(len(self.prompts)).repeat_interleave(self.config.clips_per_prompt)
+        return EntryReport(
+            name=name,
+            weights="ema" if entry.ema else "live",
+            sampler=spec,
+            clips=len(clips),
+            frechet_distance=frechet_distance(feature_statistics(features), self.reference),
+            accuracy={
+                attribute: attribute_accuracy(
+                    answer, self.labels[attribute][: len(self.prompts)][groups]
+                )
+                for attribute, answer in answers.items()
+            },
+            within_caption_variance=within_group_variance(features, groups),
+            seconds_per_clip=seconds / len(clips),
+            model_calls_per_clip=spec.calls_per_clip,
+        )
+
+    def _sheet_row(self, name: str, entry: ReportEntry) -> SheetRow:
+        cond = self.parts.conditioning.encode(self.config.sheet_prompts)
+        latents, _ = self._sample(entry, self._spec(entry), cond, purpose="sheet")
+        return SheetRow(name, self.parts.adapter.decode(latents).cpu())
+
+    def _sample(
+        self, entry: ReportEntry, spec: SamplerSpec, cond: Condition, *, purpose: str
+    ) -> tuple[Tensor, float]:
+        """Latents [N, C, T, H, W] and wall seconds; generators of the run are not touched."""
+        adapter = self.parts.adapter
+        device = next(iter(cond.tensors.values())).device
+        streams = RandomStreams(self.config.seed, device=device)
+        negative = None if spec.guidance == 1.0 else self.parts.conditioning.negative()
+        shape = (len(cond), *adapter.latent_shape)
+        noise = torch.randn(shape, generator=streams.get(f"{purpose}.noise"), device=device)
+        parts = []
+        start = time.perf_counter()
+        for i in range(0, len(cond), CHUNK):
+            rows = slice(i, i + CHUNK)
+            parts.append(
+                adapter.sample(
+                    entry.role,
+                    spec,
+                    noise[rows],
+                    cond[rows],
+                    neg_cond=negative,
+                    generator=streams.get(f"{purpose}.renoise"),
+                )
+            )
+        latents = torch.cat(parts).cpu()  # waits for the device, so that the clock is right
+        return latents.to(device), time.perf_counter() - start
+
+    def _write(self, folder: Path, report: Mapping[str, Any], sheets: Sequence[SheetRow]) -> None:
+        with replacing(folder / "report.json") as path:
+            path.write_text(json.dumps(report, indent=2) + "\n")
+        if sheets:
+            prompts = self.config.sheet_prompts
+            write_contact_sheet(sheets, prompts, folder / "contact_sheet.png")
+            write_sheet_mp4(sheets, prompts, folder / "clips.mp4", fps=self.config.fps)
+
+
+def format_table(rows: Sequence[EntryReport]) -> str:
+    """The rows as aligned text."""
+    attributes = list(rows[0].accuracy)
+    head = ["sampled by", "weights", "FD", *attributes, "variance", "s/clip", "calls/clip"]
+    lines = [head]
+    for row in rows:
+        lines.append([
+            row.name, row.weights, f"{row.frechet_distance:.1f}",
+            *(f"{row.accuracy[a]:.3f}" for a in attributes),
+            f"{row.within_caption_variance:.3f}", f"{row.seconds_per_clip:.4f}",
+            str(row.model_calls_per_clip),
+        ])  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )  # fmt: skip
+
+
+def _reference(judge: Path) -> Tensor:
+    """Features [N, D] of real clips that neither teacher nor judge was trained on."""
+    file = judge / "reference.safetensors"
+    if not file.is_file():
+        raise DataError(
+            f"{file} is missing; a Frechet distance is measured against real clips' features. "
+            "Write one with the judge's folder, as tools/tiny_wan does."
+        )
+    return load_file(file)["features"]
+
+
+def _read_prompts(file: Path) -> list[str]:
+    if not file.is_file():
+        raise DataError(
+            f"{file} is missing; callbacks.report.prompts is a text file with one prompt a line."
+        )
+    prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise DataError(f"{file} holds no prompt; put one on each line.")
+    return prompts

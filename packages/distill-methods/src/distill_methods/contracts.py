@@ -1,0 +1,15 @@
+"""What the methods of this package ask of an adapter: no text encoder, no caches."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from distill_protocols import Capabilities
+from distill_protocols.adapter import Denoiser, LatentCodec, NoiseSchedule, Sampler
+
+
+class LatentDiffusion(NoiseSchedule, Denoiser, LatentCodec, Sampler, Protocol):
+    """A flow-matching model over latents that can be called, and sampled for a look at it."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...

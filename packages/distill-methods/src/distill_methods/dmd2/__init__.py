@@ -1,0 +1,1 @@
+"""DMD2: distribution matching with a teacher and a critic."""

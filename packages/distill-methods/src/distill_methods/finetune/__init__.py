@@ -1,0 +1,1 @@
+"""Finetune: flow matching on data."""

@@ -1,0 +1,74 @@
+"""Clips to look at, for every method alike."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from distill_protocols import (
+    Condition,
+    ConditioningProvider,
+    ModelBundle,
+    RoleHandle,
+    SamplerSpec,
+    SampleView,
+)
+from torch import Tensor
+
+from distill_methods.contracts import LatentDiffusion
+
+
+@contextlib.contextmanager
+def frozen(*roles: RoleHandle) -> Iterator[None]:
+    """Within: no gradient reaches these roles and they are in eval mode; after: as configured."""
+    try:
+        for role in roles:
+            role.set_trainable(False)
+        yield
+    finally:
+        for role in roles:
+            role.set_trainable(role.trainable)
+
+
+def sample_views(
+    adapter: LatentDiffusion,
+    bundle: ModelBundle,
+    views: Sequence[SampleView],
+    cond: Condition,
+    *,
+    default_spec: SamplerSpec,
+    conditioning: ConditioningProvider,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Clips [B, 3, F, H, W] in [0, 1] by view name; B is the number of rows of ``cond``.
+
+    Every view starts from the same noise, and two stochastic views re-noise with the same noise:
+    each has a generator of its own, seeded by ``seed``. The generator is a CPU one, so that a
+    seed means the same clip on every device.
+
+    Raises:
+        RoleError: a view names a role that is not there, or EMA weights that nobody keeps.
+        CapabilityError: the adapter cannot decode.
+        ConditioningError: a view samples with guidance and there is no negative condition.
+    """
+    adapter.capabilities.require(["supports_decode"], by="sampling for a look")
+    clips = {}
+    for view in views:
+        spec = view.sampler or default_spec
+        negative = None if spec.guidance == 1 else conditioning.negative()
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn((len(cond), *adapter.latent_shape), generator=generator)
+        role = bundle[view.role]
+        device = next(p.device for module in role.modules.values() for p in module.parameters())
+        with torch.no_grad(), frozen(role), role.averaged(ema=view.ema):
+            latents = adapter.sample(
+                view.role,
+                spec,
+                noise.to(device),
+                cond.to(device),
+                neg_cond=negative.to(device) if negative else None,
+                generator=generator,
+            )
+        clips[view.name] = adapter.decode(latents)
+    return clips

@@ -1,0 +1,1 @@
+"""Teacher-only: regression on the teacher's guided prediction."""

@@ -1,0 +1,121 @@
+"""Teacher-only distillation as a training method. The maths is in ``distill_methods.maths``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from distill_protocols import (
+    Batch,
+    Condition,
+    ConditioningProvider,
+    DistillMethod,
+    ModelBundle,
+    RandomStreams,
+    SamplerSpec,
+    SampleView,
+    StepResult,
+)
+from torch import Tensor
+from torch.optim import Optimizer
+
+from distill_methods.contracts import LatentDiffusion
+from distill_methods.maths import noise_like, sample_timesteps, velocity_loss
+from distill_methods.sampling import sample_views
+from distill_methods.teacher_only.config import TeacherOnlyConfig
+
+
+class TeacherOnlyMethod(DistillMethod[LatentDiffusion]):
+    """The student learns the teacher's guided prediction: half the model calls per step.
+
+    Guidance distillation, stage one of Meng et al. 2023 (arXiv:2210.03142)::
+
+        x_t = (1 - s) x0 + s eps,  t = clamp(1000 S_k(u), t_min, t_max), per sample
+        L   = mean |v_student(x_t, t, c) - (u + w (c - u))_teacher|^2
+
+    Deviations: w is fixed (theirs is drawn and given to the student as an input), and the loss
+    is on v (theirs on x0, weighted). Batches should come without condition dropout: the
+    guided prediction at the negative condition is that condition's own.
+
+    ``outputs``: ``student_x0`` and ``teacher_x0``, the clean latents that the predictions imply.
+
+    Args:
+        bundle: a trainable student and a frozen teacher.
+        conditioning: gives the negative condition, unless nothing is guided.
+
+    Raises:
+        RoleError: a role is missing, the teacher is trainable, or the student is not.
+        CapabilityError: the adapter lacks something in ``config.capabilities``.
+        ConditioningError: something is guided and there is no negative condition.
+    """
+
+    required_roles = ("student", "teacher")
+    trained_roles = ("student",)
+    frozen_roles = ("teacher",)
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        adapter: LatentDiffusion,
+        config: TeacherOnlyConfig,
+        *,
+        conditioning: ConditioningProvider,
+        streams: RandomStreams | None = None,
+    ) -> None:
+        super().__init__(bundle, adapter, streams=streams)
+        self.check_capabilities(config.capabilities)
+        self.config = config
+        self.conditioning = conditioning
+        negative = conditioning.negative().to(self._device()) if config.guided else None
+        self._negative = negative if config.teacher_guided else None
+
+    def get_optimizers(self, iteration: int) -> dict[str, Optimizer]:
+        """The student's."""
+        return self.optimizers_of(*self.config.turns(iteration))
+
+    def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
+        """The distance of student and guided teacher in v, on one micro batch."""
+        x0 = self.adapter.normalize_latents(batch.latents)
+        t = sample_timesteps(
+            len(batch), self.config.time, generator=self.streams.get("teacher_only.t")
+        ).to(x0.device)
+        noise = noise_like(x0, self.streams.get("teacher_only.noise"))
+        x_t = self.adapter.add_noise(x0, noise, t)
+        with torch.no_grad():
+            target = self.adapter.forward(
+                "teacher",
+                x_t,
+                t,
+                batch.cond,
+                fwd_pred_type="v",
+                neg_cond=self._negative,
+                cfg=self.config.guidance_scale,
+            )
+        velocity = self.adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="v")
+        loss = velocity_loss(velocity, target)
+        with torch.no_grad():
+            outputs = {
+                "student_x0": self.adapter.pred_to_x0(velocity, x_t, t),
+                "teacher_x0": self.adapter.pred_to_x0(target, x_t, t),
+            }
+        return StepResult({"total_loss": loss}, outputs)
+
+    @property
+    def sampler_spec(self) -> SamplerSpec:
+        return self.config.student_sampler
+
+    def batch_ids(self, batch: Batch) -> Sequence[str]:
+        return batch.ids
+
+    def sample_for_logging(
+        self, views: Sequence[SampleView], cond: Condition, *, seed: int
+    ) -> dict[str, Tensor]:
+        return sample_views(
+            self.adapter,
+            self.bundle,
+            views,
+            cond,
+            default_spec=self.sampler_spec,
+            conditioning=self.conditioning,
+            seed=seed,
+        )

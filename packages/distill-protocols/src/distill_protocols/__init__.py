@@ -1,0 +1,143 @@
+"""The contracts and value objects of the distillation framework.
+
+Names that need torch are imported on first use: plugin descriptors and run-file checks import
+this package before torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from distill_protocols.capabilities import Capabilities, PredType
+from distill_protocols.errors import (
+    CapabilityError,
+    CheckpointError,
+    ConditioningError,
+    ConfigError,
+    ContractError,
+    DataError,
+    DistillError,
+    NonFiniteLossError,
+    OutputError,
+    PluginError,
+    RoleError,
+    WeightsError,
+)
+from distill_protocols.plugins import (
+    CallbackPlugin,
+    FamilyPlugin,
+    MethodPlugin,
+    RoleNeed,
+    RoleSpec,
+    RunParts,
+    load_plugin,
+    plugin_names,
+)
+from distill_protocols.sampler import SamplerSpec, SampleView, shift_sigma
+
+if TYPE_CHECKING:
+    from distill_protocols.adapter import (
+        CausalRollout,
+        ConditionEncoder,
+        Denoiser,
+        DistillAdapter,
+        Exporter,
+        LatentCodec,
+        NoiseSchedule,
+        Sampler,
+    )
+    from distill_protocols.batch import Batch, BatchLoader, Condition, ConditioningProvider
+    from distill_protocols.bundle import (
+        DTYPES,
+        ModelBundle,
+        ModulePlan,
+        Precision,
+        RoleHandle,
+        RolePlan,
+        WeightAverage,
+    )
+    from distill_protocols.callbacks import Callback, Checkpointer, RunState, StepRecord, Tracker
+    from distill_protocols.method import DistillMethod, StepResult
+    from distill_protocols.random import RandomStreams, derive_seed
+
+_LAZY = {
+    **dict.fromkeys(
+        ["CausalRollout", "ConditionEncoder", "Denoiser", "DistillAdapter", "Exporter",
+         "LatentCodec", "NoiseSchedule", "Sampler"],
+        "adapter",
+    ),
+    **dict.fromkeys(["Batch", "BatchLoader", "Condition", "ConditioningProvider"], "batch"),
+    **dict.fromkeys(
+        ["DTYPES", "ModelBundle", "ModulePlan", "Precision", "RoleHandle", "RolePlan",
+         "WeightAverage"],
+        "bundle",
+    ),
+    **dict.fromkeys(["Callback", "Checkpointer", "RunState", "StepRecord", "Tracker"], "callbacks"),
+    **dict.fromkeys(["DistillMethod", "StepResult"], "method"),
+    **dict.fromkeys(["RandomStreams", "derive_seed"], "random"),
+}  # fmt: skip
+
+__all__ = [
+    "DTYPES",
+    "Batch",
+    "BatchLoader",
+    "Callback",
+    "CallbackPlugin",
+    "Capabilities",
+    "CapabilityError",
+    "CausalRollout",
+    "CheckpointError",
+    "Checkpointer",
+    "Condition",
+    "ConditionEncoder",
+    "ConditioningError",
+    "ConditioningProvider",
+    "ConfigError",
+    "ContractError",
+    "DataError",
+    "Denoiser",
+    "DistillAdapter",
+    "DistillError",
+    "DistillMethod",
+    "Exporter",
+    "FamilyPlugin",
+    "LatentCodec",
+    "MethodPlugin",
+    "ModelBundle",
+    "ModulePlan",
+    "NoiseSchedule",
+    "NonFiniteLossError",
+    "OutputError",
+    "PluginError",
+    "Precision",
+    "PredType",
+    "RandomStreams",
+    "RoleError",
+    "RoleHandle",
+    "RoleNeed",
+    "RolePlan",
+    "RoleSpec",
+    "RunParts",
+    "RunState",
+    "SampleView",
+    "Sampler",
+    "SamplerSpec",
+    "StepRecord",
+    "StepResult",
+    "Tracker",
+    "WeightAverage",
+    "WeightsError",
+    "derive_seed",
+    "load_plugin",
+    "plugin_names",
+    "shift_sigma",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f"distill_protocols.{_LAZY[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

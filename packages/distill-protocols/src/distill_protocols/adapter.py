@@ -1,0 +1,145 @@
+"""How a model is called. When a model is updated is the method's business.
+
+Small Protocols, one per need; a method asks only for those that it uses. All tensors at this
+boundary are normalised latents [B, C, T, H, W] in fp32 unless a name says otherwise, and t is a
+float tensor [B] in [0, 1000], t = 1000 sigma, never cast to bf16 or int.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distill_protocols.batch import Condition
+from distill_protocols.capabilities import Capabilities, PredType
+from distill_protocols.sampler import SamplerSpec
+
+
+class NoiseSchedule(Protocol):
+    """Flow matching: ``x_t = (1 - s) x0 + s eps``, ``v = eps - x0``. All in fp32 or wider."""
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t. Exactly ``x0`` at t = 0 and exactly ``noise`` at t = 1000."""
+        ...
+
+    def pred_to_x0(self, pred: Tensor, x_t: Tensor, t: Tensor, pred_type: PredType = "v") -> Tensor:
+        """Clean latents from a prediction of ``pred_type``."""
+        ...
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor, pred_type: PredType = "v") -> Tensor:
+        """What a model that predicts ``pred_type`` should return at (x0, noise, t)."""
+        ...
+
+
+class Denoiser(Protocol):
+    """One model call."""
+
+    def forward(
+        self,
+        role: str,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition,
+        *,
+        fwd_pred_type: PredType = "v",
+        neg_cond: Condition | None = None,
+        cfg: float | None = None,
+        caches: Any | None = None,
+        features: MutableMapping[int, Tensor] | None = None,
+    ) -> Tensor:
+        """The prediction of ``role``, of type ``fwd_pred_type``, fp32.
+
+        Args:
+            cfg: guidance w, ``u + w (c - u)``; None or 1 calls the model once, on ``cond``.
+            neg_cond: needed where ``cfg`` is neither None nor 1; one row, or one a sample.
+            caches: key/value caches (``supports_kv_cache``).
+            features: filled in place: for each block index that is a key, its hidden states.
+
+        Raises:
+            ConditioningError: guidance without ``neg_cond``.
+        """
+        ...
+
+
+class LatentCodec(Protocol):
+    """Between the package boundary, the model and pixels."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of one clip of this run."""
+        ...
+
+    def to_model_layout(self, latents: Tensor) -> Tensor: ...
+    def from_model_layout(self, latents: Tensor) -> Tensor: ...
+    def normalize_latents(self, latents: Tensor) -> Tensor:
+        """(z - mean) / std per channel."""
+        ...
+
+    def denormalize_latents(self, latents: Tensor) -> Tensor:
+        """z std + mean per channel."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clips [B, 3, F, H_px, W_px] in [0, 1] from normalised latents, without gradient."""
+        ...
+
+
+class ConditionEncoder(Protocol):
+    """From what a person writes to what the model reads."""
+
+    def encode_condition(self, raw_cond: Sequence[str]) -> Condition: ...
+    def encode_neg_condition(self, raw_neg_cond: str) -> Condition:
+        """One row."""
+        ...
+
+    def condition_fingerprint(self) -> str | None:
+        """Hash of the encoder's weights and settings: a cached embedding is valid under it only.
+
+        None where the run has no encoder, because all conditions are stored.
+        """
+        ...
+
+
+class CausalRollout(Protocol):
+    """Chunk by chunk with key/value caches (``supports_kv_cache``)."""
+
+    def clear_caches(self, role: str) -> None: ...
+
+
+class Sampler(Protocol):
+    """From noise to clean latents, by one spec."""
+
+    def sample(
+        self,
+        role: str,
+        spec: SamplerSpec,
+        noise: Tensor,
+        cond: Condition,
+        *,
+        neg_cond: Condition | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Normalised clean latents [B, C, T, H, W]; ``generator`` feeds a stochastic spec."""
+        ...
+
+
+class DistillAdapter(
+    NoiseSchedule, Denoiser, LatentCodec, ConditionEncoder, CausalRollout, Sampler, Protocol
+):
+    """One family's adapter: everything above, and what it supports of it."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+
+class Exporter(Protocol):
+    """Writes one role where other tools can read it (given to callbacks by the app)."""
+
+    def __call__(
+        self, role: str, folder: str, *, sampler: SamplerSpec, ema: bool
+    ) -> Mapping[str, Any]:
+        """Write ``folder`` whole or not at all; returns facts for the log."""
+        ...

@@ -1,0 +1,116 @@
+"""What watches a run: callbacks, trackers, the checkpointer. Hooks default to doing nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from attrs import define, field, frozen
+from torch import Tensor
+
+from distill_protocols.batch import BatchLoader
+from distill_protocols.method import DistillMethod
+from distill_protocols.random import RandomStreams
+
+
+class Tracker(Protocol):
+    """Where numbers and clips go."""
+
+    def log_scalars(self, iteration: int, values: Mapping[str, float]) -> None: ...
+    def log_video(self, iteration: int, name: str, clips: Tensor, fps: float) -> None:
+        """``clips`` [B, 3, F, H, W] in [0, 1]."""
+        ...
+
+    def log_text(self, iteration: int, name: str, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+@frozen(eq=False, kw_only=True)
+class StepRecord:
+    """One finished iteration.
+
+    Attributes:
+        iteration: 1-based.
+        losses: mean over the micro steps, detached, still on the device.
+        metrics: 0-d outputs of the method and what callbacks added (gradient norms ...).
+        outputs: the last micro step's outputs.
+        stepped: keys of the optimizers that really stepped.
+    """
+
+    iteration: int
+    losses: Mapping[str, Tensor]
+    metrics: Mapping[str, Tensor | float]
+    outputs: Mapping[str, Tensor]
+    stepped: tuple[str, ...]
+
+
+@define(eq=False, kw_only=True)
+class RunState:
+    """The run as a callback sees it. Callbacks read it, add metrics, and may ask for a stop."""
+
+    method: DistillMethod[Any]
+    loader: BatchLoader
+    streams: RandomStreams
+    output_dir: Path
+    max_train_steps: int
+    trackers: tuple[Tracker, ...] = ()
+    iteration: int = 0
+    metrics: dict[str, Tensor | float] = field(factory=dict)
+    """Of the iteration under way. ``StepRecord.metrics`` is this same mapping, so what a callback
+    adds in ``on_step_end`` is seen by the callbacks after it."""
+    global_batch_size: int = 1
+    """Samples an iteration."""
+    stop_reason: str | None = None
+    check_finite: Callable[[], None] = field(default=lambda: None)
+    """Raises ``NonFiniteLossError`` if any loss so far was inf or nan. Call it before the weights
+    are saved or shown: on an accelerator the trainer itself only looks now and then."""
+
+    def request_stop(self, reason: str) -> None:
+        """Stop after the iteration under way. The first reason given is kept."""
+        if self.stop_reason is None:
+            self.stop_reason = reason
+
+
+class Callback:
+    """Base of all callbacks. In the order of a run; within a hook, in the order of the list::
+
+    on_train_start                     create state; a resume loads into it afterwards
+      on_step_start                    before the first micro step
+      on_before_optimizer_step         gradients are complete and true-sized
+      on_step_end                      optimizers have stepped, gradients are gone
+    on_exception                       instead of the rest, if something was raised
+    on_train_end                       also after a requested stop
+    """
+
+    name: str = "callback"
+    """Key of its state in a checkpoint; unique in a run."""
+
+    def on_train_start(self, run: RunState) -> None: ...
+    def on_step_start(self, run: RunState) -> None: ...
+    def on_before_optimizer_step(self, run: RunState) -> None: ...
+    def on_step_end(self, run: RunState, step: StepRecord) -> None: ...
+    def on_exception(self, run: RunState, error: BaseException) -> None: ...
+    def on_train_end(self, run: RunState) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and JSON values that a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Checkpointer(Protocol):
+    """Saves and resumes a run. The trainer says when a step is safe; this decides to save."""
+
+    def resume(self, run: RunState, callbacks: Mapping[str, Callback]) -> int:
+        """Put everything back; returns the last finished iteration (0: start afresh)."""
+        ...
+
+    def after_step(self, run: RunState, callbacks: Mapping[str, Callback]) -> None:
+        """Save if this iteration is one to save at."""
+        ...
+
+    def finish(self, run: RunState, callbacks: Mapping[str, Callback]) -> None:
+        """Save the end, and wait for anything under way."""
+        ...

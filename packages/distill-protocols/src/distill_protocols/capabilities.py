@@ -1,0 +1,57 @@
+"""What an adapter can do, as a value. No torch: the config check reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from attrs import field, fields, frozen
+
+from distill_protocols.errors import CapabilityError
+
+PredType = Literal["v", "x0", "eps"]
+"""What a model call returns: velocity ``eps - x0``, clean latents, or noise."""
+
+
+@frozen(kw_only=True)
+class Capabilities:
+    """What an adapter supports. A method names what it needs; the check runs at construction."""
+
+    supports_cfg: bool = False
+    supports_kv_cache: bool = False
+    supports_features: bool = False
+    supports_expert_routing: bool = False
+    supports_decode: bool = False
+    supported_pred_types: frozenset[PredType] = field(default=frozenset({"v"}), converter=frozenset)
+
+    def missing(self, needed: Iterable[str]) -> tuple[str, ...]:
+        """Names in ``needed`` that are not true here (``pred:x0`` asks for a prediction type).
+
+        Raises:
+            CapabilityError: a name that no adapter could have.
+        """
+        known = {f.name for f in fields(type(self)) if f.name != "supported_pred_types"}
+        lacking = []
+        for name in needed:
+            if name.startswith("pred:"):
+                have = name.removeprefix("pred:") in self.supported_pred_types
+            elif name in known:
+                have = bool(getattr(self, name))
+            else:
+                raise CapabilityError(
+                    f"{name!r} is no capability; there are {', '.join(sorted(known))} and "
+                    "'pred:v', 'pred:x0', 'pred:eps'. The method that asks for it must be mended."
+                )
+            if not have:
+                lacking.append(name)
+        return tuple(lacking)
+
+    def require(self, needed: Iterable[str], *, by: str) -> None:
+        """Raise ``CapabilityError`` naming every capability of ``needed`` that is missing."""
+        lacking = self.missing(needed)
+        if lacking:
+            raise CapabilityError(
+                f"{by} needs {', '.join(lacking)}, which this adapter does not have. A method can "
+                "only use what its adapter states, so that it fails now and not mid-run. Choose "
+                "another method, or another option of it, or a family that supports this."
+            )

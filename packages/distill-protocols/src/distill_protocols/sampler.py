@@ -1,0 +1,82 @@
+"""How to sample, as one value: rollout, validation, sampling and export read the same one.
+
+No torch here: run files are checked and plans printed without it.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from attrs import field, frozen
+from attrs.validators import ge, gt, min_len, optional
+
+Number = TypeVar("Number")
+
+
+def shift_sigma(u: Number, shift: float) -> Number:
+    """``S_k(u) = k u / (1 + (k - 1) u)`` (SD3, Esser et al. 2024, eq. 23), floats or tensors.
+
+    Monotone in u, fixes 0 and 1; shifting by a after shifting by b is shifting by a * b.
+    """
+    return shift * u / (1 + (shift - 1) * u)  # type: ignore[operator]
+
+
+@frozen(kw_only=True)
+class SamplerSpec:
+    """One way to walk from noise to a clip.
+
+    Attributes:
+        steps: model calls (before guidance doubles them).
+        shift: flow shift k applied to the uniform grid u = 1, 1 - 1/steps, ...
+        guidance: w in ``u + w (c - u)``; 1 is conditional, 0 unconditional. (CausVid,
+            Self-Forcing and FastVideo's old code write ``c + s (c - u)``, which is w = s + 1.)
+        stochastic: True re-noises the predicted x0 with fresh noise at each step (the few-step
+            sampler of DMD2 and consistency models); False follows the flow ODE (Euler).
+        timesteps: t in (0, 1000], descending, instead of ``shift`` and the grid. Already
+            shifted: they are used as they stand.
+    """
+
+    steps: int = field(validator=ge(1))
+    shift: float = field(default=1.0, validator=gt(0))
+    guidance: float = field(default=1.0, validator=ge(0))
+    stochastic: bool = False
+    timesteps: tuple[float, ...] | None = field(default=None, validator=optional(min_len(1)))
+
+    @timesteps.validator
+    def _check_timesteps(self, attribute: object, value: tuple[float, ...] | None) -> None:
+        if value is None:
+            return
+        if len(value) != self.steps:
+            raise ValueError(
+                f"{len(value)} timesteps for {self.steps} steps; there must be one a step"
+            )
+        falls = all(a > b for a, b in zip(value, value[1:], strict=False))
+        if not falls or value[0] > 1000 or value[-1] <= 0:
+            raise ValueError(
+                f"{list(value)} must fall strictly within (0, 1000], because each step removes "
+                "noise (t = 1000 is pure noise)"
+            )
+
+    def sigmas(self) -> tuple[float, ...]:
+        """Noise level of each model call, descending in (0, 1]; the end (0) is not included."""
+        if self.timesteps is not None:
+            return tuple(t / 1000 for t in self.timesteps)
+        return tuple(float(shift_sigma(1 - i / self.steps, self.shift)) for i in range(self.steps))
+
+    @property
+    def calls_per_clip(self) -> int:
+        """Model forwards a clip, counting the unconditional ones that guidance adds."""
+        return self.steps * (1 if self.guidance in (0.0, 1.0) else 2)
+
+
+@frozen(kw_only=True)
+class SampleView:
+    """One thing to look at: a role, its weights (live or EMA), and how it is sampled.
+
+    ``sampler=None`` means the method's own spec for its student.
+    """
+
+    name: str
+    role: str
+    sampler: SamplerSpec | None = None
+    ema: bool = False

@@ -1,0 +1,109 @@
+"""DistillTrainer: the training loop, callbacks and trackers.
+
+Names that need torch are imported on first use: run files are checked before torch is there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from distill_trainer.config import (
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    ValidationConfig,
+    ViewConfig,
+)
+from distill_trainer.plugins import (
+    DebugDumpConfig,
+    EmaConfig,
+    GradClipConfig,
+    ParamCountConfig,
+    ProfilerConfig,
+    StepTimerConfig,
+)
+from distill_trainer.trackers import build_trackers
+
+if TYPE_CHECKING:
+    from distill_trainer.batches import RestartingLoader
+    from distill_trainer.callbacks.debug_dump import DebugDumpCallback
+    from distill_trainer.callbacks.ema import EmaCallback
+    from distill_trainer.callbacks.grad_clip import GradClipCallback
+    from distill_trainer.callbacks.metrics import MetricsCallback
+    from distill_trainer.callbacks.param_count import ParamCountCallback
+    from distill_trainer.callbacks.profiler import ProfilerCallback
+    from distill_trainer.callbacks.progress import ProgressCallback
+    from distill_trainer.callbacks.step_timer import StepTimerCallback
+    from distill_trainer.callbacks.validation import ValidationCallback
+    from distill_trainer.ema import ExponentialMovingAverage
+    from distill_trainer.finite import FiniteGuard
+    from distill_trainer.optimizers import build_optimizers, schedule_factor
+    from distill_trainer.trackers.jsonl import JsonlTracker
+    from distill_trainer.trackers.tensorboard import TensorBoardTracker
+    from distill_trainer.trackers.wandb import WandbTracker
+    from distill_trainer.trainer import DistillTrainer, TrainResult
+
+_LAZY = {
+    "DebugDumpCallback": "callbacks.debug_dump",
+    "DistillTrainer": "trainer",
+    "EmaCallback": "callbacks.ema",
+    "ExponentialMovingAverage": "ema",
+    "FiniteGuard": "finite",
+    "GradClipCallback": "callbacks.grad_clip",
+    "JsonlTracker": "trackers.jsonl",
+    "MetricsCallback": "callbacks.metrics",
+    "ParamCountCallback": "callbacks.param_count",
+    "ProfilerCallback": "callbacks.profiler",
+    "ProgressCallback": "callbacks.progress",
+    "RestartingLoader": "batches",
+    "StepTimerCallback": "callbacks.step_timer",
+    "TensorBoardTracker": "trackers.tensorboard",
+    "TrainResult": "trainer",
+    "ValidationCallback": "callbacks.validation",
+    "WandbTracker": "trackers.wandb",
+    "build_optimizers": "optimizers",
+    "schedule_factor": "optimizers",
+}
+
+__all__ = [
+    "DebugDumpCallback",
+    "DebugDumpConfig",
+    "DistillTrainer",
+    "EmaCallback",
+    "EmaConfig",
+    "ExponentialMovingAverage",
+    "FiniteGuard",
+    "GradClipCallback",
+    "GradClipConfig",
+    "JsonlTracker",
+    "MetricsCallback",
+    "OptimizerConfig",
+    "ParamCountCallback",
+    "ParamCountConfig",
+    "ProfilerCallback",
+    "ProfilerConfig",
+    "ProgressCallback",
+    "RestartingLoader",
+    "ScheduleConfig",
+    "StepTimerCallback",
+    "StepTimerConfig",
+    "TensorBoardTracker",
+    "TrainResult",
+    "TrainingConfig",
+    "ValidationCallback",
+    "ValidationConfig",
+    "ViewConfig",
+    "WandbTracker",
+    "build_optimizers",
+    "build_trackers",
+    "schedule_factor",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f"distill_trainer.{_LAZY[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,94 @@
+"""How far the run is: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from distill_protocols import Callback, RunState, StepRecord
+from torch import Tensor
+from tqdm import tqdm
+
+from distill_trainer.numbers import to_floats
+
+
+class ProgressCallback(Callback):
+    """Iteration, newest value of every loss term, iterations a second, time left.
+
+    Args:
+        log_every: iterations between two looks at the losses (each waits for the device), and
+            between two lines where there is no terminal.
+        stream: where to write; None: stderr, so that stdout stays for results.
+    """
+
+    name = "progress"
+
+    def __init__(self, log_every: int, stream: TextIO | None = None) -> None:
+        self.log_every = log_every
+        self._stream = stream
+        self._bar: tqdm | None = None
+        self._losses: dict[str, Tensor] = {}
+        self._began: tuple[float, int] | None = None
+
+    def on_step_start(self, run: RunState) -> None:
+        if self._began is None:
+            # Here rather than at on_train_start: only now is a resume over.
+            done = run.iteration - 1
+            self._began = (time.monotonic(), done)
+            if self._out.isatty():
+                self._bar = tqdm(
+                    total=run.max_train_steps, initial=done, unit="it", file=self._out,
+                    dynamic_ncols=True,
+                )  # fmt: skip
+
+    def on_step_end(self, run: RunState, step: StepRecord) -> None:
+        self._losses |= step.losses
+        due = step.iteration % self.log_every == 0 or step.iteration == run.max_train_steps
+        if self._bar is not None:
+            if due:
+                self._bar.set_postfix_str(self._terms(), refresh=False)
+            self._bar.update()
+        elif due:
+            self._line(run)
+
+    def on_train_end(self, run: RunState) -> None:
+        self._close()
+        if run.stop_reason is not None:
+            print(
+                f"stopped after iteration {run.iteration} of {run.max_train_steps}: "
+                f"{run.stop_reason}",
+                file=self._out,
+            )
+
+    def on_exception(self, run: RunState, error: BaseException) -> None:
+        # The bar's line must be ended, or the traceback starts behind it.
+        self._close()
+
+    @property
+    def _out(self) -> TextIO:
+        return self._stream or sys.stderr
+
+    def _terms(self) -> str:
+        # total_loss is a sum of other terms, or another role's on each turn: shown only alone.
+        names = [name for name in self._losses if name != "total_loss"] or list(self._losses)
+        values = to_floats([self._losses[name] for name in names])
+        return " ".join(f"{name} {value:.4g}" for name, value in zip(names, values, strict=True))
+
+    def _line(self, run: RunState) -> None:
+        assert self._began is not None
+        start, done = self._began
+        rate = (run.iteration - done) / max(time.monotonic() - start, 1e-9)
+        left = tqdm.format_interval((run.max_train_steps - run.iteration) / rate)
+        share = run.iteration / run.max_train_steps
+        print(
+            f"{run.iteration}/{run.max_train_steps} ({share:.0%})  {self._terms()}  "
+            f"{rate:.2f} it/s  {left} left",
+            file=self._out,
+            flush=True,
+        )
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,111 @@
+"""Clips to look at while training. They never change the run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+
+import torch
+from distill_protocols import (
+    Callback,
+    ConditioningProvider,
+    RunState,
+    SampleView,
+    StepRecord,
+)
+from torch import Tensor, nn
+
+from distill_trainer.config import ValidationConfig
+from distill_trainer.gif import clips_to_gif
+
+
+class ValidationCallback(Callback):
+    """Samples the same prompts from the same noise through every view, and writes what comes.
+
+    Clips go to the trackers as ``validation/<view>`` and to
+    ``validation/iteration-<n>/<view>.gif``, one column a prompt. Noise comes from
+    ``ValidationConfig.seed`` through the method, so no generator of the run moves; modules sample
+    in eval mode and get their own modes back.
+
+    Args:
+        config: what to look at, and when.
+        conditioning: encodes the prompts, once, at the start of the run.
+    """
+
+    name = "validation"
+
+    def __init__(self, config: ValidationConfig, conditioning: ConditioningProvider) -> None:
+        self.config = config
+        self._conditioning = conditioning
+        self._cond = None
+        self._views = [
+            SampleView(name=name, role=view.role, sampler=view.sampler, ema=view.ema)
+            for name, view in config.views.items()
+        ]
+        self._last = 0
+
+    def on_train_start(self, run: RunState) -> None:
+        # Now, not at the first look: a prompt that cannot be encoded must not end a long run.
+        run.method.bundle.require_roles(view.role for view in self._views)
+        self._cond = self._conditioning.encode(self.config.prompts)
+
+    def on_step_start(self, run: RunState) -> None:
+        # Not in on_train_start: a run that is resumed gets its weights after that.
+        if run.iteration == 1 and self.config.at_start:
+            self._look(run, 0)
+
+    def on_step_end(self, run: RunState, step: StepRecord) -> None:
+        if self.config.every_steps and step.iteration % self.config.every_steps == 0:
+            self._look(run, step.iteration)
+
+    def on_train_end(self, run: RunState) -> None:
+        # A stop that was asked for (preemption) has no time left for clips.
+        if self.config.at_end and run.stop_reason is None and self._last != run.iteration:
+            self._look(run, run.iteration)
+
+    def _look(self, run: RunState, iteration: int) -> None:
+        run.check_finite()
+        self._last = iteration
+        clips: dict[str, Tensor] = {}
+        for view in self._views:
+            # View by view, so that a stop signal waits for one of them at most.
+            if run.stop_reason is not None:
+                return
+            clips |= self._sample(run, view)
+        for name, clip in clips.items():
+            for tracker in run.trackers:
+                tracker.log_video(iteration, f"validation/{name}", clip, self.config.fps)
+        self._write(run, iteration, clips)
+
+    def _sample(self, run: RunState, view: SampleView) -> dict[str, Tensor]:
+        assert self._cond is not None, "on_train_start has not run"
+        with torch.no_grad(), _eval_mode(run.method.model_dict.values()):
+            clips = run.method.sample_for_logging([view], self._cond, seed=self.config.seed)
+        return {name: clip.detach().float().cpu() for name, clip in clips.items()}
+
+    def _write(self, run: RunState, iteration: int, clips: dict[str, Tensor]) -> None:
+        folder = run.output_dir / "validation" / f"iteration-{iteration:06d}"
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name, clip in clips.items():
+            (part / f"{name}.gif").write_bytes(clips_to_gif(clip, self.config.fps))
+        (part / "prompts.json").write_text(json.dumps(list(self.config.prompts), indent=2))
+        # A resumed run may look at this iteration a second time.
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+
+
+@contextlib.contextmanager
+def _eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

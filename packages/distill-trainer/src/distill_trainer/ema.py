@@ -1,0 +1,103 @@
+"""Exponential moving average of one module's weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from distill_protocols import CheckpointError
+from torch import Tensor, nn
+
+_UPDATES = "ema.updates"
+
+
+class ExponentialMovingAverage:
+    """``e <- d e + (1 - d) p`` after each update of a module (Polyak and Juditsky 1992).
+
+    Parameters are averaged in fp32 whatever the module holds; persistent buffers are copied, as
+    an average of counters or running statistics means nothing.
+
+    Args:
+        module: starts the average off with its weights.
+        decay: d in [0, 1); 0 always copies.
+        start_update: up to and including this update the average only copies, so that it does
+            not remember the first, bad weights.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, *, start_update: int = 0) -> None:
+        self.decay = decay
+        self.start_update = start_update
+        self._updates = 0
+        self._average: dict[str, Tensor] = {}
+        self._copied: dict[str, Tensor] = {}
+        for name, value in module.state_dict(keep_vars=True).items():
+            if isinstance(value, nn.Parameter):
+                self._average[name] = value.detach().to(torch.float32, copy=True)
+            else:
+                self._copied[name] = value.detach().clone()
+
+    @property
+    def updates(self) -> int:
+        """Updates seen so far."""
+        return self._updates
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Take in the module's weights. Call it after each step of its optimizer."""
+        self._updates += 1
+        state = module.state_dict()
+        averages = list(self._average.values())
+        weights = [state[name] for name in self._average]
+        if self._updates <= self.start_update:
+            torch._foreach_copy_(averages, weights)
+        else:
+            # No-op for fp32 weights, which every trainable role has; lerp takes one type only.
+            weights = [weight.float() for weight in weights]
+            torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        for name, buffer in self._copied.items():
+            buffer.copy_(state[name])
+
+    @contextlib.contextmanager
+    def swapped_in(self, module: nn.Module) -> Iterator[None]:
+        """Within: ``module`` holds the average; after: its own weights again, bit for bit."""
+        state = module.state_dict()
+        mine = {**self._average, **self._copied}
+        live = [state[name] for name in mine]
+        kept = [value.clone() for value in live]
+        try:
+            _copy(live, list(mine.values()))
+            yield
+        finally:
+            _copy(live, kept)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights under the module's own names, and the count ``ema.updates``."""
+        return {**self._average, **self._copied, _UPDATES: torch.tensor(self._updates)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``state_dict`` gave.
+
+        Raises:
+            CheckpointError: names or shapes are not those of this module.
+        """
+        mine = {**self._average, **self._copied}
+        wrong = set(state) ^ {*mine, _UPDATES}
+        wrong |= {name for name in mine.keys() & state if mine[name].shape != state[name].shape}
+        if wrong:
+            raise CheckpointError(
+                f"the saved average does not fit the module at {', '.join(sorted(wrong)[:5])}"
+                f"{' ...' if len(wrong) > 5 else ''} ({len(wrong)} names); an average belongs to "
+                "one architecture. Resume with the models that the checkpoint was made with."
+            )
+        for name, value in mine.items():
+            value.copy_(state[name])
+        self._updates = int(state[_UPDATES])
+
+
+@torch.no_grad()
+def _copy(into: list[Tensor], values: list[Tensor]) -> None:
+    for target, value in zip(into, values, strict=True):
+        target.copy_(value)

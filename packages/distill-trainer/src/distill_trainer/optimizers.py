@@ -1,0 +1,99 @@
+"""One optimizer and one learning-rate schedule per module of a role."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from distill_protocols import ContractError, RoleError, RoleHandle
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from distill_trainer.config import OptimizerConfig, ScheduleConfig
+
+_FUSED_DEVICES = ("cpu", "cuda")
+
+
+def schedule_factor(config: ScheduleConfig, done: int, horizon: int) -> float:
+    """Share of the full rate for the step that follows ``done`` steps.
+
+    Warm-up rises as (done + 1) / (warmup_steps + 1); after it, with p the share of the remaining
+    ``horizon`` that is done, linear falls as 1 - p and cosine as (1 + cos(pi p)) / 2
+    (SGDR, Loshchilov and Hutter 2017, eq. 5), both scaled to end at ``final_ratio``.
+
+    Args:
+        horizon: steps that this optimizer will take in the whole run.
+    """
+    if done < config.warmup_steps:
+        return (done + 1) / (config.warmup_steps + 1)
+    if config.name == "constant":
+        return 1.0
+    p = min(1.0, (done - config.warmup_steps) / max(1, horizon - config.warmup_steps))
+    fall = 1 - p if config.name == "linear" else (1 + math.cos(math.pi * p)) / 2
+    return config.final_ratio + (1 - config.final_ratio) * fall
+
+
+def build_optimizers(role: RoleHandle, config: OptimizerConfig, *, horizon: int) -> None:
+    """Hang one optimizer and one scheduler per module on ``role``.
+
+    Args:
+        horizon: steps that these optimizers will take in the whole run (not iterations: a
+            student that is updated every fifth iteration has a fifth of them).
+
+    Raises:
+        RoleError: the role is frozen, or a module of it has nothing to train.
+        ContractError: ``fused`` was asked for under fp16.
+    """
+    if not role.trainable:
+        raise RoleError(
+            f"role {role.name!r} is frozen (trainable: false), so it must have no optimizer. Set "
+            f"models.{role.name}.trainable: true if it shall learn."
+        )
+    if role.precision == "fp16" and config.fused:
+        raise ContractError(
+            f"role {role.name!r}: optimizer.fused: true with precision fp16; a fused step hides "
+            "whether loss scaling left it out. Leave `fused` out, or use bf16 or fp32."
+        )
+    for key, module in role.modules.items():
+        optimizer = _optimizer(role, key, module, config)
+        role.optimizers[key] = optimizer
+        role.schedulers[key] = LambdaLR(optimizer, _factor(config.schedule, horizon))
+
+
+def _factor(config: ScheduleConfig, horizon: int) -> Callable[[int], float]:
+    # A closure, not an object: LambdaLR writes an object's fields into checkpoints, and a run
+    # that is resumed with a longer horizon would get the old one back.
+    return lambda done: schedule_factor(config, done, horizon)
+
+
+def _optimizer(role: RoleHandle, key: str, module: nn.Module, config: OptimizerConfig) -> Optimizer:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        raise RoleError(
+            f"{role.name}.{key} has no parameter that takes a gradient, but the role is "
+            "trainable; an optimizer needs something to move."
+        )
+    fused = _fused(role, parameters, config.fused)
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused
+        )
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=fused,
+    )
+
+
+def _fused(role: RoleHandle, parameters: Sequence[nn.Parameter], wanted: bool | None) -> bool:
+    if wanted is not None:
+        return wanted
+    # Measured on CPU: fused AdamW is five times as fast as the loop that is torch's default there.
+    return role.precision != "fp16" and all(
+        p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters
+    )

@@ -1,0 +1,170 @@
+"""The callbacks of this package as plugins, and their config classes. No torch here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from attrs import field, frozen
+from attrs.validators import ge, gt, optional
+from distill_protocols.plugins import CallbackPlugin, RunParts
+
+if TYPE_CHECKING:
+    from distill_protocols import Callback
+
+
+@frozen(kw_only=True)
+class EmaConfig:
+    """Averages of weights, moved once an update of their module.
+
+    Attributes:
+        roles: trainable roles to average.
+        decay: d in e <- d e + (1 - d) p.
+        start_update: up to this update of a module its average only copies.
+    """
+
+    roles: tuple[str, ...] = field(default=("student",))
+    decay: float = field(default=0.99)
+    start_update: int = field(default=0, validator=ge(0))
+
+    @roles.validator
+    def _check_roles(self, attribute: object, value: tuple[str, ...]) -> None:
+        if not value:
+            raise ValueError("[] must name a role: nothing would be averaged. Leave ema out")
+
+    @decay.validator
+    def _check_decay(self, attribute: object, value: float) -> None:
+        if not 0 <= value < 1:
+            raise ValueError(
+                f"{value:g} must lie in [0, 1): it is the share of the old average that is kept, "
+                "and at 1 it would never move"
+            )
+
+
+@frozen(kw_only=True)
+class GradClipConfig:
+    """Gradient norms, one an optimizer.
+
+    Attributes:
+        max_norm: the total L2 norm that gradients are scaled down to; null only reports it.
+    """
+
+    max_norm: float | None = field(default=1.0, validator=optional(gt(0)))
+
+
+@frozen(kw_only=True)
+class StepTimerConfig:
+    """Seconds an iteration and samples a second.
+
+    Attributes:
+        window: iterations that the mean goes over.
+    """
+
+    window: int = field(default=20, validator=ge(1))
+
+
+@frozen(kw_only=True)
+class ProfilerConfig:
+    """A torch.profiler trace into ``profile/``.
+
+    Attributes:
+        start: the first iteration traced; let some pass, as the first ones are not typical.
+        steps: how many.
+        shapes: record the shapes of operands too (slower, larger).
+    """
+
+    start: int = field(default=10, validator=ge(1))
+    steps: int = field(default=3, validator=ge(1))
+    shapes: bool = False
+
+
+@frozen(kw_only=True)
+class ParamCountConfig:
+    """A table of parameters by role and module. It has no keys."""
+
+
+@frozen(kw_only=True)
+class DebugDumpConfig:
+    """Outputs and losses of a step on disk.
+
+    Attributes:
+        every_steps: iterations between two dumps; 0: none.
+        on_exception: dump the last finished step when the run fails (keeps its outputs in
+            memory for one iteration).
+    """
+
+    every_steps: int = field(default=0, validator=ge(0))
+    on_exception: bool = True
+
+
+class EmaPlugin(CallbackPlugin):
+    name = "ema"
+    help = "keeps an exponential moving average of a role's weights"
+    config_class = EmaConfig
+
+    def build(self, config: EmaConfig, parts: RunParts) -> Callback:
+        from distill_trainer.callbacks.ema import EmaCallback
+
+        return EmaCallback(config)
+
+
+class GradClipPlugin(CallbackPlugin):
+    name = "grad_clip"
+    help = "clips gradients and reports their norm, one an optimizer"
+    config_class = GradClipConfig
+
+    def build(self, config: GradClipConfig, parts: RunParts) -> Callback:
+        from distill_trainer.callbacks.grad_clip import GradClipCallback
+
+        return GradClipCallback(config)
+
+
+class StepTimerPlugin(CallbackPlugin):
+    name = "step_timer"
+    help = "reports seconds an iteration and samples a second"
+    config_class = StepTimerConfig
+
+    def build(self, config: StepTimerConfig, parts: RunParts) -> Callback:
+        from distill_trainer.callbacks.step_timer import StepTimerCallback
+
+        return StepTimerCallback(config)
+
+
+class ProfilerPlugin(CallbackPlugin):
+    name = "profiler"
+    help = "writes a torch.profiler trace of a few iterations"
+    config_class = ProfilerConfig
+
+    def build(self, config: ProfilerConfig, parts: RunParts) -> Callback:
+        from distill_trainer.callbacks.profiler import ProfilerCallback
+
+        return ProfilerCallback(config)
+
+
+class ParamCountPlugin(CallbackPlugin):
+    name = "param_count"
+    help = "logs how many parameters each role has"
+    config_class = ParamCountConfig
+
+    def build(self, config: Any, parts: RunParts) -> Callback:
+        from distill_trainer.callbacks.param_count import ParamCountCallback
+
+        return ParamCountCallback()
+
+
+class DebugDumpPlugin(CallbackPlugin):
+    name = "debug_dump"
+    help = "writes a step's outputs and losses to disk, now and then or after an error"
+    config_class = DebugDumpConfig
+
+    def build(self, config: DebugDumpConfig, parts: RunParts) -> Callback:
+        from distill_trainer.callbacks.debug_dump import DebugDumpCallback
+
+        return DebugDumpCallback(config)
+
+
+ema = EmaPlugin()
+grad_clip = GradClipPlugin()
+step_timer = StepTimerPlugin()
+profiler = ProfilerPlugin()
+param_count = ParamCountPlugin()
+debug_dump = DebugDumpPlugin()

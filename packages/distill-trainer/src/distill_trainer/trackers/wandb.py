@@ -1,0 +1,62 @@
+"""Numbers, texts and clips for Weights & Biases (``wandb`` is an optional extra)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distill_protocols import ConfigError
+from torch import Tensor
+
+from distill_trainer.gif import clips_to_gif
+
+
+class WandbTracker:
+    """One wandb run, its files in ``output_dir/wandb``; resumed by the output folder's path.
+
+    Raises:
+        ConfigError: wandb is not installed.
+    """
+
+    def __init__(self, output_dir: str | Path) -> None:
+        try:
+            self._wandb: Any = importlib.import_module("wandb")
+        except ImportError as error:
+            raise ConfigError(
+                [
+                    "training.trackers: 'wandb' needs the package wandb, which is not installed; "
+                    "it is an optional extra, as it talks to a service. Install wandb, or leave "
+                    "the tracker out."
+                ]
+            ) from error
+        self.output_dir = Path(output_dir)
+        self._run: Any = None
+
+    def log_scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        self._open().log(dict(values), step=iteration)
+
+    def log_text(self, iteration: int, name: str, text: str) -> None:
+        self._open().summary[name] = text
+
+    def log_video(self, iteration: int, name: str, clips: Tensor, fps: float) -> None:
+        gif = self._wandb.Video(io.BytesIO(clips_to_gif(clips, fps)), format="gif")
+        self._open().log({name: gif}, step=iteration)
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+    def _open(self) -> Any:
+        if self._run is None:
+            # Of the whole path: a resumed run finds its own again, and no other of that name.
+            path = str(self.output_dir.resolve())
+            run_id = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
+            self._run = self._wandb.init(
+                dir=path, id=run_id, name=self.output_dir.name, resume="allow"
+            )
+        return self._run

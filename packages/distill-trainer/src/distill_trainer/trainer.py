@@ -1,0 +1,245 @@
+"""The loop. It knows no method, no role and no family."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+from distill_protocols import (
+    Callback,
+    Checkpointer,
+    ContractError,
+    DistillMethod,
+    RandomStreams,
+    RunState,
+    StepRecord,
+    StepResult,
+    Tracker,
+)
+from torch import Tensor
+
+from distill_trainer.batches import endless
+from distill_trainer.callbacks.metrics import MetricsCallback
+from distill_trainer.callbacks.progress import ProgressCallback
+from distill_trainer.config import TrainingConfig
+from distill_trainer.finite import FiniteGuard
+from distill_trainer.signals import stop_on_signals
+from distill_trainer.timing import TimedIterator
+from distill_trainer.trackers import build_trackers
+
+
+@frozen(kw_only=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        iteration: the last finished one.
+        stop_reason: why it ended before ``max_train_steps``; None: it did not.
+        updates: optimizer steps taken, by ``role.module``.
+        resumed_from: the iteration that it continued after; 0: it started afresh.
+    """
+
+    iteration: int
+    stop_reason: str | None
+    updates: Mapping[str, int]
+    resumed_from: int = 0
+
+
+class DistillTrainer:
+    """Trains any ``DistillMethod`` on any iterable of batches.
+
+    Args:
+        training: how long, how much at once, what is written.
+        callbacks: in this order within each hook; metrics and progress come after them.
+        trackers: None builds those that ``training`` names.
+        checkpointer: saves and resumes; None does neither.
+        streams: the run's generators, for checkpoints; None takes the method's.
+
+    Raises:
+        ContractError: two callbacks of one name: a checkpoint could not tell them apart.
+    """
+
+    def __init__(
+        self,
+        training: TrainingConfig,
+        *,
+        callbacks: Sequence[Callback] = (),
+        trackers: Sequence[Tracker] | None = None,
+        checkpointer: Checkpointer | None = None,
+        streams: RandomStreams | None = None,
+    ) -> None:
+        self.training = training
+        self.checkpointer = checkpointer
+        self._trackers = trackers
+        self._streams = streams
+        always: list[Callback] = [MetricsCallback(training.log_every)]
+        if training.progress:
+            always.append(ProgressCallback(training.log_every))
+        self.callbacks = _by_name([*callbacks, *always])
+
+    def run(self, method: DistillMethod[Any], loader: Iterable[Any]) -> TrainResult:
+        """Train until ``max_train_steps``, or until a callback or a signal asks for a stop.
+
+        Args:
+            loader: micro batches; a ``BatchLoader`` can be resumed exactly, and a plain iterable
+                is started again whenever it runs out.
+
+        Raises:
+            NonFiniteLossError: a loss became inf or nan; nothing was saved since it did.
+            DataError: the loader yields nothing.
+        """
+        training = self.training
+        output_dir = Path(training.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        trackers = self._trackers
+        if trackers is None:
+            trackers = build_trackers(training.trackers, output_dir)
+        guard = FiniteGuard()
+        run = RunState(
+            method=method,
+            loader=endless(loader),
+            streams=self._streams or method.streams,
+            output_dir=output_dir,
+            max_train_steps=training.max_train_steps,
+            trackers=tuple(trackers),
+            global_batch_size=training.global_batch_size,
+            check_finite=guard.check,
+        )
+        with _closing(run.trackers), self._reporting(run), stop_on_signals(run):
+            return self._run(run, guard)
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _run(self, run: RunState, guard: FiniteGuard) -> TrainResult:
+        callbacks = tuple(self.callbacks.values())
+        for callback in callbacks:
+            callback.on_train_start(run)
+        # After on_train_start: what a callback creates there (averages ...) is loaded into.
+        resumed_from = self.checkpointer.resume(run, self.callbacks) if self.checkpointer else 0
+        run.iteration = resumed_from
+        loop = _Loop(run, callbacks, guard, self.training.accumulation())
+        while run.iteration < run.max_train_steps and run.stop_reason is None:
+            run.iteration += 1
+            record = loop.step()
+            if run.iteration % self.training.log_every == 0:
+                guard.check()
+            for callback in callbacks:
+                callback.on_step_end(run, record)
+            if self.checkpointer:
+                self.checkpointer.after_step(run, self.callbacks)
+        guard.check()
+        if self.checkpointer:
+            self.checkpointer.finish(run, self.callbacks)
+        for callback in callbacks:
+            callback.on_train_end(run)
+        return TrainResult(
+            iteration=run.iteration,
+            stop_reason=run.stop_reason,
+            updates=run.method.update_counts,
+            resumed_from=resumed_from,
+        )
+
+    @contextlib.contextmanager
+    def _reporting(self, run: RunState) -> Iterator[None]:
+        try:
+            yield
+        # BaseException: torch's CheckpointException and KeyboardInterrupt are no Exceptions.
+        except BaseException as error:
+            for name, callback in self.callbacks.items():
+                try:
+                    callback.on_exception(run, error)
+                except Exception as second:
+                    # The first error is the one to mend: the second must not hide it.
+                    error.add_note(f"callback {name!r} failed in on_exception too: {second!r}")
+            raise
+
+
+class _Loop:
+    """One iteration: micro steps, one optimizer step, its record."""
+
+    def __init__(
+        self, run: RunState, callbacks: tuple[Callback, ...], guard: FiniteGuard, accumulation: int
+    ) -> None:
+        self._run = run
+        self._callbacks = callbacks
+        self._guard = guard
+        self._accumulation = accumulation
+        self._batches = TimedIterator(iter(run.loader))
+
+    def step(self) -> StepRecord:
+        run, method, iteration = self._run, self._run.method, self._run.iteration
+        run.metrics = {}
+        for callback in self._callbacks:
+            callback.on_step_start(run)
+        results = [self._micro_step(next(self._batches)) for _ in range(self._accumulation)]
+        losses = _mean([result.loss_map for result in results])
+        run.metrics |= _mean([_scalars(result.outputs) for result in results])
+        run.metrics["time/data"] = self._batches.take_seconds()
+        method.unscale_gradients(iteration)
+        for callback in self._callbacks:
+            callback.on_before_optimizer_step(run)
+        stepped = method.optimizers_schedulers_step(iteration)
+        method.optimizers_zero_grad(iteration)
+        return StepRecord(
+            iteration=iteration,
+            losses=losses,
+            metrics=run.metrics,
+            outputs=results[-1].outputs,
+            stepped=stepped,
+        )
+
+    def _micro_step(self, batch: Any) -> StepResult:
+        method, iteration = self._run.method, self._run.iteration
+        with method.autocast():
+            loss_map, outputs = method.single_train_step(batch, iteration)
+        if "total_loss" not in loss_map:
+            raise ContractError(
+                f"{type(method).__name__}.single_train_step returned the losses "
+                f"{sorted(loss_map)}; it must return 'total_loss', because that is what is "
+                "differentiated. Add loss_map['total_loss']."
+            )
+        losses = {name: loss.detach() for name, loss in loss_map.items()}
+        self._guard.watch(iteration, losses, method.batch_ids(batch))
+        loss = loss_map["total_loss"]
+        if self._accumulation > 1:
+            loss = loss / self._accumulation
+        method.grad_scaler.scale(loss).backward()
+        return StepResult(losses, outputs)
+
+
+def _scalars(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in outputs.items() if value.ndim == 0}
+
+
+def _mean(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """By name, over the micro steps that have it; on the device."""
+    if len(parts) == 1:
+        return dict(parts[0])
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {
+        name: torch.stack([part[name].float() for part in parts if name in part]).mean()
+        for name in names
+    }
+
+
+def _by_name(callbacks: Sequence[Callback]) -> dict[str, Callback]:
+    names = [callback.name for callback in callbacks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ContractError(
+            f"two callbacks are called {', '.join(map(repr, twice))}; each name must occur once, "
+            "because a checkpoint keeps their state under it. Give one of them another `name`."
+        )
+    return dict(zip(names, callbacks, strict=True))
+
+
+@contextlib.contextmanager
+def _closing(trackers: Sequence[Tracker]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for tracker in trackers:
+            stack.callback(tracker.close)
+        yield

@@ -1,0 +1,317 @@
+"""Model calls, guidance, latents, text and the sampler."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+import torch
+from distill_adapters_wan import flow
+from distill_protocols import (
+    CapabilityError,
+    Condition,
+    ConditioningError,
+    ContractError,
+    SamplerSpec,
+    WeightsError,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+SHAPE = (4, 2, 4, 6)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def text(batch, seed=1):
+    return Condition({"text": normal(batch, 6, 16, seed=seed)})
+
+
+@pytest.fixture
+def call():
+    return {"x_t": normal(2, *SHAPE), "t": torch.tensor([900.0, 333.3]), "cond": text(2)}
+
+
+def test_capabilities_are_kept(adapter, call):
+    adapter.capabilities.require(["supports_cfg", "supports_decode", "pred:x0"], by="test")
+    with pytest.raises(CapabilityError, match="features"):
+        adapter.forward("teacher", **call, features={0: torch.empty(0)})
+    with pytest.raises(CapabilityError, match="caches"):
+        adapter.forward("teacher", **call, caches={})
+
+
+# -- model calls and guidance ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_batch_of_two_equals_two_of_one(adapter, call):
+    """Within 1e-5: only the order of sums in a matrix product may differ."""
+    together = adapter.forward("teacher", **call, neg_cond=text(1, seed=3), cfg=4.0)
+    for i in range(2):
+        alone = adapter.forward(
+            "teacher", call["x_t"][i : i + 1], call["t"][i : i + 1], call["cond"][i : i + 1],
+            neg_cond=text(1, seed=3), cfg=4.0,
+        )  # fmt: skip
+        assert torch.allclose(together[i : i + 1], alone, atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+
+@torch.no_grad()
+def test_guidance_one_is_conditional_and_zero_unconditional(adapter, call, count_calls):
+    negative = text(1, seed=3)
+    conditional = adapter.forward("teacher", **call)
+    swapped = {**call, "cond": negative}
+    unconditional = adapter.forward("teacher", **swapped)
+    assert not torch.allclose(conditional, unconditional, atol=1e-3)
+    with count_calls(adapter) as calls:
+        one = adapter.forward("teacher", **call, neg_cond=negative, cfg=1.0)
+        zero = adapter.forward("teacher", **call, neg_cond=negative, cfg=0.0)
+    assert calls == [2, 2]
+    assert torch.equal(one, conditional)
+    assert torch.equal(zero, unconditional)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("w", [0.5, 3.0, 7.5])
+def test_guidance_formula_and_batching(make_adapter, config, call, count_calls, w):
+    negative = text(1, seed=3)
+    batched, _ = make_adapter(teacher=(False, "fp32"))
+    config = attrs.evolve(config, cfg_batched=False)
+    single, _ = make_adapter(config=config, teacher=(False, "fp32"))
+    c = single.forward("teacher", **call)
+    u = single.forward("teacher", **{**call, "cond": negative})
+    with count_calls(single) as calls:
+        two = single.forward("teacher", **call, neg_cond=negative, cfg=w)
+    assert calls == [2, 2]
+    with count_calls(batched) as calls:
+        one = batched.forward("teacher", **call, neg_cond=negative, cfg=w)
+    assert calls == [4]
+    assert torch.equal(two, u + w * (c - u))
+    assert torch.allclose(one, two, atol=1e-5)
+
+
+def test_guidance_without_a_negative(adapter, call):
+    for w in (0.0, 3.0):
+        with pytest.raises(ConditioningError, match="negative"):
+            adapter.forward("teacher", **call, cfg=w)
+
+
+@torch.no_grad()
+def test_prediction_types_are_one_prediction(adapter, call):
+    x_t, t = call["x_t"], call["t"]
+    v = adapter.forward("teacher", **call)
+    x0 = adapter.forward("teacher", **call, fwd_pred_type="x0")
+    eps = adapter.forward("teacher", **call, fwd_pred_type="eps")
+    assert torch.allclose(eps - x0, v, atol=1e-5)
+    assert torch.allclose(flow.add_noise(x0, eps, t), x_t, atol=1e-5)
+
+
+def test_sixteen_bit_roles(make_adapter, call):
+    """fp32 out, and within a few per cent of the fp32 role; gradients reach fp32 weights."""
+    adapter, bundle = make_adapter(
+        exact=(False, "fp32"), frozen=(False, "bf16"), trained=(True, "bf16")
+    )
+    exact = adapter.forward("exact", **call)
+    for name in ("frozen", "trained"):
+        rough = adapter.forward(name, **call)
+        assert rough.dtype == torch.float32
+        error = (rough - exact).norm() / exact.norm()
+        assert 1e-4 < error < 0.03, (name, error)
+    rough.square().mean().backward()
+    gradients = [p.grad for p in bundle["trained"].modules["transformer"].parameters()]
+    assert all(g is not None and g.dtype == torch.float32 for g in gradients)
+    assert all(p.grad is None for p in bundle["frozen"].modules["transformer"].parameters())
+
+
+def test_gradient_flows_through_a_frozen_role_to_its_input(adapter, call):
+    x_t = call["x_t"].requires_grad_()
+    adapter.forward("teacher", **call).sum().backward()
+    assert x_t.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        (Condition({"text": torch.zeros(2, 5, 16)}), "max_sequence_length"),
+        (Condition({"text": torch.zeros(2, 6, 8)}), "text_dim"),
+        (Condition({"image": torch.zeros(2, 6, 16)}), "'text'"),
+    ],
+)
+def test_a_condition_of_another_kind(adapter, call, wrong, word):
+    with pytest.raises(ConditioningError, match=word):
+        adapter.forward("teacher", **{**call, "cond": wrong})
+
+
+def test_rounded_time_is_refused(adapter, call):
+    with pytest.raises(TypeError, match="float32"):
+        adapter.forward("teacher", **{**call, "t": call["t"].bfloat16()})
+
+
+# -- latents and pixels ---------------------------------------------------------------------------
+
+
+def test_latent_shape_follows_clip_and_vae(adapter):
+    assert adapter.latent_shape == SHAPE
+
+
+@given(st.integers(0, 2**31), st.integers(1, 3))
+def test_normalising_and_its_inverse(adapter, seed, batch):
+    z = normal(batch, *SHAPE, seed=seed) * 3
+    normalised = adapter.normalize_latents(z)
+    assert torch.allclose(adapter.denormalize_latents(normalised), z, atol=1e-5)
+    assert torch.allclose(normalised[:, 1], (z[:, 1] + 0.2) / 0.7, atol=1e-5)
+
+
+def test_encode_and_decode(adapter):
+    video = torch.rand(2, 3, 5, 32, 48, generator=torch.Generator().manual_seed(0))
+    raw = adapter.encode(video)
+    assert raw.shape == (2, *SHAPE)
+    clips = adapter.decode(adapter.normalize_latents(raw).requires_grad_())
+    assert clips.shape == video.shape
+    assert not clips.requires_grad
+    assert clips.min() >= 0
+    assert clips.max() <= 1
+    assert clips.std() > 0.001
+
+
+def test_a_clip_that_does_not_fit_is_refused(make_adapter, config):
+    with pytest.raises(WeightsError, match="positions"):
+        make_adapter(config=attrs.evolve(config, width=272), teacher=(False, "fp32"))
+
+
+# -- text -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_text_as_stock_wan_encodes_it(adapter, pipeline_template):
+    """Clean-up included: entities, spaces and line breaks."""
+    from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    prompts = ["a seven  moving\n left", " a &amp;amp; seven ", ""]
+    stock = WanPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(pipeline_template / "tokenizer"),
+        text_encoder=UMT5EncoderModel.from_pretrained(pipeline_template / "text_encoder"),
+        vae=None,
+        scheduler=None,
+    )
+    expected, _ = stock.encode_prompt(
+        prompts, do_classifier_free_guidance=False, max_sequence_length=6, device="cpu"
+    )
+    ours = adapter.encode_condition(prompts).tensors["text"]
+    assert torch.equal(ours, expected)
+    lengths = [5, 4, 1]
+    for row, length in zip(ours, lengths, strict=True):
+        assert row[length:].abs().sum() == 0
+        assert (row[:length].abs().sum(-1) > 0).all()
+    assert len(adapter.encode_neg_condition("")) == 1
+
+
+def test_fingerprint_follows_weights_tokenizer_and_length(make_adapter, pipeline, config):
+    from safetensors.torch import load_file, save_file
+
+    def fingerprint(**change):
+        adapter, _ = make_adapter(config=attrs.evolve(config, **change), source=pipeline)
+        return adapter.condition_fingerprint()
+
+    seen = [fingerprint(), fingerprint(max_sequence_length=5)]
+    assert fingerprint() == seen[0]
+    file = pipeline / "text_encoder/model.safetensors"
+    weights = load_file(file)
+    weights["shared.weight"][3, 3] += 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
+    seen.append(fingerprint())
+    (pipeline / "tokenizer/tokenizer_config.json").write_text("{}")
+    seen.append(fingerprint())
+    assert len(set(seen)) == 4
+
+
+def test_an_untied_embedding_is_refused(make_adapter, pipeline, monkeypatch):
+    from transformers import UMT5EncoderModel
+
+    real = UMT5EncoderModel.from_pretrained
+
+    def untied(*args, **kwargs):
+        encoder, info = real(*args, **kwargs)
+        table = encoder.encoder.embed_tokens.weight
+        encoder.encoder.embed_tokens.weight = torch.nn.Parameter(torch.zeros_like(table))
+        return encoder, info
+
+    monkeypatch.setattr(UMT5EncoderModel, "from_pretrained", untied)
+    adapter, _ = make_adapter(source=pipeline)
+    with pytest.raises(WeightsError, match="embed_tokens"):
+        adapter.encode_condition(["a"])
+
+
+def test_a_missing_text_encoder_is_told_when_it_is_needed(make_adapter, pipeline):
+    import shutil
+
+    shutil.rmtree(pipeline / "text_encoder")
+    adapter, _ = make_adapter(source=pipeline, teacher=(False, "fp32"))
+    with pytest.raises(WeightsError, match="store the embeddings"):
+        adapter.encode_condition(["a"])
+
+
+def test_components_come_back_after_they_were_freed(make_adapter):
+    adapter, _ = make_adapter(teacher=(False, "fp32"))
+    first = adapter.encode_condition(["a seven"]).tensors["text"]
+    clip = adapter.decode(torch.zeros(1, *SHAPE))
+    adapter.free_components()
+    assert torch.equal(adapter.encode_condition(["a seven"]).tensors["text"], first)
+    assert torch.equal(adapter.decode(torch.zeros(1, *SHAPE)), clip)
+
+
+# -- sampling -------------------------------------------------------------------------------------
+
+
+def test_one_step_is_the_predicted_x0(adapter):
+    noise, cond = normal(2, *SHAPE), text(2)
+    with torch.no_grad():
+        x0 = adapter.forward("teacher", noise, torch.tensor([1000.0] * 2), cond, fwd_pred_type="x0")
+    for stochastic in (False, True):
+        spec = SamplerSpec(steps=1, stochastic=stochastic)
+        assert torch.allclose(adapter.sample("teacher", spec, noise, cond), x0, atol=1e-6)
+
+
+def test_euler_by_hand(adapter):
+    """x <- x + (s' - s) v at the spec's own timesteps, down to 0."""
+    spec = SamplerSpec(steps=3, timesteps=(1000.0, 833.33, 210.0), guidance=2.0)
+    noise, cond, negative = normal(1, *SHAPE), text(1), text(1, seed=3)
+    x = noise
+    with torch.no_grad():
+        for t, after in ((1000.0, 833.33), (833.33, 210.0), (210.0, 0.0)):
+            v = adapter.forward("teacher", x, torch.tensor([t]), cond, neg_cond=negative, cfg=2.0)
+            x = x + (after - t) / 1000 * v
+    ours = adapter.sample("teacher", spec, noise, cond, neg_cond=negative)
+    assert torch.allclose(ours, x, atol=1e-5)
+
+
+def test_stochastic_by_hand(adapter):
+    """x0 prediction, then fresh noise at the next time."""
+    spec = SamplerSpec(steps=2, timesteps=(1000.0, 750.0), stochastic=True)
+    noise, cond = normal(1, *SHAPE), text(1)
+    fresh = normal(1, *SHAPE, seed=5)
+    with torch.no_grad():
+        x0 = adapter.forward("teacher", noise, torch.tensor([1000.0]), cond, fwd_pred_type="x0")
+        x_t = adapter.add_noise(x0, fresh, torch.tensor([750.0]))
+        x0 = adapter.forward("teacher", x_t, torch.tensor([750.0]), cond, fwd_pred_type="x0")
+    generator = torch.Generator().manual_seed(5)
+    ours = adapter.sample("teacher", spec, noise, cond, generator=generator)
+    assert torch.allclose(ours, x0, atol=1e-5)
+
+
+def test_sampling_leaves_the_global_generator_alone(adapter):
+    before = torch.get_rng_state()
+    spec = SamplerSpec(steps=2, stochastic=True)
+    generator = torch.Generator().manual_seed(0)
+    adapter.sample("teacher", spec, normal(1, *SHAPE), text(1), generator=generator)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_sampler_refusals(adapter):
+    spec = SamplerSpec(steps=2, stochastic=True)
+    with pytest.raises(ContractError, match="generator"):
+        adapter.sample("teacher", spec, normal(1, *SHAPE), text(1))
+    with pytest.raises(ContractError, match="noise is"):
+        adapter.sample("teacher", SamplerSpec(steps=1), normal(1, 4, 3, 4, 6), text(1))

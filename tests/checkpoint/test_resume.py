@@ -1,0 +1,278 @@
+"""Exact resume, and the refusal of checkpoints that are not this run's."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from distill_checkpoint import CheckpointConfig, CheckpointManager
+from distill_protocols import CheckpointError, NonFiniteLossError
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tiny_run import Run, Shape, net, new_run
+from torch import Tensor
+
+RESUME = CheckpointConfig(resume="latest")
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Places where two states differ in type, dtype or any bit."""
+    if type(a) is not type(b):
+        return [f"{path}: {type(a).__name__} and {type(b).__name__}"]
+    if isinstance(a, dict):
+        if set(a) != set(b):
+            return [f"{path}: keys {sorted(map(str, set(a) ^ set(b)))}"]
+        return [line for key in a for line in differences(a[key], b[key], f"{path}.{key}")]
+    if isinstance(a, list | tuple):
+        if len(a) != len(b):
+            return [f"{path}: lengths {len(a)} and {len(b)}"]
+        pairs = enumerate(zip(a, b, strict=True))
+        return [line for i, (x, y) in pairs for line in differences(x, y, f"{path}.{i}")]
+    if isinstance(a, Tensor):
+        same = a.dtype == b.dtype and torch.equal(a, b)
+        return [] if same else [f"{path}: tensors"]
+    return [] if a == b else [f"{path}: {a!r} and {b!r}"]
+
+
+def manager(folder: Path, config: CheckpointConfig | None = None) -> CheckpointManager:
+    return CheckpointManager(config or CheckpointConfig(), folder, {"a": [1, None, "x"]})
+
+
+def saved(folder: Path, shape: Shape | None = None, steps: int = 3) -> Run:
+    run = new_run(shape or Shape())
+    run.train(folder, steps, manager(folder))
+    return run
+
+
+def resume(folder: Path, shape: Shape | None = None, seed: int = 1) -> tuple[Run, int]:
+    run = new_run(shape or Shape(), seed=seed)
+    for callback in run.callbacks.values():
+        callback.on_train_start(run.state(folder, 0))
+    return run, manager(folder, RESUME).resume(run.state(folder, 0), run.callbacks)
+
+
+@given(
+    n=st.integers(1, 5),
+    m=st.integers(1, 5),
+    shape=st.builds(
+        Shape,
+        interval=st.integers(1, 3),
+        accumulation=st.integers(1, 3),
+        ema_roles=st.sampled_from([(), ("student",), ("critic", "student")]),
+        precision=st.sampled_from(["fp32", "bf16", "fp16"]),
+        width=st.integers(2, 6),
+    ),
+)
+@example(n=4, m=4, shape=Shape(precision="fp16", accumulation=2, ema_roles=("critic",)))
+def test_n_steps_save_load_m_steps_is_n_plus_m_steps(n, m, shape):
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        whole = new_run(shape)
+        whole.train(folder, n + m)
+        saved(folder, shape, steps=n)
+        # Other weights, and other draws made, before the resume: all of it must be overwritten.
+        resumed = new_run(shape, seed=1)
+        resumed.method.streams.get("tiny.student").seed()
+        resumed.train(folder, n + m, manager(folder, RESUME))
+        assert resumed.method.update_counts == whole.method.update_counts
+        assert differences(whole.everything(), resumed.everything()) == []
+
+
+def test_a_checkpoint_changes_nothing_in_the_run_that_saves_it(tmp_path):
+    quiet, noisy = new_run(Shape()), new_run(Shape(), seed=0)
+    torch.manual_seed(0)
+    quiet.train(tmp_path / "quiet", 6)
+    torch.manual_seed(0)
+    noisy.train(tmp_path / "noisy", 6, manager(tmp_path / "noisy", CheckpointConfig(every_steps=1)))
+    assert differences(quiet.everything(), noisy.everything()) == []
+
+
+def test_moments_of_bf16_weights_keep_fp32(tmp_path):
+    def build() -> Run:
+        run = new_run(Shape(ema_roles=()))
+        module = run.method.bundle["critic"].modules["transformer"].bfloat16()
+        optimizer = run.method.bundle["critic"].optimizers["transformer"]
+        for parameter in module.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.rand(parameter.shape) / 3
+        return run
+
+    run, other = build(), build()
+    manager(tmp_path).save(run.state(tmp_path, 1), run.callbacks)
+    manager(tmp_path, RESUME).resume(other.state(tmp_path, 0), other.callbacks)
+    # Not optimizer.state_dict(), which hides where torch has rounded.
+    kept, back = (
+        [s["momentum_buffer"] for s in r.method.optimizer_dict["critic.transformer"].state.values()]
+        for r in (run, other)
+    )
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(kept, back, strict=True))
+
+
+def test_tied_weights_are_saved_once_and_stay_tied(tmp_path):
+    def build() -> Run:
+        run = new_run(Shape(ema_roles=()))
+        layers = run.method.bundle["critic"].modules["transformer"]
+        layers.extra = torch.nn.Linear(4, 6)
+        layers.extra.weight = layers[0].weight
+        parameters = layers.parameters()
+        run.method.bundle["critic"].optimizers["transformer"] = torch.optim.SGD(parameters, lr=0.1)
+        del run.method.bundle["critic"].schedulers["transformer"]
+        return run
+
+    run, other = build(), build()
+    with torch.no_grad():
+        run.method.bundle["critic"].modules["transformer"].extra.weight.fill_(7.0)
+    manager(tmp_path).save(run.state(tmp_path, 1), run.callbacks)
+    manager(tmp_path, RESUME).resume(other.state(tmp_path, 0), other.callbacks)
+    layers = other.method.bundle["critic"].modules["transformer"]
+    assert layers.extra.weight is layers[0].weight
+    assert layers[0].weight.eq(7).all()
+
+
+@pytest.mark.parametrize("role", ["a/b", "..", "a.b", "", "%2E", "ä ö", "shard.safetensors"])
+def test_any_string_is_a_role_and_stays_inside_the_folder(tmp_path, role):
+    shape = Shape(extra_roles=(role,))
+    run = saved(tmp_path / "out", shape)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    resumed, _ = resume(tmp_path / "out", shape)
+    assert differences(run.everything()["weights"], resumed.everything()["weights"]) == []
+
+
+def test_only_trainable_roles_are_saved(tmp_path):
+    saved(tmp_path)
+    roles = {path.name for path in (tmp_path / "checkpoint-000003" / "roles").iterdir()}
+    assert roles == {"student", "critic"}
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "named"),
+    [
+        (Shape(extra_roles=("reward",)), Shape(), "reward.transformer is in the checkpoint but"),
+        (Shape(), Shape(extra_roles=("reward",)), "reward.transformer is in the run but"),
+        (Shape(callbacks=("a", "b")), Shape(callbacks=("a",)), "callback b is in the checkpoint"),
+        (Shape(callbacks=("a",)), Shape(callbacks=("a", "b")), "callback b is in the run but"),
+        (Shape(), Shape(ema_roles=()), "EMA student.transformer, student.transformer_2 is in the"),
+        (Shape(ema_roles=()), Shape(), "student.transformer_2 is in the run but"),
+        (Shape(width=6), Shape(width=5), r"0.weight is \[6, 4\] float32 in the checkpoint and"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(tmp_path, then, now, named):
+    saved(tmp_path, then)
+    run = new_run(now, seed=1)
+    for callback in run.callbacks.values():
+        callback.on_train_start(run.state(tmp_path, 0))
+    before = json.dumps(run.everything(), default=str)
+    with pytest.raises(CheckpointError, match=named):
+        manager(tmp_path, RESUME).resume(run.state(tmp_path, 0), run.callbacks)
+    assert json.dumps(run.everything(), default=str) == before
+
+
+def test_other_dtype_is_refused_rather_than_rounded(tmp_path):
+    saved(tmp_path, Shape(ema_roles=()))
+    run = new_run(Shape(ema_roles=()))
+    run.method.bundle["critic"].modules["transformer"].bfloat16()
+    with pytest.raises(CheckpointError, match=r"float32 in the checkpoint and \[6, 4\] bfloat16"):
+        manager(tmp_path, RESUME).resume(run.state(tmp_path, 0), run.callbacks)
+
+
+def test_optimizer_groups_that_moved_are_refused(tmp_path):
+    saved(tmp_path)
+    run = new_run(Shape(), seed=1)
+    role = run.method.bundle["critic"]
+    parameters = list(role.modules["transformer"].parameters())
+    role.optimizers["transformer"] = torch.optim.SGD(parameters[::-1], lr=0.1, momentum=0.9)
+    run.callbacks["ema"].on_train_start(run.state(tmp_path, 0))
+    with pytest.raises(CheckpointError, match="critic.transformer has groups of other parameters"):
+        manager(tmp_path, RESUME).resume(run.state(tmp_path, 0), run.callbacks)
+
+
+def test_latest_in_an_empty_folder_starts_afresh_with_a_word(tmp_path, caplog):
+    run, iteration = resume(tmp_path / "new")
+    assert iteration == 0
+    assert "starts afresh" in caplog.text
+
+
+def test_a_path_resumes_from_another_folder(tmp_path):
+    run = saved(tmp_path / "old")
+    config = CheckpointConfig(resume=str(tmp_path / "old" / "checkpoint-000003"))
+    other = new_run(Shape(), seed=1)
+    other.train(tmp_path / "new", 3, manager(tmp_path / "new", config))
+    assert differences(run.everything(), other.everything()) == []
+    assert (tmp_path / "new" / "checkpoint-000003" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("start", ["none", "checkpoint-000002"])
+def test_starting_before_what_the_folder_holds_is_refused(tmp_path, start):
+    run = new_run(Shape())
+    run.train(tmp_path, 4, manager(tmp_path, CheckpointConfig(every_steps=2)))
+    source = start if start == "none" else str(tmp_path / start)
+    other = new_run(Shape(), seed=1)
+    with pytest.raises(CheckpointError, match="already holds checkpoint-000004"):
+        other.train(tmp_path, 6, manager(tmp_path, CheckpointConfig(resume=source)))
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "stop", "expected"),
+    [
+        (CheckpointConfig(), 5, None, {5}),
+        (CheckpointConfig(save_at_end=False), 5, None, set()),
+        (CheckpointConfig(every_steps=2, save_at_end=False), 5, None, {2, 4}),
+        (CheckpointConfig(every_steps=2), 4, None, {2, 4}),
+        (CheckpointConfig(save_at_end=False), 5, 3, {3}),
+    ],
+)
+def test_when_it_saves(tmp_path, config, steps, stop, expected):
+    run = new_run(Shape())
+    if stop:
+        run.callbacks["tally"].on_step_start = lambda state: (
+            state.request_stop("asked to") if state.iteration == stop else None
+        )
+    run.train(tmp_path, steps, manager(tmp_path, config))
+    assert {int(path.name[-6:]) for path in tmp_path.glob("checkpoint-*")} == expected
+
+
+def test_weights_behind_a_loss_that_is_not_finite_are_not_saved(tmp_path):
+    run = new_run(Shape())
+    state = run.state(tmp_path, 2)
+
+    def check() -> None:
+        raise NonFiniteLossError(2, {"total_loss": float("nan")}, [])
+
+    state.check_finite = check
+    with pytest.raises(NonFiniteLossError):
+        manager(tmp_path).save(state, run.callbacks)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_state_that_is_neither_tensor_nor_json_is_refused_by_name(tmp_path):
+    run = new_run(Shape())
+    run.callbacks["tally"].state_dict = lambda: {"seen": {"ids": {1, 2}}}
+    with pytest.raises(CheckpointError, match=r"callbacks/tally: seen\.ids is a set"):
+        run.train(tmp_path, 1, manager(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_config_that_is_not_json_is_refused_at_once(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be written as JSON"):
+        CheckpointManager(CheckpointConfig(), tmp_path, {"path": Path("/x")})
+
+
+def test_the_log_says_what_was_saved_and_resumed(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    saved(tmp_path)
+    resume(tmp_path)
+    assert "saved" in caplog.text
+    assert "iteration 3 is done" in caplog.text
+
+
+def test_net_draws_and_moves_buffers():
+    # What the exactness tests lean on: dropout uses torch's own generator, batch norm has state.
+    module = net(0, 4)
+    torch.manual_seed(0)
+    first = module(torch.ones(3, 4))
+    assert not torch.equal(first, module(torch.ones(3, 4)))
+    assert module[1].num_batches_tracked == 2

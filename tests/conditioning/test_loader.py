@@ -1,0 +1,239 @@
+"""Order, split, resume and dropout of the loader, as properties."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+from distill_conditioning import LatentDataset, LatentLoader
+from distill_protocols import Batch, Condition, DataError
+from distill_protocols.errors import ConditioningError
+from hypothesis import given
+from hypothesis import strategies as st
+
+sizes = st.integers(1, 23)
+batch_sizes = st.integers(1, 5)
+world_sizes = st.integers(1, 4)
+seeds = st.integers(0, 2**63 - 1)
+
+
+def _numbers(batch: Batch) -> list[int]:
+    return [int(name.removeprefix("clip-")) for name in batch.ids]
+
+
+def _stream(loader: LatentLoader, batches: int) -> list[int]:
+    return [number for batch in islice(loader, batches) for number in _numbers(batch)]
+
+
+def _dropped(batch: Batch, negative: Condition) -> list[bool]:
+    same = batch.cond.tensors["text"] == negative.tensors["text"]
+    return same.flatten(1).all(dim=1).tolist()
+
+
+def _equal(a: Batch, b: Batch) -> bool:
+    text = torch.equal(a.cond.tensors["text"], b.cond.tensors["text"])
+    return a.ids == b.ids and torch.equal(a.latents, b.latents) and text
+
+
+def _negative(dataset: LatentDataset) -> Condition:
+    stored = dataset.negative()
+    assert stored is not None
+    return stored.condition
+
+
+def test_a_batch_holds_the_latents_and_text_of_its_ids(dataset_of):
+    dataset = dataset_of(11)
+    texts = dataset.read(torch.arange(11)).cond.tensors["text"]
+    for batch in islice(LatentLoader(dataset, batch_size=4, seed=0), 6):
+        numbers = _numbers(batch)
+        assert batch.latents.dtype == torch.float32
+        assert batch.latents[:, 0, 0, 0, 0].tolist() == numbers
+        assert torch.equal(batch.cond.tensors["text"], texts[numbers])
+
+
+@given(samples=sizes, batch_size=batch_sizes, seed=seeds, epochs=st.integers(1, 3))
+def test_each_epoch_is_a_permutation(dataset_of, samples, batch_size, seed, epochs):
+    loader = LatentLoader(dataset_of(samples), batch_size=batch_size, seed=seed)
+    stream = _stream(loader, -(-samples * epochs // batch_size))
+    for epoch in range(epochs):
+        part = stream[epoch * samples : (epoch + 1) * samples]
+        assert sorted(part) == list(range(samples))
+
+
+@given(seed=seeds)
+def test_epochs_and_seeds_differ(dataset_of, seed):
+    dataset = dataset_of(23)
+    stream = _stream(LatentLoader(dataset, batch_size=23, seed=seed), 2)
+    other = _stream(LatentLoader(dataset, batch_size=23, seed=seed + 1), 1)
+    assert stream[:23] != stream[23:]
+    assert stream[:23] != other
+
+
+def test_without_shuffling_the_order_is_the_stored_one(dataset_of):
+    loader = LatentLoader(dataset_of(5, shuffle=False), batch_size=3, seed=0)
+    assert _stream(loader, 4) == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+
+
+@given(samples=sizes, batch_size=batch_sizes, world_size=world_sizes, seed=seeds)
+def test_ranks_share_out_the_global_batch_without_overlap_or_loss(
+    dataset_of, samples, batch_size, world_size, seed
+):
+    dataset = dataset_of(samples)
+    ranks = [
+        LatentLoader(dataset, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    alone = LatentLoader(dataset, batch_size=batch_size * world_size, seed=seed)
+    for batch, *parts in islice(zip(alone, *ranks, strict=False), 5):
+        assert sorted(_numbers(batch)) == sorted(n for part in parts for n in _numbers(part))
+    assert {str(loader.state_dict()) for loader in [alone, *ranks]} == {str(alone.state_dict())}
+
+
+@given(
+    samples=sizes,
+    batch_size=batch_sizes,
+    world_size=world_sizes,
+    seed=seeds,
+    stop=st.integers(0, 9),
+    data=st.data(),
+)
+def test_resuming_anywhere_equals_never_stopping(
+    dataset_of, samples, batch_size, world_size, seed, stop, data
+):
+    dataset = dataset_of(samples)
+
+    def loader() -> LatentLoader:
+        return LatentLoader(
+            dataset,
+            batch_size=batch_size,
+            seed=seed,
+            dropout=0.4,
+            negative=_negative(dataset),
+            rank=data_rank,
+            world_size=world_size,
+        )
+
+    data_rank = data.draw(st.integers(0, world_size - 1))
+    whole = list(islice(loader(), stop + 4))
+    first = loader()
+    list(islice(first, stop))
+    second = loader()
+    list(islice(second, 2))  # also a loader that has moved must go where the state says
+    second.load_state_dict(first.state_dict())
+    assert all(_equal(a, b) for a, b in zip(whole[stop:], islice(second, 4), strict=True))
+
+
+def test_an_iterator_under_way_follows_a_loaded_position(dataset_of):
+    loader = LatentLoader(dataset_of(7), batch_size=2, seed=0)
+    batches = iter(loader)
+    start = loader.state_dict()
+    first = next(batches)
+    loader.load_state_dict(start)
+    assert _equal(next(batches), first)
+
+
+@given(samples=sizes, seed=seeds, cut=st.integers(1, 4))
+def test_the_number_of_ranks_may_change_on_resume(dataset_of, samples, seed, cut):
+    dataset = dataset_of(samples)
+    whole = _stream(LatentLoader(dataset, batch_size=2, seed=seed), 2 * cut + 4)
+    loader = LatentLoader(dataset, batch_size=2, seed=seed, rank=1, world_size=2)
+    list(islice(loader, cut))
+    alone = LatentLoader(dataset, batch_size=4, seed=seed)
+    alone.load_state_dict(loader.state_dict())
+    assert _stream(alone, 2) == whole[4 * cut :]
+
+
+@pytest.mark.parametrize(
+    ("samples", "seed", "shuffle", "word"),
+    [(8, 0, True, "7 and is 8"), (7, 1, True, "seed was 0"), (7, 0, False, "shuffle was True")],
+)
+def test_a_position_of_another_order_is_refused(dataset_of, samples, seed, shuffle, word):
+    state = LatentLoader(dataset_of(7), batch_size=2, seed=0).state_dict()
+    loader = LatentLoader(dataset_of(samples, shuffle), batch_size=2, seed=seed)
+    with pytest.raises(DataError, match=word):
+        loader.load_state_dict(state)
+
+
+# -- dropout ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_rate(dataset_of, rate):
+    dataset = dataset_of(23)
+    negative = _negative(dataset)
+    loader = LatentLoader(dataset, batch_size=230, seed=3, dropout=rate, negative=negative)
+    dropped = [d for batch in islice(loader, 20) for d in _dropped(batch, negative)]
+    deviation = (rate * (1 - rate) / len(dropped)) ** 0.5
+    assert abs(sum(dropped) / len(dropped) - rate) < 4 * deviation
+
+
+@pytest.mark.parametrize(("rate", "share"), [(0.0, 0.0), (1.0, 1.0)])
+def test_dropout_never_and_always(dataset_of, rate, share):
+    dataset = dataset_of(23)
+    negative = _negative(dataset)
+    loader = LatentLoader(dataset, batch_size=100, seed=3, dropout=rate, negative=negative)
+    dropped = [d for batch in islice(loader, 5) for d in _dropped(batch, negative)]
+    assert sum(dropped) / len(dropped) == share
+
+
+@given(samples=sizes, batch_size=batch_sizes, world_size=world_sizes, seed=seeds)
+def test_dropout_knows_only_seed_epoch_and_sample(
+    dataset_of, samples, batch_size, world_size, seed
+):
+    dataset = dataset_of(samples)
+    negative = _negative(dataset)
+
+    def decisions(batch_size: int, world_size: int, batches: int) -> dict[tuple[int, int], bool]:
+        # The loader alone knows the epoch; here it is told by how often the sample was seen.
+        found: dict[tuple[int, int], bool] = {}
+        for rank in range(world_size):
+            loader = LatentLoader(
+                dataset,
+                batch_size=batch_size,
+                seed=seed,
+                dropout=0.5,
+                negative=negative,
+                rank=rank,
+                world_size=world_size,
+            )
+            for number, batch in enumerate(islice(loader, batches)):
+                first = number * batch_size * world_size + rank
+                rows = zip(_numbers(batch), _dropped(batch, negative), strict=True)
+                for row, (sample, dropped) in enumerate(rows):
+                    epoch = (first + row * world_size) // samples
+                    found[epoch, sample] = dropped
+        return found
+
+    one = decisions(1, 1, 2 * samples)
+    cut = decisions(batch_size, world_size, -(-2 * samples // (batch_size * world_size)))
+    assert one == {key: value for key, value in cut.items() if key[0] < 2}
+
+
+def test_other_samples_are_dropped_in_another_epoch(dataset_of):
+    dataset = dataset_of(23, shuffle=False)
+    negative = _negative(dataset)
+    loader = LatentLoader(dataset, batch_size=23, seed=0, dropout=0.5, negative=negative)
+    first, second = (_dropped(batch, negative) for batch in islice(loader, 2))
+    assert first != second
+    assert len(set(first)) == 2
+
+
+def test_dropout_leaves_latents_ids_and_the_data_set_alone(dataset_of):
+    dataset = dataset_of(9)
+    before = dataset.read(torch.arange(9))
+    plain = LatentLoader(dataset, batch_size=9, seed=0)
+    dropping = LatentLoader(dataset, batch_size=9, seed=0, dropout=1.0, negative=_negative(dataset))
+    a, b = next(iter(plain)), next(iter(dropping))
+    assert a.ids == b.ids
+    assert torch.equal(a.latents, b.latents)
+    assert _equal(before, dataset.read(torch.arange(9)))
+
+
+def test_dropout_without_a_fitting_negative_is_refused(dataset_of):
+    dataset = dataset_of(5)
+    with pytest.raises(ConditioningError, match="negative_prompt"):
+        LatentLoader(dataset, batch_size=2, seed=0, dropout=0.1)
+    wrong = Condition({"text": torch.zeros(1, 3, 9)})
+    with pytest.raises(ConditioningError, match=r"\(1, 3, 9\).*\(1, 3, 4\)"):
+        LatentLoader(dataset, batch_size=2, seed=0, dropout=0.1, negative=wrong)

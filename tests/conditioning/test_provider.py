@@ -1,0 +1,137 @@
+"""Where the negative condition comes from, and what the cache may be trusted with."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+
+import pytest
+import torch
+from distill_conditioning import CachedConditioning, ConditioningConfig, DataConfig, LatentDataset
+from distill_protocols.errors import ConditioningError
+
+
+def _text(condition) -> torch.Tensor:
+    return condition.tensors["text"]
+
+
+@pytest.fixture
+def provide(tmp_path, encoder, make_folder):
+    """``provide(stored=..., prompt=...)``: a provider over a data set with that negative prompt."""
+
+    def build(stored: str | None = None, prompt: str | None = None, by=encoder, cache=None):
+        folder = tmp_path / f"data {stored}"
+        if not folder.exists():
+            make_folder(folder, 3, negative=stored)
+        return CachedConditioning(
+            ConditioningConfig(negative_prompt=prompt, cache=cache),
+            encoder=by,
+            dataset=LatentDataset(DataConfig(path=str(folder))),
+            output_dir=tmp_path / "run",
+        )
+
+    return build
+
+
+@pytest.mark.parametrize("prompt", [None, "ugly"])
+def test_constants_come_first_and_the_encoder_is_left_alone(provide, encoder, prompt):
+    expected = _text(encoder.encode_neg_condition("ugly"))
+    encoder.calls.clear()
+    provider = provide(stored="ugly", prompt=prompt)
+    assert torch.equal(_text(provider.negative()), expected)
+    assert encoder.calls == []
+
+
+def test_another_prompt_than_the_constants_is_encoded_once(provide, encoder):
+    provider = provide(stored="ugly", prompt="blurred")
+    expected = _text(encoder.encode_neg_condition("blurred"))
+    encoder.calls.clear()
+    for _ in range(3):
+        assert torch.equal(_text(provider.negative()), expected)
+    assert encoder.calls == ["blurred"]
+
+
+def test_the_empty_prompt_is_a_prompt(provide, encoder):
+    assert len(provide(prompt="").negative()) == 1
+    assert encoder.calls == [""]
+
+
+def test_no_negative_is_refused_with_both_ways_out(provide, encoder):
+    with pytest.raises(ConditioningError, match=r"negative_prompt.*preprocess"):
+        provide().negative()
+    assert encoder.calls == []
+
+
+def test_a_data_set_of_another_encoder_is_refused_with_both(provide, make_encoder):
+    with pytest.raises(ConditioningError, match=r"encoder-a.*encoder-b"):
+        provide(stored="", by=make_encoder("encoder-b"))
+
+
+def test_an_unknown_encoder_is_taken_at_the_data_sets_word(provide, make_encoder):
+    assert len(provide(stored="", by=make_encoder(None)).negative()) == 1
+
+
+def test_the_cache_survives_the_run(provide, encoder, make_encoder):
+    first = provide(prompt="ugly")
+    negative, prompts = first.negative(), first.encode(["a", "b", "a"])
+    assert encoder.calls == ["ugly", "a", "b"]
+    later = make_encoder()
+    second = provide(prompt="ugly", by=later)
+    assert torch.equal(_text(second.negative()), _text(negative))
+    assert torch.equal(_text(second.encode(["a", "b", "a"])), _text(prompts))
+    assert later.calls == []
+    assert torch.equal(_text(prompts)[0], _text(prompts)[2])
+
+
+def test_a_prompt_and_its_negative_are_not_mixed_up(provide):
+    provider = provide(prompt="same")
+    assert not torch.equal(_text(provider.negative()), _text(provider.encode(["same"])))
+
+
+def test_another_encoder_finds_nothing_in_the_cache(provide, make_encoder, tmp_path):
+    def build(encoder):
+        return CachedConditioning(ConditioningConfig(), encoder=encoder, output_dir=tmp_path)
+
+    build(make_encoder("one")).encode(["a"])
+    other = make_encoder("two")
+    build(other).encode(["a"])
+    assert other.calls == ["a"]
+
+
+def test_without_a_fingerprint_nothing_is_kept_on_disk(make_encoder, tmp_path):
+    nameless = make_encoder(None)
+    provider = CachedConditioning(ConditioningConfig(), encoder=nameless, output_dir=tmp_path)
+    provider.encode(["a"])
+    provider.encode(["a"])
+    assert nameless.calls == ["a"]
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_the_cache_is_where_the_config_says(provide, tmp_path):
+    provide(cache=str(tmp_path / "elsewhere")).encode(["a", "b"])
+    assert len(list((tmp_path / "elsewhere").glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("damage", ["other prompt", "flipped", "truncated", "pickle"])
+def test_a_cache_file_that_lies_is_encoded_again_with_a_word(
+    provide, make_encoder, tmp_path, caplog, damage
+):
+    good = _text(provide().encode(["a"]))
+    folder = tmp_path / "run" / "cache"
+    [file] = folder.glob("*.safetensors")
+    content = file.read_bytes()
+    if damage == "other prompt":
+        provide().encode(["b"])
+        [other] = set(folder.glob("*.safetensors")) - {file}
+        file.write_bytes(other.read_bytes())
+    else:
+        flipped = content[:-1] + bytes([content[-1] ^ 64])
+        file.write_bytes(
+            {"flipped": flipped, "truncated": content[:-5], "pickle": pickle.dumps(content)}[damage]
+        )
+    later = make_encoder()
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(_text(provide(by=later).encode(["a"])), good)
+    assert later.calls == ["a"]
+    assert file.name in caplog.text
+    assert file.read_bytes() == content

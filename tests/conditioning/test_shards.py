@@ -1,0 +1,226 @@
+"""What is written is what is read, and a damaged data set is refused with the file's name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from distill_conditioning import DataConfig, LatentDataset, ShardWriter, dataset_facts
+from distill_protocols import Condition, DataError
+from distill_protocols.errors import ConditioningError
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+
+def _open(folder: Path, verify: str = "index", **model) -> LatentDataset:
+    return LatentDataset(DataConfig(path=str(folder), verify=verify), **model)
+
+
+def _some(count: int, seed: int = 0) -> tuple[list[str], list[str], torch.Tensor, Condition]:
+    generator = torch.Generator().manual_seed(seed)
+    captions = [f"caption {i // 2}" for i in range(count)]
+    text = torch.randn(count, 3, 4, generator=generator)[[i // 2 * 2 for i in range(count)]]
+    latents = torch.randn(count, 2, 3, 4, 5, generator=generator)
+    return [f"id {i}" for i in range(count)], captions, latents, Condition({"text": text})
+
+
+@given(cuts=st.lists(st.integers(1, 4), min_size=1, max_size=5), shard_bytes=st.integers(1, 3000))
+def test_round_trip_however_it_is_cut(tmp_path_factory, cuts, shard_bytes):
+    folder = tmp_path_factory.mktemp("cut")
+    ids, captions, latents, condition = _some(sum(cuts))
+    with ShardWriter(folder, encoder="e", shard_bytes=shard_bytes, latent_dtype="float32") as w:
+        start = 0
+        for cut in cuts:
+            rows = slice(start, start + cut)
+            # A buffer that is used again must not change what was added.
+            buffer = latents[rows].clone()
+            w.add(ids[rows], captions[rows], buffer, condition[rows])
+            buffer.zero_()
+            start += cut
+    dataset = _open(folder, verify="full")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(1))
+    batch = dataset.read(order)
+    assert torch.equal(batch.latents, latents[order])
+    assert torch.equal(batch.cond.tensors["text"], condition.tensors["text"][order])
+    assert batch.ids == tuple(ids[i] for i in order)
+    assert [dataset.caption(i) for i in order.tolist()] == [captions[i] for i in order]
+
+
+def test_latents_are_stored_in_half_and_given_in_full_precision(tmp_path):
+    ids, captions, latents, condition = _some(3)
+    with ShardWriter(tmp_path, encoder=None) as writer:
+        writer.add(ids, captions, latents, condition)
+    batch = _open(tmp_path).read(torch.tensor([2, 0]))
+    assert batch.latents.dtype == torch.float32
+    assert torch.equal(batch.latents, latents[[2, 0]].half().float())
+
+
+def test_a_caption_is_stored_once_a_shard_and_equal_data_gives_equal_bytes(tmp_path, make_folder):
+    a, b = make_folder(tmp_path / "a", 12), make_folder(tmp_path / "b", 12)
+    assert (a / "index.json").read_text() == (b / "index.json").read_text()
+    whole = make_folder(tmp_path / "whole", 12, shard_bytes=10**6)
+    with safe_open(whole / "shard-00000.safetensors", framework="pt") as file:
+        assert file.get_slice("conditions.text").get_shape()[0] == 3
+
+
+def test_facts_need_no_tensor(tmp_path, make_folder):
+    facts = dataset_facts(make_folder(tmp_path, 10, negative="ugly"))
+    assert not facts.faults
+    assert (facts.samples, facts.latent_shape) == (10, (2, 1, 2, 2))
+    assert (facts.negative_prompt, facts.has_negative) == ("ugly", True)
+    assert facts.shards == len(list(tmp_path.glob("shard-*")))
+
+
+def test_a_data_set_without_constants_has_no_negative(tmp_path, make_folder):
+    folder = make_folder(tmp_path, 3, negative=None)
+    assert _open(folder).negative() is None
+    assert not dataset_facts(folder).has_negative
+
+
+@pytest.mark.parametrize("name", ["no-such", "empty"])
+def test_no_data_set(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=name):
+        _open(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"version": 2}, "version"),
+        ({"format": "webdataset"}, "webdataset"),
+        ({"samples": 11}, "11"),
+        ({"latent_shape": None}, "index.json"),
+        ({"shards": [{"file": "x"}]}, "index.json"),
+    ],
+)
+def test_a_wrong_index_is_refused(tmp_path, make_folder, change, word):
+    path = make_folder(tmp_path, 10) / "index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(DataError, match=word):
+        _open(tmp_path)
+
+
+def test_every_missing_and_truncated_shard_is_named_at_once(tmp_path, make_folder):
+    make_folder(tmp_path, 10)
+    first, second = sorted(tmp_path.glob("shard-*"))[:2]
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-7])
+    with pytest.raises(DataError) as caught:
+        _open(tmp_path)
+    assert first.name in str(caught.value)
+    assert second.name in str(caught.value)
+    assert "truncated" in str(caught.value)
+
+
+def test_a_flipped_byte_is_found_by_full_verification(tmp_path, make_folder):
+    shard = sorted(make_folder(tmp_path, 10).glob("shard-*"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    _open(tmp_path)
+    with pytest.raises(DataError, match=shard.name):
+        _open(tmp_path, verify="full")
+
+
+@pytest.mark.parametrize("kind", ["pickle", "header", "zeros"])
+def test_a_file_that_is_no_safetensors_is_refused_though_its_size_is_right(
+    tmp_path, make_folder, kind
+):
+    shard = make_folder(tmp_path, 4, shard_bytes=10**6) / "shard-00000.safetensors"
+    size = shard.stat().st_size
+    damaged = {
+        "pickle": pickle.dumps({"latents": [1.0]}),
+        "header": shard.read_bytes()[:20] + b"{{" + shard.read_bytes()[22:],
+        "zeros": b"",
+    }[kind]
+    shard.write_bytes(damaged.ljust(size, b"\0")[:size])
+    with pytest.raises(DataError, match=shard.name):
+        _open(tmp_path).read(torch.tensor([0]))
+
+
+def test_a_shard_of_another_data_set_is_refused(tmp_path, make_folder):
+    folder = make_folder(tmp_path / "a", 4, shard_bytes=10**6)
+    ids, captions, latents, condition = _some(4)
+    with ShardWriter(tmp_path / "b", encoder=None) as writer:
+        writer.add(ids, captions, latents, condition)
+    shard = folder / "shard-00000.safetensors"
+    shard.write_bytes((tmp_path / "b" / shard.name).read_bytes())
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][0]["bytes"] = shard.stat().st_size
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"shard-00000.*\(2, 3, 4, 5\)"):
+        _open(folder).read(torch.tensor([0]))
+
+
+def test_other_shapes_than_the_models_are_named_both(tmp_path, make_folder):
+    make_folder(tmp_path, 4)
+    with pytest.raises(DataError, match=r"\[2, 1, 2, 2\].*\[16, 21, 60, 104\]"):
+        _open(tmp_path, latent_shape=(16, 21, 60, 104))
+    with pytest.raises(DataError, match=r"\[3, 4\].*4096"):
+        _open(tmp_path, text_width=4096)
+    _open(tmp_path, latent_shape=(2, 1, 2, 2), text_width=4)
+
+
+def test_an_interrupted_writer_leaves_no_data_set_and_says_so_next_time(tmp_path):
+    ids, captions, latents, condition = _some(4)
+
+    def interrupted() -> None:
+        with ShardWriter(tmp_path, encoder=None, shard_bytes=1) as writer:
+            writer.add(ids, captions, latents, condition)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not (tmp_path / "index.json").exists()
+    assert "interrupted" in dataset_facts(tmp_path).faults[0]
+    with pytest.raises(DataError, match="interrupted"):
+        ShardWriter(tmp_path, encoder=None)
+
+
+def test_a_shard_that_cannot_be_written_leaves_no_part(tmp_path, monkeypatch):
+    ids, captions, latents, condition = _some(4)
+
+    def full_disk(tensors, part, metadata):
+        Path(part).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("distill_conditioning.tensor_file.save_file", full_disk)
+    writer = ShardWriter(tmp_path, encoder=None, shard_bytes=1)
+    with pytest.raises(OSError, match="No space"):
+        writer.add(ids, captions, latents, condition)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writer_refuses_a_folder_that_holds_a_data_set(tmp_path, make_folder):
+    make_folder(tmp_path, 4)
+    with pytest.raises(DataError, match="already"):
+        ShardWriter(tmp_path, encoder=None)
+
+
+def test_a_writer_refuses_what_cannot_be_batched_or_trained_on(tmp_path):
+    ids, captions, latents, condition = _some(4)
+    writer = ShardWriter(tmp_path, encoder=None)
+    writer.add(ids, captions, latents, condition)
+    with pytest.raises(DataError, match=r"id 0.*\[2, 2, 4, 5\]"):
+        writer.add(ids, captions, latents[:, :, :2], condition)
+    with pytest.raises(DataError, match="3 ids"):
+        writer.add(ids[:3], captions, latents, condition)
+    latents[2, 0, 0, 0, 0] = 70_000  # inf in float16
+    with pytest.raises(DataError, match=r"id 2.*float16"):
+        writer.add(ids, captions, latents, condition)
+    with pytest.raises(DataError, match="at least one"), ShardWriter(tmp_path, encoder=None):
+        pass
+
+
+def test_constants_that_do_not_fit_the_samples_are_refused(tmp_path):
+    ids, captions, latents, condition = _some(2)
+    with ShardWriter(tmp_path, encoder=None) as writer:
+        writer.add(ids, captions, latents, condition)
+        writer.set_negative("", Condition({"text": torch.zeros(1, 9, 4)}))
+    with pytest.raises(ConditioningError, match=r"constants.*9"):
+        _open(tmp_path).negative()

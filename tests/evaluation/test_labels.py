@@ -1,0 +1,45 @@
+"""What a prompt asks the judge."""
+
+import pytest
+from distill_evaluation import PromptLabelError, label_prompts, labels_of
+
+ATTRIBUTES = {"digit": ("zero", "one", "seven"), "direction": ("left", "up")}
+
+
+def test_classes_are_found_as_words_whatever_the_case() -> None:
+    assert labels_of("The digit Seven, moving up!", ATTRIBUTES) == {"digit": 2, "direction": 1}
+
+
+def test_a_class_inside_a_longer_word_does_not_count() -> None:
+    assert labels_of("one of seventeen goes left, upwards never", ATTRIBUTES) == {
+        "digit": 1,
+        "direction": 0,
+    }
+
+
+def test_a_repeated_word_is_not_ambiguous() -> None:
+    assert labels_of("zero zero left", ATTRIBUTES)["digit"] == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"), [("moving up", ()), ("a one and a seven moving up", ("one", "seven"))]
+)
+def test_none_or_two_is_an_error_that_shows_the_way_out(
+    prompt: str, found: tuple[str, ...]
+) -> None:
+    with pytest.raises(PromptLabelError) as caught:
+        labels_of(prompt, ATTRIBUTES)
+    assert (caught.value.prompt, caught.value.attribute, caught.value.found) == (
+        prompt,
+        "digit",
+        found,
+    )
+    for part in (repr(prompt), "zero, one, seven", "Reword the prompt"):
+        assert part in str(caught.value)
+
+
+def test_many_prompts_give_one_list_per_attribute() -> None:
+    assert label_prompts(["one up", "zero left"], ATTRIBUTES) == {
+        "digit": [1, 0],
+        "direction": [1, 0],
+    }

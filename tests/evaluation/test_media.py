@@ -1,0 +1,96 @@
+"""Clips and sheets come back as what was written."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from distill_evaluation import SheetRow, write_contact_sheet, write_mp4
+from distill_evaluation.files import replacing
+from PIL import Image
+
+
+def moving_square(frames: int = 9, side: int = 32) -> torch.Tensor:
+    clip = torch.zeros(3, frames, side, side)
+    for frame in range(frames):
+        clip[:, frame, 8:20, frame : frame + 12] = 1
+    return clip
+
+
+def read(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_mp4_keeps_every_frame_and_enlarges_by_whole_pixels(tmp_path: Path) -> None:
+    clip = moving_square()
+    write_mp4(clip, tmp_path / "deep" / "clip.mp4", smallest_side=100)
+    frames = read(tmp_path / "deep" / "clip.mp4")
+    assert frames.shape == (9, 128, 128, 3)
+    expected = (clip.permute(1, 2, 3, 0).numpy() * 255).repeat(4, 1).repeat(4, 2)
+    assert np.abs(frames.astype(float) - expected).mean() < 6
+
+
+def test_odd_sizes_are_padded_to_even(tmp_path: Path) -> None:
+    write_mp4(torch.rand(3, 2, 5, 7), tmp_path / "odd.mp4", smallest_side=1)
+    assert read(tmp_path / "odd.mp4").shape == (2, 6, 8, 3)
+
+
+def test_the_files_rate_is_the_one_asked_for(tmp_path: Path) -> None:
+    write_mp4(moving_square(), tmp_path / "slow.mp4", fps=4)
+    with av.open(str(tmp_path / "slow.mp4")) as container:
+        assert container.streams.video[0].average_rate == 4
+
+
+def test_a_batch_is_no_clip(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\[3, T, H, W\]"):
+        write_mp4(torch.zeros(1, 3, 2, 8, 8), tmp_path / "x.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sheet_has_a_column_a_prompt_and_a_row_a_model(tmp_path: Path) -> None:
+    clips = torch.stack([moving_square(), torch.zeros(3, 9, 32, 32)])
+    rows = [SheetRow("teacher\n32 steps", clips), SheetRow("student", clips)]
+    write_contact_sheet(rows, ["a square", "nothing"], tmp_path / "sheet.png")
+    write_contact_sheet(rows[:1], ["a square", "nothing"], tmp_path / "one_row.png")
+    write_contact_sheet(
+        [SheetRow("teacher\n32 steps", clips[:1])], ["a square"], tmp_path / "one_cell.png"
+    )
+    full, one_row, one_cell = (
+        Image.open(tmp_path / f"{name}.png").size for name in ("sheet", "one_row", "one_cell")
+    )
+    assert full[1] - one_row[1] == 96 + 12
+    assert one_row[0] - one_cell[0] == 3 * 96 + 2 * 2 + 12
+
+
+def test_sheet_shows_the_pixels(tmp_path: Path) -> None:
+    red = torch.zeros(1, 3, 9, 32, 32)
+    red[:, 0] = 1
+    write_contact_sheet([SheetRow("red", red)], ["red"], tmp_path / "red.png")
+    pixels = np.asarray(Image.open(tmp_path / "red.png"))
+    assert (pixels == (255, 0, 0)).all(-1).sum() == 3 * 96 * 96
+
+
+def test_a_row_needs_one_clip_per_prompt(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one clip per prompt"):
+        write_contact_sheet(
+            [SheetRow("short", torch.zeros(1, 3, 9, 32, 32))], ["a", "b"], tmp_path / "x.png"
+        )
+    with pytest.raises(ValueError, match="nothing to draw"):
+        write_contact_sheet([], ["a"], tmp_path / "x.png")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+
+    def fail() -> None:
+        with replacing(target) as staging:
+            staging.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+    assert target.read_text() == "old"

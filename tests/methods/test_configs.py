@@ -1,0 +1,81 @@
+"""Every rule of every option: what is refused and what the message says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from distill_methods import DMD2Config, FinetuneConfig, TeacherOnlyConfig, TimeSampling
+from distill_methods.plugins import dmd2, finetune, teacher_only
+from distill_protocols import SamplerSpec, load_plugin
+
+FAULTS = [
+    (DMD2Config, {"generator_update_interval": 0}, "0 must be at least 1.*never be updated"),
+    (DMD2Config, {"generator_update_interval": 1}, "the critic no iteration.*every_step"),
+    (DMD2Config, {"critic_update": "never"}, "'alternate', 'every_step'.*got 'never'"),
+    (DMD2Config, {"real_score_guidance_scale": -1.0}, "-1.0 must be at least 0.*away from"),
+    (DMD2Config, {"real_score_guidance_scale": float("inf")}, "inf must be .* finite"),
+    (DMD2Config, {"rollout": "replay"}, "'simulate', 'data'.*got 'replay'"),
+    (DMD2Config, {"student_sampler": SamplerSpec(steps=4, guidance=3.0)}, "guidance 3.0 must be 1"),
+    (DMD2Config, {"score_shift": 0.0}, "0.0 must be above 0"),
+    (DMD2Config, {"score_t_min": -1.0}, r"-1.0 must be within \[0, 1000\]"),
+    (DMD2Config, {"score_t_max": 1001.0}, r"1001.0 must be within \[0, 1000\]"),
+    (DMD2Config, {"score_t_max": float("nan")}, r"nan must be within \[0, 1000\]"),
+    (DMD2Config, {"score_t_min": 980.0}, r"980.0 must be above score_t_min \(980.0\)"),
+    (TeacherOnlyConfig, {"guidance_scale": -0.5}, "-0.5 must be at least 0.*away from"),
+    (FinetuneConfig, {"weighting": "min_snr"}, "'none', 'bsmntw'.*got 'min_snr'"),
+    (TimeSampling, {"distribution": "beta"}, "'uniform', 'logit_normal'.*got 'beta'"),
+    (TimeSampling, {"std": 0.0, "distribution": "logit_normal"}, "0.0 must be above 0"),
+    (TimeSampling, {"mean": 50.0, "distribution": "logit_normal"}, "50.0 must be within"),
+    (TimeSampling, {"mean": 1.0}, "1.0 has no effect.*Set distribution: logit_normal"),
+    (TimeSampling, {"std": 0.5}, "0.5 has no effect.*Set distribution: logit_normal"),
+    (TimeSampling, {"shift": -3.0}, "-3.0 must be above 0"),
+    (TimeSampling, {"t_min": -5.0}, r"-5.0 must be within \[0, 1000\]"),
+    (TimeSampling, {"t_max": 2000.0}, r"2000.0 must be within \[0, 1000\]"),
+    (TimeSampling, {"t_min": 500.0, "t_max": 400.0}, r"400.0 must be above t_min \(500.0\)"),
+]
+
+
+@pytest.mark.parametrize(("config", "options", "message"), FAULTS)
+def test_a_wrong_option_says_why(config: type, options: dict, message: str):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        config(**options)
+
+
+@pytest.mark.parametrize(("interval", "cadence", "student", "critic"), [
+    (5, "alternate", 4, 16), (5, "every_step", 4, 20), (1, "every_step", 20, 20),
+    (2, "alternate", 10, 10), (30, "alternate", 0, 20),
+])  # fmt: skip
+def test_turns_of_twenty_iterations(interval: int, cadence: str, student: int, critic: int):
+    config = DMD2Config(generator_update_interval=interval, critic_update=cadence)
+    turns = [config.turns(i) for i in range(1, 21)]
+    assert sum("student" in turn for turn in turns) == student
+    assert sum("critic" in turn for turn in turns) == critic
+    first = next((i for i, turn in enumerate(turns, 1) if "student" in turn), None)
+    assert first == (interval if student else None)
+
+
+def test_plugins_state_roles_capabilities_and_guidance():
+    guided, plain = DMD2Config(), DMD2Config(real_score_guidance_scale=1.0)
+    assert [r.name for r in dmd2.roles(guided)] == ["student", "teacher", "critic"]
+    assert [r.trainable for r in dmd2.roles(guided)] == [True, False, True]
+    assert dmd2.needs_negative(guided)
+    assert not dmd2.needs_negative(plain)
+    assert "supports_cfg" in dmd2.capabilities(guided)
+    assert "supports_cfg" not in dmd2.capabilities(plain)
+    assert [r.name for r in teacher_only.roles(TeacherOnlyConfig())] == ["student", "teacher"]
+    assert [r.name for r in finetune.roles(FinetuneConfig())] == ["student"]
+    unguided = FinetuneConfig(student_sampler=SamplerSpec(steps=4))
+    assert not finetune.needs_negative(unguided)
+    assert finetune.needs_negative(FinetuneConfig())
+
+
+@pytest.mark.parametrize("plugin", [dmd2, teacher_only, finetune], ids=lambda p: p.name)
+def test_plugins_are_found_by_name(plugin):
+    assert load_plugin("distill.methods", plugin.name) is plugin
+
+
+def test_plugins_and_configs_import_no_torch():
+    code = "import distill_methods.plugins, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,397 @@
+"""DMD2's schedule, gradients, rollouts and refusals, on a small model behind the contract."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import attrs
+import pytest
+import torch
+from distill_methods import DMD2Config, DMD2Method, TimeSampling
+from distill_methods.dmd2.rollout import from_data, simulate
+from distill_protocols import (
+    CapabilityError,
+    ConditioningError,
+    RandomStreams,
+    RoleError,
+    SamplerSpec,
+)
+from toy_adapter import (
+    ABLE,
+    LATENT_SHAPE,
+    ToyAdapter,
+    ToyConditioning,
+    gradients,
+    rows,
+    toy_batch,
+    toy_bundle,
+)
+
+TWO_STEPS = SamplerSpec(steps=2, shift=3.0, stochastic=True)
+CADENCES = [(c, r) for c in ("alternate", "every_step") for r in ("simulate", "data")]
+
+
+def build(*, seed: int = 0, lr: float = 1e-2, bundle=None, has_negative=True, able=ABLE, **options):
+    bundle = bundle or toy_bundle(lr=lr, student=1, teacher=2, critic=3)
+    config = DMD2Config(**{"student_sampler": TWO_STEPS} | options)
+    return DMD2Method(
+        bundle,
+        ToyAdapter(bundle, capabilities=able),
+        config,
+        conditioning=ToyConditioning(has_negative),
+        streams=RandomStreams(seed),
+    )
+
+
+def one_iteration(method: DMD2Method, batch, iteration: int) -> tuple[str, ...]:
+    method.single_train_step(batch, iteration).loss_map["total_loss"].backward()
+    stepped = method.optimizers_schedulers_step(iteration)
+    method.optimizers_zero_grad(iteration)
+    return stepped
+
+
+def weights(method: DMD2Method, role: str) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in method.bundle[role].modules["transformer"].parameters()]
+
+
+# -- gradients and losses ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cadence", "rollout"), CADENCES)
+def test_gradients_reach_only_the_roles_of_the_turn(cadence: str, rollout: str):
+    method = build(critic_update=cadence, rollout=rollout, generator_update_interval=3)
+    for iteration in range(1, 7):
+        method.single_train_step(toy_batch(2), iteration).loss_map["total_loss"].backward()
+        reached = {name for name, found in gradients(method.bundle).items() if found}
+        student = iteration % 3 == 0
+        expected = {"student"} if student else {"critic"}
+        assert reached == (expected | {"critic"} if cadence == "every_step" else expected)
+        assert all(
+            p.requires_grad for p in method.bundle["critic"].modules["transformer"].parameters()
+        )
+        method.optimizers_zero_grad(iteration)
+
+
+@pytest.mark.parametrize("rollout", ["simulate", "data"])
+def test_two_losses_in_one_backward_do_not_mix(rollout: str):
+    """A joint turn gives each role just the gradient of its own loss."""
+    options = {"rollout": rollout, "generator_update_interval": 1, "critic_update": "every_step"}
+    joint = build(**options)
+    joint.single_train_step(toy_batch(2), 1).loss_map["total_loss"].backward()
+    found = gradients(joint.bundle)
+    for role, loss in (("student", "dmd_loss"), ("critic", "critic_loss")):
+        alone = build(**options)
+        alone.single_train_step(toy_batch(2), 1).loss_map[loss].backward()
+        expected = gradients(alone.bundle)
+        assert [name for name, values in expected.items() if values] == [role]
+        for ours, theirs in zip(found[role], expected[role], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_a_critic_equal_to_the_teacher_gives_the_student_no_gradient():
+    bundle = toy_bundle(student=1, teacher=2, critic=2)
+    method = build(bundle=bundle, real_score_guidance_scale=1.0, generator_update_interval=2)
+    result = method.single_train_step(toy_batch(3), 2)
+    result.loss_map["total_loss"].backward()
+    assert result.outputs["dmd_gradient_rms"] == 0
+    assert gradients(bundle)["student"]
+    assert all(g.abs().max() == 0 for g in gradients(bundle)["student"])
+
+
+def test_the_student_turn_against_an_independent_formula():
+    """Everything by hand from the recorded draws: rollout, noise, guidance, normaliser, loss."""
+    method = build(generator_update_interval=2, real_score_guidance_scale=3.0, rollout="data")
+    batch = toy_batch(2)
+    result = method.single_train_step(batch, 2)
+    result.loss_map["dmd_loss"].backward()
+    got = gradients(method.bundle)["student"]
+
+    streams, nets = RandomStreams(0), {
+        name: role.modules["transformer"] for name, role in method.bundle.roles.items()
+    }  # fmt: skip
+    shape, text = (2, *LATENT_SHAPE), batch.cond.tensors["text"]
+    over = lambda value: value.view(-1, 1, 1, 1, 1)  # noqa: E731
+    t_k = torch.tensor([1000.0, 750.0])[
+        torch.randint(2, (2,), generator=streams.get("dmd2.student.data_step"))
+    ]  # S_3(1), S_3(.5)
+    eps = torch.randn(shape, generator=streams.get("dmd2.student.data_noise"))
+    clean = (batch.latents - 0.5) / 2.0
+    x_in = over(1 - t_k / 1000) * clean + over(t_k / 1000) * eps
+    nets["student"].zero_grad()
+    x = x_in - over(t_k / 1000) * nets["student"](x_in, t_k, text)
+    u = torch.rand(2, generator=streams.get("dmd2.student.t"))
+    t = (1000 * 5 * u / (1 + 4 * u)).clamp(20, 980)
+    noise = torch.randn(shape, generator=streams.get("dmd2.student.noise"))
+    s = over(t / 1000)
+    x_t = ((1 - s) * x + s * noise).detach()
+    negative = torch.full_like(text, -0.5)
+    c, n = (nets["teacher"](x_t, t, y) for y in (text, negative))
+    real = x_t - s * (n + 3.0 * (c - n))
+    fake = x_t - s * nets["critic"](x_t, t, text)
+    g = (fake - real) / (x - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    x.backward((g / g.numel()).detach())
+    expected = [p.grad for p in nets["student"].parameters()]
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(result.loss_map["dmd_loss"], 0.5 * g.square().mean())
+
+
+@pytest.mark.parametrize("exit_step", [0, 1])
+def test_the_critic_turn_against_an_independent_formula(exit_step: int):
+    """Backward simulation by hand, then flow matching of the critic on the student's clip."""
+    seed = next(
+        seed
+        for seed in itertools.count()
+        if torch.randint(
+            2, (), generator=RandomStreams(seed).get("dmd2.critic.exit_step", shared=True)
+        )
+        == exit_step
+    )
+    method = build(seed=seed, critic_time=TimeSampling(shift=2.0, t_min=50, t_max=900))
+    batch = toy_batch(2)
+    result = method.single_train_step(batch, 1)
+    assert result.outputs["exit_step"] == exit_step
+
+    streams = RandomStreams(seed)
+    student, critic = (method.bundle[n].modules["transformer"] for n in ("student", "critic"))
+    shape, text = (2, *LATENT_SHAPE), batch.cond.tensors["text"]
+    x = torch.randn(shape, generator=streams.get("dmd2.critic.rollout.0"))
+    x = x - student(x, torch.full((2,), 1000.0), text)
+    if exit_step == 1:
+        eps = torch.randn(shape, generator=streams.get("dmd2.critic.rollout.1"))
+        x = 0.25 * x + 0.75 * eps  # S_3(.5) = .75
+        x = x - 0.75 * student(x, torch.full((2,), 750.0), text)
+    u = torch.rand(2, generator=streams.get("dmd2.critic.t"))
+    t = (1000 * 2 * u / (1 + u)).clamp(50, 900)
+    noise = torch.randn(shape, generator=streams.get("dmd2.critic.noise"))
+    s = (t / 1000).view(-1, 1, 1, 1, 1)
+    v = critic((1 - s) * x + s * noise, t, text)
+    expected = (v - (noise - x)).square().mean()
+    torch.testing.assert_close(result.loss_map["critic_loss"], expected, rtol=1e-5, atol=0)
+
+
+# -- calls ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize("exit_step", [0, 1, 2])
+def test_simulation_stops_at_its_exit_step_with_gradient_in_the_last_call_only(
+    stochastic: bool, exit_step: int
+):
+    bundle = toy_bundle(student=1)
+    adapter = ToyAdapter(bundle)
+    spec = SamplerSpec(steps=3, timesteps=(1000.0, 833.0, 500.0), stochastic=stochastic)
+    generator, drawn = torch.Generator().manual_seed(0), []
+
+    def draw(step: int) -> torch.Tensor:
+        drawn.append(step)
+        return torch.randn(2, *LATENT_SHAPE, generator=generator)
+
+    x0 = simulate(adapter, spec, toy_batch(2).cond, exit_step=exit_step, draw_noise=draw)
+    assert x0.requires_grad
+    assert [c.with_gradient for c in adapter.calls] == [False] * exit_step + [True]
+    assert [c.t[0] for c in adapter.calls] == [1000.0, 833.0, 500.0][: exit_step + 1]
+    assert drawn == (list(range(exit_step + 1)) if stochastic else [0])
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_a_whole_simulation_is_the_sampler_itself(stochastic: bool):
+    """Training sees what validation and export see: users.md, pain 2."""
+    bundle = toy_bundle(student=1)
+    adapter, cond = ToyAdapter(bundle), toy_batch(2).cond
+    spec = SamplerSpec(steps=4, shift=5.0, stochastic=stochastic)
+
+    def noise(generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(2, *LATENT_SHAPE, generator=generator)
+
+    generator = torch.Generator().manual_seed(7)
+    rolled = simulate(adapter, spec, cond, exit_step=3, draw_noise=lambda _: noise(generator))
+    generator = torch.Generator().manual_seed(7)
+    sampled = adapter.sample("student", spec, noise(generator), cond, generator=generator)
+    torch.testing.assert_close(rolled, sampled, rtol=1e-5, atol=1e-5)
+
+
+def test_noised_data_goes_in_at_each_samples_own_level():
+    bundle = toy_bundle(student=1)
+    adapter, batch = ToyAdapter(bundle), toy_batch(3)
+    spec = SamplerSpec(steps=3, timesteps=(1000.0, 833.0, 500.0))
+    noise = torch.randn(3, *LATENT_SHAPE, generator=torch.Generator().manual_seed(1))
+    steps = torch.tensor([2, 0, 1])
+    x0 = from_data(adapter, spec, batch.cond, latents=batch.latents, noise=noise, steps=steps)
+    assert adapter.calls[0].t == pytest.approx((500.0, 1000.0, 833.0))
+    assert x0.requires_grad
+
+
+@pytest.mark.parametrize("turn", [1, 5])
+def test_exit_steps_are_uniform_and_calls_are_no_more_than_needed(turn: int):
+    spec = SamplerSpec(steps=4, shift=5.0, stochastic=True)
+    method = build(student_sampler=spec)
+    counts: Counter[int] = Counter()
+    for _ in range(400):
+        method.adapter.calls.clear()
+        exit_step = int(method.single_train_step(toy_batch(1), turn).outputs["exit_step"])
+        calls = Counter(call.role for call in method.adapter.calls)
+        assert calls["student"] == exit_step + 1
+        assert calls["teacher"] == (1 if turn == 5 else 0)
+        assert calls["critic"] == 1
+        counts[exit_step] += 1
+    assert sorted(counts) == [0, 1, 2, 3]
+    assert all(70 <= n <= 130 for n in counts.values())  # 100 +- 3.5 sigma
+
+
+def test_exit_steps_are_shared_by_ranks_and_noise_is_not():
+    def run(rank: int) -> tuple[list[float], torch.Tensor]:
+        method = build(student_sampler=SamplerSpec(steps=8, shift=5.0, stochastic=True))
+        method.streams = RandomStreams(0, rank=rank)
+        results = [method.single_train_step(toy_batch(1), i).outputs for i in range(1, 11)]
+        return [float(r["exit_step"]) for r in results], results[-1]["student_x0"]
+
+    (steps, x0), (other_steps, other_x0) = run(0), run(1)
+    assert steps == other_steps
+    assert len(set(steps)) > 2
+    assert not torch.equal(x0, other_x0)
+
+
+def test_teacher_is_guided_and_critic_is_not_at_one_t_per_sample():
+    method = build(real_score_guidance_scale=3.5, score_t_min=100.0, score_t_max=900.0)
+    method.single_train_step(toy_batch(8), 5)
+    calls = {call.role: call for call in method.adapter.calls}
+    assert calls["teacher"].cfg == 3.5
+    assert calls["critic"].cfg is None
+    assert calls["teacher"].t == calls["critic"].t
+    assert len(set(calls["teacher"].t)) > 4
+    assert all(100 <= t <= 900 for t in calls["teacher"].t)
+    assert not calls["teacher"].with_gradient
+    assert not calls["critic"].with_gradient
+
+
+def test_the_critic_may_learn_at_a_t_of_its_own():
+    method = build(critic_time=TimeSampling(t_min=400, t_max=410))
+    method.single_train_step(toy_batch(4), 1)
+    (call,) = [c for c in method.adapter.calls if c.role == "critic"]
+    assert all(400 <= t <= 410 for t in call.t)
+
+
+def test_outputs_name_what_a_person_needs_to_judge_a_collapse():
+    outputs = build().single_train_step(toy_batch(2), 5).outputs
+    assert {n for n, v in outputs.items() if v.ndim == 5} == {
+        "student_x0",
+        "teacher_x0",
+        "critic_x0",
+    }
+    assert {n for n, v in outputs.items() if v.ndim == 0} == {
+        "student_mean", "student_std", "exit_step", "dmd_normaliser", "dmd_gradient_rms",
+        "score_distance",
+    }  # fmt: skip
+    assert not any(value.requires_grad for value in outputs.values())
+
+
+# -- batches and streams ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cadence", "rollout"), CADENCES)
+@pytest.mark.parametrize("iteration", [1, 2])
+def test_accumulation_of_four_is_one_batch_of_four(cadence: str, rollout: str, iteration: int):
+    """Micro batches draw, in order, the numbers that one batch would; k is held at one step."""
+    spec = SamplerSpec(steps=1, shift=3.0, stochastic=True)
+    options = {
+        "student_sampler": spec,
+        "critic_update": cadence,
+        "rollout": rollout,
+        "generator_update_interval": 2,
+    }
+    batch = toy_batch(4)
+    whole, parts = build(**options), build(**options)
+    total = whole.single_train_step(batch, iteration).loss_map["total_loss"]
+    total.backward()
+    losses = []
+    for i in range(4):
+        loss = parts.single_train_step(rows(batch, i, i + 1), iteration).loss_map["total_loss"] / 4
+        loss.backward()
+        losses.append(loss.detach())
+    torch.testing.assert_close(torch.stack(losses).sum(), total.detach())
+    ours, theirs = gradients(parts.bundle), gradients(whole.bundle)
+    for role in ("student", "critic"):
+        for a, b in zip(ours[role], theirs[role], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("rollout", ["simulate", "data"])
+def test_the_same_seed_gives_the_same_run_bit_for_bit(rollout: str):
+    def run(seed: int) -> list[torch.Tensor]:
+        method = build(seed=seed, rollout=rollout, generator_update_interval=2)
+        torch.rand(seed + 1)  # the global generator must not matter
+        for iteration in range(1, 5):
+            one_iteration(method, toy_batch(2), iteration)
+        return weights(method, "student")
+
+    first, again, other = run(3), run(3), run(4)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_a_run_resumed_from_its_streams_goes_on_bit_for_bit():
+    straight = build(generator_update_interval=2)
+    for iteration in range(1, 7):
+        one_iteration(straight, toy_batch(2), iteration)
+    first = build(generator_update_interval=2)
+    for iteration in range(1, 4):
+        one_iteration(first, toy_batch(2), iteration)
+    second = build(bundle=first.bundle, seed=99, generator_update_interval=2)
+    second.streams.load_state_dict(first.streams.state_dict())
+    for iteration in range(4, 7):
+        one_iteration(second, toy_batch(2), iteration)
+    for role in ("student", "critic"):
+        assert all(map(torch.equal, weights(straight, role), weights(second, role)))
+
+
+# -- refusals ---------------------------------------------------------------------------------
+
+
+def test_a_guided_run_without_a_negative_condition_refuses_to_start():
+    with pytest.raises(ConditioningError, match="no negative"):
+        build(has_negative=False)
+    build(has_negative=False, real_score_guidance_scale=1.0)
+
+
+@pytest.mark.parametrize("missing", ["student", "teacher", "critic"])
+def test_a_missing_role_is_named(missing: str):
+    seeds = {name: 1 for name in ("student", "teacher", "critic") if name != missing}
+    with pytest.raises(RoleError, match=rf"missing role\(s\): {missing}"):
+        build(bundle=toy_bundle(**seeds))
+
+
+def test_a_trainable_teacher_is_refused():
+    bundle = toy_bundle(student=1, teacher=2, critic=3)
+    bundle["teacher"].trainable = True
+    with pytest.raises(
+        RoleError, match=r"'teacher' is trainable.*models\.teacher\.trainable: false"
+    ):
+        build(bundle=bundle)
+
+
+@pytest.mark.parametrize("role", ["student", "critic"])
+def test_a_frozen_learner_is_refused(role: str):
+    bundle = toy_bundle(student=1, teacher=2, critic=3)
+    bundle[role].trainable = False
+    with pytest.raises(RoleError, match=rf"'{role}' is frozen.*models\.{role}\.trainable: true"):
+        build(bundle=bundle)
+
+
+def test_a_missing_capability_is_named():
+    with pytest.raises(CapabilityError, match="supports_cfg"):
+        build(able=attrs.evolve(ABLE, supports_cfg=False))
+    with pytest.raises(CapabilityError, match="pred:x0"):
+        build(able=attrs.evolve(ABLE, supported_pred_types=frozenset({"v"})))
+
+
+def test_a_failing_step_leaves_the_roles_as_they_were():
+    method = build()
+    broken = attrs.evolve(toy_batch(2), cond=toy_batch(3).cond)
+    for turn, role in itertools.product((1, 5), ("student", "critic")):
+        with pytest.raises(RuntimeError):
+            method.single_train_step(broken, turn)
+        module = method.bundle[role].modules["transformer"]
+        assert module.training
+        assert all(p.requires_grad for p in module.parameters())

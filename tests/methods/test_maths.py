@@ -1,0 +1,91 @@
+"""The pure maths, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from distill_methods import TimeSampling
+from distill_methods.maths import (
+    bsmntw_weight,
+    dmd_gradient,
+    dmd_loss,
+    dmd_normaliser,
+    sample_timesteps,
+    velocity_loss,
+)
+
+
+def column(*values: float) -> torch.Tensor:
+    """[len(values), 1, 1, 1, 1]."""
+    return torch.tensor(values).view(-1, 1, 1, 1, 1)
+
+
+def test_dmd_gradient_by_hand():
+    # Two samples of two values. Sample 0: x - r = (3, -1), so n = 2; f - r = (1, 4).
+    # Sample 1: x - r = (10, 30), so n = 20; f - r = (-20, 2).
+    x = torch.tensor([[4.0, 1.0], [10.0, 30.0]]).view(2, 2, 1, 1, 1)
+    r = torch.tensor([[1.0, 2.0], [0.0, 0.0]]).view(2, 2, 1, 1, 1)
+    f = torch.tensor([[2.0, 6.0], [-20.0, 2.0]]).view(2, 2, 1, 1, 1)
+    assert dmd_normaliser(x, r).flatten().tolist() == [2.0, 20.0]
+    g = dmd_gradient(x, f, r)
+    assert g.flatten().tolist() == pytest.approx([0.5, 2.0, -1.0, 0.1])
+    # L = 0.5 mean(g^2) = 0.5 (0.25 + 4 + 1 + 0.01) / 4
+    assert dmd_loss(x, g).item() == pytest.approx(5.26 / 8, rel=1e-6)
+
+
+def test_dmd_gradient_is_zero_where_all_agree():
+    x = column(1.0, 2.0)
+    g = dmd_gradient(x, x, x)
+    assert g.tolist() == torch.zeros_like(x).tolist()
+
+
+def test_dmd_gradient_keeps_no_history_and_is_fp32():
+    x = column(1.0, 2.0).bfloat16().requires_grad_()
+    g = dmd_gradient(x, 3 * x, 2 * x)
+    assert not g.requires_grad
+    assert g.dtype == torch.float32
+
+
+def test_velocity_loss_by_hand():
+    pred, target = column(1.0, 5.0), column(0.0, 3.0)
+    assert velocity_loss(pred, target).item() == pytest.approx((1 + 4) / 2)
+    weight = torch.tensor([3.0, 0.5])
+    assert velocity_loss(pred, target, weight).item() == pytest.approx((3 + 2) / 2)
+
+
+def test_velocity_loss_of_bf16_predictions_is_taken_in_fp32():
+    pred, target = column(256.0).bfloat16(), column(255.5)
+    assert velocity_loss(pred, target).item() == 0.25
+
+
+def test_timesteps_follow_the_shifted_uniform_distribution():
+    time = TimeSampling(shift=5.0, t_min=20, t_max=980)
+    t = sample_timesteps(20_000, time, generator=torch.Generator().manual_seed(0))
+    assert t.dtype == torch.float32
+    assert t.min() == 20
+    assert t.max() == 980
+    # P(t < 500) = S_5^-1(0.5) = 0.5 / (5 - 4 * 0.5) = 1 / 6
+    assert (t < 500).float().mean().item() == pytest.approx(1 / 6, abs=0.01)
+    # P(t clamped from above) = 1 - S_5^-1(0.98) = 1 - 0.98 / (5 - 4 * 0.98)
+    assert (t == 980).float().mean().item() == pytest.approx(1 - 0.98 / 1.08, abs=0.01)
+
+
+def test_timesteps_follow_the_logit_normal_distribution():
+    time = TimeSampling(distribution="logit_normal", mean=1.0, std=0.5)
+    t = sample_timesteps(20_000, time, generator=torch.Generator().manual_seed(0))
+    # Quantiles go through the sigmoid: P(t < 1000 sigmoid(mean + std z)) = Phi(z).
+    for z in (-1.0, 0.0, 1.0):
+        edge = 1000 / (1 + math.exp(-(1.0 + 0.5 * z)))
+        expected = 0.5 * (1 + math.erf(z / math.sqrt(2)))
+        assert (t < edge).float().mean().item() == pytest.approx(expected, abs=0.01)
+
+
+def test_bsmntw_weight_by_hand():
+    t = torch.arange(0, 1000, 0.5, dtype=torch.float64) + 0.25
+    assert bsmntw_weight(t).mean().item() == pytest.approx(1.0, abs=1e-6)
+    ends = bsmntw_weight(torch.tensor([0.0, 1000.0]))
+    assert ends.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+    # (1 - e^-0.5) / (integral of exp(-2 z^2) over [-.5, .5] - e^-0.5)
+    assert bsmntw_weight(torch.tensor([500.0])).item() == pytest.approx(1.5796, abs=1e-3)

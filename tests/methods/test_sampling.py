@@ -1,0 +1,126 @@
+"""Views: the same noise for all, EMA weights where asked, guidance only with a negative."""
+
+from __future__ import annotations
+
+import contextlib
+
+import attrs
+import pytest
+import torch
+from distill_methods import FinetuneConfig, FinetuneMethod, sample_views
+from distill_protocols import (
+    CapabilityError,
+    ConditioningError,
+    RoleError,
+    SamplerSpec,
+    SampleView,
+)
+from toy_adapter import (
+    ABLE,
+    LATENT_SHAPE,
+    ToyAdapter,
+    ToyConditioning,
+    ToyNet,
+    toy_batch,
+    toy_bundle,
+)
+
+SPEC = SamplerSpec(steps=3, shift=3.0, stochastic=True)
+
+
+class OtherWeights:
+    """A stand-in for an average: the weights of another seed."""
+
+    updates = 1
+
+    @contextlib.contextmanager
+    def swapped_in(self, module):
+        own = {k: v.clone() for k, v in module.state_dict().items()}
+        module.load_state_dict(ToyNet(77).state_dict())
+        yield
+        module.load_state_dict(own)
+
+
+def look(views, *, bundle=None, has_negative=True, able=ABLE, seed=0):
+    bundle = bundle or toy_bundle(student=1, teacher=1)
+    adapter = ToyAdapter(bundle, capabilities=able)
+    clips = sample_views(
+        adapter, bundle, views, toy_batch(2).cond, default_spec=SPEC,
+        conditioning=ToyConditioning(has_negative), seed=seed,
+    )  # fmt: skip
+    return clips, adapter
+
+
+def test_views_share_initial_and_fresh_noise():
+    """Two roles of equal weights show the same clip, a second look too; another seed does not."""
+    views = [SampleView(name="s", role="student"), SampleView(name="t", role="teacher")]
+    clips, _ = look(views)
+    assert clips["s"].shape == (2, *LATENT_SHAPE)
+    assert torch.equal(clips["s"], clips["t"])
+    assert torch.equal(look(views[::-1])[0]["s"], clips["s"])
+    assert not torch.equal(look(views, seed=1)[0]["s"], clips["s"])
+
+
+def test_a_view_is_the_adapters_own_sampler():
+    clips, adapter = look([SampleView(name="s", role="student")])
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, *LATENT_SHAPE, generator=generator)
+    latents = adapter.sample("student", SPEC, noise, toy_batch(2).cond, generator=generator)
+    assert torch.equal(clips["s"], torch.sigmoid(latents))
+
+
+def test_a_look_leaves_no_trace():
+    bundle = toy_bundle(student=1)
+    before = torch.random.get_rng_state()
+    _, adapter = look([SampleView(name="s", role="student")], bundle=bundle)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not any(call.with_gradient for call in adapter.calls)
+    module = bundle["student"].modules["transformer"]
+    assert module.training
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_view_uses_its_own_sampler_and_guidance():
+    spec = SamplerSpec(steps=5, guidance=3.0)
+    views = [SampleView(name="t", role="teacher", sampler=spec)]
+    _, adapter = look(views)
+    assert [call.cfg for call in adapter.calls] == [3.0] * 5
+    with pytest.raises(ConditioningError, match="no negative"):
+        look(views, has_negative=False)
+
+
+def test_ema_weights_are_used_where_asked_and_put_back():
+    bundle = toy_bundle(student=1)
+    bundle["student"].ema["transformer"] = OtherWeights()
+    views = [
+        SampleView(name="live", role="student"),
+        SampleView(name="ema", role="student", ema=True),
+        SampleView(name="again", role="student"),
+    ]
+    clips, _ = look(views, bundle=bundle)
+    other, _ = look([SampleView(name="x", role="student")], bundle=toy_bundle(student=77))
+    assert torch.equal(clips["ema"], other["x"])
+    assert torch.equal(clips["live"], clips["again"])
+    assert not torch.equal(clips["live"], clips["ema"])
+
+
+def test_what_cannot_be_shown_is_refused():
+    view = SampleView(name="s", role="student", ema=True)
+    with pytest.raises(RoleError, match="keeps no EMA"):
+        look([view])
+    with pytest.raises(RoleError, match=r"missing role.*critic"):
+        look([SampleView(name="c", role="critic")])
+    with pytest.raises(CapabilityError, match="supports_decode"):
+        look([view], able=attrs.evolve(ABLE, supports_decode=False))
+
+
+def test_a_method_shows_its_student_by_its_own_sampler():
+    bundle = toy_bundle(student=1)
+    method = FinetuneMethod(bundle, ToyAdapter(bundle), FinetuneConfig(student_sampler=SPEC),
+                            conditioning=ToyConditioning())  # fmt: skip
+    assert method.sampler_spec == SPEC
+    clips = method.sample_for_logging(
+        [SampleView(name="s", role="student")], toy_batch(2).cond, seed=0
+    )
+    expected, _ = look([SampleView(name="s", role="student")], bundle=bundle)
+    assert torch.equal(clips["s"], expected["s"])

@@ -1,0 +1,198 @@
+"""The methods through the real Wan adapter and a real (tiny) WanTransformer3DModel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from distill_adapters_wan.config import WanPipelineConfig
+from distill_adapters_wan.plugin import PLUGIN as wan
+from distill_methods import (
+    DMD2Config,
+    DMD2Method,
+    FinetuneConfig,
+    FinetuneMethod,
+    TeacherOnlyConfig,
+    TeacherOnlyMethod,
+    TimeSampling,
+)
+from distill_methods.dmd2.rollout import simulate
+from distill_protocols import (
+    Batch,
+    Condition,
+    DistillMethod,
+    ModelBundle,
+    RandomStreams,
+    RoleSpec,
+    SamplerSpec,
+    SampleView,
+)
+from torch import Tensor
+
+FOLDER = str(Path(__file__).resolve().parents[2] / "configs/tiny/wan")
+PIPELINE = WanPipelineConfig(num_frames=9, height=32, width=32, max_sequence_length=8)
+SHAPE, TEXT = (8, 3, 4, 4), (8, 64)
+TWO_STEPS = SamplerSpec(steps=2, shift=3.0, stochastic=True)
+# One step: k is then the same in every micro batch, whatever the rollout.
+ONE_STEP = SamplerSpec(steps=1, shift=3.0, stochastic=True)
+
+
+class Conditioning:
+    """A negative condition that is not zero."""
+
+    def negative(self) -> Condition:
+        return Condition({"text": torch.full((1, *TEXT), 0.3)})
+
+    def encode(self, prompts):
+        raise NotImplementedError
+
+
+def load() -> ModelBundle:
+    """Three roles of the shipped architecture with weights of their own, away from zero."""
+    specs = [
+        RoleSpec(name=name, path=FOLDER, trainable=name != "teacher")
+        for name in ("student", "teacher", "critic")
+    ]
+    bundle = wan.load(specs, PIPELINE, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for key, module in bundle.by_module("modules").items():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.add_(noise, alpha=0.02)
+        role = bundle[key.split(".")[0]]
+        if role.trainable:
+            role.optimizers["transformer"] = torch.optim.AdamW(module.parameters(), lr=1e-4)
+    return bundle
+
+
+BUNDLE = pytest.fixture(scope="module", name="bundle")(load)
+
+
+@pytest.fixture(name="batch", scope="module")
+def _batch() -> Batch:
+    generator = torch.Generator().manual_seed(5)
+    return Batch(
+        latents=torch.randn(4, *SHAPE, generator=generator),
+        cond=Condition({"text": torch.randn(4, *TEXT, generator=generator)}),
+        ids=("a", "b", "c", "d"),
+    )
+
+
+def make(name: str, bundle: ModelBundle, *, sampler: SamplerSpec = ONE_STEP) -> DistillMethod:
+    adapter = wan.adapter(bundle, PIPELINE, source=FOLDER)
+    parts = {"conditioning": Conditioning(), "streams": RandomStreams(0)}
+    if name == "finetune":
+        config = FinetuneConfig(time=TimeSampling(shift=3.0), weighting="bsmntw")
+        return FinetuneMethod(bundle, adapter, config, **parts)
+    if name == "teacher_only":
+        return TeacherOnlyMethod(bundle, adapter, TeacherOnlyConfig(guidance_scale=2.0), **parts)
+    cadence, rollout = name.split()
+    config = DMD2Config(
+        critic_update=cadence, rollout=rollout, generator_update_interval=2, student_sampler=sampler
+    )
+    return DMD2Method(bundle, adapter, config, **parts)
+
+
+METHODS = [
+    "finetune",
+    "teacher_only",
+    "alternate simulate",
+    "alternate data",
+    "every_step simulate",
+]
+
+
+def rows(batch: Batch, start: int, stop: int) -> Batch:
+    part = slice(start, stop)
+    return Batch(latents=batch.latents[part], cond=batch.cond[part], ids=batch.ids[part])
+
+
+def take(method: DistillMethod, turn: Callable[[], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss, and gradients by role in one vector each."""
+    for module in method.model_dict.values():
+        module.zero_grad(set_to_none=True)
+    loss = turn()
+    found = {
+        key: torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+        for key, module in method.model_dict.items()
+        if any(p.grad is not None for p in module.parameters())
+    }
+    return loss, found
+
+
+def in_parts(method: DistillMethod, batch: Batch, iteration: int, size: int) -> Tensor:
+    """Accumulate over micro batches of ``size``; the mean loss."""
+    parts = [rows(batch, i, i + size) for i in range(0, len(batch), size)]
+    losses = []
+    for part in parts:
+        loss = method.single_train_step(part, iteration).loss_map["total_loss"] / len(parts)
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
+@pytest.mark.parametrize("iteration", [1, 2])
+@pytest.mark.parametrize("name", METHODS)
+def test_micro_batches_are_one_large_batch(name: str, iteration: int, bundle, batch: Batch):
+    """One batch of 4 == two accumulated of 2 == four of 1, at equal draws of t and noise."""
+    outcomes = []
+    for size in (4, 2, 1):
+        method = make(name, bundle)
+        run = lambda method=method, size=size: in_parts(method, batch, iteration, size)  # noqa: E731
+        outcomes.append(take(method, run))
+    (loss, found), *others = outcomes
+    assert loss > 0
+    for other_loss, other in others:
+        torch.testing.assert_close(other_loss, loss, rtol=1e-4, atol=1e-6)
+        assert other.keys() == found.keys()
+        for key, gradient in found.items():
+            error = (other[key] - gradient).norm() / gradient.norm()
+            assert error < 1e-3, f"{key}: {error}"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients_reach_every_weight_of_the_turn_and_no_other(name: str, bundle, batch: Batch):
+    method = make(name, bundle, sampler=TWO_STEPS)
+    for iteration in (1, 2):
+        _, found = take(method, lambda i=iteration: in_parts(method, batch, i, 4))
+        turns = method.config.turns(iteration)
+        assert set(found) == {f"{role}.transformer" for role in turns}
+        for key, gradient in found.items():
+            assert gradient.numel() == sum(p.numel() for p in method.model_dict[key].parameters())
+            assert gradient.norm() > 0
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_a_whole_simulation_is_the_adapters_sampler(stochastic: bool, bundle, batch: Batch):
+    adapter = wan.adapter(bundle, PIPELINE, source=FOLDER)
+    spec = SamplerSpec(steps=3, shift=3.0, stochastic=stochastic)
+
+    def noise(generator: torch.Generator) -> Tensor:
+        return torch.randn(2, *SHAPE, generator=generator)
+
+    cond = batch.cond[:2]
+    generator = torch.Generator().manual_seed(7)
+    rolled = simulate(adapter, spec, cond, exit_step=2, draw_noise=lambda _: noise(generator))
+    generator = torch.Generator().manual_seed(7)
+    sampled = adapter.sample("student", spec, noise(generator), cond, generator=generator)
+    torch.testing.assert_close(rolled.detach(), sampled, rtol=1e-4, atol=1e-4)
+
+
+def test_views_decode_to_clips(bundle, batch: Batch):
+    method = make("alternate simulate", bundle, sampler=TWO_STEPS)
+    views = [
+        SampleView(name="student", role="student"),
+        SampleView(
+            name="teacher", role="teacher", sampler=SamplerSpec(steps=3, shift=3.0, guidance=2.0)
+        ),
+    ]
+    clips = method.sample_for_logging(views, batch.cond[:2], seed=1)
+    assert {name: tuple(clip.shape) for name, clip in clips.items()} == {
+        "student": (2, 3, 9, 32, 32),
+        "teacher": (2, 3, 9, 32, 32),
+    }
+    assert all(clip.min() >= 0 and clip.max() <= 1 for clip in clips.values())
+    again = method.sample_for_logging(views, batch.cond[:2], seed=1)
+    assert torch.equal(clips["student"], again["student"])

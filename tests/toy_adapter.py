@@ -1,0 +1,216 @@
+"""A small model behind the whole adapter contract, and the parts of a run around it.
+
+It counts its calls, so that tests can ask who was called, at which t, and with gradient or not.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from attrs import define, field, frozen
+from distill_protocols import (
+    Batch,
+    Capabilities,
+    Condition,
+    ConditioningError,
+    ModelBundle,
+    RoleHandle,
+    SamplerSpec,
+)
+from torch import Tensor, nn
+
+LATENT_SHAPE = (3, 2, 4, 4)
+TEXT_DIM = 5
+MEAN, STD = 0.5, 2.0
+ABLE = Capabilities(
+    supports_cfg=True, supports_decode=True, supported_pred_types=frozenset({"v", "x0"})
+)
+
+
+class ToyNet(nn.Module):
+    """v of a small per-pixel network that reads x_t, t and the text."""
+
+    def __init__(self, seed: int, width: int = 24) -> None:
+        super().__init__()
+        channels = LATENT_SHAPE[0]
+        self.inner = nn.Linear(channels + 1 + TEXT_DIM, width)
+        self.outer = nn.Linear(width, channels)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        pixels = x_t.movedim(1, -1)
+        rows = torch.cat([t[:, None] / 1000, text], dim=1)[:, None, None, None]
+        rows = rows.expand(*pixels.shape[:-1], rows.shape[-1])
+        return self.outer(torch.tanh(self.inner(torch.cat([pixels, rows], -1)))).movedim(-1, 1)
+
+
+@frozen
+class Call:
+    """One model call: ``guided`` counts as one."""
+
+    role: str
+    t: tuple[float, ...]
+    with_gradient: bool
+    cfg: float | None
+
+
+@define(eq=False)
+class ToyAdapter:
+    """Every call of the contract; text [B, TEXT_DIM] is the only conditioning tensor."""
+
+    bundle: ModelBundle
+    capabilities: Capabilities = ABLE
+    calls: list[Call] = field(factory=list)
+    latent_shape: tuple[int, int, int, int] = LATENT_SHAPE
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        s = _over_pixels(t)
+        return (1 - s) * x0 + s * noise
+
+    def pred_to_x0(self, pred: Tensor, x_t: Tensor, t: Tensor, pred_type: str = "v") -> Tensor:
+        assert pred_type == "v"
+        return x_t - _over_pixels(t) * pred
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor, pred_type: str = "v") -> Tensor:
+        assert pred_type == "v"
+        return noise - x0
+
+    def forward(
+        self,
+        role: str,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition,
+        *,
+        fwd_pred_type: str = "v",
+        neg_cond: Condition | None = None,
+        cfg: float | None = None,
+        caches: Any = None,
+        features: Any = None,
+    ) -> Tensor:
+        assert t.shape == (len(x_t),)
+        assert t.dtype == torch.float32
+        module = self.bundle[role].modules["transformer"]
+        velocity = module(x_t, t, cond.tensors["text"])
+        if cfg is not None and cfg != 1:
+            if neg_cond is None:
+                raise ConditioningError("guidance without a negative condition")
+            negative = module(x_t, t, neg_cond.expand(len(x_t)).tensors["text"])
+            velocity = negative + cfg * (velocity - negative)
+        self.calls.append(Call(role, tuple(t.tolist()), velocity.requires_grad, cfg))
+        return velocity if fwd_pred_type == "v" else self.pred_to_x0(velocity, x_t, t)
+
+    def to_model_layout(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def from_model_layout(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def normalize_latents(self, latents: Tensor) -> Tensor:
+        return (latents - MEAN) / STD
+
+    def denormalize_latents(self, latents: Tensor) -> Tensor:
+        return latents * STD + MEAN
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return torch.sigmoid(latents)
+
+    def encode_condition(self, raw_cond: Sequence[str]) -> Condition:
+        raise NotImplementedError
+
+    def encode_neg_condition(self, raw_neg_cond: str) -> Condition:
+        raise NotImplementedError
+
+    def condition_fingerprint(self) -> str:
+        return "toy"
+
+    def clear_caches(self, role: str) -> None: ...
+
+    def sample(
+        self,
+        role: str,
+        spec: SamplerSpec,
+        noise: Tensor,
+        cond: Condition,
+        *,
+        neg_cond: Condition | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        sigmas = (*spec.sigmas(), 0.0)
+        x_t = noise
+        for now, then in itertools.pairwise(sigmas):
+            t = torch.full((len(noise),), 1000 * now)
+            velocity = self.forward(role, x_t, t, cond, neg_cond=neg_cond, cfg=spec.guidance)
+            if spec.stochastic and then > 0:
+                x0 = self.pred_to_x0(velocity, x_t, t)
+                fresh = torch.randn(noise.shape, generator=generator)
+                x_t = self.add_noise(x0, fresh, torch.full_like(t, 1000 * then))
+            else:
+                x_t = x_t + (then - now) * velocity
+        return x_t
+
+
+@frozen
+class ToyConditioning:
+    """A provider with a negative condition, or without."""
+
+    has_negative: bool = True
+
+    def negative(self) -> Condition:
+        if not self.has_negative:
+            raise ConditioningError("this run has no negative condition")
+        return Condition({"text": torch.full((1, TEXT_DIM), -0.5)})
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        return Condition({"text": torch.zeros(len(prompts), TEXT_DIM)})
+
+
+def toy_bundle(*, lr: float = 1e-2, **seeds: int) -> ModelBundle:
+    """Roles by name, each with the weights of its seed; all but ``teacher`` train."""
+    roles = {}
+    for name, seed in seeds.items():
+        trainable = name != "teacher"
+        role = RoleHandle(name=name, modules={"transformer": ToyNet(seed)}, trainable=trainable)
+        if trainable:
+            optimizer = torch.optim.AdamW(role.modules["transformer"].parameters(), lr=lr)
+            role.optimizers["transformer"] = optimizer
+            role.schedulers["transformer"] = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda _: 1.0
+            )
+        roles[name] = role
+    return ModelBundle(roles)
+
+
+def toy_batch(size: int, seed: int = 0) -> Batch:
+    """Random latents and texts."""
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(
+        latents=torch.randn(size, *LATENT_SHAPE, generator=generator),
+        cond=Condition({"text": torch.randn(size, TEXT_DIM, generator=generator)}),
+        ids=tuple(f"sample-{i}" for i in range(size)),
+    )
+
+
+def rows(batch: Batch, start: int, stop: int) -> Batch:
+    """Some samples of a batch."""
+    part = slice(start, stop)
+    return Batch(latents=batch.latents[part], cond=batch.cond[part], ids=batch.ids[part])
+
+
+def gradients(bundle: ModelBundle) -> dict[str, list[Tensor]]:
+    """Gradients by role; a role that none reached has an empty list."""
+    return {
+        name: [p.grad.clone() for m in role.modules.values() for p in m.parameters()
+               if p.grad is not None]
+        for name, role in bundle.roles.items()
+    }  # fmt: skip
+
+
+def _over_pixels(t: Tensor) -> Tensor:
+    return (t / 1000).view(-1, 1, 1, 1, 1)

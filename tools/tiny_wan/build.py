@@ -1,0 +1,122 @@
+"""The five steps, each from files to files. `out` is the folder that becomes `configs/tiny`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from distill_conditioning.shards import ShardWriter
+from distill_evaluation import (
+    Judge,
+    attribute_accuracy,
+    feature_statistics,
+    frechet_distance,
+    within_group_variance,
+)
+from distill_evaluation.files import replacing
+from distill_protocols import Condition
+from folders import replacing_folder
+from judge_training import JudgeTraining, train_judge
+from moving_digits import DIRECTIONS, Clips, all_captions, draw_clips, load_images, to_rgb
+from pipeline import load_text_side, save_model, save_text_side
+from safetensors.torch import save_file
+from text import embed
+from torch import Tensor
+from transformer import build_transformer
+from vae import VaeTraining, decode, encode, reconstruction_psnr, record_statistics, train_vae
+
+TRAIN_CLIPS, TRAIN_SEED = 12_000, 3
+REFERENCE_CLIPS, REFERENCE_SEED = 2_000, 5
+CHECK_CLIPS, CHECK_SEED = 400, 99
+"""Another draw from the held-out images: what a perfect model would score."""
+
+
+def build_vae(out: Path) -> None:
+    vae = train_vae(VaeTraining())
+    save_model(vae, out / "wan" / "vae")
+    clips = to_rgb(draw_clips(load_images("reference"), CHECK_CLIPS, CHECK_SEED).grey)
+    held_out = reconstruction_psnr(vae, clips)
+    print(f"vae: held-out PSNR {held_out.mean():.1f} dB, worst {held_out.min():.1f} dB")
+
+
+def build_text(out: Path) -> None:
+    save_text_side(out / "wan", seed=0)
+    if not (out / "wan" / "transformer").exists():
+        save_model(build_transformer(seed=0), out / "wan" / "transformer")
+
+
+def build_data(out: Path) -> None:
+    vae = _load_vae(out)
+    clips = draw_clips(load_images("train"), TRAIN_CLIPS, TRAIN_SEED)
+    # In parts, because all clips as float RGB at once would be 1.3 GB.
+    parts = [encode(vae, to_rgb(clips.grey[i : i + 500])) for i in range(0, TRAIN_CLIPS, 500)]
+    latents = torch.cat(parts)
+    record_statistics(vae, latents)
+    vae.save_config(out / "wan" / "vae")
+    embeddings = embed(*load_text_side(out / "wan"), [*all_captions(), ""])
+    captions = clips.captions()
+    row = {caption: index for index, caption in enumerate(all_captions())}
+    with replacing_folder(out / "data") as staging:
+        # No fingerprint of the encoder: that is the adapter's to make, and this tool trains what
+        # the adapter loads.
+        with ShardWriter(staging, encoder=None, samples_per_shard=TRAIN_CLIPS) as writer:
+            writer.set_negative("", Condition({"text": embeddings[-1:]}))
+            ids = [f"digit-{number:05d}" for number in range(TRAIN_CLIPS)]
+            text = embeddings[torch.tensor([row[caption] for caption in captions])]
+            writer.add(ids, captions, latents, Condition({"text": text}))
+        for path in staging.iterdir():
+            path.chmod(0o644)
+    print(f"data: {TRAIN_CLIPS} latents of {tuple(latents.shape[1:])}")
+
+
+def build_judge(out: Path) -> None:
+    vae = _load_vae(out)
+    judge = train_judge(vae, JudgeTraining())
+    judge.save(out / "judge")
+    reference = to_rgb(draw_clips(load_images("reference"), REFERENCE_CLIPS, REFERENCE_SEED).grey)
+    features = judge.features(reference)
+    with replacing(out / "judge" / "reference.safetensors") as path:
+        save_file({"features": features}, path)
+    with replacing(out / "judge" / "prompts.txt") as path:
+        path.write_text("\n".join(all_captions()) + "\n")
+    for path in (out / "judge").iterdir():
+        path.chmod(0o644)
+    check = draw_clips(load_images("reference"), CHECK_CLIPS, CHECK_SEED)
+    real = to_rgb(check.grey)
+    for name, clips in (("real", real), ("real through the VAE", decode(vae, encode(vae, real)))):
+        print(f"judge on {name}: {_report(judge, clips, check, features)}")
+
+
+def _report(judge: Judge, clips: Tensor, truth: Clips, reference: Tensor) -> str:
+    features = judge.features(clips)
+    distance = frechet_distance(feature_statistics(features), feature_statistics(reference))
+    answers = judge.classify_features(features)
+    digit = attribute_accuracy(answers["digit"], torch.from_numpy(truth.digit))
+    direction = attribute_accuracy(answers["direction"], torch.from_numpy(truth.direction))
+    caption = torch.from_numpy(truth.digit * len(DIRECTIONS) + truth.direction)
+    variance = within_group_variance(features, caption)
+    return (
+        f"FD {distance:.2f} digit {digit:.3f} direction {direction:.3f} "
+        f"variance within a caption {variance:.3f}"
+    )
+
+
+def build_teacher(out: Path) -> None:
+    """The project trains its own teacher: `finetune.yaml` beside the folder that it trains."""
+    config = out / "finetune.yaml"
+    if not config.is_file():
+        raise SystemExit(
+            f"{config} is missing: the teacher is trained by the project's finetune method, and "
+            "that file says how. Copy it from configs/tiny/ into the folder that you build."
+        )
+    save_model(build_transformer(seed=0), out / "wan" / "transformer")
+    repository = Path(__file__).resolve().parents[2]
+    subprocess.run(
+        [sys.executable, str(repository / "apps" / "train"), "--config", str(config)], check=True
+    )
+    raise NotImplementedError
+
+
+def _load_vae(out: Path) -> AutoencoderKLWan:
+    return AutoencoderKLWan.from_pretrained(out / "wan" / "vae").eval().requires_grad_(False)

@@ -1,0 +1,93 @@
+"""The tiny text side: a frozen random UMT5 and a twenty-word tokenizer.
+
+A random encoder is enough: it maps the forty captions to forty well separated sequences of vectors,
+and nobody trains it.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from moving_digits import DIGITS, DIRECTIONS
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+WORDS = (PAD, END, UNKNOWN, "the", "digit", "moving", *DIGITS, *DIRECTIONS)
+MAX_SEQUENCE_LENGTH = 8
+"""Six tokens (five words and the end mark) and two of padding. Padding is attended, so training and
+sampling must agree on it.
+"""
+TEXT_DIM = 64
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Word level; the end mark is appended, as UMT5's own tokenizer does, so that the empty prompt
+    is not an empty sequence.
+    """
+    vocabulary = {word: index for index, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = Lowercase()
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, vocabulary[END])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        model_max_length=MAX_SEQUENCE_LENGTH,
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write it so that transformers 4 reads it too: version 5 records a class, `TokenizersBackend`,
+    that 4 does not have.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.pop("backend", None)
+    settings.pop("is_local", None)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def build_text_encoder(seed: int = 0) -> UMT5EncoderModel:
+    """`initializer_factor=1.0` keeps the outputs at unit scale."""
+    torch.manual_seed(seed)
+    config = UMT5Config(
+        vocab_size=len(WORDS),
+        d_model=TEXT_DIM,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        initializer_factor=1.0,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    return UMT5EncoderModel(config).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def embed(
+    tokenizer: PreTrainedTokenizerFast, encoder: UMT5EncoderModel, prompts: list[str]
+) -> torch.Tensor:
+    """`[P, L, D]`, zero beyond each prompt's length, as `WanPipeline` makes it."""
+    tokens = tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=MAX_SEQUENCE_LENGTH,
+        truncation=True,
+        return_tensors="pt",
+    )
+    hidden = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+    return hidden * tokens.attention_mask.unsqueeze(-1).to(hidden.dtype)
