@@ -76,6 +76,8 @@ def test_sixteen_bit_latents_are_widened_first():
     x_t = flow.add_noise(x0, noise, t)
     assert x_t.dtype == torch.float32
     assert torch.equal(x_t, flow.add_noise(x0.float(), noise.float(), t))
+    assert torch.equal(flow.target(x0, noise, t), noise.float() - x0.float())
+    assert torch.equal(flow.guide(x0, noise, 3.0), flow.guide(x0.float(), noise.float(), 3.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])

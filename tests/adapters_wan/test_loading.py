@@ -37,7 +37,10 @@ def test_the_same_outputs_as_diffusers_own_loading(pipeline, config):
     with torch.no_grad():
         expected = theirs(x, **args)[0]
         assert expected.std() > 0.01
-        assert torch.equal(ours(x, **args)[0], expected)
+        # Not bitwise: theirs stays in the mapped file, whose alignment picks other kernels.
+        assert torch.equal(ours.rope.freqs_cos, theirs.rope.freqs_cos)
+        assert torch.equal(ours.rope.freqs_sin, theirs.rope.freqs_sin)
+        assert torch.allclose(ours(x, **args)[0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from distill_conditioning import DataConfig, LatentDataset, ShardWriter, dataset_facts
+from distill_conditioning.tensor_file import map_tensors, write_tensors
 from distill_protocols import Condition, DataError
 from distill_protocols.errors import ConditioningError
 from hypothesis import given
@@ -224,3 +225,29 @@ def test_constants_that_do_not_fit_the_samples_are_refused(tmp_path):
         writer.set_negative("", Condition({"text": torch.zeros(1, 9, 4)}))
     with pytest.raises(ConditioningError, match=r"constants.*9"):
         _open(tmp_path).negative()
+
+
+@pytest.mark.parametrize("wrong", ["condition_id", "ids", "captions"])
+def test_a_shard_whose_parts_do_not_belong_together_is_refused(tmp_path, make_folder, wrong):
+    path = make_folder(tmp_path, 4, shard_bytes=10**6) / "shard-00000.safetensors"
+    tensors, metadata = map_tensors(path)
+    if wrong == "condition_id":
+        tensors["condition_id"] = tensors["condition_id"] + 1  # the last row is past the table
+    else:
+        metadata[wrong] = metadata[wrong][1:]
+    write_tensors(path, tensors, metadata)
+    index = json.loads((tmp_path / "index.json").read_text())
+    index["shards"][0]["bytes"] = path.stat().st_size
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"shard-00000.*do not belong together"):
+        _open(tmp_path).read(torch.tensor([0]))
+
+
+def test_a_writer_whose_only_samples_were_refused_writes_no_data_set(tmp_path):
+    ids, captions, latents, condition = _some(2)
+    writer = ShardWriter(tmp_path, encoder=None)
+    with pytest.raises(DataError, match="not finite"):
+        writer.add(ids, captions, latents * float("nan"), condition)
+    with pytest.raises(DataError, match="at least one"):
+        writer.close()
+    assert not (tmp_path / "index.json").exists()

@@ -9,7 +9,7 @@ import attrs
 import pytest
 import torch
 from distill_methods import DMD2Config, DMD2Method, TimeSampling
-from distill_methods.dmd2.rollout import from_data, simulate
+from distill_methods.dmd2.rollout import simulate
 from distill_protocols import (
     CapabilityError,
     ConditioningError,
@@ -171,6 +171,48 @@ def test_the_critic_turn_against_an_independent_formula(exit_step: int):
     torch.testing.assert_close(result.loss_map["critic_loss"], expected, rtol=1e-5, atol=0)
 
 
+class GaussianTeacher(torch.nn.Module):
+    """The exact v of data whose every value is N(MEAN, STD^2)."""
+
+    MEAN, STD = 1.0, 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        s = (t / 1000).view(-1, 1, 1, 1, 1)
+        gain = self.STD**2 * (1 - s) / ((1 - s) ** 2 * self.STD**2 + s**2)
+        return (x_t - self.MEAN - gain * (x_t - (1 - s) * self.MEAN)) / s
+
+
+@pytest.mark.parametrize("rollout", ["simulate", "data"])
+def test_the_student_finds_the_teachers_distribution(rollout: str):
+    """Mean and spread of a Gaussian, from a student that starts at another place."""
+    bundle = toy_bundle(lr=1e-2, student=1, teacher=2, critic=3)
+    bundle["teacher"].modules["transformer"] = GaussianTeacher().requires_grad_(False)
+    method = build(
+        bundle=bundle,
+        rollout=rollout,
+        student_sampler=SamplerSpec(steps=1, stochastic=True),
+        real_score_guidance_scale=1.0,
+        score_shift=1.0,
+        critic_update="every_step",
+        generator_update_interval=3,
+    )
+    seen = []
+    for iteration in range(1, 901):
+        result = method.single_train_step(toy_batch(8, seed=iteration), iteration)
+        result.loss_map["total_loss"].backward()
+        method.optimizers_schedulers_step(iteration)
+        method.optimizers_zero_grad(iteration)
+        seen.append((result.outputs["student_mean"], result.outputs["student_std"]))
+    start, end = torch.tensor(seen[:1]).mean(0), torch.tensor(seen[-90:]).mean(0)
+    print(start, end)
+    assert abs(start[0] - 1.0) > 0.5
+    assert end.tolist() == pytest.approx([1.0, 0.5], abs=0.1)
+
+
 # -- calls ------------------------------------------------------------------------------------
 
 
@@ -213,14 +255,16 @@ def test_a_whole_simulation_is_the_sampler_itself(stochastic: bool):
 
 
 def test_noised_data_goes_in_at_each_samples_own_level():
-    bundle = toy_bundle(student=1)
-    adapter, batch = ToyAdapter(bundle), toy_batch(3)
-    spec = SamplerSpec(steps=3, timesteps=(1000.0, 833.0, 500.0))
-    noise = torch.randn(3, *LATENT_SHAPE, generator=torch.Generator().manual_seed(1))
-    steps = torch.tensor([2, 0, 1])
-    x0 = from_data(adapter, spec, batch.cond, latents=batch.latents, noise=noise, steps=steps)
-    assert adapter.calls[0].t == pytest.approx((500.0, 1000.0, 833.0))
-    assert x0.requires_grad
+    method = build(
+        rollout="data", student_sampler=SamplerSpec(steps=3, timesteps=(1000.0, 833.0, 500.0))
+    )
+    outputs = method.single_train_step(toy_batch(200), 5).outputs
+    (call,) = [c for c in method.adapter.calls if c.role == "student"]
+    counts = Counter(round(t) for t in call.t)
+    assert sorted(counts) == [500, 833, 1000]
+    assert all(45 <= n <= 90 for n in counts.values())  # 67 +- 3.4 sigma
+    mean = (counts[833] + 2 * counts[500]) / 200
+    assert outputs["exit_step"].item() == pytest.approx(mean)
 
 
 @pytest.mark.parametrize("turn", [1, 5])
@@ -338,7 +382,7 @@ def test_a_run_resumed_from_its_streams_goes_on_bit_for_bit():
     first = build(generator_update_interval=2)
     for iteration in range(1, 4):
         one_iteration(first, toy_batch(2), iteration)
-    second = build(bundle=first.bundle, seed=99, generator_update_interval=2)
+    second = build(bundle=first.bundle, generator_update_interval=2)
     second.streams.load_state_dict(first.streams.state_dict())
     for iteration in range(4, 7):
         one_iteration(second, toy_batch(2), iteration)

@@ -1,24 +1,26 @@
 """What DistillTrainer costs over a bare PyTorch loop of the same maths.
 
-    uv run python tools/bench/trainer_overhead.py [--repeats 15] [--steps 40]
+    uv run python tools/bench/trainer_overhead.py [--repeats 4] [--steps 100]
 
 Both loops train the same transformer on the same flow-matching batches with the same clipping,
 average, schedule and logging; at the end their weights must be equal bit for bit, or the
-comparison means nothing. They run in pairs within one process, in turns first and second, on CPU
-time, so that neither a busy box nor a warming cache takes sides.
+comparison means nothing. They run in one process and take turns iteration by iteration, so that a
+busy box slows both alike; what is compared is the CPU time of the same ten iterations (one log
+point) on either side.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import json
+import math
 import statistics
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from distill_protocols import DistillMethod, ModelBundle, RandomStreams, RoleHandle, StepResult
@@ -86,8 +88,33 @@ class Finetune(DistillMethod[None]):
         return self.optimizers_of("student")
 
 
-def with_trainer(model: nn.Module, batches: list[Sample], steps: int, folder: Path) -> float:
-    """CPU seconds of a run."""
+class Turns:
+    """Lets two loops run iteration by iteration in turns, and times each iteration.
+
+    A loop gets its batches from ``batches(side)``, and asking for one ends its turn.
+    """
+
+    def __init__(self, data: list[Sample], steps: int) -> None:
+        self.seconds: tuple[list[float], list[float]] = ([], [])
+        self._data = data
+        self._steps = steps
+        self._go = (threading.Semaphore(1), threading.Semaphore(0))
+
+    def batches(self, side: int) -> Iterator[Sample]:
+        for step in range(self._steps):
+            self._go[side].acquire()
+            start = time.process_time()
+            yield self._data[step % len(self._data)]
+            self.seconds[side].append(time.process_time() - start)
+            self._go[1 - side].release()
+
+    def leave(self, side: int) -> None:
+        """The loop has ended; the other one need not wait for it any more."""
+        self._go[1 - side].release(self._steps)
+
+
+def with_trainer(model: nn.Module, batches: Iterator[Sample], steps: int, folder: Path) -> None:
+    """The loop of this package, with the callbacks that a normal user has."""
     role = RoleHandle(name="student", modules={"net": model}, trainable=True)
     training = TrainingConfig(
         output_dir=str(folder),
@@ -102,24 +129,23 @@ def with_trainer(model: nn.Module, batches: list[Sample], steps: int, folder: Pa
         EmaCallback(EmaConfig(decay=DECAY)),
         GradClipCallback(GradClipConfig(max_norm=MAX_NORM)),
     ]
-    start = time.process_time()
     DistillTrainer(training, callbacks=callbacks).run(method, batches)
-    return time.process_time() - start
 
 
-def bare(model: nn.Module, batches: list[Sample], steps: int, folder: Path) -> float:
-    """CPU seconds of a loop written by hand."""
+def bare(model: nn.Module, batches: Iterator[Sample], steps: int, folder: Path) -> None:
+    """A loop written by hand, with care."""
     generator = RandomStreams(0).get("noise")
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.01, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    start = time.process_time()
     average = [parameter.detach().clone() for parameter in parameters]
     writer = SummaryWriter(str(folder / "tensorboard"))
     losses, norms = [], []
     with (folder / "metrics.jsonl").open("a", buffering=1) as lines:
-        for step in range(1, steps + 1):
-            loss = flow_loss(model, batches[(step - 1) % len(batches)], generator)
+        for step, batch in enumerate(batches, start=1):
+            loss = flow_loss(model, batch, generator)
+            if not math.isfinite(loss.item()):
+                raise SystemExit("not finite")
             loss.backward()
             norm = get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
             clip_grads_with_norm_(parameters, MAX_NORM, norm, foreach=True)
@@ -142,57 +168,70 @@ def bare(model: nn.Module, batches: list[Sample], steps: int, folder: Path) -> f
                     writer.add_scalar(name, value, step)
                 lines.write(json.dumps({"iteration": step, "time": time.time(), **values}) + "\n")
     writer.close()
-    return time.process_time() - start
 
 
-def pair(layers: int, steps: int, trainer_first: bool) -> dict[str, float]:
-    """CPU seconds of both loops from the same weights."""
+def race(layers: int, steps: int, trainer_side: int) -> list[tuple[float, float]]:
+    """CPU seconds (trainer, bare) of each ten iterations but the first ten."""
     torch.manual_seed(layers)
     model = Velocity(layers)
     draw = torch.Generator().manual_seed(1)
-    batches = [
+    data = [
         (
             torch.randn(BATCH, TOKENS, CHANNELS, generator=draw),
             torch.randn(BATCH, TEXT, WIDTH, generator=draw),
         )
         for _ in range(8)
     ]
-    sides: dict[str, Any] = {"trainer": with_trainer, "bare": bare}
-    models = {name: copy.deepcopy(model) for name in sides}
-    seconds: dict[str, float] = {}
-    for name in sorted(sides, reverse=trainer_first):
-        with tempfile.TemporaryDirectory() as folder:
-            gc.collect()
-            seconds[name] = sides[name](models[name], batches, steps, Path(folder))
-    states = [m.state_dict() for m in models.values()]
+    turns = Turns(data, steps)
+    models = [copy.deepcopy(model), copy.deepcopy(model)]
+    loops = [with_trainer, bare] if trainer_side == 0 else [bare, with_trainer]
+
+    def run(side: int, folder: str) -> None:
+        try:
+            loops[side](models[side], turns.batches(side), steps, Path(folder))
+        finally:
+            turns.leave(side)
+
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        threads = [threading.Thread(target=run, args=pair) for pair in ((0, one), (1, two))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    states = [m.state_dict() for m in models]
     if not all(torch.equal(states[0][key], states[1][key]) for key in states[0]):
         raise SystemExit("the two loops ended with different weights: they are not the same maths")
-    return seconds
+    # The first ten open files and allocate moments; the last one's end is not seen by Turns.
+    windows = range(LOG_EVERY, steps - LOG_EVERY, LOG_EVERY)
+    sums = [[sum(seconds[w : w + LOG_EVERY]) for w in windows] for seconds in turns.seconds]
+    return list(zip(sums[trainer_side], sums[1 - trainer_side], strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=15, help="pairs of runs for each model")
-    parser.add_argument("--steps", type=int, default=40, help="iterations of a run")
+    parser.add_argument("--repeats", type=int, default=4, help="races for each model")
+    parser.add_argument("--steps", type=int, default=100, help="iterations of a race, at least 40")
     args = parser.parse_args()
+    if args.steps < 40:
+        parser.error(f"--steps {args.steps}: at least 40, or no ratio has a spread")
     torch.set_num_threads(1)
-    print(f"{args.repeats} pairs of {args.steps} iterations, CPU time, 1 thread, batch {BATCH}")
+    print(f"{args.repeats} races of {args.steps} iterations, CPU time, 1 thread, batch {BATCH}")
     print(
         f"{'layers':>6} {'parameters':>10} {'bare ms':>8} {'trainer ms':>10} "
         f"{'ratio':>6} {'quartiles':>13} {'min..max':>13}"
     )
     for layers in LAYERS:
-        pair(layers, 4, True)  # first calls of kernels and imports are nobody's
-        runs = [pair(layers, args.steps, i % 2 == 0) for i in range(args.repeats)]
-        ratios = sorted(run["trainer"] / run["bare"] for run in runs)
+        race(layers, 2 * LOG_EVERY, 0)  # first calls of kernels and imports are nobody's
+        windows = [w for i in range(args.repeats) for w in race(layers, args.steps, i % 2)]
+        ratios = sorted(ours / bare_ for ours, bare_ in windows)
         low, middle, high = statistics.quantiles(ratios, n=4)
-        each = {
-            name: 1000 * statistics.median(run[name] for run in runs) / args.steps
-            for name in ("bare", "trainer")
-        }
+        ours, theirs = (
+            1000 * statistics.median(window[side] for window in windows) / LOG_EVERY
+            for side in (0, 1)
+        )
         print(
             f"{layers:>6} {sum(p.numel() for p in Velocity(layers).parameters()):>10,} "
-            f"{each['bare']:>8.2f} {each['trainer']:>10.2f} {middle:>6.3f} "
+            f"{theirs:>8.2f} {ours:>10.2f} {middle:>6.3f} "
             f"{low:>6.3f}-{high:.3f} {ratios[0]:>6.3f}-{ratios[-1]:.3f}",
             flush=True,
         )

@@ -1,10 +1,12 @@
 """The five steps, each from files to files. `out` is the folder that becomes `configs/tiny`."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+import yaml
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from distill_conditioning.shards import ShardWriter
 from distill_evaluation import (
@@ -60,7 +62,7 @@ def build_data(out: Path) -> None:
     with replacing_folder(out / "data") as staging:
         # No fingerprint of the encoder: that is the adapter's to make, and this tool trains what
         # the adapter loads.
-        with ShardWriter(staging, encoder=None, samples_per_shard=TRAIN_CLIPS) as writer:
+        with ShardWriter(staging, encoder=None) as writer:
             writer.set_negative("", Condition({"text": embeddings[-1:]}))
             ids = [f"digit-{number:05d}" for number in range(TRAIN_CLIPS)]
             text = embeddings[torch.tensor([row[caption] for caption in captions])]
@@ -103,19 +105,27 @@ def _report(judge: Judge, clips: Tensor, truth: Clips, reference: Tensor) -> str
 
 
 def build_teacher(out: Path) -> None:
-    """The project trains its own teacher: `finetune.yaml` beside the folder that it trains."""
+    """The project trains its own teacher, by the `finetune.yaml` beside the folder it trains."""
     config = out / "finetune.yaml"
     if not config.is_file():
         raise SystemExit(
             f"{config} is missing: the teacher is trained by the project's finetune method, and "
             "that file says how. Copy it from configs/tiny/ into the folder that you build."
         )
+    settings = yaml.safe_load(config.read_text())
+    run = (out / settings["training"]["output_dir"]).resolve()
+    if run.exists():
+        raise SystemExit(
+            f"{run} exists: a run resumes there, and the teacher would be an older build's, or "
+            "half of one. Move the folder away, then build the teacher again."
+        )
     save_model(build_transformer(seed=0), out / "wan" / "transformer")
-    repository = Path(__file__).resolve().parents[2]
-    subprocess.run(
-        [sys.executable, str(repository / "apps" / "train"), "--config", str(config)], check=True
-    )
-    raise NotImplementedError
+    app = Path(__file__).resolve().parents[2] / "apps" / "train"
+    subprocess.run([sys.executable, str(app), "--config", str(config)], check=True)
+    exported = run / settings["checkpoint"]["export"][0]["folder"] / "transformer"
+    with replacing_folder(out / "wan" / "transformer") as staging:
+        shutil.copytree(exported, staging, dirs_exist_ok=True)
+    print(f"teacher: copied from {exported}")
 
 
 def _load_vae(out: Path) -> AutoencoderKLWan:

@@ -136,6 +136,13 @@ class _Check:
         value = self.source.values.get(section)
         return structure(cls, value, (section,), self._fault, base=self.source.file.parent.resolve())
 
+    def _without_faults(self, cls: type, section: str) -> Any:
+        """The section with its faulty keys left out, so that rules that lean on it still speak."""
+        value = self.source.values.get(section)
+        bad = {fault.path[1] for fault in self.faults if fault.path[:1] == (section,) and fault.path[1:]}
+        rest = {k: v for k, v in value.items() if k not in bad} if isinstance(value, dict) else None
+        return structure(cls, rest, (section,), lambda *_: None, base=Path())
+
     # -- plugins ------------------------------------------------------------------------------
 
     def _plugins(self, recipe: RecipeConfig | None) -> tuple[FamilyPlugin | None, MethodPlugin | None]:
@@ -207,6 +214,8 @@ class _Check:
     ) -> dict[str, Role]:
         """Rules across sections: roles against method and family, capabilities, paths."""
         method_config, pipeline = parts["method"], parts["pipeline"]
+        if method is not None and method_config is None:
+            method_config = self._without_faults(method.config_class, "method_config")
         needs = {}
         if method is not None and method_config is not None:
             needs = {need.name: need for need in method.roles(method_config)}
@@ -233,7 +242,7 @@ class _Check:
                 for message in family.faults(spec, pipeline):
                     self._fault(("models", name, "path"), message)
             optimizer = self._optimizer(name, role, parts["training"]) if trainable else None
-            if role.optimizer and not trainable:
+            if role.optimizer and not trainable and (needs or role.trainable is False):
                 self._fault(("models", name, "optimizer"), f"role {name!r} is frozen, so its "
                             "optimizer would never step. Remove these keys")  # fmt: skip
             complete[name] = Role(spec=spec, optimizer=optimizer)

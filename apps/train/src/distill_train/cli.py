@@ -6,6 +6,7 @@ torch is imported only once the file is found right: ``--help`` and a wrong file
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
             print(describe(config))
             return EXIT_OK
+        _show_logs()
         from distill_train.run import run
 
         return EXIT_OK if run(config).stop_reason is None else EXIT_STOPPED
@@ -76,6 +78,13 @@ def _parser() -> argparse.ArgumentParser:
         "--plugins", action="store_true", help="list the installed families, methods, callbacks"
     )
     return parser
+
+
+def _show_logs() -> None:
+    """What our own packages have to say goes to the terminal; other libraries' only if grave."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    for name in ("checkpoint", "conditioning", "evaluation", "methods", "train", "trainer"):
+        logging.getLogger(f"distill_{name}").setLevel(logging.INFO)
 
 
 def _list_plugins() -> int:

@@ -16,7 +16,6 @@ from torch import nn
 from distill_adapters_wan.folders import (
     DIFFUSERS_STEM,
     fetch,
-    file_fault,
     read_json,
     weight_files,
 )
@@ -116,13 +115,13 @@ def _shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def _opened(file: Path) -> Any:
-    fault = file_fault(file)
-    if fault:
-        raise WeightsError(fault)
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file} cannot be read: {error}. Download it again") from error
+        raise WeightsError(
+            f"{file} cannot be read ({error}): missing, cut short, or a Git LFS pointer. Download "
+            "it again"
+        ) from error
 
 
 def _check_keys(

@@ -21,7 +21,7 @@ from distill_adapters_wan.folders import (
     read_json,
 )
 from distill_adapters_wan.published import PUBLISHED, LatentFacts
-from distill_adapters_wan.shape import clip_faults, latent_facts, unsupported
+from distill_adapters_wan.shape import clip_faults, latent_facts, latent_shape, unsupported
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,13 @@ class WanFamily(FamilyPlugin):
         """
         missing = list(_presence_faults(role.path, config))
         return missing or list(_fit_faults(role.path, config))
+
+    def latent_shape(
+        self, config: WanPipelineConfig, *, source: str
+    ) -> tuple[int, int, int, int] | None:
+        """(C, T, H, W) from the numbers of ``source``'s VAE; None where they are not known."""
+        facts = _latents(source)
+        return facts and latent_shape(config, facts)
 
     def plan(self, role: RoleSpec, config: WanPipelineConfig) -> RolePlan:
         """Modules and sizes, from the meta device.

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from distill_checkpoint.config import CheckpointConfig, ExportConfig
-from distill_checkpoint.outputs import claim_output_dir
+from distill_checkpoint.outputs import claim_output_dir, release_output_dir
 
 if TYPE_CHECKING:
     from distill_checkpoint.export import ExportCallback
@@ -23,6 +23,7 @@ __all__ = [
     "ExportCallback",
     "ExportConfig",
     "claim_output_dir",
+    "release_output_dir",
 ]
 
 

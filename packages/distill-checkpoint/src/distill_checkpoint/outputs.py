@@ -40,6 +40,19 @@ def claim_output_dir(path: Path | str, *, resume: bool) -> Path:
     return folder
 
 
+def release_output_dir(path: Path | str) -> None:
+    """Give back a folder that was claimed for a run which then did not start.
+
+    Takes the marker away, and the folder if nothing else is in it; a folder with checkpoints
+    stays as it is.
+    """
+    folder = Path(path)
+    if not checkpoints(folder):
+        (folder / MARKER).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: what is in it is not ours to delete
+            folder.rmdir()
+
+
 def _mark(folder: Path, resume: bool) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     marker = folder / MARKER

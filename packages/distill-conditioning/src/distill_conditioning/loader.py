@@ -107,7 +107,6 @@ class LatentLoader:
                 "back, or start a new run from the checkpoint's weights."
             )
         self._samples_given = int(state["samples_given"])
-        self._orders = {}
 
     def _batch(self, positions: range) -> Batch:
         places = [divmod(position, len(self.dataset)) for position in positions]

@@ -142,7 +142,7 @@ class ShardWriter:
         """
         if self._rows:
             self._finish_shard()
-        if self._latent_shape is None or self._conditions is None:
+        if self._latent_shape is None or self._conditions is None or self.samples == 0:
             raise DataError(f"{self.folder}: no sample was added; a data set needs at least one")
         self._write_constants()
         index = DatasetIndex(

@@ -56,18 +56,18 @@ def sample_views(
     clips = {}
     for view in views:
         spec = view.sampler or default_spec
-        negative = None if spec.guidance == 1 else conditioning.negative()
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn((len(cond), *adapter.latent_shape), generator=generator)
         role = bundle[view.role]
         device = next(p.device for module in role.modules.values() for p in module.parameters())
+        negative = None if spec.guidance == 1 else conditioning.negative().to(device)
         with torch.no_grad(), frozen(role), role.averaged(ema=view.ema):
             latents = adapter.sample(
                 view.role,
                 spec,
                 noise.to(device),
                 cond.to(device),
-                neg_cond=negative.to(device) if negative else None,
+                neg_cond=negative,
                 generator=generator,
             )
         clips[view.name] = adapter.decode(latents)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from attrs import Attribute, field, frozen
+from attrs import field, frozen
 from attrs.validators import in_
 
 from distill_methods.validators import above, within
@@ -13,6 +13,19 @@ TimeDistribution = Literal["uniform", "logit_normal"]
 
 _SCALE = "t = 1000 sigma runs from 0 (clean) to 1000 (noise)"
 _SHIFT = "S_k(u) = k u / (1 + (k - 1) u) maps noise levels onto [0, 1] for positive k only"
+
+
+def _read(time: TimeSampling, attribute: Any, value: float) -> None:
+    if time.distribution == "uniform" and value != attribute.default:
+        raise ValueError(
+            f"{value} has no effect: distribution: uniform reads neither mean nor std. "
+            "Set distribution: logit_normal, or leave it out."
+        )
+
+
+def _above_t_min(time: TimeSampling, _: Any, value: float) -> None:
+    if not value > time.t_min:
+        raise ValueError(f"{value} must be above t_min ({time.t_min}): nothing lies between them")
 
 
 @frozen(kw_only=True)
@@ -32,24 +45,10 @@ class TimeSampling:
     distribution: TimeDistribution = field(
         default="uniform", validator=in_(("uniform", "logit_normal"))
     )
-    mean: float = field(default=0.0, validator=within(-20, 20, "the sigmoid saturates beyond"))
-    std: float = field(default=1.0, validator=above(0, "it is a standard deviation"))
+    mean: float = field(
+        default=0.0, validator=[within(-20, 20, "the sigmoid saturates beyond"), _read]
+    )
+    std: float = field(default=1.0, validator=[above(0, "it is a standard deviation"), _read])
     shift: float = field(default=1.0, validator=above(0, _SHIFT))
     t_min: float = field(default=0.0, validator=within(0, 1000, _SCALE))
-    t_max: float = field(default=1000.0, validator=within(0, 1000, _SCALE))
-
-    @mean.validator
-    @std.validator
-    def _used(self, attribute: Attribute[float], value: float) -> None:
-        if self.distribution == "uniform" and value != attribute.default:
-            raise ValueError(
-                f"{value} has no effect: distribution: uniform reads neither mean nor std. "
-                "Set distribution: logit_normal, or leave it out."
-            )
-
-    @t_max.validator
-    def _ordered(self, attribute: Attribute[float], value: float) -> None:
-        if not value > self.t_min:
-            raise ValueError(
-                f"{value} must be above t_min ({self.t_min}): nothing lies between them"
-            )
+    t_max: float = field(default=1000.0, validator=[within(0, 1000, _SCALE), _above_t_min])

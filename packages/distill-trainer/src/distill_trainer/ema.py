@@ -37,6 +37,7 @@ class ExponentialMovingAverage:
                 self._average[name] = value.detach().to(torch.float32, copy=True)
             else:
                 self._copied[name] = value.detach().clone()
+        self._source: tuple[nn.Module, list[Tensor]] = (module, self._weights(module))
 
     @property
     def updates(self) -> int:
@@ -46,18 +47,23 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Take in the module's weights. Call it after each step of its optimizer."""
-        self._updates += 1
-        state = module.state_dict()
+        # Walking the module costs more than the average itself, so its parameters are looked up
+        # once; they stay the same objects, or the optimizer would have lost them too.
+        if self._source[0] is not module:
+            self._source = (module, self._weights(module))
+        weights = self._source[1]
         averages = list(self._average.values())
-        weights = [state[name] for name in self._average]
+        self._updates += 1
         if self._updates <= self.start_update:
             torch._foreach_copy_(averages, weights)
         else:
-            # No-op for fp32 weights, which every trainable role has; lerp takes one type only.
-            weights = [weight.float() for weight in weights]
+            if any(weight.dtype != torch.float32 for weight in weights):
+                weights = [weight.float() for weight in weights]  # lerp takes one type only
             torch._foreach_lerp_(averages, weights, 1 - self.decay)
-        for name, buffer in self._copied.items():
-            buffer.copy_(state[name])
+        if self._copied:
+            state = module.state_dict()
+            for name, buffer in self._copied.items():
+                buffer.copy_(state[name])
 
     @contextlib.contextmanager
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
@@ -95,6 +101,10 @@ class ExponentialMovingAverage:
         for name, value in mine.items():
             value.copy_(state[name])
         self._updates = int(state[_UPDATES])
+
+    def _weights(self, module: nn.Module) -> list[Tensor]:
+        state = module.state_dict(keep_vars=True)
+        return [state[name] for name in self._average]
 
 
 @torch.no_grad()

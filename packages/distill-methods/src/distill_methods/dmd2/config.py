@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from attrs import Attribute, field, frozen
+from attrs import field, frozen
 from attrs.validators import in_
 from distill_protocols import SamplerSpec
 
@@ -12,6 +12,30 @@ from distill_methods.time_sampling import TimeSampling
 from distill_methods.validators import above, at_least, within
 
 _SCALE = "t = 1000 sigma runs from 0 (clean) to 1000 (noise)"
+
+
+def _critic_has_a_turn(config: DMD2Config, _: Any, value: int) -> None:
+    if value == 1 and config.critic_update == "alternate":
+        raise ValueError(
+            "1 with critic_update: alternate leaves the critic no iteration, and a critic that "
+            "never learns gives a wrong direction. Use at least 2, or critic_update: every_step."
+        )
+
+
+def _unguided(_config: DMD2Config, _: Any, value: SamplerSpec) -> None:
+    if value.guidance != 1:
+        raise ValueError(
+            f"guidance {value.guidance} must be 1: the student learns the guided teacher's clips "
+            "and is called once a step, so guiding it again would show another model than the one "
+            "trained. The teacher's guidance is real_score_guidance_scale."
+        )
+
+
+def _above_t_min(config: DMD2Config, _: Any, value: float) -> None:
+    if not value > config.score_t_min:
+        raise ValueError(
+            f"{value} must be above score_t_min ({config.score_t_min}): nothing lies between them"
+        )
 
 
 @frozen(kw_only=True)
@@ -40,7 +64,8 @@ class DMD2Config:
     """
 
     generator_update_interval: int = field(
-        default=5, validator=at_least(1, "the student would never be updated")
+        default=5,
+        validator=[at_least(1, "the student would never be updated"), _critic_has_a_turn],
     )
     critic_update: Literal["alternate", "every_step"] = field(
         default="alternate", validator=in_(("alternate", "every_step"))
@@ -51,39 +76,16 @@ class DMD2Config:
     rollout: Literal["simulate", "data"] = field(
         default="simulate", validator=in_(("simulate", "data"))
     )
-    student_sampler: SamplerSpec = field(default=SamplerSpec(steps=4, shift=5.0, stochastic=True))
+    student_sampler: SamplerSpec = field(
+        default=SamplerSpec(steps=4, shift=5.0, stochastic=True), validator=_unguided
+    )
     score_shift: float = field(
         default=5.0,
         validator=above(0, "S_k(u) = k u / (1 + (k - 1) u) is a noise level for positive k only"),
     )
     score_t_min: float = field(default=20.0, validator=within(0, 1000, _SCALE))
-    score_t_max: float = field(default=980.0, validator=within(0, 1000, _SCALE))
+    score_t_max: float = field(default=980.0, validator=[within(0, 1000, _SCALE), _above_t_min])
     critic_time: TimeSampling | None = None
-
-    @generator_update_interval.validator
-    def _critic_has_a_turn(self, attribute: Attribute[int], value: int) -> None:
-        if value == 1 and self.critic_update == "alternate":
-            raise ValueError(
-                "1 with critic_update: alternate leaves the critic no iteration, and a critic "
-                "that never learns gives a wrong direction. Use at least 2, or critic_update: "
-                "every_step."
-            )
-
-    @student_sampler.validator
-    def _unguided(self, attribute: Attribute[SamplerSpec], value: SamplerSpec) -> None:
-        if value.guidance != 1:
-            raise ValueError(
-                f"guidance {value.guidance} must be 1: the student learns the guided teacher's "
-                "clips and is called once a step, so guiding it again would show another model "
-                "than the one trained. The teacher's guidance is real_score_guidance_scale."
-            )
-
-    @score_t_max.validator
-    def _ordered(self, attribute: Attribute[float], value: float) -> None:
-        if not value > self.score_t_min:
-            raise ValueError(
-                f"{value} must be above score_t_min ({self.score_t_min}): nothing lies between them"
-            )
 
     def turns(self, iteration: int) -> tuple[str, ...]:
         """Roles that learn in ``iteration`` (1-based): the whole update schedule."""

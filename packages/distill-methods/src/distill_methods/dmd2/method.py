@@ -101,7 +101,10 @@ class DMD2Method(DistillMethod[LatentDiffusion]):
         self.check_capabilities(config.capabilities)
         self.config = config
         self.conditioning = conditioning
-        self._negative = conditioning.negative().to(self._device()) if config.guided else None
+        device = self._device()
+        self._negative = conditioning.negative().to(device) if config.guided else None
+        # Here once, as copying them in each step would make the host wait for the device.
+        self._levels = 1000 * torch.tensor(config.student_sampler.sigmas(), device=device)
 
     # -- schedule -----------------------------------------------------------------------------
 
@@ -191,7 +194,9 @@ class DMD2Method(DistillMethod[LatentDiffusion]):
         steps = steps.to(batch.latents.device)
         noise = noise_like(batch.latents, self.streams.get(f"dmd2.{turn}.data_noise"))
         latents = self.adapter.normalize_latents(batch.latents)
-        x0 = from_data(self.adapter, spec, batch.cond, latents=latents, noise=noise, steps=steps)
+        x0 = from_data(
+            self.adapter, batch.cond, latents=latents, noise=noise, t=self._levels[steps]
+        )
         return _Rollout(x0, steps)
 
     def _noised(self, x0: Tensor, turn: str, time: TimeSampling) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,23 +49,15 @@ def simulate(
 
 
 def from_data(
-    adapter: LatentDiffusion,
-    spec: SamplerSpec,
-    cond: Condition,
-    *,
-    latents: Tensor,
-    noise: Tensor,
-    steps: Tensor,
+    adapter: LatentDiffusion, cond: Condition, *, latents: Tensor, noise: Tensor, t: Tensor
 ) -> Tensor:
-    """The student's x0 from noised data: one call, each sample at a step of its own.
+    """The student's x0 from noised data: one call, each sample at a level of its own.
 
     Args:
         latents: normalised clean latents [B, C, T, H, W].
         noise: like ``latents``.
-        steps: k of each sample in 0..N-1, integers [B].
+        t: one of the sampler's levels for each sample, fp32 [B].
     """
-    levels = torch.tensor(spec.sigmas(), dtype=torch.float32, device=latents.device)
-    t = 1000 * levels[steps]
     x_t = adapter.add_noise(latents, noise, t)
     return adapter.forward("student", x_t, t, cond, fwd_pred_type="x0")
 

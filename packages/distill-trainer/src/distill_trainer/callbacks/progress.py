@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import TextIO
@@ -20,12 +21,21 @@ class ProgressCallback(Callback):
         log_every: iterations between two looks at the losses (each waits for the device), and
             between two lines where there is no terminal.
         stream: where to write; None: stderr, so that stdout stays for results.
+        seconds_between_lines: of a fast run, only so many log points become lines.
     """
 
     name = "progress"
 
-    def __init__(self, log_every: int, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        log_every: int,
+        stream: TextIO | None = None,
+        *,
+        seconds_between_lines: float = 2.0,
+    ) -> None:
         self.log_every = log_every
+        self.seconds_between_lines = seconds_between_lines
+        self._last_line = -math.inf
         self._stream = stream
         self._bar: tqdm | None = None
         self._losses: dict[str, Tensor] = {}
@@ -49,7 +59,7 @@ class ProgressCallback(Callback):
             if due:
                 self._bar.set_postfix_str(self._terms(), refresh=False)
             self._bar.update()
-        elif due:
+        elif due and self._line_is_due(run):
             self._line(run)
 
     def on_train_end(self, run: RunState) -> None:
@@ -74,6 +84,13 @@ class ProgressCallback(Callback):
         names = [name for name in self._losses if name != "total_loss"] or list(self._losses)
         values = to_floats([self._losses[name] for name in names])
         return " ".join(f"{name} {value:.4g}" for name, value in zip(names, values, strict=True))
+
+    def _line_is_due(self, run: RunState) -> bool:
+        now = time.monotonic()
+        if now - self._last_line < self.seconds_between_lines:
+            return run.iteration == run.max_train_steps
+        self._last_line = now
+        return True
 
     def _line(self, run: RunState) -> None:
         assert self._began is not None

@@ -1,0 +1,241 @@
+"""Wrong run files: every fault at once, with file, line and a way out; exit 2; no torch."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from distill_protocols import ConfigError
+from distill_train.check import read_config
+from distill_train.cli import main
+
+Values = dict[str, Any]
+
+
+def faults(path: Path, models_json: Path | None = None) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        read_config(path, models_json)
+    return caught.value.faults
+
+
+def test_the_run_file_that_the_others_spoil_is_right(values, write):
+    config = read_config(write(values))
+    assert list(config.roles) == ["student", "teacher", "critic"]
+    assert config.roles["critic"].optimizer.lr == 6e-4
+    assert config.roles["student"].optimizer.lr == 3e-4
+    assert config.roles["teacher"].optimizer is None
+    assert config.roles["student"].optimizer.betas == (0.0, 0.99)
+
+
+def put(*path: str, value: Any) -> Callable[[Values], None]:
+    def spoil(values: Values) -> None:
+        for key in path[:-1]:
+            values = values.setdefault(key, {})
+        values[path[-1]] = value
+
+    return spoil
+
+
+def drop(*path: str) -> Callable[[Values], None]:
+    def spoil(values: Values) -> None:
+        for key in path[:-1]:
+            values = values[key]
+        del values[path[-1]]
+
+    return spoil
+
+
+SPOILT = {
+    "unknown key": (
+        put("method_config", "generator_update_intervl", value=5),
+        "method_config.generator_update_intervl: unknown key; did you mean 'generator_update_interval'?",
+    ),
+    "unknown section": (put("trainning", value={}), "trainning: unknown key; did you mean 'training'?"),
+    "string for an integer": (
+        put("training", "max_train_steps", value="many"),
+        "training.max_train_steps: 'many' is a string, but must be an integer",
+    ),
+    "float for an integer": (put("training", "seed", value=2.7), "training.seed: 2.7 is a float, but must be an integer"),
+    "boolean for a number": (put("callbacks", "ema", "decay", value=True), "callbacks.ema.decay: True is a boolean, but must be a number"),
+    "list for a mapping": (put("training", value=[1]), "training: [1] is a list, but must be a mapping"),
+    "missing section": (drop("data"), "data: missing section"),
+    "missing key": (drop("training", "output_dir"), "training.output_dir: missing; TrainingConfig needs it"),
+    "missing role": (drop("models", "critic"), "models.critic: missing role; dmd2 calls student, teacher, critic"),
+    "misspelt role": (put("models", "critc", value={"path": "./x"}), "models.critc: dmd2 calls no role 'critc'; did you mean 'critic'?"),
+    "trainable teacher": (put("models", "teacher", "trainable", value=True), "models.teacher.trainable: teacher is trainable here, but dmd2 never updates it"),
+    "frozen student": (put("models", "student", "trainable", value=False), "models.student.trainable: student is frozen here, but dmd2 updates it"),
+    "optimizer of a frozen role": (put("models", "teacher", "optimizer", value={"lr": 1.0}), "models.teacher.optimizer: role 'teacher' is frozen"),
+    "wrong key in a role's optimizer": (put("models", "critic", "optimizer", value={"lrr": 1.0}), "models.critic.optimizer.lrr: unknown key; did you mean 'lr'?"),
+    "unknown family": (put("recipe", "family", value="wann"), "recipe.family: unknown family 'wann'; did you mean 'wan'? (installed: wan)"),
+    "unknown method": (put("recipe", "method", value="dmd3"), "recipe.method: unknown method 'dmd3'; did you mean 'dmd2'? (installed: dmd2, finetune, teacher_only)"),
+    "unknown callback": (put("callbacks", "emma", value={}), "callbacks.emma: unknown callback 'emma'; did you mean 'ema'?"),
+    "another family for a role": (put("models", "critic", "family", value="hunyuan"), "models.critic.family: 'hunyuan' differs from recipe.family 'wan'"),
+    "path that is no path": (put("models", "student", "path", value="wan"), "models.student.path: 'wan' is neither a folder"),
+    "model folder that is not there": (put("models", "student", "path", value="./nowhere"), "models.student.path: "),
+    "data folder that is not there": (put("data", "path", value="./nowhere"), "data.path: "),
+    "value out of range": (put("method_config", "generator_update_interval", value=0), "method_config.generator_update_interval: 0 must be at least 1"),
+    "value out of the options": (put("method_config", "rollout", value="simulat"), "method_config.rollout: 'simulat' must be one of 'simulate', 'data'; did you mean 'simulate'?"),
+    "nested value": (put("method_config", "student_sampler", "shift", value=0), "method_config.student_sampler.shift: "),
+    "batch that does not divide": (put("training", "batch_size_per_device", value=3), "training.batch_size_per_device: 4 samples"),
+    "clip that the VAE cannot take": (put("pipeline_config", "num_frames", value=8), "pipeline_config.num_frames: 8 must be 4k + 1"),
+    "latents of another shape": (put("pipeline_config", "num_frames", value=13), "data.path: "),
+    "view of no role": (put("validation", value={"prompts": ["x"], "views": {"a": {"role": "studnt"}}}), "validation.views.a.role: there is no role 'studnt'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_fault_is_named_with_its_line(case, values, write):
+    spoil, expected = SPOILT[case]
+    spoil(values)
+    path = write(values)
+    found = faults(path)
+    assert any(f": {expected}" in fault for fault in found), found
+    key = expected.split(":")[0].split(".")[-1]
+    fault = next(f for f in found if f": {expected}" in f)
+    line = int(fault.split(":")[1])
+    if any(text.strip().startswith(f"{key}:") for text in path.read_text().splitlines()):
+        # YAML that safe_dump wrote has one key a line, so the line can be checked.
+        assert path.read_text().splitlines()[line - 1].strip().startswith(f"{key}:")
+
+
+def test_all_faults_of_a_file_come_at_once_in_the_order_of_the_file(values, write):
+    for case in ("unknown key", "float for an integer", "trainable teacher", "unknown callback"):
+        SPOILT[case][0](values)
+    values["callbacks"]["ema"]["decay"] = 2.0
+    found = faults(write(values))
+    assert len(found) == 5
+    lines = [int(fault.split(":")[1]) for fault in found]
+    assert lines == sorted(lines)
+
+
+def test_one_broken_field_does_not_hide_a_rule_on_another(values, write):
+    values["training"] |= {"seed": "x", "max_train_steps": 0, "globl_batch_size": 1}
+    found = faults(write(values))
+    assert len(found) == 3, found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "the file is empty"),
+        ("- a\n- b\n", "the file is a sequence"),
+        ("recipe: {family: wan\ntraining: 1\n", "not valid YAML"),
+        ("recipe:\n\tfamily: wan\n", "not valid YAML"),
+    ],
+)
+def test_what_is_no_run_file_at_all(text, expected, write):
+    (fault,) = faults(write(text))
+    assert expected in fault
+
+
+def test_no_file(tmp_path):
+    (fault,) = faults(tmp_path / "absent.yaml")
+    assert "there is no file" in fault
+
+
+def test_duplicate_keys(values, write):
+    text = yaml.safe_dump(values, sort_keys=False) + "data: {path: ./elsewhere}\n"
+    found = faults(write(text))
+    assert any("data: written twice (first in line" in fault for fault in found)
+
+
+def test_scalars_follow_yaml_1_2(values, write):
+    text = yaml.safe_dump(values, sort_keys=False)
+    text = text.replace("lr: 0.0003", "lr: 3e-4").replace("negative_prompt", "negative_prompt")
+    text += "conditioning: {negative_prompt: no}\n"
+    config = read_config(write(text))
+    assert config.training.optimizer.lr == 3e-4
+    assert config.conditioning.negative_prompt == "no"
+
+
+def test_anchors_and_merge_keys_work(values, write):
+    del values["models"]
+    path = yaml.safe_load(write(values).read_text())
+    folder = str(Path(__file__).resolve().parents[2] / "configs" / "tiny" / "wan")
+    text = yaml.safe_dump(path, sort_keys=False) + (
+        f"models:\n  student: &m {{path: {folder}}}\n  teacher: *m\n"
+        "  critic: {<<: *m, precision: bf16}\n"
+    )
+    config = read_config(write(text))
+    assert config.roles["critic"].spec.precision == "bf16"
+    assert config.roles["student"].spec.precision == "fp32"
+
+
+def test_relative_paths_are_taken_from_the_file_and_not_from_the_shell(values, write, monkeypatch):
+    values["training"]["output_dir"] = "runs/a"
+    path = write(values)
+    monkeypatch.chdir("/")
+    assert read_config(path).training.output_dir == str(path.parent / "runs" / "a")
+
+
+def test_models_json_is_laid_over_the_models_section(values, write, tmp_path):
+    overlay = tmp_path / "models.json"
+    overlay.write_text(json.dumps({"critic": {"precision": "bf16"}, "teacher": {"trainable": None}}))
+    before = copy.deepcopy(values)
+    config = read_config(write(values), overlay)
+    assert config.roles["critic"].spec.precision == "bf16"
+    assert config.roles["critic"].optimizer.lr == 6e-4
+    assert values == before
+    overlay.write_text('{"critic": {\n "precison": "bf16"}}')
+    (fault,) = faults(write(values), overlay)
+    assert fault.startswith("models.json:2: critic.precison: unknown key")
+
+
+def test_a_guided_run_without_a_negative_condition_is_refused(values, write, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    source = Path(values["data"]["path"])
+    for file in source.iterdir():
+        if file.name != "constants.safetensors":
+            (data / file.name).symlink_to(file)
+    index = json.loads((source / "index.json").read_text())
+    (data / "index.json").unlink()
+    (data / "index.json").write_text(json.dumps(index | {"constants": None}))
+    values["data"]["path"] = str(data)
+    (fault,) = faults(write(values))
+    assert "conditioning.negative_prompt: there is none" in fault
+    assert "dmd2 guides a model" in fault
+    values["conditioning"] = {"negative_prompt": ""}
+    read_config(write(values))
+    values["method_config"]["real_score_guidance_scale"] = 1.0
+    del values["conditioning"]
+    read_config(write(values))
+
+
+def test_status_2_no_traceback_nothing_written_and_no_torch(values, write, tmp_path):
+    SPOILT["unknown key"][0](values)
+    path = write(values)
+    code = (
+        "import sys\nfrom distill_train.cli import main\n"
+        f"status = main(['--config', {str(path)!r}])\n"
+        "assert 'torch' not in sys.modules\nassert 'numpy' not in sys.modules\nsys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "1 fault; nothing was started." in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_and_a_missing_config(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    assert "--dry-run" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    assert "--config RUN.yaml is needed" in capsys.readouterr().err
+
+
+def test_plugins_are_listed(capsys):
+    assert main(["--plugins"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("wan", "dmd2", "finetune", "teacher_only", "ema", "report"))

@@ -1,0 +1,288 @@
+"""Config rules, values, tensors, retention, output folders, export: the parts by themselves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from distill_checkpoint import (
+    CheckpointConfig,
+    CheckpointManager,
+    ExportCallback,
+    ExportConfig,
+    claim_output_dir,
+)
+from distill_checkpoint.layout import checkpoints, safe
+from distill_checkpoint.retention import superseded
+from distill_checkpoint.tensors import read_tensors, write_tensors
+from distill_checkpoint.values import pack, unpack
+from distill_protocols import CapabilityError, OutputError, RoleError, SamplerSpec
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_run import Shape, new_run
+
+# -- config -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"every_steps": 0}, "0 must be at least 1"),
+        ({"keep_last": 0}, "nothing to resume from"),
+        ({"keep_every": 10}, "no effect without every_steps"),
+        ({"every_steps": 4, "keep_every": 10}, "multiple of every_steps"),
+        ({"resume": "checkpoint-000400"}, "absolute path"),
+        ({"resume": "Latest"}, "'latest', 'none'"),
+    ],
+)
+def test_config_faults(keys, message):
+    with pytest.raises(ValueError, match=message):
+        CheckpointConfig(**keys)
+
+
+@pytest.mark.parametrize("folder", ["", ".", "/x", "../x", "a/../../x", ".hidden", "checkpoint-1"])
+def test_export_stays_in_the_output_folder_and_off_the_checkpoints(folder):
+    with pytest.raises(ValueError, match="for example 'export/student'"):
+        ExportConfig(role="student", folder=folder)
+
+
+def test_two_exports_into_one_folder():
+    exports = [ExportConfig(role=role, folder="a/b") for role in ("student", "critic")]
+    with pytest.raises(ValueError, match="a/b is the folder of two exports"):
+        CheckpointConfig(export=tuple(exports))
+
+
+# -- values and tensors ---------------------------------------------------------------------------
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool]
+tensors = st.builds(
+    lambda shape, dtype: torch.arange(math.prod(shape)).reshape(shape).to(dtype),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.sampled_from(DTYPES),
+)
+leaves = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | tensors
+    | st.builds(Counter, st.lists(st.integers(0, 9), max_size=3))
+)  # fmt: skip
+names = st.text(st.sampled_from("a/.$#"), max_size=8) | st.just("$tensor")
+trees = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(names | st.integers(0, 3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)
+
+
+@given(trees)
+def test_state_comes_back_as_it_was(tree):
+    packed, found = pack(tree, "test")
+    with TemporaryDirectory() as name:
+        write_tensors(Path(name, "t"), found)
+        back = unpack(
+            json.loads(json.dumps(packed, allow_nan=False)), read_tensors(Path(name, "t"))
+        )
+    assert same(tree, back)
+
+
+@given(st.lists(st.integers(0, 20), max_size=6), st.integers(1, 100))
+def test_tensors_spread_over_files_come_back(sizes, shard_bytes):
+    found = {f"t{i}": torch.rand(size) for i, size in enumerate(sizes)}
+    with TemporaryDirectory() as name:
+        write_tensors(Path(name, "t"), found, shard_bytes=shard_bytes)
+        data = [4 * size for size in sizes]
+        files = list(Path(name, "t").glob("*.safetensors"))
+        assert same(found, read_tensors(Path(name, "t")))
+    assert len(files) >= sum(data) / (shard_bytes + max(data, default=0))
+
+
+def test_views_of_one_memory_come_back():
+    base = torch.rand(4, 6)
+    found = {"base": base, "row": base[1], "turned": base.t(), "wide": base[:1].expand(3, 6)}
+    with TemporaryDirectory() as name:
+        write_tensors(Path(name, "t"), found)
+        assert same(found, read_tensors(Path(name, "t")))
+
+
+@given(st.text(), st.text())
+def test_names_are_different_single_file_names(a, b):
+    assert (safe(a) == safe(b)) == (a == b)
+    assert safe(a) not in ("", ".", "..")
+    assert not set(safe(a)) & set("/.\\\0")
+
+
+# -- retention ------------------------------------------------------------------------------------
+
+
+@given(
+    st.sets(st.integers(1, 60), min_size=1),
+    st.integers(1, 5),
+    st.none() | st.integers(1, 7),
+)
+def test_retention(iterations, keep_last, keep_every):
+    gone = superseded(iterations, keep_last=keep_last, keep_every=keep_every)
+    stay = iterations - set(gone)
+    assert set(gone) <= iterations
+    assert sorted(iterations)[-keep_last:] == sorted(stay)[-keep_last:]
+    if keep_every:
+        assert all(i in stay for i in iterations if i % keep_every == 0)
+    older = sorted(iterations)[:-keep_last]
+    assert all(keep_every and i % keep_every == 0 for i in older if i in stay)
+
+
+def test_retention_on_disk_keeps_the_last_whole_one_when_newer_ones_are_damaged(tmp_path):
+    config = CheckpointConfig(every_steps=1, keep_last=2, keep_every=3)
+    run = new_run(Shape(ema_roles=()))
+    run.train(tmp_path, 5, CheckpointManager(config, tmp_path, {}))
+    assert list(checkpoints(tmp_path)) == [5, 4, 3]
+    for iteration in (5, 4):
+        (tmp_path / f"checkpoint-00000{iteration}" / "manifest.json").unlink()
+    CheckpointManager(config, tmp_path, {}).save(run.state(tmp_path, 6), run.callbacks)
+    # Damaged ones neither count among the last two nor are deleted: a person may want to look.
+    assert list(checkpoints(tmp_path)) == [6, 5, 4, 3]
+
+
+def test_nothing_is_deleted_before_the_new_one_is_there(tmp_path, monkeypatch):
+    config = CheckpointConfig(keep_last=1)
+    run = new_run(Shape(ema_roles=()))
+    manager = CheckpointManager(config, tmp_path, {})
+    manager.save(run.state(tmp_path, 1), run.callbacks)
+    seen = []
+
+    def remove(folder: Path) -> None:
+        seen.append((folder.name, sorted(checkpoints(tmp_path))))
+
+    monkeypatch.setattr("distill_checkpoint.manager.remove_folder", remove)
+    manager.save(run.state(tmp_path, 2), run.callbacks)
+    assert seen == [("checkpoint-000001", [1, 2])]
+
+
+# -- output folder --------------------------------------------------------------------------------
+
+
+def test_an_output_folder_is_claimed_once(tmp_path):
+    folder = claim_output_dir(tmp_path / "a" / "b", resume=False)
+    assert (folder / "run.json").exists()
+    with pytest.raises(
+        OutputError, match=r"already holds another run \(run.json\).*resume: latest"
+    ):
+        claim_output_dir(folder, resume=False)
+    assert claim_output_dir(folder, resume=True) == folder
+
+
+def test_checkpoints_without_a_marker_are_another_run_too(tmp_path):
+    (tmp_path / "checkpoint-000004").mkdir()
+    with pytest.raises(OutputError, match="checkpoint-000004"):
+        claim_output_dir(tmp_path, resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000004"]
+
+
+@pytest.mark.parametrize("below", ["file", "file/a/b"])
+def test_a_folder_that_cannot_be_made(tmp_path, below):
+    # Below a file, as permissions do not bind root.
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(OutputError, match="cannot be used as output folder"):
+        claim_output_dir(tmp_path / below, resume=False)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_full_disk_leaves_no_folder_behind(tmp_path, monkeypatch):
+    def dump(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("distill_checkpoint.outputs.json.dump", dump)
+    with pytest.raises(OutputError, match="No space left"):
+        claim_output_dir(tmp_path / "a" / "b", resume=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- export ---------------------------------------------------------------------------------------
+
+
+class Exporter:
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str, SamplerSpec, bool]] = []
+
+    def __call__(self, role, folder, *, sampler, ema):
+        self.calls.append((role, folder, sampler, ema))
+        return {"bytes": 1}
+
+
+def export_run(tmp_path, exports, steps=3, stop_at=None):
+    run, exporter = new_run(Shape()), Exporter()
+    run.callbacks["export"] = ExportCallback(exports, exporter, tmp_path)
+    if stop_at:
+        run.callbacks["tally"].on_step_start = lambda state: (
+            state.request_stop("asked to") if state.iteration == stop_at else None
+        )
+    run.train(tmp_path, steps)
+    return exporter.calls
+
+
+def test_export_at_the_end(tmp_path):
+    exports = [
+        ExportConfig(role="student", folder="export/live"),
+        ExportConfig(role="student", folder="export/ema", ema=True),
+    ]
+    assert export_run(tmp_path, exports) == [
+        ("student", str(tmp_path / "export" / "live"), SamplerSpec(steps=2), False),
+        ("student", str(tmp_path / "export" / "ema"), SamplerSpec(steps=2), True),
+    ]
+
+
+def test_a_stopped_run_exports_nothing_and_says_so(tmp_path, caplog):
+    exports = [ExportConfig(role="student", folder="x")]
+    assert export_run(tmp_path, exports, stop_at=2) == []
+    assert "nothing exported: the run stopped at iteration 2 of 3 (asked to)" in caplog.text
+    assert len(export_run(tmp_path, exports, stop_at=3)) == 1
+
+
+@pytest.mark.parametrize(
+    ("export", "error", "message"),
+    [
+        (ExportConfig(role="studnet", folder="x"), RoleError, "studnet"),
+        (ExportConfig(role="critic", folder="x", ema=True), RoleError, "which keeps none"),
+    ],
+)
+def test_an_export_that_cannot_work_is_refused_in_the_first_step(tmp_path, export, error, message):
+    run = new_run(Shape())
+    run.callbacks["export"] = ExportCallback([export], Exporter(), tmp_path)
+    with pytest.raises(error, match=message):
+        run.train(tmp_path, 3)
+    assert sum(run.method.update_counts.values()) == 0
+
+
+def test_an_export_needs_to_know_how_to_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr("tiny_run.TinyMethod.sampler_spec", None)
+    with pytest.raises(CapabilityError, match="no sampler_spec"):
+        export_run(tmp_path, [ExportConfig(role="student", folder="x")])
+
+
+def test_a_failing_export_is_raised(tmp_path):
+    def failing(*_: object, **__: object) -> None:
+        raise OutputError("no room")
+
+    run = new_run(Shape())
+    exports = [ExportConfig(role="student", folder="x")]
+    run.callbacks["export"] = ExportCallback(exports, failing, tmp_path)
+    with pytest.raises(OutputError, match="no room"):
+        run.train(tmp_path, 1)

@@ -1,0 +1,316 @@
+"""Clipping, validation, progress, dumps: what each leaves behind, and what it leaves alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from distill_protocols import (
+    Condition,
+    NonFiniteLossError,
+    RoleError,
+    SampleView,
+    StepRecord,
+    load_plugin,
+    plugin_names,
+)
+from distill_trainer import (
+    DebugDumpCallback,
+    DebugDumpConfig,
+    DistillTrainer,
+    EmaCallback,
+    EmaConfig,
+    GradClipCallback,
+    GradClipConfig,
+    ParamCountCallback,
+    ProfilerCallback,
+    ProfilerConfig,
+    ProgressCallback,
+    StepTimerCallback,
+    StepTimerConfig,
+    ValidationCallback,
+    ValidationConfig,
+    ViewConfig,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+from toy_trainer import (
+    Alternating,
+    MemoryCheckpointer,
+    MemoryTracker,
+    Recorder,
+    alternating,
+    batches,
+    training,
+)
+
+
+class _Gradients(Recorder):
+    """Keeps the gradients that the optimizers will see."""
+
+    def __init__(self) -> None:
+        super().__init__("gradients")
+        self.kept: list[dict[str, list[Tensor]]] = []
+
+    def on_before_optimizer_step(self, run) -> None:  # type: ignore[no-untyped-def]
+        self.kept.append(
+            {
+                key: [p.grad.clone() for p in module.parameters() if p.grad is not None]
+                for key, module in run.method.model_dict.items()
+            }
+        )
+
+
+@given(max_norm=st.floats(1e-3, 10), seed=st.integers(0, 100))
+def test_clipping_is_torchs_own_and_reports_the_norm_before_it(
+    tmp_path_factory: pytest.TempPathFactory, max_norm: float, seed: int
+) -> None:
+    data = batches(1, seed=seed)
+    seen: list[dict[str, list[Tensor]]] = []
+    recorder = Recorder()
+    for clip in (None, max_norm):
+        gradients = _Gradients()
+        callbacks = [GradClipCallback(GradClipConfig(max_norm=clip)), gradients, recorder]
+        config = training(tmp_path_factory.mktemp("run"), 1)
+        DistillTrainer(config, callbacks=callbacks).run(alternating(1), data)
+        seen += gradients.kept
+    raw = [torch.nn.Parameter(g) for g in seen[0]["student.net"]]
+    for parameter in raw:
+        parameter.grad = parameter.detach().clone()
+    norm = torch.nn.utils.clip_grad_norm_(raw, max_norm)
+    for record in recorder.records:
+        assert float(record.metrics["grad_norm/student.net"]) == pytest.approx(float(norm))
+        assert "grad_norm/critic.net" not in record.metrics
+    for parameter, clipped in zip(raw, seen[1]["student.net"], strict=True):
+        torch.testing.assert_close(parameter.grad, clipped)
+
+
+@pytest.mark.parametrize("roles", [("teacher",), ("nobody",)])
+def test_an_average_of_a_frozen_or_absent_role_is_refused(
+    tmp_path: Path, roles: tuple[str, ...]
+) -> None:
+    method = alternating()
+    method.bundle.roles["teacher"] = type(method.bundle["student"])(
+        name="teacher", modules={"net": torch.nn.Linear(3, 3)}
+    )
+    trainer = DistillTrainer(training(tmp_path, 1), callbacks=[EmaCallback(EmaConfig(roles=roles))])
+    with pytest.raises(RoleError, match=roles[0]):
+        trainer.run(method, batches())
+
+
+class _Sampling(Alternating):
+    """Clips of the student's weights and of the seed's noise, as a real method makes them."""
+
+    def sample_for_logging(
+        self, views: Sequence[SampleView], cond: Condition, *, seed: int
+    ) -> dict[str, Tensor]:
+        clips = {}
+        for view in views:
+            role = self.bundle[view.role]
+            noise = torch.randn(
+                len(cond), 3, 2, 4, 4, generator=torch.Generator().manual_seed(seed)
+            )
+            with role.averaged(ema=view.ema):
+                net = role.modules["net"]
+                assert not net.training
+                assert not torch.is_grad_enabled()
+                clips[view.name] = net(noise.transpose(1, 4)[..., :3]).transpose(1, 4)[
+                    :, :3, :, :, :4
+                ]
+                clips[view.name] = clips[view.name].sigmoid()
+        return clips
+
+
+class _Prompts:
+    def negative(self) -> Condition:
+        raise AssertionError("validation needs no negative condition of its own")
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        return Condition({"text": torch.zeros(len(prompts), 1, 1)})
+
+
+def _validation(**changes: object) -> ValidationConfig:
+    views = {"live": ViewConfig(role="student"), "ema": ViewConfig(role="student", ema=True)}
+    return ValidationConfig(
+        **{"prompts": ("a seven", "a three"), "views": views, "every_steps": 2, **changes}  # type: ignore[arg-type]
+    )
+
+
+def test_validation_does_not_change_the_run(tmp_path: Path) -> None:
+    weights = []
+    for look in (False, True):
+        method = _Sampling(alternating(2).bundle, 2)
+        method.bundle["critic"].modules["net"].eval()
+        callbacks = [EmaCallback(EmaConfig(decay=0.5))]
+        if look:
+            callbacks.append(ValidationCallback(_validation(at_start=True), _Prompts()))
+        draws = method.streams.get("noise").get_state()
+        ambient = torch.get_rng_state()
+        DistillTrainer(training(tmp_path, 5), callbacks=callbacks).run(method, batches())
+        assert torch.equal(method.streams.get("noise").get_state(), draws)
+        assert torch.equal(torch.get_rng_state(), ambient)
+        assert method.bundle["student"].modules["net"].training
+        assert not method.bundle["critic"].modules["net"].training
+        weights.append([p.detach().clone() for p in method.model_dict["student.net"].parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_validation_looks_when_it_should_and_writes_what_it_saw(tmp_path: Path) -> None:
+    method, tracker = _Sampling(alternating(1).bundle, 1), MemoryTracker()
+    callbacks = [
+        EmaCallback(EmaConfig(decay=0.9)),
+        ValidationCallback(_validation(at_start=True), _Prompts()),
+    ]
+    DistillTrainer(training(tmp_path, 5), callbacks=callbacks, trackers=[tracker]).run(
+        method, batches()
+    )
+    assert [(i, n) for i, n, _ in tracker.videos] == [
+        (i, f"validation/{view}") for i in (0, 2, 4, 5) for view in ("live", "ema")
+    ]
+    live, ema = (
+        {i: clip for i, n, clip in tracker.videos if n == f"validation/{view}"}
+        for view in ("live", "ema")
+    )
+    assert torch.equal(live[0], ema[0]), "same noise, and the same weights at first"
+    assert not torch.equal(live[5], ema[5])
+    folder = tmp_path / "validation" / "iteration-000005"
+    assert sorted(p.name for p in folder.iterdir()) == ["ema.gif", "live.gif", "prompts.json"]
+    assert json.loads((folder / "prompts.json").read_text()) == ["a seven", "a three"]
+    with Image.open(folder / "live.gif") as gif:
+        assert (gif.n_frames, gif.size) == (2, (2 * (4 + 2), 4))
+
+
+def test_a_resumed_or_stopped_run_is_not_looked_at_start_or_end(tmp_path: Path) -> None:
+    class Stopper(Recorder):
+        def on_step_end(self, run, step):  # type: ignore[no-untyped-def]
+            run.request_stop("preempted")
+
+    tracker = MemoryTracker()
+    callbacks = [ValidationCallback(_validation(at_start=True, every_steps=0, views={
+        "live": ViewConfig(role="student")}), _Prompts()), Stopper()]  # fmt: skip
+    DistillTrainer(
+        training(tmp_path, 5), callbacks=callbacks, trackers=[tracker],
+        checkpointer=MemoryCheckpointer(resume_at=2),
+    ).run(_Sampling(alternating(1).bundle, 1), batches())  # fmt: skip
+    assert tracker.videos == []
+
+
+def test_metrics_are_means_and_both_turns_are_seen(tmp_path: Path) -> None:
+    method, tracker, recorder = alternating(5), MemoryTracker(), Recorder()
+    DistillTrainer(
+        training(tmp_path, 12, log_every=10), callbacks=[recorder], trackers=[tracker]
+    ).run(method, batches())
+    assert [iteration for iteration, _ in tracker.scalars] == [10, 12]
+    first = tracker.scalars[0][1]
+    critic = [r.losses["critic_loss"].item() for r in recorder.records[:10] if r.iteration % 5]
+    assert len(critic) == 8
+    assert first["loss/critic_loss"] == pytest.approx(sum(critic) / 8)
+    assert first["loss/student_loss"] > 0
+    assert (first["updates/student.net"], first["updates/critic.net"]) == (2, 8)
+    assert first["lr/student.net"] == 0.01
+    assert "size" in first
+    assert "loss/student_loss" not in tracker.scalars[1][1], "11 and 12 were the critic's"
+
+
+def _progress(tmp_path: Path, stream: io.StringIO, **changes: float) -> str:
+    bar = ProgressCallback(2, stream, seconds_between_lines=0, **changes)
+    DistillTrainer(training(tmp_path, 5), callbacks=[bar]).run(alternating(2), batches())
+    return stream.getvalue()
+
+
+def test_progress_is_plain_lines_without_a_terminal(tmp_path: Path) -> None:
+    text = _progress(tmp_path, io.StringIO())
+    lines = text.splitlines()
+    assert "\r" not in text
+    assert "\x1b" not in text
+    assert [line.split(" ")[0] for line in lines] == ["2/5", "4/5", "5/5"]
+    for line in lines:
+        assert "student_loss" in line
+        assert "critic_loss" in line
+        assert "it/s" in line
+        assert "left" in line
+
+
+def test_progress_is_a_bar_on_a_terminal(tmp_path: Path) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    last = _progress(tmp_path, Terminal()).split("\r")[-1]
+    assert "5/5" in last
+    assert "student_loss" in last
+
+
+def test_step_timer_uses_the_window_and_the_batch(tmp_path: Path) -> None:
+    recorder = Recorder()
+    callbacks = [StepTimerCallback(StepTimerConfig(window=2)), recorder]
+    config = training(tmp_path, 4, global_batch_size=6, batch_size_per_device=2)
+    DistillTrainer(config, callbacks=callbacks).run(alternating(), batches())
+    for record in recorder.records:
+        values = {name: float(value) for name, value in record.metrics.items()}
+        assert values["samples_per_second"] == pytest.approx(6 / values["time/iteration"])
+        assert 0 < values["time/step"] <= values["time/iteration"]
+
+
+def test_the_profiler_traces_its_iterations(tmp_path: Path) -> None:
+    callbacks = [ProfilerCallback(ProfilerConfig(start=2, steps=2))]
+    DistillTrainer(training(tmp_path, 5), callbacks=callbacks).run(alternating(), batches())
+    (trace,) = (tmp_path / "profile").iterdir()
+    assert trace.name == "trace-000002-000003.json"
+    names = [event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]]
+    assert sum(name == "aten::mse_loss" or name == "aten::linear" for name in names) == 2
+
+
+def test_parameters_are_counted_by_role(tmp_path: Path) -> None:
+    tracker = MemoryTracker()
+    DistillTrainer(training(tmp_path, 2), callbacks=[ParamCountCallback()], trackers=[tracker]).run(
+        alternating(), batches()
+    )
+    ((_, _, table),) = tracker.texts
+    assert "| student.net | 12 | 12 |" in table
+
+
+def test_debug_dump_holds_outputs_and_after_an_error_the_batch(tmp_path: Path) -> None:
+    data = [((f"clip-{i}",), x) for i, x in enumerate(batches(4))]
+    data[2][1][0, 0] = math.nan
+    recorder = Recorder()
+    callbacks = [DebugDumpCallback(DebugDumpConfig(every_steps=2)), recorder]
+    with pytest.raises(NonFiniteLossError):
+        DistillTrainer(training(tmp_path, 5), callbacks=callbacks).run(alternating(), data)
+    assert sorted(p.name for p in (tmp_path / "debug").iterdir()) == [
+        "error-000003", "iteration-000002",
+    ]  # fmt: skip
+    regular = tmp_path / "debug" / "iteration-000002"
+    last: StepRecord = recorder.records[-1]
+    assert torch.equal(load_file(regular / "outputs.safetensors")["out"], last.outputs["out"])
+    facts = json.loads((tmp_path / "debug" / "error-000003" / "step.json").read_text())
+    assert facts["batch_ids"] == ["clip-2"]
+    assert facts["losses"]["total_loss"] == "nan"
+    assert facts["last_finished_step"]["iteration"] == 2
+
+
+def test_training_in_another_thread_works_without_signal_handlers(tmp_path: Path) -> None:
+    results = []
+    trainer = DistillTrainer(training(tmp_path, 2))
+    thread = threading.Thread(target=lambda: results.append(trainer.run(alternating(), batches())))
+    thread.start()
+    thread.join()
+    assert results[0].iteration == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["debug_dump", "ema", "grad_clip", "param_count", "profiler", "step_timer"]
+)
+def test_every_callback_plugin_builds_from_its_defaults(name: str) -> None:
+    assert name in plugin_names("distill.callbacks")
+    plugin = load_plugin("distill.callbacks", name)
+    assert plugin.build(plugin.config_class(), None).name == name

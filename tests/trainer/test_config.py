@@ -1,0 +1,74 @@
+"""Sections of a run file: arithmetic and refusals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from distill_trainer import (
+    EmaConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    ValidationConfig,
+    ViewConfig,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@given(per_device=st.integers(1, 8), micro=st.integers(1, 8), world=st.integers(1, 8))
+def test_accumulation_is_the_global_batch_over_what_goes_at_once(
+    per_device: int, micro: int, world: int
+) -> None:
+    config = TrainingConfig(
+        output_dir="x", max_train_steps=1,
+        global_batch_size=per_device * micro * world, batch_size_per_device=per_device,
+    )  # fmt: skip
+    assert config.accumulation(world) == micro
+
+
+def test_what_does_not_divide_is_refused_with_the_arithmetic() -> None:
+    with pytest.raises(ValueError, match=r"10 samples.*4 a device.*2\.5 micro steps.* 8 or 12"):
+        TrainingConfig(
+            output_dir="x", max_train_steps=1, global_batch_size=10, batch_size_per_device=4
+        )
+    config = TrainingConfig(output_dir="x", max_train_steps=1, global_batch_size=6)
+    assert config.accumulation() == 1
+    with pytest.raises(ValueError, match="over 4 devices"):
+        config.accumulation(4)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: TrainingConfig(output_dir=" ", max_train_steps=1), "must not be empty"),
+        (lambda: TrainingConfig(output_dir="x", max_train_steps=0), "max_train_steps"),
+        (
+            lambda: TrainingConfig(output_dir="x", max_train_steps=1, trackers=("jsonl", "jsonl")),
+            "jsonl is named twice",
+        ),
+        (lambda: OptimizerConfig(betas=(0.9, 1.0)), r"\[0, 1\)"),
+        (lambda: ScheduleConfig(final_ratio=0.1), "constant rate"),
+        (lambda: EmaConfig(decay=1.0), "never move"),
+        (lambda: EmaConfig(roles=()), "nothing would be averaged"),
+        (lambda: ValidationConfig(prompts=()), "at least one prompt"),
+        (lambda: ValidationConfig(prompts=("a",), views={}), "at least one view"),
+        (
+            lambda: ValidationConfig(prompts=("a",), views={"../x": ViewConfig(role="student")}),
+            "file name",
+        ),
+    ],
+)
+def test_wrong_values_are_refused_with_the_reason(make, words: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_configs_and_plugins_are_there_without_torch() -> None:
+    code = (
+        "import sys, distill_trainer, distill_trainer.config, distill_trainer.plugins;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,58 @@
+"""A loss that is not finite stops the run before anything is saved of it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from distill_protocols import NonFiniteLossError
+from distill_trainer import DistillTrainer, FiniteGuard
+from toy_trainer import MemoryCheckpointer, alternating, batches, training
+
+
+def _poisoned(at: int) -> list[tuple[tuple[str, ...], torch.Tensor]]:
+    data = [((f"clip-{i}",), x) for i, x in enumerate(batches(6), start=1)]
+    data[at - 1][1][0, 0] = math.nan
+    return data
+
+
+def test_it_stops_with_iteration_terms_and_ids_and_before_the_weights_move(tmp_path: Path) -> None:
+    method, checkpointer = alternating(2), MemoryCheckpointer()
+    with pytest.raises(NonFiniteLossError) as caught:
+        DistillTrainer(training(tmp_path, 6), checkpointer=checkpointer).run(method, _poisoned(4))
+    error = caught.value
+    assert (error.iteration, error.batch_ids) == (4, ("clip-4",))
+    assert set(error.losses) == {"total_loss", "student_loss"}
+    assert math.isnan(error.losses["total_loss"])
+    assert checkpointer.saved == [1, 2, 3]
+    assert method.update_counts == {"student.net": 1, "critic.net": 2}
+    assert all(p.isfinite().all() for m in method.model_dict.values() for p in m.parameters())
+
+
+@pytest.mark.parametrize(("log_every", "saves"), [(1, True), (100, True), (100, False)])
+def test_deferred_losses_are_looked_at_before_a_save_at_log_points_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int, saves: bool
+) -> None:
+    # What happens on an accelerator, where looking at once would make the host wait.
+    monkeypatch.setattr("distill_trainer.trainer.FiniteGuard", lambda: FiniteGuard(defer=True))
+    checkpointer = MemoryCheckpointer() if saves else None
+    with pytest.raises(NonFiniteLossError) as caught:
+        DistillTrainer(training(tmp_path, 6, log_every=log_every), checkpointer=checkpointer).run(
+            alternating(2), _poisoned(4)
+        )
+    assert (caught.value.iteration, caught.value.batch_ids) == (4, ("clip-4",))
+    if checkpointer:
+        assert checkpointer.saved == [1, 2, 3]
+
+
+def test_every_term_counts_not_only_the_total() -> None:
+    losses = {"total_loss": torch.tensor(1.0), "gan": torch.tensor(math.inf)}
+    with pytest.raises(NonFiniteLossError, match="gan=inf"):
+        FiniteGuard().watch(3, losses, ())
+    deferred = FiniteGuard(defer=True)
+    deferred.watch(3, losses, ())
+    with pytest.raises(NonFiniteLossError, match="gan=inf"):
+        deferred.check()
+    deferred.check()  # what was looked at is let go
