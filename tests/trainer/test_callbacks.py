@@ -94,6 +94,18 @@ def test_clipping_is_torchs_own_and_reports_the_norm_before_it(
         torch.testing.assert_close(parameter.grad, clipped)
 
 
+def test_under_fp16_gradients_are_true_sized_before_they_are_clipped(tmp_path: Path) -> None:
+    norms = []
+    for precision in ("fp32", "fp16"):
+        recorder = Recorder()
+        callbacks = [GradClipCallback(GradClipConfig()), recorder]
+        DistillTrainer(training(tmp_path, 1), callbacks=callbacks).run(
+            alternating(1, precision=precision), batches(1)
+        )
+        norms.append(float(recorder.records[0].metrics["grad_norm/student.net"]))
+    assert norms[0] == pytest.approx(norms[1], rel=0.01)
+
+
 @pytest.mark.parametrize("roles", [("teacher",), ("nobody",)])
 def test_an_average_of_a_frozen_or_absent_role_is_refused(
     tmp_path: Path, roles: tuple[str, ...]

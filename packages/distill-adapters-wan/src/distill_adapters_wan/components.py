@@ -34,7 +34,7 @@ class VideoCodec:
     def __init__(self, source: str, *, device: torch.device) -> None:
         self._source = source
         self._device = device
-        self._vae: AutoencoderKLWan | None = None
+        self._vae: Any = None
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class VideoCodec:
         """Drop the VAE's weights; the next use reads them again."""
         self._vae = None
 
-    def _loaded(self) -> AutoencoderKLWan:
+    def _loaded(self) -> Any:
         if self._vae is None:
             folder = fetch(self._source, ("vae",)) / "vae"
             self._vae = load_module(
@@ -85,7 +85,7 @@ class TextSide:
         self._source = source
         self._config = config
         self._device = device
-        self._parts: tuple[Any, UMT5EncoderModel] | None = None
+        self._parts: tuple[Any, Any] | None = None
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -129,7 +129,7 @@ class TextSide:
         """Drop encoder and tokenizer; the next use reads them again."""
         self._parts = None
 
-    def _loaded(self) -> tuple[Any, UMT5EncoderModel]:
+    def _loaded(self) -> tuple[Any, Any]:
         if self._parts is None:
             folder = fetch(self._source, ("text_encoder", "tokenizer"))
             _refuse_incomplete(self._source, folder)
@@ -141,7 +141,7 @@ class TextSide:
         return self._parts
 
 
-def load_text_encoder(folder: Path, dtype: torch.dtype) -> UMT5EncoderModel:
+def load_text_encoder(folder: Path, dtype: torch.dtype) -> Any:
     """UMT5 in eval mode, with every key found and its embedding tied.
 
     Some transformers 5 builds left ``embed_tokens`` untied or zero (transformers PR 43880), and

@@ -23,7 +23,7 @@ def plan_module(name: str, config: Mapping[str, Any]) -> ModulePlan:
     """
     try:
         with torch.device("meta"):
-            module = WanTransformer3DModel.from_config(dict(config))
+            module: Any = WanTransformer3DModel.from_config(dict(config))
     except (TypeError, ValueError, KeyError) as error:
         raise WeightsError(
             f"{name}: its configuration builds no WanTransformer3DModel ({error}); it belongs to "

@@ -58,7 +58,7 @@ def stock_schedule(spec: SamplerSpec) -> StockSchedule:
         config["shift_terminal"] = wanted[-1]
     if spec.steps > 2:
         config["shift"] = _nearest_shift(wanted)
-    scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(**config)
     scheduler.set_timesteps(spec.steps)
     made = tuple(scheduler.timesteps.tolist())
     # Against the sampler's own t, which is computed in fp32 as well.
