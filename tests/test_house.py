@@ -46,7 +46,9 @@ def test_a_package_declares_just_what_it_imports(member: Path):
 @pytest.mark.parametrize("member", MEMBERS, ids=lambda p: p.name)
 def test_members_bound_each_other_and_have_their_papers(member: Path):
     project = tomllib.loads((member / "pyproject.toml").read_text())["project"]
-    siblings = {tomllib.loads((m / "pyproject.toml").read_text())["project"]["name"] for m in MEMBERS}
+    siblings = {
+        tomllib.loads((m / "pyproject.toml").read_text())["project"]["name"] for m in MEMBERS
+    }
     for requirement in project["dependencies"]:
         name = requirement.split(">")[0].split("=")[0].strip()
         if name in siblings:

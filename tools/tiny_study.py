@@ -31,7 +31,9 @@ GUIDANCES = (1.0, 1.5, 2.0, 3.0)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("baselines").add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 32])
+    commands.add_parser("baselines").add_argument(
+        "--steps", type=int, nargs="+", default=[1, 2, 4, 32]
+    )
     students = commands.add_parser("students")
     students.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     students.add_argument("--steps", type=int, default=2)
@@ -98,7 +100,9 @@ def run(name: str, values: dict[str, Any]) -> None:
     file = STUDY / f"{name}.yaml"
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     print(f"{name} ...", flush=True)
-    subprocess.run([sys.executable, str(ROOT / "apps" / "train"), "--config", str(file)], check=True)
+    subprocess.run(
+        [sys.executable, str(ROOT / "apps" / "train"), "--config", str(file)], check=True
+    )
 
 
 def entries(name: str) -> list[dict[str, Any]]:
@@ -120,7 +124,9 @@ def table() -> str:
         for weights in ("live", "ema"):
             found = [e for s in seeds for e in entries(s.parent.name) if e["weights"] == weights]
             if found:
-                label = f"**student, {steps} step{'s' * (steps > 1)}**, {weights}, {len(found)} seeds"
+                label = (
+                    f"**student, {steps} step{'s' * (steps > 1)}**, {weights}, {len(found)} seeds"
+                )
                 lines.append(row(label, found))
     return "\n".join(lines)
 
@@ -136,7 +142,7 @@ def row(label: str, found: list[dict[str, Any]]) -> str:
         cell([e["frechet_distance"] for e in found], 1),
         cell([e["accuracy"]["digit"] for e in found], 2),
         cell([e["accuracy"]["direction"] for e in found], 2),
-        cell([e["within_caption_variance"] for e in found], 2),
+        cell([e["within_caption_variance"] for e in found], 3),
         str(found[0]["model_calls_per_clip"]),
     ]
     return f"| {label} | {' | '.join(columns)} |"

@@ -37,7 +37,9 @@ def write(tmp_path: Path):
 
     def write_run(content: dict[str, Any] | str, name: str = "run.yaml") -> Path:
         path = tmp_path / name
-        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+        path.write_text(
+            content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False)
+        )
         return path
 
     return write_run

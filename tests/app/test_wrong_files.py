@@ -177,7 +177,9 @@ def test_relative_paths_are_taken_from_the_file_and_not_from_the_shell(values, w
 
 def test_models_json_is_laid_over_the_models_section(values, write, tmp_path):
     overlay = tmp_path / "models.json"
-    overlay.write_text(json.dumps({"critic": {"precision": "bf16"}, "teacher": {"trainable": None}}))
+    overlay.write_text(
+        json.dumps({"critic": {"precision": "bf16"}, "teacher": {"trainable": None}})
+    )
     before = copy.deepcopy(values)
     config = read_config(write(values), overlay)
     assert config.roles["critic"].spec.precision == "bf16"

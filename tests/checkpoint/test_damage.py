@@ -237,7 +237,7 @@ def test_a_kill_between_the_renames_of_a_replacement_loses_nothing(folder):
 def test_kills_at_any_moment_leave_whole_checkpoints_and_the_same_end(tmp_path, monkeypatch):
     steps, width = 12, 4000
     # Where forked children find tiny_run: imported once, in the server that they are forked from.
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent), prepend=os.pathsep)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tiny_run", "torch._dynamo"])
     draws = random.Random(0)

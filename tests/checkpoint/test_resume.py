@@ -112,7 +112,7 @@ def test_moments_of_bf16_weights_keep_fp32(tmp_path):
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(kept, back, strict=True))
 
 
-def test_tied_weights_are_saved_once_and_stay_tied(tmp_path):
+def test_tied_weights_are_saved_and_stay_tied(tmp_path):
     def build() -> Run:
         run = new_run(Shape(ema_roles=()))
         layers = run.method.bundle["critic"].modules["transformer"]
@@ -133,7 +133,9 @@ def test_tied_weights_are_saved_once_and_stay_tied(tmp_path):
     assert layers[0].weight.eq(7).all()
 
 
-@pytest.mark.parametrize("role", ["a/b", "..", "a.b", "", "%2E", "ä ö", "shard.safetensors"])
+@pytest.mark.parametrize(
+    "role", ["a/b", "../../../x", "a.b", "", "%2E", "ä ö", "shard.safetensors"]
+)
 def test_any_string_is_a_role_and_stays_inside_the_folder(tmp_path, role):
     shape = Shape(extra_roles=(role,))
     run = saved(tmp_path / "out", shape)
@@ -225,13 +227,15 @@ def test_starting_before_what_the_folder_holds_is_refused(tmp_path, start):
         (CheckpointConfig(save_at_end=False), 5, 3, {3}),
     ],
 )
-def test_when_it_saves(tmp_path, config, steps, stop, expected):
+def test_when_it_saves(tmp_path, caplog, config, steps, stop, expected):
     run = new_run(Shape())
     if stop:
         run.callbacks["tally"].on_step_start = lambda state: (
             state.request_stop("asked to") if state.iteration == stop else None
         )
+    caplog.set_level(logging.INFO)
     run.train(tmp_path, steps, manager(tmp_path, config))
+    assert caplog.text.count("saved ") == len(expected)  # and none of them twice
     assert {int(path.name[-6:]) for path in tmp_path.glob("checkpoint-*")} == expected
 
 

@@ -101,9 +101,7 @@ def test_the_exported_student_gives_the_trainers_clip_in_the_stock_pipeline(tiny
     run = build(checked, device=torch.device("cpu"))
     run.trainer.run(run.method, run.loader)
     prompts = ["the digit three moving up", "the digit seven moving left"]
-    noise = torch.randn(
-        (2, *run.adapter.latent_shape), generator=torch.Generator().manual_seed(5)
-    )
+    noise = torch.randn((2, *run.adapter.latent_shape), generator=torch.Generator().manual_seed(5))
     spec = run.method.sampler_spec
     with run.bundle["student"].averaged(ema=True), torch.no_grad():
         run.method.set_trainable("student", False)
@@ -149,7 +147,14 @@ def test_the_other_tiny_run_files_run(method, tiny, tmp_path):
 def test_every_run_file_can_be_planned_without_weights(config, capsys):
     assert main(["--config", str(config), "--dry-run"]) == EXIT_OK
     plan = capsys.readouterr().out
-    for part in ("models", "memory", "updates in iterations 1..10", "batch", "data", "conditioning"):
+    for part in (
+        "models",
+        "memory",
+        "updates in iterations 1..10",
+        "batch",
+        "data",
+        "conditioning",
+    ):
         assert f"\n{part}" in plan
     if config.parent.name == "wan":
         assert "1,418,996,800" in plan

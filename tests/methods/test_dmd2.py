@@ -199,7 +199,7 @@ def test_the_student_finds_the_teachers_distribution():
         generator_update_interval=3,
     )
     seen = []
-    for iteration in range(1, 601):
+    for iteration in range(1, 901):
         result = method.single_train_step(toy_batch(8, seed=iteration), iteration)
         result.loss_map["total_loss"].backward()
         method.optimizers_schedulers_step(iteration)

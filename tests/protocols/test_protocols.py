@@ -164,7 +164,12 @@ class Turns(DistillMethod[None]):
     def single_train_step(self, batch, iteration):
         roles = self.table[iteration - 1]
         total = sum(
-            (p.sum() for r in roles for m in self.bundle[r].modules.values() for p in m.parameters()),
+            (
+                p.sum()
+                for r in roles
+                for m in self.bundle[r].modules.values()
+                for p in m.parameters()
+            ),
             start=torch.zeros((), requires_grad=True) + 0,
         )
         return StepResult({"total_loss": total}, {})
@@ -241,7 +246,9 @@ def test_a_frozen_role_stays_frozen():
 
 
 def test_unknown_plugins_are_answered_with_the_known_ones():
-    with pytest.raises(PluginError, match=r"unknown method 'dmd3'; did you mean 'dmd2'\? \(installed: dmd2"):
+    with pytest.raises(
+        PluginError, match=r"unknown method 'dmd3'; did you mean 'dmd2'\? \(installed: dmd2"
+    ):
         load_plugin("distill.methods", "dmd3")
 
 

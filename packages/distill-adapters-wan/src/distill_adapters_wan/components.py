@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from distill_protocols import DTYPES, ConditioningError, WeightsError
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers.utils import logging as transformers_logging
 
 from distill_adapters_wan.config import WanPipelineConfig
 from distill_adapters_wan.folders import TRANSFORMERS_STEM, component_faults, fetch, weight_files
@@ -151,9 +153,10 @@ def load_text_encoder(folder: Path, dtype: torch.dtype) -> Any:
         WeightsError: unmatched keys, a damaged file, or an embedding that is not tied.
     """
     try:
-        encoder, info = UMT5EncoderModel.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True
-        )
+        with _without_progress_bar():
+            encoder, info = UMT5EncoderModel.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True
+            )
     except Exception as error:  # safetensors, OSError, ValueError: all mean unreadable files
         raise WeightsError(f"{folder} cannot be read: {error}. Download it again") from error
     unmatched = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
@@ -201,3 +204,15 @@ def _digest(file: Path) -> bytes:
 
 def _clips_a_call(pixels_a_clip: int) -> int:
     return max(1, _PIXELS_A_CALL // pixels_a_clip)
+
+
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """transformers' bar of read weights would write over the training's own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -19,7 +19,6 @@ from distill_checkpoint.layout import part_path, role_folder
 from distill_checkpoint.optimizers import load_optimizer_state, optimizer_state
 from distill_checkpoint.tensors import (
     TensorShape,
-    distinct,
     read_into,
     read_tensors,
     stored_tensors,
@@ -137,7 +136,7 @@ def _weights(module: nn.Module, where: str) -> dict[str, Tensor]:
             f"{where}: {', '.join(other)} in its state_dict is no tensor, and only tensors go into "
             "a weight file. Move it into a buffer or out of get_extra_state."
         )
-    return distinct(state)
+    return state
 
 
 def _random_state(run: RunState) -> dict[str, Any]:

@@ -97,22 +97,6 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors`` without the second names of tied ones: the first name stands for all.
-
-    Loading fills the first, and by being the same memory the others.
-    """
-    seen: set[tuple[object, ...]] = set()
-    first: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        view = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and view in seen:
-            continue
-        seen.add(view)
-        first[name] = tensor
-    return first
-
-
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors that share no memory with each other: safetensors takes only such."""
     used: set[int] = set()

@@ -43,7 +43,8 @@ CHUNK = 64
 class EntryReport:
     """One row: quality and cost of one way to sample.
 
-    `seconds_per_clip` is wall time of denoising alone (no text encoder, no VAE), in batches of
+    `within_caption_variance` is that of pixels among clips of one prompt: it falls to 0 where a
+    student gives one clip a prompt. `seconds_per_clip` is wall time of denoising alone (no text encoder, no VAE), in batches of
     `CHUNK`.
     """
 
@@ -67,6 +68,7 @@ class ReportCallback(Callback):
     Raises:
         WeightsError, DataError: the judge, its reference or the prompts are missing or misfit.
         RoleError: an entry names a role that the run has not.
+        ConditioningError: an entry is guided, and there is no negative condition.
     """
 
     name = "report"
@@ -79,6 +81,8 @@ class ReportCallback(Callback):
         self.reference = feature_statistics(_reference(Path(config.judge)))
         self.prompts = _read_prompts(Path(config.prompts))
         self.labels = self.judge.expected([*self.prompts, *config.sheet_prompts])
+        if any(self._spec(entry).guidance != 1.0 for entry in config.entries.values()):
+            parts.conditioning.negative()
 
     def on_train_end(self, run: RunState) -> None:
         if run.stop_reason is not None:
@@ -136,7 +140,7 @@ class ReportCallback(Callback):
                 )
                 for attribute, answer in answers.items()
             },
-            within_caption_variance=within_group_variance(features, groups),
+            within_caption_variance=within_group_variance(clips, groups),
             seconds_per_clip=seconds / len(clips),
             model_calls_per_clip=spec.calls_per_clip,
         )
@@ -191,7 +195,7 @@ def format_table(rows: Sequence[EntryReport]) -> str:
         lines.append([
             row.name, row.weights, f"{row.frechet_distance:.1f}",
             *(f"{row.accuracy[a]:.3f}" for a in attributes),
-            f"{row.within_caption_variance:.3f}", f"{row.seconds_per_clip:.4f}",
+            f"{row.within_caption_variance:.4f}", f"{row.seconds_per_clip:.4f}",
             str(row.model_calls_per_clip),
         ])  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]

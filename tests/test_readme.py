@@ -1,0 +1,62 @@
+"""What the README tells people to type works."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def block(word: str) -> str:
+    (found,) = (text for text in BLOCKS if word in text)
+    return found
+
+
+def test_a_method_in_forty_lines(tmp_path, monkeypatch):
+    text = block("class MatchTeacher")
+    assert len([line for line in text.splitlines() if line.strip()]) <= 40
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    exec(compile(text, "README.md", "exec"), scope)
+    losses = (tmp_path / "outputs" / "match" / "metrics.jsonl").read_text().splitlines()
+    assert len(losses) == 20
+    net, teacher = scope["net"], scope["teacher"]
+    x = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (net(x) - teacher(x)).square().mean() < 0.1 * teacher(x).square().mean()
+
+
+def test_preprocessing(tmp_path, monkeypatch):
+    text = block("preprocess(clips")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    clips = [(f"c{i}", "the digit three moving up", torch.rand(3, 9, 32, 32)) for i in range(3)]
+    exec(compile(text, "README.md", "exec"), {"clips": clips})
+    from distill_conditioning import dataset_facts
+
+    facts = dataset_facts("data/mine")
+    assert (facts.faults, facts.samples, facts.negative_prompt) == ((), 3, "")
+
+
+def test_the_run_file_in_the_readme_holds_only_keys_that_exist(tmp_path):
+    from distill_protocols import ConfigError
+    from distill_train.check import read_config
+
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_config(file, planning=True)
+    # The folder of the teacher is an example; nothing else may be wrong.
+    assert all("models.teacher.path" in fault for fault in caught.value.faults)
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#]+)\)", README))
+def test_links_lead_somewhere(target):
+    assert (ROOT / target).exists()
