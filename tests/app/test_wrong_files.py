@@ -87,6 +87,8 @@ SPOILT = {
     "clip that the VAE cannot take": (put("pipeline_config", "num_frames", value=8), "pipeline_config.num_frames: 8 must be 4k + 1"),
     "latents of another shape": (put("pipeline_config", "num_frames", value=13), "data.path: "),
     "view of no role": (put("validation", value={"prompts": ["x"], "views": {"a": {"role": "studnt"}}}), "validation.views.a.role: there is no role 'studnt'"),
+    "export of no role": (put("checkpoint", "export", value=[{"role": "studnt", "folder": "s"}]), "checkpoint.export.0.role: there is no role 'studnt'"),
+    "average that nobody keeps": (drop("callbacks", "ema"), "checkpoint.export.0.ema: no average of 'student' is kept"),
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -57,7 +58,7 @@ def test_sigmas_fall_from_one(steps, shift):
     sigmas = SamplerSpec(steps=steps, shift=shift).sigmas()
     assert len(sigmas) == steps
     assert sigmas[0] == pytest.approx(1)
-    assert all(a > b > 0 for a, b in zip(sigmas, sigmas[1:], strict=False))
+    assert all(a > b > 0 for a, b in itertools.pairwise(sigmas))
 
 
 @pytest.mark.parametrize(

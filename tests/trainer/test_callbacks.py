@@ -164,7 +164,7 @@ def test_validation_does_not_change_the_run(tmp_path: Path) -> None:
     for look in (False, True):
         method = _Sampling(alternating(2).bundle, 2)
         method.bundle["critic"].modules["net"].eval()
-        callbacks = [EmaCallback(EmaConfig(decay=0.5))]
+        callbacks = [EmaCallback(EmaConfig(roles=("student",), decay=0.5))]
         if look:
             callbacks.append(ValidationCallback(_validation(at_start=True), _Prompts()))
         draws = method.streams.get("noise").get_state()
@@ -181,7 +181,7 @@ def test_validation_does_not_change_the_run(tmp_path: Path) -> None:
 def test_validation_looks_when_it_should_and_writes_what_it_saw(tmp_path: Path) -> None:
     method, tracker = _Sampling(alternating(1).bundle, 1), MemoryTracker()
     callbacks = [
-        EmaCallback(EmaConfig(decay=0.9)),
+        EmaCallback(EmaConfig(roles=("student",), decay=0.9)),
         ValidationCallback(_validation(at_start=True), _Prompts()),
     ]
     DistillTrainer(training(tmp_path, 5), callbacks=callbacks, trackers=[tracker]).run(

@@ -51,9 +51,12 @@ def test_what_does_not_divide_is_refused_with_the_arithmetic() -> None:
         ),
         (lambda: OptimizerConfig(betas=(0.9, 1.0)), r"\[0, 1\)"),
         (lambda: ScheduleConfig(final_ratio=0.1), "constant rate"),
-        (lambda: EmaConfig(decay=1.0), "never move"),
+        (lambda: EmaConfig(roles=("student",), decay=1.0), "never move"),
         (lambda: EmaConfig(roles=()), "nothing would be averaged"),
-        (lambda: ValidationConfig(prompts=()), "at least one prompt"),
+        (
+            lambda: ValidationConfig(prompts=(), views={"s": ViewConfig(role="student")}),
+            "at least one prompt",
+        ),
         (lambda: ValidationConfig(prompts=("a",), views={}), "at least one view"),
         (
             lambda: ValidationConfig(prompts=("a",), views={"../x": ViewConfig(role="student")}),

@@ -180,7 +180,7 @@ def test_fp16_overflow_leaves_out_optimizer_scheduler_count_and_average(tmp_path
     before = copy.deepcopy(method.model_dict["student.net"].state_dict())
     # A gradient of about 2 * 40 * 40 / 3, times the scale 2 ** 14, is beyond fp16's 65504.
     data = [torch.full((1, 3), 40.0), *batches(3)]
-    ema, recorder = EmaCallback(EmaConfig(decay=0.5)), Recorder()
+    ema, recorder = EmaCallback(EmaConfig(roles=("student",), decay=0.5)), Recorder()
     scale = method.grad_scaler.get_scale()
 
     DistillTrainer(training(tmp_path, 1), callbacks=[ema, recorder]).run(method, data)

@@ -126,7 +126,7 @@ def with_trainer(model: nn.Module, batches: Iterator[Sample], steps: int, folder
     build_optimizers(role, training.optimizer, horizon=steps)
     method = Finetune(ModelBundle({"student": role}), None, streams=RandomStreams(0))
     callbacks = [
-        EmaCallback(EmaConfig(decay=DECAY)),
+        EmaCallback(EmaConfig(roles=("student",), decay=DECAY)),
         GradClipCallback(GradClipConfig(max_norm=MAX_NORM)),
     ]
     DistillTrainer(training, callbacks=callbacks).run(method, batches)

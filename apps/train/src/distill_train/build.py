@@ -37,7 +37,7 @@ class Run:
 
 
 def build(config: RunConfig, *, device: torch.device) -> Run:
-    """Roles, weights, optimizers, conditioning, adapter, method, callbacks, trainer: in this order."""
+    """Weights, optimizers, adapter, conditioning, method, loader, callbacks, trainer: in order."""
     output_dir = Path(config.training.output_dir)
     specs = [role.spec for role in config.roles.values()]
     bundle = config.family_plugin.load(specs, config.pipeline, device=device)

@@ -12,7 +12,7 @@ from distill_checkpoint.config import CheckpointConfig
 from distill_conditioning.config import ConditioningConfig, DataConfig
 from distill_conditioning.facts import dataset_facts
 from distill_protocols.errors import ConfigError, PluginError
-from distill_protocols.plugins import FamilyPlugin, MethodPlugin, RoleSpec, load_plugin
+from distill_protocols.plugins import FamilyPlugin, MethodPlugin, RoleNeed, RoleSpec, load_plugin
 from distill_trainer.config import OptimizerConfig, TrainingConfig, ValidationConfig
 
 from distill_train.schema import (
@@ -80,25 +80,15 @@ class _Check:
             parts["validation"] = self._structure(ValidationConfig, "validation")
         callback_plugins, callbacks = self._callbacks()
         complete = self._join(roles, recipe, family, method, parts)
-        self._views(roles, parts["validation"])
+        self._named_roles(roles, parts, callbacks)
         self._data(complete, family, method, parts)
         if self.faults:
             self._raise()
+        keys = {"pipeline": "pipeline_config", "method": "method_config"}
         resolved = {
             "recipe": to_plain(recipe),
             "models": {name: to_plain(role) for name, role in roles.items()},
-            **{
-                section: to_plain(parts[key])
-                for section, key in (
-                    ("training", "training"),
-                    ("data", "data"),
-                    ("conditioning", "conditioning"),
-                    ("pipeline_config", "pipeline"),
-                    ("method_config", "method"),
-                    ("checkpoint", "checkpoint"),
-                    ("validation", "validation"),
-                )  # fmt: skip
-            },
+            **{keys.get(part, part): to_plain(value) for part, value in parts.items()},
             "callbacks": {name: to_plain(config) for name, config in callbacks.items()},
         }
         return RunConfig(
@@ -133,8 +123,11 @@ class _Check:
                 self._fault((key,), unknown_key(key, SECTIONS, owner=""))
         for key in _NEEDED:
             if self.source.values.get(key) is None:
-                self._fault((key,), "missing section; every run file has recipe, models, "
-                            "training, data and pipeline_config")  # fmt: skip
+                self._fault(
+                    (key,),
+                    "missing section; every run file has recipe, models, training, data and "
+                    "pipeline_config",
+                )
 
     def _structure(self, cls: type, section: str) -> Any:
         if section in _NEEDED and self.source.values.get(section) is None:
@@ -204,7 +197,7 @@ class _Check:
         if not isinstance(section, dict):
             self._fault(("models",), f"{section!r} must be a mapping role -> its options")
             return {}
-        merged = {name: value for name, value in section.items()}
+        merged = dict(section)
         if self.overlay:
             for name, value in self.overlay.values.items():
                 old = merged.get(name)
@@ -234,60 +227,77 @@ class _Check:
         method_config, pipeline = parts["method"], parts["pipeline"]
         if method is not None and method_config is None:
             method_config = self._without_faults(method.config_class, "method_config")
-        needs = {}
+        needs: dict[str, RoleNeed] = {}
         if method is not None and method_config is not None:
             needs = {need.name: need for need in method.roles(method_config)}
             self._check_roles(roles, needs, method)
             if family is not None and pipeline is not None:
-                missing = family.capabilities(pipeline).missing(method.capabilities(method_config))
-                if missing:
-                    self._fault(("recipe", "method"), f"{method.name} needs {', '.join(missing)}, "
-                                f"which family {family.name} with this pipeline_config has not; "
-                                "choose other options of the method, or another family")  # fmt: skip
+                self._check_capabilities(family, pipeline, method, method_config)
         complete = {}
         for name, role in roles.items():
             if recipe and role.family not in (None, recipe.family):
-                self._fault(("models", name, "family"), f"{role.family!r} differs from "
-                            f"recipe.family {recipe.family!r}: one adapter calls all roles, so all "
-                            "belong to one family. Leave the key out")  # fmt: skip
-            need = needs.get(name)
-            trainable = (
-                role.trainable if role.trainable is not None else bool(need and need.trainable)
-            )
-            path = role.path
-            if is_local(path):
-                path = resolve_path(path, self._base_of(name, "path"))
-            spec = RoleSpec(name=name, path=path, trainable=trainable, precision=role.precision)
+                self._fault(
+                    ("models", name, "family"),
+                    f"{role.family!r} differs from recipe.family {recipe.family!r}: one adapter "
+                    "calls all roles, so all belong to one family. Leave the key out",
+                )
+            spec = self._spec(name, role, needs.get(name))
             if family is not None and pipeline is not None:
                 for message in family.faults(spec, pipeline):
                     self._fault(("models", name, "path"), message)
-            optimizer = self._optimizer(name, role, parts["training"]) if trainable else None
-            if role.optimizer and not trainable and (needs or role.trainable is False):
-                self._fault(("models", name, "optimizer"), f"role {name!r} is frozen, so its "
-                            "optimizer would never step. Remove these keys")  # fmt: skip
+            if role.optimizer and not spec.trainable and (needs or role.trainable is False):
+                self._fault(
+                    ("models", name, "optimizer"),
+                    f"role {name!r} is frozen, so its optimizer would never step. Remove these "
+                    "keys",
+                )
+            optimizer = self._optimizer(name, role, parts["training"]) if spec.trainable else None
             complete[name] = Role(spec=spec, optimizer=optimizer)
         return complete
 
+    def _spec(self, name: str, role: RoleConfig, need: RoleNeed | None) -> RoleSpec:
+        trainable = role.trainable
+        if trainable is None:
+            trainable = need is not None and need.trainable
+        path = role.path
+        if is_local(path):
+            path = resolve_path(path, self._base_of(name, "path"))
+        return RoleSpec(name=name, path=path, trainable=trainable, precision=role.precision)
+
+    def _check_capabilities(
+        self, family: FamilyPlugin, pipeline: Any, method: MethodPlugin, config: Any
+    ) -> None:
+        missing = family.capabilities(pipeline).missing(method.capabilities(config))
+        if missing:
+            self._fault(
+                ("recipe", "method"),
+                f"{method.name} needs {', '.join(missing)}, which family {family.name} with this "
+                "pipeline_config has not; choose other options of the method, or another family",
+            )
+
     def _check_roles(
-        self, roles: Mapping[str, RoleConfig], needs: Mapping[str, Any], method: MethodPlugin
+        self, roles: Mapping[str, RoleConfig], needs: Mapping[str, RoleNeed], method: MethodPlugin
     ) -> None:
         given = self.source.values.get("models")
         written = set(roles) | (set(given) if isinstance(given, dict) else set())
         for name, need in needs.items():
             if name not in written:
-                self._fault(("models", name), f"missing role; {method.name} calls "
-                            f"{', '.join(needs)} ({name}: {need.help or 'needed'})")  # fmt: skip
+                self._fault(
+                    ("models", name),
+                    f"missing role; {method.name} calls {', '.join(needs)} "
+                    f"({name}: {need.help or 'needed'})",
+                )
             elif name in roles and roles[name].trainable not in (None, need.trainable):
-                now, then = ("trainable", "false") if roles[name].trainable else ("frozen", "true")
-                self._fault(("models", name, "trainable"), f"{name} is {now} here, but "
-                            f"{method.name} {'never updates it: it is a fixed target' if now == 'trainable' else 'updates it'}"
-                            f". Write trainable: {then}, or leave the key out")  # fmt: skip
+                self._fault(("models", name, "trainable"), _wrong_trainable(need, method.name))
         for name in roles:
             if name not in needs:
                 near = difflib.get_close_matches(name, needs, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                self._fault(("models", name), f"{method.name} calls no role {name!r}{hint} "
-                            f"(it calls: {', '.join(needs)}); an unused role only costs memory")  # fmt: skip
+                self._fault(
+                    ("models", name),
+                    f"{method.name} calls no role {name!r}{hint} (it calls: {', '.join(needs)}); "
+                    "an unused role only costs memory",
+                )
 
     def _optimizer(
         self, name: str, role: RoleConfig, training: TrainingConfig | None
@@ -301,11 +311,33 @@ class _Check:
 
     # -- the rest -----------------------------------------------------------------------------
 
-    def _views(self, roles: Mapping[str, RoleConfig], validation: ValidationConfig | None) -> None:
-        for name, view in (validation.views if validation else {}).items():
-            if view.role not in roles:
-                self._fault(("validation", "views", name, "role"), f"there is no role "
-                            f"{view.role!r} (this run has: {', '.join(roles) or 'none'})")  # fmt: skip
+    def _named_roles(
+        self,
+        roles: Mapping[str, RoleConfig],
+        parts: Mapping[str, Any],
+        callbacks: Mapping[str, Any],
+    ) -> None:
+        """Roles that other sections name, and the averages that they ask for."""
+        broken = "ema" in callbacks and callbacks["ema"] is None
+        averaged = callbacks["ema"].roles if callbacks.get("ema") else ()
+        named = [
+            (("validation", "views", name), view)
+            for name, view in (parts["validation"].views if parts["validation"] else {}).items()
+        ]
+        exports = parts["checkpoint"].export if parts["checkpoint"] else ()
+        named += [(("checkpoint", "export", str(i)), export) for i, export in enumerate(exports)]
+        for path, each in named:
+            if each.role not in roles:
+                has = ", ".join(roles) or "none"
+                self._fault(
+                    (*path, "role"), f"there is no role {each.role!r} (this run has: {has})"
+                )
+            elif each.ema and each.role not in averaged and not broken:
+                self._fault(
+                    (*path, "ema"),
+                    f"no average of {each.role!r} is kept; add it to callbacks.ema.roles "
+                    f"({', '.join(averaged) or 'there is no ema callback'}), or use ema: false",
+                )
 
     def _data(
         self,
@@ -327,9 +359,11 @@ class _Check:
         if facts.has_negative or conditioning is None or conditioning.negative_prompt is not None:
             return
         for who in self._who_needs_negative(method, parts):
-            self._fault(("conditioning", "negative_prompt"), f"there is none, neither here nor in "
-                        f"the data set, but {who}. Write the prompt here (\"\" is Diffusers' "
-                        "default), or preprocess the data set with one")  # fmt: skip
+            self._fault(
+                ("conditioning", "negative_prompt"),
+                f"there is none, neither here nor in the data set, but {who}. Write the prompt "
+                'here ("" is Diffusers\' default), or preprocess the data set with one',
+            )
 
     def _who_needs_negative(
         self, method: MethodPlugin | None, parts: Mapping[str, Any]
@@ -341,6 +375,18 @@ class _Check:
         for name, view in (parts["validation"].views if parts["validation"] else {}).items():
             if view.sampler is not None and view.sampler.guidance != 1:
                 yield f"validation.views.{name} samples with guidance"
+
+
+def _wrong_trainable(need: RoleNeed, method: str) -> str:
+    if need.trainable:
+        return (
+            f"{need.name} is frozen here, but {method} updates it. Write trainable: true, or "
+            "leave the key out"
+        )
+    return (
+        f"{need.name} is trainable here, but {method} never updates it: it is a fixed target. "
+        "Write trainable: false, or leave the key out"
+    )
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,20 +93,12 @@ def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list[s
 
 def readable_bytes(count: int) -> str:
     """``4.3 GB`` (powers of ten)."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            break
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
         size /= 1000
-    else:
-        unit = "TB"
-    return (
-        f"{size:.0f} {unit}"
-        if size >= 100 or unit == "B"
-        else f"{size:.2g} {unit}"
-        if size < 10
-        else f"{size:.1f} {unit}"
-    )
+        units.pop(0)
+    digits = 0 if size >= 100 or units[0] == "B" else 1
+    return f"{size:.{digits}f} {units[0]}"
 
 
 def _roles(config: RunConfig, plans: Sequence[RolePlan]) -> list[str]:
@@ -117,7 +109,7 @@ def _roles(config: RunConfig, plans: Sequence[RolePlan]) -> list[str]:
             rows.append((
                 plan.role, module.name, module.architecture, f"{module.parameters:,}",
                 "trained" if role.spec.trainable else "frozen", role.spec.precision,
-                plan.source if plan.present else f"{plan.source} (not on this machine; a real run needs it)",
+                plan.source if plan.present else f"{plan.source} (weights not here yet)",
             ))  # fmt: skip
     return table(rows, right=(3,))
 

@@ -99,7 +99,7 @@ def read_source(file: Path) -> Source:
                     (),
                     f"the file is {kind}, but a run file is a mapping of sections "
                     "(recipe:, models:, training: ...); start from one in configs/",
-                )  # fmt: skip
+                )
             )
             return source
         source.values = _plain(loader, node, (), source)

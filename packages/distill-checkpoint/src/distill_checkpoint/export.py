@@ -72,10 +72,13 @@ class ExportCallback(Callback):
             return
         for export in self.exports:
             folder = self.output_dir / export.folder
+            kind = "EMA" if export.ema else "live"
             facts = self.exporter(
                 export.role, str(folder), sampler=_sampler_of(run), ema=export.ema
             )
-            logger.info("exported %s to %s: %s", export.role, folder, dict(facts))
+            logger.info("exported %s (%s weights) to %s", export.role, kind, folder)
+            for note in facts.get("notes", ()):
+                logger.info("  note: %s", note)
 
 
 def _sampler_of(run: RunState) -> SamplerSpec:

@@ -149,7 +149,7 @@ class Judge:
 
     @torch.no_grad()
     def features(self, clips: Tensor) -> Tensor:
-        """`[B, 3, T, H, W]` in [0, 1] to `[B, D]` float32 on the CPU. ValueError for another size."""
+        """`[B, 3, T, H, W]` in [0, 1] to `[B, D]` fp32 on the CPU. ValueError for another size."""
         device = next(self.network.parameters()).device
         return torch.cat(
             [self.network.features(part.to(device)).cpu() for part in clips.split(self.batch)]

@@ -44,8 +44,8 @@ class EntryReport:
     """One row: quality and cost of one way to sample.
 
     `within_caption_variance` is that of pixels among clips of one prompt: it falls to 0 where a
-    student gives one clip a prompt. `seconds_per_clip` is wall time of denoising alone (no text encoder, no VAE), in batches of
-    `CHUNK`.
+    student gives one clip a prompt. `seconds_per_clip` is wall time of denoising alone (no text
+    encoder, no VAE), in batches of `CHUNK`.
     """
 
     name: str
@@ -200,9 +200,12 @@ def format_table(rows: Sequence[EntryReport]) -> str:
         ])  # fmt: skip
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join(
-        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
-    )  # fmt: skip
+    )
 
 
 def _reference(judge: Path) -> Tensor:

@@ -95,7 +95,7 @@ class DistillMethod(ABC, Generic[AdapterT]):
 
     @abstractmethod
     def single_train_step(self, batch: Any, iteration: int) -> StepResult:
-        """Losses of one micro step; ``loss_map["total_loss"]`` is what the trainer differentiates."""
+        """Losses of one micro step; the trainer differentiates ``loss_map["total_loss"]``."""
 
     @abstractmethod
     def get_optimizers(self, iteration: int) -> dict[str, Optimizer]:

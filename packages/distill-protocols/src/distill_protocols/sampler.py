@@ -5,6 +5,7 @@ No torch here: run files are checked and plans printed without it.
 
 from __future__ import annotations
 
+import itertools
 from typing import TypeVar
 
 from attrs import field, frozen
@@ -50,7 +51,7 @@ class SamplerSpec:
             raise ValueError(
                 f"{len(value)} timesteps for {self.steps} steps; there must be one a step"
             )
-        falls = all(a > b for a, b in zip(value, value[1:], strict=False))
+        falls = all(a > b for a, b in itertools.pairwise(value))
         if not falls or value[0] > 1000 or value[-1] <= 0:
             raise ValueError(
                 f"{list(value)} must fall strictly within (0, 1000], because each step removes "

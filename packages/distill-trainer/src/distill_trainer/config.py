@@ -170,7 +170,7 @@ class ValidationConfig:
     prompts: tuple[str, ...] = field()
     seed: int = field(default=0, validator=ge(0))
     fps: float = field(default=8.0, validator=gt(0))
-    views: dict[str, ViewConfig] = field(factory=lambda: {"student": ViewConfig(role="student")})
+    views: dict[str, ViewConfig] = field()
 
     @prompts.validator
     def _check_prompts(self, attribute: object, value: tuple[str, ...]) -> None:
@@ -184,8 +184,8 @@ class ValidationConfig:
     def _check_views(self, attribute: object, value: dict[str, ViewConfig]) -> None:
         if not value:
             raise ValueError(
-                "{} must hold at least one view: nothing would be sampled. Leave `views` out to "
-                "look at the student"
+                "{} must hold at least one view: nothing would be sampled. Name a role, such as "
+                "views: {student: {role: student}}"
             )
         bad = [name for name in value if not name or set(name) & set("/\\") or name[0] == "."]
         if bad:

@@ -22,7 +22,7 @@ class EmaConfig:
         start_update: up to this update of a module its average only copies.
     """
 
-    roles: tuple[str, ...] = field(default=("student",))
+    roles: tuple[str, ...] = field()
     decay: float = field(default=0.99)
     start_update: int = field(default=0, validator=ge(0))
 
