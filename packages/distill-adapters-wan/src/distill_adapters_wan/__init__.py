@@ -5,8 +5,9 @@ Names that need torch are imported on first use: run files are checked without i
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from distill_protocols.lazy import lazy_exports
 
 from distill_adapters_wan.config import WanPipelineConfig
 from distill_adapters_wan.plugin import PLUGIN, WanFamily
@@ -44,10 +45,4 @@ __all__ = [
     "stock_schedule",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        value = getattr(importlib.import_module(f"distill_adapters_wan.{_LAZY[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_exports(__name__, _LAZY)

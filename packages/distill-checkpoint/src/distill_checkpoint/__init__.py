@@ -5,8 +5,9 @@ Names that need torch are imported on first use: the run file is checked before 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from distill_protocols.lazy import lazy_exports
 
 from distill_checkpoint.config import CheckpointConfig, ExportConfig
 from distill_checkpoint.outputs import claim_output_dir, release_output_dir
@@ -26,10 +27,4 @@ __all__ = [
     "release_output_dir",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        value = getattr(importlib.import_module(f"distill_checkpoint.{_LAZY[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_exports(__name__, _LAZY)

@@ -4,8 +4,9 @@ Nothing here imports torch until one of the names is used: plugin descriptors ar
 is.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from distill_protocols.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from distill_evaluation.judge import ClipJudge, Judge, JudgeConfig
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
         within_group_variance,
     )
 
-_HOME = {
+_LAZY = {
     "ClipJudge": "judge",
     "FeatureStatistics": "metrics",
     "Judge": "judge",
@@ -56,11 +57,4 @@ __all__ = [
     "write_mp4",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """PEP 562: the submodule is imported when one of its names is first asked for."""
-    if name not in _HOME:
-        raise AttributeError(
-            f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}"
-        )
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazy_exports(__name__, _LAZY)

@@ -6,8 +6,7 @@ this package before torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distill_protocols.capabilities import Capabilities, PredType
 from distill_protocols.errors import (
@@ -24,6 +23,7 @@ from distill_protocols.errors import (
     RoleError,
     WeightsError,
 )
+from distill_protocols.lazy import lazy_exports
 from distill_protocols.plugins import (
     CallbackPlugin,
     FamilyPlugin,
@@ -134,10 +134,4 @@ __all__ = [
     "shift_sigma",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        value = getattr(importlib.import_module(f"distill_protocols.{_LAZY[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_exports(__name__, _LAZY)

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from distill_protocols import (
     Batch,
-    Condition,
     ConditioningProvider,
-    DistillMethod,
     ModelBundle,
     RandomStreams,
-    SamplerSpec,
-    SampleView,
     StepResult,
 )
 from torch import Tensor
-from torch.optim import Optimizer
 
 from distill_methods.contracts import LatentDiffusion
 from distill_methods.dmd2.config import DMD2Config
 from distill_methods.dmd2.rollout import from_data, simulate
+from distill_methods.latent_method import LatentMethod
 from distill_methods.maths import (
     dmd_gradient,
     dmd_loss,
@@ -31,7 +26,7 @@ from distill_methods.maths import (
     sample_timesteps,
     velocity_loss,
 )
-from distill_methods.sampling import frozen, sample_views
+from distill_methods.sampling import frozen
 from distill_methods.time_sampling import TimeSampling
 
 
@@ -42,7 +37,7 @@ class _Rollout(NamedTuple):
     exit_steps: Tensor
 
 
-class DMD2Method(DistillMethod[LatentDiffusion]):
+class DMD2Method(LatentMethod[DMD2Config]):
     """DMD2 without its optional GAN (Yin et al. 2024, arXiv:2405.14867).
 
     With a frozen teacher and a critic that follows the student::
@@ -97,20 +92,9 @@ class DMD2Method(DistillMethod[LatentDiffusion]):
         conditioning: ConditioningProvider,
         streams: RandomStreams | None = None,
     ) -> None:
-        super().__init__(bundle, adapter, streams=streams)
-        self.check_capabilities(config.capabilities)
-        self.config = config
-        self.conditioning = conditioning
-        device = self._device()
-        self._negative = conditioning.negative().to(device) if config.guided else None
+        super().__init__(bundle, adapter, config, conditioning=conditioning, streams=streams)
         # Here once, as copying them in each step would make the host wait for the device.
-        self._levels = 1000 * torch.tensor(config.student_sampler.sigmas(), device=device)
-
-    # -- schedule -----------------------------------------------------------------------------
-
-    def get_optimizers(self, iteration: int) -> dict[str, Optimizer]:
-        """Those of the roles whose turn it is."""
-        return self.optimizers_of(*self.config.turns(iteration))
+        self._levels = 1000 * torch.tensor(config.student_sampler.sigmas(), device=self._device())
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """``dmd_loss`` in the student's turn, ``critic_loss`` in the critic's, and their sum."""
@@ -207,26 +191,6 @@ class DMD2Method(DistillMethod[LatentDiffusion]):
         return self.adapter.add_noise(x0, noise, t), noise, t
 
     # -- for the run --------------------------------------------------------------------------
-
-    @property
-    def sampler_spec(self) -> SamplerSpec:
-        return self.config.student_sampler
-
-    def batch_ids(self, batch: Batch) -> Sequence[str]:
-        return batch.ids
-
-    def sample_for_logging(
-        self, views: Sequence[SampleView], cond: Condition, *, seed: int
-    ) -> dict[str, Tensor]:
-        return sample_views(
-            self.adapter,
-            self.bundle,
-            views,
-            cond,
-            default_spec=self.sampler_spec,
-            conditioning=self.conditioning,
-            seed=seed,
-        )
 
 
 def _facts(rollout: _Rollout) -> dict[str, Tensor]:

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from distill_protocols import (
     Batch,
-    Condition,
-    ConditioningProvider,
-    DistillMethod,
-    ModelBundle,
-    RandomStreams,
-    SamplerSpec,
-    SampleView,
     StepResult,
 )
-from torch import Tensor
-from torch.optim import Optimizer
 
-from distill_methods.contracts import LatentDiffusion
 from distill_methods.finetune.config import FinetuneConfig
+from distill_methods.latent_method import LatentMethod
 from distill_methods.maths import bsmntw_weight, noise_like, sample_timesteps, velocity_loss
-from distill_methods.sampling import sample_views
 
 
-class FinetuneMethod(DistillMethod[LatentDiffusion]):
+class FinetuneMethod(LatentMethod[FinetuneConfig]):
     """Flow matching on data (Lipman et al. 2023): only the student, no teacher.
 
     ::
@@ -49,26 +37,6 @@ class FinetuneMethod(DistillMethod[LatentDiffusion]):
     required_roles = ("student",)
     trained_roles = ("student",)
 
-    def __init__(
-        self,
-        bundle: ModelBundle,
-        adapter: LatentDiffusion,
-        config: FinetuneConfig,
-        *,
-        conditioning: ConditioningProvider,
-        streams: RandomStreams | None = None,
-    ) -> None:
-        super().__init__(bundle, adapter, streams=streams)
-        self.check_capabilities(config.capabilities)
-        self.config = config
-        self.conditioning = conditioning
-        if config.guided:
-            conditioning.negative()
-
-    def get_optimizers(self, iteration: int) -> dict[str, Optimizer]:
-        """The student's."""
-        return self.optimizers_of(*self.config.turns(iteration))
-
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """The weighted velocity loss of one micro batch."""
         x0 = self.adapter.normalize_latents(batch.latents)
@@ -83,23 +51,3 @@ class FinetuneMethod(DistillMethod[LatentDiffusion]):
         with torch.no_grad():
             student_x0 = self.adapter.pred_to_x0(velocity, x_t, t)
         return StepResult({"total_loss": loss}, {"student_x0": student_x0})
-
-    @property
-    def sampler_spec(self) -> SamplerSpec:
-        return self.config.student_sampler
-
-    def batch_ids(self, batch: Batch) -> Sequence[str]:
-        return batch.ids
-
-    def sample_for_logging(
-        self, views: Sequence[SampleView], cond: Condition, *, seed: int
-    ) -> dict[str, Tensor]:
-        return sample_views(
-            self.adapter,
-            self.bundle,
-            views,
-            cond,
-            default_spec=self.sampler_spec,
-            conditioning=self.conditioning,
-            seed=seed,
-        )

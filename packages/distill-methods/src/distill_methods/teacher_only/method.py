@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from distill_protocols import (
     Batch,
-    Condition,
-    ConditioningProvider,
-    DistillMethod,
-    ModelBundle,
-    RandomStreams,
-    SamplerSpec,
-    SampleView,
     StepResult,
 )
-from torch import Tensor
-from torch.optim import Optimizer
 
-from distill_methods.contracts import LatentDiffusion
+from distill_methods.latent_method import LatentMethod
 from distill_methods.maths import noise_like, sample_timesteps, velocity_loss
-from distill_methods.sampling import sample_views
 from distill_methods.teacher_only.config import TeacherOnlyConfig
 
 
-class TeacherOnlyMethod(DistillMethod[LatentDiffusion]):
+class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
     """The student learns the teacher's guided prediction: half the model calls per step.
 
     Guidance distillation, stage one of Meng et al. 2023 (arXiv:2210.03142)::
@@ -53,26 +41,6 @@ class TeacherOnlyMethod(DistillMethod[LatentDiffusion]):
     trained_roles = ("student",)
     frozen_roles = ("teacher",)
 
-    def __init__(
-        self,
-        bundle: ModelBundle,
-        adapter: LatentDiffusion,
-        config: TeacherOnlyConfig,
-        *,
-        conditioning: ConditioningProvider,
-        streams: RandomStreams | None = None,
-    ) -> None:
-        super().__init__(bundle, adapter, streams=streams)
-        self.check_capabilities(config.capabilities)
-        self.config = config
-        self.conditioning = conditioning
-        negative = conditioning.negative().to(self._device()) if config.guided else None
-        self._negative = negative if config.teacher_guided else None
-
-    def get_optimizers(self, iteration: int) -> dict[str, Optimizer]:
-        """The student's."""
-        return self.optimizers_of(*self.config.turns(iteration))
-
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """The distance of student and guided teacher in v, on one micro batch."""
         x0 = self.adapter.normalize_latents(batch.latents)
@@ -99,23 +67,3 @@ class TeacherOnlyMethod(DistillMethod[LatentDiffusion]):
                 "teacher_x0": self.adapter.pred_to_x0(target, x_t, t),
             }
         return StepResult({"total_loss": loss}, outputs)
-
-    @property
-    def sampler_spec(self) -> SamplerSpec:
-        return self.config.student_sampler
-
-    def batch_ids(self, batch: Batch) -> Sequence[str]:
-        return batch.ids
-
-    def sample_for_logging(
-        self, views: Sequence[SampleView], cond: Condition, *, seed: int
-    ) -> dict[str, Tensor]:
-        return sample_views(
-            self.adapter,
-            self.bundle,
-            views,
-            cond,
-            default_spec=self.sampler_spec,
-            conditioning=self.conditioning,
-            seed=seed,
-        )

@@ -1,0 +1,94 @@
+"""What every method of this package shares: latents come in, clips can be looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, Protocol, TypeVar
+
+from distill_protocols import (
+    Batch,
+    Condition,
+    ConditioningProvider,
+    DistillMethod,
+    ModelBundle,
+    RandomStreams,
+    SamplerSpec,
+    SampleView,
+)
+from torch import Tensor
+from torch.optim import Optimizer
+
+from distill_methods.contracts import LatentDiffusion
+from distill_methods.sampling import sample_views
+
+
+class MethodConfig(Protocol):
+    """What a method's own section must be able to say."""
+
+    @property
+    def student_sampler(self) -> SamplerSpec: ...
+    @property
+    def guided(self) -> bool:
+        """Whether a step or the student's sampler needs a negative condition."""
+        ...
+
+    @property
+    def capabilities(self) -> tuple[str, ...]: ...
+    def turns(self, iteration: int) -> tuple[str, ...]: ...
+
+
+ConfigT = TypeVar("ConfigT", bound=MethodConfig)
+
+
+class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
+    """No algorithm: the wiring between a method's config and the contracts.
+
+    Args:
+        bundle: the roles that the method names.
+        conditioning: gives the negative condition, unless nothing is guided.
+
+    Raises:
+        RoleError: a role is missing, or trainable (or frozen) where it must not be.
+        CapabilityError: the adapter lacks something in ``config.capabilities``.
+        ConditioningError: something is guided and there is no negative condition: known now
+            rather than in the middle of the run.
+    """
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        adapter: LatentDiffusion,
+        config: ConfigT,
+        *,
+        conditioning: ConditioningProvider,
+        streams: RandomStreams | None = None,
+    ) -> None:
+        super().__init__(bundle, adapter, streams=streams)
+        self.check_capabilities(config.capabilities)
+        self.config = config
+        self.conditioning = conditioning
+        self._negative = conditioning.negative().to(self._device()) if config.guided else None
+
+    def get_optimizers(self, iteration: int) -> dict[str, Optimizer]:
+        """Those of the roles whose turn it is (``config.turns``)."""
+        return self.optimizers_of(*self.config.turns(iteration))
+
+    @property
+    def sampler_spec(self) -> SamplerSpec:
+        return self.config.student_sampler
+
+    def batch_ids(self, batch: Batch) -> Sequence[str]:
+        return batch.ids
+
+    def sample_for_logging(
+        self, views: Sequence[SampleView], cond: Condition, *, seed: int
+    ) -> dict[str, Tensor]:
+        return sample_views(
+            self.adapter,
+            self.bundle,
+            views,
+            cond,
+            default_spec=self.sampler_spec,
+            conditioning=self.conditioning,
+            seed=seed,
+        )
