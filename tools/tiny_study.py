@@ -82,7 +82,9 @@ def baseline_run(steps: int) -> dict[str, Any]:
 def student_run(steps: int, seed: int) -> dict[str, Any]:
     values = shipped()
     values["training"]["seed"] = seed
-    values["method_config"]["student_sampler"]["steps"] = steps
+    if steps != 2:
+        sampler = {"steps": steps, "shift": 3.0, "stochastic": True}
+        values["method_config"]["student_sampler"] = sampler
     values["callbacks"]["report"]["entries"] = {
         "ema": {"role": "student", "ema": True},
         "live": {"role": "student"},

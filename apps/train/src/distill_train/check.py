@@ -306,7 +306,7 @@ class _Check:
         if training is None:
             return None
         path = ("models", name, "optimizer")
-        merged = _merge(to_plain(training.optimizer), role.optimizer)
+        merged = {**to_plain(training.optimizer), **role.optimizer}
         return structure(OptimizerConfig, merged, path, self._fault, base=Path())
 
     # -- the rest -----------------------------------------------------------------------------
@@ -387,12 +387,3 @@ def _wrong_trainable(need: RoleNeed, method: str) -> str:
         f"{need.name} is trainable here, but {method} never updates it: it is a fixed target. "
         "Write trainable: false, or leave the key out"
     )
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in over.items():
-        old = result.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        result[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
-    return result

@@ -38,7 +38,7 @@ class RoleConfig:
         family: only where a file shall say it twice; must equal ``recipe.family``.
         trainable: what the method needs, if left out.
         precision: compute precision of this role's calls.
-        optimizer: keys that differ from ``training.optimizer``.
+        optimizer: keys that replace those of ``training.optimizer`` (a schedule as a whole).
     """
 
     path: str = field()
