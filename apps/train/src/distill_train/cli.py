@@ -15,12 +15,13 @@ from distill_protocols.errors import ConfigError, DistillError
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
+EXIT_INTERRUPTED = 130
 EXIT_STOPPED = 75
 """Stopped on request (SIGTERM, Ctrl-C) with everything saved: launch again to go on."""
 
 _EPILOG = """\
 exit status: 0 finished, 1 failed, 2 the run file is wrong, 75 stopped on request with a
-checkpoint saved (start the same command again with checkpoint.resume: latest).
+checkpoint saved (start the same command again with checkpoint.resume: latest), 130 interrupted.
 """
 
 
@@ -53,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     except DistillError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted: nothing was saved since the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -82,7 +82,7 @@ class TrainingConfig:
         global_batch_size: samples an iteration, over all devices and micro steps.
         batch_size_per_device: samples a forward call; left out, the global batch goes at once.
             Gradients are accumulated over the rest.
-        optimizer: for every trainable role; the keys of ``models.<role>.optimizer`` replace its keys.
+        optimizer: for every trainable role; keys of ``models.<role>.optimizer`` replace its own.
         log_every: iterations between two log points.
         trackers: where numbers and clips go.
         progress: a progress bar (plain lines where the output is no terminal).

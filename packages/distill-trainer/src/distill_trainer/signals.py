@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -28,7 +29,10 @@ def stop_on_signals(run: RunState) -> Iterator[None]:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked = True
-        run.request_stop(f"received {signal.Signals(number).name}")
+        name = signal.Signals(number).name
+        run.request_stop(f"received {name}")
+        # os.write, as print and logging may be what the signal has just interrupted.
+        os.write(2, f"\n{name}: stopping after this iteration (Ctrl-C again: at once)\n".encode())
 
     former = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
