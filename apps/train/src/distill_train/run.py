@@ -24,6 +24,8 @@ def run(config: RunConfig) -> TrainResult:
     """
     output_dir = Path(config.training.output_dir)
     started = time.perf_counter()
+    if config.training.cpu_threads is not None:
+        torch.set_num_threads(config.training.cpu_threads)
     claimed = claim_output_dir(output_dir, resume=config.checkpoint.resume != "none")
     try:
         parts = build(config, device=default_device())

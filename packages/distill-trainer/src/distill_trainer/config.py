@@ -86,6 +86,8 @@ class TrainingConfig:
         log_every: iterations between two log points.
         trackers: where numbers and clips go.
         progress: a progress bar (plain lines where the output is no terminal).
+        cpu_threads: threads of one CPU operation, set by the app; left out, torch's own choice.
+            1 is best for tiny models: more wait for each other, badly so on a busy machine.
     """
 
     output_dir: str = field(validator=_not_blank, metadata={"path": ()})
@@ -97,6 +99,7 @@ class TrainingConfig:
     log_every: int = field(default=10, validator=ge(1))
     trackers: tuple[TrackerName, ...] = field(default=("tensorboard", "jsonl"))
     progress: bool = True
+    cpu_threads: int | None = field(default=None, validator=optional(ge(1)))
 
     @batch_size_per_device.validator
     def _check_divides(self, attribute: object, value: int | None) -> None:
