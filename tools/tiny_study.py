@@ -120,7 +120,12 @@ def table() -> str:
     for steps in (32, 4, 2, 1):
         if (STUDY / f"teacher_{steps}" / "report.json").exists():
             best = min(entries(f"teacher_{steps}"), key=lambda e: e["frechet_distance"])
-            lines.append(row(f"teacher, {steps} steps, best of the grid ({best['name']})", [best]))
+            lines.append(
+                row(
+                    f"teacher, {steps} step{'s' * (steps > 1)}, best of the grid ({best['name']})",
+                    [best],
+                )
+            )
     for steps in (4, 2, 1):
         seeds = sorted(STUDY.glob(f"student_{steps}_seed*/report.json"))
         for weights in ("live", "ema"):

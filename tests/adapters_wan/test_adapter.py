@@ -124,6 +124,26 @@ def test_sixteen_bit_roles(make_adapter, call):
     assert all(p.grad is None for p in bundle["frozen"].modules["transformer"].parameters())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_frozen_sixteen_bit_role_is_diffusers_own(make_adapter, pipeline_template, call, outer):
+    """Bit for bit, also where a method wraps its step in autocast."""
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    adapter, _ = make_adapter(teacher=(False, "bf16"))
+    theirs = WanTransformer3DModel.from_pretrained(
+        pipeline_template / "transformer", torch_dtype=torch.bfloat16
+    ).eval()
+    (expected,) = theirs(
+        call["x_t"].bfloat16(),
+        timestep=call["t"],
+        encoder_hidden_states=call["cond"].tensors["text"].bfloat16(),
+        return_dict=False,
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outer):
+        assert torch.equal(adapter.forward("teacher", **call), expected.float())
+
+
 def test_gradient_flows_through_a_frozen_role_to_its_input(adapter, call):
     x_t = call["x_t"].requires_grad_()
     adapter.forward("teacher", **call).sum().backward()
@@ -249,8 +269,54 @@ def test_a_missing_text_encoder_is_told_when_it_is_needed(make_adapter, pipeline
 
     shutil.rmtree(pipeline / "text_encoder")
     adapter, _ = make_adapter(source=pipeline, teacher=(False, "fp32"))
+    assert adapter.condition_fingerprint() is None
     with pytest.raises(WeightsError, match="store the embeddings"):
         adapter.encode_condition(["a"])
+
+
+def test_a_fingerprint_is_never_worth_a_download(make_adapter, pipeline_template, monkeypatch):
+    """Nor is half an encoder hashed: its cache entry would be believed."""
+    import huggingface_hub
+    from distill_adapters_wan.components import TextSide
+
+    asked = []
+
+    def snapshot(hub_id, **how):
+        asked.append(how.get("local_files_only"))
+        return str(pipeline_template.parent)  # a snapshot without text_encoder/
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    config = make_adapter(teacher=(False, "fp32"))[0]._config
+    side = TextSide("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", config, device=torch.device("cpu"))
+    assert side.fingerprint() is None
+    assert asked == [True]
+
+
+def test_the_text_encoder_is_freed_after_each_call_and_kept_within(make_adapter, monkeypatch):
+    import gc
+    import weakref
+
+    from distill_adapters_wan import components
+
+    loaded = []
+    real = components.load_text_encoder
+
+    def load(*args):
+        encoder = real(*args)
+        loaded.append(weakref.ref(encoder))
+        return encoder
+
+    monkeypatch.setattr(components, "load_text_encoder", load)
+    adapter, _ = make_adapter(teacher=(False, "fp32"))
+    adapter.encode_condition(["a seven"])
+    gc.collect()
+    assert [encoder() for encoder in loaded] == [None]
+    with adapter.text_encoder_kept():
+        adapter.encode_condition(["a seven"])
+        adapter.encode_neg_condition("left")
+        assert len(loaded) == 2
+    gc.collect()
+    assert [encoder() for encoder in loaded] == [None, None]
 
 
 def test_components_come_back_after_they_were_freed(make_adapter):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from pathlib import Path
 
 import attrs
 import pytest
@@ -164,6 +165,26 @@ def test_a_failed_export_leaves_nothing(export, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="No space"):
         exporter("student", str(tmp_path / "s"), sampler=SamplerSpec(steps=1), ema=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_export_is_put_back_when_the_new_one_cannot_take_its_place(
+    export, tmp_path, monkeypatch
+):
+    exporter, _, _ = export
+    folder = tmp_path / "s"
+    exporter("student", str(folder), sampler=SamplerSpec(steps=1), ema=False)
+    real = Path.rename
+
+    def rename(self, target):
+        if ".partial-" in self.name and not self.name.endswith(".old"):
+            raise OSError(28, "No space left on device")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OutputError, match="No space"):
+        exporter("student", str(folder), sampler=SamplerSpec(steps=2), ema=False)
+    assert json.loads((folder / "sampler_spec.json").read_text())["sampler"]["steps"] == 1
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_broken_source_is_told_before_writing(make_adapter, pipeline, config, tmp_path):

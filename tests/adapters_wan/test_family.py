@@ -143,6 +143,20 @@ def test_hub_ids_that_cannot_be_planned():
     assert "hf download some/model" in faults("some/model", REAL)
 
 
+@pytest.mark.parametrize("path", ["models/wan", "models/wan--x", "models/wan..x", "models/wan.git"])
+def test_a_folder_without_its_dot_is_told_how_folders_are_written(pipeline, config, path):
+    assert f"for a folder write ./{path}" in faults(path, REAL)
+    said = faults(pipeline, attrs.evolve(config, components=path))
+    assert said.startswith("pipeline_config.components: ")
+    assert f"for a folder write ./{path}" in said
+
+
+def test_text_shape(pipeline, config):
+    assert PLUGIN.text_shape(config, source=str(pipeline)) == (6, 16)
+    assert PLUGIN.text_shape(REAL, source=SMALL_ID) == (512, 4096)
+    assert PLUGIN.text_shape(REAL, source="some/model") is None
+
+
 @pytest.mark.parametrize(
     ("name", "word"),
     [("Wan2.2-T2V-A14B", "experts"), ("Wan2.1-I2V-14B-480P", "image"), ("Wan2.2-TI2V", "timestep")],
@@ -177,6 +191,7 @@ def test_the_descriptor_needs_no_torch(pipeline):
         "from distill_protocols import RoleSpec\n"
         "c = WanPipelineConfig(num_frames=5, height=32, width=48)\n"
         f"PLUGIN.faults(RoleSpec(name='s', path={str(pipeline)!r}, trainable=True), c)\n"
+        f"PLUGIN.text_shape(c, source={str(pipeline)!r})\n"
         f"PLUGIN.faults(RoleSpec(name='s', path={SMALL_ID!r}, trainable=True), c)\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'numpy'} & sys.modules.keys()\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"

@@ -52,6 +52,17 @@ def drop(*path: str) -> Callable[[Values], None]:
     return spoil
 
 
+def report(**changes: Any) -> Callable[[Values], None]:
+    judge = Path(__file__).resolve().parents[2] / "configs" / "tiny" / "judge"
+    right = {
+        "judge": str(judge),
+        "prompts": str(judge / "prompts.txt"),
+        "sheet_prompts": ["the digit three moving up"],
+        "entries": {"a": {"role": "student", "ema": True}},
+    }
+    return put("callbacks", "report", value=right | changes)
+
+
 SPOILT = {
     "unknown key": (
         put("method_config", "generator_update_intervl", value=5),
@@ -86,8 +97,15 @@ SPOILT = {
     "batch that does not divide": (put("training", "batch_size_per_device", value=3), "training.batch_size_per_device: 4 samples"),
     "clip that the VAE cannot take": (put("pipeline_config", "num_frames", value=8), "pipeline_config.num_frames: 8 must be 4k + 1"),
     "latents of another shape": (put("pipeline_config", "num_frames", value=13), "data.path: "),
+    "text of another length": (put("pipeline_config", "max_sequence_length", value=512), "data.path: "),
     "view of no role": (put("validation", value={"prompts": ["x"], "views": {"a": {"role": "studnt"}}}), "validation.views.a.role: there is no role 'studnt'"),
     "export of no role": (put("checkpoint", "export", value=[{"role": "studnt", "folder": "s"}]), "checkpoint.export.0.role: there is no role 'studnt'"),
+    "average of no role": (put("callbacks", "ema", "roles", value=["student", "studnt"]), "callbacks.ema.roles: there is no role 'studnt'"),
+    "average of a frozen role": (put("callbacks", "ema", "roles", value=["student", "teacher"]), "callbacks.ema.roles: 'teacher' is frozen"),
+    "report of no role": (report(entries={"a": {"role": "studnt"}}), "callbacks.report.entries.a.role: there is no role 'studnt'"),
+    "report of an average that nobody keeps": (report(entries={"a": {"role": "critic", "ema": True}}), "callbacks.report.entries.a.ema: no average of 'critic' is kept"),
+    "judge that is not there": (report(judge="./nowhere"), "callbacks.report.judge: "),
+    "empty output folder": (put("training", "output_dir", value=""), "training.output_dir: ''"),
     "average that nobody keeps": (drop("callbacks", "ema"), "checkpoint.export.0.ema: no average of 'student' is kept"),
 }  # fmt: skip
 
@@ -243,3 +261,65 @@ def test_plugins_are_listed(capsys):
     assert main(["--plugins"]) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("wan", "dmd2", "finetune", "teacher_only", "ema", "report"))
+
+
+def test_the_resolved_config_can_be_run_again_from_anywhere(values, write, tmp_path):
+    first = read_config(write(values))
+    resolved = dict(first.resolved)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "again.yaml").write_text(yaml.safe_dump(resolved))
+    again = read_config(elsewhere / "again.yaml")
+    assert again.resolved == first.resolved
+    assert resolved["models"]["critic"]["optimizer"]["lr"] == 6e-4
+    assert resolved["models"]["critic"]["trainable"] is True
+    assert Path(resolved["models"]["teacher"]["path"]).is_absolute()
+
+
+def test_several_processes_are_refused_before_each_becomes_a_run(
+    values, write, monkeypatch, capsys
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["--config", str(write(values))]) == 1
+    assert "2 processes were started" in capsys.readouterr().err
+
+
+def test_the_plan_says_where_the_negative_condition_comes_from(values, write, capsys, tmp_path):
+    def plan() -> str:
+        assert main(["--config", str(write(values)), "--dry-run"]) == 0
+        return capsys.readouterr().out
+
+    assert "in the data set's constants (prompt '')" in plan()
+    values["conditioning"] = {"negative_prompt": "blurred"}
+    assert "encoded once at set-up from 'blurred'" in plan()
+    del values["conditioning"]
+    values["data"]["path"] = str(tmp_path / "to_come")
+    text = plan()
+    assert "needed; the data set must bring it" in text
+    assert "not on this machine yet" in text
+    values["method_config"]["real_score_guidance_scale"] = 1.0
+    assert "none, and no step needs one" in plan()
+
+
+def test_the_plan_counts(values, write, capsys):
+    assert main(["--config", str(write(values)), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    memory = lines[lines.index(next(x for x in lines if x.startswith("memory"))) + 2 :][:4]
+    # 1,087,136 parameters: fp32 weights, gradients, two moments, an average.
+    assert memory[0].split() == [
+        "student",
+        "4.3",
+        "MB",
+        "4.3",
+        "MB",
+        "8.7",
+        "MB",
+        "4.3",
+        "MB",
+        "21.7",
+        "MB",
+    ]
+    assert memory[1].split() == ["teacher", "4.3", "MB", "-", "-", "-", "4.3", "MB"]
+    assert memory[3].split() == ["all", "43.5", "MB"]
+    updates = next(line for line in lines if line.strip().startswith("student (lr"))
+    assert updates.split(")")[1].split() == [*"...x...x..", "1"]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +19,7 @@ from distill_checkpoint import (
     ExportCallback,
     ExportConfig,
     claim_output_dir,
+    release_output_dir,
 )
 from distill_checkpoint.layout import checkpoints, safe
 from distill_checkpoint.retention import superseded
@@ -45,7 +49,13 @@ def test_config_faults(keys, message):
         CheckpointConfig(**keys)
 
 
-@pytest.mark.parametrize("folder", ["", ".", "/x", "../x", "a/../../x", ".hidden", "checkpoint-1"])
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "", ".", "/x", "../x", "a/../../x", ".hidden", "checkpoint-1",
+        "validation", "tensorboard/student", "./run.json", "metrics.jsonl", "wandb",
+    ],
+)  # fmt: skip
 def test_export_stays_in_the_output_folder_and_off_the_checkpoints(folder):
     with pytest.raises(ValueError, match="for example 'export/student'"):
         ExportConfig(role="student", folder=folder)
@@ -185,13 +195,60 @@ def test_nothing_is_deleted_before_the_new_one_is_there(tmp_path, monkeypatch):
 
 
 def test_an_output_folder_is_claimed_once(tmp_path):
-    folder = claim_output_dir(tmp_path / "a" / "b", resume=False)
-    assert (folder / "run.json").exists()
+    with claim_output_dir(tmp_path / "a" / "b", resume=False) as claim:
+        assert (claim.folder / "run.json").exists()
     with pytest.raises(
-        OutputError, match=r"already holds another run \(run.json\).*resume: latest"
+        OutputError, match=r"\(run.json\), which has left no checkpoint.*latest, and starts afresh"
     ):
-        claim_output_dir(folder, resume=False)
-    assert claim_output_dir(folder, resume=True) == folder
+        claim_output_dir(claim.folder, resume=False)
+    (claim.folder / "checkpoint-000001").mkdir()
+    with pytest.raises(OutputError, match=r"holds another run \(run.json\); .*resume: latest\),"):
+        claim_output_dir(claim.folder, resume=False)
+    with claim_output_dir(claim.folder, resume=True) as again:
+        assert again.folder == claim.folder
+
+
+HOLD = """
+import sys, distill_checkpoint
+claim = distill_checkpoint.claim_output_dir(sys.argv[1], resume=True)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_living_processes_do_not_share_a_folder_and_a_killed_one_leaves_it(tmp_path):
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with other:
+        assert other.stdout.readline() == b"held\n"
+        for resume in (True, False):
+            with pytest.raises(OutputError, match=f"is running there .pid {other.pid} on "):
+                claim_output_dir(tmp_path, resume=resume)
+        other.kill()
+    # It crashed before its first checkpoint: its folder must not be lost for that.
+    with claim_output_dir(tmp_path, resume=True):
+        assert json.loads((tmp_path / "run.json").read_text())["pid"] == os.getpid()
+
+
+def test_only_who_made_the_marker_takes_it_away(tmp_path):
+    first = claim_output_dir(tmp_path / "a", resume=False)
+    first.close()
+    release_output_dir(claim_output_dir(tmp_path / "a", resume=True))
+    assert (tmp_path / "a" / "run.json").exists()
+    first.release()  # closed: by now it may be another's
+    assert (tmp_path / "a" / "run.json").exists()
+
+    release_output_dir(claim_output_dir(tmp_path / "b", resume=True))
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_claim_ends_with_its_holder(tmp_path):
+    def hold() -> None:
+        claim = claim_output_dir(tmp_path, resume=False)  # noqa: F841
+
+    hold()
+    claim_output_dir(tmp_path, resume=True).close()
 
 
 def test_checkpoints_without_a_marker_are_another_run_too(tmp_path):

@@ -252,6 +252,71 @@ def test_weights_behind_a_loss_that_is_not_finite_are_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, value):
+    run = saved(tmp_path)
+    with torch.no_grad():
+        run.method.bundle["student"].modules["transformer_2"][0].bias[1] = value
+    with pytest.raises(CheckpointError, match=r"student\.transformer_2: 0\.bias \(1 tensors\)"):
+        manager(tmp_path).save(run.state(tmp_path, 4), run.callbacks)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000003"]
+
+
+def file_of(lr: float = 1e-4, schedule: str = "constant", **training: Any) -> dict[str, Any]:
+    optimizer = {"lr": lr, "betas": [0.0, 0.99], "schedule": {"name": schedule}}
+    return {
+        "models": {
+            "student": {"path": "/a", "optimizer": optimizer},
+            "teacher": {"path": "/b", "optimizer": None},
+        },
+        "training": {"max_train_steps": 3, "optimizer": {"lr": 1e-5}, **training},
+        "checkpoint": {"resume": "none"},
+    }
+
+
+def resume_with(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> Run:
+    run = new_run(Shape())
+    run.train(folder, 3, CheckpointManager(CheckpointConfig(), folder, then))
+    other = new_run(Shape(), seed=1)
+    for callback in other.callbacks.values():
+        callback.on_train_start(other.state(folder, 0))
+    before = json.dumps(other.everything(), default=str)
+    try:
+        CheckpointManager(RESUME, folder, now).resume(other.state(folder, 0), other.callbacks)
+    except CheckpointError:
+        assert json.dumps(other.everything(), default=str) == before
+        raise
+    return other
+
+
+@pytest.mark.parametrize(
+    ("now", "named"),
+    [
+        (file_of(lr=2e-4), r"models\.student\.optimizer\.lr is 0\.0001 in the .* and 0\.0002 now"),
+        (file_of(schedule="cosine"), r"student\.optimizer\.schedule\.name is 'constant' in"),
+        (file_of(optimizer={"lr": 3e-5}), r"training\.optimizer\.lr is 1e-05 .* and 3e-05 now"),
+    ],
+)
+def test_other_optimizer_settings_are_refused_with_both_values(tmp_path, now, named):
+    with pytest.raises(CheckpointError, match=f"{named}.*Put the old ones back, or start"):
+        resume_with(tmp_path, file_of(), now)
+
+
+def test_other_changes_are_logged_one_line_each(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    then, now = file_of(schedule="cosine"), file_of(schedule="cosine", seed=2)
+    now["training"]["max_train_steps"] = 9
+    now["models"]["teacher"]["path"] = "/c"
+    now["checkpoint"]["resume"] = "latest"
+    resume_with(tmp_path, then, now)
+    assert [record.getMessage() for record in caplog.records] == [
+        "resuming checkpoint-000003: models.teacher.path is '/b' in the checkpoint and '/c' now",
+        "resuming checkpoint-000003: training.max_train_steps is 3 in the checkpoint and 9 now; "
+        "the cosine schedule now ends at the new end, so the learning rate jumps here",
+        "resuming checkpoint-000003: training.seed is absent in the checkpoint and 2 now",
+    ]
+
+
 def test_state_that_is_neither_tensor_nor_json_is_refused_by_name(tmp_path):
     run = new_run(Shape())
     run.callbacks["tally"].state_dict = lambda: {"seen": {"ids": {1, 2}}}

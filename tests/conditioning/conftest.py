@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,18 +25,32 @@ def embedding(text: str) -> Tensor:
 
 
 class CountingEncoder:
-    """An adapter's encoding side, without a model. ``calls`` lists every text that was encoded."""
+    """An adapter's encoding side, without a model.
+
+    ``calls`` lists every text that was encoded, ``loads`` counts the loads of the text encoder.
+    """
 
     def __init__(self, fingerprint: str | None = FINGERPRINT) -> None:
         self.fingerprint = fingerprint
         self.calls: list[str] = []
+        self.loads = 0
+        self._kept = False
+
+    @contextmanager
+    def text_encoder_kept(self) -> Iterator[None]:
+        self.loads += 1
+        self._kept = True
+        yield
+        self._kept = False
 
     def encode_condition(self, raw_cond: Sequence[str]) -> Condition:
         self.calls += raw_cond
+        self.loads += not self._kept
         return Condition({"text": torch.cat([embedding(text) for text in raw_cond])})
 
     def encode_neg_condition(self, raw_neg_cond: str) -> Condition:
         self.calls.append(raw_neg_cond)
+        self.loads += not self._kept
         return Condition({"text": -embedding(raw_neg_cond)})
 
     def condition_fingerprint(self) -> str | None:

@@ -151,7 +151,7 @@ def test_the_number_of_ranks_may_change_on_resume(dataset_of, samples, seed, cut
 def test_a_position_of_another_order_is_refused(dataset_of, samples, seed, shuffle, word):
     state = LatentLoader(dataset_of(7), batch_size=2, seed=0).state_dict()
     loader = LatentLoader(dataset_of(samples, shuffle), batch_size=2, seed=seed)
-    with pytest.raises(DataError, match=word):
+    with pytest.raises(DataError, match=rf"{word}.*another output_dir"):
         loader.load_state_dict(state)
 
 
@@ -237,3 +237,20 @@ def test_dropout_without_a_fitting_negative_is_refused(dataset_of):
     wrong = Condition({"text": torch.zeros(1, 3, 9)})
     with pytest.raises(ConditioningError, match=r"\(1, 3, 9\).*\(1, 3, 4\)"):
         LatentLoader(dataset, batch_size=2, seed=0, dropout=0.1, negative=wrong)
+
+
+# -- devices ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("device", "copies"), [("cpu", 0), ("meta", 2)])
+def test_batches_reach_an_accelerator_through_pinned_memory(
+    dataset_of, monkeypatch, device, copies
+):
+    """``meta`` stands for the accelerator: latents and text are pinned, on the CPU nothing is."""
+    pinned = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("meta"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    batch = next(iter(LatentLoader(dataset_of(5), batch_size=2, seed=0, device=device)))
+    assert len(pinned) == copies
+    tensors = [batch.latents, *batch.cond.tensors.values()]
+    assert {value.device.type for value in tensors} == {device}

@@ -24,9 +24,10 @@ def test_every_clip_arrives_with_its_caption(tmp_path, encoder, batch_size):
             _clips(10), encoder, writer, negative_prompt="ugly", batch_size=batch_size
         )
     dataset = LatentDataset(
-        DataConfig(path=str(tmp_path), verify="full"), latent_shape=(2, 1, 2, 2), text_width=4
+        DataConfig(path=str(tmp_path), verify="full"), latent_shape=(2, 1, 2, 2), text_shape=(3, 4)
     )
     assert count == len(dataset) == 10
+    assert encoder.loads == 1
     batch = dataset.read(torch.arange(10))
     for i, (name, caption, video) in enumerate(_clips(10)):
         assert batch.ids[i] == name

@@ -135,3 +135,20 @@ def test_a_cache_file_that_lies_is_encoded_again_with_a_word(
     assert later.calls == ["a"]
     assert file.name in caplog.text
     assert file.read_bytes() == content
+
+
+def test_the_fingerprint_is_asked_once(make_encoder, tmp_path):
+    """An encoder that is downloaded at the first prompt has one only from then on."""
+    late = make_encoder(None)
+    provider = CachedConditioning(ConditioningConfig(), encoder=late, output_dir=tmp_path)
+    provider.encode(["a"])
+    late.fingerprint = "encoder-a"
+    provider.encode(["a"])
+    assert late.calls == ["a"]
+
+
+def test_stored_embeddings_are_taken_at_their_word_with_a_word(provide, make_encoder, caplog):
+    with caplog.at_level(logging.INFO):
+        provider = provide(stored="", by=make_encoder(None))
+        provider.negative()
+    assert caplog.text.count("no text encoder on this machine") == 1

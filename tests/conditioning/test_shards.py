@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -128,20 +129,25 @@ def test_a_flipped_byte_is_found_by_full_verification(tmp_path, make_folder):
         _open(tmp_path, verify="full")
 
 
-@pytest.mark.parametrize("kind", ["pickle", "header", "zeros"])
-def test_a_file_that_is_no_safetensors_is_refused_though_its_size_is_right(
+@pytest.mark.parametrize("kind", ["pickle", "header", "offsets", "zeros"])
+def test_a_file_that_is_no_safetensors_is_a_fault_though_its_size_is_right(
     tmp_path, make_folder, kind
 ):
+    """Before the run, not when the shard is opened in the middle of it."""
     shard = make_folder(tmp_path, 4, shard_bytes=10**6) / "shard-00000.safetensors"
     size = shard.stat().st_size
     damaged = {
         "pickle": pickle.dumps({"latents": [1.0]}),
         "header": shard.read_bytes()[:20] + b"{{" + shard.read_bytes()[22:],
+        "offsets": re.sub(rb'(offsets":\[\d+,)\d', rb"\g<1>9", shard.read_bytes()),
         "zeros": b"",
     }[kind]
+    assert damaged != shard.read_bytes()
     shard.write_bytes(damaged.ljust(size, b"\0")[:size])
+    [fault] = dataset_facts(tmp_path).faults
+    assert shard.name in fault
     with pytest.raises(DataError, match=shard.name):
-        _open(tmp_path).read(torch.tensor([0]))
+        _open(tmp_path)
 
 
 def test_a_shard_of_another_data_set_is_refused(tmp_path, make_folder):
@@ -162,9 +168,10 @@ def test_other_shapes_than_the_models_are_named_both(tmp_path, make_folder):
     make_folder(tmp_path, 4)
     with pytest.raises(DataError, match=r"\[2, 1, 2, 2\].*\[16, 21, 60, 104\]"):
         _open(tmp_path, latent_shape=(16, 21, 60, 104))
-    with pytest.raises(DataError, match=r"\[3, 4\].*4096"):
-        _open(tmp_path, text_width=4096)
-    _open(tmp_path, latent_shape=(2, 1, 2, 2), text_width=4)
+    for wrong in [(3, 4096), (512, 4)]:
+        with pytest.raises(DataError, match=rf"\[3, 4\].*\[{wrong[0]}, {wrong[1]}\].*padding"):
+            _open(tmp_path, text_shape=wrong)
+    _open(tmp_path, latent_shape=(2, 1, 2, 2), text_shape=(3, 4))
 
 
 def test_an_interrupted_writer_leaves_no_data_set_and_says_so_next_time(tmp_path):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from distill_protocols import SamplerSpec
 from distill_trainer import (
     EmaConfig,
+    GradClipConfig,
     OptimizerConfig,
     ScheduleConfig,
     TrainingConfig,
@@ -44,12 +49,27 @@ def test_what_does_not_divide_is_refused_with_the_arithmetic() -> None:
     ("make", "words"),
     [
         (lambda: TrainingConfig(output_dir=" ", max_train_steps=1), "must not be empty"),
-        (lambda: TrainingConfig(output_dir="x", max_train_steps=0), "max_train_steps"),
+        (
+            lambda: TrainingConfig(output_dir="x", max_train_steps=0),
+            "0 must be at least 1: without an iteration",
+        ),
         (
             lambda: TrainingConfig(output_dir="x", max_train_steps=1, trackers=("jsonl", "jsonl")),
             "jsonl is named twice",
         ),
         (lambda: OptimizerConfig(betas=(0.9, 1.0)), r"\[0, 1\)"),
+        (lambda: OptimizerConfig(lr=0.0), r"0\.0 must be above 0: at 0 nothing learns.*Freeze"),
+        (lambda: OptimizerConfig(lr=math.inf), "inf must be above 0 and finite"),
+        (lambda: OptimizerConfig(weight_decay=math.nan), "nan must be at least 0 and finite"),
+        (lambda: SamplerSpec(steps=1, shift=math.inf), "inf must be above 0 and finite"),
+        (lambda: SamplerSpec(steps=1, guidance=math.nan), "nan must be at least 0 and finite"),
+        (lambda: SamplerSpec(steps=1, timesteps=(math.nan,)), "must fall strictly within"),
+        (lambda: SamplerSpec(steps=1, timesteps=()), "0 timesteps for 1 steps"),
+        (lambda: GradClipConfig(max_norm=math.inf), "inf must be .*null to clip nothing"),
+        (
+            lambda: TrainingConfig(output_dir="x", max_train_steps=1, batch_size_per_device=0),
+            "0 must be at least 1: a forward call needs a sample",
+        ),
         (lambda: ScheduleConfig(final_ratio=0.1), "constant rate"),
         (lambda: EmaConfig(roles=("student",), decay=1.0), "never move"),
         (lambda: EmaConfig(roles=()), "nothing would be averaged"),
@@ -67,6 +87,21 @@ def test_what_does_not_divide_is_refused_with_the_arithmetic() -> None:
 def test_wrong_values_are_refused_with_the_reason(make, words: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_wandb_that_is_not_installed_is_a_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def named() -> TrainingConfig:
+        return TrainingConfig(output_dir="x", max_train_steps=1, trackers=("wandb",))
+
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    (tmp_path / "wandb").mkdir()  # as wandb leaves behind where it ran
+    with pytest.raises(ValueError, match=r"wandb must be installed .*leave the tracker out"):
+        named()
+    (tmp_path / "wandb" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert named().trackers == ("wandb",)
 
 
 def test_configs_and_plugins_are_there_without_torch() -> None:

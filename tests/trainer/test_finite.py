@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from distill_protocols import NonFiniteLossError
-from distill_trainer import DistillTrainer, FiniteGuard
-from toy_trainer import MemoryCheckpointer, Recorder, alternating, batches, training
+from distill_trainer import (
+    DistillTrainer,
+    FiniteGuard,
+    GradClipCallback,
+    GradClipConfig,
+    NonFiniteGradientError,
+)
+from toy_trainer import Alternating, MemoryCheckpointer, Recorder, alternating, batches, training
 
 
 def _poisoned(at: int) -> list[tuple[tuple[str, ...], torch.Tensor]]:
@@ -49,6 +55,40 @@ def test_deferred_losses_are_looked_at_before_a_save_at_log_points_and_at_the_en
         assert checkpointer.saved == [1, 2, 3]
     if log_every == 1:
         assert len(recorder.records) == 3, "seen before callbacks make anything of iteration 4"
+
+
+class _RootAtZero(Alternating):
+    """Its loss is finite where its gradient is not: sqrt has an infinite slope at 0."""
+
+    def single_train_step(self, batch, iteration):  # type: ignore[no-untyped-def]
+        result = super().single_train_step(batch, iteration)
+        loss = result.loss_map["total_loss"]
+        if "clip-4" in batch[0]:
+            loss = loss + (loss - loss.detach()).sqrt()
+        return result._replace(loss_map={"total_loss": loss})
+
+
+@pytest.mark.parametrize("defer", [False, True])
+@pytest.mark.parametrize("clips", [False, True])
+def test_a_gradient_that_is_not_finite_stops_the_run_unsaved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defer: bool, clips: bool
+) -> None:
+    monkeypatch.setattr("distill_trainer.trainer.FiniteGuard", lambda: FiniteGuard(defer=defer))
+    method, checkpointer = _RootAtZero(alternating(2).bundle, 2), MemoryCheckpointer()
+    trainer = DistillTrainer(
+        training(tmp_path, 6, log_every=100, global_batch_size=4, batch_size_per_device=2),
+        callbacks=[GradClipCallback(GradClipConfig())] if clips else [],
+        checkpointer=checkpointer,
+    )
+    data = [((f"clip-{i}",), x) for i, x in enumerate(batches(6), start=1)]
+    with pytest.raises(NonFiniteGradientError, match=r"grad_norm/student\.net=(nan|inf)") as caught:
+        trainer.run(method, data)
+    # Two micro steps an iteration: the student's turn, the second, has clips 3 and 4.
+    assert (caught.value.iteration, caught.value.batch_ids) == (2, ("clip-3", "clip-4"))
+    assert set(caught.value.losses) == {"grad_norm/student.net"}
+    assert checkpointer.saved == [1]
+    whole = all(p.isfinite().all() for m in method.model_dict.values() for p in m.parameters())
+    assert whole is not defer, "at once before the step; deferred before the save"
 
 
 def test_every_term_counts_not_only_the_total() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,34 @@ def test_a_loader_that_runs_out_is_restarted_and_an_empty_one_refused(tmp_path: 
         DistillTrainer(training(tmp_path, 5)).run(alternating(), [])
     with pytest.raises(DataError, match="yielded 2 batches"):
         DistillTrainer(training(tmp_path, 5)).run(alternating(), iter(batches(2)))
+
+
+def test_a_loader_with_a_state_that_ends_is_told_to_go_on(tmp_path: Path) -> None:
+    class Ends(RestartingLoader):
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            return iter(batches(3))
+
+    recorder = Recorder()
+    with pytest.raises(DataError, match=r"Ends ran out in iteration 4 of 5.*without end"):
+        DistillTrainer(training(tmp_path, 5), callbacks=[recorder]).run(alternating(), Ends([]))
+    assert len(recorder.records) == 3
+
+
+def test_only_the_newest_outputs_are_held_while_a_micro_step_runs(tmp_path: Path) -> None:
+    held: list[int] = []
+    clips: list[weakref.ref[torch.Tensor]] = []
+
+    class Clips(Alternating):
+        def single_train_step(self, batch, iteration):  # type: ignore[no-untyped-def]
+            held.append(sum(clip() is not None for clip in clips))
+            result = super().single_train_step(batch, iteration)
+            clip = torch.ones(64)
+            clips.append(weakref.ref(clip))
+            return result._replace(outputs={**result.outputs, "clip": clip})
+
+    config = training(tmp_path, 3, global_batch_size=6, batch_size_per_device=2)
+    DistillTrainer(config).run(Clips(alternating().bundle, 2), batches())
+    assert held == [0] * 9
 
 
 @given(length=st.integers(1, 5), given_out=st.integers(0, 12))

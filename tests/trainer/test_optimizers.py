@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from distill_protocols import ContractError, RoleError
+from distill_protocols import ContractError, ModelBundle, RoleError
 from distill_trainer import OptimizerConfig, ScheduleConfig, build_optimizers, schedule_factor
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_trainer import linear_role
+from toy_trainer import Alternating, linear_role
 
 
 @given(warmup=st.integers(0, 10), rest=st.integers(1, 40), final=st.floats(0, 1), data=st.data())
@@ -61,6 +61,16 @@ def test_one_optimizer_a_module_fused_except_under_fp16() -> None:
     assert not half.optimizers["net"].param_groups[0]["fused"]
     with pytest.raises(ContractError, match="fp16"):
         build_optimizers(half, OptimizerConfig(fused=True), horizon=5)
+
+
+def test_a_run_with_one_fp16_role_fuses_none() -> None:
+    student, critic = linear_role("student", precision="fp16"), linear_role("critic")
+    for role in (student, critic):
+        build_optimizers(role, OptimizerConfig(), horizon=5, scaled=True)
+    bundle = ModelBundle({"student": student, "critic": critic})
+    assert Alternating(bundle, 2).grad_scaler.is_enabled()  # refuses fused optimizers
+    with pytest.raises(ContractError, match=r"'critic'.*fp16"):
+        build_optimizers(critic, OptimizerConfig(fused=True), horizon=5, scaled=True)
 
 
 def test_a_frozen_role_gets_none() -> None:

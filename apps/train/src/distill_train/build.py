@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +76,11 @@ def build(config: RunConfig, *, device: torch.device) -> Run:
 
 
 def _attach_optimizers(config: RunConfig, bundle: ModelBundle) -> None:
+    scaled = any(r.trainable and r.precision == "fp16" for r in bundle.roles.values())
     for name, role in config.roles.items():
         if role.optimizer is not None:
-            build_optimizers(bundle[name], role.optimizer, horizon=horizon(config, name))
+            steps = horizon(config, name)
+            build_optimizers(bundle[name], role.optimizer, horizon=steps, scaled=scaled)
 
 
 def _negative(config: RunConfig, conditioning: CachedConditioning) -> Condition | None:
@@ -87,12 +88,14 @@ def _negative(config: RunConfig, conditioning: CachedConditioning) -> Condition 
 
 
 def _callbacks(config: RunConfig, parts: RunParts) -> list[Callback]:
-    """In the file's order, then validation, then export: a report sees what validation saw."""
-    plugins: Mapping[str, Any] = config.callback_plugins
-    callbacks = [plugins[name].build(value, parts) for name, value in config.callbacks.items()]
-    if config.validation is not None:
-        callbacks.append(ValidationCallback(config.validation, parts.conditioning))
+    """Export first: what a run is for is safe before a report may fail. Validation last: it
+    looks at averages that have moved."""
+    callbacks: list[Callback] = []
     if config.checkpoint.export:
         exports = config.checkpoint.export
         callbacks.append(ExportCallback(exports, parts.exporter, parts.output_dir))
+    plugins = config.callback_plugins
+    callbacks += [plugins[name].build(value, parts) for name, value in config.callbacks.items()]
+    if config.validation is not None:
+        callbacks.append(ValidationCallback(config.validation, parts.conditioning))
     return callbacks

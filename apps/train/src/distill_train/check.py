@@ -10,9 +10,17 @@ from typing import Any
 from attrs import define, field
 from distill_checkpoint.config import CheckpointConfig
 from distill_conditioning.config import ConditioningConfig, DataConfig
-from distill_conditioning.facts import dataset_facts
+from distill_conditioning.facts import DatasetFacts, dataset_facts
 from distill_protocols.errors import ConfigError, PluginError
-from distill_protocols.plugins import FamilyPlugin, MethodPlugin, RoleNeed, RoleSpec, load_plugin
+from distill_protocols.plugins import (
+    CallbackPlugin,
+    FamilyPlugin,
+    MethodPlugin,
+    PlannedRun,
+    RoleNeed,
+    RoleSpec,
+    load_plugin,
+)
 from distill_trainer.config import OptimizerConfig, TrainingConfig, ValidationConfig
 
 from distill_train.schema import (
@@ -80,14 +88,17 @@ class _Check:
             parts["validation"] = self._structure(ValidationConfig, "validation")
         callback_plugins, callbacks = self._callbacks()
         complete = self._join(roles, recipe, family, method, parts)
-        self._named_roles(roles, parts, callbacks)
-        self._data(complete, family, method, parts)
+        facts = self._data(complete, family, parts)
+        self._negative(method, parts, facts)
+        run = self._planned(complete, method, parts, facts, callback_plugins, callbacks)
+        self._named_roles(run, parts)
+        self._callback_rules(run, callback_plugins, callbacks)
         if self.faults:
             self._raise()
         keys = {"pipeline": "pipeline_config", "method": "method_config"}
         resolved = {
             "recipe": to_plain(recipe),
-            "models": {name: to_plain(role) for name, role in roles.items()},
+            "models": {name: _resolved_role(recipe, role) for name, role in complete.items()},
             **{keys.get(part, part): to_plain(value) for part, value in parts.items()},
             "callbacks": {name: to_plain(config) for name, config in callbacks.items()},
         }
@@ -167,7 +178,7 @@ class _Check:
             self._fault(path, str(error))
             return None
 
-    def _callbacks(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _callbacks(self) -> tuple[dict[str, CallbackPlugin], dict[str, Any]]:
         plugins, configs = {}, {}
         section = self.source.values.get("callbacks") or {}
         if not isinstance(section, dict):
@@ -311,52 +322,70 @@ class _Check:
 
     # -- the rest -----------------------------------------------------------------------------
 
-    def _named_roles(
-        self,
-        roles: Mapping[str, RoleConfig],
-        parts: Mapping[str, Any],
-        callbacks: Mapping[str, Any],
-    ) -> None:
-        """Roles that other sections name, and the averages that they ask for."""
-        broken = "ema" in callbacks and callbacks["ema"] is None
-        averaged = callbacks["ema"].roles if callbacks.get("ema") else ()
-        named = [
-            (("validation", "views", name), view)
-            for name, view in (parts["validation"].views if parts["validation"] else {}).items()
-        ]
+    def _named_roles(self, run: PlannedRun, parts: Mapping[str, Any]) -> None:
+        """Roles that sections and callbacks name, and the averages that they ask for."""
+        for name, view in (parts["validation"].views if parts["validation"] else {}).items():
+            for key, message in (
+                *run.role_faults(view.role, ema=view.ema),
+                *run.sampler_faults(view.sampler),
+            ):
+                self._fault(("validation", "views", name, *key.split(".")), message)
         exports = parts["checkpoint"].export if parts["checkpoint"] else ()
-        named += [(("checkpoint", "export", str(i)), export) for i, export in enumerate(exports)]
-        for path, each in named:
-            if each.role not in roles:
-                has = ", ".join(roles) or "none"
-                self._fault(
-                    (*path, "role"), f"there is no role {each.role!r} (this run has: {has})"
-                )
-            elif each.ema and each.role not in averaged and not broken:
-                self._fault(
-                    (*path, "ema"),
-                    f"no average of {each.role!r} is kept; add it to callbacks.ema.roles "
-                    f"({', '.join(averaged) or 'there is no ema callback'}), or use ema: false",
-                )
+        for i, export in enumerate(exports):
+            for key, message in run.role_faults(export.role, ema=export.ema):
+                self._fault(("checkpoint", "export", str(i), key), message)
 
-    def _data(
+    def _callback_rules(
+        self, run: PlannedRun, plugins: Mapping[str, CallbackPlugin], configs: Mapping[str, Any]
+    ) -> None:
+        for name, config in configs.items():
+            if config is not None:
+                for key, message in plugins[name].faults(config, run):
+                    self._fault(("callbacks", name, *key.split(".")), message)
+
+    def _planned(
         self,
         roles: Mapping[str, Role],
-        family: FamilyPlugin | None,
         method: MethodPlugin | None,
         parts: Mapping[str, Any],
-    ) -> None:
-        """The data set against the model, and the negative condition against who needs it."""
-        data, pipeline, conditioning = parts["data"], parts["pipeline"], parts["conditioning"]
+        facts: DatasetFacts | None,
+        plugins: Mapping[str, CallbackPlugin],
+        callbacks: Mapping[str, Any],
+    ) -> PlannedRun:
+        averaged = {
+            role
+            for name, config in callbacks.items()
+            for role in (plugins[name].averages(config) if config is not None else roles)
+        }
+        return PlannedRun(
+            roles={name: role.spec for name, role in roles.items()},
+            averaged=frozenset(averaged),
+            student_sampler=method.sampler(parts["method"]) if method and parts["method"] else None,
+            has_negative=_has_negative(parts["conditioning"], facts) is not False,
+        )
+
+    def _data(
+        self, roles: Mapping[str, Role], family: FamilyPlugin | None, parts: Mapping[str, Any]
+    ) -> DatasetFacts | None:
+        """The data set against the model; None where there is none to look at."""
+        data, pipeline = parts["data"], parts["pipeline"]
         if data is None or (self.planning and not Path(data.path).exists()):
-            return
-        shape = None
+            return None
+        latents, text = None, None
         if family and pipeline and roles:
-            shape = family.latent_shape(pipeline, source=components_source(pipeline, roles))
-        facts = dataset_facts(data.path, latent_shape=shape)
+            latents = family.latent_shape(pipeline, source=components_source(pipeline, roles))
+            # Of a role, not of the components: it is the transformer that reads the text.
+            text = family.text_shape(pipeline, source=next(iter(roles.values())).spec.path)
+        facts = dataset_facts(data.path, latent_shape=latents, text_shape=text)
         for message in facts.faults:
             self._fault(("data", "path"), message)
-        if facts.has_negative or conditioning is None or conditioning.negative_prompt is not None:
+        return facts
+
+    def _negative(
+        self, method: MethodPlugin | None, parts: Mapping[str, Any], facts: DatasetFacts | None
+    ) -> None:
+        """A negative condition for everyone who needs it."""
+        if _has_negative(parts["conditioning"], facts) is not False:
             return
         for who in self._who_needs_negative(method, parts):
             self._fault(
@@ -372,9 +401,26 @@ class _Check:
             yield f"{method.name} guides a model, u + w (c - u), and u is its prediction for it"
         if parts["conditioning"].dropout > 0:
             yield "conditioning.dropout puts it in a caption's place"
-        for name, view in (parts["validation"].views if parts["validation"] else {}).items():
-            if view.sampler is not None and view.sampler.guidance != 1:
-                yield f"validation.views.{name} samples with guidance"
+
+
+def _has_negative(
+    conditioning: ConditioningConfig | None, facts: DatasetFacts | None
+) -> bool | None:
+    """Whether there will be a negative condition; None: it cannot be told yet."""
+    if conditioning is None or conditioning.negative_prompt is not None:
+        return True
+    return None if facts is None else facts.has_negative
+
+
+def _resolved_role(recipe: RecipeConfig, role: Role) -> dict[str, Any]:
+    """As a run file could hold it, with nothing left to defaults or to relative paths."""
+    return {
+        "family": recipe.family,
+        "path": role.spec.path,
+        "trainable": role.spec.trainable,
+        "precision": role.spec.precision,
+        "optimizer": to_plain(role.optimizer) if role.optimizer else {},
+    }
 
 
 def _wrong_trainable(need: RoleNeed, method: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -32,6 +33,13 @@ def main(argv: list[str] | None = None) -> int:
         return _list_plugins()
     if args.config is None:
         _parser().error("--config RUN.yaml is needed (see configs/ for examples)")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        print(
+            f"{os.environ['WORLD_SIZE']} processes were started, but this release trains in one: "
+            "each would be a run of its own in the same folder. Start it without torchrun.",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
     from distill_train.check import read_config
 
     try:

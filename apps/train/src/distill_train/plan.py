@@ -46,13 +46,17 @@ def role_memory(config: RunConfig, plan: RolePlan) -> RoleMemory:
         weights=4 * n,
         gradients=4 * n,
         optimizer=4 * n * _MOMENTS[role.optimizer.name],
-        ema=4 * n if plan.role in ema_roles(config) else 0,
+        ema=4 * n if plan.role in averaged_roles(config) else 0,
     )
 
 
-def ema_roles(config: RunConfig) -> tuple[str, ...]:
-    """Roles of which an average is kept."""
-    return config.callbacks["ema"].roles if "ema" in config.callbacks else ()
+def averaged_roles(config: RunConfig) -> set[str]:
+    """Roles of which a callback keeps an average."""
+    return {
+        role
+        for name, callback in config.callbacks.items()
+        for role in config.callback_plugins[name].averages(callback)
+    }
 
 
 def horizon(config: RunConfig, role: str) -> int:
@@ -161,14 +165,19 @@ def _data(config: RunConfig) -> list[str]:
 
 
 def _conditioning(config: RunConfig) -> list[str]:
-    facts = dataset_facts(config.data.path)
     prompt = config.conditioning.negative_prompt
-    if facts.has_negative:
-        source = f"in the data set's constants (prompt {facts.negative_prompt!r})"
+    there = Path(config.data.path).exists()
+    facts = dataset_facts(config.data.path) if there else None
+    stored = facts.negative_prompt if facts else None
+    needed = config.method_plugin.needs_negative(config.method) or config.conditioning.dropout > 0
+    if stored is not None and prompt in (None, stored):
+        source = f"in the data set's constants (prompt {stored!r})"
     elif prompt is not None:
         source = f"encoded once at set-up from {prompt!r}"
+    elif needed:
+        source = "needed; the data set must bring it, or conditioning.negative_prompt name one"
     else:
-        source = "none, and none is needed"
+        source = "none, and no step needs one"
     return [
         f"  negative condition: {source}",
         f"  condition dropout: {config.conditioning.dropout:g}",

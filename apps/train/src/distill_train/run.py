@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from distill_checkpoint import claim_output_dir, release_output_dir
+from distill_checkpoint import claim_output_dir
 from distill_trainer import TrainResult
 
 from distill_train.build import Run, build
@@ -22,21 +25,38 @@ def run(config: RunConfig) -> TrainResult:
     Raises:
         DistillError: whatever is wrong with folder, weights, data or training.
     """
-    output_dir = Path(config.training.output_dir)
     started = time.perf_counter()
     if config.training.cpu_threads is not None:
         torch.set_num_threads(config.training.cpu_threads)
-    claimed = claim_output_dir(output_dir, resume=config.checkpoint.resume != "none")
-    try:
-        parts = build(config, device=default_device())
-    except BaseException:
-        # Nothing has been trained yet: the next try must not find the folder taken.
-        release_output_dir(claimed)
-        raise
-    _log.info("%s", _opening(config, parts))
-    result = parts.trainer.run(parts.method, parts.loader)
+    output_dir = Path(config.training.output_dir)
+    resume = config.checkpoint.resume != "none"
+    with _sigterm_interrupts(), claim_output_dir(output_dir, resume=resume) as claim:
+        parts: Run | None = None
+        try:
+            parts = build(config, device=default_device())
+            _log.info("%s", _opening(config, parts))
+            result = parts.trainer.run(parts.method, parts.loader)
+        except BaseException:
+            if parts is None or not any(parts.method.update_counts.values()):
+                # Nothing was trained: the next try must not find the folder taken.
+                claim.release()
+            raise
     _log.info("%s", _closing(result, output_dir, time.perf_counter() - started))
     return result
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """While weights are read, SIGTERM unwinds like Ctrl-C; the trainer then has its own way."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def default_device() -> torch.device:

@@ -187,8 +187,8 @@ def _run_validators(
 
 def resolve_path(value: str, base: Path, *, keep: tuple[str, ...] = ()) -> str:
     """``value`` as an absolute path from ``base``; words in ``keep`` stay as they are."""
-    if value in keep:
-        return value
+    if value in keep or not value.strip():
+        return value  # nothing written is no folder: the field's own rule says so
     return str((base / Path(value).expanduser()).resolve())
 
 

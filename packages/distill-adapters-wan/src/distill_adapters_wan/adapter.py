@@ -6,9 +6,11 @@ Letters: B batch, C channels, T latent frames, H and W latent height and width, 
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
 import torch
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from distill_protocols import (
     Capabilities,
     CapabilityError,
@@ -49,7 +51,7 @@ class WanAdapter:
         vae_folder = fetch(source, ("vae",)) / "vae"
         facts = latent_facts(vae_folder)
         for name, role in bundle.roles.items():
-            for fault in clip_faults(config, facts, dict(role.modules["transformer"].config)):
+            for fault in clip_faults(config, facts, dict(_transformer(role).config)):
                 raise WeightsError(f"role {name!r} and the VAE of {source}: {fault}")
         self._latent_shape = latent_shape(config, facts)
         device = next(
@@ -136,16 +138,18 @@ class WanAdapter:
         if self._config.cfg_batched:
             both = Condition.cat([cond.expand(x_t.shape[0]), negative])
             pair = self._velocity(role, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-            return flow.guide(*pair.chunk(2), w)
+            conditional, unconditional = pair.chunk(2)
+            return flow.guide(conditional, unconditional, w)
         return flow.guide(
             self._velocity(role, x_t, t, cond), self._velocity(role, x_t, t, negative), w
         )
 
     def _velocity(self, role: RoleHandle, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         text = self._checked_text(role, cond.expand(x_t.shape[0]))
-        transformer = role.modules["transformer"]
-        dtype = next(transformer.parameters()).dtype
-        with role.autocast():
+        transformer = _transformer(role)
+        # Not of just any parameter: some stay in fp32 where the rest has 16 bits.
+        dtype = transformer.patch_embedding.weight.dtype
+        with _precision_of_a_call(role, dtype, x_t.device):
             (v,) = transformer(
                 hidden_states=self.to_model_layout(x_t).to(dtype),
                 timestep=t.float(),
@@ -161,7 +165,7 @@ class WanAdapter:
                 "[B, L, D]; rebuild the data set with this family's encoder"
             )
         text = cond.tensors["text"]
-        width = role.modules["transformer"].config.text_dim
+        width = _transformer(role).config["text_dim"]
         expected = (self._config.max_sequence_length, width)
         if tuple(text.shape[1:]) != expected:
             raise ConditioningError(
@@ -215,14 +219,21 @@ class WanAdapter:
         """One row."""
         return self.encode_condition([raw_neg_cond])
 
-    def condition_fingerprint(self) -> str:
-        """Hash of text encoder, tokenizer, padding and precision."""
+    def condition_fingerprint(self) -> str | None:
+        """Hash of text encoder, tokenizer, padding and precision; None if not on this machine."""
         return self._text.fingerprint()
 
+    def text_encoder_kept(self) -> AbstractContextManager[Any]:
+        """Within: the text encoder stays loaded, for many encodings after each other.
+
+        Outside, each encoding reads it and frees it again: no run must hold UMT5-XXL's 11 to
+        23 GB beside its models because it encoded one prompt.
+        """
+        return self._text.kept()
+
     def free_components(self) -> None:
-        """Drop VAE, text encoder and tokenizer from memory; the next use reads them again."""
+        """Drop the VAE from memory; the next use reads it again."""
         self._codec.free()
-        self._text.free()
 
     def clear_caches(self, role: str) -> None:
         """Nothing to clear: this adapter keeps no key/value cache."""
@@ -257,6 +268,20 @@ class WanAdapter:
             return self.forward(role, x, t, cond, neg_cond=neg_cond, cfg=spec.guidance)
 
         return sampling.sample(velocity, spec, noise, generator)
+
+
+def _transformer(role: RoleHandle) -> WanTransformer3DModel:
+    return cast(WanTransformer3DModel, role.modules["transformer"])
+
+
+def _precision_of_a_call(
+    role: RoleHandle, dtype: torch.dtype, device: torch.device
+) -> AbstractContextManager[Any]:
+    """Autocast over fp32 weights only: it would run the modules that ``load_role`` kept in fp32
+    (time embedding) in 16 bits after all, while diffusers casts at their borders by itself."""
+    if dtype == torch.float32:
+        return role.autocast()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _latent_statistics(vae_config: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,12 @@
-"""VAE, text encoder and tokenizer of one pipeline folder: read when needed, dropped when told."""
+"""VAE, text encoder and tokenizer of one pipeline folder, read when they are needed."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
@@ -16,7 +16,13 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from distill_adapters_wan.config import WanPipelineConfig
-from distill_adapters_wan.folders import TRANSFORMERS_STEM, component_faults, fetch, weight_files
+from distill_adapters_wan.folders import (
+    TRANSFORMERS_STEM,
+    fetch,
+    locate,
+    text_faults,
+    weight_files,
+)
 from distill_adapters_wan.loading import load_module
 
 _SAMPLED = 64
@@ -77,6 +83,9 @@ class VideoCodec:
 class TextSide:
     """UMT5 and its tokenizer: prompts to embeddings.
 
+    They are in memory only while they encode (``kept`` makes that longer): UMT5-XXL has 11 to
+    23 GB, and a run encodes a handful of prompts before its first step.
+
     Args:
         source: Diffusers folder or hub id.
         config: length of the padding and precision of the encoder.
@@ -99,9 +108,12 @@ class TextSide:
 
         if not prompts:
             raise ConditioningError("no prompts to encode; give one a sample (it may be empty)")
-        tokenizer, encoder = self._loaded()
+        with self.kept() as (tokenizer, encoder):
+            return self._encoded(tokenizer, encoder, [prompt_clean(p) for p in prompts])
+
+    def _encoded(self, tokenizer: Any, encoder: Any, prompts: list[str]) -> Tensor:
         tokens = tokenizer(
-            [prompt_clean(prompt) for prompt in prompts],
+            prompts,
             padding="max_length",
             max_length=self._config.max_sequence_length,
             truncation=True,
@@ -112,10 +124,26 @@ class TextSide:
         # where, not a product: 0 * nan or inf of a masked position would stay nan.
         return torch.where(tokens.attention_mask[..., None] > 0, hidden, 0.0)
 
-    def fingerprint(self) -> str:
-        """Hash of encoder weights, tokenizer files and settings; see ``_digest`` for its reach."""
-        folder = fetch(self._source, ("text_encoder", "tokenizer"))
-        _refuse_incomplete(self._source, folder)
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[tuple[Any, Any]]:
+        """Within: tokenizer and encoder stay loaded from one ``encode`` to the next."""
+        if self._parts is not None:
+            yield self._parts
+            return
+        self._parts = self._load()
+        try:
+            yield self._parts
+        finally:
+            self._parts = None
+
+    def fingerprint(self) -> str | None:
+        """Hash of encoder weights, tokenizer files and settings; see ``_digest`` for its reach.
+
+        None where they are not (whole) on this machine: nothing is downloaded to be hashed.
+        """
+        folder = locate(self._source)
+        if folder is None or any(text_faults(folder)):
+            return None
         digest = hashlib.blake2b(digest_size=16)
         settings = (self._config.max_sequence_length, self._config.text_encoder_precision)
         digest.update(repr(settings).encode())
@@ -127,20 +155,18 @@ class TextSide:
             digest.update(_digest(file))
         return digest.hexdigest()
 
-    def free(self) -> None:
-        """Drop encoder and tokenizer; the next use reads them again."""
-        self._parts = None
-
-    def _loaded(self) -> tuple[Any, Any]:
-        if self._parts is None:
-            folder = fetch(self._source, ("text_encoder", "tokenizer"))
-            _refuse_incomplete(self._source, folder)
-            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-            encoder = load_text_encoder(
-                folder / "text_encoder", DTYPES[self._config.text_encoder_precision]
+    def _load(self) -> tuple[Any, Any]:
+        folder = fetch(self._source, ("text_encoder", "tokenizer"))
+        for fault in text_faults(folder):
+            raise WeightsError(
+                f"{self._source} cannot encode a prompt: {fault}; or store the embeddings (and the "
+                "negative one) in the data set"
             )
-            self._parts = (tokenizer, encoder.to(self._device))
-        return self._parts
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        encoder = load_text_encoder(
+            folder / "text_encoder", DTYPES[self._config.text_encoder_precision]
+        )
+        return tokenizer, encoder.to(self._device)
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype) -> Any:
@@ -154,9 +180,8 @@ def load_text_encoder(folder: Path, dtype: torch.dtype) -> Any:
     """
     try:
         with _without_progress_bar():
-            encoder, info = UMT5EncoderModel.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True
-            )
+            loaded = UMT5EncoderModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        encoder, info = cast(tuple[Any, dict[str, Iterable[Any]]], loaded)
     except Exception as error:  # safetensors, OSError, ValueError: all mean unreadable files
         raise WeightsError(f"{folder} cannot be read: {error}. Download it again") from error
     unmatched = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
@@ -170,17 +195,6 @@ def load_text_encoder(folder: Path, dtype: torch.dtype) -> Any:
             "transformers 5 builds (PR 43880): install another version"
         )
     return encoder.eval().requires_grad_(False)
-
-
-def _refuse_incomplete(source: str, folder: Path) -> None:
-    if not (folder / "text_encoder").is_dir():
-        raise WeightsError(
-            f"{source}: text_encoder/ is missing, but a prompt must be encoded. Download it, or "
-            "store the embeddings (and the negative one) in the data set"
-        )
-    for fault in component_faults(folder):
-        if "text_encoder" in fault or "tokenizer" in fault:
-            raise WeightsError(fault)
 
 
 def _digest(file: Path) -> bytes:

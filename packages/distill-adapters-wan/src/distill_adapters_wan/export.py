@@ -171,18 +171,26 @@ def _whole_or_nothing(folder: Path) -> Iterator[Path]:
     try:
         yield stage
         _settle(stage)
-        if folder.exists():
-            old = stage.with_name(f"{stage.name}.old")
-            folder.rename(old)
-            stage.rename(folder)
-            shutil.rmtree(old)
-        else:
-            stage.rename(folder)
+        _replace(folder, stage)
     except BaseException as error:
         shutil.rmtree(stage, ignore_errors=True)
         if isinstance(error, OSError):
             raise OutputError(f"{folder} could not be written: {error}. Free space?") from error
         raise
+
+
+def _replace(folder: Path, stage: Path) -> None:
+    if not folder.exists():
+        stage.rename(folder)
+        return
+    old = stage.with_name(f"{stage.name}.old")
+    folder.rename(old)
+    try:
+        stage.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)
 
 
 def _settle(stage: Path) -> None:

@@ -27,7 +27,16 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 def is_hub_id(path: str) -> bool:
     """Whether ``path`` reads as ``owner/name``; folders are absolute, so no folder does."""
-    return bool(_HUB_ID.fullmatch(path))
+    if not _HUB_ID.fullmatch(path):
+        return False
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(path)
+    except HFValidationError:  # such as models/wan--x: the cache's own names have the two dashes
+        return False
+    return True
 
 
 def cached_snapshot(hub_id: str) -> Path | None:
@@ -179,14 +188,19 @@ def component_faults(folder: Path) -> Iterator[str]:
     """What is missing or damaged among VAE, text encoder and tokenizer."""
     yield from module_faults(folder / "vae", DIFFUSERS_STEM)
     if (folder / "text_encoder").is_dir():
-        yield from module_faults(folder / "text_encoder", TRANSFORMERS_STEM)
-        tokenizer = folder / "tokenizer"
-        names = ("tokenizer.json", "spiece.model", "tokenizer.model")
-        if not any((tokenizer / name).is_file() for name in names):
-            yield (
-                f"{tokenizer} holds none of {', '.join(names)}, and text_encoder/ beside it is "
-                "of no use without. Download it again"
-            )
+        yield from text_faults(folder)
+
+
+def text_faults(folder: Path) -> Iterator[str]:
+    """What is missing or damaged where a prompt shall be encoded."""
+    yield from module_faults(folder / "text_encoder", TRANSFORMERS_STEM)
+    tokenizer = folder / "tokenizer"
+    names = ("tokenizer.json", "spiece.model", "tokenizer.model")
+    if not any((tokenizer / name).is_file() for name in names):
+        yield (
+            f"{tokenizer} holds none of {', '.join(names)}, and text_encoder/ beside it is "
+            "of no use without. Download it again"
+        )
 
 
 def folder_fault(path: str) -> str | None:
@@ -199,5 +213,10 @@ def _no_folder(path: str) -> str:
     nearest = f" (the nearest that exists is {known[0]})" if known and os.path.isabs(path) else ""
     return (
         f"{path} is no folder{nearest} and no hub id; it must be a Diffusers-format folder or a "
-        "hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+        f"hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers{folder_hint(path)}"
     )
+
+
+def folder_hint(path: str) -> str:
+    """For a path that reads as a hub id: somebody may have forgotten ``./``."""
+    return f"; for a folder write ./{path}" if _HUB_ID.fullmatch(path) else ""

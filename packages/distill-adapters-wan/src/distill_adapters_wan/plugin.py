@@ -14,6 +14,7 @@ from distill_adapters_wan.folders import (
     DIFFUSERS_STEM,
     component_faults,
     folder_fault,
+    folder_hint,
     is_hub_id,
     locate,
     module_faults,
@@ -53,6 +54,14 @@ class WanFamily(FamilyPlugin):
         """(C, T, H, W) from the numbers of ``source``'s VAE; None where they are not known."""
         facts = _latents(source)
         return facts and latent_shape(config, facts)
+
+    def text_shape(self, config: WanPipelineConfig, *, source: str) -> tuple[int, int] | None:
+        """(max_sequence_length, the transformer's text_dim); None where no number is known."""
+        try:
+            transformers, _ = _architecture(source)
+        except WeightsError:
+            return None
+        return config.max_sequence_length, transformers["transformer"].get("text_dim", 4096)
 
     def plan(self, role: RoleSpec, config: WanPipelineConfig) -> RolePlan:
         """Modules and sizes, from the meta device.
@@ -99,13 +108,13 @@ PLUGIN = WanFamily()
 def _presence_faults(path: str, config: WanPipelineConfig) -> Iterator[str]:
     for place in filter(None, (path, config.components)):
         fault = folder_fault(place)
+        if is_hub_id(place) and place not in PUBLISHED and locate(place) is None:
+            fault = _unknown_hub_id(place)
         if fault:
             yield fault if place == path else f"pipeline_config.components: {fault}"
     folder = locate(path)
     if folder is not None and not is_hub_id(path):
         yield from pipeline_faults(folder, components=config.components is None)
-    elif folder is None and is_hub_id(path) and path not in PUBLISHED:
-        yield _unknown_hub_id(path)
     components = config.components and locate(config.components)
     if components and not is_hub_id(str(config.components)):
         yield from component_faults(components)
@@ -118,7 +127,7 @@ def _unknown_hub_id(path: str) -> str:
     return (
         f"{path} is not in the local Hugging Face cache, and its architecture is not among those "
         f"that ship with this package ({', '.join(PUBLISHED)}), so nothing can be planned. "
-        f"Download it first: hf download {path}"
+        f"Download it first: hf download {path}{folder_hint(path)}"
     )
 
 

@@ -8,6 +8,14 @@ from typing import Any
 
 from attrs import field, frozen
 
+_RESERVED = frozenset(
+    {
+        "run.json", "metrics.jsonl", "tensorboard", "wandb", "validation", "cache", "profile",
+        "debug", "report.json", "contact_sheet.png", "clips.mp4",
+    }
+)  # fmt: skip
+"""Names in an output folder that a run, its trackers and callbacks write themselves."""
+
 
 def _at_least_one(instance: Any, attribute: Any, value: int | None) -> None:
     if value is not None and value < 1:
@@ -48,6 +56,11 @@ class ExportConfig:
                 f"{value!r} must not begin with '.' or 'checkpoint-': such names in the output "
                 "folder belong to the checkpoints, which are deleted by age; for example "
                 "'export/student'"
+            )
+        if path.parts[0] in _RESERVED:
+            raise ValueError(
+                f"{value!r} must not begin with {path.parts[0]!r}: the run itself writes that into "
+                "the output folder, and one would overwrite the other; for example 'export/student'"
             )
 
 

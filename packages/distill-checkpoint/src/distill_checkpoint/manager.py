@@ -13,9 +13,11 @@ from typing import Any
 from distill_protocols import Callback, CheckpointError, DistillError, RunState
 from torch import distributed
 
+from distill_checkpoint.changes import check_changes
 from distill_checkpoint.config import CheckpointConfig
 from distill_checkpoint.files import (
     discarded_on_error,
+    read_json,
     remove_folder,
     sync_folder,
     sync_tree,
@@ -24,7 +26,7 @@ from distill_checkpoint.files import (
 from distill_checkpoint.layout import DELETED, REPLACED, STAGING, checkpoints, folder_name
 from distill_checkpoint.manifest import Manifest, inspect, write_manifest
 from distill_checkpoint.retention import superseded
-from distill_checkpoint.state import load_state, save_state
+from distill_checkpoint.state import load_state, non_finite_weights, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +73,9 @@ class CheckpointManager:
             The last finished iteration; 0 to start afresh.
 
         Raises:
-            CheckpointError: the checkpoint is damaged or of another run, none is whole, or
-                starting from it would mix two runs in the output folder.
+            CheckpointError: the checkpoint is damaged or of another run, none is whole, its
+                optimizers had other settings, or starting from it would mix two runs in the
+                output folder.
         """
         self._clear_leftovers()
         source, manifest = self._source()
@@ -82,6 +85,7 @@ class CheckpointManager:
         if source is None:
             return 0
         try:
+            check_changes(source, read_json(source / "config.json"), self._resolved_config)
             load_state(source, run, callbacks)
         except DistillError:
             raise
@@ -112,9 +116,11 @@ class CheckpointManager:
 
         Raises:
             NonFiniteLossError: a loss was inf or nan since the last look; nothing is saved.
-            CheckpointError: it could not be written; the checkpoints before it are untouched.
+            CheckpointError: it could not be written, or trained weights are inf or nan; the
+                checkpoints before it are untouched.
         """
         run.check_finite()
+        self._refuse_spoilt_weights(run)
         began = time.perf_counter()
         target = self.output_dir / folder_name(run.iteration)
         staging = self.output_dir / f"{STAGING}{target.name}"
@@ -141,6 +147,17 @@ class CheckpointManager:
         return target
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _refuse_spoilt_weights(self, run: RunState) -> None:
+        spoilt = non_finite_weights(run.method.bundle)
+        if spoilt:
+            raise CheckpointError(
+                f"iteration {run.iteration} is not saved: {'; '.join(spoilt[:5])}"
+                f"{' ...' if len(spoilt) > 5 else ''} ({len(spoilt)} tensors) hold inf or nan. "
+                "Saved weights must be finite, because a run that goes on from them is lost "
+                "without a sign. Resume from the checkpoint before (checkpoint.resume: latest) "
+                "with a cause removed: a lower learning rate, gradient clipping, more precision."
+            )
 
     def _source(self) -> tuple[Path | None, Manifest | None]:
         """The folder to resume from, every byte of it compared with its manifest."""

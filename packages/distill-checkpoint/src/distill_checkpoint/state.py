@@ -71,6 +71,24 @@ def save_state(folder: Path, run: RunState, callbacks: Mapping[str, Callback]) -
     )
 
 
+def non_finite_weights(bundle: ModelBundle) -> list[str]:
+    """``role.module: parameter`` of every trained parameter that holds inf or nan."""
+    parameters = {
+        f"{role}.{key}: {name}": parameter.detach()
+        for (role, key), module in _modules(bundle).items()
+        for name, parameter in module.named_parameters()
+    }
+    by_device: dict[torch.device, list[str]] = {}
+    for name, value in parameters.items():
+        by_device.setdefault(value.device, []).append(name)
+    found = []
+    for names in by_device.values():
+        # One wait for each device, not one a tensor.
+        finite = torch.stack([torch.isfinite(parameters[name]).all() for name in names]).tolist()
+        found += [name for name, good in zip(names, finite, strict=True) if not good]
+    return found
+
+
 def load_state(folder: Path, run: RunState, callbacks: Mapping[str, Callback]) -> int:
     """Put the state in ``folder`` back into ``run``; returns its iteration.
 

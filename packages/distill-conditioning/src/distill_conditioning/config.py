@@ -29,8 +29,9 @@ class DataConfig:
         path: folder of a latent data set (it holds index.json), as ``preprocess`` writes it.
         shuffle: a new order each epoch, a function of the run's seed and the epoch; false reads
             the samples as they are stored.
-        verify: ``index`` compares names and sizes of the shards with the index (instant);
-            ``full`` also reads every shard and compares its SHA-256.
+        verify: ``index`` compares names, sizes and headers of the shards with the index (fast);
+            ``full`` also reads every shard and compares its SHA-256, which alone finds bytes that
+            changed inside a tensor.
     """
 
     path: str = field(validator=_not_empty, metadata={"path": ()})

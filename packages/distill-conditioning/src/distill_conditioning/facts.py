@@ -50,20 +50,22 @@ def dataset_facts(
     path: str | Path,
     *,
     latent_shape: tuple[int, ...] | None = None,
-    text_width: int | None = None,
+    text_shape: tuple[int, ...] | None = None,
 ) -> DatasetFacts:
-    """Look at the data set in ``path``: index, files, sizes, shapes. Never raises for bad data.
+    """Look at the data set in ``path``: index, files, sizes, headers, shapes.
+
+    Never raises for bad data.
 
     Args:
         latent_shape: (C, T, H, W) that the model takes; None leaves it unchecked.
-        text_width: width D of the text embeddings that the model takes; None likewise.
+        text_shape: (L, D) of the text embeddings that the model takes; None likewise.
     """
     folder = Path(path)
     try:
         index = read_index(folder)
     except DataError as error:
         return DatasetFacts(path=folder, faults=(str(error),))
-    faults = [*_file_faults(folder, index), *_shape_faults(folder, index, latent_shape, text_width)]
+    faults = [*_file_faults(folder, index), *_shape_faults(folder, index, latent_shape, text_shape)]
     prompt = None
     if index.constants is not None:
         try:
@@ -86,11 +88,24 @@ def _file_faults(folder: Path, index: DatasetIndex) -> list[str]:
                 f"{file}: {size} bytes, but the index says {shard.bytes}, so the shard is "
                 f"truncated or another one. {REBUILD}"
             )
+        else:
+            faults += _header_faults(file)
     return faults
 
 
+def _header_faults(file: Path) -> list[str]:
+    try:
+        read_metadata(file)
+    except DataError as error:
+        return [str(error)]
+    return []
+
+
 def _shape_faults(
-    folder: Path, index: DatasetIndex, latent_shape: tuple[int, ...] | None, text_width: int | None
+    folder: Path,
+    index: DatasetIndex,
+    latent_shape: tuple[int, ...] | None,
+    text_shape: tuple[int, ...] | None,
 ) -> list[str]:
     faults = []
     if latent_shape is not None and index.latent_shape != tuple(latent_shape):
@@ -100,9 +115,12 @@ def _shape_faults(
             "frames, height and width of the run to those of the data set."
         )
     text = index.conditions.get("text")
-    if text_width is not None and (text is None or text[-1] != text_width):
+    if text_shape is not None and text != tuple(text_shape):
         faults.append(
             f"{folder}: text embeddings are {list(text) if text else 'absent'} [L, D], but the "
-            f"model takes D = {text_width}. Preprocess with the text encoder of the run's model."
+            f"model takes {list(text_shape)}: it was trained to attend the padding too, so another "
+            "L gives other clips, and another D does not fit. Set "
+            "pipeline_config.max_sequence_length to the data set's L (where the model allows it), "
+            "or preprocess with the text encoder and the length of the run's model."
         )
     return faults

@@ -134,11 +134,15 @@ def read_metadata(file: Path) -> dict[str, Any]:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             # The file's own size bounds the read: 8 bytes of a file of another kind are any number.
-            if length > file.stat().st_size:
+            size = file.stat().st_size
+            if length > size:
                 raise ValueError("header longer than the file")
             header = json.loads(stream.read(length))
+        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        if size != 8 + length + max(ends, default=0):
+            raise ValueError("header that does not describe the bytes after it")
         return json.loads(header["__metadata__"][METADATA_KEY])
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise DataError(
             f"{file}: not a safetensors file of this framework ({error!r}); nothing else is read, "
             f"because other formats can run code. {REBUILD}"

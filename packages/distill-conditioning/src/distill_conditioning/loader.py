@@ -103,8 +103,8 @@ class LatentLoader:
         if changed:
             raise DataError(
                 f"the data position of the checkpoint does not fit this run: {'; '.join(changed)}."
-                " They decide the order, so the run could not go on where it stopped. Put them "
-                "back, or start a new run from the checkpoint's weights."
+                " They decide the order, so the run could not go on where it stopped. Put data "
+                "set and run file back as they were, or start a new run with another output_dir."
             )
         self._samples_given = int(state["samples_given"])
 
@@ -119,7 +119,7 @@ class LatentLoader:
                 for (epoch, _), sample in zip(places, samples, strict=True)
             ]
             _replace_rows(batch.cond, torch.tensor(dropped), self._negative)
-        return batch.to(self.device)
+        return _on_device(batch, self.device)
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
@@ -147,6 +147,19 @@ class LatentLoader:
                 "of the run's model."
             )
         return negative.to("cpu")
+
+
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    """To an accelerator through pinned memory, so that the copy runs beside the computation."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or accelerator.type != device.type:
+        return batch.to(device)
+
+    def moved(value: Tensor) -> Tensor:
+        return value.pin_memory().to(device, non_blocking=True)
+
+    tensors = {name: moved(value) for name, value in batch.cond.tensors.items()}
+    return Batch(latents=moved(batch.latents), cond=Condition(tensors), ids=batch.ids)
 
 
 def _replace_rows(condition: Condition, rows: Tensor, row: Condition) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from distill_protocols import Condition, ConditionEncoder
@@ -22,6 +23,10 @@ class ClipEncoder(ConditionEncoder, Protocol):
 
     def encode(self, video: Tensor) -> Tensor:
         """Raw posterior means [B, C, T, H, W] of clips [B, 3, F, H_px, W_px] in [0, 1]."""
+        ...
+
+    def text_encoder_kept(self) -> AbstractContextManager[Any]:
+        """Within: the text encoder stays loaded from one call to the next."""
         ...
 
 
@@ -43,15 +48,26 @@ def preprocess(
         DataError: a clip of another shape or range, or two of one id.
         ConditioningError: ``writer`` was opened with the fingerprint of another encoder.
     """
-    fingerprint = encoder.condition_fingerprint()
+    with encoder.text_encoder_kept():
+        # Compared in here: an encoder that had to be downloaded has a fingerprint from now on.
+        _check_writer(writer, encoder.condition_fingerprint())
+        if negative_prompt is not None:
+            writer.set_negative(negative_prompt, encoder.encode_neg_condition(negative_prompt))
+        return _add_clips(clips, encoder, writer, batch_size)
+
+
+def _check_writer(writer: ShardWriter, fingerprint: str | None) -> None:
     if writer.encoder != fingerprint:
         raise ConditioningError(
             f"the writer notes the encoder {writer.encoder}, but the captions are encoded by "
             f"{fingerprint}; a run could not tell whether they fit its model. Open the writer "
             "with encoder=adapter.condition_fingerprint()."
         )
-    if negative_prompt is not None:
-        writer.set_negative(negative_prompt, encoder.encode_neg_condition(negative_prompt))
+
+
+def _add_clips(
+    clips: Iterable[Clip], encoder: ClipEncoder, writer: ShardWriter, batch_size: int
+) -> int:
     seen: set[str] = set()
     for batch in _batches(clips, batch_size):
         ids = [sample for sample, _, _ in batch]

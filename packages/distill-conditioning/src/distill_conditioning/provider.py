@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ class CachedConditioning:
     """A ``ConditioningProvider``: data set's constants, else the cache, else the encoder.
 
     The encoder is called only for what is neither stored nor cached, so a second run loads no
-    text encoder at all.
+    text encoder at all. Without a fingerprint (the encoder is not on this machine) stored
+    conditions are taken at their word, and what is encoded is kept in memory only.
 
     Args:
         config: the run's negative prompt, and the cache's folder.
@@ -71,7 +73,7 @@ class CachedConditioning:
         if not prompts:
             raise ConditioningError("no prompt to encode; give at least one")
         rows = self._cache.rows(
-            prompts, "prompt", self._encoder.condition_fingerprint(), self._encoder.encode_condition
+            prompts, "prompt", self._fingerprint, self._encoder.encode_condition
         )
         return Condition.cat(rows).to(self._device)
 
@@ -88,17 +90,26 @@ class CachedConditioning:
                 'conditioning.negative_prompt ("" is a prompt too), or preprocess the data set '
                 "with a negative prompt."
             )
-        [row] = self._cache.rows(
-            [prompt], "negative", self._encoder.condition_fingerprint(), self._encode_negative
-        )
+        [row] = self._cache.rows([prompt], "negative", self._fingerprint, self._encode_negative)
         return row
+
+    @functools.cached_property
+    def _fingerprint(self) -> str | None:
+        # Asked once: it reads files, and a download in between must not change the cache's keys.
+        fingerprint = self._encoder.condition_fingerprint()
+        if fingerprint is None:
+            _log.info(
+                "no text encoder on this machine that could be compared: stored embeddings are "
+                "taken to be those of the run's model, and encoded prompts are not kept on disk"
+            )
+        return fingerprint
 
     def _encode_negative(self, prompts: Sequence[str]) -> Condition:
         [prompt] = prompts
         return self._encoder.encode_neg_condition(prompt)
 
     def _check_encoder(self, what: str, fingerprint: str | None) -> None:
-        own = self._encoder.condition_fingerprint() if fingerprint is not None else None
+        own = self._fingerprint if fingerprint is not None else None
         if own is not None and fingerprint != own:
             raise ConditioningError(
                 f"{what} were encoded by the text encoder {fingerprint}, but the run's is {own}; "

@@ -253,7 +253,7 @@ class LatentDataset:
     Args:
         config: the folder, and how much of it is verified now.
         latent_shape: (C, T, H, W) that the model takes, None to take what there is.
-        text_width: width of the text embeddings that the model takes.
+        text_shape: (L, D) of the text embeddings that the model takes.
 
     Raises:
         DataError: every fault that was found, with the file's name and the way out.
@@ -264,9 +264,9 @@ class LatentDataset:
         config: DataConfig,
         *,
         latent_shape: tuple[int, ...] | None = None,
-        text_width: int | None = None,
+        text_shape: tuple[int, ...] | None = None,
     ) -> None:
-        facts = dataset_facts(config.path, latent_shape=latent_shape, text_width=text_width)
+        facts = dataset_facts(config.path, latent_shape=latent_shape, text_shape=text_shape)
         if facts.index is None or facts.faults:
             raise DataError("\n".join(facts.faults))
         self.config = config

@@ -81,8 +81,12 @@ class ReportCallback(Callback):
         self.reference = feature_statistics(_reference(Path(config.judge)))
         self.prompts = _read_prompts(Path(config.prompts))
         self.labels = self.judge.expected([*self.prompts, *config.sheet_prompts])
+        self._check_clips(Path(config.judge))
         if any(self._spec(entry).guidance != 1.0 for entry in config.entries.values()):
             parts.conditioning.negative()
+        # Encoded now and kept by the provider: a prompt must not fail after days of training.
+        for prompts in (self.prompts, config.sheet_prompts):
+            parts.conditioning.encode(prompts)
 
     def on_train_end(self, run: RunState) -> None:
         if run.stop_reason is not None:
@@ -90,7 +94,8 @@ class ReportCallback(Callback):
             return
         rows, sheets = [], []
         for name, entry in self.config.entries.items():
-            with self.parts.method.bundle[entry.role].averaged(ema=entry.ema), torch.no_grad():
+            role = self.parts.method.bundle[entry.role]
+            with torch.no_grad(), role.frozen(), role.averaged(ema=entry.ema):
                 rows.append(self._measure(name, entry))
                 if entry.sheet:
                     sheets.append(self._sheet_row(name, entry))
@@ -109,6 +114,22 @@ class ReportCallback(Callback):
         print(f"\n{text}\n\nreport.json, contact_sheet.png, clips.mp4 in {run.output_dir}")
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _check_clips(self, judge: Path) -> None:
+        """One clip through decoder and judge: sizes that do not fit are found now."""
+        adapter = self.parts.adapter
+        blank = adapter.decode(torch.zeros((1, *adapter.latent_shape)))
+        try:
+            width = self.judge.features(blank.cpu()).shape[1]
+        except ValueError as error:
+            raise DataError(
+                f"the judge in {judge} does not take this run's clips: {error}"
+            ) from error
+        if width != self.reference.mean.numel():
+            raise DataError(
+                f"{judge}: the reference has {self.reference.mean.numel()} features a clip, the "
+                f"judge gives {width}; they belong to different judges. Rebuild the folder."
+            )
 
     def _spec(self, entry: ReportEntry) -> SamplerSpec:
         spec = entry.sampler or self.parts.method.sampler_spec

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from distill_protocols import (
     Condition,
     ConditioningProvider,
     ModelBundle,
-    RoleHandle,
     SamplerSpec,
     SampleView,
 )
 from torch import Tensor
 
 from distill_methods.contracts import LatentDiffusion
-
-
-@contextlib.contextmanager
-def frozen(*roles: RoleHandle) -> Iterator[None]:
-    """Within: no gradient reaches these roles and they are in eval mode; after: as configured."""
-    try:
-        for role in roles:
-            role.set_trainable(False)
-        yield
-    finally:
-        for role in roles:
-            role.set_trainable(role.trainable)
 
 
 def sample_views(
@@ -61,7 +47,7 @@ def sample_views(
         role = bundle[view.role]
         device = next(p.device for module in role.modules.values() for p in module.parameters())
         negative = None if spec.guidance == 1 else conditioning.negative().to(device)
-        with torch.no_grad(), frozen(role), role.averaged(ema=view.ema):
+        with torch.no_grad(), role.frozen(), role.averaged(ema=view.ema):
             latents = adapter.sample(
                 view.role,
                 spec,

@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 from attrs import field, frozen
 from attrs.validators import in_
-
-from distill_methods.validators import above, within
+from distill_protocols.validators import above, within
 
 TimeDistribution = Literal["uniform", "logit_normal"]
 

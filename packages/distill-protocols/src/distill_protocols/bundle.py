@@ -86,6 +86,15 @@ class RoleHandle:
         return torch.autocast(device.type, dtype=DTYPES[self.precision])
 
     @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within: eval mode and no gradient to its weights; after: as configured."""
+        self.set_trainable(False)
+        try:
+            yield
+        finally:
+            self.set_trainable(self.trainable)
+
+    @contextlib.contextmanager
     def averaged(self, *, ema: bool = True) -> Iterator[None]:
         """Within: modules hold their EMA weights. ``ema=False`` changes nothing.
 

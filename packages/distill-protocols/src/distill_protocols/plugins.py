@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -116,6 +116,13 @@ class FamilyPlugin(ABC):
         """(C, T, H, W) of the run's latents; None where it cannot be told without weights."""
         return None
 
+    def text_shape(self, config: Any, *, source: str) -> tuple[int, int] | None:
+        """(L, D) of the text embeddings that the model of ``source`` (a role's path) reads.
+
+        None where it cannot be told without weights, or any length will do.
+        """
+        return None
+
     @abstractmethod
     def plan(self, role: RoleSpec, config: Any) -> RolePlan:
         """The role's modules and sizes, from the meta device; needs no weights."""
@@ -148,12 +155,62 @@ class RunParts:
     output_dir: Path
 
 
+@frozen(kw_only=True)
+class PlannedRun:
+    """A run as it stands in its file: what a callback's rules may look at, without torch.
+
+    Attributes:
+        roles: by name.
+        averaged: roles of which some callback keeps an average.
+        student_sampler: the method's own, where it states one.
+        has_negative: whether there will be a negative condition.
+    """
+
+    roles: Mapping[str, RoleSpec]
+    averaged: frozenset[str] = frozenset()
+    student_sampler: SamplerSpec | None = None
+    has_negative: bool = True
+
+    def role_faults(self, role: str, *, ema: bool = False) -> Iterator[tuple[str, str]]:
+        """What is wrong with naming ``role`` (and its average): pairs of key and message."""
+        if role not in self.roles:
+            has = ", ".join(self.roles) or "none"
+            yield "role", f"there is no role {role!r} (this run has: {has})"
+        elif ema and role not in self.averaged:
+            kept = ", ".join(sorted(self.averaged)) or "no callback keeps one"
+            yield (
+                "ema",
+                f"no average of {role!r} is kept; add it to callbacks.ema.roles ({kept}), or use "
+                "ema: false",
+            )
+
+    def sampler_faults(self, sampler: SamplerSpec | None) -> Iterator[tuple[str, str]]:
+        """What is wrong with sampling so."""
+        spec = sampler or self.student_sampler
+        if spec is None:
+            yield "sampler", "missing, and the method states no way to sample its student"
+        elif spec.guidance != 1 and not self.has_negative:
+            yield (
+                "sampler.guidance",
+                f"{spec.guidance:g} needs a negative condition, u + w (c - u), and there is none; "
+                "write conditioning.negative_prompt, or use guidance: 1",
+            )
+
+
 class CallbackPlugin(ABC):
     """A callback, as the app sees it before torch is imported."""
 
     name: ClassVar[str]
     help: ClassVar[str]
     config_class: ClassVar[type]
+
+    def averages(self, config: Any) -> tuple[str, ...]:
+        """Roles of which this callback keeps an average of the weights."""
+        return ()
+
+    def faults(self, config: Any, run: PlannedRun) -> Iterable[tuple[str, str]]:
+        """Rules across sections: pairs of a key under this callback and a message."""
+        return ()
 
     @abstractmethod
     def build(self, config: Any, parts: RunParts) -> Callback:

@@ -9,7 +9,8 @@ import itertools
 from typing import TypeVar
 
 from attrs import field, frozen
-from attrs.validators import ge, gt, min_len, optional
+
+from distill_protocols.validators import above, at_least
 
 Number = TypeVar("Number")
 
@@ -37,22 +38,29 @@ class SamplerSpec:
             shifted: they are used as they stand.
     """
 
-    steps: int = field(validator=ge(1))
-    shift: float = field(default=1.0, validator=gt(0))
-    guidance: float = field(default=1.0, validator=ge(0))
+    steps: int = field(validator=at_least(1, "a clip takes at least one model call"))
+    shift: float = field(
+        default=1.0,
+        validator=above(0, "S_k(u) = k u / (1 + (k - 1) u) is a noise level for positive k only"),
+    )
+    guidance: float = field(
+        default=1.0,
+        validator=at_least(0, "u + w (c - u) with w < 0 leads away from the prompt; 1 is plain"),
+    )
     stochastic: bool = False
-    timesteps: tuple[float, ...] | None = field(default=None, validator=optional(min_len(1)))
+    timesteps: tuple[float, ...] | None = field(default=None)
 
     @timesteps.validator
     def _check_timesteps(self, attribute: object, value: tuple[float, ...] | None) -> None:
         if value is None:
             return
-        if len(value) != self.steps:
+        if not value or len(value) != self.steps:
             raise ValueError(
-                f"{len(value)} timesteps for {self.steps} steps; there must be one a step"
+                f"{len(value)} timesteps for {self.steps} steps; there must be one a step. Leave "
+                "timesteps out to have them from shift"
             )
         falls = all(a > b for a, b in itertools.pairwise(value))
-        if not falls or value[0] > 1000 or value[-1] <= 0:
+        if not falls or not value[0] <= 1000 or not value[-1] > 0:  # nan is neither
             raise ValueError(
                 f"{list(value)} must fall strictly within (0, 1000], because each step removes "
                 "noise (t = 1000 is pure noise)"

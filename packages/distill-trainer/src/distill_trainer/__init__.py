@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from distill_trainer.callbacks.step_timer import StepTimerCallback
     from distill_trainer.callbacks.validation import ValidationCallback
     from distill_trainer.ema import ExponentialMovingAverage
-    from distill_trainer.finite import FiniteGuard
+    from distill_trainer.finite import FiniteGuard, NonFiniteGradientError
     from distill_trainer.optimizers import build_optimizers, schedule_factor
     from distill_trainer.trackers.jsonl import JsonlTracker
     from distill_trainer.trackers.tensorboard import TensorBoardTracker
@@ -51,6 +51,7 @@ _LAZY = {
     "EmaCallback": "callbacks.ema",
     "ExponentialMovingAverage": "ema",
     "FiniteGuard": "finite",
+    "NonFiniteGradientError": "finite",
     "GradClipCallback": "callbacks.grad_clip",
     "JsonlTracker": "trackers.jsonl",
     "MetricsCallback": "callbacks.metrics",
@@ -79,6 +80,7 @@ __all__ = [
     "GradClipConfig",
     "JsonlTracker",
     "MetricsCallback",
+    "NonFiniteGradientError",
     "OptimizerConfig",
     "ParamCountCallback",
     "ParamCountConfig",

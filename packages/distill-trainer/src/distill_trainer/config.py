@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from attrs import Attribute, field, frozen
-from attrs.validators import ge, gt, optional
+from attrs.validators import optional
 from distill_protocols.sampler import SamplerSpec
+from distill_protocols.validators import above, at_least
 
 TrackerName = Literal["tensorboard", "jsonl", "wandb"]
 
@@ -14,6 +16,12 @@ TrackerName = Literal["tensorboard", "jsonl", "wandb"]
 def _not_blank(instance: Any, attribute: Attribute[str], value: str) -> None:
     if not value.strip():
         raise ValueError(f"{value!r} must not be empty: {attribute.name} has to name something")
+
+
+def _is_installed(package: str) -> bool:
+    spec = find_spec(package)
+    # Without an origin it is just a folder of that name, such as wandb leaves behind.
+    return spec is not None and spec.origin is not None
 
 
 @frozen(kw_only=True)
@@ -27,8 +35,13 @@ class ScheduleConfig:
     """
 
     name: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = field(default=0, validator=ge(0))
-    final_ratio: float = field(default=0.0, validator=ge(0))
+    warmup_steps: int = field(
+        default=0, validator=at_least(0, "it counts optimizer steps; 0 is no warm-up")
+    )
+    final_ratio: float = field(
+        default=0.0,
+        validator=at_least(0, "a rate below 0 would climb the loss; 0 falls to nothing"),
+    )
 
     @final_ratio.validator
     def _check_final(self, attribute: object, value: float) -> None:
@@ -55,10 +68,22 @@ class OptimizerConfig:
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = field(default=1e-5, validator=gt(0))
+    lr: float = field(
+        default=1e-5,
+        validator=above(
+            0,
+            "at 0 nothing learns, and below 0 the loss is climbed. Freeze a role with "
+            "models.<role>.trainable: false",
+        ),
+    )
     betas: tuple[float, float] = field(default=(0.9, 0.999))
-    eps: float = field(default=1e-8, validator=gt(0))
-    weight_decay: float = field(default=0.01, validator=ge(0))
+    eps: float = field(
+        default=1e-8,
+        validator=above(0, "AdamW divides by sqrt(v) + eps and v can be 0; 1e-8 is customary"),
+    )
+    weight_decay: float = field(
+        default=0.01, validator=at_least(0, "below 0 weights would grow without end; 0 is none")
+    )
     fused: bool | None = None
     schedule: ScheduleConfig = field(factory=ScheduleConfig)
 
@@ -91,15 +116,27 @@ class TrainingConfig:
     """
 
     output_dir: str = field(validator=_not_blank, metadata={"path": ()})
-    max_train_steps: int = field(validator=ge(1))
-    seed: int = field(default=0, validator=ge(0))
-    global_batch_size: int = field(default=1, validator=ge(1))
-    batch_size_per_device: int | None = field(default=None, validator=optional(ge(1)))
+    max_train_steps: int = field(validator=at_least(1, "without an iteration nothing is trained"))
+    seed: int = field(default=0, validator=at_least(0, "seeds count from 0; take any other"))
+    global_batch_size: int = field(
+        default=1, validator=at_least(1, "an iteration needs at least one sample")
+    )
+    batch_size_per_device: int | None = field(
+        default=None,
+        validator=optional(
+            at_least(1, "a forward call needs a sample. Leave it out to take all at once")
+        ),
+    )
     optimizer: OptimizerConfig = field(factory=OptimizerConfig)
-    log_every: int = field(default=10, validator=ge(1))
+    log_every: int = field(
+        default=10, validator=at_least(1, "it is an interval; log rarely with a large one")
+    )
     trackers: tuple[TrackerName, ...] = field(default=("tensorboard", "jsonl"))
     progress: bool = True
-    cpu_threads: int | None = field(default=None, validator=optional(ge(1)))
+    cpu_threads: int | None = field(
+        default=None,
+        validator=optional(at_least(1, "work needs a thread. Leave it out for torch's own choice")),
+    )
 
     @batch_size_per_device.validator
     def _check_divides(self, attribute: object, value: int | None) -> None:
@@ -111,6 +148,11 @@ class TrainingConfig:
         twice = sorted({name for name in value if value.count(name) > 1})
         if twice:
             raise ValueError(f"{', '.join(twice)} is named twice: one run logs to it once")
+        if "wandb" in value and not _is_installed("wandb"):
+            raise ValueError(
+                "wandb must be installed to be logged to, and is not: it is an optional extra, as "
+                "it talks to a service. Install the package wandb, or leave the tracker out"
+            )
 
     def accumulation(self, world_size: int = 1) -> int:
         """Micro steps an iteration: global / (per device * ``world_size``).
@@ -167,12 +209,14 @@ class ValidationConfig:
         views: what to look at, by the name it is logged under.
     """
 
-    every_steps: int = field(default=0, validator=ge(0))
+    every_steps: int = field(
+        default=0, validator=at_least(0, "it is an interval; 0 looks only at start and end")
+    )
     at_start: bool = False
     at_end: bool = True
     prompts: tuple[str, ...] = field()
-    seed: int = field(default=0, validator=ge(0))
-    fps: float = field(default=8.0, validator=gt(0))
+    seed: int = field(default=0, validator=at_least(0, "seeds count from 0; take any other"))
+    fps: float = field(default=8.0, validator=above(0, "a clip needs a speed; 8 is customary"))
     views: dict[str, ViewConfig] = field()
 
     @prompts.validator

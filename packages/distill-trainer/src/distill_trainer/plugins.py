@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
-from attrs.validators import ge, gt, optional
-from distill_protocols.plugins import CallbackPlugin, RunParts
+from attrs.validators import optional
+from distill_protocols.plugins import CallbackPlugin, PlannedRun, RunParts
+from distill_protocols.validators import above, at_least
 
 if TYPE_CHECKING:
     from distill_protocols import Callback
@@ -24,7 +26,9 @@ class EmaConfig:
 
     roles: tuple[str, ...] = field()
     decay: float = field(default=0.99)
-    start_update: int = field(default=0, validator=ge(0))
+    start_update: int = field(
+        default=0, validator=at_least(0, "it counts updates; 0 averages from the first one on")
+    )
 
     @roles.validator
     def _check_roles(self, attribute: object, value: tuple[str, ...]) -> None:
@@ -42,13 +46,16 @@ class EmaConfig:
 
 @frozen(kw_only=True)
 class GradClipConfig:
-    """Gradient norms, one an optimizer.
+    """Gradient clipping, one norm an optimizer.
 
     Attributes:
-        max_norm: the total L2 norm that gradients are scaled down to; null only reports it.
+        max_norm: the total L2 norm that gradients are scaled down to; null clips nothing.
     """
 
-    max_norm: float | None = field(default=1.0, validator=optional(gt(0)))
+    max_norm: float | None = field(
+        default=1.0,
+        validator=optional(above(0, "gradients are scaled down to it. Set null to clip nothing")),
+    )
 
 
 @frozen(kw_only=True)
@@ -59,7 +66,7 @@ class StepTimerConfig:
         window: iterations that the mean goes over.
     """
 
-    window: int = field(default=20, validator=ge(1))
+    window: int = field(default=20, validator=at_least(1, "a mean needs an iteration"))
 
 
 @frozen(kw_only=True)
@@ -72,8 +79,10 @@ class ProfilerConfig:
         shapes: record the shapes of operands too (slower, larger).
     """
 
-    start: int = field(default=10, validator=ge(1))
-    steps: int = field(default=3, validator=ge(1))
+    start: int = field(default=10, validator=at_least(1, "iterations count from 1"))
+    steps: int = field(
+        default=3, validator=at_least(1, "a trace needs an iteration. Leave profiler out for none")
+    )
     shapes: bool = False
 
 
@@ -92,7 +101,9 @@ class DebugDumpConfig:
             memory for one iteration).
     """
 
-    every_steps: int = field(default=0, validator=ge(0))
+    every_steps: int = field(
+        default=0, validator=at_least(0, "it is an interval; 0 dumps only after an error")
+    )
     on_exception: bool = True
 
 
@@ -100,6 +111,15 @@ class EmaPlugin(CallbackPlugin):
     name = "ema"
     help = "keeps an exponential moving average of a role's weights"
     config_class = EmaConfig
+
+    def averages(self, config: EmaConfig) -> tuple[str, ...]:
+        return config.roles
+
+    def faults(self, config: EmaConfig, run: PlannedRun) -> Iterator[tuple[str, str]]:
+        for name in config.roles:
+            yield from (("roles", message) for _, message in run.role_faults(name))
+            if name in run.roles and not run.roles[name].trainable:
+                yield "roles", f"{name!r} is frozen: its weights never move, so leave it out"
 
     def build(self, config: EmaConfig, parts: RunParts) -> Callback:
         from distill_trainer.callbacks.ema import EmaCallback
@@ -109,7 +129,7 @@ class EmaPlugin(CallbackPlugin):
 
 class GradClipPlugin(CallbackPlugin):
     name = "grad_clip"
-    help = "clips gradients and reports their norm, one an optimizer"
+    help = "clips gradients, by one norm an optimizer"
     config_class = GradClipConfig
 
     def build(self, config: GradClipConfig, parts: RunParts) -> Callback:

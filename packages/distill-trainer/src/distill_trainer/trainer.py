@@ -13,6 +13,7 @@ from distill_protocols import (
     Callback,
     Checkpointer,
     ContractError,
+    DataError,
     DistillMethod,
     RandomStreams,
     RunState,
@@ -21,6 +22,7 @@ from distill_protocols import (
     Tracker,
 )
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from distill_trainer.batches import endless
 from distill_trainer.callbacks.metrics import MetricsCallback
@@ -89,8 +91,9 @@ class DistillTrainer:
                 is started again whenever it runs out.
 
         Raises:
-            NonFiniteLossError: a loss became inf or nan; nothing was saved since it did.
-            DataError: the loader yields nothing.
+            NonFiniteLossError: a loss became inf or nan, or a gradient where no fp16 scaling
+                leaves its step out; nothing was saved since it did.
+            DataError: the loader yields nothing, or is a ``BatchLoader`` that came to an end.
         """
         training = self.training
         output_dir = Path(training.output_dir)
@@ -124,13 +127,7 @@ class DistillTrainer:
         loop = _Loop(run, callbacks, guard, self.training.accumulation())
         while run.iteration < run.max_train_steps and run.stop_reason is None:
             run.iteration += 1
-            record = loop.step()
-            if run.iteration % self.training.log_every == 0:
-                guard.check()
-            for callback in callbacks:
-                callback.on_step_end(run, record)
-            if self.checkpointer:
-                self.checkpointer.after_step(run, self.callbacks)
+            self._iteration(run, guard, loop)
         guard.check()
         if self.checkpointer:
             self.checkpointer.finish(run, self.callbacks)
@@ -142,6 +139,16 @@ class DistillTrainer:
             updates=run.method.update_counts,
             resumed_from=resumed_from,
         )
+
+    def _iteration(self, run: RunState, guard: FiniteGuard, loop: _Loop) -> None:
+        # A function of its own, so that the record's outputs are gone before the next forward.
+        record = loop.step()
+        if run.iteration % self.training.log_every == 0:
+            guard.check()
+        for callback in self.callbacks.values():
+            callback.on_step_end(run, record)
+        if self.checkpointer:
+            self.checkpointer.after_step(run, self.callbacks)
 
     @contextlib.contextmanager
     def _reporting(self, run: RunState) -> Iterator[None]:
@@ -175,22 +182,47 @@ class _Loop:
         run.metrics = {}
         for callback in self._callbacks:
             callback.on_step_start(run)
-        results = [self._micro_step(next(self._batches)) for _ in range(self._accumulation)]
-        losses = _mean([result.loss_map for result in results])
-        run.metrics |= _mean([_scalars(result.outputs) for result in results])
+        losses: list[dict[str, Tensor]] = []
+        metrics: list[dict[str, Tensor]] = []
+        ids: list[str] = []
+        outputs: dict[str, Tensor] = {}
+        for _ in range(self._accumulation):
+            outputs = {}  # those of the micro step before: clips, which need not be held on
+            batch = self._next_batch()
+            ids += method.batch_ids(batch)
+            found, outputs = self._micro_step(batch)
+            losses.append(found)
+            metrics.append(_scalars(outputs))
+        run.metrics |= _mean(metrics)
         run.metrics["time/data"] = self._batches.take_seconds()
         method.unscale_gradients(iteration)
+        norms = _gradient_norms(method, iteration)
+        run.metrics |= norms
+        # Under fp16 scaling such gradients are common, and the scaler leaves their step out.
+        if not method.grad_scaler.is_enabled():
+            self._guard.watch_gradients(iteration, norms, ids)
         for callback in self._callbacks:
             callback.on_before_optimizer_step(run)
         stepped = method.optimizers_schedulers_step(iteration)
         method.optimizers_zero_grad(iteration)
         return StepRecord(
             iteration=iteration,
-            losses=losses,
+            losses=_mean(losses),
             metrics=run.metrics,
-            outputs=results[-1].outputs,
+            outputs=outputs,
             stepped=stepped,
         )
+
+    def _next_batch(self) -> Any:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            raise DataError(
+                f"{type(self._run.loader).__name__} ran out in iteration {self._run.iteration} of "
+                f"{self._run.max_train_steps}; a loader with state_dict must yield without end, "
+                "because where it starts again is part of its state. Make its __iter__ start "
+                "over, or give a plain iterable, which the trainer starts again itself."
+            ) from None
 
     def _micro_step(self, batch: Any) -> StepResult:
         method, iteration = self._run.method, self._run.iteration
@@ -209,6 +241,18 @@ class _Loop:
             loss = loss / self._accumulation
         method.grad_scaler.scale(loss).backward()
         return StepResult(losses, outputs)
+
+
+def _gradient_norms(method: DistillMethod[Any], iteration: int) -> dict[str, Tensor]:
+    """Total L2 norm by optimizer that steps in ``iteration``, on the device."""
+    norms = {}
+    for key, optimizer in method.get_optimizers(iteration).items():
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
+            # foreach=True: left to itself torch loops over parameters on a CPU.
+            norms[f"grad_norm/{key}"] = get_total_norm(gradients, foreach=True)
+    return norms
 
 
 def _scalars(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

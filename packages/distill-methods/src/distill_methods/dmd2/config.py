@@ -7,9 +7,9 @@ from typing import Any, Literal
 from attrs import field, frozen
 from attrs.validators import in_
 from distill_protocols import SamplerSpec
+from distill_protocols.validators import above, at_least, within
 
 from distill_methods.time_sampling import TimeSampling
-from distill_methods.validators import above, at_least, within
 
 _SCALE = "t = 1000 sigma runs from 0 (clean) to 1000 (noise)"
 

@@ -26,7 +26,6 @@ from distill_methods.maths import (
     sample_timesteps,
     velocity_loss,
 )
-from distill_methods.sampling import frozen
 from distill_methods.time_sampling import TimeSampling
 
 
@@ -103,11 +102,11 @@ class DMD2Method(LatentMethod[DMD2Config]):
         outputs: dict[str, Tensor] = {}
         # The critic first: where both learn, the outputs shown are those of the student's turn.
         if "critic" in turns:
-            with frozen(self.bundle["student"]):
+            with self.bundle["student"].frozen():
                 losses["critic_loss"], found = self._critic_turn(batch)
             outputs.update(found)
         if "student" in turns:
-            with frozen(self.bundle["critic"]):
+            with self.bundle["critic"].frozen():
                 losses["dmd_loss"], found = self._student_turn(batch)
             outputs.update(found)
         return StepResult(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from attrs import field, frozen
 from distill_protocols import SamplerSpec
+from distill_protocols.validators import at_least
 
 from distill_methods.time_sampling import TimeSampling
-from distill_methods.validators import at_least
 
 
 @frozen(kw_only=True)

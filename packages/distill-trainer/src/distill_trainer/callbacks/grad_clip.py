@@ -1,9 +1,10 @@
-"""Gradient norms: reported, and clipped."""
+"""Gradients clipped by their norm."""
 
 from __future__ import annotations
 
 from distill_protocols import Callback, RunState
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
 
 from distill_trainer.plugins import GradClipConfig
 
@@ -12,7 +13,8 @@ class GradClipCallback(Callback):
     """Clips the gradients of each stepping optimizer by themselves, to one total L2 norm.
 
     By themselves, because roles take different losses: the critic's large gradient must not
-    shrink the student's. Reports ``grad_norm/<role.module>``, before clipping, on the device.
+    shrink the student's. The norms are the trainer's own, ``grad_norm/<role.module>`` in
+    ``run.metrics``, taken before any callback.
     """
 
     name = "grad_clip"
@@ -21,14 +23,11 @@ class GradClipCallback(Callback):
         self.config = config
 
     def on_before_optimizer_step(self, run: RunState) -> None:
+        if self.config.max_norm is None:
+            return
         for key, optimizer in run.method.get_optimizers(run.iteration).items():
-            parameters = [
-                p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-            ]
-            if not parameters:
-                continue
-            # foreach=True: left to itself torch loops over parameters on a CPU.
-            norm = get_total_norm([p.grad for p in parameters], foreach=True)  # type: ignore[misc]
-            run.metrics[f"grad_norm/{key}"] = norm
-            if self.config.max_norm is not None:
+            norm = run.metrics.get(f"grad_norm/{key}")
+            if isinstance(norm, Tensor):  # absent where no gradient came
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                # foreach=True: left to itself torch loops over parameters on a CPU.
                 clip_grads_with_norm_(parameters, self.config.max_norm, norm, foreach=True)

@@ -1,4 +1,8 @@
-"""Validators of configuration values that say why a rule holds."""
+"""Validators of configuration values that say why a rule holds. No torch here.
+
+Each takes the reason, and the way out where there is one, as ``why``. For a value that may be
+None wrap them in ``attrs.validators.optional``.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ def at_least(bound: float, why: str) -> Validator:
 
     def check(_instance: Any, _attribute: Any, value: float) -> None:
         if not (math.isfinite(value) and value >= bound):
-            raise ValueError(f"{value} must be at least {bound} and finite: {why}")
+            raise ValueError(f"{value} must be at least {bound}{_and_finite(value)}: {why}")
 
     return check
 
@@ -24,7 +28,7 @@ def above(bound: float, why: str) -> Validator:
 
     def check(_instance: Any, _attribute: Any, value: float) -> None:
         if not (math.isfinite(value) and value > bound):
-            raise ValueError(f"{value} must be above {bound} and finite: {why}")
+            raise ValueError(f"{value} must be above {bound}{_and_finite(value)}: {why}")
 
     return check
 
@@ -37,3 +41,17 @@ def within(low: float, high: float, why: str) -> Validator:
             raise ValueError(f"{value} must be within [{low}, {high}]: {why}")
 
     return check
+
+
+def finite(why: str) -> Validator:
+    """Any number but inf and nan."""
+
+    def check(_instance: Any, _attribute: Any, value: float) -> None:
+        if not math.isfinite(value):
+            raise ValueError(f"{value} must be finite: {why}")
+
+    return check
+
+
+def _and_finite(value: float) -> str:
+    return "" if math.isfinite(value) else " and finite"

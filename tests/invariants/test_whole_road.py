@@ -1,0 +1,164 @@
+"""Invariants 2, 4, 11 and 14 over the whole road: random shapes, real tiny Wan, real run files."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from distill_adapters_wan import PLUGIN, WanPipelineConfig, flow
+from distill_methods import FinetuneConfig, FinetuneMethod
+from distill_protocols import Batch, Condition, ConfigError, RandomStreams, RoleSpec, SamplerSpec
+from distill_train.check import read_config
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
+seeds = st.integers(0, 2**32 - 1)
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@given(seeds, st.integers(1, 4), st.sampled_from([torch.float32, torch.float64]))
+def test_2_noise_ends_are_exact(seed, batch, dtype):
+    x0 = randn(batch, 2, 3, 4, 4, seed=seed, dtype=dtype)
+    noise = randn(batch, 2, 3, 4, 4, seed=seed + 1, dtype=dtype)
+    assert torch.equal(flow.add_noise(x0, noise, torch.zeros(batch)), x0)
+    assert torch.equal(flow.add_noise(x0, noise, torch.full((batch,), 1000.0)), noise)
+
+
+@pytest.fixture(scope="module")
+def wan():
+    config = WanPipelineConfig(num_frames=9, height=32, width=32, max_sequence_length=8)
+    spec = RoleSpec(name="student", path=str(TINY / "wan"), trainable=True)
+    bundle = PLUGIN.load([spec], config, device=torch.device("cpu"))
+    return bundle, PLUGIN.adapter(bundle, config, source=str(TINY / "wan"))
+
+
+def inputs(adapter, batch: int, seed: int):
+    x = randn(batch, *adapter.latent_shape, seed=seed)
+    t = 1000 * torch.rand(batch, generator=torch.Generator().manual_seed(seed))
+    cond = Condition({"text": randn(batch, 8, 64, seed=seed + 1)})
+    return x, t, cond, Condition({"text": randn(1, 8, 64, seed=seed + 2)})
+
+
+@settings(max_examples=8)
+@given(seeds, st.integers(1, 3))
+def test_4_guidance_of_one_is_conditional_and_of_zero_unconditional(wan, seed, batch):
+    _, adapter = wan
+    x, t, cond, neg = inputs(adapter, batch, seed)
+    with torch.no_grad():
+        conditional = adapter.forward("student", x, t, cond)
+        unconditional = adapter.forward("student", x, t, neg)
+        assert torch.equal(
+            adapter.forward("student", x, t, cond, neg_cond=neg, cfg=1.0), conditional
+        )
+        assert torch.equal(
+            adapter.forward("student", x, t, cond, neg_cond=neg, cfg=0.0), unconditional
+        )
+        w = 1 + (seed % 50) / 10
+        guided = adapter.forward("student", x, t, cond, neg_cond=neg, cfg=w)
+    expected = w * conditional - (w - 1) * unconditional
+    assert torch.allclose(guided, expected, atol=2e-4 * max(1.0, w))
+
+
+@settings(max_examples=8)
+@given(seeds, st.integers(2, 4))
+def test_11_a_batch_is_its_samples_one_by_one(wan, seed, batch):
+    _, adapter = wan
+    x, t, cond, _ = inputs(adapter, batch, seed)
+    with torch.no_grad():
+        together = adapter.forward("student", x, t, cond)
+        alone = [
+            adapter.forward("student", x[i : i + 1], t[i : i + 1], cond[i : i + 1])
+            for i in range(batch)
+        ]
+    assert torch.allclose(together, torch.cat(alone), atol=2e-5)
+
+
+class NoConditioning:
+    def negative(self):
+        raise AssertionError("nothing is guided here")
+
+
+@settings(max_examples=6)
+@given(seeds, st.sampled_from([2, 4]))
+def test_11_accumulation_is_one_large_batch(wan, seed, micro_steps):
+    bundle, adapter = wan
+    latents = randn(4, *adapter.latent_shape, seed=seed)
+    cond = Condition({"text": randn(4, 8, 64, seed=seed + 1)})
+    config = FinetuneConfig(student_sampler=SamplerSpec(steps=1))
+
+    def gradients(size: int) -> torch.Tensor:
+        bundle["student"].modules["transformer"].zero_grad()
+        method = FinetuneMethod(
+            bundle, adapter, config, conditioning=NoConditioning(), streams=RandomStreams(seed)
+        )
+        for start in range(0, 4, size):
+            rows = slice(start, start + size)
+            part = Batch(latents=latents[rows], cond=cond[rows], ids=tuple("abcd"[rows]))
+            loss = method.single_train_step(part, 1).loss_map["total_loss"]
+            (loss * size / 4).backward()
+        parameters = bundle["student"].modules["transformer"].parameters()
+        return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+
+    whole, parts = gradients(4), gradients(4 // micro_steps)
+    assert torch.allclose(whole, parts, atol=1e-5 * float(whole.abs().max()))
+
+
+def sections(values, path=()):
+    """Every mapping in a run file whose keys are fixed."""
+    if isinstance(values, dict):
+        free = path in ((), ("models",), ("callbacks",), ("validation", "views"))
+        if not free and path[-1:] != ("entries",):
+            yield path
+        for key, value in values.items():
+            yield from sections(value, (*path, key))
+
+
+RUN = yaml.safe_load((TINY / "dmd2.yaml").read_text())
+for _role in RUN["models"].values():
+    _role["path"] = str(TINY / "wan")
+RUN["data"]["path"] = str(TINY / "data")
+RUN["training"]["optimizer"]["lr"] = 4e-4
+RUN["models"]["critic"]["optimizer"]["lr"] = 6e-4
+RUN["callbacks"]["report"] |= {
+    "judge": str(TINY / "judge"),
+    "prompts": str(TINY / "judge" / "prompts.txt"),
+}
+SECTIONS = sorted(sections(RUN))
+
+
+def accepted(section, file) -> set[str]:
+    """Keys that a section takes, from its own complaint about one that it does not."""
+    values = copy.deepcopy(RUN)
+    target = values
+    for part in section:
+        target = target[part]
+    target["no_such_key"] = 1
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError) as caught:
+        read_config(file)
+    (fault,) = (f for f in caught.value.faults if "no_such_key" in f)
+    return set(fault.split("accepts: ")[1].rstrip(")").split(", "))
+
+
+@given(st.sampled_from(SECTIONS), st.from_regex(r"[a-z_]{1,12}", fullmatch=True))
+def test_14_an_unknown_key_anywhere_is_a_fault_that_names_it(tmp_path_factory, section, key):
+    values = copy.deepcopy(RUN)
+    target = values
+    for part in section:
+        target = target[part]
+    file = tmp_path_factory.mktemp("run") / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    assume(key not in accepted(section, file))
+    target[key] = 1
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError) as caught:
+        read_config(file)
+    named = f"{'.'.join((*section, key))}: unknown key"
+    assert any(named in fault for fault in caught.value.faults)
