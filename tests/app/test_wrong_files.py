@@ -136,9 +136,21 @@ def test_all_faults_of_a_file_come_at_once_in_the_order_of_the_file(values, writ
 
 
 def test_one_broken_field_does_not_hide_a_rule_on_another(values, write):
+    report()(values)
     values["training"] |= {"seed": "x", "max_train_steps": 0, "globl_batch_size": 1}
     found = faults(write(values))
     assert len(found) == 3, found
+
+
+def test_one_fault_draws_no_others_after_it(values, write):
+    report(entries={"a": {"role": "student"}})(values)
+    values["validation"] = {"prompts": ["x"], "views": {"a": {"role": "student"}}}
+    values["method_config"]["generator_update_interval"] = 0
+    (fault,) = faults(write(values))
+    assert "method_config.generator_update_interval" in fault
+    values["recipe"]["method"] = "dmd3"
+    (fault,) = faults(write(values))
+    assert "unknown method 'dmd3'" in fault
 
 
 @pytest.mark.parametrize(

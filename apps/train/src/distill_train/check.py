@@ -21,6 +21,7 @@ from distill_protocols.plugins import (
     RoleSpec,
     load_plugin,
 )
+from distill_protocols.sampler import SamplerSpec
 from distill_trainer.config import OptimizerConfig, TrainingConfig, ValidationConfig
 
 from distill_train.schema import (
@@ -269,7 +270,8 @@ class _Check:
     def _spec(self, name: str, role: RoleConfig, need: RoleNeed | None) -> RoleSpec:
         trainable = role.trainable
         if trainable is None:
-            trainable = need is not None and need.trainable
+            # A role that nobody needs has its fault already, and shall draw no other.
+            trainable = need is None or need.trainable
         path = role.path
         if is_local(path):
             path = resolve_path(path, self._base_of(name, "path"))
@@ -360,9 +362,17 @@ class _Check:
         return PlannedRun(
             roles={name: role.spec for name, role in roles.items()},
             averaged=frozenset(averaged),
-            student_sampler=method.sampler(parts["method"]) if method and parts["method"] else None,
+            student_sampler=self._student_sampler(method, parts["method"]),
             has_negative=_has_negative(parts["conditioning"], facts) is not False,
         )
+
+    def _student_sampler(self, method: MethodPlugin | None, config: Any) -> SamplerSpec | None:
+        if method is not None and config is None:
+            config = self._without_faults(method.config_class, "method_config")
+        if method is None or config is None:
+            # Not known, which is reported already: nobody shall complain of it once more.
+            return SamplerSpec(steps=1)
+        return method.sampler(config)
 
     def _data(
         self, roles: Mapping[str, Role], family: FamilyPlugin | None, parts: Mapping[str, Any]
