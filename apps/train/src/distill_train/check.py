@@ -96,6 +96,10 @@ class _Check:
         self._callback_rules(run, callback_plugins, callbacks)
         if self.faults:
             self._raise()
+        # Each of them missing is a fault.
+        assert recipe is not None
+        assert family is not None
+        assert method is not None
         keys = {"pipeline": "pipeline_config", "method": "method_config"}
         resolved = {
             "recipe": to_plain(recipe),

@@ -119,7 +119,7 @@ def _roles(config: RunConfig, plans: Sequence[RolePlan]) -> list[str]:
 
 
 def _memory(config: RunConfig, plans: Sequence[RolePlan]) -> list[str]:
-    rows = [("role", "weights", "gradients", "optimizer", "EMA", "together")]
+    rows: list[tuple[str, ...]] = [("role", "weights", "gradients", "optimizer", "EMA", "together")]
     memories = [(plan.role, role_memory(config, plan)) for plan in plans]
     for name, m in memories:
         parts = (m.weights, m.gradients, m.optimizer, m.ema, m.total)

@@ -91,7 +91,9 @@ def read_source(file: Path) -> Source:
     try:
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
-            kind = "empty" if node is None else f"a {node.id}"
+            kind = (
+                "empty" if node is None else f"a {type(node).__name__.removesuffix('Node').lower()}"
+            )
             source.faults.append(
                 Fault(
                     file,
