@@ -44,6 +44,25 @@ def test_preprocessing(tmp_path, monkeypatch):
     assert (facts.faults, facts.samples, facts.negative_prompt) == ((), 3, "")
 
 
+def test_an_export_is_sampled_as_the_readme_says(tmp_path, monkeypatch):
+    from distill_adapters_wan import PLUGIN, WanPipelineConfig
+    from distill_protocols import RoleSpec, SamplerSpec
+
+    config = WanPipelineConfig(num_frames=9, height=32, width=32, max_sequence_length=8)
+    source = str(ROOT / "configs" / "tiny" / "wan")
+    role = RoleSpec(name="student", path=source, trainable=False)
+    bundle = PLUGIN.load([role], config, device=torch.device("cpu"))
+    spec = SamplerSpec(steps=2, timesteps=(1000.0, 700.0), stochastic=True)
+    folder = str(tmp_path / "outputs" / "tiny-dmd2" / "student")
+    PLUGIN.exporter(bundle, config, source=source)("student", folder, sampler=spec, ema=False)
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(block("WanPipeline.from_pretrained"), "README.md", "exec"), scope)
+    assert scope["frames"].shape == (9, 32, 32, 3)
+    assert scope["pipe"].scheduler.timesteps.tolist() == [1000.0, 700.0]
+
+
 def test_the_run_file_in_the_readme_holds_only_keys_that_exist(tmp_path):
     from distill_protocols import ConfigError
     from distill_train.check import read_config

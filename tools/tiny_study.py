@@ -65,6 +65,7 @@ def baseline_run(steps: int) -> dict[str, Any]:
     """One training step (there is no run without), then the teacher over the whole grid."""
     values = shipped()
     values["training"]["max_train_steps"] = 1
+    values["method_config"]["generator_update_interval"] = 1  # or the student has no turn in it
     shifts = SHIFTS if steps > 1 else (1.0,)  # one step starts at t = 1000, whatever the shift
     values["callbacks"]["report"]["entries"] = {
         f"shift {shift:g}, w {w:g}": {

@@ -294,7 +294,6 @@ def resume_with(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> Run:
     [
         (file_of(lr=2e-4), r"models\.student\.optimizer\.lr is 0\.0001 in the .* and 0\.0002 now"),
         (file_of(schedule="cosine"), r"student\.optimizer\.schedule\.name is 'constant' in"),
-        (file_of(optimizer={"lr": 3e-5}), r"training\.optimizer\.lr is 1e-05 .* and 3e-05 now"),
     ],
 )
 def test_other_optimizer_settings_are_refused_with_both_values(tmp_path, now, named):

@@ -175,9 +175,17 @@ def test_a_second_run_over_the_first_is_refused_and_the_first_stays(tiny, tmp_pa
 
 def test_an_output_folder_that_is_a_file(tiny, tmp_path, capsys):
     (tmp_path / "out").write_text("in the way")
-    assert main(["--config", str(tiny("finetune"))]) == EXIT_FAILED
-    assert "cannot be used as output folder" in capsys.readouterr().err
+    assert main(["--config", str(tiny("finetune"))]) == EXIT_CONFIG
+    assert f"{tmp_path / 'out'} is a file" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "in the way"
+
+
+def test_an_output_folder_that_cannot_be_made(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    config = tiny("finetune", training={"output_dir": str(tmp_path / "file" / "out")})
+    assert main(["--config", str(config)]) == EXIT_FAILED
+    assert "cannot be used as output folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "in the way"
 
 
 def copied_model(tmp_path: Path) -> Path:

@@ -51,7 +51,7 @@ def test_what_does_not_divide_is_refused_with_the_arithmetic() -> None:
         (lambda: TrainingConfig(output_dir=" ", max_train_steps=1), "must not be empty"),
         (
             lambda: TrainingConfig(output_dir="x", max_train_steps=0),
-            "0 must be at least 1: without an iteration",
+            "0 must be within",
         ),
         (
             lambda: TrainingConfig(output_dir="x", max_train_steps=1, trackers=("jsonl", "jsonl")),

@@ -32,7 +32,7 @@ from distill_train.schema import (
     components_source,
     is_local,
 )
-from distill_train.source import Fault, Path_, Source, read_source
+from distill_train.source import MODELS_FILE, Fault, Path_, Source, read_source
 from distill_train.structure import resolve_path, structure, to_plain, unknown_key
 
 SECTIONS = (
@@ -55,7 +55,7 @@ def read_config(
         ConfigError: with every fault that was found, each ``file:line: key: message``.
     """
     source = read_source(file)
-    overlay = read_source(models_json) if models_json else None
+    overlay = read_source(models_json, expected=MODELS_FILE) if models_json else None
     if source.values is None or (overlay and overlay.values is None):
         raise ConfigError([str(f) for s in (source, overlay) if s for f in s.faults])
     return _Check(source, overlay, planning).run()
@@ -89,6 +89,8 @@ class _Check:
             parts["validation"] = self._structure(ValidationConfig, "validation")
         callback_plugins, callbacks = self._callbacks()
         complete = self._join(roles, recipe, family, method, parts)
+        self._folders(parts)
+        self._everyone_learns(complete, method, parts)
         facts = self._data(complete, family, parts)
         self._negative(method, parts, facts)
         run = self._planned(complete, method, parts, facts, callback_plugins, callbacks)
@@ -281,6 +283,11 @@ class _Check:
             path = resolve_path(path, self._base_of(name, "path"))
         return RoleSpec(name=name, path=path, trainable=trainable, precision=role.precision)
 
+    def _written_roles(self) -> set[str]:
+        """Names under ``models:``, whatever is wrong with them."""
+        sources = [self.source.values.get("models"), self.overlay and self.overlay.values]
+        return {name for values in sources if isinstance(values, dict) for name in values}
+
     def _check_capabilities(
         self, family: FamilyPlugin, pipeline: Any, method: MethodPlugin, config: Any
     ) -> None:
@@ -295,8 +302,7 @@ class _Check:
     def _check_roles(
         self, roles: Mapping[str, RoleConfig], needs: Mapping[str, RoleNeed], method: MethodPlugin
     ) -> None:
-        given = self.source.values.get("models")
-        written = set(roles) | (set(given) if isinstance(given, dict) else set())
+        written = self._written_roles()
         for name, need in needs.items():
             if name not in written:
                 self._fault(
@@ -349,6 +355,34 @@ class _Check:
                 for key, message in plugins[name].faults(config, run):
                     self._fault(("callbacks", name, *key.split(".")), message)
 
+    def _folders(self, parts: Mapping[str, Any]) -> None:
+        training, checkpoint, data = parts["training"], parts["checkpoint"], parts["data"]
+        if training is not None and Path(training.output_dir).is_file():
+            self._fault(("training", "output_dir"), f"{training.output_dir} is a file; a run "
+                        "writes many, into a folder of its own")  # fmt: skip
+        if training is not None and data is not None and training.output_dir == data.path:
+            self._fault(("training", "output_dir"), f"{data.path} is the data set's folder; a run "
+                        "writes into a folder of its own")  # fmt: skip
+        resume = checkpoint.resume if checkpoint is not None else "none"
+        if resume not in ("none", "latest") and not Path(resume).is_dir():
+            self._fault(("checkpoint", "resume"), f"there is no folder {resume}; write latest, "
+                        "none, or the path of one checkpoint-<iteration> folder")  # fmt: skip
+
+    def _everyone_learns(
+        self, roles: Mapping[str, Role], method: MethodPlugin | None, parts: Mapping[str, Any]
+    ) -> None:
+        if method is None or parts["method"] is None or parts["training"] is None:
+            return
+        steps = parts["training"].max_train_steps
+        # No schedule of updates is longer than this; a run may be.
+        seen = {
+            r for i in range(1, min(steps, 10_000) + 1) for r in method.updates(parts["method"], i)
+        }
+        for name in (n for n, role in roles.items() if role.spec.trainable and n not in seen):
+            self._fault(("training", "max_train_steps"), f"{steps} iterations hold no update of "
+                        f"{name}, which would come out as it went in. Train longer, or have it "
+                        "updated more often (method_config)")  # fmt: skip
+
     def _planned(
         self,
         roles: Mapping[str, Role],
@@ -358,13 +392,18 @@ class _Check:
         plugins: Mapping[str, CallbackPlugin],
         callbacks: Mapping[str, Any],
     ) -> PlannedRun:
+        written = self._written_roles()
         averaged = {
             role
             for name, config in callbacks.items()
-            for role in (plugins[name].averages(config) if config is not None else roles)
+            for role in (plugins[name].averages(config) if config is not None else written)
         }
+        section = self.source.values.get("callbacks") or {}
+        if not isinstance(section, dict) or set(section) - set(plugins):
+            averaged |= written  # who knows what the callbacks that could not be read would keep
         return PlannedRun(
             roles={name: role.spec for name, role in roles.items()},
+            unread=frozenset(written - set(roles)),
             averaged=frozenset(averaged),
             student_sampler=self._student_sampler(method, parts["method"]),
             has_negative=_has_negative(parts["conditioning"], facts) is not False,

@@ -51,6 +51,10 @@ class Source:
         return Fault(self.file, self.line(path), path, message)
 
 
+_CORE = "tag:yaml.org,2002:"
+_TAGS = frozenset({"map", "seq", "str", "int", "float", "bool", "null", "merge"})
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own way)
 
@@ -74,42 +78,46 @@ for _tag, _pattern, _first in (
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
-def read_source(file: Path) -> Source:
-    """Parse ``file``. What is wrong with it as YAML is in ``faults``; nothing is raised."""
+RUN_FILE = "--config takes a run file: a mapping of sections (recipe:, models:, training: ...)"
+MODELS_FILE = "--models_json takes a JSON object: role -> keys of models.<role>"
+
+
+def read_source(file: Path, *, expected: str = RUN_FILE) -> Source:
+    """Parse ``file``. What is wrong with it as YAML is in ``faults``; nothing is raised.
+
+    Args:
+        expected: what the file should be, for messages.
+    """
     source = Source(file=file, values=None)
+
+    def fault(message: str, line: int = 1) -> Source:
+        source.faults.append(Fault(file, line, (), message))
+        return source
+
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        source.faults.append(
-            Fault(file, 1, (), f"there is no file {file}; --config takes the path of a run file")
-        )
-        return source
+        return fault(f"there is no file {file}; {expected}")
     except (OSError, UnicodeDecodeError) as error:
-        source.faults.append(Fault(file, 1, (), f"cannot be read as UTF-8 text: {error}"))
-        return source
-    loader = _Loader(text)
+        return fault(f"cannot be read as UTF-8 text: {error}; {expected}")
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        return fault(f"holds the unprintable character #x{error.character:04x}", line)
     try:
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
-            kind = (
-                "empty" if node is None else f"a {type(node).__name__.removesuffix('Node').lower()}"
-            )
-            source.faults.append(
-                Fault(
-                    file,
-                    1,
-                    (),
-                    f"the file is {kind}, but a run file is a mapping of sections "
-                    "(recipe:, models:, training: ...); start from one in configs/",
-                )
-            )
-            return source
+            kind = type(node).__name__.removesuffix("Node").lower()
+            return fault(f"the file is {'empty' if node is None else f'a {kind}'}; {expected}")
         source.values = _plain(loader, node, (), source)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-        line = mark.line + 1 if mark else 1
-        problem = getattr(error, "problem", None) or str(error)
-        source.faults.append(Fault(file, line, (), f"not valid YAML: {problem}"))
+        problem = str(getattr(error, "problem", None) or error)
+        hint = " (indent with spaces)" if r"'\t'" in problem else ""
+        return fault(f"not valid YAML: {problem}{hint}", mark.line + 1 if mark else 1)
+    except RecursionError:
+        return fault("an alias (*name) stands inside the very thing that it names")
     finally:
         loader.dispose()
     return source
@@ -117,6 +125,11 @@ def read_source(file: Path) -> Source:
 
 def _plain(loader: _Loader, node: yaml.Node, path: Path_, source: Source) -> Any:
     source.lines.setdefault(path, node.start_mark.line + 1)
+    if node.tag.removeprefix(_CORE) not in _TAGS:
+        source.faults.append(
+            source.fault(path, f"the tag {node.tag!r} is not read: a run file holds plain values")
+        )
+        return None
     if isinstance(node, yaml.MappingNode):
         _note_duplicates(node, path, source)
         loader.flatten_mapping(node)

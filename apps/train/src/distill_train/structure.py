@@ -157,7 +157,7 @@ def _structure_class(cls: Any, value: Any, path: Path_, report: Report, base: Pa
             if item is not _BROKEN:
                 got[name] = item
         elif f.default is attrs.NOTHING:
-            note((*path, name), f"missing; {cls.__name__} needs it")
+            note((*path, name), f"missing; {'.'.join(path)} needs it")
         else:
             got[name] = f.default.factory() if isinstance(f.default, attrs.Factory) else f.default  # type: ignore[arg-type]
     _run_validators(cls, fields, got, path, note)

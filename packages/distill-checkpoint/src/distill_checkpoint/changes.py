@@ -13,7 +13,8 @@ from distill_protocols import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-_OPTIMIZER = re.compile(r"training\.optimizer\..+|models\.[^.]+\.optimizer\..+")
+# A role's own section holds training.optimizer too: it is what its optimizer was made from.
+_OPTIMIZER = re.compile(r"models\.[^.]+\.optimizer\..+")
 _SCHEDULE = re.compile(r"(training|models\.[^.]+)\.optimizer\.schedule\.name")
 # Says where to resume from: it nearly always differs, and is over once that is done.
 _NOT_COMPARED = frozenset({"checkpoint.resume"})

@@ -1,8 +1,21 @@
 """Configuration of the `report` callback. Imports no torch."""
 
-from attrs import field, frozen
-from attrs.validators import ge, min_len
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Any
+
+from attrs import Attribute, field, frozen
 from distill_protocols.sampler import SamplerSpec
+from distill_protocols.validators import at_least
+
+
+def _some(instance: object, attribute: Attribute[Any], value: Sized) -> None:
+    if not value:
+        raise ValueError(
+            f"{attribute.name} must not be empty: there would be nothing to show. Leave "
+            "callbacks.report out if no report is wanted"
+        )
 
 
 @frozen(kw_only=True)
@@ -39,8 +52,10 @@ class ReportConfig:
 
     judge: str = field(metadata={"path": ()})
     prompts: str = field(metadata={"path": ()})
-    clips_per_prompt: int = field(default=6, validator=ge(2))
-    sheet_prompts: tuple[str, ...] = field(validator=min_len(1))
-    entries: dict[str, ReportEntry] = field(validator=min_len(1))
+    clips_per_prompt: int = field(
+        default=6, validator=at_least(2, "the variance among clips of one prompt is reported")
+    )
+    sheet_prompts: tuple[str, ...] = field(validator=_some)
+    entries: dict[str, ReportEntry] = field(validator=_some)
     seed: int = 1234
-    fps: int = field(default=6, validator=ge(1))
+    fps: int = field(default=6, validator=at_least(1, "the MP4 shows at least one a second"))

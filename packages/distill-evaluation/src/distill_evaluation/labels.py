@@ -6,6 +6,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from distill_protocols.errors import DataError
 
@@ -51,3 +52,17 @@ def label_prompts(prompts: Sequence[str], attributes: Attributes) -> dict[str, l
     """`labels_of` for many prompts, one list per attribute. Same errors."""
     labels = [labels_of(prompt, attributes) for prompt in prompts]
     return {attribute: [each[attribute] for each in labels] for attribute in attributes}
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One prompt a line; empty lines do not count. DataError if there is none to read."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{file} cannot be read as UTF-8 text ({error}); it must hold one prompt a line."
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise DataError(f"{file} holds no prompt; put one on each line.")
+    return prompts

@@ -1,15 +1,21 @@
 """The `report` callback, as the app finds it. Imports no torch."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from distill_protocols.errors import DataError
 from distill_protocols.plugins import CallbackPlugin, PlannedRun, RunParts
 
 from distill_evaluation.config import ReportConfig
+from distill_evaluation.labels import PromptLabelError, label_prompts, read_prompts
 
 if TYPE_CHECKING:
     from distill_protocols.callbacks import Callback
+
+
+FILES = ("judge.json", "judge.safetensors", "reference.safetensors")
 
 
 class ReportPlugin(CallbackPlugin):
@@ -18,15 +24,26 @@ class ReportPlugin(CallbackPlugin):
     config_class: ClassVar[type] = ReportConfig
 
     def faults(self, config: ReportConfig, run: PlannedRun) -> Iterator[tuple[str, str]]:
-        for name in ("judge.json", "judge.safetensors", "reference.safetensors"):
-            if not (Path(config.judge) / name).is_file():
-                yield (
-                    "judge",
-                    f"{config.judge} holds no {name}; a judge's folder holds judge.json, "
-                    "judge.safetensors and reference.safetensors",
-                )
-        if not Path(config.prompts).is_file():
-            yield "prompts", f"there is no file {config.prompts}; write one prompt a line"
+        judge, prompts = Path(config.judge), Path(config.prompts)
+        missing = [name for name in FILES if not (judge / name).is_file()]
+        if missing:
+            yield (
+                "judge",
+                f"{judge} holds no {', '.join(missing)}; a judge's folder holds all three",
+            )
+        else:
+            try:
+                attributes = json.loads((judge / "judge.json").read_text())["attributes"]
+                label_prompts(config.sheet_prompts, attributes)
+            except PromptLabelError as error:
+                yield "sheet_prompts", str(error)
+            except (ValueError, KeyError, TypeError) as error:
+                yield "judge", f"{judge / 'judge.json'} does not describe a judge: {error!r}"
+            else:
+                try:
+                    label_prompts(read_prompts(prompts), attributes)
+                except DataError as error:
+                    yield "prompts", str(error)
         for name, entry in config.entries.items():
             for key, message in (
                 *run.role_faults(entry.role, ema=entry.ema),

@@ -27,6 +27,7 @@ from torch import Tensor
 from distill_evaluation.config import ReportConfig, ReportEntry
 from distill_evaluation.files import replacing
 from distill_evaluation.judge import Judge
+from distill_evaluation.labels import read_prompts
 from distill_evaluation.media import SheetRow, write_contact_sheet, write_sheet_mp4
 from distill_evaluation.metrics import (
     attribute_accuracy,
@@ -79,7 +80,7 @@ class ReportCallback(Callback):
         parts.method.bundle.require_roles({entry.role for entry in config.entries.values()})
         self.judge = Judge.load(config.judge)
         self.reference = feature_statistics(_reference(Path(config.judge)))
-        self.prompts = _read_prompts(Path(config.prompts))
+        self.prompts = read_prompts(Path(config.prompts))
         self.labels = self.judge.expected([*self.prompts, *config.sheet_prompts])
         self._check_clips(Path(config.judge))
         if any(self._spec(entry).guidance != 1.0 for entry in config.entries.values()):
@@ -238,15 +239,3 @@ def _reference(judge: Path) -> Tensor:
             "Write one with the judge's folder, as tools/tiny_wan does."
         )
     return load_file(file)["features"]
-
-
-def _read_prompts(file: Path) -> list[str]:
-    if not file.is_file():
-        raise DataError(
-            f"{file} is missing; callbacks.report.prompts is a text file with one prompt a line."
-        )
-    prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
-        raise DataError(f"{file} holds no prompt; put one on each line.")
-    return prompts

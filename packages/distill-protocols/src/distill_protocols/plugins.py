@@ -161,18 +161,22 @@ class PlannedRun:
 
     Attributes:
         roles: by name.
+        unread: names of roles that stand in the file, but have faults of their own.
         averaged: roles of which some callback keeps an average.
         student_sampler: the method's own, where it states one.
         has_negative: whether there will be a negative condition.
     """
 
     roles: Mapping[str, RoleSpec]
+    unread: frozenset[str] = frozenset()
     averaged: frozenset[str] = frozenset()
     student_sampler: SamplerSpec | None = None
     has_negative: bool = True
 
     def role_faults(self, role: str, *, ema: bool = False) -> Iterator[tuple[str, str]]:
         """What is wrong with naming ``role`` (and its average): pairs of key and message."""
+        if role in self.unread:
+            return
         if role not in self.roles:
             has = ", ".join(self.roles) or "none"
             yield "role", f"there is no role {role!r} (this run has: {has})"

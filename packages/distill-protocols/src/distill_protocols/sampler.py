@@ -50,6 +50,14 @@ class SamplerSpec:
     stochastic: bool = False
     timesteps: tuple[float, ...] | None = field(default=None)
 
+    @shift.validator
+    def _check_shift_used(self, attribute: object, value: float) -> None:
+        if self.timesteps is not None and value != 1.0:
+            raise ValueError(
+                f"{value} has no effect beside timesteps, which are used as they stand. Leave one "
+                "of the two out"
+            )
+
     @timesteps.validator
     def _check_timesteps(self, attribute: object, value: tuple[float, ...] | None) -> None:
         if value is None:

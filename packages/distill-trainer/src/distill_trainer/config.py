@@ -8,7 +8,7 @@ from typing import Any, Literal
 from attrs import Attribute, field, frozen
 from attrs.validators import optional
 from distill_protocols.sampler import SamplerSpec
-from distill_protocols.validators import above, at_least
+from distill_protocols.validators import above, at_least, within
 
 TrackerName = Literal["tensorboard", "jsonl", "wandb"]
 
@@ -116,7 +116,9 @@ class TrainingConfig:
     """
 
     output_dir: str = field(validator=_not_blank, metadata={"path": ()})
-    max_train_steps: int = field(validator=at_least(1, "without an iteration nothing is trained"))
+    max_train_steps: int = field(
+        validator=within(1, 10_000_000, "each is one step of the run; schedules are laid over them")
+    )
     seed: int = field(default=0, validator=at_least(0, "seeds count from 0; take any other"))
     global_batch_size: int = field(
         default=1, validator=at_least(1, "an iteration needs at least one sample")
