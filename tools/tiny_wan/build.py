@@ -1,5 +1,6 @@
 """The five steps, each from files to files. `out` is the folder that becomes `configs/tiny`."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from distill_adapters_wan import WanAdapter, WanPipelineConfig
 from distill_conditioning.shards import ShardWriter
 from distill_evaluation import (
     Judge,
@@ -17,7 +19,7 @@ from distill_evaluation import (
     within_group_variance,
 )
 from distill_evaluation.files import replacing
-from distill_protocols import Condition
+from distill_protocols import Condition, ModelBundle
 from folders import replacing_folder
 from judge_training import JudgeTraining, train_judge
 from moving_digits import DIRECTIONS, Clips, all_captions, draw_clips, load_images, to_rgb
@@ -56,14 +58,12 @@ def build_data(out: Path) -> None:
     parts = [encode(vae, to_rgb(clips.grey[i : i + 500])) for i in range(0, TRAIN_CLIPS, 500)]
     latents = torch.cat(parts)
     record_statistics(vae, latents)
-    vae.save_config(out / "wan" / "vae")
+    _save_config(vae, out / "wan" / "vae")
     embeddings = embed(*load_text_side(out / "wan"), [*all_captions(), ""])
     captions = clips.captions()
     row = {caption: index for index, caption in enumerate(all_captions())}
     with replacing_folder(out / "data") as staging:
-        # No fingerprint of the encoder: that is the adapter's to make, and this tool trains what
-        # the adapter loads.
-        with ShardWriter(staging, encoder=None) as writer:
+        with ShardWriter(staging, encoder=_encoder_fingerprint(out)) as writer:
             writer.set_negative("", Condition({"text": embeddings[-1:]}))
             ids = [f"digit-{number:05d}" for number in range(TRAIN_CLIPS)]
             text = embeddings[torch.tensor([row[caption] for caption in captions])]
@@ -71,6 +71,23 @@ def build_data(out: Path) -> None:
         for path in staging.iterdir():
             path.chmod(0o644)
     print(f"data: {TRAIN_CLIPS} latents of {tuple(latents.shape[1:])}")
+
+
+def _save_config(vae: AutoencoderKLWan, folder: Path) -> None:
+    vae.save_config(folder)
+    # diffusers notes the folder that it read from: a path of this machine, in a file that ships.
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config.pop("_name_or_path", None)
+    with replacing(file) as path:
+        path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _encoder_fingerprint(out: Path) -> str | None:
+    """What the adapter calls the text encoder: a run refuses a data set of another one."""
+    config = WanPipelineConfig(num_frames=9, height=32, width=32, max_sequence_length=8)
+    adapter = WanAdapter(ModelBundle({}), config, source=str((out / "wan").resolve()))
+    return adapter.condition_fingerprint()
 
 
 def build_judge(out: Path) -> None:
