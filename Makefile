@@ -19,7 +19,7 @@ types:          ## basedpyright (it does not know attrs' @field.validator: those
 tiny:           ## distil the shipped tiny teacher
 	uv run apps/train --config configs/tiny/dmd2.yaml
 
-rebuild-tiny:   ## make the tiny Wan, its data and its judge anew (about an hour)
+rebuild-tiny:   ## make the tiny Wan, its data and its judge anew (half an hour)
 	uv run tools/tiny_wan
 
 bench:          ## the trainer against a bare loop; start-up times

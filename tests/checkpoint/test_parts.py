@@ -19,7 +19,6 @@ from distill_checkpoint import (
     ExportCallback,
     ExportConfig,
     claim_output_dir,
-    release_output_dir,
 )
 from distill_checkpoint.layout import checkpoints, safe
 from distill_checkpoint.retention import superseded
@@ -234,12 +233,12 @@ def test_two_living_processes_do_not_share_a_folder_and_a_killed_one_leaves_it(t
 def test_only_who_made_the_marker_takes_it_away(tmp_path):
     first = claim_output_dir(tmp_path / "a", resume=False)
     first.close()
-    release_output_dir(claim_output_dir(tmp_path / "a", resume=True))
+    claim_output_dir(tmp_path / "a", resume=True).release()
     assert (tmp_path / "a" / "run.json").exists()
     first.release()  # closed: by now it may be another's
     assert (tmp_path / "a" / "run.json").exists()
 
-    release_output_dir(claim_output_dir(tmp_path / "b", resume=True))
+    claim_output_dir(tmp_path / "b", resume=True).release()
     assert not (tmp_path / "b").exists()
 
 

@@ -111,9 +111,9 @@ def read_source(file: Path, *, expected: str = RUN_FILE) -> Source:
             kind = type(node).__name__.removesuffix("Node").lower()
             return fault(f"the file is {'empty' if node is None else f'a {kind}'}; {expected}")
         source.values = _plain(loader, node, (), source)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-        problem = str(getattr(error, "problem", None) or error)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        problem = str(error.problem or error)
         hint = " (indent with spaces)" if r"'\t'" in problem else ""
         return fault(f"not valid YAML: {problem}{hint}", mark.line + 1 if mark else 1)
     except RecursionError:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from distill_protocols.lazy import lazy_exports
 
 from distill_checkpoint.config import CheckpointConfig, ExportConfig
-from distill_checkpoint.outputs import Claim, claim_output_dir, release_output_dir
+from distill_checkpoint.outputs import Claim, claim_output_dir
 
 if TYPE_CHECKING:
     from distill_checkpoint.export import ExportCallback
@@ -25,7 +25,6 @@ __all__ = [
     "ExportCallback",
     "ExportConfig",
     "claim_output_dir",
-    "release_output_dir",
 ]
 
 __getattr__ = lazy_exports(__name__, _LAZY)

@@ -85,11 +85,6 @@ def claim_output_dir(path: Path | str, *, resume: bool) -> Claim:
         return _mark(folder, resume)
 
 
-def release_output_dir(claim: Claim) -> None:
-    """``claim.release()``."""
-    claim.release()
-
-
 def _mark(folder: Path, resume: bool) -> Claim:
     file, made = _open_marker(folder / MARKER)
     try:

@@ -43,15 +43,5 @@ def within(low: float, high: float, why: str) -> Validator:
     return check
 
 
-def finite(why: str) -> Validator:
-    """Any number but inf and nan."""
-
-    def check(_instance: Any, _attribute: Any, value: float) -> None:
-        if not math.isfinite(value):
-            raise ValueError(f"{value} must be finite: {why}")
-
-    return check
-
-
 def _and_finite(value: float) -> str:
     return "" if math.isfinite(value) else " and finite"
