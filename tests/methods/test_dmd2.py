@@ -237,14 +237,15 @@ def test_simulation_stops_at_its_exit_step_with_gradient_in_the_last_call_only(
 
 
 @pytest.mark.parametrize("stochastic", [True, False])
-def test_a_stop_ends_a_simulation_before_its_next_call(stochastic: bool):
+@pytest.mark.parametrize("number", [1, 3, 4])
+def test_a_stop_ends_a_simulation_before_its_next_call(stochastic: bool, number: int):
     adapter, stop = ToyAdapter(toy_bundle(student=1)), StopFlag()
     spec = SamplerSpec(steps=4, stochastic=stochastic)
     polls = []
 
     def poll() -> None:
         polls.append(len(adapter.calls))
-        if len(polls) == 3:
+        if len(polls) == number:
             stop.request("preempted")
         stop.poll()
 
@@ -253,8 +254,8 @@ def test_a_stop_ends_a_simulation_before_its_next_call(stochastic: bool):
             adapter, spec, toy_batch(2).cond, exit_step=3, poll=poll,
             draw_noise=lambda _: torch.zeros(2, *LATENT_SHAPE),
         )  # fmt: skip
-    assert polls == [0, 1, 2]
-    assert len(adapter.calls) == 2
+    assert polls == list(range(number))
+    assert len(adapter.calls) == number - 1
 
 
 def test_a_step_that_is_stopped_leaves_all_roles_as_they_were():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from distill_protocols import DistillMethod, StopFlag
@@ -39,7 +39,8 @@ def _agreement() -> Iterator[Any]:
     if distributed.get_world_size() == 1:
         yield None
         return
-    group = distributed.new_group(backend="gloo")
+    # All ranks are in it, so that it is never torch's number for "not yours".
+    group = cast(distributed.ProcessGroup, distributed.new_group(backend="gloo"))
     try:
         yield partial(_agreed_reason, group)
     finally:
