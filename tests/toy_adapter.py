@@ -6,7 +6,7 @@ It counts its calls, so that tests can ask who was called, at which t, and with 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -141,10 +141,13 @@ class ToyAdapter:
         *,
         neg_cond: Condition | None = None,
         generator: torch.Generator | None = None,
+        poll: Callable[[], None] | None = None,
     ) -> Tensor:
         sigmas = (*spec.sigmas(), 0.0)
         x_t = noise
         for now, then in itertools.pairwise(sigmas):
+            if poll is not None:
+                poll()
             t = torch.full((len(noise),), 1000 * now)
             velocity = self.forward(role, x_t, t, cond, neg_cond=neg_cond, cfg=spec.guidance)
             if spec.stochastic and then > 0:

@@ -12,6 +12,7 @@ from distill_protocols import (
     ConditioningError,
     ContractError,
     SamplerSpec,
+    StopRequested,
     WeightsError,
 )
 from hypothesis import given
@@ -373,6 +374,24 @@ def test_sampling_leaves_the_global_generator_alone(adapter):
     generator = torch.Generator().manual_seed(0)
     adapter.sample("teacher", spec, normal(1, *SHAPE), text(1), generator=generator)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_sampling_polls_before_each_step_and_ends_with_what_that_raises(adapter, count_calls):
+    spec, noise, cond, polls = SamplerSpec(steps=3), normal(1, *SHAPE), text(1), []
+
+    with count_calls(adapter) as calls:
+
+        def poll() -> None:
+            polls.append(len(calls))
+            if len(polls) == 5:
+                raise StopRequested("preempted")
+
+        clip = adapter.sample("teacher", spec, noise, cond, poll=poll)
+        assert polls == [0, 1, 2]
+        with pytest.raises(StopRequested):
+            adapter.sample("teacher", spec, noise, cond, poll=poll)
+        assert len(calls) == 4
+    assert torch.equal(clip, adapter.sample("teacher", spec, noise, cond))
 
 
 def test_sampler_refusals(adapter):

@@ -272,5 +272,60 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_weights(tiny, tmp
         assert torch.equal(interrupted[key], value), key
 
 
+def test_sigterm_amid_many_micro_steps_does_not_wait_for_the_rest(tiny, tmp_path, app):
+    """The iteration under way is taken back: what is saved is the one before, whole."""
+    changes = {
+        "training": {
+            "max_train_steps": 2, "log_every": 1, "global_batch_size": 64,
+            "batch_size_per_device": 1,
+        },
+        "method_config": {"generator_update_interval": 2},
+        "checkpoint": {"every_steps": None, "resume": "latest", "export": None},
+    }  # fmt: skip
+    config = tiny(
+        "dmd2", callbacks={"report": None, "param_count": None}, validation=None, **changes
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "apps" / "train"), "--config", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    deadline = time.monotonic() + 400
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.1)  # into the second iteration
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == EXIT_STOPPED, output
+    assert "Traceback" not in output
+    assert "stopped after iteration 1 of 2" in output
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-000001"]
+    done = app("--config", config)
+    assert done.returncode == EXIT_OK, done.stderr
+    assert "iteration 1 is done" in done.stdout
+    numbers = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["iteration"] for line in numbers] == [1, 2]
+
+
+def test_a_stop_in_the_first_iteration_leaves_the_folder_free(tiny, tmp_path, monkeypatch, capsys):
+    from distill_methods import FinetuneMethod
+
+    def stopped(method, batch, iteration):
+        os.kill(os.getpid(), signal.SIGTERM)
+        method.stop.poll()
+
+    monkeypatch.setattr(FinetuneMethod, "single_train_step", stopped)
+    config = tiny("finetune", training={"max_train_steps": 2}, checkpoint={"resume": "none"})
+    for _ in range(2):
+        assert main(["--config", str(config)]) == EXIT_STOPPED, capsys.readouterr().err
+        assert "stopped after iteration 0 of 2: received SIGTERM" in capsys.readouterr().err
+        assert not (tmp_path / "out" / "run.json").exists()
+
+
 def final_weights(out: Path) -> Path:
     return out / "student" / "transformer" / "diffusion_pytorch_model.safetensors"

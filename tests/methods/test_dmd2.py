@@ -16,6 +16,8 @@ from distill_protocols import (
     RandomStreams,
     RoleError,
     SamplerSpec,
+    StopFlag,
+    StopRequested,
 )
 from toy_adapter import (
     ABLE,
@@ -232,6 +234,40 @@ def test_simulation_stops_at_its_exit_step_with_gradient_in_the_last_call_only(
     assert [c.with_gradient for c in adapter.calls] == [False] * exit_step + [True]
     assert [c.t[0] for c in adapter.calls] == [1000.0, 833.0, 500.0][: exit_step + 1]
     assert drawn == (list(range(exit_step + 1)) if stochastic else [0])
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize("number", [1, 3, 4])
+def test_a_stop_ends_a_simulation_before_its_next_call(stochastic: bool, number: int):
+    adapter, stop = ToyAdapter(toy_bundle(student=1)), StopFlag()
+    spec = SamplerSpec(steps=4, stochastic=stochastic)
+    polls = []
+
+    def poll() -> None:
+        polls.append(len(adapter.calls))
+        if len(polls) == number:
+            stop.request("preempted")
+        stop.poll()
+
+    with pytest.raises(StopRequested, match="preempted"):
+        simulate(
+            adapter, spec, toy_batch(2).cond, exit_step=3, poll=poll,
+            draw_noise=lambda _: torch.zeros(2, *LATENT_SHAPE),
+        )  # fmt: skip
+    assert polls == list(range(number))
+    assert len(adapter.calls) == number - 1
+
+
+def test_a_step_that_is_stopped_leaves_all_roles_as_they_were():
+    method = build(critic_update="every_step", generator_update_interval=1)
+    method.stop.request("preempted")
+    with pytest.raises(StopRequested):
+        method.single_train_step(toy_batch(2), 1)
+    assert method.adapter.calls == []
+    for name, role in method.bundle.roles.items():
+        module = role.modules["transformer"]
+        assert module.training == (name != "teacher")
+        assert all(p.requires_grad == (name != "teacher") for p in module.parameters())
 
 
 @pytest.mark.parametrize("stochastic", [True, False])

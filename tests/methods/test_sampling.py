@@ -14,6 +14,7 @@ from distill_protocols import (
     RoleError,
     SamplerSpec,
     SampleView,
+    StopRequested,
 )
 from toy_adapter import (
     ABLE,
@@ -37,8 +38,10 @@ class OtherWeights:
     def swapped_in(self, module):
         own = {k: v.clone() for k, v in module.state_dict().items()}
         module.load_state_dict(ToyNet(77).state_dict())
-        yield
-        module.load_state_dict(own)
+        try:
+            yield
+        finally:
+            module.load_state_dict(own)
 
 
 def look(views, *, bundle=None, has_negative=True, able=ABLE, seed=0):
@@ -124,3 +127,32 @@ def test_a_method_shows_its_student_by_its_own_sampler():
     )
     expected, _ = look([SampleView(name="s", role="student")], bundle=bundle)
     assert torch.equal(clips["s"], expected["s"])
+
+
+def test_a_look_is_left_between_model_calls_and_before_decoding():
+    """Averages are taken out again, gradients are back, and no view is half there."""
+    bundle = toy_bundle(student=1)
+    bundle["student"].ema["transformer"] = OtherWeights()
+    method = FinetuneMethod(bundle, ToyAdapter(bundle), FinetuneConfig(student_sampler=SPEC),
+                            conditioning=ToyConditioning())  # fmt: skip
+    module = bundle["student"].modules["transformer"]
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    views = [SampleView(name="ema", role="student", ema=True)]
+    polls = []
+
+    def ask_at(number: int) -> None:
+        polls.append(len(method.adapter.calls))
+        if len(polls) == number:
+            raise StopRequested("preempted")
+
+    for number in range(1, SPEC.steps + 2):
+        polls.clear()
+        method.adapter.calls.clear()
+        method.stop.poll = lambda number=number: ask_at(number)
+        with pytest.raises(StopRequested):
+            method.sample_for_logging(views, toy_batch(2).cond, seed=0)
+        assert polls == list(range(number)), "before each call, and before decoding"
+        assert len(method.adapter.calls) == number - 1
+        assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+        assert module.training
+        assert all(p.requires_grad for p in module.parameters())

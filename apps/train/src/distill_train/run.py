@@ -36,11 +36,11 @@ def run(config: RunConfig) -> TrainResult:
             parts = build(config, device=default_device())
             _log.info("%s", _opening(config, parts))
             result = parts.trainer.run(parts.method, parts.loader)
-        except BaseException:
+        finally:
             if parts is None or not any(parts.method.update_counts.values()):
-                # Nothing was trained: the next try must not find the folder taken.
+                # Nothing was trained (an error, or a stop in the first iteration): the next try
+                # must not find the folder taken.
                 claim.release()
-            raise
     _log.info("%s", _closing(result, output_dir, time.perf_counter() - started))
     return result
 

@@ -5,7 +5,7 @@ Letters: B batch, C channels, T latent frames, H and W latent height and width, 
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -251,8 +251,11 @@ class WanAdapter:
         *,
         neg_cond: Condition | None = None,
         generator: torch.Generator | None = None,
+        poll: Callable[[], None] | None = None,
     ) -> Tensor:
         """Normalised clean latents [B, C, T, H, W]; see ``sampling.sample``.
+
+        ``poll`` is called before each step; what it raises ends the sampling.
 
         Raises:
             ContractError: noise of another shape than the run's clips, or no generator for a
@@ -265,6 +268,8 @@ class WanAdapter:
             )
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
+            if poll is not None:
+                poll()
             return self.forward(role, x, t, cond, neg_cond=neg_cond, cfg=spec.guidance)
 
         return sampling.sample(velocity, spec, noise, generator)

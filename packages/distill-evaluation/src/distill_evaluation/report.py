@@ -20,6 +20,7 @@ from distill_protocols import (
     RunParts,
     RunState,
     SamplerSpec,
+    StopRequested,
 )
 from safetensors.torch import load_file
 from torch import Tensor
@@ -90,9 +91,16 @@ class ReportCallback(Callback):
             parts.conditioning.encode(prompts)
 
     def on_train_end(self, run: RunState) -> None:
-        if run.stop_reason is not None:
-            print(f"report: left out, as the run was stopped ({run.stop_reason})")
-            return
+        try:
+            run.method.stop.poll()
+            self._report(run)
+        except StopRequested as stop:
+            # All files are written after the last sampling: there is none, or the former ones.
+            print(f"report: left out, as the run was stopped ({stop})")
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _report(self, run: RunState) -> None:
         rows, sheets = [], []
         for name, entry in self.config.entries.items():
             role = self.parts.method.bundle[entry.role]
@@ -113,8 +121,6 @@ class ReportCallback(Callback):
         for tracker in run.trackers:
             tracker.log_text(run.iteration, "report", f"```\n{text}\n```")
         print(f"\n{text}\n\nreport.json, contact_sheet.png, clips.mp4 in {run.output_dir}")
-
-    # -- inside -------------------------------------------------------------------------------
 
     def _check_clips(self, judge: Path) -> None:
         """One clip through decoder and judge: sizes that do not fit are found now."""
@@ -146,7 +152,7 @@ class ReportCallback(Callback):
         prompts = [p for p in self.prompts for _ in range(self.config.clips_per_prompt)]
         cond = self.parts.conditioning.encode(prompts)
         latents, seconds = self._sample(entry, spec, cond, purpose="measure")
-        clips = torch.cat([self.parts.adapter.decode(part).cpu() for part in latents.split(CHUNK)])
+        clips = self._decoded(latents)
         features = self.judge.features(clips)
         answers = self.judge.classify_features(features)
         groups = torch.arange(len(self.prompts)).repeat_interleave(self.config.clips_per_prompt)
@@ -170,7 +176,7 @@ class ReportCallback(Callback):
     def _sheet_row(self, name: str, entry: ReportEntry) -> SheetRow:
         cond = self.parts.conditioning.encode(self.config.sheet_prompts)
         latents, _ = self._sample(entry, self._spec(entry), cond, purpose="sheet")
-        return SheetRow(name, self.parts.adapter.decode(latents).cpu())
+        return SheetRow(name, self._decoded(latents))
 
     def _sample(
         self, entry: ReportEntry, spec: SamplerSpec, cond: Condition, *, purpose: str
@@ -194,10 +200,19 @@ class ReportCallback(Callback):
                     cond[rows],
                     neg_cond=negative,
                     generator=streams.get(f"{purpose}.renoise"),
+                    poll=self.parts.method.stop.poll,
                 )
             )
         latents = torch.cat(parts).cpu()  # waits for the device, so that the clock is right
         return latents.to(device), time.perf_counter() - start
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """Clips [N, 3, F, H_px, W_px] on the CPU."""
+        clips = []
+        for part in latents.split(CHUNK):
+            self.parts.method.stop.poll()
+            clips.append(self.parts.adapter.decode(part).cpu())
+        return torch.cat(clips)
 
     def _write(self, folder: Path, report: Mapping[str, Any], sheets: Sequence[SheetRow]) -> None:
         with replacing(folder / "report.json") as path:

@@ -91,4 +91,5 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
             default_spec=self.sampler_spec,
             conditioning=self.conditioning,
             seed=seed,
+            poll=self.stop.poll,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from distill_protocols import (
@@ -26,12 +26,16 @@ def sample_views(
     default_spec: SamplerSpec,
     conditioning: ConditioningProvider,
     seed: int,
+    poll: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """Clips [B, 3, F, H, W] in [0, 1] by view name; B is the number of rows of ``cond``.
 
     Every view starts from the same noise, and two stochastic views re-noise with the same noise:
     each has a generator of its own, seeded by ``seed``. The generator is a CPU one, so that a
     seed means the same clip on every device.
+
+    ``poll`` is called before each sampling step and each decoding; what it raises ends the look,
+    and all weights are as they were (``StopFlag.poll``).
 
     Raises:
         RoleError: a view names a role that is not there, or EMA weights that nobody keeps.
@@ -55,6 +59,8 @@ def sample_views(
                 cond.to(device),
                 neg_cond=negative,
                 generator=generator,
+                poll=poll,
             )
+        poll()
         clips[view.name] = adapter.decode(latents)
     return clips

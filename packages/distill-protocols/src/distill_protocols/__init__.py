@@ -36,6 +36,7 @@ from distill_protocols.plugins import (
     plugin_names,
 )
 from distill_protocols.sampler import SamplerSpec, SampleView, shift_sigma
+from distill_protocols.stop import StopFlag, StopRequested
 
 if TYPE_CHECKING:
     from distill_protocols.adapter import (
@@ -127,6 +128,8 @@ __all__ = [
     "SamplerSpec",
     "StepRecord",
     "StepResult",
+    "StopFlag",
+    "StopRequested",
     "Tracker",
     "WeightAverage",
     "WeightsError",

@@ -7,7 +7,7 @@ float tensor [B] in [0, 1000], t = 1000 sigma, never cast to bf16 or int.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -121,8 +121,15 @@ class Sampler(Protocol):
         *,
         neg_cond: Condition | None = None,
         generator: torch.Generator | None = None,
+        poll: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Normalised clean latents [B, C, T, H, W]; ``generator`` feeds a stochastic spec."""
+        """Normalised clean latents [B, C, T, H, W].
+
+        Args:
+            generator: feeds a stochastic spec.
+            poll: called before each of the sampler's steps; what it raises ends the sampling
+                (``StopFlag.poll``).
+        """
         ...
 
 

@@ -61,15 +61,18 @@ class RunState:
     adds in ``on_step_end`` is seen by the callbacks after it."""
     global_batch_size: int = 1
     """Samples an iteration."""
-    stop_reason: str | None = None
     check_finite: Callable[[], None] = field(default=lambda: None)
     """Raises ``NonFiniteLossError`` if any loss so far was inf or nan. Call it before the weights
     are saved or shown: on an accelerator the trainer itself only looks now and then."""
 
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the run is to stop (``method.stop``); None: it goes on."""
+        return self.method.stop.reason
+
     def request_stop(self, reason: str) -> None:
-        """Stop after the iteration under way. The first reason given is kept."""
-        if self.stop_reason is None:
-            self.stop_reason = reason
+        """Stop at the next safe point (``method.stop``). The first reason given is kept."""
+        self.method.stop.request(reason)
 
 
 class Callback:
@@ -81,6 +84,14 @@ class Callback:
       on_step_end                      optimizers have stepped, gradients are gone
     on_exception                       instead of the rest, if something was raised
     on_train_end                       also after a requested stop
+
+    A stop may come in the middle of an iteration, which is then taken back: ``on_step_end`` never
+    follows its ``on_step_start``, and ``RunState.iteration`` is again the one before. So what
+    ``state_dict`` returns must not move before ``on_step_end``.
+
+    A hook that takes long (sampling) does ``run.method.stop.poll()`` on all ranks alike, and lets
+    ``StopRequested`` out: the trainer goes on with the next callback. Not in ``on_train_start``,
+    which has no checkpoint to stop at.
     """
 
     name: str = "callback"

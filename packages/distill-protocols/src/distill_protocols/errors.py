@@ -17,6 +17,9 @@
 
 Every message holds four things: the value that was found, the rule that it breaks, the reason
 for the rule, and the way out.
+
+``StopRequested`` (``distill_protocols.stop``) stands outside: a run that was asked to stop has not
+failed.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from distill_protocols.bundle import ModelBundle
 from distill_protocols.errors import CapabilityError, ContractError, RoleError
 from distill_protocols.random import RandomStreams
 from distill_protocols.sampler import SamplerSpec, SampleView
+from distill_protocols.stop import StopFlag
 
 
 class StepResult(NamedTuple):
@@ -40,6 +41,12 @@ class DistillMethod(ABC, Generic[AdapterT]):
 
     A subclass states ``required_roles`` and ``required_capabilities`` and writes
     ``single_train_step`` and ``get_optimizers``. Iterations count from 1.
+
+    ``stop`` is the run's stop flag (the trainer gives each run its own). A step or a sampling that
+    makes many model calls does ``self.stop.poll()`` before each, so that a preempted run need not
+    wait for the rest. The trainer then takes the iteration back as if it had never begun:
+    generators, loader position, persistent buffers, ``state_dict``. What a step moves beyond these
+    cannot be resumed either.
 
     Args:
         bundle: the roles.
@@ -67,6 +74,7 @@ class DistillMethod(ABC, Generic[AdapterT]):
         self.bundle = bundle
         self.adapter = adapter
         self.streams = streams or RandomStreams(seed=0)
+        self.stop = StopFlag()
         bundle.require_roles(self.required_roles)
         for name in self.trained_roles:
             if name in bundle.roles and not bundle.roles[name].trainable:

@@ -80,6 +80,10 @@ class FiniteGuard:
         for watched in pending:
             watched.raise_if_not_finite()
 
+    def forget(self, iteration: int) -> None:
+        """Drop what is kept of an iteration that was taken back: it reached no weight."""
+        self._pending = [kept for kept in self._pending if kept.iteration != iteration]
+
     def _take(self, watched: _Watched) -> None:
         defer = self._defer
         if defer is None:

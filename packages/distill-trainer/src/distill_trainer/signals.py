@@ -32,7 +32,7 @@ def stop_on_signals(run: RunState) -> Iterator[None]:
         name = signal.Signals(number).name
         run.request_stop(f"received {name}")
         # os.write, as print and logging may be what the signal has just interrupted.
-        os.write(2, f"\n{name}: stopping after this iteration (Ctrl-C again: at once)\n".encode())
+        os.write(2, f"\n{name}: stopping at the next safe point (Ctrl-C again: at once)\n".encode())
 
     former = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

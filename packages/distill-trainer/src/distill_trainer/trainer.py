@@ -19,6 +19,7 @@ from distill_protocols import (
     RunState,
     StepRecord,
     StepResult,
+    StopRequested,
     Tracker,
 )
 from torch import Tensor
@@ -29,6 +30,8 @@ from distill_trainer.callbacks.metrics import MetricsCallback
 from distill_trainer.callbacks.progress import ProgressCallback
 from distill_trainer.config import TrainingConfig
 from distill_trainer.finite import FiniteGuard
+from distill_trainer.rewind import Rewind
+from distill_trainer.shared_stop import stop_flag_of
 from distill_trainer.signals import stop_on_signals
 from distill_trainer.timing import TimedIterator
 from distill_trainer.trackers import build_trackers
@@ -86,6 +89,11 @@ class DistillTrainer:
     def run(self, method: DistillMethod[Any], loader: Iterable[Any]) -> TrainResult:
         """Train until ``max_train_steps``, or until a callback or a signal asks for a stop.
 
+        A stop is seen between micro steps, wherever the method or a callback polls
+        (``method.stop.poll()``), and after each iteration. An iteration that it finds unfinished
+        is taken back, so that the run ends, and is saved, exactly as it was before it. On several
+        ranks (torch.distributed is initialised) one that is asked stops all at the same point.
+
         Args:
             loader: micro batches; a ``BatchLoader`` can be resumed exactly, and a plain iterable
                 is started again whenever it runs out.
@@ -112,7 +120,12 @@ class DistillTrainer:
             global_batch_size=training.global_batch_size,
             check_finite=guard.check,
         )
-        with _closing(run.trackers), self._reporting(run), stop_on_signals(run):
+        with (
+            _closing(run.trackers),
+            stop_flag_of(method),
+            self._reporting(run),
+            stop_on_signals(run),
+        ):
             return self._run(run, guard)
 
     # -- inside -------------------------------------------------------------------------------
@@ -125,14 +138,15 @@ class DistillTrainer:
         resumed_from = self.checkpointer.resume(run, self.callbacks) if self.checkpointer else 0
         run.iteration = resumed_from
         loop = _Loop(run, callbacks, guard, self.training.accumulation())
-        while run.iteration < run.max_train_steps and run.stop_reason is None:
-            run.iteration += 1
+        # The stop first: after the last iteration too, all ranks must know of it or none.
+        while not run.method.stop.requested() and run.iteration < run.max_train_steps:
             self._iteration(run, guard, loop)
         guard.check()
         if self.checkpointer:
             self.checkpointer.finish(run, self.callbacks)
         for callback in callbacks:
-            callback.on_train_end(run)
+            with _one_called_off(run):  # the others still have to close what they opened
+                callback.on_train_end(run)
         return TrainResult(
             iteration=run.iteration,
             stop_reason=run.stop_reason,
@@ -143,10 +157,13 @@ class DistillTrainer:
     def _iteration(self, run: RunState, guard: FiniteGuard, loop: _Loop) -> None:
         # A function of its own, so that the record's outputs are gone before the next forward.
         record = loop.step()
+        if record is None:
+            return
         if run.iteration % self.training.log_every == 0:
             guard.check()
         for callback in self.callbacks.values():
-            callback.on_step_end(run, record)
+            with _one_called_off(run):  # its own work only: the step is done
+                callback.on_step_end(run, record)
         if self.checkpointer:
             self.checkpointer.after_step(run, self.callbacks)
 
@@ -176,17 +193,44 @@ class _Loop:
         self._guard = guard
         self._accumulation = accumulation
         self._batches = TimedIterator(iter(run.loader))
+        self._start = Rewind(run)
 
-    def step(self) -> StepRecord:
-        run, method, iteration = self._run, self._run.method, self._run.iteration
+    def step(self) -> StepRecord | None:
+        """The next iteration, or None if a stop came before its optimizers stepped: then it is
+        taken back, and never was."""
+        run, method = self._run, self._run.method
+        self._start.mark()
+        run.iteration += 1
         run.metrics = {}
+        try:
+            losses, outputs = self._gradients()
+        except StopRequested as stop:
+            run.request_stop(str(stop))
+            self._guard.forget(run.iteration)
+            self._start.back()
+            return None
+        stepped = method.optimizers_schedulers_step(run.iteration)
+        method.optimizers_zero_grad(run.iteration)
+        return StepRecord(
+            iteration=run.iteration,
+            losses=losses,
+            metrics=run.metrics,
+            outputs=outputs,
+            stepped=stepped,
+        )
+
+    def _gradients(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """All micro steps, up to gradients that are ready to step: (mean losses, last outputs)."""
+        run, method, iteration = self._run, self._run.method, self._run.iteration
         for callback in self._callbacks:
             callback.on_step_start(run)
         losses: list[dict[str, Tensor]] = []
         metrics: list[dict[str, Tensor]] = []
         ids: list[str] = []
         outputs: dict[str, Tensor] = {}
-        for _ in range(self._accumulation):
+        for micro_step in range(self._accumulation):
+            if micro_step:
+                method.stop.poll()  # before the first, the loop itself has just asked
             outputs = {}  # those of the micro step before: clips, which need not be held on
             batch = self._next_batch()
             ids += method.batch_ids(batch)
@@ -203,15 +247,7 @@ class _Loop:
             self._guard.watch_gradients(iteration, norms, ids)
         for callback in self._callbacks:
             callback.on_before_optimizer_step(run)
-        stepped = method.optimizers_schedulers_step(iteration)
-        method.optimizers_zero_grad(iteration)
-        return StepRecord(
-            iteration=iteration,
-            losses=_mean(losses),
-            metrics=run.metrics,
-            outputs=outputs,
-            stepped=stepped,
-        )
+        return _mean(losses), outputs
 
     def _next_batch(self) -> Any:
         try:
@@ -279,6 +315,15 @@ def _by_name(callbacks: Sequence[Callback]) -> dict[str, Callback]:
             "because a checkpoint keeps their state under it. Give one of them another `name`."
         )
     return dict(zip(names, callbacks, strict=True))
+
+
+@contextlib.contextmanager
+def _one_called_off(run: RunState) -> Iterator[None]:
+    try:
+        yield
+    except StopRequested as stop:
+        # Known already, unless it was raised by hand.
+        run.request_stop(str(stop))
 
 
 @contextlib.contextmanager

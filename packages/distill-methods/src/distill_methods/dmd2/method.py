@@ -170,6 +170,7 @@ class DMD2Method(LatentMethod[DMD2Config]):
                 draw_noise=lambda step: noise_like(
                     batch.latents, self.streams.get(f"dmd2.{turn}.rollout.{step}")
                 ),
+                poll=self.stop.poll,
             )
             return _Rollout(x0, torch.full((size,), k, device=x0.device))
         generator = self.streams.get(f"dmd2.{turn}.data_step")

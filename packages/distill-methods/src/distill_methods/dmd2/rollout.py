@@ -18,6 +18,7 @@ def simulate(
     *,
     exit_step: int,
     draw_noise: Callable[[int], Tensor],
+    poll: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Backward simulation (DMD2, section 4.5): sample from noise, stop at ``exit_step``.
 
@@ -29,6 +30,7 @@ def simulate(
         exit_step: k in 0..N-1; ranks that share a sharded student must use the same.
         draw_noise: ``draw_noise(0)`` is the initial noise [B, C, T, H, W], ``draw_noise(j)`` the
             fresh noise at step j; the latter is asked for only by a stochastic spec.
+        poll: called before each model call; what it raises ends the rollout (``StopFlag.poll``).
 
     Returns:
         The student's x0 [B, C, T, H, W] at the noise level of step k, fp32.
@@ -37,6 +39,7 @@ def simulate(
     x_t = draw_noise(0)
     with torch.no_grad():
         for step in range(exit_step):
+            poll()
             t = _level(x_t, sigmas[step])
             if spec.stochastic:
                 x0 = adapter.forward("student", x_t, t, cond, fwd_pred_type="x0")
@@ -44,6 +47,7 @@ def simulate(
             else:
                 velocity = adapter.forward("student", x_t, t, cond, fwd_pred_type="v")
                 x_t = x_t + (sigmas[step + 1] - sigmas[step]) * velocity
+    poll()
     t = _level(x_t, sigmas[exit_step])
     return adapter.forward("student", x_t, t, cond, fwd_pred_type="x0")
 

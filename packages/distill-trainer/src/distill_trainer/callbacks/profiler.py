@@ -36,10 +36,14 @@ class ProfilerCallback(Callback):
             self._write(run)
 
     def on_train_end(self, run: RunState) -> None:
-        if self._profile is not None:
+        if self._profile is not None and run.iteration >= self._first:
             self._write(run)
+        self._drop()  # the first iteration of the trace was taken back by a stop
 
     def on_exception(self, run: RunState, error: BaseException) -> None:
+        self._drop()
+
+    def _drop(self) -> None:
         if self._profile is not None:
             self._profile.stop()
             self._profile = None

@@ -71,9 +71,8 @@ class ValidationCallback(Callback):
         self._last = iteration
         clips: dict[str, Tensor] = {}
         for view in self._views:
-            # View by view, so that a stop signal waits for one of them at most.
-            if run.stop_reason is not None:
-                return
+            # For methods that sample without polling. Nothing is written before all have come.
+            run.method.stop.poll()
             clips |= self._sample(run, view)
         for name, clip in clips.items():
             for tracker in run.trackers:
