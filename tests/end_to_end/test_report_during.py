@@ -51,7 +51,7 @@ def checked(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., RunConfi
     def make(**changes: Any) -> RunConfig:
         path = tiny(
             "dmd2",
-            training={"max_train_steps": 4, "log_every": 1},
+            training={"max_train_steps": 4, "log_every": 1, "trackers": ["jsonl"]},
             method_config={"generator_update_interval": 2},
             callbacks={"report": None, "ema": None},
             checkpoint={"export": []},
