@@ -101,8 +101,8 @@ def dataset_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Latent
     """``dataset_of(7)``: seven samples in several shards; the same object for the same size."""
 
     @functools.cache
-    def build(samples: int, shuffle: bool = True) -> LatentDataset:
+    def build(samples: int, shuffle: bool = True, workers: int = 0) -> LatentDataset:
         folder = write_dataset(tmp_path_factory.mktemp("data"), samples)
-        return LatentDataset(DataConfig(path=str(folder), shuffle=shuffle))
+        return LatentDataset(DataConfig(path=str(folder), shuffle=shuffle, workers=workers))
 
     return build

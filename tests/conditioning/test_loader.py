@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
-from distill_conditioning import LatentDataset, LatentLoader
+from distill_conditioning import DataConfig, LatentDataset, LatentLoader
 from distill_protocols import Batch, Condition, DataError
 from distill_protocols.errors import ConditioningError
 from hypothesis import given
@@ -124,13 +128,16 @@ def test_resuming_anywhere_equals_never_stopping(
     assert all(_equal(a, b) for a, b in zip(whole[stop:], islice(second, 4), strict=True))
 
 
-def test_an_iterator_under_way_follows_a_loaded_position(dataset_of):
-    loader = LatentLoader(dataset_of(7), batch_size=2, seed=0)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_iterator_under_way_follows_a_loaded_position(dataset_of, workers):
+    loader = LatentLoader(dataset_of(7, workers=workers), batch_size=2, seed=0)
     batches = iter(loader)
-    start = loader.state_dict()
-    first = next(batches)
-    loader.load_state_dict(start)
-    assert _equal(next(batches), first)
+    whole = []
+    for _ in range(9):
+        whole.append((loader.state_dict(), next(batches)))
+    for state, batch in (whole[8], whole[0], whole[7], whole[3]):
+        loader.load_state_dict(state)
+        assert _equal(next(batches), batch)
 
 
 @given(samples=sizes, seed=seeds, cut=st.integers(1, 4))
@@ -153,6 +160,129 @@ def test_a_position_of_another_order_is_refused(dataset_of, samples, seed, shuff
     loader = LatentLoader(dataset_of(samples, shuffle), batch_size=2, seed=seed)
     with pytest.raises(DataError, match=rf"{word}.*another output_dir"):
         loader.load_state_dict(state)
+
+
+# -- workers ----------------------------------------------------------------------------------
+
+
+@given(
+    samples=sizes,
+    batch_size=batch_sizes,
+    world_size=world_sizes,
+    seed=seeds,
+    workers=st.integers(1, 3),
+    epochs=st.integers(1, 3),
+    data=st.data(),
+)
+def test_workers_change_nothing_that_can_be_seen(
+    dataset_of, samples, batch_size, world_size, seed, workers, epochs, data
+):
+    rank = data.draw(st.integers(0, world_size - 1))
+
+    def loader(workers: int) -> LatentLoader:
+        dataset = dataset_of(samples, workers=workers)
+        return LatentLoader(
+            dataset,
+            batch_size=batch_size,
+            seed=seed,
+            dropout=0.4,
+            negative=_negative(dataset),
+            rank=rank,
+            world_size=world_size,
+        )
+
+    plain, threaded = loader(0), loader(workers)
+    global_state = torch.get_rng_state()
+    count = -(-epochs * samples // (batch_size * world_size)) + 1
+    whole = []
+    for a, b in islice(zip(plain, threaded, strict=True), count):
+        assert _equal(a, b)
+        assert plain.state_dict() == threaded.state_dict()
+        whole.append((plain.state_dict(), a))
+    assert torch.equal(torch.get_rng_state(), global_state)
+
+    # From any position, and from a loader with another number of workers, into one that moves.
+    stop = data.draw(st.integers(0, count - 1))
+    other = loader(data.draw(st.integers(0, 3)))
+    batches = iter(other)
+    next(batches)
+    other.load_state_dict(whole[stop][0])
+    for _, batch in whole[stop + 1 :]:
+        assert _equal(next(batches), batch)
+
+
+class _Watched(LatentDataset):
+    """Counts its reads, and the threads that they were made in."""
+
+    def __init__(self, config: DataConfig) -> None:
+        super().__init__(config)
+        self.reads = 0
+        self.threads: set[str] = set()
+
+    def read(self, samples: torch.Tensor) -> Batch:
+        self.threads.add(threading.current_thread().name)
+        batch = super().read(samples)
+        self.reads += 1
+        return batch
+
+
+def _until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_two_batches_a_worker_are_read_ahead_and_none_counts_as_given(
+    make_folder, tmp_path, workers
+):
+    dataset = _Watched(DataConfig(path=str(make_folder(tmp_path / "data", 40)), workers=workers))
+    loader = LatentLoader(dataset, batch_size=2, seed=0)
+    batches = iter(loader)
+    for given_out in range(1, 4):
+        next(batches)
+        _until(lambda given_out=given_out: dataset.reads == given_out + 2 * workers)
+        assert loader.state_dict()["samples_given"] == 2 * given_out
+    assert all(name.startswith("data-worker") for name in dataset.threads)
+
+
+def test_workers_end_with_their_loader(make_folder, tmp_path):
+    def alive() -> list[str]:
+        return [t.name for t in threading.enumerate() if t.name.startswith("data-worker")]
+
+    _until(lambda: not alive())  # those of other tests
+    dataset = LatentDataset(DataConfig(path=str(make_folder(tmp_path / "data", 9)), workers=2))
+    loader = LatentLoader(dataset, batch_size=2, seed=0)
+    assert not alive()
+    batches = iter(loader)
+    next(batches)
+    assert alive()
+    del loader, batches
+    _until(lambda: not alive())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_vanished_is_named_when_its_batch_is_due(make_folder, tmp_path, workers):
+    folder: Path = make_folder(tmp_path / "data", 12)
+    config = DataConfig(path=str(folder), shuffle=False, workers=workers)
+    dataset = LatentDataset(config)
+    first, last = dataset.index.shards[0], dataset.index.shards[-1]
+    (folder / last.file).unlink()
+    loader = LatentLoader(dataset, batch_size=1, seed=0)
+    whole = 12 - last.samples
+    assert whole >= first.samples
+    assert _stream(loader, whole) == list(range(whole))
+    for _ in range(2):  # asked again, it must not be left out
+        with pytest.raises(DataError, match=last.file):
+            next(iter(loader))
+        assert loader.state_dict()["samples_given"] == whole
+
+
+@pytest.mark.parametrize("workers", [-1, 65])
+def test_a_number_of_workers_that_makes_no_sense_is_refused(workers):
+    with pytest.raises(ValueError, match=rf"{workers} must be within \[0, 64\]: each worker is"):
+        DataConfig(path="data", workers=workers)
 
 
 # -- dropout ----------------------------------------------------------------------------------

@@ -246,6 +246,18 @@ def test_a_frozen_role_stays_frozen():
         pass
 
 
+def test_looking_at_a_role_leaves_each_part_as_it_was():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
+    role = RoleHandle(name="student", modules={"net": net}, trainable=True)
+    net[1].eval()
+    net[0].bias.requires_grad_(False)
+    with role.frozen():
+        assert not any(part.training for part in net.modules())
+        assert not any(parameter.requires_grad for parameter in net.parameters())
+    assert [part.training for part in net.modules()] == [True, True, False, False, False]
+    assert [p.requires_grad for p in net.parameters()] == [True, False, True, True]
+
+
 def test_unknown_plugins_are_answered_with_the_known_ones():
     with pytest.raises(
         PluginError, match=r"unknown method 'dmd3'; did you mean 'dmd2'\? \(installed: dmd2"

@@ -88,14 +88,17 @@ def _negative(config: RunConfig, conditioning: CachedConditioning) -> Condition 
 
 
 def _callbacks(config: RunConfig, parts: RunParts) -> list[Callback]:
-    """Export first: what a run is for is safe before a report may fail. Validation last: it
-    looks at averages that have moved."""
+    """Export first: what a run is for is safe before a report may fail. What measures, then
+    validation, last: they look at averages that have moved."""
     callbacks: list[Callback] = []
     if config.checkpoint.export:
         exports = config.checkpoint.export
         callbacks.append(ExportCallback(exports, parts.exporter, parts.output_dir))
     plugins = config.callback_plugins
-    callbacks += [plugins[name].build(value, parts) for name, value in config.callbacks.items()]
+    in_order = sorted(
+        config.callbacks.items(), key=lambda item: bool(plugins[item[0]].metrics(item[1]))
+    )
+    callbacks += [plugins[name].build(value, parts) for name, value in in_order]
     if config.validation is not None:
         callbacks.append(ValidationCallback(config.validation, parts.conditioning))
     return callbacks

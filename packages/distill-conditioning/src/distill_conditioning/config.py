@@ -6,6 +6,7 @@ from typing import Literal
 
 from attrs import field, frozen
 from attrs.validators import in_
+from distill_protocols.validators import within
 
 
 def _not_empty(instance: object, attribute: object, value: str | None) -> None:
@@ -32,11 +33,20 @@ class DataConfig:
         verify: ``index`` compares names, sizes and headers of the shards with the index (fast);
             ``full`` also reads every shard and compares its SHA-256, which alone finds bytes that
             changed inside a tensor.
+        workers: threads that read the next batches while a step computes; 0 reads each batch
+            when it is asked for. The batches are the same ones. 1 or 2 do for a local disk; more
+            where the shards lie on storage with long waits. Two batches a worker are held ready.
     """
 
     path: str = field(validator=_not_empty, metadata={"path": ()})
     shuffle: bool = True
     verify: Literal["index", "full"] = field(default="index", validator=in_(["index", "full"]))
+    workers: int = field(
+        default=0,
+        validator=within(
+            0, 64, "each worker is a thread that keeps two batches in memory; 2 are usually enough"
+        ),
+    )
 
 
 @frozen(kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from distill_conditioning.order import drops_condition, epoch_order, rank_positions
 from distill_conditioning.shards import LatentDataset
 
+AHEAD_PER_WORKER = 2
+"""Batches a worker: one that it reads, one that waits for the step."""
+
 
 class LatentLoader:
     """Batches for one data-parallel rank, without end; a ``BatchLoader``.
@@ -21,6 +25,13 @@ class LatentLoader:
     alone: see ``distill_conditioning.order``. The
     global batch is ``batch_size * world_size`` samples; where an epoch does not divide by it, its
     last batch is filled up from the next epoch, so that no sample is lost or given twice as often.
+
+    With ``dataset.config.workers`` threads read the batches to come. They are threads and not
+    processes because reading is copying out of memory-mapped files, which torch does without
+    Python's lock: nothing has to be started, pickled, shared or cleaned up, and no worker can
+    outlive the run or be killed on its own. What was read ahead is kept by its position in the
+    stream, and the position moves only when a batch is given out; so whatever the workers do,
+    batches and ``state_dict`` are those of a loader without any. No worker draws a random number.
 
     Args:
         dataset: the samples.
@@ -63,15 +74,20 @@ class LatentLoader:
         self._negative = self._usable_negative(negative) if dropout > 0 else None
         self._samples_given = 0
         self._orders: dict[int, Tensor] = {}
+        self._ahead: dict[int, Future[Batch]] = {}
+        workers = dataset.config.workers
+        self._threads = ThreadPoolExecutor(workers, "data-worker") if workers > 0 else None
 
     def __iter__(self) -> Iterator[Batch]:
         """From wherever the loader stands; all iterators share that position."""
-        while True:
-            first = self._samples_given
-            positions = rank_positions(first, self.batch_size, self.rank, self.world_size)
-            batch = self._batch(positions)
-            self._samples_given = first + self.batch_size * self.world_size
-            yield batch
+        try:
+            while True:
+                first = self._samples_given
+                batch = _on_device(self._batch(first), self.device)
+                self._samples_given = first + self._stride
+                yield batch
+        finally:
+            self._forget_all_but(range(0))
 
     @property
     def epoch(self) -> float:
@@ -108,18 +124,45 @@ class LatentLoader:
             )
         self._samples_given = int(state["samples_given"])
 
-    def _batch(self, positions: range) -> Batch:
+    @property
+    def _stride(self) -> int:
+        return self.batch_size * self.world_size
+
+    def _batch(self, first: int) -> Batch:
+        """That of the global batch that begins at ``first``."""
+        if self._threads is None:
+            return self._read(*self._choose(first))
+        count = 1 + AHEAD_PER_WORKER * self.dataset.config.workers
+        coming = range(first, first + count * self._stride, self._stride)
+        self._forget_all_but(coming)
+        for each in coming:
+            if each not in self._ahead:
+                # Chosen here, read there: the orders have one user, and need no lock.
+                self._ahead[each] = self._threads.submit(self._read, *self._choose(each))
+        return self._ahead.pop(first).result()
+
+    def _forget_all_but(self, coming: range) -> None:
+        """Of what was read ahead; more is there after ``load_state_dict``, or at the end."""
+        for first in [first for first in self._ahead if first not in coming]:
+            self._ahead.pop(first).cancel()
+
+    def _choose(self, first: int) -> tuple[Tensor, Tensor]:
+        """Sample numbers, and whose condition is dropped: int64 and bool [B]."""
+        positions = rank_positions(first, self.batch_size, self.rank, self.world_size)
         places = [divmod(position, len(self.dataset)) for position in positions]
-        self._keep_orders(places[0][0])
+        self._keep_orders(self._samples_given // len(self.dataset))
         samples = [int(self._order(epoch)[place]) for epoch, place in places]
-        batch = self.dataset.read(torch.tensor(samples))
+        dropped = [
+            self._negative is not None and drops_condition(self.seed, epoch, sample, self.dropout)
+            for (epoch, _), sample in zip(places, samples, strict=True)
+        ]
+        return torch.tensor(samples), torch.tensor(dropped)
+
+    def _read(self, samples: Tensor, dropped: Tensor) -> Batch:
+        batch = self.dataset.read(samples)
         if self._negative is not None:
-            dropped = [
-                drops_condition(self.seed, epoch, sample, self.dropout)
-                for (epoch, _), sample in zip(places, samples, strict=True)
-            ]
-            _replace_rows(batch.cond, torch.tensor(dropped), self._negative)
-        return _on_device(batch, self.device)
+            _replace_rows(batch.cond, dropped, self._negative)
+        return batch
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:

@@ -250,6 +250,9 @@ class _Shard:
 class LatentDataset:
     """Samples by number, from memory-mapped shards that are opened when first needed.
 
+    ``read`` may be called from several threads: a shard that two of them open at once is mapped
+    twice, and one of the equal maps is kept.
+
     Args:
         config: the folder, and how much of it is verified now.
         latent_shape: (C, T, H, W) that the model takes, None to take what there is.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from typing import Any
 
 from attrs import Attribute, field, frozen
@@ -27,17 +27,20 @@ class ReportEntry:
         sampler: how; left out, the method's own spec for its student.
         ema: the role's averaged weights instead of the live ones.
         sheet: show it in the contact sheet and the MP4.
+        during: measure it during the run too, if ``every_steps`` asks for that. The weights of a
+            frozen role do not move, so it is measured once and its numbers are repeated.
     """
 
     role: str
     sampler: SamplerSpec | None = None
     ema: bool = False
     sheet: bool = True
+    during: bool = True
 
 
 @frozen(kw_only=True)
 class ReportConfig:
-    """What is measured at the end of a run.
+    """What is measured at the end of a run, and now and then during it.
 
     Attributes:
         judge: folder of the judge (judge.json, judge.safetensors, reference.safetensors).
@@ -48,6 +51,9 @@ class ReportConfig:
         entries: name -> what to sample; the order is that of the table.
         seed: of the initial noise, apart from the run's own generators.
         fps: of the MP4.
+        every_steps: also measure the entries in every so many iterations, as metrics
+            ``report/<entry>/fd``, ``report/<entry>/<attribute>`` (accuracy) and
+            ``report/<entry>/variance``, by which checkpoints can be kept; 0: only at the end.
     """
 
     judge: str = field(metadata={"path": ()})
@@ -59,3 +65,20 @@ class ReportConfig:
     entries: dict[str, ReportEntry] = field(validator=_some)
     seed: int = 1234
     fps: int = field(default=6, validator=at_least(1, "the MP4 shows at least one a second"))
+    every_steps: int = field(
+        default=0,
+        validator=at_least(0, "it counts iterations; 0 measures only at the end of the run"),
+    )
+
+    def metric_names(self, attributes: Iterable[str]) -> tuple[str, ...]:
+        """What is measured during the run by a judge of these attributes."""
+        if not self.every_steps:
+            return ()
+        numbers = ("fd", *attributes, "variance")
+        entries = [name for name, entry in self.entries.items() if entry.during]
+        return tuple(metric_name(entry, number) for entry in entries for number in numbers)
+
+
+def metric_name(entry: str, number: str) -> str:
+    """Name of one number of an entry: ``fd``, ``variance``, or an attribute of the judge."""
+    return f"report/{entry}/{number}"

@@ -1,9 +1,9 @@
 """The `report` callback, as the app finds it. Imports no torch."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from distill_protocols.errors import DataError
 from distill_protocols.plugins import CallbackPlugin, PlannedRun, RunParts
@@ -20,7 +20,9 @@ FILES = ("judge.json", "judge.safetensors", "reference.safetensors")
 
 class ReportPlugin(CallbackPlugin):
     name: ClassVar[str] = "report"
-    help: ClassVar[str] = "at the end: Frechet distance, accuracies, speed, contact sheet, MP4"
+    help: ClassVar[str] = (
+        "at the end or now and then: Frechet distance, accuracies, speed, contact sheet, MP4"
+    )
     config_class: ClassVar[type] = ReportConfig
 
     def faults(self, config: ReportConfig, run: PlannedRun) -> Iterator[tuple[str, str]]:
@@ -33,7 +35,7 @@ class ReportPlugin(CallbackPlugin):
             )
         else:
             try:
-                attributes = json.loads((judge / "judge.json").read_text())["attributes"]
+                attributes = _attributes(judge)
                 label_prompts(config.sheet_prompts, attributes)
             except PromptLabelError as error:
                 yield "sheet_prompts", str(error)
@@ -44,6 +46,12 @@ class ReportPlugin(CallbackPlugin):
                     label_prompts(read_prompts(prompts), attributes)
                 except DataError as error:
                     yield "prompts", str(error)
+        if config.every_steps and not any(entry.during for entry in config.entries.values()):
+            yield (
+                "every_steps",
+                f"{config.every_steps}, but every entry says during: false, so there would be "
+                "nothing to measure; leave one of them out, or use every_steps: 0",
+            )
         for name, entry in config.entries.items():
             for key, message in (
                 *run.role_faults(entry.role, ema=entry.ema),
@@ -51,10 +59,24 @@ class ReportPlugin(CallbackPlugin):
             ):
                 yield f"entries.{name}.{key}", message
 
+    def metrics(self, config: ReportConfig) -> Mapping[str, int]:
+        try:
+            attributes = _attributes(Path(config.judge))
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}  # `faults` tells what is wrong with the judge
+        return dict.fromkeys(config.metric_names(attributes), config.every_steps)
+
     def build(self, config: ReportConfig, parts: RunParts) -> "Callback":
         from distill_evaluation.report import ReportCallback
 
         return ReportCallback(config, parts)
+
+
+def _attributes(judge: Path) -> Mapping[str, Any]:
+    """The judge's attributes and their classes. OSError, ValueError, KeyError or TypeError if its
+    settings cannot be read or are no judge's.
+    """
+    return json.loads((judge / "judge.json").read_text())["attributes"]
 
 
 report = ReportPlugin()

@@ -4,9 +4,10 @@ Every entry samples the same prompts from the same initial noise; the judge was 
 clips than the teacher. B clips of a chunk, N of an entry, D features.
 """
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from distill_protocols import (
     RunParts,
     RunState,
     SamplerSpec,
+    StepRecord,
     StopRequested,
 )
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distill_evaluation.config import ReportConfig, ReportEntry
+from distill_evaluation.config import ReportConfig, ReportEntry, metric_name
 from distill_evaluation.files import replacing
 from distill_evaluation.judge import Judge
 from distill_evaluation.labels import read_prompts
@@ -60,9 +63,22 @@ class EntryReport:
     seconds_per_clip: float
     model_calls_per_clip: int
 
+    def metrics(self) -> dict[str, float]:
+        """Its quality by the names of ``ReportConfig.metric_names``."""
+        numbers = {
+            "fd": self.frechet_distance,
+            **self.accuracy,
+            "variance": self.within_caption_variance,
+        }
+        return {metric_name(self.name, number): value for number, value in numbers.items()}
+
 
 class ReportCallback(Callback):
     """Writes report.json, contact_sheet.png and clips.mp4 into the output folder, prints a table.
+
+    With ``every_steps`` it also measures during the run and leaves the numbers in ``run.metrics``;
+    the run goes on as if nobody had looked. Put it behind callbacks that move what it looks at
+    (averages), as the app does.
 
     Everything it reads (judge, reference, prompts and their labels, roles) is read when the run
     starts, so that a wrong path is not found out at its end.
@@ -89,6 +105,18 @@ class ReportCallback(Callback):
         # Encoded now and kept by the provider: a prompt must not fail after days of training.
         for prompts in (self.prompts, config.sheet_prompts):
             parts.conditioning.encode(prompts)
+        self._frozen_rows: dict[str, EntryReport] = {}
+
+    def on_step_end(self, run: RunState, step: StepRecord) -> None:
+        if not self.config.every_steps or step.iteration % self.config.every_steps:
+            return
+        run.check_finite()
+        found: dict[str, float] = {}
+        for name, entry in self.config.entries.items():
+            run.method.stop.poll()  # a look that is left adds nothing
+            if entry.during:
+                found |= self._row(name, entry).metrics()
+        run.metrics |= found
 
     def on_train_end(self, run: RunState) -> None:
         try:
@@ -103,11 +131,9 @@ class ReportCallback(Callback):
     def _report(self, run: RunState) -> None:
         rows, sheets = [], []
         for name, entry in self.config.entries.items():
-            role = self.parts.method.bundle[entry.role]
-            with torch.no_grad(), role.frozen(), role.averaged(ema=entry.ema):
-                rows.append(self._measure(name, entry))
-                if entry.sheet:
-                    sheets.append(self._sheet_row(name, entry))
+            rows.append(self._row(name, entry))
+            if entry.sheet:
+                sheets.append(self._sheet_row(name, entry))
         report = {
             "iteration": run.iteration,
             "method": type(self.parts.method).__name__,
@@ -147,11 +173,27 @@ class ReportCallback(Callback):
             )
         return spec
 
+    def _row(self, name: str, entry: ReportEntry) -> EntryReport:
+        """Measured now; once a run where the weights do not move."""
+        if name in self._frozen_rows:
+            return self._frozen_rows[name]
+        row = self._measure(name, entry)
+        if not self.parts.method.bundle[entry.role].trainable:
+            self._frozen_rows[name] = row
+        return row
+
+    @contextlib.contextmanager
+    def _weights_of(self, entry: ReportEntry) -> Iterator[None]:
+        role = self.parts.method.bundle[entry.role]
+        with torch.no_grad(), role.frozen(), role.averaged(ema=entry.ema):
+            yield
+
     def _measure(self, name: str, entry: ReportEntry) -> EntryReport:
         spec = self._spec(entry)
         prompts = [p for p in self.prompts for _ in range(self.config.clips_per_prompt)]
         cond = self.parts.conditioning.encode(prompts)
-        latents, seconds = self._sample(entry, spec, cond, purpose="measure")
+        with self._weights_of(entry):
+            latents, seconds = self._sample(entry, spec, cond, purpose="measure")
         clips = self._decoded(latents)
         features = self.judge.features(clips)
         answers = self.judge.classify_features(features)
@@ -175,7 +217,8 @@ class ReportCallback(Callback):
 
     def _sheet_row(self, name: str, entry: ReportEntry) -> SheetRow:
         cond = self.parts.conditioning.encode(self.config.sheet_prompts)
-        latents, _ = self._sample(entry, self._spec(entry), cond, purpose="sheet")
+        with self._weights_of(entry):
+            latents, _ = self._sample(entry, self._spec(entry), cond, purpose="sheet")
         return SheetRow(name, self._decoded(latents))
 
     def _sample(
@@ -253,4 +296,10 @@ def _reference(judge: Path) -> Tensor:
             f"{file} is missing; a Frechet distance is measured against real clips' features. "
             "Write one with the judge's folder, as tools/tiny_wan does."
         )
-    return load_file(file)["features"]
+    try:
+        return load_file(file)["features"]
+    except (SafetensorError, KeyError) as error:
+        raise DataError(
+            f"{file} is no safetensors file with `features` ({error}); write it anew with the "
+            "judge's folder, as tools/tiny_wan does."
+        ) from error

@@ -87,12 +87,17 @@ class RoleHandle:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Within: eval mode and no gradient to its weights; after: as configured."""
+        """Within: eval mode and no gradient to its weights; after: each part as it was."""
+        modes = [(p, p.training) for module in self.modules.values() for p in module.modules()]
+        learns = [(p, p.requires_grad) for m in self.modules.values() for p in m.parameters()]
         self.set_trainable(False)
         try:
             yield
         finally:
-            self.set_trainable(self.trainable)
+            for part, training in modes:
+                part.training = training
+            for parameter, requires_grad in learns:
+                parameter.requires_grad_(requires_grad)
 
     @contextlib.contextmanager
     def averaged(self, *, ema: bool = True) -> Iterator[None]:

@@ -212,6 +212,14 @@ class CallbackPlugin(ABC):
         """Roles of which this callback keeps an average of the weights."""
         return ()
 
+    def metrics(self, config: Any) -> Mapping[str, int]:
+        """Names of metrics that this callback measures, with the interval in iterations.
+
+        It puts them into ``RunState.metrics`` in ``on_step_end``. Empty where they cannot be told
+        because something that it reads is missing: ``faults`` says so.
+        """
+        return {}
+
     def faults(self, config: Any, run: PlannedRun) -> Iterable[tuple[str, str]]:
         """Rules across sections: pairs of a key under this callback and a message."""
         return ()
