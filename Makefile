@@ -1,5 +1,5 @@
 # The tasks of this repository; `make` lists them.
-.PHONY: help test slow lint types tiny rebuild-tiny bench wheels
+.PHONY: help test slow lint types tiny rebuild-tiny bench torture wheels
 
 help:           ## this list
 	@grep -E '^[a-z-]+: +##' $(MAKEFILE_LIST) | sed 's/: *## /\t/' | expand -t 16
@@ -22,9 +22,14 @@ tiny:           ## distil the shipped tiny teacher
 rebuild-tiny:   ## make the tiny Wan, its data and its judge anew (half an hour)
 	uv run tools/tiny_wan
 
-bench:          ## the trainer against a bare loop; start-up times
+bench:          ## trainer against a bare loop; start-up; checkpoints; memory of exports (quiet box)
 	uv run python tools/bench/trainer_overhead.py
 	uv run python tools/bench/startup.py
+	uv run python tools/bench/checkpoint.py
+	uv run python tools/bench/export.py
+
+torture:        ## kill a real run 2 x 60 times, saves included, and compare its end (half an hour)
+	uv run python tools/torture.py
 
 wheels:         ## build every package and install the wheels in a fresh environment
 	uv run python tools/check_wheels.py

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MEMBERS = sorted(p.parent for p in ROOT.glob("*/*/pyproject.toml"))
 BIN = Path(sys.executable).parent
 
-MAY_NOT_IMPORT = ("diffusers", "transformers", "accelerate")
+MAY_NOT_IMPORT = ("diffusers", "transformers", "accelerate", "peft")
 LIGHT = (
     "distill_protocols",
     "distill_trainer.config",
@@ -24,6 +24,8 @@ LIGHT = (
     "distill_adapters_wan.plugin",
     "distill_evaluation.plugins",
     "distill_train.check",
+    "distill_export.cli",
+    "distill_migrate.cli",
 )
 
 

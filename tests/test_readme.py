@@ -46,15 +46,15 @@ def test_preprocessing(tmp_path, monkeypatch):
 
 def test_an_export_is_sampled_as_the_readme_says(tmp_path, monkeypatch):
     from distill_adapters_wan import PLUGIN, WanPipelineConfig
-    from distill_protocols import RoleSpec, SamplerSpec
+    from distill_protocols import ExportRequest, RoleSpec, SamplerSpec
 
     config = WanPipelineConfig(num_frames=9, height=32, width=32, max_sequence_length=8)
     source = str(ROOT / "configs" / "tiny" / "wan")
     role = RoleSpec(name="student", path=source, trainable=False)
-    bundle = PLUGIN.load([role], config, device=torch.device("cpu"))
     spec = SamplerSpec(steps=2, timesteps=(1000.0, 700.0), stochastic=True)
-    folder = str(tmp_path / "outputs" / "tiny-dmd2" / "student")
-    PLUGIN.exporter(bundle, config, source=source)("student", folder, sampler=spec, ema=False)
+    folder = tmp_path / "outputs" / "tiny-dmd2" / "student"
+    exporter = PLUGIN.exporter(config, source=source)
+    exporter.export(role, PLUGIN.weights(source), folder, ExportRequest(sampler=spec))
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
     with torch.random.fork_rng(devices=[]):

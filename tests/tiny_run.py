@@ -5,7 +5,10 @@ callback and a loader with a position. Importable by forked processes.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,8 @@ class Shape:
     width: int = 6
     extra_roles: tuple[str, ...] = ()
     callbacks: tuple[str, ...] = ("tally",)
+    trained: frozenset[str] | None = None
+    """Of the student's modules; the rest is a frozen base (LoRA)."""
 
 
 def net(seed: int, width: int) -> nn.Module:
@@ -137,9 +142,17 @@ def bundle(shape: Shape, seed: int) -> ModelBundle:
     student = RoleHandle(
         name="student", trainable=True, precision=shape.precision,  # type: ignore[arg-type]
         modules={key: net(seed + i, shape.width) for i, key in enumerate(experts)},
+        trained=None if shape.trained is None else dict.fromkeys(experts, shape.trained),
     )  # fmt: skip
-    for key, module in student.modules.items():
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, betas=(0.0, 0.99))
+    for i, (key, module) in enumerate(student.modules.items()):
+        if shape.trained is not None:
+            base = dict(net(77 + i, shape.width).named_parameters())
+            with torch.no_grad():
+                for name, parameter in module.named_parameters():
+                    if name not in shape.trained:
+                        parameter.copy_(base[name])
+        parameters = student.trained_parameters(key).values()
+        optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.0, 0.99))
         student.optimizers[key] = optimizer
         student.schedulers[key] = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
     roles = {
@@ -212,10 +225,32 @@ def new_run(shape: Shape, *, seed: int = 0) -> Run:
     return Run(shape=shape, method=method, callbacks=callbacks)
 
 
-def train_to_the_end(output_dir: str, steps: int, width: int) -> None:
-    """In a process of its own: resume, save after each step, until ``steps``."""
+def train_to_the_end(
+    output_dir: str, steps: int, width: int, in_background: bool = False, last_sync: int = 0
+) -> None:
+    """In a process of its own: resume, save after each step, until ``steps``.
+
+    Or until the ``last_sync``-th time that it waits for the disk: SIGKILL, in the middle of a save.
+    """
+    calls, sync = itertools.count(1), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if next(calls) == last_sync:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(descriptor)
+
+    os.fsync = fsync
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    config = CheckpointConfig(every_steps=1, resume="latest")
+    config = CheckpointConfig(every_steps=1, resume="latest", async_save=in_background)
     manager = CheckpointManager(config, output_dir, {"width": width})
     new_run(Shape(width=width)).train(Path(output_dir), steps, manager)
+
+
+def save_and_leave(output_dir: str, width: int) -> None:
+    """In a process of its own: save in the background, and end without waiting."""
+    torch.set_num_threads(1)
+    run = new_run(Shape(width=width))
+    manager = CheckpointManager(CheckpointConfig(async_save=True), output_dir, {})
+    manager.save(run.state(Path(output_dir), 1), run.callbacks)
+    raise SystemExit(3)

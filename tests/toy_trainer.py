@@ -170,6 +170,9 @@ class MemoryCheckpointer:
         if self.saved[-1:] != [run.iteration]:
             self._save(run)
 
+    def on_exception(self, run: RunState, error: BaseException) -> None:
+        self.calls.append(f"checkpointer.exception:{type(error).__name__}")
+
     def _save(self, run: RunState) -> None:
         run.check_finite()
         self.saved.append(run.iteration)

@@ -7,7 +7,10 @@ import json
 import pytest
 import torch
 from distill_adapters_wan import PLUGIN
-from distill_protocols import RoleSpec, WeightsError
+from distill_adapters_wan.sources import FileWeights, folder_weights, read_in_groups
+from distill_protocols import RoleSpec, TensorFacts, TensorWeights, WeightsError
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 CPU = torch.device("cpu")
@@ -120,3 +123,129 @@ def test_a_two_expert_folder_is_refused(pipeline, config):
     file.write_text(json.dumps(index))
     with pytest.raises(WeightsError, match="experts"):
         load(pipeline, config)
+
+
+# -- weights of another place -----------------------------------------------------------------
+
+
+def shifted(pipeline, by: float = 1.0):
+    """The folder's weights, all of them moved."""
+    weights = load_file(pipeline / "transformer/diffusion_pytorch_model.safetensors")
+    return TensorWeights("shifted", {name: value + by for name, value in weights.items()})
+
+
+def load_from(pipeline, config, source, **kwargs):
+    spec = RoleSpec(name="r", path=str(pipeline), **{"trainable": True, **kwargs})
+    weights = {"r": {"transformer": source}}
+    return PLUGIN.load([spec], config, device=CPU, weights=weights)["r"]
+
+
+@pytest.mark.parametrize(("trainable", "precision"), [(True, "bf16"), (False, "bf16")])
+def test_given_weights_are_taken_instead_of_the_paths(pipeline, config, trainable, precision):
+    kwargs = {"trainable": trainable, "precision": precision}
+    source = shifted(pipeline)
+    own = load(pipeline, config, **kwargs).modules["transformer"]
+    (pipeline / "transformer/diffusion_pytorch_model.safetensors").unlink()
+    given = load_from(pipeline, config, source, **kwargs).modules["transformer"].state_dict()
+    for name, value in own.state_dict().items():
+        assert given[name].dtype == value.dtype, name
+        assert torch.equal(given[name], source.tensors[name].to(value.dtype)), name
+        assert given[name].data_ptr() != source.tensors[name].data_ptr(), name
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda w: w.pop("proj_out.bias"), "1 missing: proj_out.bias"),
+        (lambda w: w.update(stray=torch.zeros(2)), "1 unexpected: stray"),
+        (lambda w: w.update({"proj_out.bias": torch.zeros(3)}), r"proj_out.bias \[3\] instead of"),
+        (lambda w: w.clear(), r"missing: .* and \d+ more"),
+    ],
+)
+def test_given_weights_that_do_not_fit_are_named(pipeline, config, change, kind):
+    source = shifted(pipeline)
+    change(source.tensors)
+    with pytest.raises(WeightsError, match=f"^shifted: .*{kind}"):
+        load_from(pipeline, config, source)
+
+
+def test_weights_for_nobody_are_refused(pipeline, config):
+    spec = RoleSpec(name="r", path=str(pipeline), trainable=True)
+    source = shifted(pipeline)
+    with pytest.raises(WeightsError, match="given for studnt, but the roles are r"):
+        PLUGIN.load([spec], config, device=CPU, weights={"studnt": {"transformer": source}})
+    with pytest.raises(WeightsError, match=r"transformer_2 of role 'r'"):
+        PLUGIN.load([spec], config, device=CPU, weights={"r": {"transformer_2": source}})
+
+
+@pytest.mark.parametrize("shard", ["10GB", "40KB"])
+def test_a_folders_weights_are_a_source(pipeline, config, shard):
+    handle = load(pipeline, config)
+    module = handle.modules["transformer"]
+    with torch.no_grad():
+        module.proj_out.bias.fill_(5.0)
+    (pipeline / "transformer/diffusion_pytorch_model.safetensors").unlink()
+    module.save_pretrained(pipeline / "transformer", max_shard_size=shard)
+    assert (len(list((pipeline / "transformer").glob("*.safetensors"))) > 1) == (shard == "40KB")
+    sources = PLUGIN.weights(str(pipeline))
+    assert set(sources) == {"transformer"}
+    source = sources["transformer"]
+    assert source.where == str(pipeline / "transformer")
+    state = module.state_dict()
+    assert dict(source.facts()) == {
+        name: TensorFacts(tuple(value.shape), value.dtype) for name, value in state.items()
+    }
+    names = ["proj_out.bias", "patch_embedding.weight"]
+    assert {n: v.tolist() for n, v in source.read(names).items()} == {
+        name: state[name].tolist() for name in names
+    }
+    again = load_from(pipeline, config, source).modules["transformer"].state_dict()
+    assert all(torch.equal(again[name], value) for name, value in state.items())
+
+
+def test_weights_that_are_not_there_or_damaged(pipeline, tmp_path):
+    with pytest.raises(WeightsError, match="no folder"):
+        PLUGIN.weights(str(tmp_path / "nowhere"))
+    with pytest.raises(WeightsError, match=r"hf download Wan-AI/Wan2\.1-T2V-14B-Diffusers"):
+        PLUGIN.weights("Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    file = pipeline / "transformer/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(WeightsError, match=str(file)):
+        folder_weights(str(pipeline))
+    (pipeline / "model_index.json").unlink()
+    with pytest.raises(WeightsError, match=r"model_index\.json"):
+        PLUGIN.weights(str(pipeline))
+
+
+def test_files_that_cannot_be_trained_from(tmp_path):
+    for name in "ab":
+        save_file({"x": torch.zeros(2)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(WeightsError, match="which one counts"):
+        FileWeights("w", sorted(tmp_path.glob("*.safetensors")))
+    save_file({"x": torch.zeros(2).to(torch.float8_e4m3fn)}, tmp_path / "q.safetensors")
+    with pytest.raises(WeightsError, match="x is stored as F8_E4M3"):
+        FileWeights("w", [tmp_path / "q.safetensors"])
+
+
+@given(sizes=st.lists(st.integers(1, 40), max_size=20), most=st.integers(1, 200))
+def test_weights_are_read_in_groups(sizes, most):
+    """No more at once than ``most`` bytes or one tensor, and each just once."""
+    reads = []
+
+    class Source(TensorWeights):
+        def read(self, names):
+            names = list(names)
+            reads.append([self.facts()[name].nbytes for name in names])
+            return super().read(names)
+
+    tensors = {str(i): torch.full((size,), float(i)) for i, size in enumerate(sizes)}
+    found = list(read_in_groups(Source("w", tensors), tensors, most))
+    assert len(found) == len(sizes)
+    assert all(torch.equal(tensors[name], value) for name, value in found)
+    assert all(len(read) <= 1 or sum(read) <= most for read in reads)
+
+
+def test_loading_draws_nothing_from_the_global_generator(pipeline, config):
+    before = torch.get_rng_state()
+    load(pipeline, config)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import yaml
 from distill_protocols import ConfigError
@@ -113,6 +114,21 @@ SPOILT = {
     "report of an average that nobody keeps": (report(entries={"a": {"role": "critic", "ema": True}}), "callbacks.report.entries.a.ema: no average of 'critic' is kept"),
     "judge that is not there": (report(judge="./nowhere"), "callbacks.report.judge: "),
     "empty output folder": (put("training", "output_dir", value=""), "training.output_dir: ''"),
+    "adapters of rank 0": (put("models", "student", "lora", value={"rank": 0}), "models.student.lora.rank: 0 must be at least 1"),
+    "adapters nowhere": (put("models", "student", "lora", value={"rank": 2, "target_modules": ["to_qq"]}), "models.student.lora.target_modules: 'to_qq' is the end of no linear layer's name"),
+    "adapters that never move": (put("models", "teacher", "lora", value={"rank": 2}), "models.teacher.lora: role 'teacher' is frozen"),
+    "start from nothing": (put("models", "student", "init_from", value={"path": "./nowhere"}), "models.student.init_from.path: "),
+    "start from no path": (put("models", "student", "init_from", value={"path": "nowhere"}), "models.student.init_from.path: 'nowhere' is neither a folder"),
+    "start from an average of a folder": (put("models", "student", "init_from", value={"path": str(Path(__file__).resolve().parents[2] / "configs/tiny/wan"), "ema": True}), "models.student.init_from.ema: "),
+    "adapters of a whole role": (put("checkpoint", "export", value=[{"role": "student", "folder": "s", "format": "lora"}]), "checkpoint.export.0.lora_rank: "),
+    "an unknown format": (put("checkpoint", "export", value=[{"role": "student", "folder": "s", "format": "comfy"}]), "checkpoint.export.0.format: 'comfy' must be one of 'diffusers', 'comfyui', 'lora'; did you mean 'comfyui'?"),
+    "best by what nobody measures": (lambda v: v["checkpoint"].update(every_steps=2, keep_best={"metric": "report/student/fd"}), "checkpoint.keep_best.metric: 'report/student/fd' is measured by no callback"),
+    "best by what is measured at other times": (
+        lambda v: (report(every_steps=4)(v), v["checkpoint"].update(every_steps=5, keep_best={"metric": "report/a/fd"})),
+        "checkpoint.keep_best.metric: 'report/a/fd' is measured every 4 iterations and saves come every 5",
+    ),
+    "more workers than anyone has": (put("data", "workers", value=1000), "data.workers: "),
+    "changes of an unknown kind": (put("checkpoint", "changes", value={"added": ["discriminator"]}), "checkpoint.changes.added: "),
     "average that nobody keeps": (drop("callbacks", "ema"), "checkpoint.export.0.ema: no average of 'student' is kept"),
 }  # fmt: skip
 
@@ -353,3 +369,22 @@ def test_the_plan_counts(values, write, capsys):
     assert memory[3].split() == ["all", "43.5", "MB"]
     updates = next(line for line in lines if line.strip().startswith("student (lr"))
     assert updates.split(")")[1].split() == [*"...x...x..", "1"]
+
+
+def test_the_plan_counts_adapters(values, write):
+    """Fp32 wherever they are; gradients and moments where they train."""
+    from distill_train.check import read_config
+    from distill_train.plan import role_memory
+
+    values["models"]["student"] |= {"lora": {"rank": 2}, "precision": "bf16"}
+    config = read_config(write(values))
+    plan = config.family_plugin.plan(config.roles["student"].spec, config.pipeline)
+    assert plan.adapters > 0
+    trained = role_memory(config, plan)
+    assert trained.weights == 2 * plan.parameters + 4 * plan.adapters
+    assert trained.gradients == trained.ema == 4 * plan.adapters
+    assert trained.optimizer == 8 * plan.adapters
+    fixed = attrs.evolve(config.roles["student"], optimizer=None)
+    frozen = role_memory(attrs.evolve(config, roles={**config.roles, "student": fixed}), plan)
+    assert frozen.weights == trained.weights
+    assert frozen.gradients == frozen.optimizer == 0

@@ -14,17 +14,28 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from distill_checkpoint import (
+    ChangesConfig,
     CheckpointConfig,
     CheckpointManager,
     ExportCallback,
     ExportConfig,
+    KeepBestConfig,
     claim_output_dir,
 )
+from distill_checkpoint.files import FileFacts, sha256
 from distill_checkpoint.layout import checkpoints, safe
+from distill_checkpoint.manifest import inspect
 from distill_checkpoint.retention import superseded
 from distill_checkpoint.tensors import read_tensors, write_tensors
 from distill_checkpoint.values import pack, unpack
-from distill_protocols import CapabilityError, OutputError, RoleError, SamplerSpec
+from distill_protocols import (
+    CapabilityError,
+    ExportRequest,
+    OutputError,
+    RoleError,
+    RoleSpec,
+    SamplerSpec,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_run import Shape, new_run
@@ -41,6 +52,8 @@ from tiny_run import Shape, new_run
         ({"every_steps": 4, "keep_every": 10}, "multiple of every_steps"),
         ({"resume": "checkpoint-000400"}, "absolute path"),
         ({"resume": "Latest"}, "'latest', 'none'"),
+        ({"timeout_seconds": 0.0}, "0 must be above 0"),
+        ({"keep_best": KeepBestConfig(metric="fd")}, "no effect without every_steps"),
     ],
 )
 def test_config_faults(keys, message):
@@ -64,6 +77,17 @@ def test_two_exports_into_one_folder():
     exports = [ExportConfig(role=role, folder="a/b") for role in ("student", "critic")]
     with pytest.raises(ValueError, match="a/b is the folder of two exports"):
         CheckpointConfig(export=tuple(exports))
+
+
+@pytest.mark.parametrize("entry", ["critic", "roles.", "role.critic", "schedulers.student", ""])
+def test_changes_name_what_a_run_can_gain_or_lose(entry):
+    with pytest.raises(ValueError, match=r"must be one of roles\.<name>, optimizers\.<name>, ema"):
+        ChangesConfig(added=(entry,))
+
+
+def test_a_change_said_twice():
+    with pytest.raises(ValueError, match=r"roles\.a stands there twice"):
+        ChangesConfig(dropped=("roles.a", "roles.a"))
 
 
 # -- values and tensors ---------------------------------------------------------------------------
@@ -126,6 +150,18 @@ def test_tensors_spread_over_files_come_back(sizes, shard_bytes):
     assert len(files) >= sum(data) / (shard_bytes + max(data, default=0))
 
 
+def test_checksums_are_those_of_the_files(tmp_path):
+    # Larger than what may be written ahead of the hashing.
+    found = {"small": torch.rand(3), "flag": torch.tensor([True]), "empty": torch.rand(0, 2)}
+    found |= {f"large{i}": torch.rand(2_000_000) for i in range(10)}
+    written = write_tensors(tmp_path / "t", found)
+    assert written == {
+        path: FileFacts(size=path.stat().st_size, sha256=sha256(path))
+        for path in (tmp_path / "t").iterdir()
+    }
+    assert same(found, read_tensors(tmp_path / "t"))
+
+
 def test_views_of_one_memory_come_back():
     base = torch.rand(4, 6)
     found = {"base": base, "row": base[1], "turned": base.t(), "wide": base[:1].expand(3, 6)}
@@ -148,19 +184,44 @@ def test_names_are_different_single_file_names(a, b):
 
 
 @given(
-    st.sets(st.integers(1, 60), min_size=1),
+    st.dictionaries(
+        st.integers(1, 60),
+        st.dictionaries(st.sampled_from(["fd", "other"]), st.sampled_from([0.5, 1.0, 2.0])),
+        min_size=1,
+    ),
     st.integers(1, 5),
     st.none() | st.integers(1, 7),
+    st.none()
+    | st.builds(
+        KeepBestConfig,
+        metric=st.just("fd"),
+        mode=st.sampled_from(["min", "max"]),
+        count=st.integers(1, 3),
+    ),
 )
-def test_retention(iterations, keep_last, keep_every):
-    gone = superseded(iterations, keep_last=keep_last, keep_every=keep_every)
-    stay = iterations - set(gone)
-    assert set(gone) <= iterations
-    assert sorted(iterations)[-keep_last:] == sorted(stay)[-keep_last:]
-    if keep_every:
-        assert all(i in stay for i in iterations if i % keep_every == 0)
-    older = sorted(iterations)[:-keep_last]
-    assert all(keep_every and i % keep_every == 0 for i in older if i in stay)
+def test_retention(metrics, keep_last, keep_every, keep_best):
+    gone = superseded(metrics, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
+    assert list(gone) == sorted(set(gone))
+    candidates = [i for i in metrics if "fd" in metrics[i]]
+
+    def stays(i: int) -> bool:
+        def better(j: int) -> bool:
+            a, b = metrics[j]["fd"], metrics[i]["fd"]
+            return (a < b if keep_best.mode == "min" else a > b) or (a == b and j > i)
+
+        newer = sum(j > i for j in metrics)
+        measured = keep_best is not None and i in candidates
+        return (
+            newer < keep_last
+            or (keep_every is not None and i % keep_every == 0)
+            or (
+                measured
+                and sum("fd" in metrics[j] and better(j) for j in metrics) < keep_best.count
+            )
+        )
+
+    assert set(metrics) - set(gone) == {i for i in metrics if stays(i)}
+    assert max(metrics) not in gone
 
 
 def test_retention_on_disk_keeps_the_last_whole_one_when_newer_ones_are_damaged(tmp_path):
@@ -173,6 +234,54 @@ def test_retention_on_disk_keeps_the_last_whole_one_when_newer_ones_are_damaged(
     CheckpointManager(config, tmp_path, {}).save(run.state(tmp_path, 6), run.callbacks)
     # Damaged ones neither count among the last two nor are deleted: a person may want to look.
     assert list(checkpoints(tmp_path)) == [6, 5, 4, 3]
+
+
+@pytest.mark.parametrize("best", [None, KeepBestConfig(metric="report/fd")])
+def test_retention_does_not_count_later_ones_that_a_resume_passed_over(tmp_path, best):
+    config = CheckpointConfig(every_steps=2, keep_last=1, keep_best=best, resume="latest")
+    run = new_run(Shape(ema_roles=()))
+    keep_all = CheckpointManager(CheckpointConfig(every_steps=2, keep_last=9), tmp_path, {})
+    run.train(tmp_path, 4, keep_all)
+    flipped = next((tmp_path / "checkpoint-000004").rglob("*.safetensors"))
+    content = bytearray(flipped.read_bytes())
+    content[-3] ^= 1  # of the right size: only its checksum is wrong
+    flipped.write_bytes(content)
+    run = new_run(Shape(ema_roles=()))
+    run.train(tmp_path, 3, CheckpointManager(config, tmp_path, {}))
+    # Counted, the damaged one would be the newest, and what was just saved would go for its sake.
+    assert list(checkpoints(tmp_path)) == [4, 3]
+    assert inspect(tmp_path / "checkpoint-000003", checksums=True).damage is None
+
+
+def test_a_folder_that_cannot_be_listed_ends_no_run(tmp_path, monkeypatch, caplog):
+    def fails(folder: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("distill_checkpoint.manager.checkpoints", fails)
+    run = new_run(Shape(ema_roles=()))
+    # On several ranks only one deletes: raised there, the error would leave the others waiting.
+    CheckpointManager(CheckpointConfig(), tmp_path, {}).save(run.state(tmp_path, 1), run.callbacks)
+    assert "cannot be listed: [Errno 5] Input/output error" in caplog.text
+    assert inspect(tmp_path / "checkpoint-000001", checksums=True).damage is None
+
+
+def test_the_best_stay(tmp_path, caplog):
+    best = KeepBestConfig(metric="report/fd", count=2)
+    config = CheckpointConfig(every_steps=1, keep_last=1, keep_best=best)
+    values = {1: 3.0, 2: float("nan"), 3: 1.0, 4: torch.tensor(2.0), 5: 4.0}
+    run = new_run(Shape(ema_roles=()))
+
+    def measure(state, step) -> None:
+        if step.iteration in values:
+            state.metrics["report/fd"] = values[step.iteration]
+
+    run.callbacks["tally"].on_step_end = measure
+    run.train(tmp_path, 7, CheckpointManager(config, tmp_path, {}))
+    assert list(checkpoints(tmp_path)) == [7, 4, 3]
+    told = [r.getMessage() for r in caplog.records if "no candidate" in r.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith("checkpoint-000006 is no candidate for checkpoint.keep_best, as rep")
+    assert "grad_norm/" in told[0]
 
 
 def test_nothing_is_deleted_before_the_new_one_is_there(tmp_path, monkeypatch):
@@ -280,41 +389,70 @@ def test_a_full_disk_leaves_no_folder_behind(tmp_path, monkeypatch):
 
 
 class Exporter:
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, str, SamplerSpec, bool]] = []
+    """Notes what it is asked for; ``verify`` notes that it was called."""
 
-    def __call__(self, role, folder, *, sampler, ema):
-        self.calls.append((role, folder, sampler, ema))
-        return {"bytes": 1}
+    def __init__(self) -> None:
+        self.calls: list[tuple[RoleSpec, Path, ExportRequest]] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.verified: list[Path] = []
+
+    def export(self, role, weights, folder, request):
+        self.calls.append((role, folder, request))
+        source = weights["transformer"]
+        self.weights.append({n: v.clone() for n, v in source.read(source.facts()).items()})
+        return {"notes": []}
+
+    def verify(self, role, weights, folder, request):
+        self.verified.append(folder)
+        return {"notes": ["all equal"]}
+
+
+ROLES = {
+    name: RoleSpec(name=name, path=f"/models/{name}", trainable=True)
+    for name in ("student", "critic", "studnet")
+}
+
+
+def export_callback(exports, exporter, folder) -> ExportCallback:
+    return ExportCallback(exports, exporter, ROLES, folder)
 
 
 def export_run(tmp_path, exports, steps=3, stop_at=None):
     run, exporter = new_run(Shape()), Exporter()
-    run.callbacks["export"] = ExportCallback(exports, exporter, tmp_path)
+    run.callbacks["export"] = export_callback(exports, exporter, tmp_path)
     if stop_at:
         run.callbacks["tally"].on_step_start = lambda state: (
             state.request_stop("asked to") if state.iteration == stop_at else None
         )
     run.train(tmp_path, steps)
-    return exporter.calls
+    return run, exporter
 
 
 def test_export_at_the_end(tmp_path):
     exports = [
-        ExportConfig(role="student", folder="export/live"),
-        ExportConfig(role="student", folder="export/ema", ema=True),
+        ExportConfig(role="student", folder="export/live", format="comfyui", precision="bf16"),
+        ExportConfig(role="student", folder="export/ema", ema=True, verify=True),
     ]
-    assert export_run(tmp_path, exports) == [
-        ("student", str(tmp_path / "export" / "live"), SamplerSpec(steps=2), False),
-        ("student", str(tmp_path / "export" / "ema"), SamplerSpec(steps=2), True),
+    run, exporter = export_run(tmp_path, exports)
+    spec = SamplerSpec(steps=2)
+    live = ExportRequest(sampler=spec, weights="live", format="comfyui", precision="bf16")
+    assert exporter.calls == [
+        (ROLES["student"], tmp_path / "export" / "live", live),
+        (ROLES["student"], tmp_path / "export" / "ema", ExportRequest(sampler=spec, weights="ema")),
     ]
+    assert exporter.verified == [tmp_path / "export" / "ema"]
+    role = run.method.bundle["student"]
+    wanted = [role.modules["transformer"].state_dict(), role.ema["transformer"].weights()]
+    for found, weights in zip(exporter.weights, wanted, strict=True):
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[name], weights[name]) for name in found)
 
 
 def test_a_stopped_run_exports_nothing_and_says_so(tmp_path, caplog):
     exports = [ExportConfig(role="student", folder="x")]
-    assert export_run(tmp_path, exports, stop_at=2) == []
+    assert export_run(tmp_path, exports, stop_at=2)[1].calls == []
     assert "nothing exported: the run stopped at iteration 2 of 3 (asked to)" in caplog.text
-    assert len(export_run(tmp_path, exports, stop_at=3)) == 1
+    assert len(export_run(tmp_path, exports, stop_at=3)[1].calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -326,7 +464,7 @@ def test_a_stopped_run_exports_nothing_and_says_so(tmp_path, caplog):
 )
 def test_an_export_that_cannot_work_is_refused_in_the_first_step(tmp_path, export, error, message):
     run = new_run(Shape())
-    run.callbacks["export"] = ExportCallback([export], Exporter(), tmp_path)
+    run.callbacks["export"] = export_callback([export], Exporter(), tmp_path)
     with pytest.raises(error, match=message):
         run.train(tmp_path, 3)
     assert sum(run.method.update_counts.values()) == 0
@@ -339,11 +477,12 @@ def test_an_export_needs_to_know_how_to_sample(tmp_path, monkeypatch):
 
 
 def test_a_failing_export_is_raised(tmp_path):
-    def failing(*_: object, **__: object) -> None:
-        raise OutputError("no room")
+    class Failing(Exporter):
+        def export(self, role, weights, folder, request):
+            raise OutputError("no room")
 
     run = new_run(Shape())
     exports = [ExportConfig(role="student", folder="x")]
-    run.callbacks["export"] = ExportCallback(exports, failing, tmp_path)
+    run.callbacks["export"] = export_callback(exports, Failing(), tmp_path)
     with pytest.raises(OutputError, match="no room"):
         run.train(tmp_path, 1)

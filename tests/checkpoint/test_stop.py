@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoint.test_resume import RESUME, differences, manager
-from distill_protocols import Callback, RandomStreams, RunState, StepResult
+from distill_checkpoint import CheckpointConfig, KeepBestConfig
+from distill_checkpoint.manifest import inspect
+from distill_protocols import Callback, RandomStreams, RunState, StepRecord, StepResult
 from distill_trainer.rewind import Rewind
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -88,10 +90,15 @@ SHAPES = st.builds(
 
 
 @settings(max_examples=15)
-@given(n=st.integers(1, 3), m=st.integers(1, 3), shape=SHAPES, data=st.data())
-def test_n_steps_stop_within_the_next_save_resume_is_an_uninterrupted_run(n, m, shape, data):
+@given(
+    n=st.integers(1, 3), m=st.integers(1, 3), shape=SHAPES, in_background=st.booleans(),
+    data=st.data(),
+)  # fmt: skip
+def test_n_steps_stop_within_the_next_save_resume_is_an_uninterrupted_run(
+    n, m, shape, in_background, data
+):
     moment = data.draw(st.integers(0, MOMENTS * shape.accumulation - 1), label="moment")
-    check(n, m, shape, moment)
+    check(n, m, shape, moment, in_background)
 
 
 @pytest.mark.parametrize("moment", range(2 * MOMENTS))
@@ -99,7 +106,11 @@ def test_every_moment_of_an_iteration(moment):
     check(1, 2, Shape(precision="fp16", accumulation=2), moment)
 
 
-def check(n: int, m: int, shape: Shape, moment: int) -> None:
+def check(n: int, m: int, shape: Shape, moment: int, in_background: bool = False) -> None:
+    # In the background one is still being written while the next iteration is taken back.
+    saves = CheckpointConfig(
+        every_steps=1 if in_background else None, keep_last=1, async_save=in_background
+    )
     finishes = moment == MOMENTS * shape.accumulation - 1  # nobody polls after it
     last = n + 1 if finishes else n
     with TemporaryDirectory() as name:
@@ -112,7 +123,7 @@ def check(n: int, m: int, shape: Shape, moment: int) -> None:
 
         run = polling_run(shape)
         run.method.ask_in, run.method.ask_at = n + 1, moment
-        run.train(stopped, n + m + 1, manager(stopped))
+        run.train(stopped, n + m + 1, manager(stopped, saves))
         assert differences(expected.everything(), run.everything()) == []
         modules = run.method.model_dict.values()
         assert all(p.grad is None for module in modules for p in module.parameters())
@@ -121,6 +132,21 @@ def check(n: int, m: int, shape: Shape, moment: int) -> None:
         resumed = polling_run(shape, seed=1)
         resumed.train(stopped, n + m, manager(stopped, RESUME))
         assert differences(uninterrupted.everything(), resumed.everything()) == []
+
+
+def test_what_is_saved_keeps_what_was_measured_in_its_iteration(tmp_path):
+    run = polling_run(Shape())
+    run.method.ask_in, run.method.ask_at = 3, 1
+
+    def measure(state: RunState, step: StepRecord) -> None:
+        state.metrics["report/fd"] = float(step.iteration)
+
+    run.callbacks["tally"].on_step_end = measure
+    config = CheckpointConfig(every_steps=9, keep_best=KeepBestConfig(metric="report/fd"))
+    run.train(tmp_path, 9, manager(tmp_path, config))
+    found = inspect(tmp_path / "checkpoint-000002", checksums=True).manifest
+    assert found is not None
+    assert found.metrics == {"report/fd": 2.0}
 
 
 def test_a_stop_in_the_first_iteration_saves_nothing_and_leaves_the_beginning(tmp_path):

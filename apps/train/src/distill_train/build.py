@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from attrs import frozen
-from distill_checkpoint import CheckpointManager, ExportCallback
+from distill_checkpoint import (
+    CheckpointManager,
+    ExportCallback,
+    StoredCheckpoint,
+    is_checkpoint,
+)
 from distill_conditioning import CachedConditioning, LatentDataset, LatentLoader
 from distill_protocols import (
     Callback,
@@ -17,11 +24,14 @@ from distill_protocols import (
     ModelBundle,
     RandomStreams,
     RunParts,
+    WeightSource,
 )
 from distill_trainer import DistillTrainer, ValidationCallback, build_optimizers, build_trackers
 
 from distill_train.plan import horizon
-from distill_train.schema import RunConfig
+from distill_train.schema import RunConfig, is_local
+
+_log = logging.getLogger(__name__)
 
 
 @frozen(eq=False, kw_only=True)
@@ -38,8 +48,13 @@ class Run:
 def build(config: RunConfig, *, device: torch.device) -> Run:
     """Weights, optimizers, adapter, conditioning, method, loader, callbacks, trainer: in order."""
     output_dir = Path(config.training.output_dir)
-    specs = [role.spec for role in config.roles.values()]
-    bundle = config.family_plugin.load(specs, config.pipeline, device=device)
+    bundle = config.family_plugin.load(
+        [role.spec for role in config.roles.values()],
+        config.pipeline,
+        device=device,
+        seed=config.training.seed,
+        weights=_warm_starts(config, output_dir),
+    )
     _attach_optimizers(config, bundle)
     adapter = config.family_plugin.adapter(bundle, config.pipeline, source=config.source)
     dataset = LatentDataset(config.data, latent_shape=adapter.latent_shape)
@@ -62,7 +77,7 @@ def build(config: RunConfig, *, device: torch.device) -> Run:
         method=method,
         adapter=adapter,
         conditioning=conditioning,
-        exporter=config.family_plugin.exporter(bundle, config.pipeline, source=config.source),
+        exporter=config.family_plugin.exporter(config.pipeline, source=config.source),
         output_dir=output_dir,
     )
     trainer = DistillTrainer(
@@ -73,6 +88,23 @@ def build(config: RunConfig, *, device: torch.device) -> Run:
         streams=streams,
     )
     return Run(trainer=trainer, method=method, loader=loader, bundle=bundle, adapter=adapter)
+
+
+def _warm_starts(config: RunConfig, output_dir: Path) -> dict[str, Mapping[str, WeightSource]]:
+    """By role, the weights that it starts with instead of those of its path."""
+    sources: dict[str, Mapping[str, WeightSource]] = {}
+    for name, role in config.roles.items():
+        start = role.init_from
+        if start is None or role.comes_from_checkpoint(config.checkpoint, output_dir):
+            continue
+        if is_local(start.path) and is_checkpoint(Path(start.path)):
+            stored = StoredCheckpoint.open(Path(start.path))
+            sources[name] = stored.weights(start.role or name, ema=start.ema)
+        else:
+            sources[name] = config.family_plugin.weights(start.path)
+        kind = " (EMA)" if start.ema else ""
+        _log.info("%s starts from %s%s", name, start.path, kind)
+    return sources
 
 
 def _attach_optimizers(config: RunConfig, bundle: ModelBundle) -> None:
@@ -93,7 +125,8 @@ def _callbacks(config: RunConfig, parts: RunParts) -> list[Callback]:
     callbacks: list[Callback] = []
     if config.checkpoint.export:
         exports = config.checkpoint.export
-        callbacks.append(ExportCallback(exports, parts.exporter, parts.output_dir))
+        specs = {name: role.spec for name, role in config.roles.items()}
+        callbacks.append(ExportCallback(exports, parts.exporter, specs, parts.output_dir))
     plugins = config.callback_plugins
     in_order = sorted(
         config.callbacks.items(), key=lambda item: bool(plugins[item[0]].metrics(item[1]))

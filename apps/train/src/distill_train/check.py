@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import define, field
+from attrs import define, evolve, field
 from distill_checkpoint.config import CheckpointConfig
+from distill_checkpoint.layout import checkpoints
+from distill_checkpoint.listing import role_faults
+from distill_checkpoint.manifest import is_checkpoint
 from distill_conditioning.config import ConditioningConfig, DataConfig
 from distill_conditioning.facts import DatasetFacts, dataset_facts
 from distill_protocols.errors import ConfigError, PluginError
 from distill_protocols.plugins import (
     CallbackPlugin,
     FamilyPlugin,
+    LoraSpec,
     MethodPlugin,
     PlannedRun,
     RoleNeed,
     RoleSpec,
     load_plugin,
+    plugin_names,
 )
 from distill_protocols.sampler import SamplerSpec
 from distill_trainer.config import OptimizerConfig, TrainingConfig, ValidationConfig
 
 from distill_train.schema import (
+    InitFromConfig,
+    ModelsConfig,
     RecipeConfig,
     Role,
     RoleConfig,
@@ -61,12 +69,62 @@ def read_config(
     return _Check(source, overlay, planning).run()
 
 
+def read_models(file: Path, role: str) -> ModelsConfig:
+    """What ``file``, a run file or a checkpoint's ``config.json``, says of its models.
+
+    Raises:
+        ConfigError: with every fault of those sections, of other roles than ``role`` excepted:
+            their folders may be gone.
+    """
+    source = read_source(file)
+    if source.values is None:
+        raise ConfigError([str(fault) for fault in source.faults])
+    return _Check(source, None, planning=True).models(role)
+
+
 @define
 class _Check:
     source: Source
     overlay: Source | None
     planning: bool
     faults: list[Fault] = field(factory=list)
+
+    def models(self, role: str) -> ModelsConfig:
+        """Recipe, models, pipeline and method alone, and faults of one role alone."""
+        self.faults += self.source.faults
+        recipe = self._structure(RecipeConfig, "recipe")
+        family, method = self._plugins(recipe)
+        parts: dict[str, Any] = {
+            "training": None,
+            "checkpoint": None,
+            "pipeline": family and self._structure(family.config_class, "pipeline_config"),
+            "method": method and self._structure(method.config_class, "method_config"),
+        }
+        # A run that is over needs neither the optimizers nor the weights that it began with.
+        configs = {
+            name: evolve(written, optimizer={}, init_from=None)
+            for name, written in self._role_configs().items()
+        }
+        roles = self._join(configs, recipe, family, method, parts)
+        for section in ("recipe", "models", "pipeline_config"):
+            if self.source.values.get(section) is None:
+                self._fault((section,), "missing section; it says how the weights are used")
+        self.faults = [
+            f for f in self.faults if f.path[:1] != ("models",) or f.path[1:2] == (role,)
+        ]
+        if self.faults:
+            self._raise()
+        assert recipe is not None
+        assert family is not None
+        assert method is not None
+        return ModelsConfig(
+            recipe=recipe,
+            roles=roles,
+            pipeline=parts["pipeline"],
+            method=parts["method"],
+            family_plugin=family,
+            method_plugin=method,
+        )
 
     def run(self) -> RunConfig:
         self.faults += self.source.faults
@@ -94,8 +152,9 @@ class _Check:
         facts = self._data(complete, family, parts)
         self._negative(method, parts, facts)
         run = self._planned(complete, method, parts, facts, callback_plugins, callbacks)
-        self._named_roles(run, parts)
+        self._named_roles(run, parts, family)
         self._callback_rules(run, callback_plugins, callbacks)
+        self._best_by_a_metric(parts, callback_plugins, callbacks)
         if self.faults:
             self._raise()
         # Each of them missing is a fault.
@@ -263,6 +322,14 @@ class _Check:
             if family is not None and pipeline is not None:
                 for message in family.faults(spec, pipeline):
                     self._fault(("models", name, "path"), message)
+                for key, message in family.lora_faults(spec):
+                    self._fault(("models", name, "lora", key), message)
+            if role.lora and not spec.trainable and role.init_from is None and needs:
+                self._fault(
+                    ("models", name, "lora"),
+                    f"role {name!r} is frozen, so its adapters would stay at B A = 0, where they "
+                    "change nothing. Remove lora, or name trained ones with init_from",
+                )
             if role.optimizer and not spec.trainable and (needs or role.trainable is False):
                 self._fault(
                     ("models", name, "optimizer"),
@@ -270,7 +337,13 @@ class _Check:
                     "keys",
                 )
             optimizer = self._optimizer(name, role, parts["training"]) if spec.trainable else None
-            complete[name] = Role(spec=spec, optimizer=optimizer)
+            init_from = role.init_from and self._init_from(name, role.init_from)
+            complete[name] = Role(spec=spec, optimizer=optimizer, init_from=init_from)
+            if init_from and family is not None and pipeline is not None:
+                if _goes_on(complete[name], parts):
+                    continue  # the run's own checkpoint holds the role: nobody reads these again
+                for key, message in _init_faults(init_from, complete[name], family, pipeline):
+                    self._fault(("models", name, "init_from", key), message)
         return complete
 
     def _spec(self, name: str, role: RoleConfig, need: RoleNeed | None) -> RoleSpec:
@@ -278,10 +351,20 @@ class _Check:
         if trainable is None:
             # A role that nobody needs has its fault already, and shall draw no other.
             trainable = need is None or need.trainable
-        path = role.path
-        if is_local(path):
-            path = resolve_path(path, self._base_of(name, "path"))
-        return RoleSpec(name=name, path=path, trainable=trainable, precision=role.precision)
+        return RoleSpec(
+            name=name,
+            path=self._resolved(role.path, name, "path"),
+            trainable=trainable,
+            precision=role.precision,
+            lora=role.lora,
+        )
+
+    def _init_from(self, name: str, written: InitFromConfig) -> InitFromConfig:
+        path = self._resolved(written.path, name, "init_from")
+        return evolve(written, path=path, role=written.role or name)
+
+    def _resolved(self, path: str, role: str, key: str) -> str:
+        return resolve_path(path, self._base_of(role, key)) if is_local(path) else path
 
     def _written_roles(self) -> set[str]:
         """Names under ``models:``, whatever is wrong with them."""
@@ -334,7 +417,9 @@ class _Check:
 
     # -- the rest -----------------------------------------------------------------------------
 
-    def _named_roles(self, run: PlannedRun, parts: Mapping[str, Any]) -> None:
+    def _named_roles(
+        self, run: PlannedRun, parts: Mapping[str, Any], family: FamilyPlugin | None
+    ) -> None:
         """Roles that sections and callbacks name, and the averages that they ask for."""
         for name, view in (parts["validation"].views if parts["validation"] else {}).items():
             for key, message in (
@@ -346,6 +431,10 @@ class _Check:
         for i, export in enumerate(exports):
             for key, message in run.role_faults(export.role, ema=export.ema):
                 self._fault(("checkpoint", "export", str(i), key), message)
+            if family is not None and export.role in run.roles:
+                request = export.request(run.student_sampler or SamplerSpec(steps=1))
+                for key, message in family.export_faults(run.roles[export.role], request):
+                    self._fault(("checkpoint", "export", str(i), key), message)
 
     def _callback_rules(
         self, run: PlannedRun, plugins: Mapping[str, CallbackPlugin], configs: Mapping[str, Any]
@@ -354,6 +443,43 @@ class _Check:
             if config is not None:
                 for key, message in plugins[name].faults(config, run):
                     self._fault(("callbacks", name, *key.split(".")), message)
+
+    def _best_by_a_metric(
+        self,
+        parts: Mapping[str, Any],
+        plugins: Mapping[str, CallbackPlugin],
+        configs: Mapping[str, Any],
+    ) -> None:
+        """checkpoint.keep_best against what callbacks say that they measure, and when."""
+        training, checkpoint = parts["training"], parts["checkpoint"]
+        if training is None or checkpoint is None or checkpoint.keep_best is None:
+            return
+        metric = checkpoint.keep_best.metric
+        measured: dict[str, int] = {}
+        for name, config in configs.items():
+            if config is not None:
+                measured |= plugins[name].metrics(config)
+        owner = metric.split("/")[0]
+        if metric not in measured:
+            if owner in plugin_names("distill.callbacks") and (measured or owner not in configs):
+                near = difflib.get_close_matches(metric, measured, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                self._fault(
+                    ("checkpoint", "keep_best", "metric"),
+                    f"{metric!r} is measured by no callback of this file{hint} (measured: "
+                    f"{', '.join(measured) or 'none'}); name one, or add the callback",
+                )
+            return  # a method's own number, which is known when it runs
+        looks, saves = measured[metric], checkpoint.every_steps or 0
+        both = math.lcm(looks, saves)
+        if not 0 < both <= training.max_train_steps:
+            self._fault(
+                ("checkpoint", "keep_best", "metric"),
+                f"{metric!r} is measured every {looks} iterations and saves come every {saves} "
+                f"(0: at the end only), which never meet in {training.max_train_steps} iterations; "
+                f"a checkpoint is judged by what was measured in its own. Set callbacks.{owner}"
+                ".every_steps and checkpoint.every_steps alike",
+            )
 
     def _folders(self, parts: Mapping[str, Any]) -> None:
         training, checkpoint, data = parts["training"], parts["checkpoint"], parts["data"]
@@ -465,6 +591,91 @@ def _has_negative(
     return None if facts is None else facts.has_negative
 
 
+def _goes_on(role: Role, parts: Mapping[str, Any]) -> bool:
+    """Whether the role's weights will come from this run's own checkpoint."""
+    training, checkpoint = parts["training"], parts["checkpoint"]
+    if training is None or checkpoint is None:
+        return False
+    return role.comes_from_checkpoint(checkpoint, Path(training.output_dir))
+
+
+def _init_faults(
+    init_from: InitFromConfig, role: Role, family: FamilyPlugin, pipeline: Any
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with the weights that a role shall start with: pairs of key and message."""
+    path = Path(init_from.path)
+    if is_local(init_from.path) and is_checkpoint(path):
+        source = init_from.role or role.spec.name
+        found = list(role_faults(path, source, ema=init_from.ema))
+        yield from found or _stored_faults(path, source, role, family)
+        return
+    inside = checkpoints(path) if is_local(init_from.path) else {}
+    if inside:
+        yield (
+            "path",
+            f"{path} is a run's output folder; name the checkpoint in it that is meant "
+            f"({', '.join(folder.name for folder in list(inside.values())[:3])} ...)",
+        )
+        return
+    for message in family.faults(evolve(role.spec, path=init_from.path, lora=None), pipeline):
+        yield "path", message
+    if role.spec.lora is not None:
+        yield "path", _whole_under_lora(init_from.path, role, f"write path: {init_from.path}")
+    for message in family.fit_faults(role.spec, init_from.path):
+        yield "path", message
+    for key, given in (("ema", init_from.ema), ("role", init_from.role != role.spec.name)):
+        if given:
+            yield (
+                key,
+                f"{init_from.path} is no checkpoint but a model's folder, which holds one set of "
+                "weights; leave this key out",
+            )
+
+
+def _stored_faults(
+    checkpoint: Path, source: str, role: Role, family: FamilyPlugin
+) -> Iterator[tuple[str, str]]:
+    """Whole weights against whole ones, adapters against adapters.
+
+    Adapters carry neither their scale nor their base: both runs must say the same of the scale.
+    """
+    values = read_source(checkpoint / "config.json").values
+    if values is None:
+        yield (
+            "path",
+            f"{checkpoint} cannot be read: its config.json is missing or damaged; name another "
+            "checkpoint",
+        )
+        return
+    written = (values.get("models") or {}).get(source) or {}
+    lora, now = written.get("lora"), role.spec.lora
+    if lora is None:
+        if now is not None:
+            export = f"export {source} of it (--format diffusers) and make that the path"
+            yield "path", _whole_under_lora(checkpoint, role, export)
+        for message in family.fit_faults(role.spec, written.get("path", role.spec.path)):
+            yield "path", f"{checkpoint}: {message}"
+        return
+    then = LoraSpec(**{**lora, "target_modules": tuple(lora["target_modules"])})
+    if now is None or (then.rank, then.scale) != (now.rank, now.scale):
+        yield (
+            "path",
+            f"{checkpoint} holds adapters of {source!r} alone, of rank {then.rank} and alpha / "
+            f"rank {then.scale:g}, and {role.spec.name} has "
+            f"{f'rank {now.rank} and {now.scale:g}' if now else 'no lora'}; the same numbers would "
+            "mean other weights. Give the role the same lora, or export that one merged "
+            "(--format diffusers) and start from the export",
+        )
+
+
+def _whole_under_lora(start: object, role: Role, way_out: str) -> str:
+    return (
+        f"{start} holds whole weights, but the base of {role.spec.name}'s lora is what its path "
+        "says: checkpoints hold the adapters alone, and an export would merge them into other "
+        f"weights than they were trained beside. Without init_from, {way_out}"
+    )
+
+
 def _resolved_role(recipe: RecipeConfig, role: Role) -> dict[str, Any]:
     """As a run file could hold it, with nothing left to defaults or to relative paths."""
     return {
@@ -472,6 +683,8 @@ def _resolved_role(recipe: RecipeConfig, role: Role) -> dict[str, Any]:
         "path": role.spec.path,
         "trainable": role.spec.trainable,
         "precision": role.spec.precision,
+        "init_from": to_plain(role.init_from) if role.init_from else None,
+        "lora": to_plain(role.spec.lora) if role.spec.lora else None,
         "optimizer": to_plain(role.optimizer) if role.optimizer else {},
     }
 

@@ -40,15 +40,18 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return EXIT_FAILED
-    from distill_train.check import read_config
-
     try:
+        from distill_train.check import read_config
+
         config = read_config(args.config, args.models_json, planning=args.dry_run)
     except ConfigError as error:
         count = len(error.faults)
         print(error, file=sys.stderr)
         print(f"{count} fault{'s' if count > 1 else ''}; nothing was started.", file=sys.stderr)
         return EXIT_CONFIG
+    except KeyboardInterrupt:
+        print("interrupted: nothing was started", file=sys.stderr)
+        return EXIT_INTERRUPTED
     try:
         if args.dry_run:
             from distill_train.plan import describe

@@ -35,18 +35,19 @@ class RoleMemory:
 
 
 def role_memory(config: RunConfig, plan: RolePlan) -> RoleMemory:
-    """Weights in fp32 where trained, else in the role's precision; gradients and moments fp32."""
+    """What trains is in fp32, with its gradients and moments; the rest in the role's precision."""
     role = config.roles[plan.role]
-    n = plan.parameters
-    if role.optimizer is None:
-        return RoleMemory(
-            weights=n * DTYPES[role.spec.precision].itemsize, gradients=0, optimizer=0, ema=0
-        )
+    moving = plan.parameters if role.spec.lora is None else plan.adapters
+    trained = 0 if role.optimizer is None else moving
+    moments = 0 if role.optimizer is None else _MOMENTS[role.optimizer.name]
+    # Adapters are in fp32 in a frozen role, too.
+    wide = trained or plan.adapters
+    fixed = plan.parameters + plan.adapters - wide
     return RoleMemory(
-        weights=4 * n,
-        gradients=4 * n,
-        optimizer=4 * n * _MOMENTS[role.optimizer.name],
-        ema=4 * n if plan.role in averaged_roles(config) else 0,
+        weights=4 * wide + fixed * DTYPES[role.spec.precision].itemsize,
+        gradients=4 * trained,
+        optimizer=4 * trained * moments,
+        ema=4 * trained if plan.role in averaged_roles(config) else 0,
     )
 
 
@@ -110,12 +111,20 @@ def _roles(config: RunConfig, plans: Sequence[RolePlan]) -> list[str]:
     for plan in plans:
         role = config.roles[plan.role]
         for module in plan.modules:
+            lora = role.spec.lora
+            trained = f"LoRA rank {lora.rank}, {module.adapters:,}" if lora else "trained"
             rows.append((
                 plan.role, module.name, module.architecture, f"{module.parameters:,}",
-                "trained" if role.spec.trainable else "frozen", role.spec.precision,
+                trained if role.spec.trainable else "frozen", role.spec.precision,
                 plan.source if plan.present else f"{plan.source} (weights not here yet)",
             ))  # fmt: skip
-    return table(rows, right=(3,))
+    starts = [
+        f"  {name} starts from {role.init_from.path}"
+        + (f" ({role.init_from.role}{', EMA' if role.init_from.ema else ''})")
+        for name, role in config.roles.items()
+        if role.init_from is not None
+    ]
+    return [*table(rows, right=(3,)), *starts]
 
 
 def _memory(config: RunConfig, plans: Sequence[RolePlan]) -> list[str]:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from attrs import field, frozen
 from distill_checkpoint.config import CheckpointConfig
+from distill_checkpoint.layout import checkpoints
 from distill_conditioning.config import ConditioningConfig, DataConfig
-from distill_protocols.plugins import CallbackPlugin, FamilyPlugin, MethodPlugin, RoleSpec
+from distill_protocols.plugins import (
+    CallbackPlugin,
+    FamilyPlugin,
+    LoraSpec,
+    MethodPlugin,
+    RoleSpec,
+)
 from distill_trainer.config import OptimizerConfig, TrainingConfig, ValidationConfig
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -29,12 +37,42 @@ class RecipeConfig:
 
 
 @frozen(kw_only=True)
+class InitFromConfig:
+    """Weights that a role starts with, instead of those of its ``path``.
+
+    Attributes:
+        path: a checkpoint folder of another run (``.../checkpoint-000400``), an exported or any
+            other Diffusers-format folder, or a hub id.
+        role: which role of a checkpoint; left out, the one of the same name.
+        ema: a checkpoint's averaged weights instead of its live ones.
+    """
+
+    path: str = field()
+    role: str | None = None
+    ema: bool = False
+
+    @path.validator
+    def _check_path(self, attribute: object, value: str) -> None:
+        _folder_or_hub_id(value)
+
+
+def _folder_or_hub_id(value: str) -> None:
+    if not is_local(value) and not _HUB_ID.fullmatch(value):
+        raise ValueError(
+            f"{value!r} is neither a folder (begin it with ./ or ../ or /) nor a hub id "
+            "(owner/name); nothing is searched for, so it must be one of them"
+        )
+
+
+@frozen(kw_only=True)
 class RoleConfig:
     """One role under ``models:``.
 
     Attributes:
         path: a Diffusers-format folder (begin it with ``./``, ``../`` or ``/``), or a hub id
-            ``owner/name``.
+            ``owner/name``: how the model is built, and its weights.
+        init_from: start with other weights than those of ``path``.
+        lora: train low-rank adapters beside the role's weights, which stay as they are.
         family: only where a file shall say it twice; must equal ``recipe.family``.
         trainable: what the method needs, if left out.
         precision: compute precision of this role's calls.
@@ -45,15 +83,13 @@ class RoleConfig:
     family: str | None = None
     trainable: bool | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    init_from: InitFromConfig | None = None
+    lora: LoraSpec | None = None
     optimizer: dict[str, Any] = field(factory=dict)
 
     @path.validator
     def _check_path(self, attribute: object, value: str) -> None:
-        if not is_local(value) and not _HUB_ID.fullmatch(value):
-            raise ValueError(
-                f"{value!r} is neither a folder (begin it with ./ or ../ or /) nor a hub id "
-                "(owner/name); nothing is searched for, so it must be one of them"
-            )
+        _folder_or_hub_id(value)
 
 
 def is_local(path: str) -> bool:
@@ -67,32 +103,52 @@ class Role:
 
     spec: RoleSpec
     optimizer: OptimizerConfig | None
+    init_from: InitFromConfig | None = None
+
+    def comes_from_checkpoint(self, checkpoint: CheckpointConfig, output_dir: Path) -> bool:
+        """Whether a run that goes on finds all of this role's weights in its own checkpoint.
+
+        Not a frozen role's, nor the base of a LoRA, which no checkpoint holds; and not those of
+        a role that ``changes`` adds, which starts as in a fresh run.
+        """
+        if f"roles.{self.spec.name}" in checkpoint.changes.added:
+            return False
+        goes_on = checkpoint.resume not in ("none", "latest") or (
+            checkpoint.resume == "latest" and bool(checkpoints(output_dir))
+        )
+        return goes_on and self.spec.trainable and self.spec.lora is None
 
 
 @frozen(kw_only=True)
-class RunConfig:
-    """A run file that was read and found right. Nobody edits it."""
+class ModelsConfig:
+    """What a run file says of its models: all that an export needs to know of a run."""
 
     recipe: RecipeConfig
     roles: Mapping[str, Role]
-    training: TrainingConfig
-    data: DataConfig
-    conditioning: ConditioningConfig
     pipeline: Any
     method: Any
-    checkpoint: CheckpointConfig
-    validation: ValidationConfig | None
-    callbacks: Mapping[str, Any]
     family_plugin: FamilyPlugin
     method_plugin: MethodPlugin
-    callback_plugins: Mapping[str, CallbackPlugin]
-    resolved: Mapping[str, Any]
-    """Every section as plain values, defaults included: what is saved beside the run."""
 
     @property
     def source(self) -> str:
         """Folder or hub id of VAE, text encoder and tokenizer."""
         return components_source(self.pipeline, self.roles)
+
+
+@frozen(kw_only=True)
+class RunConfig(ModelsConfig):
+    """A run file that was read and found right. Nobody edits it."""
+
+    training: TrainingConfig
+    data: DataConfig
+    conditioning: ConditioningConfig
+    checkpoint: CheckpointConfig
+    validation: ValidationConfig | None
+    callbacks: Mapping[str, Any]
+    callback_plugins: Mapping[str, CallbackPlugin]
+    resolved: Mapping[str, Any]
+    """Every section as plain values, defaults included: what is saved beside the run."""
 
 
 def components_source(pipeline: Any, roles: Mapping[str, Role]) -> str:

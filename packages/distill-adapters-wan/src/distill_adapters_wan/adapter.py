@@ -113,7 +113,8 @@ class WanAdapter:
             )
         flow.sigma_of(t, x_t)  # refuses t that is rounded or of another shape
         handle = self._bundle[role]
-        v = self._guided(handle, x_t, t, cond, neg_cond, 1.0 if cfg is None else cfg)
+        w = 1.0 if cfg is None else cfg
+        v = self._guided(handle, x_t, t, cond, neg_cond, w, batched=self._config.cfg_batched)
         return flow.v_to_pred(v, x_t, t, fwd_pred_type).float()
 
     def _guided(
@@ -124,6 +125,8 @@ class WanAdapter:
         cond: Condition,
         neg_cond: Condition | None,
         w: float,
+        *,
+        batched: bool,
     ) -> Tensor:
         if w == 1:
             return self._velocity(role, x_t, t, cond)
@@ -135,7 +138,7 @@ class WanAdapter:
         negative = neg_cond.expand(x_t.shape[0])
         if w == 0:
             return self._velocity(role, x_t, t, negative)
-        if self._config.cfg_batched:
+        if batched:
             both = Condition.cat([cond.expand(x_t.shape[0]), negative])
             pair = self._velocity(role, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
             conditional, unconditional = pair.chunk(2)
@@ -147,7 +150,8 @@ class WanAdapter:
     def _velocity(self, role: RoleHandle, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         text = self._checked_text(role, cond.expand(x_t.shape[0]))
         transformer = _transformer(role)
-        # Not of just any parameter: some stay in fp32 where the rest has 16 bits.
+        # Not of just any parameter: some stay in fp32 where the rest has 16 bits, adapters among
+        # them. No LoRA is ever put on this one, as it is no linear layer.
         dtype = transformer.patch_embedding.weight.dtype
         with _precision_of_a_call(role, dtype, x_t.device):
             (v,) = transformer(
@@ -197,9 +201,9 @@ class WanAdapter:
         return (wide - self._mean.to(wide)) / self._std.to(wide)
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
-        """z std + mean per channel."""
+        """z std + mean per channel, as ``WanPipeline`` computes it: bit for bit the same clips."""
         wide = latents if latents.dtype == torch.float64 else latents.float()
-        return wide * self._std.to(wide) + self._mean.to(wide)
+        return wide / (1.0 / self._std.to(wide)) + self._mean.to(wide)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Clips [B, 3, F, H_px, W_px] in [0, 1] from normalised latents, without gradient."""
@@ -267,10 +271,14 @@ class WanAdapter:
                 f"{', '.join(map(str, self._latent_shape))}] for this run's clips"
             )
 
+        handle = self._bundle[role]
+
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             if poll is not None:
                 poll()
-            return self.forward(role, x, t, cond, neg_cond=neg_cond, cfg=spec.guidance)
+            # Two calls for guidance, whatever cfg_batched says, as WanPipeline makes them: a call
+            # of 2B rounds otherwise, and an export must give the same clip bit for bit.
+            return self._guided(handle, x, t, cond, neg_cond, spec.guidance, batched=False)
 
         return sampling.sample(velocity, spec, noise, generator)
 
@@ -283,7 +291,8 @@ def _precision_of_a_call(
     role: RoleHandle, dtype: torch.dtype, device: torch.device
 ) -> AbstractContextManager[Any]:
     """Autocast over fp32 weights only: it would run the modules that ``load_role`` kept in fp32
-    (time embedding) in 16 bits after all, while diffusers casts at their borders by itself."""
+    (time embedding, adapters) in 16 bits after all, while diffusers and peft cast at their
+    borders by themselves."""
     if dtype == torch.float32:
         return role.autocast()
     return torch.autocast(device.type, enabled=False)

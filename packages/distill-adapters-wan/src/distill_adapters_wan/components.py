@@ -162,7 +162,7 @@ class TextSide:
                 f"{self._source} cannot encode a prompt: {fault}; or store the embeddings (and the "
                 "negative one) in the data set"
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
         encoder = load_text_encoder(
             folder / "text_encoder", DTYPES[self._config.text_encoder_precision]
         )
@@ -180,7 +180,10 @@ def load_text_encoder(folder: Path, dtype: torch.dtype) -> Any:
     """
     try:
         with _without_progress_bar():
-            loaded = UMT5EncoderModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            # A .bin file is a pickle, and never read.
+            loaded = UMT5EncoderModel.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
         encoder, info = cast(tuple[Any, dict[str, Iterable[Any]]], loaded)
     except Exception as error:  # safetensors, OSError, ValueError: all mean unreadable files
         raise WeightsError(f"{folder} cannot be read: {error}. Download it again") from error

@@ -22,7 +22,8 @@ class WanPipelineConfig:
             it must be the data set's and, for a published Wan, 512.
         components: Diffusers folder (or a published hub id) that VAE, text encoder and tokenizer
             come from; default: the path of the first role.
-        cfg_batched: guidance in one forward of 2B instead of two of B: faster, more memory.
+        cfg_batched: guidance in one forward of 2B instead of two of B: faster, more memory. For
+            training; sampling makes two, as WanPipeline does.
         text_encoder_precision: of the UMT5 weights while prompts are encoded (UMT5-XXL: 23 GB in
             fp32, 11 GB in bf16).
     """

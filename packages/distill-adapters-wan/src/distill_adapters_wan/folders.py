@@ -101,6 +101,16 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def transformer_names(folder: Path) -> tuple[str, ...]:
+    """Module names of a pipeline folder's transformers, from its index.
+
+    Raises:
+        WeightsError: no index, or a damaged one.
+    """
+    index = read_json(folder / "model_index.json")
+    return tuple(n for n in ("transformer", "transformer_2") if (index.get(n) or [None])[0])
+
+
 def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
     """The safetensors files of one module, from its index where it is sharded.
 

@@ -7,16 +7,20 @@ from typing import Any
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from distill_protocols import ModulePlan, WeightsError
+from distill_protocols import LoraSpec, ModulePlan, WeightsError
+
+from distill_adapters_wan.lora import adapter_parameters
 
 
-def plan_modules(transformers: Mapping[str, Mapping[str, Any]]) -> tuple[ModulePlan, ...]:
+def plan_modules(
+    transformers: Mapping[str, Mapping[str, Any]], lora: LoraSpec | None = None
+) -> tuple[ModulePlan, ...]:
     """One plan a transformer; the keys are module names, the values their configurations."""
-    return tuple(plan_module(name, config) for name, config in transformers.items())
+    return tuple(plan_module(name, config, lora) for name, config in transformers.items())
 
 
-def plan_module(name: str, config: Mapping[str, Any]) -> ModulePlan:
-    """Counts of one transformer.
+def plan_module(name: str, config: Mapping[str, Any], lora: LoraSpec | None = None) -> ModulePlan:
+    """Counts of one transformer, and of the adapters that ``lora`` adds.
 
     Raises:
         WeightsError: the configuration builds no Wan transformer.
@@ -36,4 +40,5 @@ def plan_module(name: str, config: Mapping[str, Any]) -> ModulePlan:
         architecture=f"WanTransformer3DModel, {facts.num_layers} layers of width {width}",
         parameters=sum(p.numel() for p in module.parameters()),
         buffers=sum(b.numel() for b in module.buffers()),
+        adapters=0 if lora is None else adapter_parameters(dict(facts), lora),
     )

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from distill_protocols import Capabilities, FamilyPlugin, RoleSpec, WeightsError
+from distill_protocols import Capabilities, FamilyPlugin, ForeignNames, RoleSpec, WeightsError
+from distill_protocols.plugins import EMPTY
 
+from distill_adapters_wan import fastvideo_names
+from distill_adapters_wan.architecture import architecture, unknown_hub_id
 from distill_adapters_wan.capabilities import CAPABILITIES
 from distill_adapters_wan.config import WanPipelineConfig
+from distill_adapters_wan.export_rules import export_faults
 from distill_adapters_wan.folders import (
     DIFFUSERS_STEM,
     component_faults,
     folder_fault,
-    folder_hint,
     is_hub_id,
     locate,
     module_faults,
     pipeline_faults,
-    read_json,
 )
+from distill_adapters_wan.lora import target_faults
 from distill_adapters_wan.published import PUBLISHED, LatentFacts
 from distill_adapters_wan.shape import clip_faults, latent_facts, latent_shape, unsupported
 
 if TYPE_CHECKING:
     import torch
-    from distill_protocols import DistillAdapter, Exporter, ModelBundle, RolePlan
+    from distill_protocols import (
+        DistillAdapter,
+        Exporter,
+        ExportRequest,
+        ModelBundle,
+        RolePlan,
+        WeightSource,
+    )
 
 
 class WanFamily(FamilyPlugin):
@@ -48,6 +59,29 @@ class WanFamily(FamilyPlugin):
         missing = list(_presence_faults(role.path, config))
         return missing or list(_fit_faults(role.path, config))
 
+    def lora_faults(self, role: RoleSpec) -> Iterator[tuple[str, str]]:
+        """Targets that name no linear layer of the role's model."""
+        if role.lora is None:
+            return
+        with suppress(WeightsError):  # no architecture: `faults` says so, of the path
+            transformers, _ = architecture(role.path)
+            for config in transformers.values():
+                yield from (("target_modules", text) for text in target_faults(config, role.lora))
+
+    def fit_faults(self, role: RoleSpec, path: str) -> Iterator[str]:
+        """Numbers that differ, such as how many heads share one width."""
+        with suppress(WeightsError):  # no architecture, or gone: names and shapes must do
+            theirs, _ = architecture(path)
+            ours, _ = architecture(role.path)
+            for name in theirs.keys() & ours.keys():
+                differ = _differences(theirs[name], ours[name])
+                if differ:
+                    yield (
+                        f"{path} is another model than {role.path}: {name} has "
+                        f"{'; '.join(differ)}. Its weights may fit, and would be called wrongly. "
+                        "Name the path of the same model"
+                    )
+
     def latent_shape(
         self, config: WanPipelineConfig, *, source: str
     ) -> tuple[int, int, int, int] | None:
@@ -58,7 +92,7 @@ class WanFamily(FamilyPlugin):
     def text_shape(self, config: WanPipelineConfig, *, source: str) -> tuple[int, int] | None:
         """(max_sequence_length, the transformer's text_dim); None where no number is known."""
         try:
-            transformers, _ = _architecture(source)
+            transformers, _ = architecture(source)
         except WeightsError:
             return None
         return config.max_sequence_length, transformers["transformer"].get("text_dim", 4096)
@@ -73,21 +107,32 @@ class WanFamily(FamilyPlugin):
 
         from distill_adapters_wan.planning import plan_modules
 
-        transformers, _ = _architecture(role.path)
+        transformers, _ = architecture(role.path)
         folder = locate(role.path)
         return RolePlan(
             role=role.name,
             source=role.path,
-            modules=plan_modules(transformers),
+            modules=plan_modules(transformers, role.lora),
             present=folder is not None and not _weight_faults(folder, transformers),
         )
 
     def load(
-        self, roles: Sequence[RoleSpec], config: WanPipelineConfig, *, device: torch.device
+        self,
+        roles: Sequence[RoleSpec],
+        config: WanPipelineConfig,
+        *,
+        device: torch.device,
+        seed: int = 0,
+        weights: Mapping[str, Mapping[str, WeightSource]] = EMPTY,
     ) -> ModelBundle:
         from distill_adapters_wan.loading import load_bundle
 
-        return load_bundle(roles, device=device)
+        return load_bundle(roles, device=device, seed=seed, weights=weights)
+
+    def weights(self, path: str) -> Mapping[str, WeightSource]:
+        from distill_adapters_wan.sources import folder_weights
+
+        return folder_weights(path)
 
     def adapter(
         self, bundle: ModelBundle, config: WanPipelineConfig, *, source: str
@@ -96,10 +141,21 @@ class WanFamily(FamilyPlugin):
 
         return WanAdapter(bundle, config, source=source)
 
-    def exporter(self, bundle: ModelBundle, config: WanPipelineConfig, *, source: str) -> Exporter:
+    def exporter(self, config: WanPipelineConfig, *, source: str) -> Exporter:
         from distill_adapters_wan.export import WanExporter
 
-        return WanExporter(bundle, config, source=source)
+        return WanExporter(config, source=source)
+
+    def foreign_names(self) -> ForeignNames:
+        """FastVideo's, Self-Forcing's and the original Wan's."""
+        return ForeignNames(
+            ours=fastvideo_names.migrated,
+            unused=fastvideo_names.unused,
+            missing=fastvideo_names.missing,
+        )
+
+    def export_faults(self, role: RoleSpec, request: ExportRequest) -> Iterable[tuple[str, str]]:
+        return export_faults(role, request)
 
 
 PLUGIN = WanFamily()
@@ -109,7 +165,7 @@ def _presence_faults(path: str, config: WanPipelineConfig) -> Iterator[str]:
     for place in filter(None, (path, config.components)):
         fault = folder_fault(place)
         if is_hub_id(place) and place not in PUBLISHED and locate(place) is None:
-            fault = _unknown_hub_id(place)
+            fault = unknown_hub_id(place)
         if fault:
             yield fault if place == path else f"pipeline_config.components: {fault}"
     folder = locate(path)
@@ -120,20 +176,9 @@ def _presence_faults(path: str, config: WanPipelineConfig) -> Iterator[str]:
         yield from component_faults(components)
 
 
-def _unknown_hub_id(path: str) -> str:
-    diffusers_id = f"{path}-Diffusers"
-    if diffusers_id in PUBLISHED:
-        return f"{path} holds Wan's original format; did you mean {diffusers_id}?"
-    return (
-        f"{path} is not in the local Hugging Face cache, and its architecture is not among those "
-        f"that ship with this package ({', '.join(PUBLISHED)}), so nothing can be planned. "
-        f"Download it first: hf download {path}{folder_hint(path)}"
-    )
-
-
 def _fit_faults(path: str, config: WanPipelineConfig) -> Iterator[str]:
     try:
-        transformers, expand = _architecture(path)
+        transformers, expand = architecture(path)
         variants = list(unsupported(transformers, expand))
         if variants:
             yield from (f"{path}: {reason}" for reason in variants)
@@ -145,23 +190,6 @@ def _fit_faults(path: str, config: WanPipelineConfig) -> Iterator[str]:
         yield str(error)
 
 
-def _architecture(path: str) -> tuple[Mapping[str, Mapping[str, Any]], bool]:
-    """Transformer configurations by module name, and whether timesteps are a token's own."""
-    folder = locate(path)
-    if folder is not None and (folder / "model_index.json").is_file():
-        index = read_json(folder / "model_index.json")
-        names = [n for n in ("transformer", "transformer_2") if (index.get(n) or [None])[0]]
-        if all((folder / name / "config.json").is_file() for name in names):
-            configs = {name: read_json(folder / name / "config.json") for name in names}
-            return configs, bool(index.get("expand_timesteps"))
-    if path in PUBLISHED:
-        return PUBLISHED[path].transformers, PUBLISHED[path].expand_timesteps
-    raise WeightsError(
-        folder_fault(path)
-        or (_unknown_hub_id(path) if is_hub_id(path) else f"{path} has no transformer/config.json")
-    )
-
-
 def _latents(source: str) -> LatentFacts | None:
     folder = locate(source)
     if folder is not None and (folder / "vae" / "config.json").is_file():
@@ -171,3 +199,16 @@ def _latents(source: str) -> LatentFacts | None:
 
 def _weight_faults(folder: Path, transformers: Mapping[str, Any]) -> list[str]:
     return [f for name in transformers for f in module_faults(folder / name, DIFFUSERS_STEM)]
+
+
+def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """Keys that both say, and differently; what begins with ``_`` is about the file."""
+    return [
+        f"{key} {theirs[key]} instead of {ours[key]}"
+        for key in sorted(theirs.keys() & ours.keys())
+        if not key.startswith("_") and _plain(theirs[key]) != _plain(ours[key])
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from attrs import field, frozen
+from distill_protocols.plugins import ExportFormat, ExportRequest
+from distill_protocols.sampler import SamplerSpec
 
 _RESERVED = frozenset(
     {
@@ -26,17 +28,36 @@ def _at_least_one(instance: Any, attribute: Any, value: int | None) -> None:
 
 @frozen(kw_only=True)
 class ExportConfig:
-    """One role to write as a pipeline folder when the run is complete.
+    """One role to write where other tools read it, when the run is complete.
 
     Attributes:
         role: a role under ``models``.
         folder: where to write it, relative to the output folder, e.g. ``export/student``.
         ema: export the role's EMA weights instead of the live ones.
+        format: ``diffusers`` (a pipeline folder), ``comfyui`` (one file under the model's original
+            names) or ``lora`` (adapters alone). The first two merge a LoRA role into its base.
+        precision: of the written weights; left out, as they are.
+        lora_rank: for ``format: lora`` of a role that is none: extract adapters of this rank.
+        verify: read the result back with the reader that it is for, and compare outputs.
     """
 
     role: str = field()
     folder: str = field()
     ema: bool = False
+    format: ExportFormat = "diffusers"
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    lora_rank: int | None = field(default=None, validator=_at_least_one)
+    verify: bool = False
+
+    def request(self, sampler: SamplerSpec) -> ExportRequest:
+        """What the family's exporter is asked for."""
+        return ExportRequest(
+            sampler=sampler,
+            weights="ema" if self.ema else "live",
+            format=self.format,
+            precision=self.precision,
+            lora_rank=self.lora_rank,
+        )
 
     @role.validator
     def _check_role(self, attribute: object, value: str) -> None:
@@ -64,6 +85,62 @@ class ExportConfig:
             )
 
 
+KINDS = ("roles", "optimizers", "ema", "callbacks")
+"""What ``checkpoint.changes`` may name: ``roles.critic``, ``callbacks.report`` ..."""
+
+
+def _entries(instance: Any, attribute: Any, value: tuple[str, ...]) -> None:
+    for entry in value:
+        kind, dot, name = entry.partition(".")
+        if kind not in KINDS or not dot or not name:
+            raise ValueError(
+                f"{entry!r} must be one of {', '.join(f'{kind}.<name>' for kind in KINDS)}, "
+                "because that is what a run can gain or lose; for example 'roles.critic' or "
+                "'callbacks.report'"
+            )
+    twice = sorted({entry for entry in value if value.count(entry) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} stands there twice; once is enough")
+
+
+@frozen(kw_only=True)
+class ChangesConfig:
+    """What a resumed run has more or less than the checkpoint, said so that it is no accident.
+
+    An entry is ``roles.<role>`` (its modules, optimizers, schedules and averages),
+    ``optimizers.<role>`` (with its schedules), ``ema.<role>`` or ``callbacks.<name>``. What
+    stands in both lists is in both, and starts anew: ``optimizers.student`` with new settings.
+    That happens once: checkpoints that were saved under these rules are taken as they are.
+
+    Attributes:
+        added: in the run only; starts as a fresh run would have it.
+        dropped: in the checkpoint only; is not loaded.
+    """
+
+    added: tuple[str, ...] = field(default=(), validator=_entries)
+    dropped: tuple[str, ...] = field(default=(), validator=_entries)
+
+
+@frozen(kw_only=True)
+class KeepBestConfig:
+    """Checkpoints to keep for what was measured in their iteration.
+
+    Attributes:
+        metric: as trackers name it, e.g. ``report/student_2/fd``.
+        mode: whether low or high is good.
+        count: how many stay.
+    """
+
+    metric: str = field()
+    mode: Literal["min", "max"] = "min"
+    count: int = field(default=1, validator=_at_least_one)
+
+    @metric.validator
+    def _check_metric(self, attribute: object, value: str) -> None:
+        if not value:
+            raise ValueError("keep_best must name a metric, such as 'report/student_2/fd'")
+
+
 @frozen(kw_only=True)
 class CheckpointConfig:
     """When to save, what to keep, where to resume from, what to export at the end.
@@ -72,18 +149,43 @@ class CheckpointConfig:
         every_steps: save after every so many iterations; null saves only at the end.
         keep_last: how many of the newest checkpoints stay.
         keep_every: also keep every checkpoint whose iteration is a multiple of this.
-        resume: ``latest`` (newest whole checkpoint of the output folder; afresh if it has none),
-            ``none``, or the path of one checkpoint folder.
+        keep_best: also keep those that were best by a metric.
+        resume: ``latest`` (the default: newest whole checkpoint of the output folder; afresh if it
+            has none), ``none``, or the path of one checkpoint folder.
+        changes: what this run has more or less than the checkpoint that it resumes.
         save_at_end: save when the run is complete. A run that is asked to stop always saves.
+        async_save: copy what is to be saved, and write it while training goes on. Costs host
+            memory for one copy of it.
+        timeout_seconds: how long a rank waits for the others in a save or resume.
         export: roles to export when the run is complete.
     """
 
     every_steps: int | None = field(default=None, validator=_at_least_one)
     keep_last: int = field(default=2)
     keep_every: int | None = field(default=None, validator=_at_least_one)
-    resume: str = field(default="none", metadata={"path": ("latest", "none")})
+    keep_best: KeepBestConfig | None = field(default=None)
+    resume: str = field(default="latest", metadata={"path": ("latest", "none")})
+    changes: ChangesConfig = field(factory=ChangesConfig)
     save_at_end: bool = True
+    async_save: bool = False
+    timeout_seconds: float = field(default=1800.0)
     export: tuple[ExportConfig, ...] = field(default=())
+
+    @timeout_seconds.validator
+    def _check_timeout(self, attribute: object, value: float) -> None:
+        if not value > 0:
+            raise ValueError(
+                f"{value:g} must be above 0: the others would be given up at once; 1800 is the "
+                "default"
+            )
+
+    @keep_best.validator
+    def _check_keep_best(self, attribute: object, value: KeepBestConfig | None) -> None:
+        if value is not None and self.every_steps is None:
+            raise ValueError(
+                f"the best by {value.metric!r} has no effect without every_steps, because only the "
+                "end is saved; set every_steps, or leave keep_best out"
+            )
 
     @keep_last.validator
     def _check_keep_last(self, attribute: object, value: int) -> None:

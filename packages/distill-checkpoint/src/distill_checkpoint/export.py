@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from distill_protocols import Callback, CapabilityError, Exporter, RoleError, RunState, SamplerSpec
+from distill_protocols import (
+    Callback,
+    CapabilityError,
+    Exporter,
+    RoleError,
+    RoleSpec,
+    RunState,
+    SamplerSpec,
+)
 
 from distill_checkpoint.config import ExportConfig
 
@@ -14,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class ExportCallback(Callback):
-    """Writes roles as pipeline folders when all steps are done.
+    """Writes roles where other tools read them, when all steps are done.
 
     A run that was asked to stop exports nothing: it is not finished, its checkpoint is what it
     goes on from, and who stops a run waits for it. An export that fails raises.
@@ -22,16 +30,22 @@ class ExportCallback(Callback):
     Args:
         exports: what to write (``checkpoint.export``).
         exporter: the family's.
+        roles: where each role came from, by name.
         output_dir: ``ExportConfig.folder`` is relative to it.
     """
 
     name = "export"
 
     def __init__(
-        self, exports: Sequence[ExportConfig], exporter: Exporter, output_dir: Path | str
+        self,
+        exports: Sequence[ExportConfig],
+        exporter: Exporter,
+        roles: Mapping[str, RoleSpec],
+        output_dir: Path | str,
     ) -> None:
         self.exports = tuple(exports)
         self.exporter = exporter
+        self.roles = dict(roles)
         self.output_dir = Path(output_dir)
         self._checked = False
 
@@ -71,14 +85,25 @@ class ExportCallback(Callback):
             )
             return
         for export in self.exports:
-            folder = self.output_dir / export.folder
-            kind = "EMA" if export.ema else "live"
-            facts = self.exporter(
-                export.role, str(folder), sampler=_sampler_of(run), ema=export.ema
-            )
-            logger.info("exported %s (%s weights) to %s", export.role, kind, folder)
-            for note in facts.get("notes", ()):
-                logger.info("  note: %s", note)
+            self._export(run, export)
+
+    def _export(self, run: RunState, export: ExportConfig) -> None:
+        folder = self.output_dir / export.folder
+        role, request = self.roles[export.role], export.request(_sampler_of(run))
+        weights = run.method.bundle[export.role].weight_sources(ema=export.ema)
+        facts = self.exporter.export(role, weights, folder, request)
+        logger.info(
+            "exported %s (%s weights, %s) to %s",
+            export.role,
+            "EMA" if export.ema else "live",
+            export.format,
+            folder,
+        )
+        for note in facts["notes"]:
+            logger.info("  note: %s", note)
+        if export.verify:
+            for note in self.exporter.verify(role, weights, folder, request)["notes"]:
+                logger.info("  verified: %s", note)
 
 
 def _sampler_of(run: RunState) -> SamplerSpec:

@@ -11,14 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from attrs import frozen
 
-def write_json(path: Path, value: Any) -> None:
+
+@frozen(kw_only=True)
+class FileFacts:
+    """What one file was when it was written."""
+
+    size: int
+    sha256: str
+
+
+def write_json(path: Path, value: Any) -> FileFacts:
     """``value`` as JSON, on the disk when this returns. Not atomic: meant for staging folders."""
-    with path.open("x", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.write("\n")
+    text = f"{json.dumps(value, indent=1, allow_nan=False)}\n".encode()
+    with path.open("xb") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    return FileFacts(size=len(text), sha256=hashlib.sha256(text).hexdigest())
 
 
 def read_json(path: Path) -> Any:

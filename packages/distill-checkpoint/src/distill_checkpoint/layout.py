@@ -6,7 +6,8 @@
       manifest.json                     sizes and checksums; written last
       config.json                       the resolved run file
       loop.json                         iteration, and which of everything below there is
-      loader.json  method.json          data position; update counts and loss scaler
+      method.json                       update counts and loss scaler
+      loader{/,.json}                   data position, by rank
       roles/<role>/<module>/            safetensors under the module's own names
       optimizers/<role>.<module>{/,.json}
       schedulers/<role>.<module>{/,.json}
@@ -23,6 +24,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from urllib.parse import quote
+
+Part = tuple[str, str]
+"""(role, module)."""
 
 STAGING = ".staging-"
 REPLACED = ".replaced-"
@@ -59,3 +63,8 @@ def role_folder(checkpoint: Path, role: str, module: str) -> Path:
 def part_path(checkpoint: Path, kind: str, *names: str) -> Path:
     """Path without suffix of one thing of ``kind``: ``part_path(c, "ema", role, module)``."""
     return checkpoint / kind / ".".join(safe(name) for name in names)
+
+
+def rank_key(rank: int) -> str:
+    """Under which a rank's own states are."""
+    return f"rank-{rank:05d}"

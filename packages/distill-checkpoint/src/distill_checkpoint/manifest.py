@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
-from distill_checkpoint.files import files_below, read_json, sha256, write_json
+from distill_checkpoint.files import FileFacts, files_below, read_json, sha256, write_json
 
 NAME = "manifest.json"
 FORMAT = "distill-checkpoint"
-VERSION = 1
-
-
-@frozen(kw_only=True)
-class FileFacts:
-    """What one file of the checkpoint was when it was written."""
-
-    size: int
-    sha256: str
+VERSION = 2
 
 
 @frozen(kw_only=True)
@@ -32,21 +26,47 @@ class Manifest:
     Attributes:
         iteration: the last finished iteration.
         files: every other file of the folder, by its name relative to it.
+        metrics: measured in that iteration: what ``keep_best`` compares.
     """
 
     iteration: int
     files: Mapping[str, FileFacts]
+    metrics: Mapping[str, float] = field(factory=dict)
 
 
-def write_manifest(folder: Path, iteration: int) -> Manifest:
-    """Read back every file of ``folder`` and write down its size and checksum."""
-    files = {
-        name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-        for name in files_below(folder)
+def write_manifest(
+    folder: Path,
+    iteration: int,
+    files: Mapping[str, FileFacts],
+    metrics: Mapping[str, float] | None = None,
+) -> Manifest:
+    """Write down what ``folder`` holds.
+
+    Args:
+        files: as they were when they were written: a checksum of what was meant to be there, not
+            of what a disk may have made of it.
+    """
+    body = {
+        "format": FORMAT,
+        "version": VERSION,
+        "iteration": iteration,
+        "metrics": dict(metrics or {}),
+        "files": {n: {"size": f.size, "sha256": f.sha256} for n, f in sorted(files.items())},
     }
-    body = {"format": FORMAT, "version": VERSION, "iteration": iteration, "files": files}
     write_json(folder / NAME, {**body, "digest": _digest(body)})
     return _manifest(body)
+
+
+def is_checkpoint(path: Path | str) -> bool:
+    """Whether ``path`` is a checkpoint folder of this package, whole or damaged."""
+    folder = Path(path)
+    if (folder / NAME).is_file():
+        try:
+            raw = read_json(folder / NAME)
+        except (OSError, ValueError):
+            return (folder / "loop.json").is_file()
+        return isinstance(raw, dict) and raw.get("format") == FORMAT
+    return (folder / "loop.json").is_file()
 
 
 @frozen(kw_only=True)
@@ -65,19 +85,36 @@ def inspect(folder: Path, *, checksums: bool) -> Finding:
     """
     try:
         manifest = _read(folder)
-        _compare(folder, manifest, checksums)
+        _compare(folder, manifest)
     except _NotWholeError as error:
         return Finding(damage=str(error))
     except OSError as error:
         return Finding(damage=f"it cannot be read ({error})")
-    return Finding(manifest=manifest)
+    damage = damaged(folder, manifest.files) if checksums else None
+    return Finding(damage=damage) if damage else Finding(manifest=manifest)
+
+
+def damaged(folder: Path, files: Mapping[str, FileFacts]) -> str | None:
+    """Why not every byte of ``files`` in ``folder`` is as it was written; None: all are."""
+
+    def look(name: str) -> str | None:
+        try:
+            if sha256(folder / name) == files[name].sha256:
+                return None
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
+        return f"{name} is damaged (its sha256 is not the one written)"
+
+    # Hashing lets go of the interpreter lock.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return next((reason for reason in pool.map(look, files) if reason), None)
 
 
 class _NotWholeError(Exception):
     """Carries the reason from where it is found to ``inspect``."""
 
 
-def _compare(folder: Path, manifest: Manifest, checksums: bool) -> None:
+def _compare(folder: Path, manifest: Manifest) -> None:
     present = set(files_below(folder)) - {NAME}
     missing = sorted(set(manifest.files) - present)
     if missing:
@@ -90,9 +127,6 @@ def _compare(folder: Path, manifest: Manifest, checksums: bool) -> None:
         size = (folder / name).stat().st_size
         if size != facts.size:
             raise _NotWholeError(f"{name} has {size} bytes where {facts.size} were written")
-    for name, facts in manifest.files.items() if checksums else ():
-        if sha256(folder / name) != facts.sha256:
-            raise _NotWholeError(f"{name} is damaged (its sha256 is not the one written)")
 
 
 def _read(folder: Path) -> Manifest:
@@ -118,6 +152,7 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
     return Manifest(
         iteration=body["iteration"],
         files={name: FileFacts(**facts) for name, facts in body["files"].items()},
+        metrics=body["metrics"],
     )
 
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from distill_protocols import CheckpointError
+import torch
+from distill_protocols import CheckpointError, TensorFacts
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from distill_checkpoint.tensors import StoredTensors
+from distill_checkpoint.values import unpack
 
-def optimizer_state(optimizer: Optimizer, module: nn.Module, where: str) -> dict[str, Any]:
+
+def optimizer_state(
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], where: str
+) -> dict[str, Any]:
     """``{"state": {fqn: {...}}, "param_groups": [{..., "params": [fqn, ...]}]}``.
 
     Raises:
-        CheckpointError: the optimizer updates a parameter that is not in ``module``.
+        CheckpointError: the optimizer updates something that is not in ``parameters``.
     """
-    names = _names(optimizer, module, where)
+    names = _names(optimizer, parameters, where)
     raw = optimizer.state_dict()
     return {
         "state": {names[number]: state for number, state in raw["state"].items()},
@@ -27,27 +33,44 @@ def optimizer_state(optimizer: Optimizer, module: nn.Module, where: str) -> dict
     }
 
 
-def load_optimizer_state(
-    optimizer: Optimizer, module: nn.Module, state: Mapping[str, Any], where: str
-) -> None:
-    """Put back what ``optimizer_state`` gave, exactly.
-
-    Raises:
-        CheckpointError: the groups hold other parameters than those saved.
-    """
-    names = _names(optimizer, module, where)
-    numbers = {name: number for number, name in enumerate(names)}
-    saved = [group["params"] for group in state["param_groups"]]
+def groups_fault(
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], packed: Any, where: str
+) -> str | None:
+    """Why saved state does not fit the optimizer: its groups hold other parameters."""
+    names = _names(optimizer, parameters, where)
+    saved = [group["params"] for group in packed["param_groups"]]
     present = [
         [names[number] for number in group["params"]]
         for group in optimizer.state_dict()["param_groups"]
     ]
-    if saved != present:
-        raise CheckpointError(
-            f"optimizer {where} has groups of other parameters than this run's "
-            f"({_difference(saved, present)}), so moments would go to the wrong weights. Resume "
-            "with the models and optimizer groups of the saved run."
-        )
+    if saved == present:
+        return None
+    return (
+        f"optimizer {where} has groups of other parameters than this run's "
+        f"({_difference(saved, present)}), so moments would go to the wrong weights"
+    )
+
+
+def load_optimizer_state(
+    optimizer: Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    packed: Any,
+    stored: StoredTensors,
+    where: str,
+) -> None:
+    """Put back what ``optimizer_state`` gave, exactly, reading each moment to where it will stay.
+
+    Args:
+        packed: its JSON (see ``values.py``).
+        stored: its tensors.
+    """
+    names = _names(optimizer, parameters, where)
+    numbers = {name: number for number, name in enumerate(names)}
+    tensors = {
+        name: _place_for(fact, _owner(name, parameters)) for name, fact in stored.facts.items()
+    }
+    stored.read_into(tensors)
+    state = unpack(packed, tensors)
     optimizer.load_state_dict(
         {
             "state": {numbers[name]: dict(value) for name, value in state["state"].items()},
@@ -60,6 +83,21 @@ def load_optimizer_state(
     _restore_dtypes(optimizer, names, state["state"])
 
 
+def _owner(name: str, parameters: Mapping[str, nn.Parameter]) -> nn.Parameter | None:
+    """Of the moment stored as ``state/<parameter>/<key>``."""
+    return parameters.get(name.removeprefix("state/").rpartition("/")[0])
+
+
+def _place_for(fact: TensorFacts, parameter: nn.Parameter | None) -> Tensor:
+    """An empty tensor where torch keeps such a moment: on the parameter's device, laid out and
+    sharded as it is."""
+    if parameter is None:
+        return torch.empty(fact.size, dtype=fact.dtype)
+    if tuple(parameter.shape) == fact.size:
+        return torch.empty_like(parameter.detach(), dtype=fact.dtype)
+    return torch.empty(fact.size, dtype=fact.dtype, device=parameter.device)
+
+
 def _restore_dtypes(optimizer: Optimizer, names: list[str], state: Mapping[str, Any]) -> None:
     # torch casts moments to their parameter's dtype, which rounds fp32 moments of a bf16 weight.
     parameters = (p for group in optimizer.param_groups for p in group["params"])
@@ -70,17 +108,18 @@ def _restore_dtypes(optimizer: Optimizer, names: list[str], state: Mapping[str, 
                 optimizer.state[parameter][key] = saved.to(loaded.device)
 
 
-def _names(optimizer: Optimizer, module: nn.Module, where: str) -> list[str]:
+def _names(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], where: str) -> list[str]:
     """The parameters' names in the order of torch's numbers: group by group."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    foreign = sum(parameter not in names for parameter in parameters)
+    names = {parameter: name for name, parameter in parameters.items()}
+    moved = [p for group in optimizer.param_groups for p in group["params"]]
+    foreign = sum(parameter not in names for parameter in moved)
     if foreign:
         raise CheckpointError(
-            f"optimizer {where} updates {foreign} parameter(s) that are not its module's, so they "
-            "have no name to be saved under. A module's optimizer must update that module only."
+            f"optimizer {where} updates {foreign} parameter(s) that are not among those that its "
+            "module trains, so they have no name to be saved under. A module's optimizer must "
+            "update that module's trained parameters only."
         )
-    return [names[parameter] for parameter in parameters]
+    return [names[parameter] for parameter in moved]
 
 
 def _difference(saved: list[list[str]], present: list[list[str]]) -> str:

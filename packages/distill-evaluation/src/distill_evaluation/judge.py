@@ -13,6 +13,7 @@ from pathlib import Path
 import attrs
 import torch
 from distill_protocols.errors import WeightsError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -120,12 +121,11 @@ class Judge:
                     "Give the folder of a judge; `uv run tools/tiny_wan --steps judge` builds the "
                     "tiny one."
                 )
-        raw = json.loads((folder / SETTINGS).read_text())
         try:
-            config = JudgeConfig(**raw)
+            config = JudgeConfig(**json.loads((folder / SETTINGS).read_text()))
             network = ClipJudge(config)
             network.load_state_dict(load_file(folder / WEIGHTS))
-        except (TypeError, RuntimeError) as fault:
+        except (TypeError, ValueError, RuntimeError, SafetensorError) as fault:
             raise WeightsError(
                 f"{folder}: {SETTINGS} and {WEIGHTS} do not describe one judge ({fault}); rebuild "
                 "the folder rather than mend one of the two."

@@ -26,7 +26,11 @@ from distill_protocols.errors import (
 from distill_protocols.lazy import lazy_exports
 from distill_protocols.plugins import (
     CallbackPlugin,
+    ExportFormat,
+    ExportRequest,
     FamilyPlugin,
+    ForeignNames,
+    LoraSpec,
     MethodPlugin,
     PlannedRun,
     RoleNeed,
@@ -62,6 +66,7 @@ if TYPE_CHECKING:
     from distill_protocols.callbacks import Callback, Checkpointer, RunState, StepRecord, Tracker
     from distill_protocols.method import DistillMethod, StepResult
     from distill_protocols.random import RandomStreams, derive_seed
+    from distill_protocols.weights import TensorFacts, TensorWeights, WeightSource
 
 _LAZY = {
     **dict.fromkeys(
@@ -78,6 +83,7 @@ _LAZY = {
     **dict.fromkeys(["Callback", "Checkpointer", "RunState", "StepRecord", "Tracker"], "callbacks"),
     **dict.fromkeys(["DistillMethod", "StepResult"], "method"),
     **dict.fromkeys(["RandomStreams", "derive_seed"], "random"),
+    **dict.fromkeys(["TensorFacts", "TensorWeights", "WeightSource"], "weights"),
 }  # fmt: skip
 
 __all__ = [
@@ -102,9 +108,13 @@ __all__ = [
     "DistillAdapter",
     "DistillError",
     "DistillMethod",
+    "ExportFormat",
+    "ExportRequest",
     "Exporter",
     "FamilyPlugin",
+    "ForeignNames",
     "LatentCodec",
+    "LoraSpec",
     "MethodPlugin",
     "ModelBundle",
     "ModulePlan",
@@ -130,8 +140,11 @@ __all__ = [
     "StepResult",
     "StopFlag",
     "StopRequested",
+    "TensorFacts",
+    "TensorWeights",
     "Tracker",
     "WeightAverage",
+    "WeightSource",
     "WeightsError",
     "derive_seed",
     "load_plugin",

@@ -8,6 +8,7 @@ float tensor [B] in [0, 1000], t = 1000 sigma, never cast to bf16 or int.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from distill_protocols.batch import Condition
 from distill_protocols.capabilities import Capabilities, PredType
+from distill_protocols.plugins import ExportRequest, RoleSpec
 from distill_protocols.sampler import SamplerSpec
+from distill_protocols.weights import WeightSource
 
 
 class NoiseSchedule(Protocol):
@@ -143,10 +146,41 @@ class DistillAdapter(
 
 
 class Exporter(Protocol):
-    """Writes one role where other tools can read it (given to callbacks by the app)."""
+    """Writes one role where other tools can read it."""
 
-    def __call__(
-        self, role: str, folder: str, *, sampler: SamplerSpec, ema: bool
+    def export(
+        self,
+        role: RoleSpec,
+        weights: Mapping[str, WeightSource],
+        folder: Path,
+        request: ExportRequest,
     ) -> Mapping[str, Any]:
-        """Write ``folder`` whole or not at all; returns facts for the log."""
+        """Write ``folder`` whole or not at all, tensor by tensor.
+
+        Returns facts; ``notes`` among them are lines that a person should read.
+
+        Args:
+            role: where it came from: its path says how it is built, and is the base of a LoRA.
+            weights: by module, whole; or of a LoRA role the adapters alone.
+
+        Raises:
+            OutputError: ``folder`` holds something else, or cannot be written.
+            WeightsError: keys are missing or unexpected, or a component to copy is damaged.
+        """
+        ...
+
+    def verify(
+        self,
+        role: RoleSpec,
+        weights: Mapping[str, WeightSource],
+        folder: Path,
+        request: ExportRequest,
+    ) -> Mapping[str, Any]:
+        """Read ``folder`` with the reader that it is for, and compare with ``weights``.
+
+        Returns what was compared; ``notes`` say it in lines to read.
+
+        Raises:
+            WeightsError: a key is unmatched, or an output differs from that of ``weights``.
+        """
         ...

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from distill_protocols.errors import RoleError
+from distill_protocols.weights import TensorWeights, WeightSource
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -34,7 +35,14 @@ class WeightAverage(Protocol):
         """Within: ``module`` holds the average; after: its own weights again."""
         ...
 
-    def state_dict(self) -> dict[str, Tensor]: ...
+    def weights(self) -> Mapping[str, Tensor]:
+        """What is averaged, under the names of ``RoleHandle.moving_state``; not copies."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``weights()`` and whatever else a resumed average needs; not copies."""
+        ...
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
@@ -48,6 +56,8 @@ class RoleHandle:
         trainable: a frozen role has no optimizer and takes no gradient, ever.
         precision: compute precision of a call. A trainable role keeps fp32 weights under it.
         fsdp_policy: how to shard it; the trainer's distribution reads it.
+        trained: by module, the names of the only parameters that ever move (LoRA: the adapter's);
+            None: all of them. The others are what the role's source says, and are not saved.
         ema, optimizers, schedulers: keyed by module name.
     """
 
@@ -56,6 +66,7 @@ class RoleHandle:
     trainable: bool = False
     precision: Precision = "fp32"
     fsdp_policy: Mapping[str, Any] | None = None
+    trained: Mapping[str, frozenset[str]] | None = None
     ema: dict[str, WeightAverage] = field(factory=dict)
     optimizers: dict[str, Optimizer] = field(factory=dict)
     schedulers: dict[str, LRScheduler] = field(factory=dict)
@@ -74,9 +85,83 @@ class RoleHandle:
                 f"role {self.name!r} is frozen (trainable: false), so it has no optimizer and "
                 "must never get a gradient. Set models.<role>.trainable: true if it shall learn."
             )
-        for module in self.modules.values():
-            module.requires_grad_(enabled)
+        for key, module in self.modules.items():
+            if self.trained is None:
+                module.requires_grad_(enabled)
+            else:
+                for name, parameter in module.named_parameters():
+                    parameter.requires_grad_(enabled and name in self.trained[key])
             module.train(enabled)
+
+    def trained_parameters(self, module: str) -> dict[str, nn.Parameter]:
+        """The parameters of ``module`` that training moves, by name; none of a frozen role."""
+        if not self.trainable:
+            return {}
+        parameters = dict(self.modules[module].named_parameters())
+        if self.trained is None:
+            return parameters
+        return {name: p for name, p in parameters.items() if name in self.trained[module]}
+
+    def moving_state(self, module: str) -> dict[str, Tensor]:
+        """What training changes in ``module``, under the names of its ``state_dict``.
+
+        Trained parameters, and persistent buffers. The tensors are the module's own, not copies;
+        parameters stay parameters (tied ones under each of their names).
+        """
+        state = self.modules[module].state_dict(keep_vars=True)
+        if self.trained is None:
+            return state
+        names = self.trained[module]
+        return {
+            name: value
+            for name, value in state.items()
+            if name in names or not isinstance(value, nn.Parameter)
+        }
+
+    def weight_sources(self, *, ema: bool = False) -> dict[str, WeightSource]:
+        """What training made of each module, to export or to start another role from.
+
+        Raises:
+            RoleError: EMA asked for, but this role keeps none.
+        """
+        if ema:
+            self._require_ema()
+        return {
+            key: TensorWeights(
+                f"role {self.name!r}, {key}{' (EMA)' if ema else ''}",
+                self.ema[key].weights() if ema else self.moving_state(key),
+            )
+            for key in self.modules
+        }
+
+    def check_training(self) -> None:
+        """What has a gradient, what an optimizer moves and what is meant to train are one set.
+
+        Raises:
+            RoleError: they differ, with the names: a weight would silently stay as it is, or move
+                without being saved.
+        """
+        for key, module in self.modules.items():
+            meant = set(self.trained_parameters(key))
+            names = {p: name for name, p in module.named_parameters()}
+            takes = {name for p, name in names.items() if p.requires_grad}
+            sets = {"takes a gradient": takes}
+            if key in self.optimizers:
+                groups = self.optimizers[key].param_groups
+                sets["is in its optimizer"] = {
+                    names.get(p, "a parameter of another module")
+                    for g in groups
+                    for p in g["params"]
+                }
+            for what, found in sets.items():
+                if found != meant:
+                    raise RoleError(
+                        f"role {self.name!r}, module {key!r}: {_some(meant - found)} shall train "
+                        f"and {_some(found - meant)} shall not, but it is the other way round for "
+                        f"what {what}. One set must train, take gradients and be saved, or weights "
+                        "stay behind without a sign. Say which train in RoleHandle.trained, and "
+                        "make the optimizer from RoleHandle.trained_parameters."
+                    )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of one forward call in this role's precision."""
@@ -108,16 +193,24 @@ class RoleHandle:
         """
         with contextlib.ExitStack() as stack:
             if ema:
-                missing = sorted(set(self.modules) - set(self.ema))
-                if missing:
-                    raise RoleError(
-                        f"role {self.name!r} keeps no EMA of {', '.join(missing)}; EMA weights "
-                        "exist only where the ema callback lists the role. Add it under "
-                        "callbacks.ema.roles, or ask for the live weights."
-                    )
+                self._require_ema()
                 for key, module in self.modules.items():
                     stack.enter_context(self.ema[key].swapped_in(module))
             yield
+
+    def _require_ema(self) -> None:
+        missing = sorted(set(self.modules) - set(self.ema))
+        if missing:
+            raise RoleError(
+                f"role {self.name!r} keeps no EMA of {', '.join(missing)}; EMA weights exist only "
+                "where the ema callback lists the role. Add it under callbacks.ema.roles, or ask "
+                "for the live weights."
+            )
+
+
+def _some(names: set[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(sorted(names)[:most]) or "nothing") + more
 
 
 @define(eq=False)
@@ -165,6 +258,8 @@ class ModulePlan:
     architecture: str
     parameters: int
     buffers: int = 0
+    adapters: int = 0
+    """Parameters that LoRA adds to them; they alone train then."""
 
 
 @frozen(kw_only=True)
@@ -179,5 +274,10 @@ class RolePlan:
 
     @property
     def parameters(self) -> int:
-        """Over all modules."""
+        """Over all modules, without adapters."""
         return sum(module.parameters for module in self.modules)
+
+    @property
+    def adapters(self) -> int:
+        """Over all modules."""
+        return sum(module.adapters for module in self.modules)

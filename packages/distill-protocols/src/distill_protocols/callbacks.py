@@ -56,9 +56,15 @@ class RunState:
     max_train_steps: int
     trackers: tuple[Tracker, ...] = ()
     iteration: int = 0
+    micro_steps: int = 0
+    """Batches that went through finished iterations: the iterations, times the accumulation of
+    each (a resumed run may accumulate otherwise)."""
     metrics: dict[str, Tensor | float] = field(factory=dict)
     """Of the iteration under way. ``StepRecord.metrics`` is this same mapping, so what a callback
     adds in ``on_step_end`` is seen by the callbacks after it."""
+    carried: dict[str, Tensor | float] = field(factory=dict)
+    """Metrics that came up after ``on_step_end``, as the time of a save: the trainer starts the
+    metrics of the next iteration with them."""
     global_batch_size: int = 1
     """Samples an iteration."""
     check_finite: Callable[[], None] = field(default=lambda: None)
@@ -124,4 +130,8 @@ class Checkpointer(Protocol):
 
     def finish(self, run: RunState, callbacks: Mapping[str, Callback]) -> None:
         """Save the end, and wait for anything under way."""
+        ...
+
+    def on_exception(self, run: RunState, error: BaseException) -> None:
+        """The run ends by ``error``: wait for anything under way. What it raises is added to it."""
         ...

@@ -54,8 +54,8 @@ class DistillMethod(ABC, Generic[AdapterT]):
         streams: named generators; every random draw of the method comes from these.
 
     Raises:
-        RoleError: a required role is missing, a role in ``trained_roles`` is frozen, or one in
-            ``frozen_roles`` is trainable.
+        RoleError: a required role is missing, a role in ``trained_roles`` is frozen, one in
+            ``frozen_roles`` is trainable, or what an optimizer moves is not what shall train.
         CapabilityError: the adapter lacks a required capability.
     """
 
@@ -89,6 +89,8 @@ class DistillMethod(ABC, Generic[AdapterT]):
                     f"target and never updates it. Set models.{name}.trainable: false."
                 )
         self.check_capabilities(self.required_capabilities)
+        for role in bundle.roles.values():
+            role.check_training()
         fp16 = [r.name for r in bundle.roles.values() if r.trainable and r.precision == "fp16"]
         self._grad_scaler = torch.amp.GradScaler(
             self._device().type, enabled=bool(fp16), init_scale=2.0**14

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from attrs import frozen
+from attrs import field, frozen
 
 from distill_protocols.capabilities import Capabilities
 from distill_protocols.errors import PluginError
 from distill_protocols.sampler import SamplerSpec
+from distill_protocols.validators import above, at_least
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from distill_protocols.callbacks import Callback
     from distill_protocols.method import DistillMethod
     from distill_protocols.random import RandomStreams
+    from distill_protocols.weights import WeightSource
+
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 Group = Literal["distill.families", "distill.methods", "distill.callbacks"]
 
@@ -43,11 +48,40 @@ class RoleNeed:
 
 
 @frozen(kw_only=True)
+class LoraSpec:
+    """Low-rank adapters ``W + (alpha / rank) B A`` beside frozen weights (Hu et al. 2021, eq. 3).
+
+    Attributes:
+        rank: columns of B and rows of A.
+        alpha: scale; left out, ``rank``, so that the factor is 1.
+        target_modules: ends of the names of the linear layers that get one, as in peft
+            (``to_q`` is every block's); left out, the family's choice.
+    """
+
+    rank: int = field(validator=at_least(1, "it counts the columns of B; 16 to 128 is customary"))
+    alpha: float | None = field(default=None)
+    target_modules: tuple[str, ...] = field(default=())
+
+    @alpha.validator
+    def _check_alpha(self, attribute: object, value: float | None) -> None:
+        if value is not None:
+            above(0, "at 0 the adapter has no effect. Leave it out for alpha = rank")(
+                self, attribute, value
+            )
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@frozen(kw_only=True)
 class RoleSpec:
     """Where one role comes from: what a family needs to load or plan it.
 
     Attributes:
         path: a Diffusers-format folder, absolute, or a hub id such as ``Wan-AI/...``.
+        lora: train low-rank adapters beside the weights of ``path``, which stay as they are.
     """
 
     name: str
@@ -55,6 +89,48 @@ class RoleSpec:
     trainable: bool
     precision: Precision = "fp32"
     fsdp: Mapping[str, Any] | None = None
+    lora: LoraSpec | None = None
+
+
+ExportFormat = Literal["diffusers", "comfyui", "lora"]
+"""A pipeline folder; one file under the model's original names; low-rank adapters only."""
+
+
+@frozen(kw_only=True)
+class ExportRequest:
+    """What an export shall be.
+
+    Attributes:
+        sampler: how the role is sampled; it is written beside the weights.
+        weights: which weights of the role these are, for the record.
+        format: see ``ExportFormat``. A LoRA role is merged into its base for the first two.
+        precision: of the written weights; None: as they are stored.
+        lora_rank: for ``lora`` of a role that is none: the rank of the difference to its base,
+            taken by singular value decomposition.
+        max_shard_bytes: largest weight file of a pipeline folder.
+    """
+
+    sampler: SamplerSpec
+    weights: Literal["live", "ema"] = "live"
+    format: ExportFormat = "diffusers"
+    precision: Precision | None = None
+    lora_rank: int | None = None
+    max_shard_bytes: int = 5 * 1000**3
+
+
+@frozen(kw_only=True)
+class ForeignNames:
+    """What a family knows of the names that its weights have in other codes.
+
+    Attributes:
+        ours: their name -> ours; None for a name that it does not know.
+        unused: whether a name, though not one of ours, is of a weight that has no effect.
+        missing: of all our names of one module, those that it lacks to be whole.
+    """
+
+    ours: Callable[[str], str | None]
+    unused: Callable[[str], bool] = lambda name: False
+    missing: Callable[[Iterable[str]], Sequence[str]] = lambda names: ()
 
 
 class MethodPlugin(ABC):
@@ -112,6 +188,16 @@ class FamilyPlugin(ABC):
     def faults(self, role: RoleSpec, config: Any) -> Sequence[str]:
         """What is wrong with a role's path, without reading weights: missing folder, file ..."""
 
+    def lora_faults(self, role: RoleSpec) -> Iterable[tuple[str, str]]:
+        """What is wrong with a role's ``lora``: pairs of a key in it and a message."""
+        if role.lora is not None:
+            yield "rank", f"family {self.name!r} has no low-rank adapters; leave lora out"
+
+    def fit_faults(self, role: RoleSpec, path: str) -> Iterable[str]:
+        """Why weights of the model at ``path`` are not for the role's, where names and shapes
+        would not show it. Reads no weights."""
+        return ()
+
     def latent_shape(self, config: Any, *, source: str) -> tuple[int, int, int, int] | None:
         """(C, T, H, W) of the run's latents; None where it cannot be told without weights."""
         return None
@@ -128,11 +214,33 @@ class FamilyPlugin(ABC):
         """The role's modules and sizes, from the meta device; needs no weights."""
 
     @abstractmethod
-    def load(self, roles: Sequence[RoleSpec], config: Any, *, device: torch.device) -> ModelBundle:
+    def load(
+        self,
+        roles: Sequence[RoleSpec],
+        config: Any,
+        *,
+        device: torch.device,
+        seed: int = 0,
+        weights: Mapping[str, Mapping[str, WeightSource]] = EMPTY,
+    ) -> ModelBundle:
         """All roles with their weights.
+
+        Args:
+            seed: the run's; what starts at random (LoRA) is a function of it and of its name.
+            weights: by role and module, to take instead of those of the role's path. For a role
+                with ``lora`` they may be whole weights (the base then) or adapters alone (beside
+                the base of its path).
 
         Raises:
             WeightsError: a file or key is missing, unexpected or damaged (with the names).
+        """
+
+    @abstractmethod
+    def weights(self, path: str) -> Mapping[str, WeightSource]:
+        """The weights of a model folder or hub id, by module, to warm-start a role from.
+
+        Raises:
+            WeightsError: there are none, or they are damaged.
         """
 
     @abstractmethod
@@ -140,8 +248,23 @@ class FamilyPlugin(ABC):
         """The adapter; ``source`` is the folder or hub id of VAE, text encoder and tokenizer."""
 
     @abstractmethod
-    def exporter(self, bundle: ModelBundle, config: Any, *, source: str) -> Exporter:
-        """Writes a role as a pipeline folder in the family's own public format."""
+    def exporter(self, config: Any, *, source: str) -> Exporter:
+        """Writes a role where others can read it; ``source`` as in ``adapter``."""
+
+    def foreign_names(self) -> ForeignNames:
+        """What the weights are called in other codes, to migrate their checkpoints.
+
+        Raises:
+            PluginError: this family knows none.
+        """
+        raise PluginError(
+            f"family {self.name!r} knows no other code's names of its weights, so their "
+            "checkpoints cannot be migrated. Convert them to its own format with that code"
+        )
+
+    def export_faults(self, role: RoleSpec, request: ExportRequest) -> Iterable[tuple[str, str]]:
+        """What of ``request`` cannot be had for ``role``: pairs of its key and a message."""
+        return ()
 
 
 @frozen(eq=False, kw_only=True)

@@ -50,9 +50,16 @@ class RandomStreams:
         """purpose -> uint8 state, for a checkpoint."""
         return {name: generator.get_state() for name, generator in self._generators.items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put every generator back where ``state_dict`` found it; others start afresh."""
+    def load_state_dict(self, state: Mapping[str, Tensor], *, shared_only: bool = False) -> None:
+        """Put every generator back where ``state_dict`` found it; others start afresh.
+
+        Args:
+            shared_only: put back only those that all ranks draw from alike: ``state`` is another
+                rank's, and this one is new.
+        """
         self._generators = {}
         for key, value in state.items():
             purpose = key.removeprefix(_SHARED)
-            self.get(purpose, shared=purpose != key).set_state(value.cpu())
+            shared = purpose != key
+            if shared or not shared_only:
+                self.get(purpose, shared=shared).set_state(value.cpu())

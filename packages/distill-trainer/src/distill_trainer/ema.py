@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,9 +24,17 @@ class ExponentialMovingAverage:
         decay: d in [0, 1); 0 always copies.
         start_update: up to and including this update the average only copies, so that it does
             not remember the first, bad weights.
+        names: average only these parameters (``RoleHandle.trained``); None: all of them.
     """
 
-    def __init__(self, module: nn.Module, decay: float, *, start_update: int = 0) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        decay: float,
+        *,
+        start_update: int = 0,
+        names: Collection[str] | None = None,
+    ) -> None:
         self.decay = decay
         self.start_update = start_update
         self._updates = 0
@@ -34,6 +42,8 @@ class ExponentialMovingAverage:
         self._copied: dict[str, Tensor] = {}
         for name, value in module.state_dict(keep_vars=True).items():
             if isinstance(value, nn.Parameter):
+                if names is not None and name not in names:
+                    continue  # it never moves, so its average is itself
                 self._average[name] = value.detach().to(torch.float32, copy=True)
             else:
                 self._copied[name] = value.detach().clone()
@@ -69,7 +79,7 @@ class ExponentialMovingAverage:
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
         """Within: ``module`` holds the average; after: its own weights again, bit for bit."""
         state = module.state_dict()
-        mine = {**self._average, **self._copied}
+        mine = self.weights()
         live = [state[name] for name in mine]
         kept = [value.clone() for value in live]
         try:
@@ -78,9 +88,13 @@ class ExponentialMovingAverage:
         finally:
             _copy(live, kept)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The averaged weights under the module's own names; the tensors themselves."""
+        return {**self._average, **self._copied}
+
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights under the module's own names, and the count ``ema.updates``."""
-        return {**self._average, **self._copied, _UPDATES: torch.tensor(self._updates)}
+        return {**self.weights(), _UPDATES: torch.tensor(self._updates)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -89,7 +103,7 @@ class ExponentialMovingAverage:
         Raises:
             CheckpointError: names or shapes are not those of this module.
         """
-        mine = {**self._average, **self._copied}
+        mine = self.weights()
         wrong = set(state) ^ {*mine, _UPDATES}
         wrong |= {name for name in mine.keys() & state if mine[name].shape != state[name].shape}
         if wrong:

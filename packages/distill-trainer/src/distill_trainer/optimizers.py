@@ -62,8 +62,8 @@ def build_optimizers(
             "precision fp16; a fused step hides whether loss scaling left it out. Leave `fused` "
             "out, or use bf16 or fp32 for every trainable role."
         )
-    for key, module in role.modules.items():
-        optimizer = _optimizer(role, key, module, config, scaled)
+    for key in role.modules:
+        optimizer = _optimizer(role, key, config, scaled)
         role.optimizers[key] = optimizer
         role.schedulers[key] = LambdaLR(optimizer, _factor(config.schedule, horizon))
 
@@ -74,10 +74,8 @@ def _factor(config: ScheduleConfig, horizon: int) -> Callable[[int], float]:
     return lambda done: schedule_factor(config, done, horizon)
 
 
-def _optimizer(
-    role: RoleHandle, key: str, module: nn.Module, config: OptimizerConfig, scaled: bool
-) -> Optimizer:
-    parameters = [p for p in module.parameters() if p.requires_grad]
+def _optimizer(role: RoleHandle, key: str, config: OptimizerConfig, scaled: bool) -> Optimizer:
+    parameters = list(role.trained_parameters(key).values())
     if not parameters:
         raise RoleError(
             f"{role.name}.{key} has no parameter that takes a gradient, but the role is "

@@ -30,7 +30,7 @@ class Rewind:
     def mark(self) -> None:
         """Remember now."""
         run = self._run
-        self._iteration = run.iteration
+        self._iteration, self._metrics = run.iteration, run.metrics
         # Copies, as either may hand out its own tables.
         self._loader = copy.deepcopy(run.loader.state_dict())
         self._method = copy.deepcopy(run.method.state_dict())
@@ -43,8 +43,8 @@ class Rewind:
         """To the mark; gradients are dropped."""
         run = self._run
         run.method.optimizers_zero_grad(run.iteration)
-        run.iteration = self._iteration
-        run.metrics = {}
+        # What was measured in that iteration is still what its checkpoint is judged by.
+        run.iteration, run.metrics = self._iteration, self._metrics
         for (part, name), value in zip(self._buffers, self._values, strict=True):
             _buffer(part, name).copy_(value)
         run.method.load_state_dict(self._method)

@@ -179,6 +179,11 @@ class DistillTrainer:
                 except Exception as second:
                     # The first error is the one to mend: the second must not hide it.
                     error.add_note(f"callback {name!r} failed in on_exception too: {second!r}")
+            if self.checkpointer:
+                try:
+                    self.checkpointer.on_exception(run, error)
+                except Exception as second:
+                    error.add_note(f"a save under way failed too: {second}")
             raise
 
 
@@ -201,7 +206,7 @@ class _Loop:
         run, method = self._run, self._run.method
         self._start.mark()
         run.iteration += 1
-        run.metrics = {}
+        run.metrics, run.carried = run.carried, {}
         try:
             losses, outputs = self._gradients()
         except StopRequested as stop:
@@ -211,6 +216,7 @@ class _Loop:
             return None
         stepped = method.optimizers_schedulers_step(run.iteration)
         method.optimizers_zero_grad(run.iteration)
+        run.micro_steps += self._accumulation
         return StepRecord(
             iteration=run.iteration,
             losses=losses,

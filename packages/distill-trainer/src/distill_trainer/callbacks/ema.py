@@ -32,7 +32,10 @@ class EmaCallback(Callback):
                 )
             for key, module in role.modules.items():
                 role.ema[key] = ExponentialMovingAverage(
-                    module, self.config.decay, start_update=self.config.start_update
+                    module,
+                    self.config.decay,
+                    start_update=self.config.start_update,
+                    names=None if role.trained is None else role.trained[key],
                 )
 
     def on_step_end(self, run: RunState, step: StepRecord) -> None:

@@ -1,0 +1,76 @@
+"""The command line of the migration."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from distill_protocols.errors import DistillError, PluginError
+from distill_protocols.plugins import FamilyPlugin, load_plugin
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+_EPILOG = """\
+what is read:
+  FastVideo, legacy   checkpoint-<n>/ with distributed_checkpoint/, *_weight_only/, ema folders
+  FastVideo, newer    checkpoint-<n>/ with metadata.json and dcp/
+  Self-Forcing        ode_init.pt and other files that hold {"generator": ...}
+No file is unpickled: what is more than tensors and plain values is refused.
+
+The result holds weights (and averages), not optimizers: start roles from it with
+models.<role>.init_from, or write them out with apps/export --config RUN.yaml.
+
+exit status: 0 written, 1 failed, 2 the request is wrong, 130 interrupted.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the app; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        family: FamilyPlugin = load_plugin("distill.families", args.family)
+    except PluginError as error:
+        print(f"--family: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    if not args.source.exists():
+        print(f"--from: there is nothing at {args.source}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        from distill_checkpoint import migrate
+
+        facts = migrate(args.source, args.to, names=family.foreign_names(), ema=not args.no_ema)
+    except DistillError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(f"{args.source} is {facts.layout}, iteration {facts.iteration:,}")
+    for line in facts.taken:
+        print(f"  taken  {line}")
+    for line in facts.left:
+        print(f"  left   {line}")
+    # Absolute: a run file's paths are relative to itself, and begin with ./ or ../.
+    start = f"init_from: {{path: {args.to.resolve()}}}"
+    print(f"written to {args.to}; start a role from it with\n  {start}")
+    return EXIT_OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="apps/migrate",
+        description="Turn a checkpoint of FastVideo or Self-Forcing into one of this framework.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--from", dest="source", type=Path, required=True, metavar="PATH",
+        help="the checkpoint's folder, or a .pt file")  # fmt: skip
+    add("--to", type=Path, required=True, metavar="FOLDER", help="the new checkpoint's folder")
+    add("--family", default="wan", help="whose weights they are (default wan)")
+    add("--no-ema", action="store_true", help="leave averages out")
+    return parser

@@ -1,0 +1,89 @@
+"""What of an export request cannot be had. No torch: run files are checked against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from distill_protocols import ExportRequest, RoleSpec, WeightsError
+
+from distill_adapters_wan.architecture import architecture
+from distill_adapters_wan.folders import DIFFUSERS_STEM, locate, module_faults
+from distill_adapters_wan.lora import linear_layers
+
+FORMATS = ("diffusers", "comfyui", "lora")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def export_faults(role: RoleSpec, request: ExportRequest) -> Iterator[tuple[str, str]]:
+    """Pairs of a key of ``request`` and a message."""
+    if request.format not in FORMATS:
+        yield "format", f"{request.format!r} is none of {', '.join(FORMATS)}"
+        return
+    if request.precision is not None and request.precision not in PRECISIONS:
+        yield "precision", f"{request.precision!r} is none of {', '.join(PRECISIONS)}"
+    if request.max_shard_bytes < 1:
+        yield (
+            "max_shard_bytes",
+            f"{request.max_shard_bytes} must be at least 1: it is the size of a weight file in "
+            "bytes; 5000000000 is customary",
+        )
+    transformers: Mapping[str, Mapping[str, Any]] = {}
+    with suppress(WeightsError):  # the role's own fault, told by FamilyPlugin.faults
+        transformers, _ = architecture(role.path)
+    yield from _rank_faults(role, request, transformers)
+    if role.lora is not None and request.format != "lora":
+        yield from _base_faults("merged into", role, transformers)
+    elif role.lora is None and request.format == "lora":
+        yield from _base_faults("taken as the difference to", role, transformers)
+
+
+def _rank_faults(
+    role: RoleSpec, request: ExportRequest, transformers: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[str, str]]:
+    rank = request.lora_rank
+    if rank is None:
+        if request.format == "lora" and role.lora is None:
+            yield (
+                "lora_rank",
+                f"missing: role {role.name!r} is no LoRA, so one must be made of its difference to "
+                f"{role.path}, and somebody must say how large. 32 to 128 is customary; the error "
+                "is reported. Or use format: diffusers",
+            )
+    elif request.format != "lora":
+        yield (
+            "lora_rank",
+            f"{rank} has no effect on format {request.format!r}, which writes whole weights. Leave "
+            "it out, or use format: lora",
+        )
+    elif role.lora is not None:
+        yield (
+            "lora_rank",
+            f"{rank} has no effect: role {role.name!r} is a LoRA of rank {role.lora.rank} and is "
+            "written as it is. Leave it out",
+        )
+    elif rank < 1:
+        yield "lora_rank", f"{rank} must be at least 1: it counts the columns of B"
+    else:
+        layers = [linear_layers(config) for config in transformers.values()]
+        most = max((min(size) for sizes in layers for size in sizes.values()), default=rank)
+        if rank > most:
+            yield (
+                "lora_rank",
+                f"{rank} is above {most}, the full rank of the largest layer of {role.path}: the "
+                f"LoRA would be larger than the model. Use less than {most}, or format: diffusers",
+            )
+
+
+def _base_faults(
+    what: str, role: RoleSpec, transformers: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[str, str]]:
+    folder = locate(role.path)
+    faults = [] if folder is None else [
+        fault for name in transformers for fault in module_faults(folder / name, DIFFUSERS_STEM)
+    ]  # fmt: skip
+    if folder is None:
+        faults = [f"{role.path} is not on this machine"]
+    for fault in faults:
+        yield "format", f"role {role.name!r} must be {what} the weights of its path, but {fault}"

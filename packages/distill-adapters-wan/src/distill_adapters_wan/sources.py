@@ -1,0 +1,135 @@
+"""Weights in safetensors files, read on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from distill_protocols import TensorFacts, WeightsError, WeightSource
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from distill_adapters_wan.folders import (
+    DIFFUSERS_STEM,
+    fetch,
+    transformer_names,
+    weight_files,
+)
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_GROUP_BYTES = 256 * 1024**2
+
+
+class FileWeights:
+    """A ``WeightSource`` over the safetensors files of one module, sharded or not.
+
+    Args:
+        where: what they are the weights of, for messages.
+        files: each is opened once now, for names and sizes; numbers are read by ``read``.
+
+    Raises:
+        WeightsError: a file is unreadable, a name stands in two files, or numbers are quantised.
+    """
+
+    def __init__(self, where: str, files: Iterable[Path]) -> None:
+        self._where = where
+        self._facts: dict[str, TensorFacts] = {}
+        self._files: dict[str, Path] = {}
+        for file in files:
+            for name, facts in _contents(file):
+                if name in self._files:
+                    raise WeightsError(
+                        f"{name} is in {self._files[name]} and in {file.name}; which one counts "
+                        "cannot be told. Remove the shard that the index does not name"
+                    )
+                self._facts[name], self._files[name] = facts, file
+
+    @property
+    def where(self) -> str:
+        return self._where
+
+    def facts(self) -> Mapping[str, TensorFacts]:
+        return self._facts
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._files[name], []).append(name)
+        found = {}
+        for file, keys in by_file.items():
+            with _opened(file) as stream:
+                found.update({key: stream.get_tensor(key) for key in keys})
+        return found
+
+
+def folder_weights(path: str) -> dict[str, WeightSource]:
+    """The transformers of a Diffusers-format folder or hub id, by module name.
+
+    Raises:
+        WeightsError: there are none, or they are damaged.
+    """
+    # Both, as only the index says whether there is a second; absent ones are simply not fetched.
+    folder = fetch(path, ("transformer", "transformer_2"))
+    return {name: module_weights(folder / name) for name in transformer_names(folder)}
+
+
+def module_weights(folder: Path) -> FileWeights:
+    """Those of one module's folder.
+
+    Raises:
+        WeightsError: there are none, or they are damaged.
+    """
+    return FileWeights(str(folder), weight_files(folder, DIFFUSERS_STEM))
+
+
+def read_in_groups(
+    source: WeightSource, names: Iterable[str], most: int = _GROUP_BYTES
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of ``names``, holding no more than ``most`` bytes (or one tensor) at once."""
+    facts = source.facts()
+    group: list[str] = []
+    size = 0
+    for name in names:
+        if group and size + facts[name].nbytes > most:
+            yield from _drained(source.read(group))
+            group, size = [], 0
+        group.append(name)
+        size += facts[name].nbytes
+    yield from _drained(source.read(group))
+
+
+def _drained(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Each once, and then let go of."""
+    while tensors:
+        yield tensors.popitem()
+
+
+def _contents(file: Path) -> Iterator[tuple[str, TensorFacts]]:
+    with _opened(file) as stream:
+        for name in stream.keys():  # noqa: SIM118 - safe_open is no mapping
+            view = stream.get_slice(name)
+            stored = view.get_dtype()
+            if stored not in _DTYPES:
+                raise WeightsError(
+                    f"{file}: {name} is stored as {stored}; only {', '.join(_DTYPES)} can be "
+                    "trained from, as quantised numbers mean nothing without their scales. Use "
+                    "the model's 16-bit or fp32 files"
+                )
+            yield name, TensorFacts(tuple(view.get_shape()), _DTYPES[stored])
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{file} cannot be read ({error}): missing, cut short, or a Git LFS pointer. Download "
+            "it again"
+        ) from error

@@ -1,0 +1,1 @@
+"""Checkpoints of other frameworks, read without unpickling, and turned into ours."""

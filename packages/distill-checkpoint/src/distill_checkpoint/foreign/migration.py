@@ -1,0 +1,112 @@
+"""Another framework's checkpoint into one of ours."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from attrs import frozen
+from distill_protocols import ForeignNames, OutputError
+
+from distill_checkpoint.foreign.layouts import Found, find
+from distill_checkpoint.writing import write_weights_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@frozen(kw_only=True)
+class MigrationFacts:
+    """What was done.
+
+    Attributes:
+        layout: what the source was, to be read after "it is".
+        iteration: how far it had come.
+        taken: a line for each module and average that is in the new checkpoint.
+        left: a line for each thing that is not, with the reason.
+    """
+
+    layout: str
+    iteration: int
+    taken: tuple[str, ...]
+    left: tuple[str, ...]
+
+
+def migrate(
+    source: Path | str,
+    target: Path | str,
+    *,
+    names: ForeignNames,
+    ema: bool = True,
+    moments: bool = False,
+) -> MigrationFacts:
+    """Turn a checkpoint of FastVideo or an initial student of Self-Forcing into one of ours.
+
+    The result holds weights, and averages where there are any: it can be taken up as another run's
+    beginning and exported, but not resumed, as optimizers, loader and random state are the other
+    framework's own. Weights keep their dtype, and are read file by file as they are written.
+
+    Args:
+        source: a checkpoint's folder, or a ``.pt`` file; see ``layouts``.
+        target: the new checkpoint's folder; must not exist.
+        names: what the family's weights are called there (``FamilyPlugin.foreign_names``).
+        ema: False leaves averages out.
+        moments: True keeps the optimizers' moments in it, for whoever wants to look at them: no run
+            takes them up, and they are twice as large as the weights.
+
+    Raises:
+        CheckpointError: the source is none of the layouts, is damaged, would run code, holds a
+            name that the family does not know or lacks one; nothing is written.
+        OutputError: the target is there already.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists():
+        raise OutputError(
+            f"{target} exists already, and a migration overwrites nothing. Name a new folder, or "
+            "move that one away"
+        )
+    found = find(source, names, ema=ema)
+    parts = {(role.role, role.module): role for role in found.roles}
+    write_weights_checkpoint(
+        target,
+        iteration=found.iteration,
+        roles={part: role.weights for part, role in parts.items()},
+        ema={part: role.ema for part, role in parts.items() if role.ema is not None},
+        moments={part: role.moments for part, role in parts.items() if role.moments is not None}
+        if moments
+        else None,
+        config={"layout": found.layout, "source": str(source), "config": found.config},
+        origin=f"{source} ({found.layout})",
+    )
+    facts = MigrationFacts(
+        layout=found.layout,
+        iteration=found.iteration,
+        taken=tuple(_taken(found, moments)),
+        left=(*([] if moments else _moments_left(found)), *found.left),
+    )
+    for line in facts.taken:
+        logger.info("taken: %s", line)
+    for line in facts.left:
+        logger.info("left: %s", line)
+    return facts
+
+
+def _taken(found: Found, moments: bool) -> Iterator[str]:
+    for role in found.roles:
+        kinds = {"weights": role.weights, "average": role.ema}
+        if moments:
+            kinds["optimizer moments"] = role.moments
+        for kind, source in kinds.items():
+            if source is not None:
+                stored = source.facts().values()
+                size = sum(facts.nbytes for facts in stored) / 1e6
+                yield (
+                    f"{role.role}.{role.module}: {kind}, {len(stored)} tensors, {size:.1f} MB, "
+                    f"from {source.where}"
+                )
+
+
+def _moments_left(found: Found) -> Iterator[str]:
+    for role in found.roles:
+        if role.moments is not None:
+            yield f"{role.role}.{role.module}: optimizer moments (no run can go on from them)"

@@ -1,0 +1,170 @@
+"""models.<role>.init_from and models.<role>.lora, through the app."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from distill_train.cli import EXIT_CONFIG, EXIT_OK, main
+from safetensors.torch import load_file
+
+QUIET = {"trackers": [], "progress": False}
+RATE = {"lr": 1e-3, "schedule": {"name": "constant", "final_ratio": 0.0}}
+STEP = {"max_train_steps": 1, **QUIET}
+STILL = {"lr": 1e-30, "schedule": {"name": "constant", "warmup_steps": 0, "final_ratio": 0.0}}
+"""A rate so small that fp32 rounds it away."""
+
+
+def weights(checkpoint: Path, *parts: str) -> dict[str, torch.Tensor]:
+    files = checkpoint.joinpath(*parts).rglob("*.safetensors")
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+@pytest.fixture
+def first(tiny, tmp_path) -> Path:
+    """A checkpoint of a finetune with an average."""
+    config = tiny("finetune", "first.yaml", training={"max_train_steps": 2, **QUIET},
+                  checkpoint={"export": [{"role": "student", "folder": "student"}]})  # fmt: skip
+    assert main(["--config", str(config)]) == EXIT_OK
+    shutil.move(tmp_path / "out", tmp_path / "first")
+    return tmp_path / "first" / "checkpoint-000002"
+
+
+def begins_with(tiny, tmp_path, start: dict, **changes) -> dict[str, torch.Tensor]:
+    """The student's weights after one step that moves nothing."""
+    config = tiny(
+        "finetune",
+        training={**STEP, "optimizer": STILL},
+        models={"student": {"init_from": start}},
+        checkpoint={"every_steps": None, "export": []},
+        **changes,
+    )  # fmt: skip
+    assert main(["--config", str(config)]) == EXIT_OK
+    return weights(tmp_path / "out" / "checkpoint-000001", "roles", "student")
+
+
+@pytest.mark.parametrize("kind", ["live", "ema", "export"])
+def test_a_role_starts_with_what_it_is_told(kind, first, tiny, tmp_path):
+    start, wanted = {
+        "live": ({"path": str(first)}, weights(first, "roles", "student")),
+        "ema": ({"path": str(first), "ema": True}, weights(first, "ema")),
+        "export": ({"path": str(first.parent / "student")}, weights(first, "roles", "student")),
+    }[kind]
+    found = begins_with(tiny, tmp_path, start)
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    original = weights(Path("configs/tiny/wan/transformer").resolve())
+    assert any(not torch.equal(found[name], original[name]) for name in found)
+
+
+def test_a_run_that_goes_on_does_not_need_its_start_again(first, tiny, tmp_path):
+    start = {"student": {"init_from": {"path": str(first)}}}
+    config = tiny("finetune", training=STEP, models=start,
+                  checkpoint={"every_steps": None, "export": []})  # fmt: skip
+    assert main(["--config", str(config)]) == EXIT_OK
+    shutil.rmtree(first.parent)
+    longer = config.read_text().replace("max_train_steps: 1", "max_train_steps: 2")
+    config.write_text(longer)
+    assert main(["--config", str(config)]) == EXIT_OK
+
+
+def test_what_cannot_be_started_from_is_a_fault_of_the_file(first, tiny, tmp_path, capsys):
+    cases = {
+        "first.parent": ({"path": str(first.parent)}, "checkpoint-000002"),
+        "nowhere": ({"path": "./nowhere"}, "nowhere"),
+        "role": ({"path": str(first), "role": "critic"}, "student"),
+        "ema of a folder": ({"path": str(first.parent / "student"), "ema": True}, "init_from.ema"),
+    }
+    for start, word in cases.values():
+        config = tiny("finetune", training=STEP, models={"student": {"init_from": start}})
+        assert main(["--config", str(config)]) == EXIT_CONFIG
+        assert word in capsys.readouterr().err
+
+
+def test_a_role_that_a_resumed_run_adds_starts_with_what_it_is_told(first, tiny, tmp_path):
+    config = tiny(
+        "dmd2",
+        training={**STEP, "max_train_steps": 6, "optimizer": STILL},
+        models={"critic": {"optimizer": None,
+                           "init_from": {"path": str(first), "role": "student"}}},
+        checkpoint={"every_steps": None, "export": [], "resume": str(first),
+                    "changes": {"added": ["roles.critic", "optimizers.student"],
+                                "dropped": ["optimizers.student"]}},
+        validation=None,
+        callbacks={"report": None},
+    )  # fmt: skip
+    assert main(["--config", str(config)]) == EXIT_OK
+    found = weights(tmp_path / "out" / "checkpoint-000006", "roles", "critic")
+    wanted = weights(first, "roles", "student")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_start_that_would_be_called_or_merged_wrongly_is_refused(first, tiny, tmp_path, capsys):
+    def refusal(start: Path, **role) -> str:
+        role = {"init_from": {"path": str(start)}, **role}
+        config = tiny("finetune", training=STEP, models={"student": role},
+                      checkpoint={"export": []})  # fmt: skip
+        assert main(["--config", str(config)]) == EXIT_CONFIG
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    exported = first.parent / "student"
+    for start in (first, exported):
+        # Exports know the base by its path: they would merge adapters into other weights.
+        assert "but the base of student's lora is" in refusal(start, lora={"rank": 2})
+    file = exported / "transformer" / "config.json"
+    numbers = json.loads(file.read_text())
+    # Half as many heads, twice as wide: every weight has the same shape.
+    numbers["num_attention_heads"] //= 2
+    numbers["attention_head_dim"] *= 2
+    file.write_text(json.dumps(numbers))
+    assert "num_attention_heads 2 instead of 4" in refusal(exported)
+    (first / "config.json").write_text("{")
+    assert "its config.json is missing or damaged" in refusal(first)
+
+
+def test_a_lora_run_saves_adapters_alone_and_goes_on_bit_for_bit(tiny, tmp_path):
+    lora = {"student": {"lora": {"rank": 2}}, "critic": {"lora": {"rank": 2}}}
+    plain = {"validation": None, "checkpoint": {"export": []}}
+
+    def run(out: str, steps: int) -> Path:
+        config = tiny("dmd2", f"{out}.yaml", models=lora, callbacks={"report": None}, **plain,
+                      training={"max_train_steps": steps, "output_dir": str(tmp_path / out),
+                                "optimizer": RATE, **QUIET})  # fmt: skip
+        assert main(["--config", str(config)]) == EXIT_OK
+        return tmp_path / out / f"checkpoint-{steps:06d}"
+
+    whole = run("whole", 8)
+    run("parts", 4)
+    parts = run("parts", 8)
+    found, wanted = weights(parts), weights(whole)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    saved = weights(whole, "roles", "student")
+    assert saved
+    assert all("lora_" in name for name in saved)
+    assert any(value.any() for name, value in saved.items() if "lora_B" in name)
+
+
+def test_adapters_start_from_adapters_of_the_same_scale_alone(tiny, tmp_path, capsys):
+    def run(out: str, lora: dict, start: dict | None, **more) -> int:
+        role = {"lora": lora, **({"init_from": start} if start else {})}
+        training = {**STEP, "output_dir": str(tmp_path / out), "optimizer": {**RATE, **more}}
+        config = tiny("finetune", f"{out}.yaml", models={"student": role},
+                      training=training, checkpoint={"export": []})  # fmt: skip
+        return main(["--config", str(config)])
+
+    assert run("first", {"rank": 2, "alpha": 4}, None) == EXIT_OK
+    first = tmp_path / "first" / "checkpoint-000001"
+    assert run("second", {"rank": 2, "alpha": 4}, {"path": str(first)}, lr=1e-30) == EXIT_OK
+    found = weights(tmp_path / "second" / "checkpoint-000001", "roles", "student")
+    wanted = weights(first, "roles", "student")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    for other in ({"rank": 2, "alpha": 2}, {"rank": 4, "alpha": 8}):
+        assert run("third", other, {"path": str(first)}) == EXIT_CONFIG
+        assert "holds adapters of 'student' alone, of rank 2 and alpha / rank 2" in (
+            capsys.readouterr().err
+        )
+    assert not (tmp_path / "third").exists()

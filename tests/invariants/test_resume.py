@@ -1,0 +1,148 @@
+"""Invariant 13 over the whole road: n steps, save, load, m steps == n + m steps, bit for bit, for
+run files of every shipped method on the tiny Wan, its data set and loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import yaml
+from attrs import asdict, frozen
+from distill_train.build import Run, build
+from distill_train.check import read_config
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
+SAMPLER = {"steps": 2, "timesteps": [1000, 700], "stochastic": True}
+METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "dmd2": (("student", "teacher", "critic"), {"real_score_guidance_scale": 1.5}),
+    "finetune": (("student",), {}),
+    "teacher_only": (("student", "teacher"), {"guidance_scale": 1.5}),
+}
+"""Name -> (roles, options besides the sampler)."""
+
+
+@frozen(kw_only=True)
+class Case:
+    """What may differ between two runs."""
+
+    n: int
+    m: int
+    method: str = "dmd2"
+    interval: int = 2
+    critic_update: str = "alternate"
+    rollout: str = "simulate"
+    accumulation: int = 1
+    ema: bool = True
+    precision: str = "fp32"
+    lora: bool = False
+    workers: int = 0
+    dropout: float = 0.0
+    async_save: bool = False
+
+    def run_file(self, folder: Path, steps: int) -> dict[str, Any]:
+        roles, options = METHODS[self.method]
+        trained = [name for name in roles if name != "teacher"]
+        models: dict[str, dict[str, Any]] = {name: {"path": str(TINY / "wan")} for name in roles}
+        for name in trained:
+            models[name]["precision"] = self.precision
+            if self.lora:
+                models[name]["lora"] = {"rank": 2}
+        method = {**options, "student_sampler": SAMPLER}
+        if self.method == "dmd2":
+            method |= {
+                "generator_update_interval": self.interval,
+                "critic_update": self.critic_update,
+                "rollout": self.rollout,
+            }
+        return {
+            "recipe": {"family": "wan", "method": self.method},
+            "models": models,
+            "training": {
+                "output_dir": str(folder), "max_train_steps": steps, "progress": False,
+                "trackers": [], "global_batch_size": 2 * self.accumulation,
+                "batch_size_per_device": 2, "optimizer": {"lr": 1e-3},
+            },
+            "data": {"path": str(TINY / "data"), "workers": self.workers},
+            "conditioning": {"dropout": self.dropout},
+            "pipeline_config": {
+                "num_frames": 9, "height": 32, "width": 32, "max_sequence_length": 8,
+            },
+            "method_config": method,
+            "checkpoint": {"every_steps": 1, "resume": "latest", "async_save": self.async_save},
+            "callbacks": {"grad_clip": {}} | (
+                {"ema": {"roles": trained, "decay": 0.5}} if self.ema else {}
+            ),
+        }  # fmt: skip
+
+    def train(self, folder: Path, steps: int) -> Run:
+        folder.mkdir(exist_ok=True)
+        file = folder / "run.yaml"
+        file.write_text(yaml.safe_dump(self.run_file(folder, steps)))
+        run = build(read_config(file), device=torch.device("cpu"))
+        result = run.trainer.run(run.method, run.loader)
+        assert result.iteration == steps
+        return run
+
+
+def everything(run: Run) -> dict[str, Any]:
+    by_module = run.bundle.by_module
+    return {
+        "weights": {key: module.state_dict() for key, module in by_module("modules").items()},
+        "optimizers": {key: o.state_dict() for key, o in by_module("optimizers").items()},
+        "schedulers": {key: s.state_dict() for key, s in by_module("schedulers").items()},
+        "ema": {key: e.state_dict() for key, e in by_module("ema").items()},
+        "method": run.method.state_dict(),
+        "loader": run.loader.state_dict(),
+        "streams": run.method.streams.state_dict(),
+    }
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    if isinstance(a, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        return [line for key in a for line in differences(a[key], b[key], f"{path}.{key}")]
+    if isinstance(a, list | tuple):
+        pairs = zip(a, b, strict=True)
+        return [d for i, (x, y) in enumerate(pairs) for d in differences(x, y, f"{path}.{i}")]
+    return [] if a == b else [path]
+
+
+cases = st.builds(
+    Case,
+    n=st.integers(1, 3),
+    m=st.integers(1, 3),
+    method=st.sampled_from(sorted(METHODS)),
+    interval=st.integers(2, 3),
+    critic_update=st.sampled_from(["alternate", "every_step"]),
+    rollout=st.sampled_from(["simulate", "data"]),
+    accumulation=st.integers(1, 2),
+    ema=st.booleans(),
+    precision=st.sampled_from(["fp32", "bf16", "fp16"]),
+    lora=st.booleans(),
+    workers=st.integers(0, 2),
+    dropout=st.sampled_from([0.0, 0.5]),
+    async_save=st.booleans(),
+)
+DMD2 = Case(n=2, m=2, critic_update="every_step", accumulation=2, workers=2, async_save=True)
+TEACHER_ONLY = Case(n=1, m=2, method="teacher_only", precision="bf16", lora=True, dropout=0.5)
+
+
+@settings(max_examples=6)
+@given(cases)
+@example(DMD2)
+@example(Case(**{**asdict(DMD2), "precision": "fp16", "lora": True}))
+@example(TEACHER_ONLY)
+def test_13_n_steps_save_load_m_steps_is_n_plus_m_steps(case: Case):
+    # Of DMD2 each part must be a right run file by itself, and so train the student once.
+    n = max(case.n, case.interval) if case.method == "dmd2" else case.n
+    with TemporaryDirectory() as name:
+        whole = case.train(Path(name) / "whole", n + case.m)
+        case.train(Path(name) / "parts", n)
+        parts = case.train(Path(name) / "parts", n + case.m)
+        assert differences(everything(whole), everything(parts)) == []
