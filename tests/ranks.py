@@ -83,7 +83,7 @@ def _state(pid: int) -> str:
     """Of a process, as the kernel abbreviates it; T: stopped."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return "X"  # it is over
 
 
