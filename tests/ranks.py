@@ -1,4 +1,4 @@
-"""Two processes over gloo, forked from a server that has imported everything: a second a test."""
+"""Processes over gloo, forked from a server that has imported everything: a second a test."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,11 +18,11 @@ import torch
 from distill_checkpoint import CheckpointConfig, CheckpointManager
 from distill_checkpoint.capture import Snapshot
 from distill_checkpoint.tensors import write_tensors
-from distill_protocols import Callback, CheckpointError, RunState, StepRecord
+from distill_protocols import Callback, CheckpointError, RankError, RunState, StepRecord
 from tiny_run import Run, Shape, new_run
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -29,24 +30,40 @@ CONTEXT = multiprocessing.get_context("forkserver")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
-CONTEXT.set_forkserver_preload(["ranks", "torch._dynamo"])
+CONTEXT.set_forkserver_preload(
+    ["ranks", "spread", "lockstep_ranks", "rank_jobs", "wan_ranks", "app_ranks", "torch._dynamo"]
+)
 
 EMPTY: Mapping[str, Any] = {}
+PLAIN = Shape(callbacks=())
+ADAPTERS = Shape(callbacks=(), trained=frozenset({"4.weight", "0.bias"}))
 
 PATIENCE = 120
 """Seconds after which a test gives a child up; boxes are shared."""
 
 
-def together(target: Callable[..., Any], *args: Any, size: int = 2) -> list[Any]:
+def together(
+    target: Callable[..., Any],
+    *args: Any,
+    size: int = 2,
+    timeout: float = PATIENCE,
+    context: Any = CONTEXT,
+) -> list[Any]:
     """What ``target(*args)`` returned on each of ``size`` ranks.
 
     Its traceback, if it raised; nothing of one that was killed, stopped, or does not end.
+
+    Args:
+        timeout: seconds after which a collective of theirs gives a rank up.
+        context: of multiprocessing; ``fork`` where this process holds what takes long to import.
     """
     with TemporaryDirectory(ignore_cleanup_errors=True) as store:
         pipes, children = [], []
         for rank in range(size):
-            ours, theirs = CONTEXT.Pipe(duplex=False)
-            child = CONTEXT.Process(target=_rank, args=(store, rank, size, theirs, target, args))
+            ours, theirs = context.Pipe(duplex=False)
+            child = context.Process(
+                target=_rank, args=(store, rank, size, timeout, theirs, target, args)
+            )
             child.start()
             theirs.close()
             pipes.append(ours)
@@ -54,9 +71,14 @@ def together(target: Callable[..., Any], *args: Any, size: int = 2) -> list[Any]
         return _results(children, pipes)
 
 
-def _rank(store: str, rank: int, size: int, pipe: Any, target: Any, args: Any) -> None:
+def _rank(
+    store: str, rank: int, size: int, timeout: float, pipe: Any, target: Any, args: Any
+) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"file://{store}/store", rank=rank, world_size=size)
+    distributed.init_process_group(
+        "gloo", f"file://{store}/store", rank=rank, world_size=size,
+        timeout=timedelta(seconds=timeout),
+    )  # fmt: skip
     try:
         pipe.send(target(*args))
     except BaseException:
@@ -118,21 +140,40 @@ class Sync(Callback):
         self.drawn = state["drawn"]
 
 
-def run_of_rank(*, seed: int, sharded: bool) -> Run:
+def run_of_rank(*, seed: int, strategy: str, shape: Shape = PLAIN) -> Run:
     """A run whose noise and dropout are this rank's own, with weights that all have alike."""
-    run = new_run(Shape(callbacks=()), seed=seed)
+    run = new_run(shape, seed=seed)
     run.method.streams.rank = distributed.get_rank()
     torch.manual_seed(100 * seed + distributed.get_rank())
     ema = run.callbacks.pop("ema")
     run.callbacks.update(sync=Sync(), ema=ema)
-    if sharded:
-        mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-        for role in run.method.bundle.roles.values():
-            for key, module in role.modules.items():
-                fully_shard(module, mesh=mesh)
-                if role.trainable:
-                    _renew_optimizer(role, key)
+    for role in run.method.bundle.roles.values():
+        for key, module in role.modules.items():
+            shard(module, strategy)
+            if role.trainable:
+                _renew_optimizer(role, key)
+    # After the optimizers were renewed: the counters hang on these.
+    run.method.__init__(run.method.bundle, None, streams=run.method.streams)  # type: ignore[misc]
     return run
+
+
+def shard(module: nn.Module, strategy: str) -> None:
+    """Put DTensors in the place of parameters: the last child's by itself, then the rest's.
+
+    Args:
+        strategy: ``ddp`` leaves all as it is; ``offload`` is fsdp2 with its parts in host memory.
+    """
+    size = distributed.get_world_size()
+    if strategy == "ddp":
+        return
+    if strategy == "hsdp":
+        mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("copies", "parts"))
+    else:
+        mesh = init_device_mesh("cpu", (size,))
+    offload = CPUOffloadPolicy(pin_memory=False) if strategy == "offload" else OffloadPolicy()
+    *_, last = module.children()
+    for part in (last, module):
+        fully_shard(part, mesh=mesh, offload_policy=offload)
 
 
 def _renew_optimizer(role: Any, key: str) -> None:
@@ -146,13 +187,16 @@ def _renew_optimizer(role: Any, key: str) -> None:
 
 
 def train(
-    folder: Path, steps: int, sharded: bool, seed: int = 0, checkpoint: Mapping[str, Any] = EMPTY
+    folder: Path,
+    steps: int,
+    strategy: str,
+    seed: int = 0,
+    checkpoint: Mapping[str, Any] = EMPTY,
+    shape: Shape = PLAIN,
 ) -> dict[str, str]:
     """Go on to ``steps`` and save; a fingerprint of everything on this rank."""
-    run = run_of_rank(seed=seed, sharded=sharded)
+    run = run_of_rank(seed=seed, strategy=strategy, shape=shape)
     config = CheckpointConfig(**{"resume": "latest", "timeout_seconds": 60.0, **checkpoint})
-    # After the optimizers were renewed: the counters hang on these.
-    run.method.__init__(run.method.bundle, None, streams=run.method.streams)  # type: ignore[misc]
     run.train(folder, steps, CheckpointManager(config, folder, {"a": 1}))
     return fingerprint(run)
 
@@ -183,29 +227,49 @@ def _bytes(value: Any) -> bytes:
 
 
 def train_and_lose_a_rank(
-    folder: Path, sharded: bool, how: str, checkpoint: Mapping[str, Any]
+    folder: Path, strategy: str, how: str, checkpoint: Mapping[str, Any], who: int = 1
 ) -> str:
-    """Save iteration 2, then 4, in which rank 1 fails ``how``; what this rank says of it."""
-    train(folder, 2, sharded, 0, checkpoint)
-    if distributed.get_rank() == 1:
-
-        def fail(snapshot: Snapshot, folder: Path, ranks: Any) -> Any:
-            path, share = next(iter(snapshot.shared.items()))
-            write_tensors(folder / path, share, ranks=ranks)  # a part of it is on the disk
-            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
-            raise AssertionError("it goes on")
-
+    """Save iteration 2, then 4, in which rank ``who`` fails ``how``; what this rank says of it."""
+    train(folder, 2, strategy, 0, checkpoint)
+    if distributed.get_rank() == who:
         if how == "full":
             _no_space_left()
         elif how == "spoilt":
             _spoilt_shard()
+        elif how == "step":
+            _dies_in_a_step()
         else:
-            Snapshot.write = fail  # type: ignore[method-assign]
+            _dies_in_a_save({"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
     try:
-        train(folder, 4, sharded, 0, checkpoint)
+        train(folder, 4, strategy, 0, checkpoint)
     except CheckpointError as error:
         return str(error)
+    except RankError as error:
+        if how != "step":
+            raise
+        return f"in a step: {str(error).splitlines()[0]}"
     return "saved"
+
+
+def _dies_in_a_save(how: signal.Signals) -> None:
+    def fail(snapshot: Snapshot, folder: Path, ranks: Any) -> Any:
+        path, share = next(iter(snapshot.shared.items()))
+        write_tensors(folder / path, share, ranks=ranks)  # a part of it is on the disk
+        os.kill(os.getpid(), how)
+        raise AssertionError("it goes on")
+
+    Snapshot.write = fail  # type: ignore[method-assign]
+
+
+def _dies_in_a_step() -> None:
+    before = Sync.on_before_optimizer_step
+
+    def die(callback: Sync, run: RunState) -> None:
+        if run.iteration == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        before(callback, run)
+
+    Sync.on_before_optimizer_step = die  # type: ignore[method-assign]
 
 
 def _spoilt_shard() -> None:

@@ -28,10 +28,10 @@ from distill_protocols import (
     StepResult,
     derive_seed,
 )
-from distill_trainer import DistillTrainer, TrainingConfig
+from distill_trainer import DistillTrainer, DistributedConfig, Distribution, TrainingConfig
 from distill_trainer.callbacks.ema import EmaCallback
 from distill_trainer.plugins import EmaConfig
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 FEATURES = 4
 
@@ -182,9 +182,10 @@ class Run:
 
     def train(self, output_dir: Path, steps: int, manager: CheckpointManager | None = None) -> None:
         """Until iteration ``steps``."""
+        ranks = distributed.get_world_size() if distributed.is_initialized() else 1
         training = TrainingConfig(
             output_dir=str(output_dir), max_train_steps=steps, progress=False, trackers=(),
-            global_batch_size=self.shape.accumulation, batch_size_per_device=1,
+            global_batch_size=self.shape.accumulation * ranks, batch_size_per_device=1,
         )  # fmt: skip
         trainer = DistillTrainer(
             training, callbacks=list(self.callbacks.values()), trackers=(), checkpointer=manager
@@ -254,3 +255,8 @@ def save_and_leave(output_dir: str, width: int) -> None:
     manager = CheckpointManager(CheckpointConfig(async_save=True), output_dir, {})
     manager.save(run.state(Path(output_dir), 1), run.callbacks)
     raise SystemExit(3)
+
+
+def alone() -> Distribution:
+    """A process by itself, on the CPU."""
+    return Distribution(config=DistributedConfig(), device=torch.device("cpu"))

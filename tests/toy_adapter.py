@@ -18,6 +18,7 @@ from distill_protocols import (
     ConditioningError,
     ModelBundle,
     RoleHandle,
+    RowGenerators,
     SamplerSpec,
 )
 from torch import Tensor, nn
@@ -140,7 +141,7 @@ class ToyAdapter:
         cond: Condition,
         *,
         neg_cond: Condition | None = None,
-        generator: torch.Generator | None = None,
+        generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
     ) -> Tensor:
         sigmas = (*spec.sigmas(), 0.0)
@@ -152,7 +153,8 @@ class ToyAdapter:
             velocity = self.forward(role, x_t, t, cond, neg_cond=neg_cond, cfg=spec.guidance)
             if spec.stochastic and then > 0:
                 x0 = self.pred_to_x0(velocity, x_t, t)
-                fresh = torch.randn(noise.shape, generator=generator)
+                assert generators is not None
+                fresh = generators.normal(noise.shape[1:])
                 x_t = self.add_noise(x0, fresh, torch.full_like(t, 1000 * then))
             else:
                 x_t = x_t + (then - now) * velocity

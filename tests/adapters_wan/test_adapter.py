@@ -11,6 +11,7 @@ from distill_protocols import (
     Condition,
     ConditioningError,
     ContractError,
+    RowGenerators,
     SamplerSpec,
     StopRequested,
     WeightsError,
@@ -358,21 +359,38 @@ def test_stochastic_by_hand(adapter):
     """x0 prediction, then fresh noise at the next time."""
     spec = SamplerSpec(steps=2, timesteps=(1000.0, 750.0), stochastic=True)
     noise, cond = normal(1, *SHAPE), text(1)
-    fresh = normal(1, *SHAPE, seed=5)
+    fresh = RowGenerators.seeded(5, "fresh", [0]).normal(SHAPE)
     with torch.no_grad():
         x0 = adapter.forward("teacher", noise, torch.tensor([1000.0]), cond, fwd_pred_type="x0")
         x_t = adapter.add_noise(x0, fresh, torch.tensor([750.0]))
         x0 = adapter.forward("teacher", x_t, torch.tensor([750.0]), cond, fwd_pred_type="x0")
-    generator = torch.Generator().manual_seed(5)
-    ours = adapter.sample("teacher", spec, noise, cond, generator=generator)
+    generators = RowGenerators.seeded(5, "fresh", [0])
+    ours = adapter.sample("teacher", spec, noise, cond, generators=generators)
     assert torch.allclose(ours, x0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_a_clip_does_not_depend_on_its_neighbours(adapter, stochastic):
+    spec, cond = SamplerSpec(steps=3, shift=3.0, stochastic=stochastic), text(3)
+
+    def clips(*rows):
+        generators = RowGenerators.seeded(0, "look", rows)
+        noise = generators.normal(SHAPE)
+        return adapter.sample(
+            "teacher", spec, noise, cond[torch.tensor(rows)], generators=generators
+        )
+
+    whole = clips(0, 1, 2)
+    assert not torch.allclose(whole[0], whole[2], atol=1e-2)
+    for rows in ([2], [0, 2], [1, 0]):
+        assert torch.allclose(clips(*rows), whole[rows], atol=1e-5)
 
 
 def test_sampling_leaves_the_global_generator_alone(adapter):
     before = torch.get_rng_state()
     spec = SamplerSpec(steps=2, stochastic=True)
-    generator = torch.Generator().manual_seed(0)
-    adapter.sample("teacher", spec, normal(1, *SHAPE), text(1), generator=generator)
+    generators = RowGenerators.seeded(0, "fresh", [0])
+    adapter.sample("teacher", spec, normal(1, *SHAPE), text(1), generators=generators)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -396,7 +414,10 @@ def test_sampling_polls_before_each_step_and_ends_with_what_that_raises(adapter,
 
 def test_sampler_refusals(adapter):
     spec = SamplerSpec(steps=2, stochastic=True)
-    with pytest.raises(ContractError, match="generator"):
+    with pytest.raises(ContractError, match="needs generators"):
         adapter.sample("teacher", spec, normal(1, *SHAPE), text(1))
+    generators = RowGenerators.seeded(0, "fresh", [0])
+    with pytest.raises(ContractError, match="1 generators for 2 rows"):
+        adapter.sample("teacher", spec, normal(2, *SHAPE), text(2), generators=generators)
     with pytest.raises(ContractError, match="noise is"):
         adapter.sample("teacher", SamplerSpec(steps=1), normal(1, 4, 3, 4, 6), text(1))

@@ -7,7 +7,13 @@ import json
 import pytest
 import torch
 from distill_adapters_wan import PLUGIN
-from distill_adapters_wan.sources import FileWeights, folder_weights, read_in_groups
+from distill_adapters_wan.injection import DrawnAdapters
+from distill_adapters_wan.sources import (
+    FileWeights,
+    JoinedWeights,
+    folder_weights,
+    read_in_groups,
+)
 from distill_protocols import RoleSpec, TensorFacts, TensorWeights, WeightsError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -249,3 +255,21 @@ def test_loading_draws_nothing_from_the_global_generator(pipeline, config):
     before = torch.get_rng_state()
     load(pipeline, config)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@given(st.integers(0, 24), st.integers(0, 24))
+def test_rows_of_a_tensor_are_those_of_the_whole(pipeline_template, one, other):
+    """Of files by slices, of any other source by cutting."""
+    start, stop = sorted((one, other))
+    file = folder_weights(str(pipeline_template))["transformer"]
+    names = ["patch_embedding.weight", "patch_embedding.bias"]
+    memory = TensorWeights("w", file.read(names[1:]))
+    drawn = DrawnAdapters("r", "m", {"x.lora_A.default.weight": torch.Size((24, 3))}, seed=1)
+    places = {"a": (file, names[0]), "b": (memory, names[1]), "c": (drawn, *drawn.shapes)}
+    joined = JoinedWeights("w", places)
+    assert joined.facts()["a"] == file.facts()[names[0]]
+    whole = joined.read("abc")
+    assert list(whole) == ["a", "b", "c"]
+    assert whole["c"].std() > 0
+    for name, value in whole.items():
+        assert torch.equal(joined.read_rows(name, start, stop), value[start:stop])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+import torch
 from distill_checkpoint import StoredCheckpoint
 from distill_checkpoint.manifest import inspect
-from ranks import together, train, train_and_lose_a_rank
-
-REPLICATED, SHARDED = False, True
+from rank_jobs import keep, save_after_a_look, save_at
+from ranks import ADAPTERS, PLAIN, together, train, train_and_lose_a_rank
+from safetensors import safe_open
 
 
 def different(a: dict[str, str], b: dict[str, str]) -> list[str]:
@@ -18,51 +23,113 @@ def different(a: dict[str, str], b: dict[str, str]) -> list[str]:
     return sorted(place for place in a.keys() | b.keys() if a.get(place) != b.get(place))
 
 
+@functools.cache
+def uninterrupted(strategy: str, size: int) -> list[dict[str, str]]:
+    with TemporaryDirectory() as folder:
+        return together(train, Path(folder), 4, strategy, size=size)
+
+
+def assert_whole(found: list[dict[str, str]], strategy: str) -> None:
+    """Every rank ended as one of a run that never stopped, in every bit."""
+    whole = uninterrupted(strategy, len(found))
+    assert [different(a, b) for a, b in zip(whole, found, strict=True)] == [[]] * len(found)
+
+
 def of_rank(place: str) -> bool:
     return place.startswith(("/streams/tiny", "/global"))
 
 
-@pytest.mark.parametrize("sharded", [REPLICATED, SHARDED])
-@pytest.mark.parametrize("in_background", [False, True])
-def test_two_ranks_go_on_bit_for_bit(tmp_path, sharded, in_background):
-    whole = together(train, tmp_path / "whole", 5, sharded)
+@pytest.mark.parametrize(
+    ("strategy", "size", "in_background"),
+    [("ddp", 2, False), ("ddp", 2, True), ("fsdp2", 2, False), ("hsdp", 4, True)],
+)
+def test_ranks_go_on_bit_for_bit(tmp_path, strategy, size, in_background):
     config = {"async_save": in_background, "every_steps": 1}
-    together(train, tmp_path / "out", 3, sharded, 0, config)
-    resumed = together(train, tmp_path / "out", 5, sharded, 1, config)
-    assert [different(a, b) for a, b in zip(whole, resumed, strict=True)] == [[], []]
-    own = [place for place in different(*resumed) if of_rank(place)]
+    together(train, tmp_path, 2, strategy, 0, config, size=size)
+    resumed = together(train, tmp_path, 4, strategy, 1, config, size=size)
+    assert_whole(resumed, strategy)
+    own = [place for place in different(*resumed[:2]) if of_rank(place)]
     assert [place for place in own if place.startswith("/streams")]  # each has its own generators
     assert "/global" in own
     shared = [p for p in resumed[0] if p.startswith("/streams/shared")]
     assert shared
-    assert all(resumed[0][place] == resumed[1][place] for place in shared)
-    for folder in (tmp_path / "out").glob("checkpoint-*"):
+    assert all(resumed[0][place] == found[place] for place in shared for found in resumed)
+    for folder in tmp_path.glob("checkpoint-*"):
         assert inspect(folder, checksums=True).damage is None
 
 
-@pytest.mark.parametrize("sharded", [REPLICATED, SHARDED])
-@pytest.mark.parametrize(("then", "now"), [(2, 1), (1, 2)])
-def test_another_number_of_ranks_reads_the_same_tensors(tmp_path, sharded, then, now):
-    before = together(train, tmp_path, 3, sharded, size=then)
-    after = together(train, tmp_path, 3, sharded, 1, size=now)
-    for rank, found in enumerate(after):
-        places = different(before[0], found)
-        if rank == 0:  # the rank that was there then has its own generators too
-            assert places == []
-        else:
-            assert places
-            assert all(of_rank(place) for place in places)
+@pytest.mark.parametrize(
+    ("shape", "path"),
+    [
+        (PLAIN, [("ddp", 2), ("hsdp", 4), ("offload", 2), ("ddp", 1), ("fsdp2", 4), ("ddp", 4)]),
+        (ADAPTERS, [("hsdp", 4), ("fsdp2", 1), ("fsdp2", 2), ("ddp", 1)]),
+    ],
+    ids=["all weights", "adapters"],
+)
+def test_other_ranks_and_strategies_read_the_same_tensors(tmp_path, path, shape):
+    (strategy, size), *rest = path
+    [before, *_] = together(train, tmp_path, 3, strategy, 0, {}, shape, size=size)
+    for seed, (strategy, size) in enumerate(rest, start=1):
+        [first, *others] = together(train, tmp_path, 3, strategy, seed, {}, shape, size=size)
+        assert different(before, first) == [], (strategy, size)
+        for found in others:
+            # Its own generators start anew where the checkpoint has none of this rank.
+            assert all(of_rank(place) for place in different(before, found)), (strategy, size)
 
 
-def test_each_rank_writes_its_part(tmp_path):
-    together(train, tmp_path, 4, SHARDED)
+@pytest.mark.parametrize(("strategy", "size"), [("ddp", 2), ("fsdp2", 2), ("hsdp", 4)])
+def test_each_piece_is_written_once_and_all_ranks_write(tmp_path, strategy, size):
+    together(train, tmp_path, 4, strategy, size=size)
     folder = tmp_path / "checkpoint-000004"
-    for below in ("roles/student/transformer", "optimizers/student.transformer"):
-        sizes = [path.stat().st_size for path in (folder / below).glob("*.safetensors")]
-        assert len(sizes) == 2
+    for below, per_weight in (
+        ("roles/student/transformer", 1),
+        ("optimizers/student.transformer", 2),
+    ):
+        pieces = [numbers(file) for file in sorted((folder / below).glob("*.safetensors"))]
+        assert len(pieces) == size
+        whole = {name for piece in pieces for name in piece if "weight" in name or "bias" in name}
+        assert sum(piece.get(name, 0) for piece in pieces for name in whole) == 70 * per_weight
+        sizes = [sum(piece.values()) for piece in pieces]
+        assert max(sizes) < 0.7 * sum(sizes)
     # And whoever reads it needs to know nothing of ranks.
     weight = StoredCheckpoint.open(folder).weights("student")["transformer"]
-    assert weight.read(["0.weight"])["0.weight"].shape == (6, 4)
+    whole = weight.read(["0.weight"])["0.weight"]
+    assert whole.shape == (6, 4)
+    for start in range(7):
+        for stop in range(start, 7):
+            assert torch.equal(weight.read_rows("0.weight", start, stop), whole[start:stop])
+
+
+def numbers(file: Path) -> dict[str, int]:
+    """How many a tensor has in ``file``."""
+    with safe_open(file, framework="pt") as stream:
+        names = list(stream.keys())
+        return {name: math.prod(stream.get_slice(name).get_shape()) for name in names}
+
+
+def test_weights_that_a_forward_pass_left_whole_are_saved_in_parts(tmp_path):
+    assert together(save_after_a_look, tmp_path, "fsdp2") == [[False, True]] * 2
+    files = (tmp_path / "checkpoint-000001" / "roles/student/transformer").glob("*")
+    assert [numbers(file)["0.weight"] for file in files] == [12, 12]
+
+
+def test_ranks_at_different_iterations_save_nothing(tmp_path):
+    said = together(save_at, tmp_path, [3, 4])
+    assert "rank 0: 3, rank 1: 4" in said[0]
+    assert "rank 0: 3, rank 1: 4" in said[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_first_rank_says_which_checkpoints_stay(tmp_path, sharded):
+    together(keep, tmp_path, {1: 3.0, 2: 1.0, 3: 2.0, 4: 9.0}, sharded)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-000002",
+        "checkpoint-000004",
+    ]
+    assert inspect(tmp_path / "checkpoint-000002", checksums=True).manifest.metrics == {
+        "score": 1.0
+    }
 
 
 @pytest.mark.parametrize(
@@ -74,25 +141,40 @@ def test_each_rank_writes_its_part(tmp_path):
     ],
 )
 def test_what_one_rank_cannot_save_is_saved_by_none(tmp_path, how, config, word):
-    said = together(train_and_lose_a_rank, tmp_path, SHARDED, how, config)
+    said = together(train_and_lose_a_rank, tmp_path, "fsdp2", how, config)
     assert said[0] == said[1]
     assert word in said[0]
     assert "rank 1" in said[0]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000002"]
-    assert isinstance(together(train, tmp_path, 4, SHARDED)[0], dict)
+    assert isinstance(together(train, tmp_path, 4, "fsdp2")[0], dict)
 
 
 @pytest.mark.parametrize(
-    ("how", "config"),
-    [("kill", {}), ("kill", {"async_save": True}), ("stop", {"timeout_seconds": 10.0})],
+    ("strategy", "size", "how", "who", "config"),
+    [
+        ("fsdp2", 2, "kill", 1, {}),
+        ("hsdp", 4, "kill", 3, {"async_save": True}),
+        ("ddp", 2, "kill", 0, {"async_save": True}),
+        ("fsdp2", 2, "stop", 1, {"timeout_seconds": 5.0}),
+        ("hsdp", 4, "step", 2, {"async_save": True, "every_steps": 1}),
+    ],
+    ids=["save", "background", "first rank", "hangs", "step"],
 )
-def test_a_rank_that_dies_in_a_save_does_not_hold_up_the_other(tmp_path, how, config):
+def test_a_rank_that_is_lost_tears_nothing(tmp_path, strategy, size, how, who, config):
     began = time.monotonic()
-    said = together(train_and_lose_a_rank, tmp_path, SHARDED, how, config)
-    assert not said[1]
-    assert "rank 0 lost the others" in said[0]
+    said = together(train_and_lose_a_rank, tmp_path, strategy, how, config, who, size=size)
     assert time.monotonic() - began < 100  # far from the half hour of torch's own timeout
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000002"]
-    whole = together(train, tmp_path / "whole", 4, SHARDED)
-    resumed = together(train, tmp_path, 4, SHARDED, 1)
-    assert [different(a, b) for a, b in zip(whole, resumed, strict=True)] == [[], []]
+    for rank, text in enumerate(said):
+        if rank == who:
+            assert not text
+        elif how == "step":
+            assert text.startswith("in a step:")
+        else:
+            assert f"rank {rank} lost the others" in text
+            # One that waits for the first rank hears no more than that it is gone.
+            assert f"Ranks {who} failed" in text or rank or who == 0
+    folders = sorted(tmp_path.glob("checkpoint-*"))
+    assert folders
+    assert folders[-1].name in ("checkpoint-000002", "checkpoint-000003")
+    assert all(inspect(folder, checksums=True).damage is None for folder in folders)
+    assert_whole(together(train, tmp_path, 4, strategy, 1, size=size), strategy)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from distill_checkpoint import CheckpointConfig, CheckpointManager, StoredCheckpoint
+from distill_checkpoint.tensors import read_tensors
 from distill_protocols import Callback, CheckpointError, NonFiniteLossError, RunState
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -157,6 +158,28 @@ def test_a_frozen_base_is_not_saved(tmp_path):
         CheckpointError, match=r"0\.bias, 4\.bias is in the run but not in the checkp"
     ):
         resume(tmp_path, Shape(trained=frozenset({"4.weight", "4.bias", "0.bias"})))
+
+
+def test_a_base_that_roles_share_is_nobodys_to_save_or_load(tmp_path):
+    def build(base: float) -> tuple[Run, torch.nn.Parameter]:
+        run = new_run(Shape(trained=frozenset({"4.weight"})))
+        roles = run.method.bundle.roles
+        weight = roles["teacher"].modules["transformer"][0].weight
+        for module in roles["student"].modules.values():
+            module[0].weight = weight
+        with torch.no_grad():
+            weight.fill_(base)
+        return run, weight
+
+    run, _ = build(5.0)
+    manager(tmp_path).save(run.state(tmp_path, 1), run.callbacks)
+    other, weight = build(7.0)
+    manager(tmp_path, RESUME).resume(other.state(tmp_path, 0), other.callbacks)
+    assert weight.eq(7).all()
+    for module in other.method.bundle["student"].modules.values():
+        assert module[0].weight is weight
+    found = read_tensors(tmp_path / "checkpoint-000001/roles/student/transformer")
+    assert [name for name in found if name.endswith("weight")] == ["4.weight"]
 
 
 @pytest.mark.parametrize(

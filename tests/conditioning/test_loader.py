@@ -140,15 +140,43 @@ def test_an_iterator_under_way_follows_a_loaded_position(dataset_of, workers):
         assert _equal(next(batches), batch)
 
 
-@given(samples=sizes, seed=seeds, cut=st.integers(1, 4))
-def test_the_number_of_ranks_may_change_on_resume(dataset_of, samples, seed, cut):
-    dataset = dataset_of(samples)
-    whole = _stream(LatentLoader(dataset, batch_size=2, seed=seed), 2 * cut + 4)
-    loader = LatentLoader(dataset, batch_size=2, seed=seed, rank=1, world_size=2)
-    list(islice(loader, cut))
-    alone = LatentLoader(dataset, batch_size=4, seed=seed)
-    alone.load_state_dict(loader.state_dict())
-    assert _stream(alone, 2) == whole[4 * cut :]
+starts = st.tuples(st.sampled_from([1, 2, 4]), batch_sizes, st.integers(1, 3), st.integers(0, 2))
+"""(ranks, batch size of each, batches that it gives, workers)."""
+
+
+@given(samples=sizes, seed=seeds, path=st.lists(starts, min_size=2, max_size=4))
+def test_other_numbers_of_ranks_go_on_in_the_same_stream(dataset_of, samples, seed, path):
+    """Nothing is lost or given twice, over the ends of epochs too, and dropout is the same."""
+
+    def loader(workers: int, batch_size: int, rank: int = 0, ranks: int = 1) -> LatentLoader:
+        dataset = dataset_of(samples, workers=workers)
+        return LatentLoader(
+            dataset,
+            batch_size=batch_size,
+            seed=seed,
+            dropout=0.4,
+            negative=negative,
+            rank=rank,
+            world_size=ranks,
+        )
+
+    def rows(batch: Batch) -> list[tuple[int, bool]]:
+        return list(zip(_numbers(batch), _dropped(batch, negative), strict=True))
+
+    negative = _negative(dataset_of(samples))
+    position, stream = loader(0, 1).state_dict(), []
+    for ranks, batch_size, batches, workers in path:
+        loaders = [loader(workers, batch_size, rank, ranks) for rank in range(ranks)]
+        for each in loaders:
+            each.load_state_dict(position)
+        for parts in islice(zip(*loaders, strict=True), batches):
+            in_turn = zip(*map(rows, parts), strict=True)
+            stream += [row for rows_of_all in in_turn for row in rows_of_all]
+        position, *others = [each.state_dict() for each in loaders]
+        assert all(other == position for other in others)
+    alone = loader(0, 1)
+    assert stream == [row for batch in islice(alone, len(stream)) for row in rows(batch)]
+    assert position == alone.state_dict()
 
 
 @pytest.mark.parametrize(

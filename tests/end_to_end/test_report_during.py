@@ -17,6 +17,7 @@ from distill_protocols import Callback, ConfigError, RunState
 from distill_train.build import Run, build
 from distill_train.check import read_config
 from distill_train.schema import RunConfig
+from tiny_run import alone
 
 JUDGE = Path(__file__).resolve().parents[2] / "configs" / "tiny" / "judge"
 ENTRIES = {
@@ -79,7 +80,7 @@ def checked(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., RunConfi
 
 def trained(config: RunConfig) -> tuple[Run, Watcher]:
     torch.manual_seed(0)
-    run = build(config, device=torch.device("cpu"))
+    run = build(config, distribution=alone())
     watcher = Watcher()
     run.trainer.checkpointer = watcher
     run.trainer.run(run.method, run.loader)
@@ -151,9 +152,9 @@ def test_only_due_iterations_and_weights_that_move_are_measured(checked, monkeyp
     measured: list[str] = []
     measure = ReportCallback._measure
 
-    def counted(self: ReportCallback, name: str, entry: Any) -> Any:
+    def counted(self: ReportCallback, run: RunState, name: str, entry: Any) -> Any:
         measured.append(name)
-        return measure(self, name, entry)
+        return measure(self, run, name, entry)
 
     monkeypatch.setattr(ReportCallback, "_measure", counted)
     _, watcher = trained(checked(every_steps=2))
@@ -167,10 +168,10 @@ def test_a_look_that_a_stop_ends_adds_nothing(checked, monkeypatch):
     config = checked(every_steps=1)
     measure = ReportCallback._measure
 
-    def stopping(self: ReportCallback, name: str, entry: Any) -> Any:
+    def stopping(self: ReportCallback, run: RunState, name: str, entry: Any) -> Any:
         measured.append(name)
         stops[-1].request_stop("received SIGTERM")
-        return measure(self, name, entry)
+        return measure(self, run, name, entry)
 
     start = ReportCallback.on_train_start
     monkeypatch.setattr(ReportCallback, "_measure", stopping)

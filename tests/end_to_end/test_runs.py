@@ -15,10 +15,12 @@ import pytest
 import torch
 import yaml
 from diffusers import WanPipeline
+from distill_protocols import RowGenerators
 from distill_train.cli import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, EXIT_STOPPED, main
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import alone
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT_REPORT = {
@@ -98,40 +100,41 @@ def test_the_exported_student_gives_the_trainers_clip_in_the_stock_pipeline(tiny
     from distill_train.check import read_config
 
     checked = read_config(config)
-    run = build(checked, device=torch.device("cpu"))
+    run = build(checked, distribution=alone())
     run.trainer.run(run.method, run.loader)
     prompts = ["the digit three moving up", "the digit seven moving left"]
-    noise = torch.randn((2, *run.adapter.latent_shape), generator=torch.Generator().manual_seed(5))
     spec = run.method.sampler_spec
-    with run.bundle["student"].averaged(ema=True), torch.no_grad():
-        run.method.set_trainable("student", False)
-        latents = run.adapter.sample(
-            "student",
-            spec,
-            noise,
-            run.adapter.encode_condition(prompts),
-            generator=torch.Generator().manual_seed(7),
-        )
-    ours = run.adapter.decode(latents)
-
+    run.method.set_trainable("student", False)
     pipe = WanPipeline.from_pretrained(tmp_path / "out" / "student")
     pipe.set_progress_bar_config(disable=True)
-    # The scheduler's re-noise comes from the global generator, which no caller can replace.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        stock = pipe(
-            prompt=prompts,
-            num_inference_steps=spec.steps,
-            guidance_scale=spec.guidance,
-            num_frames=9,
-            height=32,
-            width=32,
-            max_sequence_length=8,
-            latents=noise.clone(),
-            output_type="pt",
-        ).frames.permute(0, 2, 1, 3, 4)
-    assert ours.shape == stock.shape
-    assert torch.equal(ours, stock)
+    for prompt in prompts:
+        noise = RowGenerators.seeded(5, "noise", [0]).normal(run.adapter.latent_shape)
+        with run.bundle["student"].averaged(ema=True), torch.no_grad():
+            latents = run.adapter.sample(
+                "student",
+                spec,
+                noise,
+                run.adapter.encode_condition([prompt]),
+                generators=RowGenerators([torch.Generator().manual_seed(7)]),
+            )
+        ours = run.adapter.decode(latents)
+        # The scheduler's re-noise comes from the global generator, which no caller can replace;
+        # so of a batch the rows would share one.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            stock = pipe(
+                prompt=prompt,
+                num_inference_steps=spec.steps,
+                guidance_scale=spec.guidance,
+                num_frames=9,
+                height=32,
+                width=32,
+                max_sequence_length=8,
+                latents=noise.clone(),
+                output_type="pt",
+            ).frames.permute(0, 2, 1, 3, 4)
+        assert ours.shape == stock.shape
+        assert torch.equal(ours, stock)
 
 
 @pytest.mark.parametrize("method", ["finetune", "teacher_only"])
@@ -156,8 +159,9 @@ def test_every_run_file_can_be_planned_without_weights(config, capsys):
         "conditioning",
     ):
         assert f"\n{part}" in plan
-    if config.parent.name == "wan":
-        assert "1,418,996,800" in plan
+    sizes = {"1.3b": "1,418,996,800", "14b": "14,288,491,584"}
+    for name, parameters in sizes.items():
+        assert (name in config.stem) <= (parameters in plan)
     assert not (config.parent / "outputs").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from distill_methods import TimeSampling
 from distill_methods.maths import dmd_gradient, dmd_loss, sample_timesteps, velocity_loss
+from distill_protocols import RowGenerators
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,7 +80,7 @@ def test_drawn_times_stay_in_their_range_and_grow_with_the_shift(seed, distribut
 
     def draw(shift: float) -> torch.Tensor:
         time = TimeSampling(distribution=distribution, shift=shift, t_min=low, t_max=high)
-        return sample_timesteps(64, time, generator=torch.Generator().manual_seed(seed))
+        return sample_timesteps(time, RowGenerators.seeded(seed, "t", range(64)))
 
     t = draw(shift)
     assert t.shape == (64,)

@@ -38,7 +38,7 @@ def build(config: DMD2Config, *, seed: int = 0, rank: int = 0) -> DMD2Method:
         bundle=bundle,
         adapter=ToyAdapter(bundle),
         conditioning=ToyConditioning(),
-        streams=RandomStreams(seed, rank=rank),
+        streams=RandomStreams(seed, rank=rank, world_size=2),
     )
 
 

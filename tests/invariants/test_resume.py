@@ -14,6 +14,7 @@ from distill_train.build import Run, build
 from distill_train.check import read_config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny_run import alone
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 SAMPLER = {"steps": 2, "timesteps": [1000, 700], "stochastic": True}
@@ -82,7 +83,7 @@ class Case:
         folder.mkdir(exist_ok=True)
         file = folder / "run.yaml"
         file.write_text(yaml.safe_dump(self.run_file(folder, steps)))
-        run = build(read_config(file), device=torch.device("cpu"))
+        run = build(read_config(file), distribution=alone())
         result = run.trainer.run(run.method, run.loader)
         assert result.iteration == steps
         return run

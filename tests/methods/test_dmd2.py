@@ -15,6 +15,7 @@ from distill_protocols import (
     ConditioningError,
     RandomStreams,
     RoleError,
+    RowGenerators,
     SamplerSpec,
     StopFlag,
     StopRequested,
@@ -112,19 +113,19 @@ def test_the_student_turn_against_an_independent_formula():
     streams, nets = RandomStreams(0), {
         name: role.modules["transformer"] for name, role in method.bundle.roles.items()
     }  # fmt: skip
-    shape, text = (2, *LATENT_SHAPE), batch.cond.tensors["text"]
+    text = batch.cond.tensors["text"]
     over = lambda value: value.view(-1, 1, 1, 1, 1)  # noqa: E731
     t_k = torch.tensor([1000.0, 750.0])[
-        torch.randint(2, (2,), generator=streams.get("dmd2.student.data_step"))
+        streams.rows("dmd2.student.data_step", 2).integers(2)
     ]  # S_3(1), S_3(.5)
-    eps = torch.randn(shape, generator=streams.get("dmd2.student.data_noise"))
+    eps = streams.rows("dmd2.student.data_noise", 2).normal(LATENT_SHAPE)
     clean = (batch.latents - 0.5) / 2.0
     x_in = over(1 - t_k / 1000) * clean + over(t_k / 1000) * eps
     nets["student"].zero_grad()
     x = x_in - over(t_k / 1000) * nets["student"](x_in, t_k, text)
-    u = torch.rand(2, generator=streams.get("dmd2.student.t"))
+    u = streams.rows("dmd2.student.t", 2).uniform()
     t = (1000 * 5 * u / (1 + 4 * u)).clamp(20, 980)
-    noise = torch.randn(shape, generator=streams.get("dmd2.student.noise"))
+    noise = streams.rows("dmd2.student.noise", 2).normal(LATENT_SHAPE)
     s = over(t / 1000)
     x_t = ((1 - s) * x + s * noise).detach()
     negative = torch.full_like(text, -0.5)
@@ -157,16 +158,16 @@ def test_the_critic_turn_against_an_independent_formula(exit_step: int):
 
     streams = RandomStreams(seed)
     student, critic = (method.bundle[n].modules["transformer"] for n in ("student", "critic"))
-    shape, text = (2, *LATENT_SHAPE), batch.cond.tensors["text"]
-    x = torch.randn(shape, generator=streams.get("dmd2.critic.rollout.0"))
+    text = batch.cond.tensors["text"]
+    x = streams.rows("dmd2.critic.rollout.0", 2).normal(LATENT_SHAPE)
     x = x - student(x, torch.full((2,), 1000.0), text)
     if exit_step == 1:
-        eps = torch.randn(shape, generator=streams.get("dmd2.critic.rollout.1"))
+        eps = streams.rows("dmd2.critic.rollout.1", 2).normal(LATENT_SHAPE)
         x = 0.25 * x + 0.75 * eps  # S_3(.5) = .75
         x = x - 0.75 * student(x, torch.full((2,), 750.0), text)
-    u = torch.rand(2, generator=streams.get("dmd2.critic.t"))
+    u = streams.rows("dmd2.critic.t", 2).uniform()
     t = (1000 * 2 * u / (1 + u)).clamp(50, 900)
-    noise = torch.randn(shape, generator=streams.get("dmd2.critic.noise"))
+    noise = streams.rows("dmd2.critic.noise", 2).normal(LATENT_SHAPE)
     s = (t / 1000).view(-1, 1, 1, 1, 1)
     v = critic((1 - s) * x + s * noise, t, text)
     expected = (v - (noise - x)).square().mean()
@@ -276,14 +277,12 @@ def test_a_whole_simulation_is_the_sampler_itself(stochastic: bool):
     bundle = toy_bundle(student=1)
     adapter, cond = ToyAdapter(bundle), toy_batch(2).cond
     spec = SamplerSpec(steps=4, shift=5.0, stochastic=stochastic)
-
-    def noise(generator: torch.Generator) -> torch.Tensor:
-        return torch.randn(2, *LATENT_SHAPE, generator=generator)
-
-    generator = torch.Generator().manual_seed(7)
-    rolled = simulate(adapter, spec, cond, exit_step=3, draw_noise=lambda _: noise(generator))
-    generator = torch.Generator().manual_seed(7)
-    sampled = adapter.sample("student", spec, noise(generator), cond, generator=generator)
+    rows = RowGenerators.seeded(7, "noise", range(2))
+    rolled = simulate(
+        adapter, spec, cond, exit_step=3, draw_noise=lambda _: rows.normal(LATENT_SHAPE)
+    )
+    rows = RowGenerators.seeded(7, "noise", range(2))
+    sampled = adapter.sample("student", spec, rows.normal(LATENT_SHAPE), cond, generators=rows)
     torch.testing.assert_close(rolled, sampled, rtol=1e-5, atol=1e-5)
 
 
@@ -320,7 +319,7 @@ def test_exit_steps_are_uniform_and_calls_are_no_more_than_needed(turn: int):
 def test_exit_steps_are_shared_by_ranks_and_noise_is_not():
     def run(rank: int) -> tuple[list[float], torch.Tensor]:
         method = build(student_sampler=SamplerSpec(steps=8, shift=5.0, stochastic=True))
-        method.streams = RandomStreams(0, rank=rank)
+        method.streams = RandomStreams(0, rank=rank, world_size=2)
         results = [method.single_train_step(toy_batch(1), i).outputs for i in range(1, 11)]
         return [float(r["exit_step"]) for r in results], results[-1]["student_x0"]
 

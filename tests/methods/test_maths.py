@@ -15,6 +15,7 @@ from distill_methods.maths import (
     sample_timesteps,
     velocity_loss,
 )
+from distill_protocols import RowGenerators
 
 
 def column(*values: float) -> torch.Tensor:
@@ -62,7 +63,7 @@ def test_velocity_loss_of_bf16_predictions_is_taken_in_fp32():
 
 def test_timesteps_follow_the_shifted_uniform_distribution():
     time = TimeSampling(shift=5.0, t_min=20, t_max=980)
-    t = sample_timesteps(20_000, time, generator=torch.Generator().manual_seed(0))
+    t = sample_timesteps(time, RowGenerators.seeded(0, "t", range(20_000)))
     assert t.dtype == torch.float32
     assert t.min() == 20
     assert t.max() == 980
@@ -74,7 +75,7 @@ def test_timesteps_follow_the_shifted_uniform_distribution():
 
 def test_timesteps_follow_the_logit_normal_distribution():
     time = TimeSampling(distribution="logit_normal", mean=1.0, std=0.5)
-    t = sample_timesteps(20_000, time, generator=torch.Generator().manual_seed(0))
+    t = sample_timesteps(time, RowGenerators.seeded(0, "t", range(20_000)))
     # Quantiles go through the sigmoid: P(t < 1000 sigmoid(mean + std z)) = Phi(z).
     for z in (-1.0, 0.0, 1.0):
         edge = 1000 / (1 + math.exp(-(1.0 + 0.5 * z)))

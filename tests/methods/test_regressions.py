@@ -77,8 +77,8 @@ def test_finetune_against_an_independent_formula(weighting: str):
     batch = toy_batch(4)
     got = method.single_train_step(batch, 1)
     streams = RandomStreams(0)
-    u = torch.rand(4, generator=streams.get("finetune.t"))
-    eps = torch.randn(4, *LATENT_SHAPE, generator=streams.get("finetune.noise"))
+    u = streams.rows("finetune.t", 4).uniform()
+    eps = streams.rows("finetune.noise", 4).normal(LATENT_SHAPE)
     t = 1000 * 3 * u / (1 + 2 * u)
     x0, s = (batch.latents - 0.5) / 2.0, over(t / 1000)
     x_t = (1 - s) * x0 + s * eps
@@ -107,8 +107,8 @@ def test_teacher_only_against_an_independent_formula():
     batch = toy_batch(4)
     got = method.single_train_step(batch, 1).loss_map["total_loss"]
     streams = RandomStreams(0)
-    t = (1000 * torch.rand(4, generator=streams.get("teacher_only.t"))).clamp(300, 700)
-    eps = torch.randn(4, *LATENT_SHAPE, generator=streams.get("teacher_only.noise"))
+    t = (1000 * streams.rows("teacher_only.t", 4).uniform()).clamp(300, 700)
+    eps = streams.rows("teacher_only.noise", 4).normal(LATENT_SHAPE)
     s, text = over(t / 1000), batch.cond.tensors["text"]
     x_t = (1 - s) * (batch.latents - 0.5) / 2.0 + s * eps
     teacher, student = (method.bundle[n].modules["transformer"] for n in ("teacher", "student"))

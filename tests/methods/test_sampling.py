@@ -12,6 +12,7 @@ from distill_protocols import (
     CapabilityError,
     ConditioningError,
     RoleError,
+    RowGenerators,
     SamplerSpec,
     SampleView,
     StopRequested,
@@ -66,9 +67,9 @@ def test_views_share_initial_and_fresh_noise():
 
 def test_a_view_is_the_adapters_own_sampler():
     clips, adapter = look([SampleView(name="s", role="student")])
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, *LATENT_SHAPE, generator=generator)
-    latents = adapter.sample("student", SPEC, noise, toy_batch(2).cond, generator=generator)
+    generators = RowGenerators.seeded(0, "look", range(2))
+    noise = generators.normal(LATENT_SHAPE)
+    latents = adapter.sample("student", SPEC, noise, toy_batch(2).cond, generators=generators)
     assert torch.equal(clips["s"], torch.sigmoid(latents))
 
 

@@ -26,6 +26,7 @@ from distill_protocols import (
     ModelBundle,
     RandomStreams,
     RoleSpec,
+    RowGenerators,
     SamplerSpec,
     SampleView,
 )
@@ -168,15 +169,11 @@ def test_gradients_reach_every_weight_of_the_turn_and_no_other(name: str, bundle
 def test_a_whole_simulation_is_the_adapters_sampler(stochastic: bool, bundle, batch: Batch):
     adapter = wan.adapter(bundle, PIPELINE, source=FOLDER)
     spec = SamplerSpec(steps=3, shift=3.0, stochastic=stochastic)
-
-    def noise(generator: torch.Generator) -> Tensor:
-        return torch.randn(2, *SHAPE, generator=generator)
-
     cond = batch.cond[:2]
-    generator = torch.Generator().manual_seed(7)
-    rolled = simulate(adapter, spec, cond, exit_step=2, draw_noise=lambda _: noise(generator))
-    generator = torch.Generator().manual_seed(7)
-    sampled = adapter.sample("student", spec, noise(generator), cond, generator=generator)
+    rows = RowGenerators.seeded(7, "noise", range(2))
+    rolled = simulate(adapter, spec, cond, exit_step=2, draw_noise=lambda _: rows.normal(SHAPE))
+    rows = RowGenerators.seeded(7, "noise", range(2))
+    sampled = adapter.sample("student", spec, rows.normal(SHAPE), cond, generators=rows)
     torch.testing.assert_close(rolled.detach(), sampled, rtol=1e-4, atol=1e-4)
 
 

@@ -15,6 +15,7 @@ from distill_protocols import (
     Condition,
     NonFiniteLossError,
     RoleError,
+    RowGenerators,
     SampleView,
     StepRecord,
     load_plugin,
@@ -125,14 +126,19 @@ class _Sampling(Alternating):
     """Clips of the student's weights and of the seed's noise, as a real method makes them."""
 
     def sample_for_logging(
-        self, views: Sequence[SampleView], cond: Condition, *, seed: int
+        self,
+        views: Sequence[SampleView],
+        cond: Condition,
+        *,
+        seed: int,
+        rows: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
         clips = {}
         for view in views:
             role = self.bundle[view.role]
-            noise = torch.randn(
-                len(cond), 3, 2, 4, 4, generator=torch.Generator().manual_seed(seed)
-            )
+            assert rows is not None
+            assert len(rows) == len(cond)
+            noise = RowGenerators.seeded(seed, "look", rows).normal((3, 2, 4, 4))
             with role.averaged(ema=view.ema):
                 net = role.modules["net"]
                 assert not net.training

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from distill_protocols import SamplerSpec
 from distill_trainer import (
+    DistributedConfig,
     EmaConfig,
     GradClipConfig,
     OptimizerConfig,
@@ -35,13 +36,16 @@ def test_accumulation_is_the_global_batch_over_what_goes_at_once(
 
 
 def test_what_does_not_divide_is_refused_with_the_arithmetic() -> None:
+    config = TrainingConfig(
+        output_dir="x", max_train_steps=1, global_batch_size=10, batch_size_per_device=4
+    )
     with pytest.raises(ValueError, match=r"10 samples.*4 a device.*2\.5 micro steps.* 8 or 12"):
-        TrainingConfig(
-            output_dir="x", max_train_steps=1, global_batch_size=10, batch_size_per_device=4
-        )
+        config.accumulation()
+    with pytest.raises(ValueError, match=r"\(4 a device \* 2 device\(s\) = 8\).* 8 or 16"):
+        config.accumulation(2)
     config = TrainingConfig(output_dir="x", max_train_steps=1, global_batch_size=6)
     assert config.accumulation() == 1
-    with pytest.raises(ValueError, match="over 4 devices"):
+    with pytest.raises(ValueError, match=r"over 4 devices.* Use 4 or 8"):
         config.accumulation(4)
 
 
@@ -110,3 +114,9 @@ def test_configs_and_plugins_are_there_without_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_group_size_is_for_hsdp_only() -> None:
+    assert DistributedConfig(strategy="hsdp", shard_size=2).shard_size == 2
+    with pytest.raises(ValueError, match="2 with strategy fsdp2; only hsdp has groups"):
+        DistributedConfig(strategy="fsdp2", shard_size=2)

@@ -42,7 +42,9 @@ def test_deferred_losses_are_looked_at_before_a_save_at_log_points_and_at_the_en
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int, saves: bool
 ) -> None:
     # What happens on an accelerator, where looking at once would make the host wait.
-    monkeypatch.setattr("distill_trainer.trainer.FiniteGuard", lambda: FiniteGuard(defer=True))
+    monkeypatch.setattr(
+        "distill_trainer.trainer.FiniteGuard", lambda **ranks: FiniteGuard(True, **ranks)
+    )
     checkpointer, recorder = MemoryCheckpointer() if saves else None, Recorder()
     with pytest.raises(NonFiniteLossError) as caught:
         DistillTrainer(
@@ -73,7 +75,9 @@ class _RootAtZero(Alternating):
 def test_a_gradient_that_is_not_finite_stops_the_run_unsaved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defer: bool, clips: bool
 ) -> None:
-    monkeypatch.setattr("distill_trainer.trainer.FiniteGuard", lambda: FiniteGuard(defer=defer))
+    monkeypatch.setattr(
+        "distill_trainer.trainer.FiniteGuard", lambda **ranks: FiniteGuard(defer, **ranks)
+    )
     method, checkpointer = _RootAtZero(alternating(2).bundle, 2), MemoryCheckpointer()
     trainer = DistillTrainer(
         training(tmp_path, 6, log_every=100, global_batch_size=4, batch_size_per_device=2),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from distill_protocols import Callback, NonFiniteLossError, RunState, StopRequested
+from distill_protocols import Callback, Condition, NonFiniteLossError, RunState, StopRequested
 from distill_trainer import (
     DistillTrainer,
     EmaCallback,
@@ -158,7 +158,9 @@ class Looking(Stopped):
     looks = 0
     polls = True
 
-    def sample_for_logging(self, views: Any, cond: Any, *, seed: int) -> dict[str, Any]:
+    def sample_for_logging(
+        self, views: Any, cond: Any, *, seed: int, rows: Any = None
+    ) -> dict[str, Any]:
         clips = {}
         for view in views:
             self.looks += 1
@@ -173,8 +175,8 @@ class Looking(Stopped):
 
 
 class _Prompts:
-    def encode(self, prompts: Any) -> Any:
-        return prompts
+    def encode(self, prompts: Any) -> Condition:
+        return Condition({"text": torch.zeros(len(prompts), 1)})
 
 
 @pytest.mark.parametrize(("at", "polls"), [(3, True), (4, True), (3, False)])
@@ -228,7 +230,9 @@ def test_a_loss_of_an_iteration_that_never_was_ends_no_run(
             )
 
     # As on an accelerator, where losses are looked at later.
-    monkeypatch.setattr("distill_trainer.trainer.FiniteGuard", lambda: FiniteGuard(defer=True))
+    monkeypatch.setattr(
+        "distill_trainer.trainer.FiniteGuard", lambda **ranks: FiniteGuard(True, **ranks)
+    )
     assert run(Poisoned(at=5), tmp_path).iteration == 1
     with pytest.raises(NonFiniteLossError):
         run(Poisoned(at=6), tmp_path)

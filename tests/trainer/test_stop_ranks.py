@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from distill_trainer import DistillTrainer
+from distill_protocols import RunState
+from distill_trainer import DistillTrainer, RestartingLoader
 from torch import distributed
 from toy_trainer import Alternating, MemoryCheckpointer, Recorder, alternating, batches, training
 
@@ -54,7 +55,7 @@ def _rank(rank: int, pipe: Any, folder: Path, case: dict[str, Any]) -> None:
         micro = case["micro"]
         config = training(
             folder / f"rank-{rank}", case["steps"],
-            global_batch_size=2 * micro, batch_size_per_device=2,
+            global_batch_size=2 * 2 * micro, batch_size_per_device=2,
         )  # fmt: skip
         result = DistillTrainer(config, callbacks=[recorder], checkpointer=saved).run(
             method, batches()
@@ -130,7 +131,7 @@ def test_the_reason_of_the_first_rank_is_everybodys_even_if_it_is_long(tmp_path:
             assert pipe.poll(60)
             before, reasons = pipe.recv()
             assert before is None
-            assert reasons == ["ä" * 128, "ä" * 128]
+            assert reasons == ["ä" * 300 + " (rank 0)"] * 2
     finally:
         for process in ranks:
             process.join(5)
@@ -139,16 +140,21 @@ def test_the_reason_of_the_first_rank_is_everybodys_even_if_it_is_long(tmp_path:
 
 
 def _asks(rank: int, pipe: Any, folder: Path) -> None:
-    from distill_trainer.shared_stop import stop_flag_of
+
+    from distill_trainer.lockstep import in_step
 
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
     method = alternating()
+    run = RunState(
+        method=method, loader=RestartingLoader(batches()), streams=method.streams,
+        output_dir=folder, max_train_steps=1,
+    )  # fmt: skip
     reasons = []
     for _ in range(2):  # two runs in one process, each with a group of its own
-        with stop_flag_of(method):
+        with in_step(run, 60.0):
             method.stop.request("ä" * 300 if rank == 0 else "another")
             before = method.stop.reason
             method.stop.requested()

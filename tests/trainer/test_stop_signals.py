@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from distill_trainer import DistillTrainer
+from distill_trainer import DistillTrainer, signals
 from toy_trainer import Alternating, MemoryCheckpointer, Recorder, alternating, batches, training
 
 # fork: a child that imports torch by itself takes seconds.
@@ -24,15 +24,18 @@ class _Slow(Alternating):
     def single_train_step(self, batch: Any, iteration: int) -> Any:
         if iteration == 3:
             self.pipe.send("under way")
-            self.pipe.poll(20)  # until the parent has sent its signals
+            self.pipe.poll(60)  # until the parent has sent its signals
             time.sleep(0.05)
         return super().single_train_step(batch, iteration)
 
     pipe: Any = None
 
 
-def _child(pipe: Any, folder: Path) -> None:
+def _child(pipe: Any, folder: Path, launched: bool, moment: float) -> None:
     torch.set_num_threads(1)
+    if launched:
+        os.environ["TORCHELASTIC_RUN_ID"] = "none"  # as torchrun does
+        signals.SAME_WISH_SECONDS = moment
     handler = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     method = _Slow(alternating().bundle, 2)
@@ -54,18 +57,20 @@ def _child(pipe: Any, folder: Path) -> None:
     os._exit(0)
 
 
-def _run(folder: Path, *signals: signal.Signals) -> Any:
+def _run(
+    folder: Path, *numbers: signal.Signals, launched: bool = False, moment: float = 60.0
+) -> Any:
     here, there = _FORK.Pipe()
-    child = _FORK.Process(target=_child, args=(there, folder))
+    child = _FORK.Process(target=_child, args=(there, folder, launched, moment))
     child.start()
     try:
-        assert here.poll(20), "the child never came to iteration 3"
+        assert here.poll(60), "the child never came to iteration 3"
         here.recv()
-        for number in signals:
+        for number in numbers:
             os.kill(child.pid, number)  # type: ignore[arg-type]
             time.sleep(0.1)  # two signals at once may arrive as one
         here.send("go on")
-        assert here.poll(20), "the child did not stop"
+        assert here.poll(60), "the child did not stop"
         return here.recv()
     finally:
         child.join(5)
@@ -89,5 +94,28 @@ def test_a_second_sigint_interrupts(tmp_path: Path) -> None:
     outcome, last_hook, _, saved, restored = _run(tmp_path, signal.SIGINT, signal.SIGINT)
     assert outcome == "KeyboardInterrupt"
     assert last_hook == "recorder.exception:KeyboardInterrupt"
+    assert saved == [1, 2]
+    assert restored
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_one_wish_that_a_launcher_forwards_is_still_one(
+    tmp_path: Path, first: signal.Signals
+) -> None:
+    """The terminal's SIGINT, and each launcher's copy of it within a moment."""
+    outcome, last_hook, _, saved, restored = _run(
+        tmp_path, first, signal.SIGINT, signal.SIGINT, launched=True
+    )
+    assert outcome == (3, f"received {first.name}")
+    assert last_hook == "recorder.train_end"
+    assert saved == [1, 2, 3]
+    assert restored
+
+
+def test_under_a_launcher_a_later_sigint_interrupts(tmp_path: Path) -> None:
+    outcome, _, _, saved, restored = _run(
+        tmp_path, signal.SIGINT, signal.SIGINT, launched=True, moment=0.01
+    )
+    assert outcome == "KeyboardInterrupt"
     assert saved == [1, 2]
     assert restored

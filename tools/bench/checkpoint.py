@@ -32,7 +32,6 @@ import torch
 from distill_checkpoint import CheckpointConfig, CheckpointManager
 from distill_checkpoint.capture import capture
 from distill_checkpoint.files import sha256
-from distill_checkpoint.ranks import ALONE
 from distill_protocols import (
     Callback,
     DistillMethod,
@@ -43,6 +42,7 @@ from distill_protocols import (
     StepRecord,
     StepResult,
 )
+from distill_protocols.ranks import ALONE
 from distill_trainer import (
     DistillTrainer,
     EmaCallback,

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from attrs import frozen
 from distill_checkpoint import (
     CheckpointManager,
@@ -26,7 +25,13 @@ from distill_protocols import (
     RunParts,
     WeightSource,
 )
-from distill_trainer import DistillTrainer, ValidationCallback, build_optimizers, build_trackers
+from distill_trainer import (
+    DistillTrainer,
+    Distribution,
+    ValidationCallback,
+    build_optimizers,
+    build_trackers,
+)
 
 from distill_train.plan import horizon
 from distill_train.schema import RunConfig, is_local
@@ -45,32 +50,49 @@ class Run:
     adapter: DistillAdapter
 
 
-def build(config: RunConfig, *, device: torch.device) -> Run:
-    """Weights, optimizers, adapter, conditioning, method, loader, callbacks, trainer: in order."""
+def build(config: RunConfig, *, distribution: Distribution) -> Run:
+    """Weights, optimizers, adapter, conditioning, method, loader, callbacks, trainer: in order.
+
+    All ranks build together: each takes its part of sharded roles and its samples of every batch.
+    What one cannot read, none goes on without: the others would wait for it in what comes next.
+    """
+    ranks, device = distribution.ranks, distribution.device
     output_dir = Path(config.training.output_dir)
     bundle = config.family_plugin.load(
         [role.spec for role in config.roles.values()],
         config.pipeline,
         device=device,
         seed=config.training.seed,
-        weights=_warm_starts(config, output_dir),
+        weights=ranks.each(lambda: _warm_starts(config, output_dir)),
+        shard=distribution.shard,
     )
     _attach_optimizers(config, bundle)
-    adapter = config.family_plugin.adapter(bundle, config.pipeline, source=config.source)
-    dataset = LatentDataset(config.data, latent_shape=adapter.latent_shape)
-    conditioning = CachedConditioning(
-        config.conditioning, encoder=adapter, dataset=dataset, output_dir=output_dir, device=device
+    adapter = ranks.each(
+        lambda: config.family_plugin.adapter(bundle, config.pipeline, source=config.source)
     )
-    streams = RandomStreams(config.training.seed, device=device)
+    dataset = ranks.each(lambda: LatentDataset(config.data, latent_shape=adapter.latent_shape))
+    conditioning = CachedConditioning(
+        config.conditioning,
+        encoder=adapter,
+        dataset=dataset,
+        output_dir=output_dir,
+        device=device,
+        ranks=ranks,
+    )
+    streams = RandomStreams(
+        config.training.seed, rank=ranks.rank, world_size=ranks.size, device=device
+    )
     method = config.method_plugin.build(
         config.method, bundle=bundle, adapter=adapter, conditioning=conditioning, streams=streams
     )
     loader = LatentLoader(
         dataset,
-        batch_size=config.training.global_batch_size // config.training.accumulation(),
+        batch_size=config.training.micro_batch(ranks.size),
         seed=config.training.seed,
         dropout=config.conditioning.dropout,
         negative=_negative(config, conditioning),
+        rank=ranks.rank,
+        world_size=ranks.size,
         device=device,
     )
     parts = RunParts(
@@ -83,9 +105,12 @@ def build(config: RunConfig, *, device: torch.device) -> Run:
     trainer = DistillTrainer(
         config.training,
         callbacks=_callbacks(config, parts),
-        trackers=build_trackers(config.training.trackers, output_dir),
+        trackers=ranks.each(
+            lambda: build_trackers(config.training.trackers, output_dir) if ranks.first else ()
+        ),
         checkpointer=CheckpointManager(config.checkpoint, output_dir, config.resolved),
         streams=streams,
+        distribution=distribution,
     )
     return Run(trainer=trainer, method=method, loader=loader, bundle=bundle, adapter=adapter)
 
@@ -126,7 +151,15 @@ def _callbacks(config: RunConfig, parts: RunParts) -> list[Callback]:
     if config.checkpoint.export:
         exports = config.checkpoint.export
         specs = {name: role.spec for name, role in config.roles.items()}
-        callbacks.append(ExportCallback(exports, parts.exporter, specs, parts.output_dir))
+        callbacks.append(
+            ExportCallback(
+                exports,
+                parts.exporter,
+                specs,
+                parts.output_dir,
+                timeout=config.checkpoint.timeout_seconds,
+            )
+        )
     plugins = config.callback_plugins
     in_order = sorted(
         config.callbacks.items(), key=lambda item: bool(plugins[item[0]].metrics(item[1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from distill_protocols.plugins import (
 from distill_protocols.sampler import SamplerSpec
 from distill_trainer.config import OptimizerConfig, TrainingConfig, ValidationConfig
 
+from distill_train.process_rules import process_faults, spread_faults, world_size_of
+from distill_train.role_rules import key_faults
 from distill_train.schema import (
     InitFromConfig,
     ModelsConfig,
@@ -51,13 +54,18 @@ _NEEDED = ("recipe", "models", "training", "data", "pipeline_config")
 
 
 def read_config(
-    file: Path, models_json: Path | None = None, *, planning: bool = False
+    file: Path,
+    models_json: Path | None = None,
+    *,
+    planning: bool = False,
+    world_size: int | None = None,
 ) -> RunConfig:
     """Read and check a run file.
 
     Args:
         models_json: a JSON object role -> keys, laid over the file's ``models:`` key by key.
         planning: nothing will be started, so a data folder that is not there yet is no fault.
+        world_size: processes that the run is meant for; None: as torchrun says, or one.
 
     Raises:
         ConfigError: with every fault that was found, each ``file:line: key: message``.
@@ -66,7 +74,9 @@ def read_config(
     overlay = read_source(models_json, expected=MODELS_FILE) if models_json else None
     if source.values is None or (overlay and overlay.values is None):
         raise ConfigError([str(f) for s in (source, overlay) if s for f in s.faults])
-    return _Check(source, overlay, planning).run()
+    if world_size is None:
+        world_size = world_size_of(os.environ)
+    return _Check(source, overlay, planning, world_size).run()
 
 
 def read_models(file: Path, role: str) -> ModelsConfig:
@@ -87,6 +97,7 @@ class _Check:
     source: Source
     overlay: Source | None
     planning: bool
+    world_size: int = 1
     faults: list[Fault] = field(factory=list)
 
     def models(self, role: str) -> ModelsConfig:
@@ -145,8 +156,13 @@ class _Check:
         }
         if self.source.values.get("validation") is not None:
             parts["validation"] = self._structure(ValidationConfig, "validation")
+        training = parts["training"] or self._without_faults(TrainingConfig, "training")
+        if training is not None:
+            for key, message in process_faults(training, self.world_size):
+                self._fault(("training", *key.split(".")), message)
         callback_plugins, callbacks = self._callbacks()
         complete = self._join(roles, recipe, family, method, parts)
+        self._bases_are_frozen(complete)
         self._folders(parts)
         self._everyone_learns(complete, method, parts)
         facts = self._data(complete, family, parts)
@@ -311,6 +327,7 @@ class _Check:
             if family is not None and pipeline is not None:
                 self._check_capabilities(family, pipeline, method, method_config)
         complete = {}
+        broken = self._written_roles().difference(roles)  # with faults of their own
         for name, role in roles.items():
             if recipe and role.family not in (None, recipe.family):
                 self._fault(
@@ -318,7 +335,11 @@ class _Check:
                     f"{role.family!r} differs from recipe.family {recipe.family!r}: one adapter "
                     "calls all roles, so all belong to one family. Leave the key out",
                 )
-            spec = self._spec(name, role, needs.get(name))
+            for key, message in key_faults(name, roles) if role.base not in broken else ():
+                self._fault(("models", name, *key), message)
+            spec = self._spec(name, roles, needs.get(name))
+            if spec is None:
+                continue
             if family is not None and pipeline is not None:
                 for message in family.faults(spec, pipeline):
                     self._fault(("models", name, "path"), message)
@@ -336,6 +357,15 @@ class _Check:
                     f"role {name!r} is frozen, so its optimizer would never step. Remove these "
                     "keys",
                 )
+            if parts["training"] is not None:
+                for key, message in spread_faults(spec, parts["training"], self.world_size):
+                    self._fault(("models", role.base or name, *key.split(".")), message)
+            if spec.offload and spec.trainable:
+                self._fault(
+                    ("models", name, "offload"),
+                    f"true, but {name!r} learns: gradients and moments stay beside the weights. "
+                    "Use fsdp: {cpu_offload: true}, which moves them together",
+                )
             optimizer = self._optimizer(name, role, parts["training"]) if spec.trainable else None
             init_from = role.init_from and self._init_from(name, role.init_from)
             complete[name] = Role(spec=spec, optimizer=optimizer, init_from=init_from)
@@ -346,18 +376,42 @@ class _Check:
                     self._fault(("models", name, "init_from", key), message)
         return complete
 
-    def _spec(self, name: str, role: RoleConfig, need: RoleNeed | None) -> RoleSpec:
+    def _spec(
+        self, name: str, roles: Mapping[str, RoleConfig], need: RoleNeed | None
+    ) -> RoleSpec | None:
+        """None where nothing says what the model is."""
+        role = roles[name]
+        # What a role with a base does not say is the base's.
+        home = name if role.base is None else role.base
+        model = roles.get(home, role)
+        if model.path is None:
+            return None
         trainable = role.trainable
         if trainable is None:
             # A role that nobody needs has its fault already, and shall draw no other.
             trainable = need is None or need.trainable
         return RoleSpec(
             name=name,
-            path=self._resolved(role.path, name, "path"),
+            path=self._resolved(model.path, home, "path"),
             trainable=trainable,
-            precision=role.precision,
+            precision=model.precision or "fp32",
             lora=role.lora,
+            fsdp=model.fsdp,
+            base=role.base,
+            activation_checkpointing=role.activation_checkpointing,
+            compile=role.compile,
+            offload=role.offload,
         )
+
+    def _bases_are_frozen(self, roles: Mapping[str, Role]) -> None:
+        for name, role in roles.items():
+            base = roles.get(role.spec.base or "")
+            if base is not None and base.spec.trainable:
+                self._fault(
+                    ("models", name, "base"),
+                    f"{role.spec.base!r} learns, so its weights would move under the adapters. "
+                    "Name a frozen role, such as the teacher",
+                )
 
     def _init_from(self, name: str, written: InitFromConfig) -> InitFromConfig:
         path = self._resolved(written.path, name, "init_from")
@@ -678,15 +732,23 @@ def _whole_under_lora(start: object, role: Role, way_out: str) -> str:
 
 def _resolved_role(recipe: RecipeConfig, role: Role) -> dict[str, Any]:
     """As a run file could hold it, with nothing left to defaults or to relative paths."""
+    spec = role.spec
+    model = {"path": spec.path, "precision": spec.precision, "fsdp": _plain(spec.fsdp)}
     return {
         "family": recipe.family,
-        "path": role.spec.path,
-        "trainable": role.spec.trainable,
-        "precision": role.spec.precision,
-        "init_from": to_plain(role.init_from) if role.init_from else None,
-        "lora": to_plain(role.spec.lora) if role.spec.lora else None,
-        "optimizer": to_plain(role.optimizer) if role.optimizer else {},
+        **(model if spec.base is None else {"base": spec.base}),
+        "trainable": spec.trainable,
+        "init_from": _plain(role.init_from),
+        "lora": _plain(spec.lora),
+        "activation_checkpointing": spec.activation_checkpointing,
+        "compile": _plain(spec.compile),
+        "offload": spec.offload,
+        "optimizer": _plain(role.optimizer) or {},
     }
+
+
+def _plain(value: Any) -> Any:
+    return None if value is None else to_plain(value)
 
 
 def _wrong_trainable(need: RoleNeed, method: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from distill_checkpoint import claim_output_dir
-from distill_trainer import TrainResult
+from distill_trainer import Distribution, TrainResult, check_same_run
 
 from distill_train.build import Run, build
 from distill_train.schema import RunConfig
@@ -20,27 +20,36 @@ _log = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> TrainResult:
-    """Claim the output folder, build everything, train.
+    """Claim the output folder, build everything, train; on every rank that torchrun started.
 
     Raises:
-        DistillError: whatever is wrong with folder, weights, data or training.
+        DistillError: whatever is wrong with folder, weights, data, training, or other ranks.
     """
     started = time.perf_counter()
     if config.training.cpu_threads is not None:
         torch.set_num_threads(config.training.cpu_threads)
     output_dir = Path(config.training.output_dir)
     resume = config.checkpoint.resume != "none"
-    with _sigterm_interrupts(), claim_output_dir(output_dir, resume=resume) as claim:
-        parts: Run | None = None
-        try:
-            parts = build(config, device=default_device())
-            _log.info("%s", _opening(config, parts))
-            result = parts.trainer.run(parts.method, parts.loader)
-        finally:
-            if parts is None or not any(parts.method.update_counts.values()):
-                # Nothing was trained (an error, or a stop in the first iteration): the next try
-                # must not find the folder taken.
-                claim.release()
+    with (
+        _sigterm_interrupts(),
+        Distribution.started(config.training.distributed, device_type()) as distribution,
+    ):
+        # Before the folder is claimed, which may be another one on each rank.
+        check_same_run(distribution.ranks, config.resolved)
+        with claim_output_dir(output_dir, resume=resume, ranks=distribution.ranks) as claim:
+            parts: Run | None = None
+            try:
+                parts = build(config, distribution=distribution)
+                _log.info("%s", _opening(config, parts, distribution))
+                result = parts.trainer.run(parts.method, parts.loader)
+                # torchrun ends all as soon as one ends with a status: the first may still be busy
+                # with its trackers.
+                distribution.ranks.meet()
+            finally:
+                if parts is None or not any(parts.method.update_counts.values()):
+                    # Nothing was trained (an error, or a stop in the first iteration): the next
+                    # try must not find the folder taken.
+                    claim.release()
     _log.info("%s", _closing(result, output_dir, time.perf_counter() - started))
     return result
 
@@ -59,21 +68,29 @@ def _sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
-def default_device() -> torch.device:
+def device_type() -> str:
     """The accelerator that is there, or the CPU."""
     # Not `current_accelerator`: that takes a laptop's mps, on which float64 does not exist.
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _opening(config: RunConfig, parts: Run) -> str:
+def _opening(config: RunConfig, parts: Run, distribution: Distribution) -> str:
     roles = ", ".join(
         f"{name} ({'trained' if role.trainable else 'frozen'}, {role.precision})"
         for name, role in parts.bundle.roles.items()
     )
+    size = distribution.ranks.size
+    devices = distribution.device.type
+    if size > 1:
+        training = config.training
+        devices = (
+            f"{size} processes ({devices}, {distribution.strategy}): {training.micro_batch(size)} "
+            f"each in {training.accumulation(size)} micro step(s)"
+        )
     return (
         f"{config.recipe.method} on {config.recipe.family}: {roles}\n"
         f"{config.training.max_train_steps:,} iterations of {config.training.global_batch_size} "
-        f"samples on {default_device()}, seed {config.training.seed}\n"
+        f"samples on {devices}, seed {config.training.seed}\n"
         f"output: {config.training.output_dir}"
     )
 

@@ -13,7 +13,9 @@ from distill_checkpoint.layout import checkpoints
 from distill_conditioning.config import ConditioningConfig, DataConfig
 from distill_protocols.plugins import (
     CallbackPlugin,
+    CompileSpec,
     FamilyPlugin,
+    FsdpPolicy,
     LoraSpec,
     MethodPlugin,
     RoleSpec,
@@ -70,26 +72,38 @@ class RoleConfig:
 
     Attributes:
         path: a Diffusers-format folder (begin it with ``./``, ``../`` or ``/``), or a hub id
-            ``owner/name``: how the model is built, and its weights.
+            ``owner/name``: how the model is built, and its weights. Left out beside ``base``.
+        base: train ``lora`` beside the weights of this frozen role, which are held once.
         init_from: start with other weights than those of ``path``.
         lora: train low-rank adapters beside the role's weights, which stay as they are.
         family: only where a file shall say it twice; must equal ``recipe.family``.
         trainable: what the method needs, if left out.
-        precision: compute precision of this role's calls.
+        precision: compute precision of this role's calls (of a role with ``base``: the base's).
+        fsdp: how it is spread over processes.
+        activation_checkpointing: keep only the inputs of its blocks for the backward pass, which
+            computes the rest again.
+        compile: ``torch.compile`` its blocks; ``{}`` as torch does it by itself.
+        offload: its weights wait in host memory while other roles are called; frozen roles only.
         optimizer: keys that replace those of ``training.optimizer`` (a schedule as a whole).
     """
 
-    path: str = field()
+    path: str | None = field(default=None)
+    base: str | None = None
     family: str | None = None
     trainable: bool | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
     init_from: InitFromConfig | None = None
     lora: LoraSpec | None = None
+    fsdp: FsdpPolicy | None = None
+    activation_checkpointing: bool = False
+    compile: CompileSpec | None = None
+    offload: bool = False
     optimizer: dict[str, Any] = field(factory=dict)
 
     @path.validator
-    def _check_path(self, attribute: object, value: str) -> None:
-        _folder_or_hub_id(value)
+    def _check_path(self, attribute: object, value: str | None) -> None:
+        if value is not None:
+            _folder_or_hub_id(value)
 
 
 def is_local(path: str) -> bool:

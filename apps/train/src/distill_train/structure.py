@@ -147,7 +147,7 @@ def _structure_class(cls: Any, value: Any, path: Path_, report: Report, base: Pa
 
     for key in value:
         if key not in fields:
-            note((*path, key), unknown_key(key, tuple(fields), owner=path[0] if path else ""))
+            note((*path, key), unknown_key(key, tuple(fields), owner=".".join(path)))
     got: dict[str, Any] = {}
     for name, f in fields.items():
         if name in value:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from distill_protocols import (
     Capabilities,
     CapabilityError,
@@ -20,12 +19,14 @@ from distill_protocols import (
     ModelBundle,
     PredType,
     RoleHandle,
+    RowGenerators,
     SamplerSpec,
     WeightsError,
 )
 from torch import Tensor
 
 from distill_adapters_wan import flow, sampling
+from distill_adapters_wan.calls import predicted, transformer_of
 from distill_adapters_wan.capabilities import CAPABILITIES
 from distill_adapters_wan.components import TextSide, VideoCodec
 from distill_adapters_wan.config import WanPipelineConfig
@@ -51,11 +52,12 @@ class WanAdapter:
         vae_folder = fetch(source, ("vae",)) / "vae"
         facts = latent_facts(vae_folder)
         for name, role in bundle.roles.items():
-            for fault in clip_faults(config, facts, dict(_transformer(role).config)):
+            for fault in clip_faults(config, facts, dict(transformer_of(role).config)):
                 raise WeightsError(f"role {name!r} and the VAE of {source}: {fault}")
         self._latent_shape = latent_shape(config, facts)
+        # Not of parameters: those of a role that waits its turn are on the CPU.
         device = next(
-            (p.device for m in bundle.by_module("modules").values() for p in m.parameters()),
+            (b.device for m in bundle.by_module("modules").values() for b in m.buffers()),
             torch.device("cpu"),
         )
         statistics = _latent_statistics(read_json(vae_folder / "config.json"))
@@ -149,17 +151,7 @@ class WanAdapter:
 
     def _velocity(self, role: RoleHandle, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
         text = self._checked_text(role, cond.expand(x_t.shape[0]))
-        transformer = _transformer(role)
-        # Not of just any parameter: some stay in fp32 where the rest has 16 bits, adapters among
-        # them. No LoRA is ever put on this one, as it is no linear layer.
-        dtype = transformer.patch_embedding.weight.dtype
-        with _precision_of_a_call(role, dtype, x_t.device):
-            (v,) = transformer(
-                hidden_states=self.to_model_layout(x_t).to(dtype),
-                timestep=t.float(),
-                encoder_hidden_states=text.to(x_t.device, dtype),
-                return_dict=False,
-            )
+        v = predicted(role, self.to_model_layout(x_t), t, text.to(x_t.device))
         return self.from_model_layout(v).float()
 
     def _checked_text(self, role: RoleHandle, cond: Condition) -> Tensor:
@@ -169,7 +161,7 @@ class WanAdapter:
                 "[B, L, D]; rebuild the data set with this family's encoder"
             )
         text = cond.tensors["text"]
-        width = _transformer(role).config["text_dim"]
+        width = transformer_of(role).config["text_dim"]
         expected = (self._config.max_sequence_length, width)
         if tuple(text.shape[1:]) != expected:
             raise ConditioningError(
@@ -254,7 +246,7 @@ class WanAdapter:
         cond: Condition,
         *,
         neg_cond: Condition | None = None,
-        generator: torch.Generator | None = None,
+        generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
     ) -> Tensor:
         """Normalised clean latents [B, C, T, H, W]; see ``sampling.sample``.
@@ -262,8 +254,8 @@ class WanAdapter:
         ``poll`` is called before each step; what it raises ends the sampling.
 
         Raises:
-            ContractError: noise of another shape than the run's clips, or no generator for a
-                stochastic spec.
+            ContractError: noise of another shape than the run's clips, or not one generator a row
+                for a stochastic spec.
         """
         if tuple(noise.shape[1:]) != self._latent_shape:
             raise ContractError(
@@ -280,22 +272,7 @@ class WanAdapter:
             # of 2B rounds otherwise, and an export must give the same clip bit for bit.
             return self._guided(handle, x, t, cond, neg_cond, spec.guidance, batched=False)
 
-        return sampling.sample(velocity, spec, noise, generator)
-
-
-def _transformer(role: RoleHandle) -> WanTransformer3DModel:
-    return cast(WanTransformer3DModel, role.modules["transformer"])
-
-
-def _precision_of_a_call(
-    role: RoleHandle, dtype: torch.dtype, device: torch.device
-) -> AbstractContextManager[Any]:
-    """Autocast over fp32 weights only: it would run the modules that ``load_role`` kept in fp32
-    (time embedding, adapters) in 16 bits after all, while diffusers and peft cast at their
-    borders by themselves."""
-    if dtype == torch.float32:
-        return role.autocast()
-    return torch.autocast(device.type, enabled=False)
+        return sampling.sample(velocity, spec, noise, generators)
 
 
 def _latent_statistics(vae_config: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ def stays_wide(name: str) -> bool:
     return not _KEPT_WIDE.isdisjoint(name.split("."))
 
 
-class MergedWeights:
+class MergedWeights(WeightSource):
     """``W + scale B A`` of each adapted layer, and the base's own weights of the others.
 
     Merged in fp32; a merged weight is as wide as the wider of base and adapter, for a base in 16
@@ -75,7 +75,7 @@ class MergedWeights:
         return found
 
 
-class CastWeights:
+class CastWeights(WeightSource):
     """Another precision: fp32, or 16 bits where these do no harm (see ``stays_wide``).
 
     ``from_pretrained(torch_dtype=...)`` of what is written so gives, bit for bit, what it gives of

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from distill_protocols import LoraSpec, WeightsError, derive_seed
+from attrs import frozen
+from distill_protocols import LoraSpec, TensorFacts, WeightsError, WeightSource, derive_seed
 from peft import LoraConfig, inject_adapter_in_model
 from peft import __version__ as peft_version
 from peft.tuners.lora import LoraLayer
@@ -42,16 +43,39 @@ def inject(module: nn.Module, layers: Iterable[str], lora: LoraSpec) -> frozense
     return found
 
 
-def drawn(name: str, shape: torch.Size, *, seed: int, role: str, module: str) -> Tensor:
-    """Where an adapter starts, fp32 on the CPU: A as peft draws it, B zero, so that B A = 0.
+@frozen(eq=False)
+class DrawnAdapters(WeightSource):
+    """Where adapters start, in fp32: A as peft draws it, B zero, so that B A = 0.
 
-    A function of its arguments alone: no other draw, layer or role changes it.
+    Each is a function of seed, role, module and its own name: no other draw, layer or role changes
+    it, and whoever holds a part of it draws the whole and cuts.
+
+    Attributes:
+        shapes: by name.
     """
-    value = torch.zeros(shape)
-    if ".lora_A." in name:
-        generator = torch.Generator().manual_seed(derive_seed(seed, "lora", role, module, name))
-        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
-    return value
+
+    role: str
+    module: str
+    shapes: Mapping[str, torch.Size]
+    seed: int
+
+    @property
+    def where(self) -> str:
+        return f"new adapters of role {self.role!r}"
+
+    def facts(self) -> Mapping[str, TensorFacts]:
+        return {name: TensorFacts(tuple(s), torch.float32) for name, s in self.shapes.items()}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: self._drawn(name) for name in names}
+
+    def _drawn(self, name: str) -> Tensor:
+        value = torch.zeros(self.shapes[name])
+        if ".lora_A." in name:
+            seed = derive_seed(self.seed, "lora", self.role, self.module, name)
+            generator = torch.Generator().manual_seed(seed)
+            nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+        return value
 
 
 def _parameter_names(module: nn.Module) -> Iterator[str]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
+from attrs import frozen
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from distill_protocols import (
+    ALONE,
     DTYPES,
+    CompileSpec,
     LoraSpec,
     ModelBundle,
+    Ranks,
     RoleHandle,
     RoleSpec,
     WeightsError,
@@ -20,9 +24,11 @@ from distill_protocols import (
 )
 from distill_protocols.plugins import EMPTY
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from distill_adapters_wan.filling import filled, move_buffers
 from distill_adapters_wan.folders import fetch, read_json, transformer_names
-from distill_adapters_wan.injection import drawn, inject
+from distill_adapters_wan.injection import DrawnAdapters, inject
 from distill_adapters_wan.lora import (
     adapted_layers,
     adapter_names,
@@ -30,11 +36,18 @@ from distill_adapters_wan.lora import (
     is_adapter,
     target_faults,
 )
+from distill_adapters_wan.offload import take_turns
 from distill_adapters_wan.shape import unsupported
-from distill_adapters_wan.sources import module_weights, read_in_groups
+from distill_adapters_wan.sources import JoinedWeights, module_weights
 
 Module = TypeVar("Module", bound=nn.Module)
 _TRANSFORMER = "transformer"
+_PATIENCE = 1800.0
+"""Seconds for another rank to read: one group of weights, or to hash a file of a checkpoint."""
+_ALL_OR_NOTHING = (
+    "All keys must match, because a module with leftover random weights trains and looks healthy. "
+    "Use weights and config.json of one model"
+)
 
 
 def load_bundle(
@@ -43,11 +56,17 @@ def load_bundle(
     device: torch.device,
     seed: int = 0,
     weights: Mapping[str, Mapping[str, WeightSource]] = EMPTY,
+    shard: Callable[[RoleHandle], None] = lambda role: None,
 ) -> ModelBundle:
-    """All roles with their weights; roles of one path share a file, never a tensor.
+    """All roles with their weights; roles of one path share a file, and tensors where ``base``
+    says so. All processes of a run call it together.
+
+    Args:
+        shard: see ``FamilyPlugin.load``.
 
     Raises:
-        WeightsError: as ``load_role``; or ``weights`` has a role that is not among ``roles``.
+        WeightsError: as ``load_role``; ``weights`` has a role that is not among ``roles``; or a
+            ``base`` is not one.
     """
     names = [role.name for role in roles]
     if stray := sorted(weights.keys() - set(names)):
@@ -55,14 +74,24 @@ def load_bundle(
             f"weights are given for {', '.join(stray)}, but the roles are {', '.join(names)}; "
             "nobody would take them. Name them after a role"
         )
-    return ModelBundle(
-        {
-            role.name: load_role(
-                role, device=device, seed=seed, weights=weights.get(role.name, EMPTY)
+    by_name = {role.name: role for role in roles}
+    for role in roles:
+        if role.base is not None:
+            _check_base(role, by_name.get(role.base), weights)
+    loaded: dict[str, RoleHandle] = {}
+    with Ranks.held(_PATIENCE, error=WeightsError) as ranks:
+        for role in sorted(roles, key=lambda role: role.base is not None):  # a base, then guests
+            loaded[role.name] = load_role(
+                role,
+                device=device,
+                seed=seed,
+                weights=weights.get(role.name, EMPTY),
+                shard=shard,
+                base=None if role.base is None else loaded[role.base],
+                ranks=ranks,
             )
-            for role in roles
-        }
-    )
+    take_turns(loaded.values(), device)
+    return ModelBundle({name: loaded[name] for name in names})
 
 
 def load_role(
@@ -71,6 +100,9 @@ def load_role(
     device: torch.device,
     seed: int = 0,
     weights: Mapping[str, WeightSource] = EMPTY,
+    shard: Callable[[RoleHandle], None] = lambda role: None,
+    base: RoleHandle | None = None,
+    ranks: Ranks = ALONE,
 ) -> RoleHandle:
     """One role: fp32 weights where they train, its own precision (and eval mode) where frozen.
 
@@ -78,21 +110,81 @@ def load_role(
     scale_shift_table, buffers), and the adapter calls it without autocast: a frozen teacher then
     gives, bit for bit, what ``from_pretrained(torch_dtype=...)`` gives. With all parameters in
     bf16 it was off from that by 0.6 to 0.8 % rms (max 0.06 of 2.2 rms on the tiny taught Wan),
-    as much as bf16 itself is off from fp32 (0.7 to 1.1 %). FSDP2 refuses modules of mixed types:
-    sharding a frozen 16-bit role needs its weights in fp32 under a mixed-precision policy.
+    as much as bf16 itself is off from fp32 (0.7 to 1.1 %). Such a role can be sharded as it is:
+    FSDP2 wants one type among what trains.
 
     The base of a LoRA role is such a frozen role, and its adapters are fp32. It starts as the
     frozen role, bit for bit.
+
+    With ``base``, its weights are that role's very tensors (of a sharded one, the same parts), and
+    only the adapters are its own. Three roles then cost little more than one. The other way to
+    that, one module whose adapters are switched between calls, has a mode that every call must set:
+    a critic's call within the student's would leave the wrong one behind, and train and eval mode,
+    hooks, checkpointed blocks and shards are the module's and so of all roles. Here each role has
+    a module of its own, and what is shared is never written.
 
     Args:
         seed: A of a LoRA is drawn from it and its own name; nothing from the global generator.
         weights: by module, to take instead of those of the role's path. Of a LoRA role: whole
             ones are the base, adapters alone stand beside the path's base.
+        shard: see ``FamilyPlugin.load``.
+        base: the loaded ``role.base``.
+        ranks: all of them load together.
 
     Raises:
         WeightsError: a file or key is missing, unexpected or damaged, or the model is a variant
-            that this version does not train.
+            that this version does not train. On all ranks, if on one.
     """
+    built = ranks.each(lambda: _built(role, weights))
+    _check_alike(role, built.module, ranks)
+    blocks = tuple(f"blocks.{i}" for i in range(len(built.module.blocks)))
+    handle = RoleHandle(
+        name=role.name,
+        modules={_TRANSFORMER: built.module},
+        trainable=role.trainable,
+        precision=role.precision,
+        fsdp_policy=role.fsdp,
+        blocks={_TRANSFORMER: blocks},
+        offload=role.offload,
+        device=torch.device(device),
+        trained=None if built.trained is None else {_TRANSFORMER: built.trained},
+    )
+    if role.activation_checkpointing:
+        built.module.enable_gradient_checkpointing()
+    if role.compile is not None:
+        _compile(built.module, role.compile)
+    shard(handle)
+    targets = built.module.state_dict()
+    shared = {} if base is None else _shared(role, targets, base)
+    own = {name: target for name, target in targets.items() if name not in shared}
+    state = filled(
+        own,
+        lambda: _source(role, built, own, weights.get(_TRANSFORMER), seed=seed),
+        ranks=ranks,
+        home=lambda target: _home(role, target, device),
+    )
+    # The tensors themselves become the weights. Not `to(device)` after it: some wait on the CPU.
+    built.module.load_state_dict(shared | state, strict=True, assign=True)
+    move_buffers(built.module, device)
+    handle.check_training()
+    return handle
+
+
+@frozen(eq=False, kw_only=True)
+class _Built:
+    """A role's module without weights.
+
+    Attributes:
+        folder: of the module.
+        trained: names of its adapters; None: it has none.
+    """
+
+    folder: Path
+    module: WanTransformer3DModel
+    trained: frozenset[str] | None
+
+
+def _built(role: RoleSpec, weights: Mapping[str, WeightSource]) -> _Built:
     folder = fetch(role.path, (_TRANSFORMER,))
     refuse_variant(role.path, folder)
     if stray := sorted(weights.keys() - {_TRANSFORMER}):
@@ -100,33 +192,79 @@ def load_role(
             f"weights are given for {', '.join(stray)} of role {role.name!r}, whose only module "
             f"is {_TRANSFORMER}. Take those of a model with the same modules"
         )
-    base, adapters = _sources(role, folder / _TRANSFORMER, weights.get(_TRANSFORMER))
-    frozen = not role.trainable or role.lora is not None
-    dtype = DTYPES[role.precision] if frozen else torch.float32
     module = build(WanTransformer3DModel, folder / _TRANSFORMER)
     trained = None if role.lora is None else _with_adapters(role, module, role.lora)
-    state = _base_state(module, base, dtype=dtype, device=device)
-    if trained is not None:
-        state |= _adapter_state(role, module, trained, adapters, seed=seed, device=device)
-    handle = RoleHandle(
-        name=role.name,
-        modules={_TRANSFORMER: _filled(module, state, device=device)},
-        trainable=role.trainable,
-        precision=role.precision,
-        fsdp_policy=role.fsdp,
-        trained=None if trained is None else {_TRANSFORMER: trained},
-    )
-    handle.check_training()
-    return handle
+    narrow = not role.trainable or role.lora is not None
+    _cast(module, DTYPES[role.precision] if narrow else torch.float32)
+    return _Built(folder=folder / _TRANSFORMER, module=module, trained=trained)
 
 
-def _sources(
+def _check_alike(role: RoleSpec, module: WanTransformer3DModel, ranks: Ranks) -> None:
+    numbers = {k: str(v) for k, v in dict(module.config).items() if not k.startswith("_")}
+    odd = ranks.all_alike(numbers)
+    if odd:
+        raise WeightsError(
+            f"{role.path} is another model for rank {', '.join(map(str, odd))} than for rank 0: "
+            "their config.json differ, and weights of one do not fit the other. Give all machines "
+            "the same folder"
+        )
+
+
+def _home(role: RoleSpec, target: Tensor, device: torch.device) -> torch.device:
+    policy = role.fsdp
+    parked = isinstance(target, DTensor) and policy is not None and policy.cpu_offload
+    return torch.device("cpu") if parked or role.offload else device
+
+
+def _compile(module: WanTransformer3DModel, spec: CompileSpec) -> None:
+    module.compile_repeated_blocks(backend=spec.backend, mode=spec.mode, dynamic=spec.dynamic)
+
+
+# -- where weights come from --------------------------------------------------------------------
+
+
+def _source(
+    role: RoleSpec,
+    built: _Built,
+    targets: Mapping[str, Tensor],
+    given: WeightSource | None,
+    *,
+    seed: int,
+) -> WeightSource:
+    """Of all ``targets``, checked by name and shape."""
+    base, adapters = _given(role, built.folder, given)
+    whole = {base_name(name): name for name in targets if not is_adapter(name)}
+    places: dict[str, tuple[WeightSource, str]] = {}
+    if whole:
+        check_keys(base, {theirs: targets[own] for theirs, own in whole.items()}, _ALL_OR_NOTHING)
+        places = {own: (base, theirs) for theirs, own in whole.items()}
+    names = {name: target for name, target in targets.items() if is_adapter(name)}
+    if adapters is None:
+        shapes = {name: target.shape for name, target in names.items()}
+        adapters = DrawnAdapters(role.name, _TRANSFORMER, shapes, seed)
+    else:
+        check_keys(
+            adapters,
+            names,
+            f"Role {role.name!r} has lora of rank {role.lora and role.lora.rank} on "
+            f"{len(names) // 2} layers, and adapters fit no other rank or layers. Give the role "
+            "the rank and target_modules of the run that they come from",
+        )
+    return JoinedWeights(base.where, places | {name: (adapters, name) for name in names})
+
+
+def _given(
     role: RoleSpec, folder: Path, given: WeightSource | None
 ) -> tuple[WeightSource, WeightSource | None]:
     """Where the base and (if anywhere) the adapters come from."""
     if given is None:
         return module_weights(folder), None
     layers = adapter_names(given.facts())
+    if not layers and role.base is not None:
+        raise WeightsError(
+            f"{given.where} holds whole weights, but those of role {role.name!r} are its base's "
+            f"({role.base}), held once. Give adapters alone, or leave out base"
+        )
     if not layers:
         return given, None
     if role.lora is None:
@@ -140,63 +278,64 @@ def _sources(
     return module_weights(folder), given
 
 
+# -- one base for several roles -------------------------------------------------------------------
+
+
+def _check_base(
+    role: RoleSpec, base: RoleSpec | None, weights: Mapping[str, Mapping[str, WeightSource]]
+) -> None:
+    """Raise ``WeightsError`` unless ``base`` can hold the weights of ``role``."""
+    if base is None or base.trainable or base.lora is not None or base.name in weights:
+        why = "there is no such role"
+        if base is not None:
+            why = "it is trainable, has lora, or does not start with the weights of its path"
+        raise WeightsError(
+            f"role {role.name!r} has base {role.base!r}, but {why}; a base is a frozen role whose "
+            "weights are those of its path. Name one, or give the role weights of its own"
+        )
+    if role.lora is None:
+        raise WeightsError(
+            f"role {role.name!r} has base {role.base!r} and no lora, so nothing of it would be its "
+            "own. Give it lora, or leave out base"
+        )
+    ours = (role.path, role.precision)
+    theirs = (base.path, base.precision)
+    if ours != theirs or role.offload or base.offload:
+        raise WeightsError(
+            f"role {role.name!r} is {' in '.join(ours)}, its base {role.base!r} "
+            f"{' in '.join(theirs)}; they must be one, and not offloaded, as the weights are held "
+            "once. Give both the same path and precision, and leave out offload"
+        )
+
+
+def _shared(role: RoleSpec, targets: Mapping[str, Tensor], base: RoleHandle) -> dict[str, Tensor]:
+    """The base's own tensors under this role's names; of a sharded base its parts."""
+    theirs = base.modules[_TRANSFORMER].state_dict()
+    shared = {n: theirs[base_name(n)] for n in targets if not is_adapter(n)}
+    odd = [name for name, tensor in shared.items() if _placed(tensor) != _placed(targets[name])]
+    if odd:
+        raise WeightsError(
+            f"role {role.name!r} is spread over processes otherwise than its base {base.name!r} "
+            f"({odd[0]}: {_placed(targets[odd[0]])} and {_placed(shared[odd[0]])}), so they cannot "
+            "hold one set of weights. Shard both by one policy, or neither"
+        )
+    return shared
+
+
+def _placed(tensor: Tensor) -> Any:
+    if not isinstance(tensor, DTensor):
+        return "whole"
+    return tensor.device_mesh, tensor.placements
+
+
+# -- modules --------------------------------------------------------------------------------------
+
+
 def _with_adapters(role: RoleSpec, module: WanTransformer3DModel, lora: LoraSpec) -> frozenset[str]:
     config = dict(module.config)
     for fault in target_faults(config, lora):
         raise WeightsError(f"role {role.name!r}: lora.target_modules: {fault}")
     return inject(module, adapted_layers(config, lora), lora)
-
-
-def _base_state(
-    module: nn.Module, source: WeightSource, *, dtype: torch.dtype, device: torch.device | str
-) -> dict[str, Tensor]:
-    """Everything but adapters, of ``dtype``, or fp32 where 16 bits harm it."""
-    wide = set(module._keep_in_fp32_modules or ())  # type: ignore[arg-type]
-    state = module.state_dict()
-    own = {base_name(name): name for name in state if not is_adapter(name)}
-    check_keys(
-        source,
-        {theirs: state[name] for theirs, name in own.items()},
-        "All keys must match, because a module with leftover random weights trains and looks "
-        "healthy. Use weights and config.json of one model",
-    )
-    weights = {}
-    for name, value in read_in_groups(source, own):
-        kept = torch.float32 if wide & set(name.split(".")) else dtype
-        # Copied: what a source gives may still be the mapped file, or somebody's live module.
-        weights[own[name]] = value.to(device=device, dtype=kept, copy=True)
-    return weights
-
-
-def _adapter_state(
-    role: RoleSpec,
-    module: nn.Module,
-    names: frozenset[str],
-    source: WeightSource | None,
-    *,
-    seed: int,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """A and B of every layer in fp32, from ``source`` or as they start."""
-    expected = {name: value for name, value in module.state_dict().items() if name in names}
-    if source is None:
-        return {
-            name: drawn(name, value.shape, seed=seed, role=role.name, module=_TRANSFORMER).to(
-                device
-            )
-            for name, value in expected.items()
-        }
-    check_keys(
-        source,
-        expected,
-        f"Role {role.name!r} has lora of rank {role.lora and role.lora.rank} on "
-        f"{len(expected) // 2} layers, and adapters fit no other rank or layers. Give the role "
-        "the rank and target_modules of the run that they come from",
-    )
-    return {
-        name: value.to(device=device, dtype=torch.float32, copy=True)
-        for name, value in read_in_groups(source, expected)
-    }
 
 
 def refuse_variant(path: str, folder: Path) -> None:
@@ -221,14 +360,23 @@ def load_module(
         WeightsError: naming the file, or every key that is missing, unexpected or of another shape.
     """
     module = build(module_class, folder)
-    state = _base_state(module, module_weights(folder), dtype=dtype, device=device)
-    return _filled(module, state, device=device)
-
-
-def _filled(module: Module, state: dict[str, Tensor], *, device: torch.device | str) -> Module:
-    """``module`` with the tensors of ``state`` themselves as its weights, in eval mode."""
+    _cast(module, dtype)
+    source = module_weights(folder)
+    targets = module.state_dict()
+    check_keys(source, targets, _ALL_OR_NOTHING)
+    home = torch.device(device)
+    state = filled(targets, lambda: source, ranks=ALONE, home=lambda target: home)
     module.load_state_dict(state, strict=True, assign=True)
-    return module.to(device).eval()
+    move_buffers(module, home)
+    return module.eval()
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters, on meta, to ``dtype``; to fp32 adapters, and where 16 bits harm."""
+    wide = set(module._keep_in_fp32_modules or ())  # type: ignore[arg-type]
+    for name, parameter in module.named_parameters():
+        kept = is_adapter(name) or not wide.isdisjoint(name.split("."))
+        parameter.data = parameter.data.to(torch.float32 if kept else dtype)
 
 
 def build(module_class: type[Module], folder: Path) -> Module:

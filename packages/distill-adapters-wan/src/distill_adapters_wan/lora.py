@@ -82,7 +82,7 @@ def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def linear_layers(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """(in, out) of every linear layer of the ``WanTransformer3DModel`` of ``config``, in order."""
-    numbers = {**_DEFAULTS, **config}
+    numbers = {**DEFAULTS, **config}
     width = numbers["num_attention_heads"] * numbers["attention_head_dim"]
     block = _block_layers(width, numbers)
     outputs = (numbers["out_channels"] or numbers["in_channels"]) * math.prod(numbers["patch_size"])
@@ -93,7 +93,7 @@ def linear_layers(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     }
 
 
-_DEFAULTS: Mapping[str, Any] = {
+DEFAULTS: Mapping[str, Any] = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 40,
     "attention_head_dim": 128,

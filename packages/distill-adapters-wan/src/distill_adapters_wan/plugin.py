@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -31,10 +31,12 @@ from distill_adapters_wan.shape import clip_faults, latent_facts, latent_shape, 
 if TYPE_CHECKING:
     import torch
     from distill_protocols import (
+        CallPlan,
         DistillAdapter,
         Exporter,
         ExportRequest,
         ModelBundle,
+        RoleHandle,
         RolePlan,
         WeightSource,
     )
@@ -112,8 +114,30 @@ class WanFamily(FamilyPlugin):
         return RolePlan(
             role=role.name,
             source=role.path,
-            modules=plan_modules(transformers, role.lora),
+            modules=plan_modules(transformers, role),
             present=folder is not None and not _weight_faults(folder, transformers),
+        )
+
+    def plan_call(
+        self,
+        role: RoleSpec,
+        config: WanPipelineConfig,
+        *,
+        source: str,
+        batch: int,
+        guided: bool = False,
+    ) -> CallPlan | None:
+        """The real module on fake tensors, of one and of two blocks; see ``call_memory``."""
+        latents = self.latent_shape(config, source=source)
+        text = self.text_shape(config, source=role.path)
+        if latents is None or text is None:
+            return None
+        from distill_adapters_wan.call_memory import plan_call
+
+        transformers, _ = architecture(role.path)
+        rows = 2 * batch if guided and config.cfg_batched else batch
+        return plan_call(
+            transformers["transformer"], role, latents=(rows, *latents), text=(rows, *text)
         )
 
     def load(
@@ -124,10 +148,11 @@ class WanFamily(FamilyPlugin):
         device: torch.device,
         seed: int = 0,
         weights: Mapping[str, Mapping[str, WeightSource]] = EMPTY,
+        shard: Callable[[RoleHandle], None] = lambda role: None,
     ) -> ModelBundle:
         from distill_adapters_wan.loading import load_bundle
 
-        return load_bundle(roles, device=device, seed=seed, weights=weights)
+        return load_bundle(roles, device=device, seed=seed, weights=weights, shard=shard)
 
     def weights(self, path: str) -> Mapping[str, WeightSource]:
         from distill_adapters_wan.sources import folder_weights

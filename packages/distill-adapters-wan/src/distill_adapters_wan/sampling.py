@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from distill_protocols import ContractError, SamplerSpec
+from distill_protocols import ContractError, RowGenerators, SamplerSpec
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -17,7 +17,7 @@ def sample(
     velocity: Velocity,
     spec: SamplerSpec,
     noise: Tensor,
-    generator: torch.Generator | None = None,
+    generators: RowGenerators | None = None,
 ) -> Tensor:
     """Walk ``spec.sigmas()`` down to 0, in fp32.
 
@@ -28,16 +28,14 @@ def sample(
 
     Args:
         noise: x at the first sigma [B, C, T, H, W].
-        generator: feeds the fresh noise; its device may differ from the latents'.
+        generators: feed the fresh noise, one a row; their device may differ from the latents'.
 
     Raises:
-        ContractError: a stochastic spec of more than one step without a generator.
+        ContractError: a stochastic spec of more than one step without generators, or with fewer
+            or more than rows.
     """
-    if spec.stochastic and spec.steps > 1 and generator is None:
-        raise ContractError(
-            f"a stochastic sampler of {spec.steps} steps draws noise at each, so it needs a "
-            "generator: the global one would make a clip depend on whatever drew before"
-        )
+    if spec.stochastic and spec.steps > 1:
+        generators = _checked(generators, spec, noise)
     sigmas = torch.tensor([*spec.sigmas(), 0.0], dtype=torch.float32, device=noise.device)
     x = noise.float()
     for sigma, after in itertools.pairwise(sigmas):
@@ -47,12 +45,22 @@ def sample(
             continue
         x = x - sigma * v
         if after > 0:  # the last step ends at x0 and draws nothing
-            x = (1 - after) * x + after * fresh_noise(x, generator)
+            assert generators is not None  # _checked
+            fresh = generators.normal(x.shape[1:]).to(x.device)
+            x = (1 - after) * x + after * fresh
     return x
 
 
-def fresh_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal fp32 of the shape of ``like``, drawn where the generator lives."""
-    device = like.device if generator is None else generator.device
-    drawn = torch.randn(like.shape, generator=generator, device=device, dtype=torch.float32)
-    return drawn.to(like.device)
+def _checked(generators: RowGenerators | None, spec: SamplerSpec, noise: Tensor) -> RowGenerators:
+    if generators is None:
+        raise ContractError(
+            f"a stochastic sampler of {spec.steps} steps draws noise at each, so it needs "
+            "generators: the global one would make a clip depend on whatever drew before. Give "
+            "RowGenerators, one a row"
+        )
+    if len(generators) != len(noise):
+        raise ContractError(
+            f"{len(generators)} generators for {len(noise)} rows of noise; there must be one a "
+            "row, so that no clip depends on its neighbours"
+        )
+    return generators

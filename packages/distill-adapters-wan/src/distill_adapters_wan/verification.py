@@ -17,7 +17,14 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
 from diffusers.utils import logging as diffusers_logging
-from distill_protocols import DTYPES, ExportRequest, RoleSpec, WeightsError, WeightSource
+from distill_protocols import (
+    DTYPES,
+    ExportRequest,
+    RoleSpec,
+    TensorFacts,
+    WeightsError,
+    WeightSource,
+)
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
@@ -291,13 +298,18 @@ def _with_lora(
     return _called(transformer, probe)
 
 
-class _Added:
+class _Added(WeightSource):
     """A base and adapters by plain arithmetic, without a line of ``MergedWeights`` or peft."""
 
     def __init__(self, base: WeightSource, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         self._base, self._pairs = base, pairs
-        self.where = base.where
-        self.facts = base.facts
+
+    @property
+    def where(self) -> str:
+        return self._base.where
+
+    def facts(self) -> Mapping[str, TensorFacts]:
+        return self._base.facts()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         found = {name: tensor.float() for name, tensor in self._base.read(names).items()}

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 from attrs import field, frozen
-from distill_protocols import Callback, RunState
+from distill_protocols import Callback, CheckpointError, RunState
+from distill_protocols.ranks import Ranks
 from torch import Tensor
 
 from distill_checkpoint.files import FileFacts, write_json
 from distill_checkpoint.layout import part_path, rank_key, role_folder
 from distill_checkpoint.optimizers import optimizer_state
 from distill_checkpoint.parts import averages, kinds, modules, optimizers, schedulers, weights
-from distill_checkpoint.ranks import Ranks
-from distill_checkpoint.tensors import Share, write_tensors
+from distill_checkpoint.tensors import Share, to_whole, write_tensors
 from distill_checkpoint.values import pack
 
 
@@ -63,8 +63,10 @@ class Snapshot:
     def add(self, path: Path, state: Any, *, shared: bool = False) -> None:
         """One thing: its tensors under ``path``, the rest in ``path.json``."""
         packed, tensors = pack(state, path.as_posix())
-        if tensors:
-            (self.shared if shared else self.own)[path] = Share.of(tensors)
+        if tensors and shared:
+            self.shared[path] = Share.of(tensors)
+        elif tensors:
+            self.own[path] = Share.of({name: to_whole(value) for name, value in tensors.items()})
         self.documents[path.with_name(f"{path.name}.json")] = packed
 
 
@@ -77,15 +79,21 @@ def capture(
         facts: what else ``loop.json`` shall say.
 
     Raises:
-        CheckpointError: something on some rank is not what a checkpoint can hold.
+        CheckpointError: something on some rank is not what a checkpoint can hold, or they are at
+            different iterations.
     """
     snapshot = Snapshot(run.iteration)
 
     def look() -> dict[str, Any]:
         _add_everything(snapshot, run, callbacks, {**facts, "ranks": ranks.size})
-        return {"loader": run.loader.state_dict(), "rng": random_state(run)}
+        return {
+            "iteration": run.iteration,
+            "loader": run.loader.state_dict(),
+            "rng": random_state(run),
+        }
 
     by_rank = ranks.agree(look)
+    _refuse_different([state["iteration"] for state in by_rank])
 
     def gather() -> None:
         for name in ("loader", "rng"):
@@ -94,6 +102,16 @@ def capture(
 
     ranks.agree(gather)
     return snapshot
+
+
+def _refuse_different(iterations: list[int]) -> None:
+    if len(set(iterations)) > 1:
+        told = ", ".join(f"rank {rank}: {number}" for rank, number in enumerate(iterations))
+        raise CheckpointError(
+            f"ranks save different iterations ({told}); a checkpoint is of one, and this would be "
+            "put together of several. Whatever ends an iteration early must do so on all ranks: "
+            "that is a fault of the method or of a callback"
+        )
 
 
 def _add_everything(

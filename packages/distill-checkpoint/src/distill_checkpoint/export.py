@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,11 @@ from distill_protocols import (
     RoleSpec,
     RunState,
     SamplerSpec,
+    WeightSource,
 )
 
 from distill_checkpoint.config import ExportConfig
+from distill_checkpoint.serving import ranks_that_save, served
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +30,16 @@ class ExportCallback(Callback):
     A run that was asked to stop exports nothing: it is not finished, its checkpoint is what it
     goes on from, and who stops a run waits for it. An export that fails raises.
 
+    On several ranks every one has this callback: rank 0 writes, and the others give it their parts
+    of sharded weights, one tensor at a time. An error of one is an error of all.
+
     Args:
         exports: what to write (``checkpoint.export``).
         exporter: the family's.
         roles: where each role came from, by name.
         output_dir: ``ExportConfig.folder`` is relative to it.
+        timeout: seconds after which a rank that does not answer is given up
+            (``checkpoint.timeout_seconds``).
     """
 
     name = "export"
@@ -42,11 +50,14 @@ class ExportCallback(Callback):
         exporter: Exporter,
         roles: Mapping[str, RoleSpec],
         output_dir: Path | str,
+        *,
+        timeout: float = 1800.0,
     ) -> None:
         self.exports = tuple(exports)
         self.exporter = exporter
         self.roles = dict(roles)
         self.output_dir = Path(output_dir)
+        self.timeout = timeout
         self._checked = False
 
     def on_step_start(self, run: RunState) -> None:
@@ -76,21 +87,25 @@ class ExportCallback(Callback):
         if not self.exports:
             return
         if run.iteration < run.max_train_steps:
-            logger.warning(
-                "nothing exported: the run stopped at iteration %d of %d (%s). Resume it to the "
-                "end, which exports.",
-                run.iteration,
-                run.max_train_steps,
-                run.stop_reason or "no reason given",
-            )
+            if run.ranks.first:
+                logger.warning(
+                    "nothing exported: the run stopped at iteration %d of %d (%s). Resume it to "
+                    "the end, which exports.",
+                    run.iteration,
+                    run.max_train_steps,
+                    run.stop_reason or "no reason given",
+                )
             return
+        ranks = ranks_that_save(self.timeout)
         for export in self.exports:
-            self._export(run, export)
+            weights = run.method.bundle[export.role].weight_sources(ema=export.ema)
+            served(ranks, weights, functools.partial(self._export, export, _sampler_of(run)))
 
-    def _export(self, run: RunState, export: ExportConfig) -> None:
+    def _export(
+        self, export: ExportConfig, sampler: SamplerSpec, weights: Mapping[str, WeightSource]
+    ) -> None:
         folder = self.output_dir / export.folder
-        role, request = self.roles[export.role], export.request(_sampler_of(run))
-        weights = run.method.bundle[export.role].weight_sources(ema=export.ema)
+        role, request = self.roles[export.role], export.request(sampler)
         facts = self.exporter.export(role, weights, folder, request)
         logger.info(
             "exported %s (%s weights, %s) to %s",

@@ -13,6 +13,8 @@ from typing import Any
 
 import attrs
 from distill_protocols import Callback, CheckpointError, DistillError, RunState
+from distill_protocols.ranks import Ranks
+from torch import Tensor
 
 from distill_checkpoint.background import Background, Buffers
 from distill_checkpoint.capture import Snapshot, capture
@@ -30,9 +32,10 @@ from distill_checkpoint.fitting import Fit, fit
 from distill_checkpoint.layout import checkpoints, folder_name
 from distill_checkpoint.manifest import Finding, damaged, inspect, write_manifest
 from distill_checkpoint.parts import non_finite_weights
-from distill_checkpoint.ranks import Ranks
 from distill_checkpoint.restore import check_fit, load_state
 from distill_checkpoint.retention import superseded
+from distill_checkpoint.serving import ranks_that_save
+from distill_checkpoint.tensors import to_whole
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +158,7 @@ class CheckpointManager:
         except CheckpointError as error:
             raise _failed(target, error) from error
         snapshot.documents[Path("config.json")] = self._resolved_config
-        metrics = self._measured(run, target.name) if ranks.first else {}
+        metrics = self._measured(run, target.name, ranks)
         if self.config.async_save:
             held = self._buffers.copied(snapshot)
             self._background.start(lambda: self._write(held, target, metrics, beside))
@@ -198,15 +201,19 @@ class CheckpointManager:
             logger.info("saved %s: %.1f MB in %.2f s", target, size / 1e6, seconds)
             self._delete_superseded(snapshot.iteration)
 
-    def _measured(self, run: RunState, name: str) -> dict[str, float]:
-        """What ``keep_best`` compares, if it was measured in this iteration."""
+    def _measured(self, run: RunState, name: str, ranks: Ranks) -> dict[str, float]:
+        """What ``keep_best`` compares, if it was measured in this iteration; rank 0's counts.
+
+        All ranks ask: of a sharded number (DTensor) each has a part.
+        """
         rule = self.config.keep_best
         if rule is None:
             return {}
         if rule.metric in run.metrics:
-            value = float(run.metrics[rule.metric])
+            found = run.metrics[rule.metric]
+            value = float(to_whole(found) if isinstance(found, Tensor) else found)
             return {rule.metric: value} if math.isfinite(value) else {}
-        if not self._unmeasured_told:
+        if ranks.first and not self._unmeasured_told:
             self._unmeasured_told = True
             logger.warning(
                 "%s is no candidate for checkpoint.keep_best, as %s was not measured in that "
@@ -346,7 +353,7 @@ class CheckpointManager:
         """The ranks for the training thread, and for the one in the background."""
         if self._ranks is None:
             timeout = self.config.timeout_seconds
-            self._ranks = (Ranks.of_this_run(timeout), Ranks.of_this_run(timeout))
+            self._ranks = (ranks_that_save(timeout), ranks_that_save(timeout))
         return self._ranks
 
 

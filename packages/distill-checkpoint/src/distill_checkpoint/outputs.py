@@ -11,17 +11,24 @@ import logging
 import os
 import socket
 import tempfile
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, TYPE_CHECKING, Self
 
 from attrs import frozen
 from distill_protocols import OutputError
 
 from distill_checkpoint.layout import checkpoints
 
+if TYPE_CHECKING:
+    from distill_protocols import Ranks
+
 MARKER = "run.json"
+
+VISIBLE_AFTER = 60.0
+"""Seconds that a network file system may take to show one host what another has just made."""
 
 logger = logging.getLogger(__name__)
 
@@ -31,19 +38,21 @@ class Claim:
     """An output folder that is this process's until it is closed, released, or the process ends.
 
     A context manager: leaving it closes. The operating system holds the lock, so a process that
-    is killed leaves none behind.
+    is killed leaves none behind. Of several ranks the first one holds it; on the others this is a
+    claim in name only.
 
     Attributes:
         folder: the absolute path.
     """
 
     folder: Path
-    _file: IO[str]
+    _file: IO[str] | None
     _made_marker: bool
 
     def close(self) -> None:
         """Let another process go on in the folder. The marker stays: a run has been here."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def release(self) -> None:
         """Give the folder back for a run that did not start, and close.
@@ -51,7 +60,8 @@ class Claim:
         Takes the marker away if this claim made it, and the folder if nothing else is in it; a
         folder with checkpoints stays as it is.
         """
-        if self._made_marker and not self._file.closed and not checkpoints(self.folder):
+        held = self._file is not None and not self._file.closed
+        if held and self._made_marker and not checkpoints(self.folder):
             (self.folder / MARKER).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty: what is in it is not ours to delete
                 self.folder.rmdir()
@@ -64,17 +74,64 @@ class Claim:
         self.close()
 
 
-def claim_output_dir(path: Path | str, *, resume: bool) -> Claim:
+def claim_output_dir(path: Path | str, *, resume: bool, ranks: Ranks | None = None) -> Claim:
     """Make ``path`` this run's output folder, or leave everything as it was.
 
     Args:
         resume: whether the run goes on from an earlier one, which may have its output here.
+        ranks: all of them call this together: the first claims, for all of them. None: alone.
 
     Raises:
-        OutputError: not a folder, not writable, of another run while ``resume`` is false, or of
-            a process that is running there now.
+        OutputError: not a folder, not writable, of another run while ``resume`` is false, of
+            a process that is running there now, or not one folder for all ranks. On all ranks.
     """
     folder = Path(os.path.abspath(path))
+    if ranks is None or ranks.group is None:
+        return _claim(folder, resume)
+    held: list[Claim] = []
+    try:
+        refusal = ranks.decide(lambda: _refusal(folder, resume, held))
+        if refusal:
+            raise OutputError(refusal)
+        _refuse_unseen(folder, ranks)
+    except BaseException:
+        for claim in held:
+            claim.release()
+        raise
+    return held[0] if held else Claim(folder, None, False)
+
+
+def _refusal(folder: Path, resume: bool, held: list[Claim]) -> str | None:
+    """Why the claim, which is added to ``held``, cannot be had."""
+    try:
+        held.append(_claim(folder, resume))
+    except OutputError as error:
+        return str(error)
+    return None
+
+
+def _refuse_unseen(folder: Path, ranks: Ranks) -> None:
+    seen = ranks.agree(lambda: _seen(folder / MARKER))
+    if not all(seen):
+        missing = ", ".join(str(rank) for rank, there in enumerate(seen) if not there)
+        raise OutputError(
+            f"{folder} on rank 0 is not the {folder} of rank {missing}, where its {MARKER} has not "
+            f"come up within {VISIBLE_AFTER:g} s; all ranks write their parts of a checkpoint into "
+            "one folder, or no checkpoint would be whole. Choose an output_dir on storage that all "
+            "hosts share."
+        )
+
+
+def _seen(marker: Path) -> bool:
+    deadline = time.monotonic() + VISIBLE_AFTER
+    while not marker.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _claim(folder: Path, resume: bool) -> Claim:
     with _as_output_error(folder), _removed_on_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:

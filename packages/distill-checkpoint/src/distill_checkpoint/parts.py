@@ -49,6 +49,10 @@ def kinds(bundle: ModelBundle) -> dict[str, dict[Part, Any]]:
 def weights(role: RoleHandle, key: str) -> dict[str, Tensor]:
     """What training changes in a module; the tensors themselves.
 
+    Of an FSDP module its parts (DTensor), also where a forward pass without gradients has left the
+    root's weights whole: its ``state_dict`` puts the parts back first, and with them what
+    ``trained_parameters`` finds.
+
     Raises:
         CheckpointError: the module's state holds something else than tensors.
     """

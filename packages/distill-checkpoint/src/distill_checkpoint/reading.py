@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +103,14 @@ class StoredCheckpoint:
 
 
 @frozen(eq=False)
-class StoredWeights:
+class StoredWeights(WeightSource):
     """The ``WeightSource`` of one module in a checkpoint.
 
     Attributes:
         where: for messages.
     """
 
-    where: str
+    where: str  # type: ignore[override]
     _files: _CheckedFiles
     _stored: StoredTensors
     _names: Mapping[str, str] | None
@@ -133,7 +133,28 @@ class StoredWeights:
             CheckpointError: no such name, or a file that they are in is damaged.
         """
         names = list(names)
-        there = {n: n if self._names is None else self._names.get(n, n) for n in names}
+        self._require(names)
+        there = {name: self._there(name) for name in names}
+        wanted = [there[name] for name in names if name not in self._scalars]
+        if wanted:
+            self._files.check(self._stored.files_of(wanted))
+        found = self._stored.read(wanted) if wanted else {}
+        return {n: self._scalars[n] if n in self._scalars else found[there[n]] for n in names}
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Of the part alone; but the sha256 of its files is checked like that of any other.
+
+        Raises:
+            CheckpointError: as ``read``.
+        """
+        self._require([name])
+        self._files.check(self._stored.files_of([self._there(name)]))
+        return self._stored.read_rows(self._there(name), start, stop)
+
+    def _there(self, name: str) -> str:
+        return name if self._names is None else self._names.get(name, name)
+
+    def _require(self, names: Sequence[str]) -> None:
         unknown = sorted(set(names) - self.facts().keys())
         if unknown:
             raise CheckpointError(
@@ -141,11 +162,6 @@ class StoredWeights:
                 f"{' ...' if len(unknown) > 5 else ''} ({len(unknown)} of {len(names)} names); "
                 "it holds what facts() lists. Ask for these only."
             )
-        wanted = [there[name] for name in names if name not in self._scalars]
-        if wanted:
-            self._files.check(self._stored.files_of(wanted))
-        found = self._stored.read(wanted) if wanted else {}
-        return {n: self._scalars[n] if n in self._scalars else found[there[n]] for n in names}
 
 
 @frozen

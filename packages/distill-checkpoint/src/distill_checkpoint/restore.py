@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from distill_protocols import Callback, CheckpointError, RunState, TensorFacts
+from distill_protocols.ranks import Ranks
 from torch import Tensor
 
 from distill_checkpoint.files import read_json
@@ -15,7 +16,6 @@ from distill_checkpoint.fitting import CALLBACKS, Fit
 from distill_checkpoint.layout import part_path, rank_key, role_folder
 from distill_checkpoint.optimizers import groups_fault, load_optimizer_state
 from distill_checkpoint.parts import averages, modules, optimizers, schedulers, weights
-from distill_checkpoint.ranks import Ranks
 from distill_checkpoint.tensors import StoredTensors, read_tensors
 from distill_checkpoint.values import pack, unpack
 

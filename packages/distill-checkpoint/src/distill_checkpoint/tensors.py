@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from attrs import field, frozen
 from distill_protocols import CheckpointError, TensorFacts
+from distill_protocols.ranks import ALONE, Ranks
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -44,7 +45,6 @@ from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from distill_checkpoint.files import FileFacts
-from distill_checkpoint.ranks import ALONE, Ranks
 from distill_checkpoint.safetensors_file import write_safetensors
 
 SHARD_BYTES = 512 * 1024**2
@@ -81,6 +81,16 @@ def to_local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def to_whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor, for which every rank of its mesh must ask; any other as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Parts that wait in host memory are sent from where the mesh's devices are.
+    moved = tensor.to(tensor.device_mesh.device_type)
+    assert isinstance(moved, DTensor)
+    return moved.full_tensor()
+
+
 def write_tensors(
     folder: Path,
     tensors: Share | Mapping[str, Tensor],
@@ -101,23 +111,39 @@ def write_tensors(
     if not share.local:  # on every rank, as they hold the same names
         return {}
     files = _file_of(share.items, shard_bytes)
-    try:
-        if ranks.group is None:
+    written: dict[Path, FileFacts] = {}
+    if ranks.group is None:
+        with _as_checkpoint_error(folder):
             folder.mkdir(parents=True)
-            return _write_share(folder, share.items, share.local, files, rank=0)
-        writer = _Writer(folder, share, files)
+            written |= _write_share(folder, share.items, share.local, files, rank=0)
+        return written
+    planned = _PlannedWriter(folder, files)
+    ranks.meet()  # torch's errors and time-outs do not say which rank it was
+    try:
         with ranks.in_time():
             save(
                 dict(share.local),
-                storage_writer=writer,
+                storage_writer=planned,
                 planner=_SharePlanner(share),
                 process_group=ranks.group,
             )
-    except OSError as error:
-        raise CheckpointError(f"{folder}: could not be written: {error}") from error
     except CheckpointException as error:  # a BaseException: `except Exception` misses it
         raise CheckpointError(f"{folder}: could not be written: {_cause(error)}") from error
-    return writer.written
+
+    def write() -> None:
+        with _as_checkpoint_error(folder):
+            written.update(_write_share(folder, planned.items, share.local, files, rank=ranks.rank))
+
+    ranks.agree(write)
+    return written
+
+
+@contextlib.contextmanager
+def _as_checkpoint_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{folder}: could not be written: {error}") from error
 
 
 @frozen(eq=False)
@@ -150,12 +176,7 @@ class StoredTensors:
 
     def files_of(self, names: Iterable[str]) -> set[Path]:
         """The files that hold any part of ``names``."""
-        wanted = set(names)
-        return {
-            Path(info.relative_path)
-            for index, info in self._metadata.storage_data.items()
-            if index.fqn in wanted
-        }
+        return {Path(file) for name in names for _, file in self._pieces(name)}
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill ``tensors`` in place with what is stored under their names; of a DTensor its shard.
@@ -183,6 +204,27 @@ class StoredTensors:
         tensors = {n: torch.empty(facts[n].size, dtype=facts[n].dtype) for n in names}
         self.read_into(tensors)
         return tensors
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """``[start:stop]`` of the first dimension of ``name``, on the CPU; maps nothing else."""
+        facts = self.facts[name]
+        start, stop, _ = slice(start, stop).indices(facts.size[0])
+        rows = torch.empty((max(0, stop - start), *facts.size[1:]), dtype=facts.dtype)
+        for chunk, file in self._pieces(name):
+            offset = chunk.offsets[0]
+            first, last = max(start, offset), min(stop, offset + chunk.sizes[0])
+            if first < last:
+                ends = zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)
+                box = (slice(first - start, last - start), *(slice(o, o + s) for o, s in ends))
+                with safe_open(file, framework="pt") as stream:
+                    rows[box] = stream.get_slice(name)[first - offset : last - offset]
+        return rows
+
+    def _pieces(self, name: str) -> Iterator[tuple[ChunkStorageMetadata, str]]:
+        """Where each part of ``name`` lies."""
+        for chunk in self._metadata.state_dict_metadata[name].chunks:  # type: ignore[union-attr]
+            info = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            yield chunk, info.relative_path
 
     @property
     def _metadata(self) -> Metadata:
@@ -221,21 +263,16 @@ class _SharePlanner(DefaultSavePlanner):
         return self._share.local[index.fqn]
 
 
-class _Writer(HuggingFaceStorageWriter):
-    """Streams each file with its checksum, where torch's builds it in memory first."""
+class _PlannedWriter(HuggingFaceStorageWriter):
+    """Takes torch's plan of who writes what, and leaves the writing to us: torch's builds a file in
+    memory first, and takes no checksum."""
 
-    def __init__(self, folder: Path, share: Share, files: Mapping[str, int]) -> None:
+    def __init__(self, folder: Path, files: Mapping[str, int]) -> None:
         super().__init__(str(folder), fqn_to_index_mapping=dict(files), save_distributed=True)
-        self._share = share
-        self._files = files
-        self.written: dict[Path, FileFacts] = {}
+        self.items: list[WriteItem] = []
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        if plan.items:
-            rank = plan.storage_data["shard_index"] - 1
-            self.written = _write_share(
-                Path(self.path), plan.items, self._share.local, self._files, rank=rank
-            )
+        self.items = list(plan.items)
         done: Future[list[WriteResult]] = Future()
         done.set_result([])
         return done

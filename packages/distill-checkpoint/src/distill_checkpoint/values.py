@@ -24,6 +24,8 @@ import torch
 from distill_protocols import CheckpointError
 from torch import Tensor
 
+from distill_checkpoint.tensors import to_whole
+
 _SCALAR_DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -91,7 +93,7 @@ def _pack(value: Any, where: str, path: tuple[str, ...], tensors: dict[str, Tens
 def _pack_tensor(value: Tensor, name: str, tensors: dict[str, Tensor]) -> Any:
     dtype = str(value.dtype).removeprefix("torch.")
     if value.ndim == 0 and dtype in _SCALAR_DTYPES:
-        return {"$scalar": [dtype, _pack(value.item(), name, (), tensors)]}
+        return {"$scalar": [dtype, _pack(to_whole(value).item(), name, (), tensors)]}
     # {"a/b": t} and {"a": {"b": t}} would be called the same.
     unique, twin = name, 1
     while unique in tensors:

@@ -8,10 +8,12 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import attrs
 import torch
-from distill_protocols import Condition, ConditionEncoder
+from distill_protocols import ALONE, Condition, ConditionEncoder, Ranks
 from distill_protocols.errors import ConditioningError, DataError
 from safetensors.torch import save
+from torch import distributed
 
 from distill_conditioning.config import ConditioningConfig
 from distill_conditioning.shards import LatentDataset
@@ -27,15 +29,22 @@ class CachedConditioning:
     text encoder at all. Without a fingerprint (the encoder is not on this machine) stored
     conditions are taken at their word, and what is encoded is kept in memory only.
 
+    On several ranks the first one alone has to do with data set, cache and encoder (a text encoder
+    of 11 to 23 GB is in the memory of one process), and sends the others what it found. So all of
+    them ask for the same prompts at the same points; what was asked for once is kept by each, and
+    each may ask for it again whenever it likes.
+
     Args:
         config: the run's negative prompt, and the cache's folder.
         encoder: the adapter.
         dataset: whose constants may hold the negative condition.
         output_dir: ``cache`` in it is the cache's folder where the config names none.
         device: where the conditions are wanted.
+        ranks: the processes of the run.
 
     Raises:
-        ConditioningError: the data set's captions were encoded by another encoder.
+        ConditioningError: the data set's captions were encoded by another encoder. This and all
+            other errors of one rank are errors of all.
     """
 
     def __init__(
@@ -46,17 +55,21 @@ class CachedConditioning:
         dataset: LatentDataset | None = None,
         output_dir: str | Path,
         device: torch.device | str = "cpu",
+        ranks: Ranks = ALONE,
     ) -> None:
         self._config = config
         self._encoder = encoder
         self._dataset = dataset
         self._device = torch.device(device)
+        self._ranks = attrs.evolve(ranks, error=ConditioningError)
+        self._rows: dict[str, Condition] = {}
         self._cache = ConditionCache(
             Path(config.cache) if config.cache is not None else Path(output_dir) / "cache"
         )
         self._negative: Condition | None = None
         if dataset is not None:
-            self._check_encoder(f"the captions of {dataset.path}", dataset.index.encoder)
+            what, fingerprint = f"the captions of {dataset.path}", dataset.index.encoder
+            self._ranks.decide(lambda: self._check_encoder(what, fingerprint))
 
     def negative(self) -> Condition:
         """The negative condition, one row, fp32.
@@ -65,17 +78,56 @@ class CachedConditioning:
             ConditioningError: there is none, or the data set's was made by another encoder.
         """
         if self._negative is None:
-            self._negative = self._find_negative().to(self._device)
+            [row] = self._from_first("the negative condition", lambda: [self._find_negative()])
+            self._negative = row.to(self._device)
         return self._negative
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Conditions of ``prompts``, one row each in their order, fp32."""
+        """Conditions of ``prompts``, one row each in their order, fp32.
+
+        Raises:
+            ConditioningError: there are none, or ranks ask for different ones.
+        """
         if not prompts:
             raise ConditioningError("no prompt to encode; give at least one")
-        rows = self._cache.rows(
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
+        if new:
+            rows = self._from_first(f"conditions of {new}", lambda: self._encoded(new))
+            self._rows.update(zip(new, rows, strict=True))
+        return Condition.cat([self._rows[prompt] for prompt in prompts]).to(self._device)
+
+    def _encoded(self, prompts: Sequence[str]) -> list[Condition]:
+        return self._cache.rows(
             prompts, "prompt", self._fingerprint, self._encoder.encode_condition
         )
-        return Condition.cat(rows).to(self._device)
+
+    def _from_first(self, what: str, find: Callable[[], list[Condition]]) -> list[Condition]:
+        """What rank 0 finds, on every rank, on the CPU."""
+        ranks = self._ranks
+        others = ranks.all_alike(what)
+        if others:
+            raise ConditioningError(
+                f"rank {', '.join(map(str, others))} and rank 0 ask for different things (here: "
+                f"{what[:200]}); rank 0 encodes for all, so all must ask for the same. Ask for all "
+                "prompts on every rank, and leave out rows afterwards."
+            )
+        found: list[Condition] = []
+
+        def look() -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
+            found.extend(find())
+            return [{n: (t.shape, t.dtype) for n, t in row.tensors.items()} for row in found]
+
+        facts = ranks.decide(look)
+        if not found:
+            found = [
+                Condition({n: torch.empty(size, dtype=kind) for n, (size, kind) in row.items()})
+                for row in facts
+            ]
+        if ranks.group is not None:
+            with ranks.in_time():
+                for tensor in (t for row in found for t in row.tensors.values()):
+                    distributed.broadcast(tensor.contiguous(), src=0, group=ranks.group)
+        return found
 
     def _find_negative(self) -> Condition:
         stored = self._dataset.negative() if self._dataset is not None else None

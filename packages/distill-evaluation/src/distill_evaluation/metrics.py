@@ -5,6 +5,8 @@ features instead of Inception's. It is biased upward by a small N: compare only 
 with equal N.
 """
 
+import math
+
 import attrs
 import torch
 from torch import Tensor
@@ -89,16 +91,24 @@ def within_group_variance(values: Tensor, groups: Tensor) -> float:
     of each element within each group, averaged over elements, then over the groups of two or more.
     ValueError if there is no such group.
     """
-    flat = values.double().flatten(1)
-    variances = [
-        flat[groups == group].var(dim=0).mean()
-        for group in groups.unique()
-        if int((groups == group).sum()) >= 2
-    ]
-    if not variances:
+    variances = group_variances(values, groups)
+    variances = variances[~variances.isnan()]
+    if not len(variances):
         raise ValueError(
             f"{len(groups)} samples of {len(groups.unique())} captions: a caption needs two "
             "samples or more, because the variance "
             "within it is asked for; sample each prompt at least twice."
         )
-    return float(torch.stack(variances).mean())
+    return float(variances.mean())
+
+
+def group_variances(values: Tensor, groups: Tensor) -> Tensor:
+    """`within_group_variance` of each group by itself, in the order of their ids: float64 [G].
+
+    nan for a group of one.
+    """
+    flat = values.double().flatten(1)
+    members = [flat[groups == group] for group in groups.unique()]
+    return torch.stack(
+        [own.var(dim=0).mean() if len(own) > 1 else flat.new_tensor(math.nan) for own in members]
+    )

@@ -1,7 +1,11 @@
 """The `report` callback: what a run was worth, as numbers in a table and as pictures.
 
 Every entry samples the same prompts from the same initial noise; the judge was trained on other
-clips than the teacher. B clips of a chunk, N of an entry, D features.
+clips than the teacher. Prompts are spread over the ranks of the run, each with all of its clips:
+what one clip is depends on its place alone, and of a rank's clips only features and variances go
+to rank 0. So the numbers are those of one process, and all ranks have them.
+
+B clips of a chunk, P prompts, N clips of an entry, D features.
 """
 
 import contextlib
@@ -17,10 +21,11 @@ from distill_protocols import (
     Callback,
     Condition,
     DataError,
-    RandomStreams,
+    RowGenerators,
     RunParts,
     RunState,
     SamplerSpec,
+    Spread,
     StepRecord,
     StopRequested,
 )
@@ -37,11 +42,12 @@ from distill_evaluation.metrics import (
     attribute_accuracy,
     feature_statistics,
     frechet_distance,
-    within_group_variance,
+    group_variances,
 )
 
 CHUNK = 64
-"""Clips sampled at once; bounds memory, and is the batch at which seconds per clip are taken."""
+"""Most clips sampled at once; bounds memory, and is the batch at which seconds per clip are taken
+(less, where a rank has less to do)."""
 
 
 @attrs.frozen(kw_only=True)
@@ -50,7 +56,7 @@ class EntryReport:
 
     `within_caption_variance` is that of pixels among clips of one prompt: it falls to 0 where a
     student gives one clip a prompt. `seconds_per_clip` is wall time of denoising alone (no text
-    encoder, no VAE), in batches of `CHUNK`.
+    encoder, no VAE), in batches of `CHUNK`: on several ranks, rank 0's for its own clips.
     """
 
     name: str
@@ -75,6 +81,7 @@ class EntryReport:
 
 class ReportCallback(Callback):
     """Writes report.json, contact_sheet.png and clips.mp4 into the output folder, prints a table.
+    On several ranks all of them sample, and rank 0 alone writes and prints.
 
     With ``every_steps`` it also measures during the run and leaves the numbers in ``run.metrics``;
     the run goes on as if nobody had looked. Put it behind callbacks that move what it looks at
@@ -115,7 +122,7 @@ class ReportCallback(Callback):
         for name, entry in self.config.entries.items():
             run.method.stop.poll()  # a look that is left adds nothing
             if entry.during:
-                found |= self._row(name, entry).metrics()
+                found |= self._row(run, name, entry).metrics()
         run.metrics |= found
 
     def on_train_end(self, run: RunState) -> None:
@@ -124,16 +131,21 @@ class ReportCallback(Callback):
             self._report(run)
         except StopRequested as stop:
             # All files are written after the last sampling: there is none, or the former ones.
-            print(f"report: left out, as the run was stopped ({stop})")
+            if run.ranks.first:
+                print(f"report: left out, as the run was stopped ({stop})")
 
     # -- inside -------------------------------------------------------------------------------
 
     def _report(self, run: RunState) -> None:
-        rows, sheets = [], []
+        rows: list[EntryReport] = []
+        sheets: list[SheetRow] = []
         for name, entry in self.config.entries.items():
-            rows.append(self._row(name, entry))
+            rows.append(self._row(run, name, entry))
             if entry.sheet:
-                sheets.append(self._sheet_row(name, entry))
+                sheets += self._sheet_rows(run, name, entry)
+        run.ranks.decide(lambda: self._show(run, rows, sheets))
+
+    def _show(self, run: RunState, rows: Sequence[EntryReport], sheets: Sequence[SheetRow]) -> None:
         report = {
             "iteration": run.iteration,
             "method": type(self.parts.method).__name__,
@@ -173,11 +185,11 @@ class ReportCallback(Callback):
             )
         return spec
 
-    def _row(self, name: str, entry: ReportEntry) -> EntryReport:
+    def _row(self, run: RunState, name: str, entry: ReportEntry) -> EntryReport:
         """Measured now; once a run where the weights do not move."""
         if name in self._frozen_rows:
             return self._frozen_rows[name]
-        row = self._measure(name, entry)
+        row = self._measure(run, name, entry)
         if not self.parts.method.bundle[entry.role].trainable:
             self._frozen_rows[name] = row
         return row
@@ -188,61 +200,105 @@ class ReportCallback(Callback):
         with torch.no_grad(), role.frozen(), role.averaged(ema=entry.ema):
             yield
 
-    def _measure(self, name: str, entry: ReportEntry) -> EntryReport:
-        spec = self._spec(entry)
-        prompts = [p for p in self.prompts for _ in range(self.config.clips_per_prompt)]
-        cond = self.parts.conditioning.encode(prompts)
+    def _measure(self, run: RunState, name: str, entry: ReportEntry) -> EntryReport:
+        spec, each = self._spec(entry), self.config.clips_per_prompt
+        prompts = Spread(run.ranks, len(self.prompts))
+        rows = [prompt * each + clip for prompt in prompts.mine for clip in range(each)]
+        cond = self.parts.conditioning.encode(self.prompts)
         with self._weights_of(entry):
-            latents, seconds = self._sample(entry, spec, cond, purpose="measure")
+            latents, seconds = self._sample(
+                entry, spec, cond, rows, clips_per_prompt=each, purpose="report.measure"
+            )
         clips = self._decoded(latents)
-        features = self.judge.features(clips)
-        answers = self.judge.classify_features(features)
-        groups = torch.arange(len(self.prompts)).repeat_interleave(self.config.clips_per_prompt)
+        # By place and not by prompt: one that is done twice, to fill up, is a group of its own.
+        groups = torch.arange(len(prompts.mine)).repeat_interleave(each)
+        features = prompts.gather(self.judge.features(clips).unflatten(0, (-1, each)))
+        variances = prompts.gather(group_variances(clips, groups))
+        return run.ranks.decide(
+            lambda: self._entry_report(name, entry, features, variances, seconds / len(rows))
+        )
+
+    def _entry_report(
+        self,
+        name: str,
+        entry: ReportEntry,
+        features: Tensor | None,
+        variances: Tensor | None,
+        seconds_per_clip: float,
+    ) -> EntryReport:
+        """On rank 0, from what all ranks have seen: features [P, N / P, D], variances [P]."""
+        assert features is not None
+        assert variances is not None
+        spec, features = self._spec(entry), features.flatten(0, 1)
         return EntryReport(
             name=name,
             weights="ema" if entry.ema else "live",
             sampler=spec,
-            clips=len(clips),
+            clips=len(features),
             frechet_distance=frechet_distance(feature_statistics(features), self.reference),
-            accuracy={
-                attribute: attribute_accuracy(
-                    answer, self.labels[attribute][: len(self.prompts)][groups]
-                )
-                for attribute, answer in answers.items()
-            },
-            within_caption_variance=within_group_variance(clips, groups),
-            seconds_per_clip=seconds / len(clips),
+            accuracy=self._accuracy(features),
+            within_caption_variance=float(variances.mean()),
+            seconds_per_clip=seconds_per_clip,
             model_calls_per_clip=spec.calls_per_clip,
         )
 
-    def _sheet_row(self, name: str, entry: ReportEntry) -> SheetRow:
+    def _accuracy(self, features: Tensor) -> dict[str, float]:
+        """By attribute, of the features [N, D] of all clips."""
+        each = self.config.clips_per_prompt
+        return {
+            attribute: attribute_accuracy(
+                answer, self.labels[attribute][: len(self.prompts)].repeat_interleave(each)
+            )
+            for attribute, answer in self.judge.classify_features(features).items()
+        }
+
+    def _sheet_rows(self, run: RunState, name: str, entry: ReportEntry) -> list[SheetRow]:
+        """The one row on rank 0; elsewhere none."""
+        prompts = Spread(run.ranks, len(self.config.sheet_prompts))
         cond = self.parts.conditioning.encode(self.config.sheet_prompts)
         with self._weights_of(entry):
-            latents, _ = self._sample(entry, self._spec(entry), cond, purpose="sheet")
-        return SheetRow(name, self._decoded(latents))
+            latents, _ = self._sample(
+                entry, self._spec(entry), cond, prompts.mine, purpose="report.sheet"
+            )
+        clips = prompts.gather(self._decoded(latents))
+        return [] if clips is None else [SheetRow(name, clips)]
 
     def _sample(
-        self, entry: ReportEntry, spec: SamplerSpec, cond: Condition, *, purpose: str
+        self,
+        entry: ReportEntry,
+        spec: SamplerSpec,
+        cond: Condition,
+        rows: Sequence[int],
+        *,
+        clips_per_prompt: int = 1,
+        purpose: str,
     ) -> tuple[Tensor, float]:
-        """Latents [N, C, T, H, W] and wall seconds; generators of the run are not touched."""
+        """Latents [len(rows), C, T, H, W] and wall seconds; no generator of the run is touched.
+
+        Args:
+            cond: of all prompts.
+            rows: which of all clips, ``clips_per_prompt`` of each prompt after each other; each
+                has noise of its own, whoever samples it.
+        """
         adapter = self.parts.adapter
         device = next(iter(cond.tensors.values())).device
-        streams = RandomStreams(self.config.seed, device=device)
         negative = None if spec.guidance == 1.0 else self.parts.conditioning.negative()
-        shape = (len(cond), *adapter.latent_shape)
-        noise = torch.randn(shape, generator=streams.get(f"{purpose}.noise"), device=device)
+        chunks = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
+        generators = [
+            RowGenerators.seeded(self.config.seed, purpose, chunk, device) for chunk in chunks
+        ]
+        noise = [own.normal(adapter.latent_shape) for own in generators]
         parts = []
         start = time.perf_counter()
-        for i in range(0, len(cond), CHUNK):
-            rows = slice(i, i + CHUNK)
+        for i, chunk in enumerate(chunks):
             parts.append(
                 adapter.sample(
                     entry.role,
                     spec,
-                    noise[rows],
-                    cond[rows],
+                    noise[i],
+                    cond[torch.tensor(chunk) // clips_per_prompt],
                     neg_cond=negative,
-                    generator=streams.get(f"{purpose}.renoise"),
+                    generators=generators[i],
                     poll=self.parts.method.stop.poll,
                 )
             )

@@ -81,7 +81,12 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
         return batch.ids
 
     def sample_for_logging(
-        self, views: Sequence[SampleView], cond: Condition, *, seed: int
+        self,
+        views: Sequence[SampleView],
+        cond: Condition,
+        *,
+        seed: int,
+        rows: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
         return sample_views(
             self.adapter,
@@ -91,5 +96,6 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
             default_spec=self.sampler_spec,
             conditioning=self.conditioning,
             seed=seed,
+            rows=rows,
             poll=self.stop.poll,
         )

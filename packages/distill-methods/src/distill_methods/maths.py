@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
-from distill_protocols import shift_sigma
+from distill_protocols import RowGenerators, shift_sigma
 from torch import Tensor
 
 from distill_methods.time_sampling import TimeSampling
@@ -70,16 +70,15 @@ def velocity_loss(pred: Tensor, target: Tensor, weight: Tensor | None = None) ->
     return (error.flatten(1).mean(dim=1) * weight).mean()
 
 
-def sample_timesteps(batch: int, time: TimeSampling, *, generator: torch.Generator) -> Tensor:
-    """``t = clamp(1000 S_k(u), t_min, t_max)`` per sample: fp32 [B] on the generator's device.
+def sample_timesteps(time: TimeSampling, rows: RowGenerators) -> Tensor:
+    """``t = clamp(1000 S_k(u), t_min, t_max)`` of each row: fp32 [B] on the generators' device.
 
     u is uniform, or ``sigmoid(N(mean, std))`` (SD3, Esser et al. 2024, eq. 19 and 23).
     """
-    options = {"generator": generator, "device": generator.device, "dtype": torch.float32}
     if time.distribution == "uniform":
-        u = torch.rand(batch, **options)
+        u = rows.uniform()
     else:
-        u = torch.sigmoid(time.mean + time.std * torch.randn(batch, **options))
+        u = torch.sigmoid(time.mean + time.std * rows.normal())
     return (1000 * shift_sigma(u, time.shift)).clamp(time.t_min, time.t_max)
 
 
@@ -94,12 +93,11 @@ def bsmntw_weight(t: Tensor) -> Tensor:
     return ((bell - _BSMNTW_MIN) / _BSMNTW_MEAN).clamp(min=0)
 
 
-def noise_like(latents: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of the shape of ``latents``, fp32, on their device."""
-    noise = torch.randn(
-        latents.shape, generator=generator, device=generator.device, dtype=torch.float32
-    )
-    return noise.to(latents.device)
+def noise_like(latents: Tensor, rows: RowGenerators) -> Tensor:
+    """Standard normal noise of the shape of ``latents``, fp32, on their device; a sample's from
+    its own row."""
+    assert len(rows) == len(latents)  # one row would be broadcast over all of them
+    return rows.normal(latents.shape[1:]).to(latents.device)
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from distill_protocols import (
     Condition,
     ConditioningProvider,
     ModelBundle,
+    RowGenerators,
     SamplerSpec,
     SampleView,
 )
@@ -26,16 +27,20 @@ def sample_views(
     default_spec: SamplerSpec,
     conditioning: ConditioningProvider,
     seed: int,
+    rows: Sequence[int] | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """Clips [B, 3, F, H, W] in [0, 1] by view name; B is the number of rows of ``cond``.
 
     Every view starts from the same noise, and two stochastic views re-noise with the same noise:
-    each has a generator of its own, seeded by ``seed``. The generator is a CPU one, so that a
-    seed means the same clip on every device.
+    row n of the prompts has a generator of its own, which follows from ``seed`` and n alone. It
+    is a CPU one, so that a seed means the same clip on every device.
 
     ``poll`` is called before each sampling step and each decoding; what it raises ends the look,
     and all weights are as they were (``StopFlag.poll``).
+
+    Args:
+        rows: the places of the rows of ``cond`` among all prompts; None: 0 .. B - 1.
 
     Raises:
         RoleError: a view names a role that is not there, or EMA weights that nobody keeps.
@@ -43,13 +48,14 @@ def sample_views(
         ConditioningError: a view samples with guidance and there is no negative condition.
     """
     adapter.capabilities.require(["supports_decode"], by="sampling for a look")
+    rows = range(len(cond)) if rows is None else rows
     clips = {}
     for view in views:
         spec = view.sampler or default_spec
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn((len(cond), *adapter.latent_shape), generator=generator)
+        generators = RowGenerators.seeded(seed, "look", rows)
+        noise = generators.normal(adapter.latent_shape)
         role = bundle[view.role]
-        device = next(p.device for module in role.modules.values() for p in module.parameters())
+        device = role.call_device
         negative = None if spec.guidance == 1 else conditioning.negative().to(device)
         with torch.no_grad(), role.frozen(), role.averaged(ema=view.ema):
             latents = adapter.sample(
@@ -58,7 +64,7 @@ def sample_views(
                 noise.to(device),
                 cond.to(device),
                 neg_cond=negative,
-                generator=generator,
+                generators=generators,
                 poll=poll,
             )
         poll()

@@ -20,16 +20,19 @@ from distill_protocols.errors import (
     NonFiniteLossError,
     OutputError,
     PluginError,
+    RankError,
     RoleError,
     WeightsError,
 )
 from distill_protocols.lazy import lazy_exports
 from distill_protocols.plugins import (
     CallbackPlugin,
+    CompileSpec,
     ExportFormat,
     ExportRequest,
     FamilyPlugin,
     ForeignNames,
+    FsdpPolicy,
     LoraSpec,
     MethodPlugin,
     PlannedRun,
@@ -56,16 +59,20 @@ if TYPE_CHECKING:
     from distill_protocols.batch import Batch, BatchLoader, Condition, ConditioningProvider
     from distill_protocols.bundle import (
         DTYPES,
+        CallPlan,
         ModelBundle,
         ModulePlan,
         Precision,
         RoleHandle,
         RolePlan,
+        TensorPlan,
         WeightAverage,
     )
     from distill_protocols.callbacks import Callback, Checkpointer, RunState, StepRecord, Tracker
     from distill_protocols.method import DistillMethod, StepResult
-    from distill_protocols.random import RandomStreams, derive_seed
+    from distill_protocols.random import RandomStreams, RowGenerators, derive_seed
+    from distill_protocols.ranks import ALONE, Ranks
+    from distill_protocols.spread import Spread
     from distill_protocols.weights import TensorFacts, TensorWeights, WeightSource
 
 _LAZY = {
@@ -76,20 +83,24 @@ _LAZY = {
     ),
     **dict.fromkeys(["Batch", "BatchLoader", "Condition", "ConditioningProvider"], "batch"),
     **dict.fromkeys(
-        ["DTYPES", "ModelBundle", "ModulePlan", "Precision", "RoleHandle", "RolePlan",
-         "WeightAverage"],
+        ["DTYPES", "CallPlan", "ModelBundle", "ModulePlan", "Precision", "RoleHandle", "RolePlan",
+         "TensorPlan", "WeightAverage"],
         "bundle",
     ),
     **dict.fromkeys(["Callback", "Checkpointer", "RunState", "StepRecord", "Tracker"], "callbacks"),
     **dict.fromkeys(["DistillMethod", "StepResult"], "method"),
-    **dict.fromkeys(["RandomStreams", "derive_seed"], "random"),
+    **dict.fromkeys(["RandomStreams", "RowGenerators", "derive_seed"], "random"),
+    **dict.fromkeys(["ALONE", "Ranks"], "ranks"),
+    "Spread": "spread",
     **dict.fromkeys(["TensorFacts", "TensorWeights", "WeightSource"], "weights"),
 }  # fmt: skip
 
 __all__ = [
+    "ALONE",
     "DTYPES",
     "Batch",
     "BatchLoader",
+    "CallPlan",
     "Callback",
     "CallbackPlugin",
     "Capabilities",
@@ -97,6 +108,7 @@ __all__ = [
     "CausalRollout",
     "CheckpointError",
     "Checkpointer",
+    "CompileSpec",
     "Condition",
     "ConditionEncoder",
     "ConditioningError",
@@ -113,6 +125,7 @@ __all__ = [
     "Exporter",
     "FamilyPlugin",
     "ForeignNames",
+    "FsdpPolicy",
     "LatentCodec",
     "LoraSpec",
     "MethodPlugin",
@@ -126,21 +139,26 @@ __all__ = [
     "Precision",
     "PredType",
     "RandomStreams",
+    "RankError",
+    "Ranks",
     "RoleError",
     "RoleHandle",
     "RoleNeed",
     "RolePlan",
     "RoleSpec",
+    "RowGenerators",
     "RunParts",
     "RunState",
     "SampleView",
     "Sampler",
     "SamplerSpec",
+    "Spread",
     "StepRecord",
     "StepResult",
     "StopFlag",
     "StopRequested",
     "TensorFacts",
+    "TensorPlan",
     "TensorWeights",
     "Tracker",
     "WeightAverage",

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from distill_protocols.batch import Condition
 from distill_protocols.capabilities import Capabilities, PredType
 from distill_protocols.plugins import ExportRequest, RoleSpec
+from distill_protocols.random import RowGenerators
 from distill_protocols.sampler import SamplerSpec
 from distill_protocols.weights import WeightSource
 
@@ -123,13 +123,14 @@ class Sampler(Protocol):
         cond: Condition,
         *,
         neg_cond: Condition | None = None,
-        generator: torch.Generator | None = None,
+        generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
     ) -> Tensor:
         """Normalised clean latents [B, C, T, H, W].
 
         Args:
-            generator: feeds a stochastic spec.
+            generators: feed a stochastic spec, one a row, so that no clip depends on its
+                neighbours in the batch.
             poll: called before each of the sampler's steps; what it raises ends the sampling
                 (``StopFlag.poll``).
         """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Protocol
 
@@ -14,7 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from distill_protocols.errors import RoleError
-from distill_protocols.weights import TensorWeights, WeightSource
+from distill_protocols.plugins import FsdpPolicy
+from distill_protocols.weights import TensorWeights
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -55,9 +57,16 @@ class RoleHandle:
         modules: ``{"transformer": ...}``; two experts are two modules.
         trainable: a frozen role has no optimizer and takes no gradient, ever.
         precision: compute precision of a call. A trainable role keeps fp32 weights under it.
-        fsdp_policy: how to shard it; the trainer's distribution reads it.
+        fsdp_policy: how it is spread over processes; the trainer's distribution reads it.
+        blocks: by module, the dotted names of its repeated blocks: what is sharded one at a time
+            where the policy names nothing else.
+        offload: weights wait in host memory while other roles are called.
         trained: by module, the names of the only parameters that ever move (LoRA: the adapter's);
             None: all of them. The others are what the role's source says, and are not saved.
+        device: where calls compute; None: where the weights are.
+        put_away: frees whole weights that were gathered from several processes for a call. Comes
+            before anything reads or changes a parameter from outside of a call, as it would find
+            the gathered copy in its place.
         ema, optimizers, schedulers: keyed by module name.
     """
 
@@ -65,8 +74,12 @@ class RoleHandle:
     modules: dict[str, nn.Module]
     trainable: bool = False
     precision: Precision = "fp32"
-    fsdp_policy: Mapping[str, Any] | None = None
+    fsdp_policy: FsdpPolicy | None = None
+    blocks: Mapping[str, tuple[str, ...]] = field(factory=dict)
+    offload: bool = False
     trained: Mapping[str, frozenset[str]] | None = None
+    device: torch.device | None = None
+    put_away: Callable[[], None] = lambda: None
     ema: dict[str, WeightAverage] = field(factory=dict)
     optimizers: dict[str, Optimizer] = field(factory=dict)
     schedulers: dict[str, LRScheduler] = field(factory=dict)
@@ -85,6 +98,7 @@ class RoleHandle:
                 f"role {self.name!r} is frozen (trainable: false), so it has no optimizer and "
                 "must never get a gradient. Set models.<role>.trainable: true if it shall learn."
             )
+        self.put_away()
         for key, module in self.modules.items():
             if self.trained is None:
                 module.requires_grad_(enabled)
@@ -97,6 +111,7 @@ class RoleHandle:
         """The parameters of ``module`` that training moves, by name; none of a frozen role."""
         if not self.trainable:
             return {}
+        self.put_away()
         parameters = dict(self.modules[module].named_parameters())
         if self.trained is None:
             return parameters
@@ -108,6 +123,7 @@ class RoleHandle:
         Trained parameters, and persistent buffers. The tensors are the module's own, not copies;
         parameters stay parameters (tied ones under each of their names).
         """
+        self.put_away()
         state = self.modules[module].state_dict(keep_vars=True)
         if self.trained is None:
             return state
@@ -118,7 +134,7 @@ class RoleHandle:
             if name in names or not isinstance(value, nn.Parameter)
         }
 
-    def weight_sources(self, *, ema: bool = False) -> dict[str, WeightSource]:
+    def weight_sources(self, *, ema: bool = False) -> dict[str, TensorWeights]:
         """What training made of each module, to export or to start another role from.
 
         Raises:
@@ -142,6 +158,7 @@ class RoleHandle:
                 without being saved.
         """
         for key, module in self.modules.items():
+            self.put_away()
             meant = set(self.trained_parameters(key))
             names = {p: name for name, p in module.named_parameters()}
             takes = {name for p, name in names.items() if p.requires_grad}
@@ -163,22 +180,29 @@ class RoleHandle:
                         "make the optimizer from RoleHandle.trained_parameters."
                     )
 
+    @property
+    def call_device(self) -> torch.device:
+        """Where calls compute: not where the weights of a role are that is offloaded."""
+        weights = (p.device for m in self.modules.values() for p in m.parameters())
+        return self.device or next(weights, torch.device("cpu"))
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of one forward call in this role's precision."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
-        device = next(p.device for m in self.modules.values() for p in m.parameters())
-        return torch.autocast(device.type, dtype=DTYPES[self.precision])
+        return torch.autocast(self.call_device.type, dtype=DTYPES[self.precision])
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Within: eval mode and no gradient to its weights; after: each part as it was."""
+        self.put_away()
         modes = [(p, p.training) for module in self.modules.values() for p in module.modules()]
         learns = [(p, p.requires_grad) for m in self.modules.values() for p in m.parameters()]
         self.set_trainable(False)
         try:
             yield
         finally:
+            self.put_away()
             for part, training in modes:
                 part.training = training
             for parameter, requires_grad in learns:
@@ -251,15 +275,56 @@ class ModelBundle:
 
 
 @frozen(kw_only=True)
+class TensorPlan:
+    """One parameter as a role will hold it.
+
+    Attributes:
+        block: dotted name of the repeated block that it belongs to: what is gathered at once
+            where the role is sharded. None: of no block.
+        trained: whether training moves it.
+        adapter: whether LoRA added it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    block: str | None = None
+    trained: bool = False
+    adapter: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@frozen(kw_only=True)
 class ModulePlan:
-    """One module as it will be, from the meta device: counts only, no weights."""
+    """One module as it will be, from the meta device: no weights.
+
+    Attributes:
+        tensors: its parameters, in the module's order.
+        buffers, buffer_bytes: elements and bytes of its buffers.
+    """
 
     name: str
     architecture: str
-    parameters: int
+    tensors: tuple[TensorPlan, ...]
     buffers: int = 0
-    adapters: int = 0
-    """Parameters that LoRA adds to them; they alone train then."""
+    buffer_bytes: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """How many, without adapters."""
+        return sum(tensor.numel for tensor in self.tensors if not tensor.adapter)
+
+    @property
+    def adapters(self) -> int:
+        """Parameters that LoRA adds to them; they alone train then."""
+        return sum(tensor.numel for tensor in self.tensors if tensor.adapter)
 
 
 @frozen(kw_only=True)
@@ -281,3 +346,17 @@ class RolePlan:
     def adapters(self) -> int:
         """Over all modules."""
         return sum(module.adapters for module in self.modules)
+
+
+@frozen(kw_only=True)
+class CallPlan:
+    """Bytes of one forward call of a role (with its backward pass, where it learns), beside its
+    weights and their gradients.
+
+    Attributes:
+        held: between forward and backward; 0 of a role that does not learn.
+        most: at once, at any moment.
+    """
+
+    held: int
+    most: int

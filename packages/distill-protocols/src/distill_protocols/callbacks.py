@@ -12,6 +12,7 @@ from torch import Tensor
 from distill_protocols.batch import BatchLoader
 from distill_protocols.method import DistillMethod
 from distill_protocols.random import RandomStreams
+from distill_protocols.ranks import ALONE, Ranks
 
 
 class Tracker(Protocol):
@@ -68,8 +69,20 @@ class RunState:
     global_batch_size: int = 1
     """Samples an iteration."""
     check_finite: Callable[[], None] = field(default=lambda: None)
-    """Raises ``NonFiniteLossError`` if any loss so far was inf or nan. Call it before the weights
-    are saved or shown: on an accelerator the trainer itself only looks now and then."""
+    """Raises ``NonFiniteLossError`` if any loss so far was inf or nan, and ``RankError`` if one of
+    another process was: all of them call it alike. Before the weights are saved or shown, as on an
+    accelerator the trainer itself only looks now and then."""
+
+    ranks: Ranks = ALONE
+    """The processes of the run. What only one shall do (files, trackers) is for ``ranks.first``;
+    what asks the others must be done by all of them alike."""
+    enter: Callable[[str], None] = field(default=lambda phase: None)
+    """Notes what this process does from now on (``run.enter("validation")``): where there are
+    several, the others say it of one that they have lost. The trainer enters each hook of a
+    callback by itself; whatever takes long may say more. Not from threads."""
+    meet: Callable[[str], None] = field(default=lambda phase: None)
+    """``enter`` on all processes together, which may be nowhere else. Raises ``RankError`` on each
+    that comes if one does not, or is elsewhere."""
 
     @property
     def stop_reason(self) -> str | None:

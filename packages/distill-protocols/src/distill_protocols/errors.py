@@ -12,6 +12,7 @@
     ├── DataError              a data set is missing, damaged or of another shape than the model
     │   └── ConditioningError  no negative condition, or one of another prompt or encoder
     ├── CheckpointError        nothing whole to resume from, or a save that failed
+    ├── RankError              processes of one run that do not act as one: lost, late, different
     ├── OutputError            the output folder cannot be used
     └── NonFiniteLossError     a loss became inf or nan; carries iteration, terms and batch ids
 
@@ -69,6 +70,10 @@ class ConditioningError(DataError):
 
 class CheckpointError(DistillError):
     """A checkpoint could not be written, or none that is whole could be read."""
+
+
+class RankError(DistillError):
+    """A process of the run died, does not answer, or is not where the others are."""
 
 
 class OutputError(DistillError):

@@ -126,9 +126,19 @@ class DistillMethod(ABC, Generic[AdapterT]):
         return None
 
     def sample_for_logging(
-        self, views: Sequence[SampleView], cond: Condition, *, seed: int
+        self,
+        views: Sequence[SampleView],
+        cond: Condition,
+        *,
+        seed: int,
+        rows: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        """Clips [B, 3, F, H, W] in [0, 1] by view name, all from the same initial noise.
+        """Clips [B, 3, F, H, W] in [0, 1] by view name, all views from the same noise.
+
+        Args:
+            seed: of the noise. A row's noise is a function of it and of the row's place alone, so
+                that a rank which samples a part gives exactly those clips of the whole.
+            rows: the places of the rows of ``cond`` among all; None: 0 .. B - 1.
 
         Raises:
             CapabilityError: this method cannot sample (the default).
@@ -239,10 +249,8 @@ class DistillMethod(ABC, Generic[AdapterT]):
     # -- inside -------------------------------------------------------------------------------
 
     def _device(self) -> torch.device:
-        for module in self.model_dict.values():
-            for parameter in module.parameters():
-                return parameter.device
-        return torch.device("cpu")
+        devices = (role.call_device for role in self.bundle.roles.values())
+        return next(devices, torch.device("cpu"))
 
     def _counter(self, key: str) -> Any:
         def count(*_: Any) -> None:

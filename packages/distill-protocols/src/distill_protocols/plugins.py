@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from distill_protocols.adapter import DistillAdapter, Exporter
     from distill_protocols.batch import ConditioningProvider
-    from distill_protocols.bundle import ModelBundle, Precision, RolePlan
+    from distill_protocols.bundle import CallPlan, ModelBundle, Precision, RoleHandle, RolePlan
     from distill_protocols.callbacks import Callback
     from distill_protocols.method import DistillMethod
     from distill_protocols.random import RandomStreams
@@ -76,20 +76,69 @@ class LoraSpec:
 
 
 @frozen(kw_only=True)
+class FsdpPolicy:
+    """How one role is spread over processes (``torch.distributed.fsdp.fully_shard``).
+
+    Attributes:
+        shard: each process holds a part of every weight, and all of a block only while it is
+            called. false: each holds all of it.
+        blocks: names of the module lists (``blocks``) whose entries are gathered one at a time;
+            left out, the family's choice.
+        mixed_precision: gather weights in 16 bits: half the traffic, but norms and modulation
+            tables are rounded too. Left out, they are gathered as they are stored, and a call
+            gives the numbers of a single process.
+        reduce_precision: in which gradients are summed over the processes.
+        reshard_after_forward: free the gathered weights after each forward pass, and gather them
+            again for the backward pass. false: faster, and all weights at once in memory.
+        cpu_offload: parts, their gradients and moments stay in host memory between calls.
+    """
+
+    shard: bool = True
+    blocks: tuple[str, ...] = ()
+    mixed_precision: Literal["bf16", "fp16"] | None = None
+    reduce_precision: Literal["fp32", "bf16"] = "fp32"
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+
+
+@frozen(kw_only=True)
+class CompileSpec:
+    """``torch.compile`` of a role's repeated blocks, each by itself.
+
+    Attributes:
+        backend, mode, dynamic: as in ``torch.compile``.
+    """
+
+    backend: str = "inductor"
+    mode: str | None = None
+    dynamic: bool | None = None
+
+
+@frozen(kw_only=True)
 class RoleSpec:
     """Where one role comes from: what a family needs to load or plan it.
 
     Attributes:
         path: a Diffusers-format folder, absolute, or a hub id such as ``Wan-AI/...``.
+        fsdp: how it is spread over processes; None: as the run's strategy says.
         lora: train low-rank adapters beside the weights of ``path``, which stay as they are.
+        base: a frozen role of the same ``path`` and ``precision`` whose weights those are: held
+            once, whatever the number of roles beside it. Needs ``lora``.
+        activation_checkpointing: keep only the inputs of blocks for the backward pass.
+        compile: compile its blocks.
+        offload: weights wait in host memory while other roles are called (frozen roles).
     """
 
     name: str
     path: str
     trainable: bool
     precision: Precision = "fp32"
-    fsdp: Mapping[str, Any] | None = None
+    fsdp: FsdpPolicy | None = None
     lora: LoraSpec | None = None
+    base: str | None = None
+    activation_checkpointing: bool = False
+    compile: CompileSpec | None = None
+    offload: bool = False
 
 
 ExportFormat = Literal["diffusers", "comfyui", "lora"]
@@ -213,6 +262,19 @@ class FamilyPlugin(ABC):
     def plan(self, role: RoleSpec, config: Any) -> RolePlan:
         """The role's modules and sizes, from the meta device; needs no weights."""
 
+    def plan_call(
+        self, role: RoleSpec, config: Any, *, source: str, batch: int, guided: bool = False
+    ) -> CallPlan | None:
+        """What one call of the role takes beside its weights; None: this family cannot tell.
+
+        Args:
+            role: its ``fsdp`` only where the role is really sharded.
+            source: as in ``adapter``.
+            batch: clips a call.
+            guided: whether it is a call with guidance.
+        """
+        return None
+
     @abstractmethod
     def load(
         self,
@@ -222,10 +284,14 @@ class FamilyPlugin(ABC):
         device: torch.device,
         seed: int = 0,
         weights: Mapping[str, Mapping[str, WeightSource]] = EMPTY,
+        shard: Callable[[RoleHandle], None] = lambda role: None,
     ) -> ModelBundle:
         """All roles with their weights.
 
         Args:
+            shard: called with each role while its parameters are still on the meta device (buffers
+                are real); it may put DTensors in their place, also on meta. Of those the family
+                fills this process's own part, reading no more than that where a source can.
             seed: the run's; what starts at random (LoRA) is a function of it and of its name.
             weights: by role and module, to take instead of those of the role's path. For a role
                 with ``lora`` they may be whole weights (the base then) or adapters alone (beside

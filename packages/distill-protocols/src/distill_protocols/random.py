@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 _SHARED = "shared/"
+_ROWS = "rows/"
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
@@ -17,24 +18,83 @@ def derive_seed(seed: int, *names: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+class RowGenerators:
+    """One generator a row of a batch: what a row draws does not depend on its neighbours.
+
+    So a sample gets the same noise whatever the batch, the accumulation or the process that it
+    falls to. All draws are fp32 on the generators' device, or int64.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self._generators = tuple(generators)
+
+    @classmethod
+    def seeded(
+        cls, seed: int, purpose: str, rows: Iterable[int], device: torch.device | str = "cpu"
+    ) -> RowGenerators:
+        """Row n of ``purpose`` under ``seed`` is a function of the three alone."""
+        return cls(
+            [torch.Generator(device).manual_seed(derive_seed(seed, purpose, n)) for n in rows]
+        )
+
+    def __len__(self) -> int:
+        return len(self._generators)
+
+    def normal(self, shape: Sequence[int] = ()) -> Tensor:
+        """Standard normal [B, *shape]."""
+        return self._drawn(torch.randn, shape)
+
+    def uniform(self, shape: Sequence[int] = ()) -> Tensor:
+        """Uniform in [0, 1), [B, *shape]."""
+        return self._drawn(torch.rand, shape)
+
+    def integers(self, high: int) -> Tensor:
+        """Uniform in 0 .. high - 1, [B]."""
+        return torch.stack(
+            [torch.randint(high, (), generator=g, device=g.device) for g in self._generators]
+        )
+
+    def _drawn(self, draw: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
+        size = tuple(shape)
+        return torch.stack(
+            [
+                draw(size, generator=g, device=g.device, dtype=torch.float32)
+                for g in self._generators
+            ]
+        )
+
+
 class RandomStreams:
     """Generators by purpose (``dmd2.score_t``, ``rollout.noise`` ...), made on first use.
 
-    A purpose's numbers depend on (seed, purpose, rank) only: never on which other purposes drew
-    first. ``shared=True`` leaves the rank out, for choices that all ranks must make alike; such a
-    generator lives on the CPU, as these choices steer control flow and must not wait for a GPU.
+    ``rows`` is for what is drawn once a sample: noise, t. The numbers depend on (seed, purpose,
+    the sample's place in the run) only: never on the batch size, the accumulation, or how many
+    processes there are, of which each takes the samples that ``LatentLoader`` gives it.
+
+    ``get`` is for everything else. Its numbers depend on (seed, purpose, rank). ``shared=True``
+    leaves the rank out, for choices that all ranks must make alike; such a generator lives on the
+    CPU, as these choices steer control flow and must not wait for a GPU.
 
     Args:
         seed: the run's seed.
-        rank: this process among the data-parallel ones.
+        rank, world_size: this process among the data-parallel ones.
         device: where the generators live.
     """
 
-    def __init__(self, seed: int, *, rank: int = 0, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.seed = seed
         self.rank = rank
+        self.world_size = world_size
         self.device = torch.device(device)
         self._generators: dict[str, torch.Generator] = {}
+        self._rows: dict[str, int] = {}
 
     def get(self, purpose: str, *, shared: bool = False) -> torch.Generator:
         """The generator of ``purpose``; its state moves on with every draw."""
@@ -46,19 +106,37 @@ class RandomStreams:
             self._generators[key] = generator
         return self._generators[key]
 
+    def rows(self, purpose: str, count: int) -> RowGenerators:
+        """Generators of the next ``count`` samples of this process, one each.
+
+        All processes ask alike: together they take the next ``count * world_size`` rows of
+        ``purpose``, this one every ``world_size``-th, beginning with its rank.
+        """
+        first = self._rows.get(purpose, 0)
+        after = first + count * self.world_size
+        self._rows[purpose] = after
+        mine = range(first + self.rank, after, self.world_size)
+        return RowGenerators.seeded(self.seed, purpose, mine, self.device)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """purpose -> uint8 state, for a checkpoint."""
-        return {name: generator.get_state() for name, generator in self._generators.items()}
+        """purpose -> uint8 state of a generator, or int64 count of rows, for a checkpoint."""
+        states = {name: generator.get_state() for name, generator in self._generators.items()}
+        counts = {_ROWS + name: torch.tensor(count) for name, count in self._rows.items()}
+        return states | counts
 
     def load_state_dict(self, state: Mapping[str, Tensor], *, shared_only: bool = False) -> None:
-        """Put every generator back where ``state_dict`` found it; others start afresh.
+        """Put everything back where ``state_dict`` found it; others start afresh.
 
         Args:
-            shared_only: put back only those that all ranks draw from alike: ``state`` is another
-                rank's, and this one is new.
+            shared_only: put back only what all ranks have alike (shared generators, counts of
+                rows): ``state`` is another rank's, and this one is new.
         """
         self._generators = {}
+        self._rows = {}
         for key, value in state.items():
+            if key.startswith(_ROWS):
+                self._rows[key.removeprefix(_ROWS)] = int(value)
+                continue
             purpose = key.removeprefix(_SHARED)
             shared = purpose != key
             if shared or not shared_only:

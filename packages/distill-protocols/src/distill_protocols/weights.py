@@ -32,7 +32,7 @@ class TensorFacts:
 
 
 class WeightSource(Protocol):
-    """Named tensors that are read on demand."""
+    """Named tensors that are read on demand. Whoever inherits from it gets ``read_rows``."""
 
     @property
     def where(self) -> str:
@@ -47,12 +47,20 @@ class WeightSource(Protocol):
         """The tensors of ``names`` on the CPU. Not to be written to: they may be the original."""
         ...
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """``[start:stop]`` of a tensor's first dimension, as ``read`` gives the whole.
+
+        For a process that holds a part of it. A source that need not read the rest for that does
+        not: this one reads all, and cuts.
+        """
+        return self.read([name])[name][start:stop]
+
 
 @frozen(eq=False)
-class TensorWeights:
+class TensorWeights(WeightSource):
     """A ``WeightSource`` of tensors that are in memory, such as a live module's."""
 
-    where: str
+    where: str  # type: ignore[override]
     tensors: Mapping[str, Tensor]
 
     def facts(self) -> Mapping[str, TensorFacts]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from distill_protocols.lazy import lazy_exports
 
 from distill_trainer.config import (
+    DistributedConfig,
     OptimizerConfig,
     ScheduleConfig,
     TrainingConfig,
@@ -37,8 +38,11 @@ if TYPE_CHECKING:
     from distill_trainer.callbacks.progress import ProgressCallback
     from distill_trainer.callbacks.step_timer import StepTimerCallback
     from distill_trainer.callbacks.validation import ValidationCallback
+    from distill_trainer.ddp import DDPTrainStepWrapper
+    from distill_trainer.distribution import Distribution
     from distill_trainer.ema import ExponentialMovingAverage
     from distill_trainer.finite import FiniteGuard, NonFiniteGradientError
+    from distill_trainer.lockstep import check_same_run
     from distill_trainer.optimizers import build_optimizers, schedule_factor
     from distill_trainer.trackers.jsonl import JsonlTracker
     from distill_trainer.trackers.tensorboard import TensorBoardTracker
@@ -46,8 +50,11 @@ if TYPE_CHECKING:
     from distill_trainer.trainer import DistillTrainer, TrainResult
 
 _LAZY = {
+    "DDPTrainStepWrapper": "ddp",
     "DebugDumpCallback": "callbacks.debug_dump",
     "DistillTrainer": "trainer",
+    "Distribution": "distribution",
+    "check_same_run": "lockstep",
     "EmaCallback": "callbacks.ema",
     "ExponentialMovingAverage": "ema",
     "FiniteGuard": "finite",
@@ -69,9 +76,12 @@ _LAZY = {
 }
 
 __all__ = [
+    "DDPTrainStepWrapper",
     "DebugDumpCallback",
     "DebugDumpConfig",
     "DistillTrainer",
+    "DistributedConfig",
+    "Distribution",
     "EmaCallback",
     "EmaConfig",
     "ExponentialMovingAverage",
@@ -100,6 +110,7 @@ __all__ = [
     "WandbTracker",
     "build_optimizers",
     "build_trackers",
+    "check_same_run",
     "schedule_factor",
 ]
 

@@ -97,6 +97,41 @@ class OptimizerConfig:
 
 
 @frozen(kw_only=True)
+class DistributedConfig:
+    """How a run is spread over the processes that ``torchrun`` started.
+
+    Attributes:
+        strategy: none: one process. ddp: each holds all of a trained role (and of a frozen one,
+            unless ``models.<role>.fsdp`` shards it). fsdp2: each holds a part of every role (unless
+            its policy says otherwise). hsdp: parts within a group of ``shard_size`` processes,
+            copies across groups. Left out: ddp where there are several processes, else none.
+        shard_size: processes of one group of hsdp; left out, those of one machine.
+        sync_every_micro_step: fsdp2 and hsdp: sum gradients over processes in every micro step
+            instead of the last one only: more traffic, but no whole gradient is held in between.
+        timeout_seconds: after which a process that does not come to where the others wait is
+            given up, and the run ends with an error that names it.
+    """
+
+    strategy: Literal["none", "ddp", "fsdp2", "hsdp"] | None = None
+    shard_size: int | None = field(
+        default=None,
+        validator=optional(at_least(1, "a group needs a process. Leave it out for one a machine")),
+    )
+    sync_every_micro_step: bool = False
+    timeout_seconds: float = field(
+        default=600.0, validator=above(0, "nobody answers in no time; 600 is customary")
+    )
+
+    @shard_size.validator
+    def _check_hsdp(self, attribute: object, value: int | None) -> None:
+        if value is not None and self.strategy != "hsdp":
+            raise ValueError(
+                f"{value} with strategy {self.strategy}; only hsdp has groups, and the others "
+                "would pass over it. Use strategy: hsdp, or leave it out"
+            )
+
+
+@frozen(kw_only=True)
 class TrainingConfig:
     """How long, how much at once, and what is written.
 
@@ -111,6 +146,7 @@ class TrainingConfig:
         log_every: iterations between two log points.
         trackers: where numbers and clips go.
         progress: a progress bar (plain lines where the output is no terminal).
+        distributed: how the run is spread over processes.
         cpu_threads: threads of one CPU operation, set by the app; left out, torch's own choice.
             1 is best for tiny models: more wait for each other, badly so on a busy machine.
     """
@@ -135,15 +171,11 @@ class TrainingConfig:
     )
     trackers: tuple[TrackerName, ...] = field(default=("tensorboard", "jsonl"))
     progress: bool = True
+    distributed: DistributedConfig = field(factory=DistributedConfig)
     cpu_threads: int | None = field(
         default=None,
         validator=optional(at_least(1, "work needs a thread. Leave it out for torch's own choice")),
     )
-
-    @batch_size_per_device.validator
-    def _check_divides(self, attribute: object, value: int | None) -> None:
-        if value is not None and value >= 1:
-            self.accumulation()
 
     @trackers.validator
     def _check_trackers(self, attribute: object, value: tuple[str, ...]) -> None:
@@ -156,6 +188,10 @@ class TrainingConfig:
                 "it talks to a service. Install the package wandb, or leave the tracker out"
             )
 
+    def micro_batch(self, world_size: int = 1) -> int:
+        """Samples that one device takes in one micro step."""
+        return self.global_batch_size // (self.accumulation(world_size) * world_size)
+
     def accumulation(self, world_size: int = 1) -> int:
         """Micro steps an iteration: global / (per device * ``world_size``).
 
@@ -165,19 +201,21 @@ class TrainingConfig:
         total = self.global_batch_size
         if self.batch_size_per_device is None:
             if total % world_size:
+                less = total - total % world_size
                 raise ValueError(
                     f"global_batch_size {total} over {world_size} devices is "
                     f"{total / world_size:.3g} samples each; it must divide, because every device "
-                    f"takes an equal share. Use {total - total % world_size or world_size}."
+                    f"takes an equal share. Use {f'{less} or ' if less else ''}{less + world_size}"
                 )
             return 1
         at_once = self.batch_size_per_device * world_size
         if total % at_once:
+            less = total - total % at_once
             raise ValueError(
                 f"{total} samples (global_batch_size) / ({self.batch_size_per_device} a device * "
                 f"{world_size} device(s) = {at_once}) = {total / at_once:.3g} micro steps; it "
                 "must divide, because every micro step is a full one. Use a global_batch_size of "
-                f"{max(total - total % at_once, at_once)} or {total + at_once - total % at_once}"
+                f"{f'{less} or ' if less else ''}{less + at_once}"
             )
         return total // at_once
 

@@ -10,6 +10,8 @@ import torch
 from distill_protocols import CheckpointError
 from torch import Tensor, nn
 
+from distill_trainer.shards import local
+
 _UPDATES = "ema.updates"
 
 
@@ -17,7 +19,8 @@ class ExponentialMovingAverage:
     """``e <- d e + (1 - d) p`` after each update of a module (Polyak and Juditsky 1992).
 
     Parameters are averaged in fp32 whatever the module holds; persistent buffers are copied, as
-    an average of counters or running statistics means nothing.
+    an average of counters or running statistics means nothing. Of a sharded module each process
+    averages its part.
 
     Args:
         module: starts the average off with its weights.
@@ -61,8 +64,8 @@ class ExponentialMovingAverage:
         # once; they stay the same objects, or the optimizer would have lost them too.
         if self._source[0] is not module:
             self._source = (module, self._weights(module))
-        weights = self._source[1]
-        averages = list(self._average.values())
+        weights = [local(weight) for weight in self._source[1]]
+        averages = [local(average) for average in self._average.values()]
         self._updates += 1
         if self._updates <= self.start_update:
             torch._foreach_copy_(averages, weights)
@@ -78,15 +81,14 @@ class ExponentialMovingAverage:
     @contextlib.contextmanager
     def swapped_in(self, module: nn.Module) -> Iterator[None]:
         """Within: ``module`` holds the average; after: its own weights again, bit for bit."""
-        state = module.state_dict()
-        mine = self.weights()
-        live = [state[name] for name in mine]
+        mine = [local(value) for value in self.weights().values()]
+        live = self._live(module)
         kept = [value.clone() for value in live]
         try:
-            _copy(live, list(mine.values()))
+            _copy(live, mine)
             yield
         finally:
-            _copy(live, kept)
+            _copy(self._live(module), kept)
 
     def weights(self) -> dict[str, Tensor]:
         """The averaged weights under the module's own names; the tensors themselves."""
@@ -115,6 +117,14 @@ class ExponentialMovingAverage:
         for name, value in mine.items():
             value.copy_(state[name])
         self._updates = int(state[_UPDATES])
+
+    def _live(self, module: nn.Module) -> list[Tensor]:
+        """The memory of what is averaged or copied, in the order of ``weights``."""
+        # Looked up each time: of a sharded module, a call may have left whole weights in the place
+        # of the parts (state_dict puts them away, or the next call would take those), and the
+        # first one may have exchanged the parts' memory.
+        state = module.state_dict()
+        return [local(state[name]) for name in self.weights()]
 
     def _weights(self, module: nn.Module) -> list[Tensor]:
         state = module.state_dict(keep_vars=True)

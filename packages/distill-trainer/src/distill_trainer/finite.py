@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from attrs import frozen
-from distill_protocols import NonFiniteLossError
+from distill_protocols import ALONE, NonFiniteLossError, Ranks
 from torch import Tensor
 
 
@@ -38,12 +38,17 @@ class FiniteGuard:
     until ``check``, which the trainer calls at log points, at the end, and, through
     ``RunState.check_finite``, before anything lasting is made of the weights.
 
+    Several processes look together, so that none goes on, or waits, where another has ended: not
+    before the gradients are there, which a bad loss of one spoils on all.
+
     Args:
         defer: keep values until ``check``; None: where they are on no CPU.
+        ranks: the processes; all call ``watch_gradients`` and ``check`` alike.
     """
 
-    def __init__(self, defer: bool | None = None) -> None:
+    def __init__(self, defer: bool | None = None, *, ranks: Ranks = ALONE) -> None:
         self._defer = defer
+        self._ranks = ranks
         self._pending: list[_Watched] = []
 
     def watch(self, iteration: int, losses: Mapping[str, Tensor], ids: Sequence[str]) -> None:
@@ -52,46 +57,61 @@ class FiniteGuard:
         Raises:
             NonFiniteLossError: one is inf or nan (at once on a CPU only).
         """
-        self._take(_Watched(NonFiniteLossError, iteration, losses, ids))
+        watched = _Watched(NonFiniteLossError, iteration, losses, ids)
+        if self._ranks.size > 1 or self._later(losses):
+            self._pending.append(watched)
+        else:
+            watched.raise_if_not_finite()
 
     def watch_gradients(
         self, iteration: int, norms: Mapping[str, Tensor], ids: Sequence[str]
     ) -> None:
         """Take in the gradients' norms of one iteration, before its optimizers step.
 
+        Args:
+            norms: none where they may be anything (fp16 scaling).
+
         Raises:
-            NonFiniteGradientError: one is inf or nan (at once on a CPU only).
+            NonFiniteLossError: one is inf or nan (at once on a CPU only).
+            RankError: so it is on another rank.
         """
-        self._take(_Watched(NonFiniteGradientError, iteration, norms, ids))
+        self._pending.append(_Watched(NonFiniteGradientError, iteration, norms, ids))
+        if not any(self._later(kept.values) for kept in self._pending):
+            self.check()
 
     def check(self) -> None:
         """Look at everything that is kept; one wait for the device.
 
         Raises:
             NonFiniteLossError: of the first micro step, or its gradient, at fault.
+            RankError: so it is on another rank.
         """
         pending, self._pending = self._pending, []
-        if not pending:
+        if not pending:  # so it is on all ranks then
             return
-        values = [value for watched in pending for value in watched.values.values()]
-        # Not as float32, where a large float64 would be inf.
-        if torch.stack([torch.isfinite(value) for value in values]).all():
-            return
-        for watched in pending:
-            watched.raise_if_not_finite()
+        fault = _first_fault(pending)
+        # Gradients are everybody's: where a loss spoilt them, that rank knows better.
+        own = fault if fault is not None and fault.error is NonFiniteLossError else None
+        self._ranks.agree(lambda: None if own is None else own.raise_if_not_finite())
+        if fault is not None:
+            fault.raise_if_not_finite()
 
     def forget(self, iteration: int) -> None:
         """Drop what is kept of an iteration that was taken back: it reached no weight."""
         self._pending = [kept for kept in self._pending if kept.iteration != iteration]
 
-    def _take(self, watched: _Watched) -> None:
-        defer = self._defer
-        if defer is None:
-            defer = any(value.device.type != "cpu" for value in watched.values.values())
-        if defer:
-            self._pending.append(watched)
-        else:
-            watched.raise_if_not_finite()
+    def _later(self, values: Mapping[str, Tensor]) -> bool:
+        if self._defer is not None:
+            return self._defer
+        return any(value.device.type != "cpu" for value in values.values())
+
+
+def _first_fault(pending: Sequence[_Watched]) -> _Watched | None:
+    values = [value for watched in pending for value in watched.values.values()]
+    # Not as float32, where a large float64 would be inf.
+    if not values or torch.stack([torch.isfinite(value) for value in values]).all():
+        return None
+    return next(watched for watched in pending if not watched.finite())
 
 
 @frozen
@@ -101,7 +121,10 @@ class _Watched:
     values: Mapping[str, Tensor]
     ids: Sequence[str]
 
+    def finite(self) -> bool:
+        return all(math.isfinite(value.item()) for value in self.values.values())
+
     def raise_if_not_finite(self) -> None:
-        numbers = {name: value.item() for name, value in self.values.items()}
-        if not all(map(math.isfinite, numbers.values())):
+        if not self.finite():
+            numbers = {name: value.item() for name, value in self.values.items()}
             raise self.error(self.iteration, numbers, self.ids)

@@ -8,9 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distill_trainer.shards import local
+
 
 def to_floats(values: Sequence[Tensor | float]) -> list[float]:
-    """``values`` as floats, in order; tensors of one device are fetched together."""
+    """``values`` as floats, in order; tensors of one device are fetched together.
+
+    Of a DTensor its part on this rank: only one rank may be asking.
+    """
+    values = [local(value) if isinstance(value, Tensor) else value for value in values]
     result = [0.0] * len(values)
     by_device: dict[torch.device, list[int]] = defaultdict(list)
     for index, value in enumerate(values):

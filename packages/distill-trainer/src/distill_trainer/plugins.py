@@ -77,6 +77,7 @@ class ProfilerConfig:
         start: the first iteration traced; let some pass, as the first ones are not typical.
         steps: how many.
         shapes: record the shapes of operands too (slower, larger).
+        all_ranks: a trace of every process, instead of the first one's.
     """
 
     start: int = field(default=10, validator=at_least(1, "iterations count from 1"))
@@ -84,6 +85,7 @@ class ProfilerConfig:
         default=3, validator=at_least(1, "a trace needs an iteration. Leave profiler out for none")
     )
     shapes: bool = False
+    all_ranks: bool = False
 
 
 @frozen(kw_only=True)

@@ -24,7 +24,7 @@ class Rewind:
 
     def __init__(self, run: RunState) -> None:
         self._run = run
-        self._buffers = _persistent_buffers(run.method.bundle)
+        self._buffers = persistent_buffers(run.method.bundle)
         self.mark()
 
     def mark(self) -> None:
@@ -34,7 +34,7 @@ class Rewind:
         # Copies, as either may hand out its own tables.
         self._loader = copy.deepcopy(run.loader.state_dict())
         self._method = copy.deepcopy(run.method.state_dict())
-        self._values = [_buffer(part, name).clone() for part, name in self._buffers]
+        self._values = [buffer_of(part, name).clone() for part, name in self._buffers]
         self._streams = run.streams.state_dict()
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
@@ -46,7 +46,7 @@ class Rewind:
         # What was measured in that iteration is still what its checkpoint is judged by.
         run.iteration, run.metrics = self._iteration, self._metrics
         for (part, name), value in zip(self._buffers, self._values, strict=True):
-            _buffer(part, name).copy_(value)
+            buffer_of(part, name).copy_(value)
         run.method.load_state_dict(self._method)
         run.loader.load_state_dict(self._loader)
         # Last: anything above may have drawn.
@@ -56,13 +56,14 @@ class Rewind:
             torch.cuda.set_rng_state(self._cuda)
 
 
-def _buffer(part: nn.Module, name: str) -> Tensor:
+def buffer_of(part: nn.Module, name: str) -> Tensor:
+    """As it is now."""
     # Looked up each time: a module may put a new tensor into its buffer's place.
     return part.get_buffer(name).detach()
 
 
-def _persistent_buffers(bundle: ModelBundle) -> list[tuple[nn.Module, str]]:
-    """(module that has it, its name there) of all buffers that a checkpoint holds."""
+def persistent_buffers(bundle: ModelBundle) -> list[tuple[nn.Module, str]]:
+    """(module that has it, its name there) of all that a checkpoint holds of trained roles."""
     found = []
     for role in bundle.roles.values():
         for module in role.modules.values() if role.trainable else ():

@@ -6,15 +6,24 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 from distill_protocols import RunState
 
+SAME_WISH_SECONDS = 3.0
+"""For which another SIGINT is taken for the same Ctrl-C, where a launcher may forward it."""
+
 
 @contextlib.contextmanager
 def stop_on_signals(run: RunState) -> Iterator[None]:
     """Within: the first SIGTERM or SIGINT asks ``run`` to stop; a SIGINT after it interrupts.
+
+    Under a launcher (torchrun, or anything else that started several ranks) one Ctrl-C may come
+    twice or more: from the terminal, whose signal goes to its whole process group, and from each
+    launcher in between, which forwards its own. So there a SIGINT within ``SAME_WISH_SECONDS`` of
+    the last one that counted is the same wish; it must come later to interrupt.
 
     Handlers can only be set in the main thread; elsewhere this does nothing. Former handlers are
     put back at the end.
@@ -22,17 +31,24 @@ def stop_on_signals(run: RunState) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked = False
+    forwarded = run.ranks.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+    moment = SAME_WISH_SECONDS if forwarded else 0.0
+    counted: float | None = None
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
+        nonlocal counted
+        now, last = time.monotonic(), counted
+        if last is not None:
+            if number == signal.SIGTERM or now - last < moment:
+                return
+            counted = now
             raise KeyboardInterrupt
-        asked = True
+        counted = now
         name = signal.Signals(number).name
         run.request_stop(f"received {name}")
+        again = f"Ctrl-C again after {moment:g} s: at once" if moment else "Ctrl-C again: at once"
         # os.write, as print and logging may be what the signal has just interrupted.
-        os.write(2, f"\n{name}: stopping at the next safe point (Ctrl-C again: at once)\n".encode())
+        os.write(2, f"\n{name}: stopping at the next safe point ({again})\n".encode())
 
     former = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

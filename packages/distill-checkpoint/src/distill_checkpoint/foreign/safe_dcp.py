@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import torch
 from attrs import frozen
-from distill_protocols import CheckpointError, TensorFacts
+from distill_protocols import CheckpointError, TensorFacts, WeightSource
 from torch import Tensor
 
 from distill_checkpoint.foreign.pt_files import load_bytes, would_run
@@ -67,7 +67,7 @@ class Piece:
 
 
 @frozen
-class DcpCheckpoint:
+class DcpCheckpoint(WeightSource):
     """A folder of torch.distributed.checkpoint's default storage.
 
     Attributes:

@@ -20,7 +20,7 @@ _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @frozen
-class Renamed:
+class Renamed(WeightSource):
     """``source`` under other names.
 
     Attributes:
@@ -43,9 +43,12 @@ class Renamed:
         tensors = self.source.read([self.names[name] for name in wanted])
         return {name: tensors[self.names[name]] for name in wanted}
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.source.read_rows(self.names[name], start, stop)
+
 
 @frozen
-class Joined:
+class Joined(WeightSource):
     """Several sources as one: ``<key>.<name>`` is ``name`` of the source ``key``."""
 
     parts: Mapping[str, WeightSource]
@@ -68,16 +71,20 @@ class Joined:
             tensors[full] = self.parts[key].read([name])[name]
         return tensors
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        key, own = name.split(".", 1)
+        return self.parts[key].read_rows(own, start, stop)
+
 
 @frozen
-class RankShards:
+class RankShards(WeightSource):
     """Tensors that were cut along their first dimension, a piece a rank (FSDP2's ``Shard(0)``).
 
     Attributes:
         ranks: each rank's pieces, in the order of the ranks; all have the same names.
     """
 
-    where: str
+    where: str  # type: ignore[override]
     ranks: Sequence[Mapping[str, Tensor]]
 
     def facts(self) -> Mapping[str, TensorFacts]:
@@ -101,7 +108,7 @@ class RankShards:
 
 
 @frozen
-class SafetensorsFile:
+class SafetensorsFile(WeightSource):
     """One safetensors file.
 
     Raises:
@@ -132,6 +139,10 @@ class SafetensorsFile:
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         with _opened(self.file) as stream:
             return {name: stream.get_tensor(name).clone() for name in names}
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        with _opened(self.file) as stream:
+            return stream.get_slice(name)[start:stop].clone()
 
 
 def _opened(file: Path) -> safe_open:

@@ -154,8 +154,8 @@ class DMD2Method(LatentMethod[DMD2Config]):
     def _rollout(self, batch: Batch, turn: str) -> _Rollout:
         """The student's clean latents, with gradient where the caller allows it.
 
-        Every draw has a stream of its own, so that micro batches see, in order, the numbers that
-        one large batch would.
+        Every draw of a sample has rows of its own, so that micro batches and ranks see the
+        numbers that one large batch would.
         """
         spec, size = self.config.student_sampler, len(batch)
         if self.config.rollout == "simulate":
@@ -168,15 +168,14 @@ class DMD2Method(LatentMethod[DMD2Config]):
                 batch.cond,
                 exit_step=k,
                 draw_noise=lambda step: noise_like(
-                    batch.latents, self.streams.get(f"dmd2.{turn}.rollout.{step}")
+                    batch.latents, self.streams.rows(f"dmd2.{turn}.rollout.{step}", size)
                 ),
                 poll=self.stop.poll,
             )
             return _Rollout(x0, torch.full((size,), k, device=x0.device))
-        generator = self.streams.get(f"dmd2.{turn}.data_step")
-        steps = torch.randint(spec.steps, (size,), generator=generator, device=generator.device)
+        steps = self.streams.rows(f"dmd2.{turn}.data_step", size).integers(spec.steps)
         steps = steps.to(batch.latents.device)
-        noise = noise_like(batch.latents, self.streams.get(f"dmd2.{turn}.data_noise"))
+        noise = noise_like(batch.latents, self.streams.rows(f"dmd2.{turn}.data_noise", size))
         latents = self.adapter.normalize_latents(batch.latents)
         x0 = from_data(
             self.adapter, batch.cond, latents=latents, noise=noise, t=self._levels[steps]
@@ -185,9 +184,8 @@ class DMD2Method(LatentMethod[DMD2Config]):
 
     def _noised(self, x0: Tensor, turn: str, time: TimeSampling) -> tuple[Tensor, Tensor, Tensor]:
         """(x_t, noise, t) at a fresh t per sample."""
-        generator = self.streams.get(f"dmd2.{turn}.t")
-        t = sample_timesteps(len(x0), time, generator=generator).to(x0.device)
-        noise = noise_like(x0, self.streams.get(f"dmd2.{turn}.noise"))
+        t = sample_timesteps(time, self.streams.rows(f"dmd2.{turn}.t", len(x0))).to(x0.device)
+        noise = noise_like(x0, self.streams.rows(f"dmd2.{turn}.noise", len(x0)))
         return self.adapter.add_noise(x0, noise, t), noise, t
 
     # -- for the run --------------------------------------------------------------------------

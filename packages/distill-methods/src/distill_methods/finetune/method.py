@@ -40,10 +40,9 @@ class FinetuneMethod(LatentMethod[FinetuneConfig]):
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """The weighted velocity loss of one micro batch."""
         x0 = self.adapter.normalize_latents(batch.latents)
-        t = sample_timesteps(
-            len(batch), self.config.time, generator=self.streams.get("finetune.t")
-        ).to(x0.device)
-        noise = noise_like(x0, self.streams.get("finetune.noise"))
+        rows = self.streams.rows("finetune.t", len(batch))
+        t = sample_timesteps(self.config.time, rows).to(x0.device)
+        noise = noise_like(x0, self.streams.rows("finetune.noise", len(batch)))
         x_t = self.adapter.add_noise(x0, noise, t)
         velocity = self.adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="v")
         weight = bsmntw_weight(t) if self.config.weighting == "bsmntw" else None

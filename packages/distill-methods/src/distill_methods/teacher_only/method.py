@@ -44,10 +44,9 @@ class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """The distance of student and guided teacher in v, on one micro batch."""
         x0 = self.adapter.normalize_latents(batch.latents)
-        t = sample_timesteps(
-            len(batch), self.config.time, generator=self.streams.get("teacher_only.t")
-        ).to(x0.device)
-        noise = noise_like(x0, self.streams.get("teacher_only.noise"))
+        rows = self.streams.rows("teacher_only.t", len(batch))
+        t = sample_timesteps(self.config.time, rows).to(x0.device)
+        noise = noise_like(x0, self.streams.rows("teacher_only.noise", len(batch)))
         x_t = self.adapter.add_noise(x0, noise, t)
         with torch.no_grad():
             target = self.adapter.forward(

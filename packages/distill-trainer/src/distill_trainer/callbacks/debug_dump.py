@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distill_trainer.numbers import to_floats
 from distill_trainer.plugins import DebugDumpConfig
+from distill_trainer.shards import local
 
 
 class DebugDumpCallback(Callback):
@@ -22,6 +23,9 @@ class DebugDumpCallback(Callback):
 
     After an error, ``debug/error-<n>/`` holds the last finished step, the error's text and, for a
     loss that is not finite, its terms and the batch's ids.
+
+    Every rank of several writes its own (``...-rank-<n>``), and of what is sharded its own part:
+    after an error nobody else may answer.
     """
 
     name = "debug_dump"
@@ -34,8 +38,7 @@ class DebugDumpCallback(Callback):
         if self.config.on_exception:
             self._last = step
         if self.config.every_steps and step.iteration % self.config.every_steps == 0:
-            folder = run.output_dir / "debug" / f"iteration-{step.iteration:06d}"
-            _write(folder, _facts(step), step.outputs)
+            _write(_folder(run, f"iteration-{step.iteration:06d}"), _facts(step), step.outputs)
 
     def on_exception(self, run: RunState, error: BaseException) -> None:
         if not self.config.on_exception:
@@ -49,7 +52,12 @@ class DebugDumpCallback(Callback):
         if self._last is not None:
             facts["last_finished_step"] = _facts(self._last)
         outputs = self._last.outputs if self._last is not None else {}
-        _write(run.output_dir / "debug" / f"error-{run.iteration:06d}", facts, outputs)
+        _write(_folder(run, f"error-{run.iteration:06d}"), facts, outputs)
+
+
+def _folder(run: RunState, name: str) -> Path:
+    rank = f"-rank-{run.ranks.rank}" if run.ranks.size > 1 else ""
+    return run.output_dir / "debug" / f"{name}{rank}"
 
 
 def _facts(step: StepRecord) -> dict[str, Any]:
@@ -75,7 +83,9 @@ def _write(folder: Path, facts: Mapping[str, Any], outputs: Mapping[str, Tensor]
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    tensors = {name: value.detach().contiguous().cpu().clone() for name, value in outputs.items()}
+    tensors = {
+        name: local(value.detach()).contiguous().cpu().clone() for name, value in outputs.items()
+    }
     save_file(tensors, part / "outputs.safetensors")
     (part / "step.json").write_text(json.dumps(facts, indent=2))
     shutil.rmtree(folder, ignore_errors=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from distill_protocols import Callback, RunState
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
 
 from distill_trainer.plugins import GradClipConfig
+from distill_trainer.shards import clip
 
 
 class GradClipCallback(Callback):
@@ -29,5 +29,4 @@ class GradClipCallback(Callback):
             norm = run.metrics.get(f"grad_norm/{key}")
             if isinstance(norm, Tensor):  # absent where no gradient came
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                # foreach=True: left to itself torch loops over parameters on a CPU.
-                clip_grads_with_norm_(parameters, self.config.max_norm, norm, foreach=True)
+                clip(parameters, self.config.max_norm, norm)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from distill_protocols import Callback, RunState, StepRecord
 from torch import Tensor
 
@@ -14,6 +16,10 @@ class MetricsCallback(Callback):
     A mean, not the newest value: with two roles that take turns, the turn that falls on a log
     point may always be the same role's, and the other's losses would never be seen. Values stay
     on their device until the log point, and are then fetched in one go.
+
+    On several ranks it is the mean over all of their values. What only some of them have (the
+    report is rank 0's, a loss term may need a sample of some kind) counts where it is, as it does
+    with the iterations that lack it.
 
     Logged: ``loss/<term>``, metrics under their own names, ``lr/<role.module>`` (of the next
     step), ``updates/<role.module>``, and ``grad_scale`` under fp16.
@@ -37,17 +43,28 @@ class MetricsCallback(Callback):
         self._log(run)
 
     def _log(self, run: RunState) -> None:
-        if not self._kept:
+        kept, self._kept = self._kept, {}
+        # On all ranks alike, even if this one has nothing to say.
+        run.meet("mean over ranks")
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for told in run.ranks.agree(lambda: _sums(kept)):
+            for name, (total, count) in told.items():
+                sums[name] = sums.get(name, 0.0) + total
+                counts[name] = counts.get(name, 0) + count
+        if not sums:
             return
-        numbers = iter(to_floats([value for values in self._kept.values() for value in values]))
-        means = {
-            name: sum(next(numbers) for _ in values) / len(values)
-            for name, values in self._kept.items()
-        }
-        self._kept = {}
-        values = {**means, **_state_of(run)}
+        values = {name: total / counts[name] for name, total in sums.items()} | _state_of(run)
         for tracker in run.trackers:
             tracker.log_scalars(run.iteration, values)
+
+
+def _sums(kept: Mapping[str, Sequence[Tensor | float]]) -> dict[str, tuple[float, int]]:
+    """(sum, number of values) by name."""
+    numbers = iter(to_floats([value for values in kept.values() for value in values]))
+    return {
+        name: (sum(next(numbers) for _ in values), len(values)) for name, values in kept.items()
+    }
 
 
 def _state_of(run: RunState) -> dict[str, float]:

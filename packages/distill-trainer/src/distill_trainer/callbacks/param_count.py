@@ -17,6 +17,8 @@ class ParamCountCallback(Callback):
         if self._done:
             return
         self._done = True
+        if not run.trackers:
+            return
         table = parameter_table(run.method.bundle)
         for tracker in run.trackers:
             tracker.log_text(run.iteration, "parameters", table)

@@ -13,7 +13,10 @@ from distill_trainer.plugins import ProfilerConfig
 
 
 class ProfilerCallback(Callback):
-    """Writes ``profile/trace-<first>-<last>.json`` (Chrome trace: open it in Perfetto)."""
+    """Writes ``profile/trace-<first>-<last>.json`` (Chrome trace: open it in Perfetto).
+
+    Of rank 0, or of all (``all_ranks``), each with ``-rank-<n>`` at the end of its name.
+    """
 
     name = "profiler"
 
@@ -23,7 +26,7 @@ class ProfilerCallback(Callback):
         self._first = 0
 
     def on_step_start(self, run: RunState) -> None:
-        if run.iteration == self.config.start:
+        if run.iteration == self.config.start and (run.ranks.first or self.config.all_ranks):
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
@@ -53,7 +56,8 @@ class ProfilerCallback(Callback):
         trace.stop()
         folder = run.output_dir / "profile"
         folder.mkdir(exist_ok=True)
-        target = folder / f"trace-{self._first:06d}-{run.iteration:06d}.json"
+        rank = f"-rank-{run.ranks.rank}" if self.config.all_ranks and run.ranks.size > 1 else ""
+        target = folder / f"trace-{self._first:06d}-{run.iteration:06d}{rank}.json"
         # torch picks the format by the name's end.
         part = target.with_suffix(".part.json")
         trace.export_chrome_trace(str(part))

@@ -17,6 +17,8 @@ from distill_trainer.numbers import to_floats
 class ProgressCallback(Callback):
     """Iteration, newest value of every loss term, iterations a second, time left.
 
+    Rank 0 writes; losses are means over the ranks, so that they do not depend on their number.
+
     Args:
         log_every: iterations between two looks at the losses (each waits for the device), and
             between two lines where there is no terminal.
@@ -42,7 +44,7 @@ class ProgressCallback(Callback):
         self._began: tuple[float, int] | None = None
 
     def on_step_start(self, run: RunState) -> None:
-        if self._began is None:
+        if self._began is None and run.ranks.first:
             # Here rather than at on_train_start: only now is a resume over.
             done = run.iteration - 1
             self._began = (time.monotonic(), done)
@@ -54,17 +56,22 @@ class ProgressCallback(Callback):
 
     def on_step_end(self, run: RunState, step: StepRecord) -> None:
         self._losses |= step.losses
-        due = step.iteration % self.log_every == 0 or step.iteration == run.max_train_steps
+        terms = ""
+        if step.iteration % self.log_every == 0 or step.iteration == run.max_train_steps:
+            shown = self._bar is not None or (run.ranks.first and self._line_is_due(run))
+            # Only rank 0 knows whether a line is due, so the others always say theirs.
+            if shown or run.ranks.size > 1:
+                terms = self._terms(run)
+            if shown and self._bar is None:
+                self._line(run, terms)
         if self._bar is not None:
-            if due:
-                self._bar.set_postfix_str(self._terms(), refresh=False)
+            if terms:
+                self._bar.set_postfix_str(terms, refresh=False)
             self._bar.update()
-        elif due and self._line_is_due(run):
-            self._line(run)
 
     def on_train_end(self, run: RunState) -> None:
         self._close()
-        if run.stop_reason is not None:
+        if run.stop_reason is not None and run.ranks.first:
             print(
                 f"stopped after iteration {run.iteration} of {run.max_train_steps}: "
                 f"{run.stop_reason}",
@@ -79,11 +86,17 @@ class ProgressCallback(Callback):
     def _out(self) -> TextIO:
         return self._stream or sys.stderr
 
-    def _terms(self) -> str:
+    def _terms(self, run: RunState) -> str:
         # total_loss is a sum of other terms, or another role's on each turn: shown only alone.
         names = [name for name in self._losses if name != "total_loss"] or list(self._losses)
         values = to_floats([self._losses[name] for name in names])
-        return " ".join(f"{name} {value:.4g}" for name, value in zip(names, values, strict=True))
+        run.meet("progress")
+        told = run.ranks.agree(lambda: dict(zip(names, values, strict=True)))
+        kept: dict[str, list[float]] = {}
+        for rank in told:
+            for name, value in rank.items():
+                kept.setdefault(name, []).append(value)
+        return " ".join(f"{name} {sum(all_) / len(all_):.4g}" for name, all_ in kept.items())
 
     def _line_is_due(self, run: RunState) -> bool:
         now = time.monotonic()
@@ -92,14 +105,14 @@ class ProgressCallback(Callback):
         self._last_line = now
         return True
 
-    def _line(self, run: RunState) -> None:
+    def _line(self, run: RunState, terms: str) -> None:
         assert self._began is not None
         start, done = self._began
         rate = (run.iteration - done) / max(time.monotonic() - start, 1e-9)
         left = tqdm.format_interval((run.max_train_steps - run.iteration) / rate)
         share = run.iteration / run.max_train_steps
         print(
-            f"{run.iteration}/{run.max_train_steps} ({share:.0%})  {self._terms()}  "
+            f"{run.iteration}/{run.max_train_steps} ({share:.0%})  {terms}  "
             f"{rate:.2f} it/s  {left} left",
             file=self._out,
             flush=True,

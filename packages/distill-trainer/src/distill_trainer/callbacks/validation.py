@@ -14,6 +14,7 @@ from distill_protocols import (
     ConditioningProvider,
     RunState,
     SampleView,
+    Spread,
     StepRecord,
 )
 from torch import Tensor, nn
@@ -27,8 +28,11 @@ class ValidationCallback(Callback):
 
     Clips go to the trackers as ``validation/<view>`` and to
     ``validation/iteration-<n>/<view>.gif``, one column a prompt. Noise comes from
-    ``ValidationConfig.seed`` through the method, so no generator of the run moves; modules sample
-    in eval mode and get their own modes back.
+    ``ValidationConfig.seed`` and the prompt's place through the method, so no generator of the run
+    moves; modules sample in eval mode and get their own modes back.
+
+    The prompts are spread over the ranks of the run, and what comes is that of one process. Rank 0
+    alone writes.
 
     Args:
         config: what to look at, and when.
@@ -69,21 +73,30 @@ class ValidationCallback(Callback):
     def _look(self, run: RunState, iteration: int) -> None:
         run.check_finite()
         self._last = iteration
+        spread = Spread(run.ranks, len(self.config.prompts))
         clips: dict[str, Tensor] = {}
         for view in self._views:
             # For methods that sample without polling. Nothing is written before all have come.
             run.method.stop.poll()
-            clips |= self._sample(run, view)
+            clips |= self._sample(run, view, spread)
+        run.ranks.decide(lambda: self._show(run, iteration, clips))
+
+    def _sample(self, run: RunState, view: SampleView, spread: Spread) -> dict[str, Tensor]:
+        """Of all prompts on rank 0; elsewhere nothing."""
+        assert self._cond is not None, "on_train_start has not run"
+        cond = self._cond[torch.tensor(spread.mine)]
+        with torch.no_grad(), _eval_mode(run.method.model_dict.values()):
+            clips = run.method.sample_for_logging(
+                [view], cond, seed=self.config.seed, rows=spread.mine
+            )
+        whole = {name: spread.gather(clip.float()) for name, clip in clips.items()}
+        return {name: clip for name, clip in whole.items() if clip is not None}
+
+    def _show(self, run: RunState, iteration: int, clips: dict[str, Tensor]) -> None:
         for name, clip in clips.items():
             for tracker in run.trackers:
                 tracker.log_video(iteration, f"validation/{name}", clip, self.config.fps)
         self._write(run, iteration, clips)
-
-    def _sample(self, run: RunState, view: SampleView) -> dict[str, Tensor]:
-        assert self._cond is not None, "on_train_start has not run"
-        with torch.no_grad(), _eval_mode(run.method.model_dict.values()):
-            clips = run.method.sample_for_logging([view], self._cond, seed=self.config.seed)
-        return {name: clip.detach().float().cpu() for name, clip in clips.items()}
 
     def _write(self, run: RunState, iteration: int, clips: dict[str, Tensor]) -> None:
         folder = run.output_dir / "validation" / f"iteration-{iteration:06d}"

@@ -1,0 +1,75 @@
+"""What of one role's keys does not go together, or not with the roles beside it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from distill_train.schema import RoleConfig
+
+Fault = tuple[tuple[str, ...], str]
+"""(key under the role, message)."""
+
+
+def key_faults(name: str, roles: Mapping[str, RoleConfig]) -> Iterator[Fault]:
+    """Rules over ``models.<name>`` that need no family and no method."""
+    role = roles[name]
+    if role.base is not None:
+        yield from _base_faults(name, role, roles)
+    elif role.path is None:
+        yield (
+            ("path",),
+            "missing: a folder (begin it with ./ or ../ or /) or a hub id (owner/name) says what "
+            "the model is. Write it, or base: <role> to train lora beside another role's weights",
+        )
+    if role.offload:
+        yield from _offload_faults(name, role, roles)
+
+
+def _base_faults(name: str, role: RoleConfig, roles: Mapping[str, RoleConfig]) -> Iterator[Fault]:
+    base = roles.get(role.base or "")
+    if base is None or role.base == name:
+        others = ", ".join(other for other in roles if other != name) or "none"
+        yield ("base",), f"{role.base!r} must be another role of this file (there are: {others})"
+        return
+    if base.base is not None or base.lora is not None:
+        yield (
+            ("base",),
+            f"{role.base!r} trains adapters itself; a base is a role with plain weights. Name the "
+            "role that they stand beside",
+        )
+    if base.init_from is not None:
+        yield (
+            ("base",),
+            f"{role.base!r} starts from {base.init_from.path}, but an export of adapters names "
+            f"the weights of its path. Export those first, and name them as {role.base}.path",
+        )
+    if role.lora is None:
+        yield (
+            ("base",),
+            "a role beside another's weights needs lora: {rank: ...}, or nothing of it is its own. "
+            "For a plain copy write the same path instead",
+        )
+    same = {
+        "path": role.path,
+        "precision": role.precision,
+        "fsdp": role.fsdp,
+    }
+    for key, value in same.items():
+        if value is not None:
+            yield (
+                (key,),
+                f"with base: {role.base} it is that role's, as the weights are held once. Leave "
+                f"it out, or write it under models.{role.base}",
+            )
+
+
+def _offload_faults(
+    name: str, role: RoleConfig, roles: Mapping[str, RoleConfig]
+) -> Iterator[Fault]:
+    sharing = [role.base, *(n for n, other in roles.items() if other.base == name)]
+    if any(sharing):
+        yield (
+            ("offload",),
+            f"true, but {' and '.join(filter(None, sharing))} uses the same weights, which would "
+            "be moved away under it. Leave it out",
+        )

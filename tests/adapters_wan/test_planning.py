@@ -1,0 +1,157 @@
+"""Plans against what they stand for: the loaded modules, and calls that really happen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from distill_adapters_wan import PLUGIN, WanPipelineConfig
+from distill_adapters_wan.call_memory import plan_call, watch
+from distill_adapters_wan.calls import predicted
+from distill_protocols import (
+    FsdpPolicy,
+    LoraSpec,
+    RoleHandle,
+    RoleSpec,
+    WeightsError,
+)
+from torch import Tensor
+
+KINDS: dict[str, dict[str, Any]] = {
+    "trained": {},
+    "trained in bf16": {"precision": "bf16"},
+    "frozen in bf16": {"trainable": False, "precision": "bf16"},
+    "LoRA": {"lora": LoraSpec(rank=3)},
+    "LoRA in bf16": {"lora": LoraSpec(rank=3), "precision": "bf16"},
+    "checkpointed": {"activation_checkpointing": True},
+    "checkpointed in bf16": {"activation_checkpointing": True, "precision": "bf16"},
+}
+CLIP = WanPipelineConfig(num_frames=5, height=32, width=32, max_sequence_length=8)
+
+
+@pytest.fixture(scope="module", params=[(2, 2), (6, 5)], ids=["tiny", "larger"])
+def folder(request, pipeline_template, tmp_path_factory) -> Path:
+    """The tiny pipeline, and one with a wider and longer transformer."""
+    heads, layers = request.param
+    if layers == 2:
+        return pipeline_template
+    import shutil
+
+    path = tmp_path_factory.mktemp("larger") / "pipeline"
+    shutil.copytree(pipeline_template, path)
+    config = json.loads((path / "transformer" / "config.json").read_text())
+    config |= {"num_attention_heads": heads, "num_layers": layers, "ffn_dim": 300}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        WanTransformer3DModel.from_config(config).save_pretrained(path / "transformer")
+    return path
+
+
+def role(folder: Path, kind: str) -> RoleSpec:
+    return attrs.evolve(RoleSpec(name="student", path=str(folder), trainable=True), **KINDS[kind])
+
+
+def loaded(spec: RoleSpec) -> RoleHandle:
+    handle = PLUGIN.load([spec], CLIP, device=torch.device("cpu"))["student"]
+    if spec.activation_checkpointing:
+        handle.modules["transformer"].enable_gradient_checkpointing()
+    return handle
+
+
+def inputs(spec: RoleSpec, batch: int) -> tuple[Tensor, Tensor]:
+    latents = PLUGIN.latent_shape(CLIP, source=spec.path)
+    text = PLUGIN.text_shape(CLIP, source=spec.path)
+    assert latents is not None
+    assert text is not None
+    return torch.randn(batch, *latents), torch.randn(batch, *text)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_plan_has_each_tensor_that_is_loaded(folder, kind):
+    spec = role(folder, kind)
+    (plan,) = PLUGIN.plan(spec, CLIP).modules
+    handle = loaded(spec)
+    module = handle.modules["transformer"]
+    found = {
+        name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in module.named_parameters()
+    }
+    assert {t.name: (t.shape, t.dtype, t.trained) for t in plan.tensors} == found
+    assert len(plan.tensors) == len(found)
+    assert plan.buffer_bytes == sum(b.nbytes for b in module.buffers())
+    for tensor in plan.tensors:
+        block = ".".join(tensor.name.split(".")[:2]) if tensor.name.startswith("blocks.") else None
+        assert tensor.block == block
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_call_takes_what_is_planned(folder, pipeline_template, kind):
+    """Fake tensors, two and three blocks, against real ones and all blocks."""
+    spec = role(folder, kind)
+    batch = 3 if folder == pipeline_template else 1
+    plan = PLUGIN.plan_call(spec, CLIP, source=spec.path, batch=batch)
+    assert plan is not None
+    found = watch(loaded(spec), *inputs(spec, batch))
+    assert plan.most == pytest.approx(found.most, rel=0.02)
+    assert plan.held == pytest.approx(found.held if spec.trainable else 0, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["trained", "trained in bf16", "LoRA"])
+def test_what_is_held_is_what_autograd_saved(folder, kind):
+    """By another way of counting: autograd's own hooks, in a real call."""
+    spec = role(folder, kind)
+    plan = PLUGIN.plan_call(spec, CLIP, source=spec.path, batch=2)
+    assert plan is not None
+    handle, (x_t, text) = loaded(spec), inputs(spec, 2)
+    module = handle.modules["transformer"]
+    known = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    known |= {x_t.untyped_storage().data_ptr(), text.untyped_storage().data_ptr()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = predicted(handle, x_t, torch.ones(2), text).float().square().mean()
+    assert plan.held == pytest.approx(sum(saved.values()), rel=0.03)
+    del loss
+
+
+def test_attention_needs_no_matrix_of_tokens_by_tokens(folder):
+    spec = role(folder, "trained")
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    short = plan_call(config, spec, latents=(1, 4, 2, 8, 8), text=(1, 8, 16))
+    long = plan_call(config, spec, latents=(1, 4, 2, 32, 32), text=(1, 8, 16))
+    assert long.held < 16.5 * short.held  # sixteen times the tokens, not their square
+
+
+def test_a_guided_call_is_of_twice_the_clips(folder):
+    spec = role(folder, "frozen in bf16")
+
+    def most(config: WanPipelineConfig, batch: int, guided: bool) -> int:
+        plan = PLUGIN.plan_call(spec, config, source=spec.path, batch=batch, guided=guided)
+        assert plan is not None
+        return plan.most
+
+    assert most(CLIP, 2, True) == most(CLIP, 4, False) > most(CLIP, 2, False)
+    apart = attrs.evolve(CLIP, cfg_batched=False)
+    assert most(apart, 2, True) == most(CLIP, 2, False)
+
+
+def test_blocks_of_a_policy(folder):
+    spec = role(folder, "trained")
+    inner = attrs.evolve(spec, fsdp=FsdpPolicy(blocks=("blocks", "blocks.0.ffn.net")))
+    (plan,) = PLUGIN.plan(inner, CLIP).modules
+    blocks = {t.name: t.block for t in plan.tensors}
+    assert blocks["blocks.0.ffn.net.2.weight"] == "blocks.0.ffn.net.2"
+    assert blocks["blocks.1.ffn.net.2.weight"] == "blocks.1"
+    assert blocks["patch_embedding.weight"] is None
+    with pytest.raises(WeightsError, match="no module list layers in this model"):
+        PLUGIN.plan(attrs.evolve(spec, fsdp=FsdpPolicy(blocks=("layers",))), CLIP)

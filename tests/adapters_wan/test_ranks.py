@@ -1,0 +1,78 @@
+"""Several processes load one model: bit for bit that of one process, each reading what it holds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import wan_ranks as wan
+from ranks import together
+from wan_ranks import hsdp_copies, hsdp_parts, leave_whole, shard, shard_on_cpu, spec, trio
+
+WAYS = [leave_whole, shard, shard_on_cpu, hsdp_parts]
+
+
+def all_of(results):
+    """Of every rank, none of which failed."""
+    assert not any(isinstance(found, str) for found in results), results
+    return results
+
+
+def test_every_way_gives_the_numbers_of_one_process(pipeline_template):
+    """Of 24, 32 and 1 rows three processes hold uneven parts, and some nothing."""
+    roles = [
+        *trio(pipeline_template, precision="bf16"),
+        spec(pipeline_template, "refiner", trainable=True),
+    ]
+    (expected,) = wan.found(pipeline_template, roles)
+    for rank in all_of(together(wan.found, pipeline_template, roles, WAYS, size=3)):
+        for way, (outputs, weights) in zip(WAYS, rank, strict=True):
+            assert weights == expected[1], way
+            assert outputs == expected[0], way
+
+
+def test_each_rank_reads_what_it_holds(pipeline_template):
+    roles = [spec(pipeline_template)]
+    for read, held in all_of(together(wan.read_by_each, pipeline_template, roles, shard)):
+        assert read == {name: count for name, count in held.items() if count}
+    first, second = all_of(together(wan.read_by_each, pipeline_template, roles, leave_whole))
+    assert first[0] == first[1] == second[1]
+    assert second[0] == {}
+    for read, held in all_of(together(wan.read_by_each, pipeline_template, roles, hsdp_copies)):
+        assert read == held
+
+
+def test_what_one_rank_cannot_load_none_loads(pipeline_template, pipeline):
+    file = pipeline / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "eps": 1e-5}))
+    told = all_of(together(wan.refusals, pipeline_template, pipeline))
+    for rank in told:
+        assert "rank 0: " in rank["rank 0 cannot read"]
+        assert "Input/output error" in rank["rank 0 cannot read"]
+        assert rank["rank 1 need not read"] == "loaded"
+        assert "Input/output error" in rank["rank 1 cannot read its part"]
+        assert "another model for rank 1 than for rank 0" in rank["rank 1 has another model"]
+
+
+@pytest.mark.parametrize("way", [leave_whole, shard])
+def test_adapters_beside_one_base_train(pipeline_template, way):
+    (expected,) = [wan.trained_beside_a_base(pipeline_template, leave_whole)]
+    results = all_of(together(wan.trained_beside_a_base, pipeline_template, way))
+    for found in [expected, *results]:
+        for role, names in found["gradients"].items():
+            assert names
+            assert all(n.startswith(f"{role}.") and ".lora_" in n for n in names)
+        assert all("lora_" in name for name in found["moved"])
+        assert {name.split(".")[0] for name in found["moved"]} == {"student", "critic"}
+        assert found["outputs"]["student"] != found["outputs"]["teacher"]
+    for role, names in expected["shared"].items():
+        assert all(names.values()), role
+    for found in results:
+        for names in found["shared"].values():
+            # Of uneven parts FSDP2 keeps a padded copy: here of one row on two ranks.
+            assert {n for n, same in names.items() if not same} <= {
+                n for n in names if n.endswith("scale_shift_table")
+            }
+        assert found["moved"] == expected["moved"]
+        assert found["outputs"]["teacher"] == expected["outputs"]["teacher"]

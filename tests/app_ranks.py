@@ -1,0 +1,147 @@
+"""The app on ranks that are forked (see ``ranks``): whole runs of the tiny Wan in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from distill_checkpoint import StoredCheckpoint
+from distill_protocols import Callback, DataError, DistillError, RunState, StepRecord
+from distill_train import build as build_module
+from distill_train import run as app
+from distill_train.build import Run
+from distill_train.check import read_config
+from distill_train.source import read_source
+from torch import Tensor, distributed
+
+TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny"
+
+
+def run_file(path: Path, method: str, **changes: Any) -> Path:
+    """``configs/tiny/<method>.yaml`` with ``changes`` laid over it, without what only reports."""
+    values = _absolute(read_source(TINY / f"{method}.yaml").values)
+    for section in ("validation",):
+        values.pop(section, None)
+    values["callbacks"].pop("report", None)
+    values["checkpoint"] = {"resume": "latest"}
+    values["training"] |= {
+        "output_dir": str(path.parent / path.stem),
+        "log_every": 1,
+        "progress": False,
+        "trackers": ["jsonl"],
+    }
+    path.write_text(yaml.safe_dump(_laid_over(values, changes), sort_keys=False))
+    return path
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _absolute(item) for key, item in value.items()}
+    if isinstance(value, str) and value.startswith("./"):
+        return str((TINY / value).resolve())
+    return value
+
+
+def _laid_over(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            _laid_over(base[key], value)
+        elif value is None:
+            base.pop(key, None)
+        else:
+            base[key] = value
+    return base
+
+
+def train(file: Path) -> str:
+    """One rank of a run; "" or what it said when it failed."""
+    try:
+        app.run(read_config(file, world_size=distributed.get_world_size()))
+    except DistillError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def train_own(files: Sequence[Path]) -> str:
+    """``train`` with a run file of this rank's own."""
+    return train(files[distributed.get_rank()])
+
+
+def train_where_one_cannot(file: Path, what: str) -> tuple[str, float]:
+    """As ``train``, but rank 1 cannot do the part ``what`` of ``build``; and the seconds."""
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise DataError("no such file on this machine")
+
+    if distributed.get_rank() == 1:
+        setattr(build_module, what, fails)
+    began = time.monotonic()
+    return train(file), time.monotonic() - began
+
+
+class _Fails(Callback):
+    """Ends one rank in the middle of an iteration."""
+
+    name = "fails"
+
+    def __init__(self, rank: int, iteration: int, how: str) -> None:
+        self._who = (rank, iteration)
+        self._how = how
+
+    def on_before_optimizer_step(self, run: RunState) -> None:
+        if (distributed.get_rank(), run.iteration) == self._who:
+            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[self._how])
+
+    def on_step_end(self, run: RunState, step: StepRecord) -> None: ...
+
+
+def train_and_lose(file: Path, rank: int, iteration: int, how: str) -> str:
+    """As ``train``, but ``rank`` is killed or stopped before it steps in ``iteration``."""
+    build = app.build
+
+    def with_failure(*args: Any, **kwargs: Any) -> Run:
+        run = build(*args, **kwargs)
+        run.trainer.callbacks["fails"] = _Fails(rank, iteration, how)
+        return run
+
+    app.build = with_failure  # type: ignore[assignment]
+    return train(file)
+
+
+_COMPARED = ("loss/", "grad_norm/", "student_", "dmd_")
+
+
+def losses(folder: Path) -> dict[int, dict[str, float]]:
+    """By iteration, the losses and gradient norms that the run logged."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        line["iteration"]: {
+            k: v
+            for k, v in line.items()
+            if k.startswith(("loss/", "grad_norm/", "student_", "dmd_"))
+        }
+        for line in lines
+    }
+
+
+def weights(folder: Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """The student's, of the newest checkpoint."""
+    newest = max(folder.glob("checkpoint-*"))
+    source = StoredCheckpoint.open(newest).weights("student", ema=ema)["transformer"]
+    return source.read(source.facts())
+
+
+def furthest(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """The largest difference between two sets of weights."""
+    assert a.keys() == b.keys()
+    return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
+
+
+torch.set_num_threads(1)

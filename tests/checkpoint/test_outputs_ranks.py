@@ -1,0 +1,51 @@
+"""Several ranks claim one output folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from distill_checkpoint import claim_output_dir
+from rank_jobs import claim
+from ranks import together
+
+
+def claims(folder: Path, *, resume: bool = True, after: str = "") -> list[str]:
+    return together(claim, [folder] * 2, resume, after)
+
+
+def test_the_first_rank_holds_it_for_all(tmp_path):
+    [first, second] = claims(tmp_path / "out", resume=False)
+    assert first == "held"
+    assert second == "held by another"
+
+
+def test_a_refusal_is_the_same_on_all(tmp_path):
+    with claim_output_dir(tmp_path, resume=True):
+        said = claims(tmp_path)
+    assert said[0] == said[1]
+    assert f"pid {os.getpid()}" in said[0]
+    said = claims(tmp_path, resume=False)
+    assert said[0] == said[1]
+    assert "already holds another run" in said[0]
+    assert claims(tmp_path)[0] == "held"
+
+
+@pytest.mark.parametrize("who", ["first", "last"])
+def test_a_restart_after_a_killed_rank_finds_it_free(tmp_path, who):
+    killed = claims(tmp_path, resume=False, after=f"kill the {who}")
+    assert killed[0 if who == "first" else 1] == ""
+    assert claims(tmp_path) == ["held", "held by another"]
+
+
+def test_a_run_that_did_not_start_gives_it_back(tmp_path):
+    claims(tmp_path / "out", resume=False, after="release")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_two_hosts_are_refused(tmp_path):
+    """As where the output folder is on no shared storage."""
+    said = together(claim, [tmp_path / "here", tmp_path / "there"], False, "")
+    assert all("is not the" in each and "of rank 1" in each for each in said)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,82 @@
+"""Runs of several processes that stop, go on with as many or with others, or lose one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from app_ranks import furthest, losses, run_file, train, train_and_lose, weights
+from distill_checkpoint.manifest import inspect
+from ranks import together
+
+DDP, FSDP2 = {"strategy": "ddp"}, {"strategy": "fsdp2"}
+HSDP = {"strategy": "hsdp", "shard_size": 2}
+
+
+def file_of(folder: Path, name: str, steps: int, distributed: dict[str, Any], **more: Any) -> Path:
+    return run_file(
+        folder / f"{name}.yaml",
+        "dmd2",
+        training={
+            "max_train_steps": steps,
+            "global_batch_size": 4,
+            "distributed": distributed,
+            "optimizer": {"schedule": None},  # a longer run has another cosine
+        },
+        method_config={"generator_update_interval": 2},
+        callbacks={"ema": {"roles": ["student"], "decay": 0.5, "start_update": 0}},
+        **more,
+    )
+
+
+def go(file: Path, size: int) -> None:
+    assert together(train, file, size=size) == [""] * size
+
+
+@pytest.mark.parametrize("distributed", [DDP, FSDP2])
+def test_two_ranks_go_on_bit_for_bit(tmp_path, distributed):
+    go(file_of(tmp_path, "whole", 4, distributed), 2)
+    go(file_of(tmp_path, "parts", 2, distributed), 2)
+    go(file_of(tmp_path, "parts", 4, distributed), 2)
+    for ema in (False, True):
+        whole, parts = (weights(tmp_path / name, ema=ema) for name in ("whole", "parts"))
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
+def test_two_then_one_then_two(tmp_path):
+    go(file_of(tmp_path, "whole", 6, {}), 1)
+    go(file_of(tmp_path, "parts", 2, FSDP2), 2)
+    go(file_of(tmp_path, "parts", 4, {}), 1)
+    go(file_of(tmp_path, "parts", 6, DDP), 2)
+    for ema in (False, True):
+        whole, parts = (weights(tmp_path / name, ema=ema) for name in ("whole", "parts"))
+        assert furthest(whole, parts) < 2e-4
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for iteration, values in whole.items():
+        for name in ("loss/total_loss", "loss/critic_loss"):
+            assert parts[iteration][name] == pytest.approx(values[name], rel=2e-4)
+
+
+@pytest.mark.parametrize(("how", "distributed"), [("kill", DDP), ("kill", FSDP2), ("stop", DDP)])
+def test_a_rank_lost_in_a_step_ends_all_and_latest_resumes(tmp_path, how, distributed):
+    settings = {**distributed, "timeout_seconds": 15.0}
+    file = file_of(tmp_path, "run", 4, settings, checkpoint={"every_steps": 2})
+    began = time.monotonic()
+    lost, survivor = 1, 0
+    said = together(train_and_lose, file, lost, 3, how)
+    assert time.monotonic() - began < 100  # bounded: torch's own patience is half an hour
+    assert said[survivor].startswith("RankError: "), said
+    assert "rank 1" in said[survivor]
+    assert "iteration 3" in said[survivor]
+    folders = sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*"))
+    assert folders == ["checkpoint-000002"]
+    assert inspect(tmp_path / "run" / folders[0], checksums=True).damage is None
+    go(file, 2)
+    go(file_of(tmp_path, "whole", 4, settings), 2)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)

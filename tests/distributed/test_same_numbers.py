@@ -1,0 +1,100 @@
+"""One, two and four processes train alike: whole runs of the tiny Wan, forked ranks over gloo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from app_ranks import furthest, losses, run_file, train, weights
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from ranks import together
+
+STEPS = 4
+LOSS_TOLERANCE = 2e-4
+"""Relative: sums over processes are taken in another order, and four updates carry it on."""
+
+_ROOTS = ("student_std", "dmd_gradient_rms")
+"""Roots of means, whose mean over processes is not that of the whole batch."""
+
+
+def run(
+    folder: Path, name: str, size: int, distributed: dict[str, Any], method: str, **changes: Any
+) -> Path:
+    file = run_file(
+        folder / f"{name}.yaml",
+        method,
+        **changes | {"training": changes.get("training", {}) | {"distributed": distributed}},
+    )
+    assert together(train, file, size=size) == [""] * size
+    return folder / name
+
+
+def assert_alike(one: Path, many: Path, *, ema: bool) -> None:
+    a, b = losses(one), losses(many)
+    assert a.keys() == b.keys()
+    assert len(a) == STEPS
+    for iteration in a:
+        assert a[iteration].keys() == b[iteration].keys()
+        for name, value in a[iteration].items():
+            if name in _ROOTS:
+                continue
+            assert b[iteration][name] == pytest.approx(value, rel=LOSS_TOLERANCE, abs=1e-6), (
+                iteration,
+                name,
+            )
+    # AdamW divides by the root of a square that may be almost 0: a step of either sign there.
+    assert furthest(weights(one), weights(many)) < 2e-4
+    if ema:
+        assert furthest(weights(one, ema=True), weights(many, ema=True)) < 2e-4
+
+
+STRATEGIES = [
+    (2, {"strategy": "ddp"}),
+    (4, {"strategy": "ddp"}),
+    (2, {"strategy": "fsdp2"}),
+    (4, {"strategy": "fsdp2", "sync_every_micro_step": True}),
+    (2, {"strategy": "hsdp", "shard_size": 1}),
+    (4, {"strategy": "hsdp", "shard_size": 2}),
+    (1, {"strategy": "fsdp2"}),
+]
+SHAPES = {
+    "dmd2_every_step": ("dmd2", {"critic_update": "every_step", "generator_update_interval": 2}),
+    "dmd2_alternate": ("dmd2", {"critic_update": "alternate", "generator_update_interval": 2}),
+    "dmd2_data": ("dmd2", {"rollout": "data", "generator_update_interval": 2}),
+    "finetune": ("finetune", {}),
+}
+
+
+@settings(max_examples=3)
+@given(
+    st.sampled_from(STRATEGIES),
+    st.sampled_from(sorted(SHAPES)),
+    st.sampled_from([1, 3]),
+    st.booleans(),
+)
+@example((2, {"strategy": "ddp"}), "dmd2_every_step", 3, True)
+@example((2, {"strategy": "fsdp2"}), "dmd2_every_step", 3, True)
+@example((4, {"strategy": "hsdp", "shard_size": 2}), "dmd2_alternate", 1, True)
+def test_any_number_of_processes_gives_the_numbers_of_one(strategy, shape, accumulation, ema):
+    size, distributed = strategy
+    method, options = SHAPES[shape]
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+
+        def changes(processes: int) -> dict[str, Any]:
+            return {
+                "training": {
+                    "max_train_steps": STEPS,
+                    "global_batch_size": 4 * accumulation,
+                    "batch_size_per_device": 4 // processes,
+                },
+                "method_config": options,
+                "callbacks": {"ema": {"roles": ["student"], "decay": 0.5} if ema else None},
+            }
+
+        one = run(folder, "one", 1, {}, method, **changes(1))
+        many = run(folder, "many", size, distributed, method, **changes(size))
+        assert_alike(one, many, ema=ema)

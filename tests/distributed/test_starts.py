@@ -1,0 +1,35 @@
+"""Runs of several processes that do not start: all of them end, soon, and leave nothing."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from app_ranks import run_file, train, train_own, train_where_one_cannot
+from ranks import together
+
+FEW = {"max_train_steps": 1, "global_batch_size": 2}
+
+
+def test_ranks_with_other_run_files_take_no_folder(tmp_path):
+    file = run_file(tmp_path / "run.yaml", "finetune", training=FEW, checkpoint={"resume": "none"})
+    values = yaml.safe_load(file.read_text())
+    values["training"]["seed"] += 1
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(values))
+    for said in together(train_own, [file, other]):
+        assert said.startswith("RankError: rank 1 differs from rank 0 in training.seed"), said
+    assert not (tmp_path / "run").exists()
+    assert together(train, file) == ["", ""]
+
+
+# Before what they do together in loading; before what they do in training.
+@pytest.mark.parametrize("what", ["_warm_starts", "LatentDataset", "_callbacks"])
+def test_what_one_rank_cannot_read_ends_all(tmp_path, what):
+    file = run_file(tmp_path / "run.yaml", "finetune", training=FEW)
+    (first, waited), (second, _) = together(train_where_one_cannot, file, what)
+    assert second == "DataError: no such file on this machine"
+    assert first.startswith("RankError: "), first
+    if what != "_callbacks":
+        assert "no such file on this machine" in first
+    assert waited < 60  # the patience of a load is half an hour
+    assert not (tmp_path / "run").exists()

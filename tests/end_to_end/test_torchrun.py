@@ -1,0 +1,70 @@
+"""The app under torchrun: two processes, one of which is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 30
+EVERY = 10
+
+
+def torchrun(config: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            [*command, str(ROOT / "apps" / "train"), "--config", str(config)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+
+
+def worker(parent: int, rank: int) -> int:
+    """The process id of a rank that torchrun started."""
+    for children in Path(f"/proc/{parent}/task").glob("*/children"):
+        for child in children.read_text().split():
+            if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+                return int(child)
+    raise AssertionError(f"torchrun has no rank {rank}")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_comes_back_and_goes_on_from_latest(tiny, tmp_path):
+    """What is lost is done again, and nothing else: one line of metrics an iteration."""
+    out = tmp_path / "out"
+    config = tiny(
+        "dmd2",
+        training={"max_train_steps": STEPS, "log_every": 1, "distributed": {"strategy": "fsdp2"}},
+        checkpoint={"every_steps": EVERY, "keep_last": None},
+        validation=None,
+        callbacks={"report": None},
+    )
+    log = tmp_path / "log"
+    run = torchrun(config, log, "--max-restarts", "1")
+    try:
+        while not (out / f"checkpoint-{EVERY:06}").exists():
+            assert run.poll() is None, log.read_text()
+            time.sleep(0.05)
+        os.kill(worker(run.pid, 1), signal.SIGKILL)
+        status = run.wait()
+    finally:
+        run.kill()
+    said = log.read_text()
+    assert status == 0, said
+    assert "resumed" in said
+    assert f"finished after iteration {STEPS}" in said
+    assert "Warning" not in said, "torch's own, once a process"
+    facts = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["iteration"] for line in facts if "loss/total_loss" in line]
+    assert losses == list(range(1, STEPS + 1))
+    assert (out / "student" / "model_index.json").exists()

@@ -1,0 +1,107 @@
+"""Reports that are spread over ranks: numbers and pictures of one process, written by rank 0."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from looks import report
+from PIL import Image
+from ranks import together
+
+FILES = ["clips.mp4", "contact_sheet.png", "report.json"]
+
+
+def sheet(folder: Path) -> np.ndarray:
+    with Image.open(folder / "contact_sheet.png") as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def film(folder: Path) -> np.ndarray:
+    with av.open(str(folder / "clips.mp4")) as movie:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in movie.decode(video=0)])
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    """report.json without what a clock says."""
+    found = json.loads((folder / "report.json").read_text())
+    for entry in found["entries"]:
+        assert entry.pop("seconds_per_clip") > 0
+    return found
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    found: dict[str, Any] = {}
+    for key, item in items:
+        inner = isinstance(item, dict | list)
+        found |= flat(item, f"{path}/{key}") if inner else {f"{path}/{key}": item}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sheet_prompts", "size"), [(6, 2, 2), (5, 1, 2), (1, 3, 2), (5, 2, 3)]
+)
+def test_numbers_and_pictures_are_those_of_one_process(
+    tmp_path: Path, prompts: int, sheet_prompts: int, size: int
+) -> None:
+    folders = [tmp_path / name for name in ("alone", "ranks")]
+    for folder in folders:
+        folder.mkdir()
+    alone = report(folders[0], prompts, sheet_prompts, chunk=64)
+    found = together(report, folders[1], prompts, sheet_prompts, 4, size=size)
+    assert [rank["end"] for rank in (alone, *found)] == ["whole"] * (1 + size)
+
+    expected, got = (flat(numbers(folder)) for folder in folders)
+    assert len({expected[f"/entries/{n}/frechet_distance"] for n in range(3)}) == 3
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        # The judge sees other batches: its last bits may differ, what it answers does not.
+        exact = not key.endswith("frechet_distance")
+        assert got[key] == (value if exact else pytest.approx(value, rel=1e-6)), key
+    # Of clips in other batches the last bits may differ, and with them what a codec makes;
+    # another clip in its place differs by tens.
+    for shown in (sheet, film):
+        ours, theirs = (shown(folder).astype(int) for folder in folders)
+        assert ours.shape == theirs.shape
+        assert abs(ours - theirs).mean() < 1.0, shown.__name__
+
+    first, *others = found
+    assert first["metrics"] == pytest.approx(alone["metrics"], rel=1e-6)
+    assert len(first["metrics"]) == 3 * 4
+    assert first["texts"] == 1
+    assert "sampled by" in first["printed"]
+    for rank in others:
+        assert rank["metrics"] == first["metrics"], "checkpoints are kept by them, on all ranks"
+        assert rank["calls"] == first["calls"], "a sharded model gathers in each of them"
+        assert rank["polls"] == first["polls"]
+        assert rank["texts"] == 0
+        assert rank["printed"] == ""
+    assert all(rank["weights stay"] for rank in found)
+
+
+def test_a_stop_asked_of_one_rank_ends_the_report_of_all_at_the_same_call(tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    whole = report(tmp_path / "alone", 5, 2, chunk=4)
+    assert whole["polls"] > 60
+    for number in (3, 40):  # during the run, at its end
+        folder = tmp_path / f"ranks-{number}"
+        folder.mkdir()
+        found = together(report, folder, 5, 2, 4, number)
+        assert [rank["polls"] for rank in found] == [number] * 2
+        assert found[0]["calls"] == found[1]["calls"]
+        assert len({rank["end"] for rank in found}) == 1
+        assert list(folder.iterdir()) == []
+        printed = "report: left out, as the run was stopped (preempted)\n" if number == 40 else ""
+        assert [rank["printed"] for rank in found] == [printed, ""]
+
+
+def test_what_rank_0_cannot_write_fails_on_all(tmp_path: Path) -> None:
+    (tmp_path / "report.json").mkdir()
+    (tmp_path / "report.json" / "in the way").touch()
+    found = together(report, tmp_path, 2, 1, 4)
+    assert all(rank["end"].startswith("RankError: rank 0: ") for rank in found), found

@@ -1,0 +1,204 @@
+"""Ranks that fail, die, stop, or go their own way: all others end, and say whose fault it was."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import lockstep_ranks as there
+import pytest
+import torch
+from distill_protocols import Callback, RankError, Ranks, RunState
+from distill_trainer import DistillTrainer, RestartingLoader
+from distill_trainer.boards import Note
+from distill_trainer.lockstep import Lockstep
+from ranks import together
+from toy_trainer import Recorder, alternating, batches, training
+
+STEP = "iteration 3, forward and backward of micro step 1 of 1"
+SEEN = r"(come|answer), last seen \d+\.\d s ago at"
+
+
+def test_ranks_that_stay_together_end_well(tmp_path: Path) -> None:
+    assert together(there.fail_in_a_step, tmp_path, "none") == ["fine", "fine"]
+
+
+# Either rank, as each has one of the two boards.
+@pytest.mark.parametrize(("how", "rank"), [("kill", 0), ("kill", 1), ("stop", 1)])
+def test_a_rank_that_is_gone_is_named_with_its_place(tmp_path: Path, how: str, rank: int) -> None:
+    told = together(there.fail_in_a_step, tmp_path, how, rank, timeout=there.patience(how))
+    assert told[rank] == ""
+    assert told[1 - rank].startswith(
+        f"RankError: rank {1 - rank} waited for the others at iteration 3, "
+    )
+    assert re.search(rf"rank {rank} did not {SEEN} {STEP}", told[1 - rank])
+
+
+def test_of_many_ranks_the_dead_one_is_named_by_all(tmp_path: Path) -> None:
+    """Also by one that lost not it, but another survivor, which had ended of it."""
+    first, dead, last = together(there.fail_in_a_step, tmp_path, "kill", 1, size=3)
+    assert dead == ""
+    for survivor in (first, last):
+        assert re.search(rf"rank 1 did not {SEEN} {STEP}", survivor)
+        assert "Look at the log of rank 1 first" in survivor
+
+
+def test_where_all_boards_are_gone_the_last_look_is_named(tmp_path: Path) -> None:
+    _, survivor, _ = together(there.fail_in_a_step, tmp_path, "kill", 0, 2, size=3)
+    assert re.search(
+        r"ranks 0, 2 did not (come|answer), no word of it; all were last together \d+\.\d s ago at "
+        "iteration 2, end of the iteration",
+        survivor,
+    )
+
+
+def test_a_slow_rank_is_given_up_and_hears_of_it(tmp_path: Path) -> None:
+    waited, slow = together(there.fail_in_a_step, tmp_path, "slow", 1, timeout=4)
+    assert re.search(rf"rank 1 did not {SEEN} {STEP}", waited)
+    assert "raise training.distributed.timeout_seconds (4)" in waited
+    assert slow.startswith("RankError: ")
+    assert "they gave this rank up: rank 0 at iteration 3, " in slow
+    assert "lost the others (Timed out" in slow
+
+
+@pytest.mark.parametrize(
+    ("how", "rank", "error"),
+    [
+        ("raise", 0, "ValueError: boom"),
+        ("runtime", 1, "RuntimeError: boom in a kernel"),
+        ("interrupt", 1, "KeyboardInterrupt"),
+    ],
+)
+def test_what_one_rank_fails_of_is_what_the_others_say(
+    tmp_path: Path, how: str, rank: int, error: str
+) -> None:
+    told = together(there.fail_in_a_step, tmp_path, how, rank)
+    assert told[rank].startswith(error), "it keeps its own error"
+    assert f"rank {rank} of 2 was at {STEP}. The others: rank {1 - rank} last seen" in told[rank]
+    assert told[1 - rank].startswith(f"RankError: rank {1 - rank} waited for the others")
+    assert re.search(
+        rf"rank {rank} failed at {STEP} \(\d+\.\d s ago\): {re.escape(error)}", told[1 - rank]
+    )
+    assert f"Look at the log of rank {rank} first" in told[1 - rank]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path: Path) -> None:
+    for rank, told in enumerate(together(there.fail_in_a_step, tmp_path, "inf", 1)):
+        assert "iteration 3: the loss is not finite (total_loss=inf" in told
+        assert rank == 1 or "rank 1" in told
+
+
+@pytest.mark.parametrize("how", ["kill", "raise", "stop"])
+def test_a_rank_that_is_missed_in_a_collective_of_a_callback(tmp_path: Path, how: str) -> None:
+    survivor, other = together(
+        there.fail_before_a_collective, tmp_path, how, timeout=there.patience(how)
+    )
+    assert survivor.startswith("RankError: rank 0 waited for the others at iteration 2, sum over")
+    if how == "raise":
+        assert other.startswith("ValueError: boom")
+        assert re.search(r"rank 1 failed at iteration 2, sum over ranks .*ValueError: b", survivor)
+    else:
+        assert re.search(r"rank 1 did not answer, last seen .* at iteration 2, sum over", survivor)
+
+
+@pytest.mark.parametrize(("how", "sharded"), [("stop", False), ("kill", True)])
+def test_a_rank_that_is_missed_in_backward_or_a_gather(
+    tmp_path: Path, how: str, sharded: bool
+) -> None:
+    survivor, _ = together(
+        there.fail_beside_backward, tmp_path, how, sharded, timeout=there.patience(how)
+    )
+    assert survivor.startswith(f"RankError: rank 0 waited for the others at {STEP} and lost them")
+    assert re.search(rf"rank 1 did not {SEEN} {STEP}", survivor)
+
+
+@pytest.mark.parametrize("how", ["kill", "raise"])
+def test_a_rank_that_fails_when_training_is_over(tmp_path: Path, how: str) -> None:
+    survivor, other = together(there.fail_after_the_end, tmp_path, how)
+    assert survivor.startswith("RankError: rank 0 waited for the others at iteration 5, callback")
+    if how == "raise":
+        assert other.startswith("ValueError: boom")
+        assert "rank 1 failed at iteration 5, callback 'ends', on_train_end" in survivor
+    else:
+        assert "rank 1 did not come, last seen" in survivor
+
+
+def test_ranks_in_two_places_say_where_instead_of_waiting(tmp_path: Path) -> None:
+    asked = together(there.ask_unequally, tmp_path)
+    assert asked[0] == asked[1]
+    assert "rank 0 at iteration 2, callback 'asks', on_step_end (look 3)" in asked[0]
+    assert "rank 1 at iteration 2, mean over ranks (look 1)" in asked[0]
+    trained = together(there.train_unequally, tmp_path)
+    assert trained[0] == trained[1]
+    assert (
+        "rank 0 at iteration 2, end of the iteration (look 1), rank 1 at iteration 1, end"
+        in trained[0]
+    )
+
+
+def test_all_ranks_must_have_the_same_run() -> None:
+    run = {"training": {"seed": 1, "steps": 5}, "roles": ["a", "b"]}
+    other = {"training": {"seed": 2}, "roles": ["a", "b"], "more": {}}
+    assert together(there.resolve, [run, dict(reversed(run.items()))]) == ["fine", "fine"]
+    told = together(there.resolve, [run, run, other], size=3)
+    assert told[0] == told[1] == told[2]
+    assert told[0].startswith(
+        "RankError: rank 2 differs from rank 0 in training.seed: 2 (rank 0: 1), training.steps: "
+        "absent (rank 0: 5), more: {} (rank 0: absent). All ranks must"
+    )
+    assert "Start all ranks with the same run file" in told[0]
+
+
+def test_a_process_alone_asks_nobody_and_its_errors_are_its_own(tmp_path: Path) -> None:
+    class Looks(Callback):
+        name = "looks"
+
+        def on_step_end(self, run: RunState, step: Any) -> None:
+            run.enter("anything")
+            run.meet("anything")
+            raise ValueError("boom")
+
+    recorder = Recorder()
+    with pytest.raises(ValueError, match="boom") as caught:
+        DistillTrainer(training(tmp_path, 3), callbacks=[recorder, Looks()]).run(
+            alternating(), batches()
+        )
+    assert not hasattr(caught.value, "__notes__")
+    assert recorder.calls[-1] == "recorder.exception:ValueError"
+
+
+class _Board:
+    """Where the others have pinned up what a test says."""
+
+    def __init__(self, notes: dict[int, Note]) -> None:
+        self.notes = notes
+
+    def pin(self, note: Note) -> None: ...
+
+    def exchange(self, note: Note) -> dict[int, Note]:
+        return self.notes
+
+
+def test_who_has_come_is_not_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = alternating()
+    run = RunState(
+        method=method, loader=RestartingLoader(batches()), streams=method.streams,
+        output_dir=tmp_path, max_train_steps=1, iteration=4,
+    )  # fmt: skip
+    came = Note(number=9, iteration=4, phase="optimizer step", looks=1)
+    others = {
+        1: came,
+        2: Note(number=5, iteration=3, phase="data", looks=0),
+        3: Note(number=9, iteration=4, phase="optimizer step", looks=1, error="lost", lost=True),
+    }
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer [1]:2. Hm")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", gone)
+    ranks = Ranks(rank=0, size=4, timeout=7.0)
+    with pytest.raises(RankError) as caught:
+        Lockstep(run, ranks, _Board(others)).meet("optimizer step")  # type: ignore[arg-type]
+    assert "(Connection closed by peer [1]:2): rank 2 did not come, last seen" in str(caught.value)
+    assert not re.search("ranks? 1|ranks? 3", str(caught.value))

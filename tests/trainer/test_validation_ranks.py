@@ -1,0 +1,64 @@
+"""Validation that is spread over ranks: what one process would show, written by rank 0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from looks import validate
+from ranks import together
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(("prompts", "size"), [(4, 2), (5, 2), (1, 2), (5, 4)])
+def test_clips_and_files_are_those_of_one_process(tmp_path: Path, prompts: int, size: int) -> None:
+    alone = validate(tmp_path / "alone", prompts)
+    assert alone["end"] == "whole"
+    assert list(alone["videos"]) == ["validation/live", "validation/ema", "validation/teacher"]
+    live = alone["videos"]["validation/live"]
+    assert live.shape == (prompts, 3, 2, 4, 4)
+    assert len({clip.tobytes() for clip in live}) == prompts
+
+    found = together(validate, tmp_path / "ranks", prompts, size=size)
+    assert [rank["end"] for rank in found] == ["whole"] * size
+    first, *others = found
+    assert first["videos"].keys() == alone["videos"].keys()
+    for name, clips in alone["videos"].items():
+        np.testing.assert_allclose(first["videos"][name], clips, rtol=0, atol=1e-6)
+    assert files(tmp_path / "ranks") == files(tmp_path / "alone")
+    assert len(files(tmp_path / "alone")) == 4
+    for rank in others:
+        assert not rank["videos"], "rank 0 alone shows clips"
+        assert rank["calls"] == first["calls"], "a sharded model gathers in each of them"
+        assert rank["polls"] == first["polls"]
+    assert all(rank["weights stay"] for rank in found)
+    assert [len(call.t) for call in first["calls"]] == [-(-prompts // size)] * len(alone["calls"])
+
+
+def test_a_stop_asked_of_one_rank_ends_the_look_of_all_at_the_same_call(tmp_path: Path) -> None:
+    whole = validate(tmp_path / "alone", 5)
+    for number in (2, whole["polls"]):
+        folder = tmp_path / f"ranks-{number}"
+        found = together(validate, folder, 5, number)
+        assert [rank["end"] for rank in found] == ["stopped: preempted"] * 2
+        assert [rank["polls"] for rank in found] == [number] * 2
+        assert found[0]["calls"] == found[1]["calls"]
+        assert len(found[0]["calls"]) < len(whole["calls"]) or number == whole["polls"]
+        assert all(rank["weights stay"] for rank in found)
+        assert not any(rank["videos"] for rank in found)
+        assert files(folder) == {}
+
+
+def test_what_rank_0_cannot_write_fails_on_all(tmp_path: Path) -> None:
+    (tmp_path / "validation").write_text("in the way")
+    found = together(validate, tmp_path, 2)
+    assert all(rank["end"].startswith("RankError: rank 0: ") for rank in found), found
+    assert all("validation" in rank["end"] for rank in found)
