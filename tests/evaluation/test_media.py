@@ -1,5 +1,8 @@
 """Clips and sheets come back as what was written."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -35,6 +38,24 @@ def test_mp4_keeps_every_frame_and_enlarges_by_whole_pixels(tmp_path: Path) -> N
 def test_odd_sizes_are_padded_to_even(tmp_path: Path) -> None:
     write_mp4(torch.rand(3, 2, 5, 7), tmp_path / "odd.mp4", smallest_side=1)
     assert read(tmp_path / "odd.mp4").shape == (2, 6, 8, 3)
+
+
+FILM = """
+import sys, torch
+from distill_evaluation import SheetRow
+from distill_evaluation.media import write_sheet_mp4
+clips = torch.rand((2, 3, 9, 32, 32), generator=torch.Generator().manual_seed(0))
+write_sheet_mp4([SheetRow("one", clips)] * 2, ["a", "b"], sys.argv[1])
+"""
+
+
+def test_equal_frames_give_equal_bytes_whatever_memory_holds(tmp_path: Path) -> None:
+    written = set()
+    for filled in ("0", "85"):  # what glibc leaves in memory that it hands out
+        command = [sys.executable, "-c", FILM, str(tmp_path / "film.mp4")]
+        subprocess.run(command, env=os.environ | {"MALLOC_PERTURB_": filled}, check=True)
+        written.add((tmp_path / "film.mp4").read_bytes())
+    assert len(written) == 1
 
 
 def test_the_files_rate_is_the_one_asked_for(tmp_path: Path) -> None:

@@ -6,24 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 import pytest
 from looks import report
-from PIL import Image
 from ranks import together
-
-FILES = ["clips.mp4", "contact_sheet.png", "report.json"]
-
-
-def sheet(folder: Path) -> np.ndarray:
-    with Image.open(folder / "contact_sheet.png") as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def film(folder: Path) -> np.ndarray:
-    with av.open(str(folder / "clips.mp4")) as movie:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in movie.decode(video=0)])
 
 
 def numbers(folder: Path) -> dict[str, Any]:
@@ -63,12 +48,8 @@ def test_numbers_and_pictures_are_those_of_one_process(
         # The judge sees other batches: its last bits may differ, what it answers does not.
         exact = not key.endswith("frechet_distance")
         assert got[key] == (value if exact else pytest.approx(value, rel=1e-6)), key
-    # Of clips in other batches the last bits may differ, and with them what a codec makes;
-    # another clip in its place differs by tens.
-    for shown in (sheet, film):
-        ours, theirs = (shown(folder).astype(int) for folder in folders)
-        assert ours.shape == theirs.shape
-        assert abs(ours - theirs).mean() < 1.0, shown.__name__
+    for name in ("contact_sheet.png", "clips.mp4"):
+        assert (folders[1] / name).read_bytes() == (folders[0] / name).read_bytes(), name
 
     first, *others = found
     assert first["metrics"] == pytest.approx(alone["metrics"], rel=1e-6)

@@ -20,6 +20,9 @@ from distill_evaluation.files import replacing
 _INK = (20, 20, 20)
 _PAPER = (250, 250, 250)
 _FONT_SIZE = 18
+# Without mbtree: x264's look-ahead for it reads memory that nobody wrote, so that equal frames
+# became other files now and then.
+_X264 = {"crf": "12", "mbtree": "0"}
 
 
 def write_mp4(clip: Tensor, path: Path | str, *, fps: int = 8, smallest_side: int = 256) -> None:
@@ -32,9 +35,9 @@ def write_mp4(clip: Tensor, path: Path | str, *, fps: int = 8, smallest_side: in
 
 
 def _encode(frames: np.ndarray, path: Path | str, fps: int) -> None:
-    """`[T, H, W, 3]` uint8, even sides, as H.264."""
+    """`[T, H, W, 3]` uint8, even sides, as H.264; equal frames give equal bytes on a machine."""
     with replacing(path) as staging, av.open(str(staging), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "12"})
+        stream = container.add_stream("libx264", rate=Fraction(fps), options=_X264)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"  # the only layout that browsers and phones all play
         for frame in frames:
