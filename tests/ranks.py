@@ -144,6 +144,7 @@ def run_of_rank(*, seed: int, strategy: str, shape: Shape = PLAIN) -> Run:
     """A run whose noise and dropout are this rank's own, with weights that all have alike."""
     run = new_run(shape, seed=seed)
     run.method.streams.rank = distributed.get_rank()
+    run.method.streams.world_size = distributed.get_world_size()
     torch.manual_seed(100 * seed + distributed.get_rank())
     ema = run.callbacks.pop("ema")
     run.callbacks.update(sync=Sync(), ema=ema)

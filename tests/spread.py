@@ -612,6 +612,20 @@ def waiting(case: Case) -> list[list[float]]:
         return found
 
 
+def with_streams_of(rank: int) -> str:
+    """What a run says to streams of ``rank`` on all of its ranks."""
+    case = Case()
+    with TemporaryDirectory() as folder, Distribution.started(config_of(case), "cpu") as found:
+        method = Halves(roles(case, found), None, streams=RandomStreams(3, rank=rank, world_size=2))
+        training = training_of(case, folder, found.ranks)
+        trainer = DistillTrainer(training, trackers=(), distribution=found)
+        try:
+            trainer.run(method, Data(training.batch_size_per_device or 0, found.ranks, {}))
+        except DistillError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
 class Halves(DistillMethod[None]):
     """The critic learns alone, all of it, and with the student, one half of it; or, out of turn,
     the student's loss reaches all of it."""
@@ -648,7 +662,8 @@ def halves(apart: bool, accumulation: int) -> tuple[Outcome, list[list[str]]]:
 
     with TemporaryDirectory() as folder, Distribution.started(config_of(case), "cpu") as found:
         bundle = roles(case, found)
-        method, watch = Halves(bundle, None), Look()
+        streams = RandomStreams(3, rank=found.ranks.rank, world_size=found.ranks.size)
+        method, watch = Halves(bundle, None, streams=streams), Look()
         method.apart = apart
         training = training_of(case, folder, found.ranks)
         trainer = DistillTrainer(training, callbacks=[watch], trackers=(), distribution=found)

@@ -18,7 +18,7 @@ from distill_protocols import (
     StepResult,
 )
 from distill_trainer import OptimizerConfig, TrainingConfig, build_optimizers
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 
@@ -34,6 +34,13 @@ def linear_role(
     return RoleHandle(name=name, modules={"net": net}, trainable=trainable, precision=precision)
 
 
+def own_streams() -> RandomStreams:
+    """This rank's, where there are several."""
+    if not distributed.is_initialized():
+        return RandomStreams(0)
+    return RandomStreams(0, rank=distributed.get_rank(), world_size=distributed.get_world_size())
+
+
 class Alternating(DistillMethod[None]):
     """The student learns every ``interval``-th iteration, the critic in all others.
 
@@ -44,7 +51,7 @@ class Alternating(DistillMethod[None]):
 
     def __init__(self, bundle: ModelBundle, interval: int) -> None:
         self.interval = interval
-        super().__init__(bundle, None, streams=RandomStreams(0))
+        super().__init__(bundle, None, streams=own_streams())
 
     def turn(self, iteration: int) -> str:
         return "student" if iteration % self.interval == 0 else "critic"

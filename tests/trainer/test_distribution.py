@@ -33,6 +33,7 @@ from spread import (
     refused,
     swapped,
     waiting,
+    with_streams_of,
 )
 from torch import Tensor, nn
 from torch.distributed import TCPStore
@@ -316,6 +317,13 @@ def test_a_loss_that_one_rank_finds_infinite_ends_all_before_the_step(strategy: 
     assert found[1][0].startswith("NonFiniteLossError: iteration 3: the loss is not finite")
     assert found[0][0].startswith("RankError: rank 1: iteration 3: the loss is not finite")
     assert all(finite for _, finite in found)
+
+
+def test_ranks_with_the_same_streams_are_refused_together() -> None:
+    first, second = together(with_streams_of, 0)
+    assert second.startswith("ContractError: the run's RandomStreams are those of rank 0 of 2, but")
+    assert "rank=1, world_size=2" in second
+    assert first.startswith("RankError: rank 1: the run's RandomStreams"), first
 
 
 def test_a_policy_that_does_not_fit_is_said() -> None:

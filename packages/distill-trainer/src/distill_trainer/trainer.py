@@ -17,6 +17,7 @@ from distill_protocols import (
     DataError,
     DistillMethod,
     RandomStreams,
+    Ranks,
     RunState,
     StepRecord,
     StepResult,
@@ -113,7 +114,8 @@ class DistillTrainer:
                 leaves its step out; nothing was saved since it did.
             DataError: the loader yields nothing, or is a ``BatchLoader`` that came to an end.
             RankError: another rank failed, died, does not come, or is not where this one is.
-            ContractError: the global batch does not divide over the ranks.
+            ContractError: the global batch does not divide over the ranks, or the streams are
+                another rank's.
         """
         with self._distribution(method) as distribution:
             return self._run_on(distribution, method, loader)
@@ -130,7 +132,9 @@ class DistillTrainer:
     def _run_on(
         self, distribution: Distribution, method: DistillMethod[Any], loader: Iterable[Any]
     ) -> TrainResult:
-        training = self.training
+        training, ranks = self.training, distribution.ranks
+        streams = self._streams or method.streams
+        ranks.each(lambda: _check_place(streams, ranks))
         output_dir = Path(training.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         trackers = self._trackers
@@ -140,7 +144,7 @@ class DistillTrainer:
         run = RunState(
             method=method,
             loader=endless(loader),
-            streams=self._streams or method.streams,
+            streams=streams,
             output_dir=output_dir,
             max_train_steps=training.max_train_steps,
             trackers=tuple(trackers) if distribution.ranks.first else (),
@@ -348,6 +352,16 @@ class _Loop:
             loss = loss / self._accumulation
         method.grad_scaler.scale(loss).backward()
         return StepResult(losses, outputs)
+
+
+def _check_place(streams: RandomStreams, ranks: Ranks) -> None:
+    if (streams.rank, streams.world_size) != (ranks.rank, ranks.size):
+        raise ContractError(
+            f"the run's RandomStreams are those of rank {streams.rank} of {streams.world_size}, "
+            f"but this is rank {ranks.rank} of {ranks.size}; they must be its own, or samples of "
+            "several ranks would get the same noise. Make them with RandomStreams(seed, "
+            f"rank={ranks.rank}, world_size={ranks.size}) and give them to the method."
+        )
 
 
 def _gradient_norms(method: DistillMethod[Any], iteration: int) -> dict[str, Tensor]:
