@@ -472,7 +472,7 @@ def left_alone(folder: str) -> tuple[str, float]:
 def in_a_script(folder: str) -> Outcome:
     """A script of somebody's own: it brought the processes together, and the trainer finds them."""
     case = Case(accumulation=3, turns="both")
-    with Distribution.found(DistributedConfig(), torch.device("cpu")) as distribution:
+    with Distribution.found(DistributedConfig(), []) as distribution:
         method = method_of(case, distribution)
     if distribution.ranks.rank:  # as seeds do that a script forgot: rank 0's count
         with torch.no_grad():
@@ -488,6 +488,19 @@ def in_a_script(folder: str) -> Outcome:
     assert distributed.is_initialized()
     distributed.barrier()  # the group is theirs, and works
     return outcome(method, watch)
+
+
+def found_with(strategy: str) -> str:
+    """What is found for ``strategy`` where a script has sharded its roles, or what is said."""
+    with Distribution.started(config_of(Case(strategy="fsdp2")), "cpu") as distribution:
+        modules = method_of(Case(strategy="fsdp2"), distribution).model_dict.values()
+        weights = [p for module in modules for p in module.parameters()]
+        try:
+            config = DistributedConfig(strategy=strategy)  # type: ignore[arg-type]
+            with Distribution.found(config, weights) as found:
+                return found.strategy
+        except DistillError as error:
+            return f"{type(error).__name__}: {error}"
 
 
 def poisoned(case: Case, sample: int) -> tuple[str, bool]:

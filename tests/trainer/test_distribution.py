@@ -7,14 +7,14 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy
 import pytest
 import torch
 from attrs import evolve
-from distill_protocols import FsdpPolicy, RoleHandle
-from distill_trainer import DistributedConfig, Distribution
+from distill_protocols import FsdpPolicy, RoleError, RoleHandle
+from distill_trainer import DistillTrainer, DistributedConfig, Distribution
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from ranks import together
@@ -22,6 +22,7 @@ from spread import (
     Case,
     Outcome,
     all_trained,
+    found_with,
     halves,
     in_a_script,
     launched,
@@ -38,6 +39,7 @@ from spread import (
 from torch import Tensor, nn
 from torch.distributed import TCPStore
 from torch.distributed.tensor import DTensor
+from toy_trainer import alternating, batches, training
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 """fp32 sums in another order, over five steps."""
@@ -324,6 +326,22 @@ def test_ranks_with_the_same_streams_are_refused_together() -> None:
     assert second.startswith("ContractError: the run's RandomStreams are those of rank 0 of 2, but")
     assert "rank=1, world_size=2" in second
     assert first.startswith("RankError: rank 1: the run's RandomStreams"), first
+
+
+def test_what_a_script_has_sharded_is_found_as_its_strategy_says() -> None:
+    assert together(found_with, "fsdp2") == ["fsdp2"] * 2
+    for said in together(found_with, "none"):
+        assert said.startswith("RankError: training.distributed.strategy: none with 2 processes")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "hsdp"])
+def test_a_strategy_that_shards_is_refused_where_nothing_is_sharded(
+    tmp_path: Path, strategy: Literal["fsdp2", "hsdp"]
+) -> None:
+    config = training(tmp_path / "out", 1, distributed=DistributedConfig(strategy=strategy))
+    with pytest.raises(RoleError, match=rf"strategy: {strategy}, but no weights are sharded"):
+        DistillTrainer(config).run(alternating(), batches())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_policy_that_does_not_fit_is_said() -> None:

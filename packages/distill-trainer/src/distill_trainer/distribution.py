@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from attrs import evolve, field, frozen
+from attrs import field, frozen
 from distill_protocols import (
     ALONE,
     DistillMethod,
@@ -19,7 +19,7 @@ from distill_protocols import (
     RoleHandle,
     StepResult,
 )
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from distill_trainer.config import DistributedConfig
 from distill_trainer.ddp import DDPTrainStepWrapper
@@ -92,16 +92,31 @@ class Distribution:
 
     @classmethod
     @contextlib.contextmanager
-    def found(cls, config: DistributedConfig, device: torch.device) -> Iterator[Distribution]:
+    def found(cls, config: DistributedConfig, weights: Sequence[Tensor]) -> Iterator[Distribution]:
         """Within: the processes that somebody else's code has brought together, if any.
 
         What it sharded is trained as such; everything else is whole on each of them.
+
+        Args:
+            weights: of all roles; the first one's device is this process's own.
+
+        Raises:
+            RankError: strategy and number of processes do not fit.
+            RoleError: a strategy that shards, and nobody has sharded any weight.
         """
         with Ranks.held(config.timeout_seconds) as ranks:
-            strategy: Strategy = "none" if ranks.size == 1 else "ddp"
+            strategy = _strategy(config, ranks.size)
+            if strategy in _SHARDS and not any(map(is_shard, weights)):
+                raise RoleError(
+                    f"training.distributed.strategy: {strategy}, but no weights are sharded, and "
+                    "once roles have optimizers it is too late for that. Within "
+                    "Distribution.started(...) call its shard(role) for each role, then "
+                    "build_optimizers, and give it to DistillTrainer(distribution=); or leave the "
+                    "strategy out."
+                )
             yield cls(
-                config=evolve(config, strategy=None, shard_size=None),
-                device=device,
+                config=config,
+                device=weights[0].device if weights else torch.device("cpu"),
                 ranks=ranks,
                 strategy=strategy,
             )

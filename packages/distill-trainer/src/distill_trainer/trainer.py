@@ -114,8 +114,8 @@ class DistillTrainer:
                 leaves its step out; nothing was saved since it did.
             DataError: the loader yields nothing, or is a ``BatchLoader`` that came to an end.
             RankError: another rank failed, died, does not come, or is not where this one is.
-            ContractError: the global batch does not divide over the ranks, or the streams are
-                another rank's.
+            ContractError: the global batch does not divide over the ranks, the streams are
+                another rank's, or the strategy shards and the roles are not sharded.
         """
         with self._distribution(method) as distribution:
             return self._run_on(distribution, method, loader)
@@ -125,9 +125,8 @@ class DistillTrainer:
     def _distribution(self, method: DistillMethod[Any]) -> AbstractContextManager[Distribution]:
         if self.distribution is not None:
             return contextlib.nullcontext(self.distribution)
-        weights = (p for module in method.model_dict.values() for p in module.parameters())
-        device = next((p.device for p in weights), torch.device("cpu"))
-        return Distribution.found(self.training.distributed, device)
+        weights = [p for module in method.model_dict.values() for p in module.parameters()]
+        return Distribution.found(self.training.distributed, weights)
 
     def _run_on(
         self, distribution: Distribution, method: DistillMethod[Any], loader: Iterable[Any]
