@@ -88,7 +88,7 @@ def save_at(folder: Path, iterations: Sequence[int]) -> str:
 
 
 class Score(Callback):
-    """Measures what ``keep_best`` compares: on rank 0 alone what counts, or a sharded number."""
+    """Measures what ``keep_best`` compares: each rank its own number, or their sharded mean."""
 
     name = "score"
 
@@ -106,16 +106,17 @@ class Score(Callback):
             partial = [torch.distributed.tensor.Partial()]
             run.metrics["score"] = DTensor.from_local(own, mesh, partial)
         else:
-            run.metrics["score"] = score if rank() == 0 else -score
+            run.metrics["score"] = score
 
 
-def keep(folder: Path, scores: Mapping[int, float], sharded: bool) -> None:
+def keep(folder: Path, scores_of_ranks: Sequence[Mapping[int, float]], sharded: bool) -> None:
     """Save every iteration, and keep the last and the best one."""
     run = run_of_rank(seed=0, strategy="fsdp2")
-    run.callbacks["score"] = Score(scores, sharded)
+    run.callbacks["score"] = Score(scores_of_ranks[rank()], sharded)
     rule = KeepBestConfig(metric="score")
     config = CheckpointConfig(every_steps=1, keep_last=1, keep_best=rule, timeout_seconds=TIMEOUT)
-    run.train(folder, len(scores), CheckpointManager(config, folder, {}))
+    steps = max(map(len, scores_of_ranks))
+    run.train(folder, steps, CheckpointManager(config, folder, {}))
 
 
 # -- the output folder ----------------------------------------------------------------------------

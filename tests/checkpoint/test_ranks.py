@@ -121,8 +121,10 @@ def test_ranks_at_different_iterations_save_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_the_first_rank_says_which_checkpoints_stay(tmp_path, sharded):
-    together(keep, tmp_path, {1: 3.0, 2: 1.0, 3: 2.0, 4: 9.0}, sharded)
+def test_the_mean_over_ranks_says_which_checkpoints_stay(tmp_path, sharded):
+    """Rank 0 alone would keep the first one."""
+    scores = [{1: 0.0, 2: 2.0, 3: 3.0, 4: 9.0}, {1: 6.0, 2: 0.0, 3: 1.0, 4: 9.0}]
+    assert together(keep, tmp_path, scores, sharded) == [None, None]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint-000002",
         "checkpoint-000004",
@@ -130,6 +132,11 @@ def test_the_first_rank_says_which_checkpoints_stay(tmp_path, sharded):
     assert inspect(tmp_path / "checkpoint-000002", checksums=True).manifest.metrics == {
         "score": 1.0
     }
+
+
+def test_what_one_rank_alone_measured_counts(tmp_path):
+    assert together(keep, tmp_path, [{}, {1: 1.0, 2: 2.0, 3: 3.0}], False) == [None, None]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-000001", "checkpoint-000003"}
 
 
 @pytest.mark.parametrize(

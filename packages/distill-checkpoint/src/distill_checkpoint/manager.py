@@ -202,16 +202,16 @@ class CheckpointManager:
             self._delete_superseded(snapshot.iteration)
 
     def _measured(self, run: RunState, name: str, ranks: Ranks) -> dict[str, float]:
-        """What ``keep_best`` compares, if it was measured in this iteration; rank 0's counts.
-
-        All ranks ask: of a sharded number (DTensor) each has a part.
+        """What ``keep_best`` compares, if it was measured in this iteration: as trackers show it,
+        the mean over the ranks that have it. All ranks call it together.
         """
         rule = self.config.keep_best
         if rule is None:
             return {}
-        if rule.metric in run.metrics:
-            found = run.metrics[rule.metric]
-            value = float(to_whole(found) if isinstance(found, Tensor) else found)
+        told = ranks.agree(lambda: _number(run.metrics.get(rule.metric)))
+        found = [value for value in told if value is not None]
+        if found:
+            value = sum(found) / len(found)
             return {rule.metric: value} if math.isfinite(value) else {}
         if ranks.first and not self._unmeasured_told:
             self._unmeasured_told = True
@@ -401,6 +401,13 @@ def _failed(target: Path, error: Exception) -> CheckpointError:
         f"{target} could not be saved: {error}. The checkpoints before it are untouched. "
         "Make room or mend the folder, then resume with checkpoint.resume: latest."
     )
+
+
+def _number(metric: Tensor | float | None) -> float | None:
+    """Of a sharded one (DTensor) each rank has a part: all ask."""
+    if metric is None:
+        return None
+    return float(to_whole(metric) if isinstance(metric, Tensor) else metric)
 
 
 def _json_able(config: Mapping[str, Any]) -> dict[str, Any]:
