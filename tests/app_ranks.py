@@ -11,22 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from distill_checkpoint import StoredCheckpoint
 from distill_protocols import Callback, DataError, DistillError, RunState, StepRecord
 from distill_train import build as build_module
 from distill_train import run as app
 from distill_train.build import Run
 from distill_train.check import read_config
-from distill_train.source import read_source
+from tiny_file import tiny_values, write_laid_over
 from torch import Tensor, distributed
-
-TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny"
 
 
 def run_file(path: Path, method: str, **changes: Any) -> Path:
     """``configs/tiny/<method>.yaml`` with ``changes`` laid over it, without what only reports."""
-    values = _absolute(read_source(TINY / f"{method}.yaml").values)
+    values = tiny_values(method)
     for section in ("validation",):
         values.pop(section, None)
     values["callbacks"].pop("report", None)
@@ -37,27 +34,7 @@ def run_file(path: Path, method: str, **changes: Any) -> Path:
         "progress": False,
         "trackers": ["jsonl"],
     }
-    path.write_text(yaml.safe_dump(_laid_over(values, changes), sort_keys=False))
-    return path
-
-
-def _absolute(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _absolute(item) for key, item in value.items()}
-    if isinstance(value, str) and value.startswith("./"):
-        return str((TINY / value).resolve())
-    return value
-
-
-def _laid_over(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    for key, value in changes.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
-            _laid_over(base[key], value)
-        elif value is None:
-            base.pop(key, None)
-        else:
-            base[key] = value
-    return base
+    return write_laid_over(path, values, changes)
 
 
 def train(file: Path) -> str:

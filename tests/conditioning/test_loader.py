@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,10 @@ def _negative(dataset: LatentDataset) -> Condition:
     stored = dataset.negative()
     assert stored is not None
     return stored.condition
+
+
+def _dropping(dataset: LatentDataset, rate: float = 0.4, **place: Any) -> LatentLoader:
+    return LatentLoader(dataset, dropout=rate, negative=_negative(dataset), **place)
 
 
 def test_a_batch_holds_the_latents_and_text_of_its_ids(dataset_of):
@@ -108,15 +113,8 @@ def test_resuming_anywhere_equals_never_stopping(
     dataset = dataset_of(samples)
 
     def loader() -> LatentLoader:
-        return LatentLoader(
-            dataset,
-            batch_size=batch_size,
-            seed=seed,
-            dropout=0.4,
-            negative=_negative(dataset),
-            rank=data_rank,
-            world_size=world_size,
-        )
+        place = {"rank": data_rank, "world_size": world_size}
+        return _dropping(dataset, batch_size=batch_size, seed=seed, **place)
 
     data_rank = data.draw(st.integers(0, world_size - 1))
     whole = list(islice(loader(), stop + 4))
@@ -149,16 +147,8 @@ def test_other_numbers_of_ranks_go_on_in_the_same_stream(dataset_of, samples, se
     """Nothing is lost or given twice, over the ends of epochs too, and dropout is the same."""
 
     def loader(workers: int, batch_size: int, rank: int = 0, ranks: int = 1) -> LatentLoader:
-        dataset = dataset_of(samples, workers=workers)
-        return LatentLoader(
-            dataset,
-            batch_size=batch_size,
-            seed=seed,
-            dropout=0.4,
-            negative=negative,
-            rank=rank,
-            world_size=ranks,
-        )
+        dataset, place = dataset_of(samples, workers=workers), {"rank": rank, "world_size": ranks}
+        return _dropping(dataset, batch_size=batch_size, seed=seed, **place)
 
     def rows(batch: Batch) -> list[tuple[int, bool]]:
         return list(zip(_numbers(batch), _dropped(batch, negative), strict=True))
@@ -209,15 +199,8 @@ def test_workers_change_nothing_that_can_be_seen(
 
     def loader(workers: int) -> LatentLoader:
         dataset = dataset_of(samples, workers=workers)
-        return LatentLoader(
-            dataset,
-            batch_size=batch_size,
-            seed=seed,
-            dropout=0.4,
-            negative=_negative(dataset),
-            rank=rank,
-            world_size=world_size,
-        )
+        place = {"rank": rank, "world_size": world_size}
+        return _dropping(dataset, batch_size=batch_size, seed=seed, **place)
 
     plain, threaded = loader(0), loader(workers)
     global_state = torch.get_rng_state()
@@ -346,15 +329,8 @@ def test_dropout_knows_only_seed_epoch_and_sample(
         # The loader alone knows the epoch; here it is told by how often the sample was seen.
         found: dict[tuple[int, int], bool] = {}
         for rank in range(world_size):
-            loader = LatentLoader(
-                dataset,
-                batch_size=batch_size,
-                seed=seed,
-                dropout=0.5,
-                negative=negative,
-                rank=rank,
-                world_size=world_size,
-            )
+            place = {"rank": rank, "world_size": world_size}
+            loader = _dropping(dataset, 0.5, batch_size=batch_size, seed=seed, **place)
             for number, batch in enumerate(islice(loader, batches)):
                 first = number * batch_size * world_size + rank
                 rows = zip(_numbers(batch), _dropped(batch, negative), strict=True)

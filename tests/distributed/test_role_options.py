@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
-from app_ranks import TINY, losses, run_file, train
+from app_ranks import losses, run_file, train
 from ranks import together
+from tiny_file import TINY
 
 WAN = str(TINY / "wan")
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
