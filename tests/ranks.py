@@ -91,7 +91,7 @@ def _results(children: list[BaseProcess], pipes: list[Any]) -> list[Any]:
     found = []
     for child, pipe in zip(children, pipes, strict=True):
         try:
-            stopped = child.pid is not None and _state(child.pid) == "T"
+            stopped = child.pid is not None and state(child.pid) == "T"
             found.append(pipe.recv() if not stopped and pipe.poll(PATIENCE) else "")
         except EOFError:
             found.append("")  # killed
@@ -101,7 +101,7 @@ def _results(children: list[BaseProcess], pipes: list[Any]) -> list[Any]:
     return found
 
 
-def _state(pid: int) -> str:
+def state(pid: int) -> str:
     """Of a process, as the kernel abbreviates it; T: stopped."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

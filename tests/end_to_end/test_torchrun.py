@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ranks import state
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30
@@ -55,10 +57,18 @@ def test_a_killed_worker_comes_back_and_goes_on_from_latest(tiny, tmp_path):
         while not (out / f"checkpoint-{EVERY:06}").exists():
             assert run.poll() is None, log.read_text()
             time.sleep(0.05)
-        os.kill(worker(run.pid, 1), signal.SIGKILL)
+        survivor, victim = (worker(run.pid, rank) for rank in (0, 1))
+        # Or torchrun may end the survivor before that has said why.
+        os.kill(run.pid, signal.SIGSTOP)
+        os.kill(victim, signal.SIGKILL)
+        while state(survivor) not in "ZX":
+            time.sleep(0.05)
+        told = log.read_text()
+        os.kill(run.pid, signal.SIGCONT)
         status = run.wait()
     finally:
         run.kill()
+    assert re.search(r"rank 0 waited for the others at iteration \d+.* lost them .*rank 1 ", told)
     said = log.read_text()
     assert status == 0, said
     assert "resumed" in said
