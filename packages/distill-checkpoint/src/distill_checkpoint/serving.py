@@ -52,8 +52,8 @@ def served(
 
 
 @frozen(eq=False)
-class ServedWeights:
-    """The ``WeightSource`` of one module on rank 0, within ``served``."""
+class ServedWeights(WeightSource):
+    """The source of one module on rank 0, within ``served``."""
 
     weights: TensorWeights
     _key: str
