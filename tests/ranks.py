@@ -31,7 +31,16 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 CONTEXT.set_forkserver_preload(
-    ["ranks", "spread", "lockstep_ranks", "rank_jobs", "wan_ranks", "app_ranks", "torch._dynamo"]
+    [
+        "ranks",
+        "spread",
+        "lockstep_ranks",
+        "rank_jobs",
+        "wan_ranks",
+        "expert_ranks",
+        "app_ranks",
+        "torch._dynamo",
+    ]
 )
 
 EMPTY: Mapping[str, Any] = {}

@@ -14,6 +14,7 @@ from attrs import define, field, frozen
 from distill_protocols import (
     Batch,
     Capabilities,
+    Chunk,
     Condition,
     ConditioningError,
     ModelBundle,
@@ -131,7 +132,10 @@ class ToyAdapter:
     def condition_fingerprint(self) -> str:
         return "toy"
 
-    def clear_caches(self, role: str) -> None: ...
+    def chunks(self, role: str, frames: int | None = None) -> tuple[Chunk, ...]:
+        return (Chunk(0, LATENT_SHAPE[1] if frames is None else frames),)
+
+    def clear_caches(self, role: str, *, stream: str | None = None) -> None: ...
 
     def sample(
         self,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wan_variants
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
 from distill_protocols import RoleSpec
 
@@ -126,3 +127,16 @@ def count_calls():
         hook.remove()
 
     return counting
+
+
+@pytest.fixture(scope="session")
+def folder_of(pipeline_template, tmp_path_factory):
+    """Name of a variant -> its folder, which no test may change."""
+    base, made = tmp_path_factory.mktemp("variants"), {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = wan_variants.build(name, pipeline_template, base / name)
+        return str(made[name])
+
+    return folder

@@ -10,10 +10,11 @@ import attrs
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from distill_adapters_wan import PLUGIN, WanPipelineConfig
+from distill_adapters_wan import PLUGIN, WanPipelineConfig, adapter
 from distill_adapters_wan.call_memory import plan_call, watch
 from distill_adapters_wan.calls import predicted
 from distill_protocols import (
+    Condition,
     FsdpPolicy,
     LoraSpec,
     RoleHandle,
@@ -21,6 +22,7 @@ from distill_protocols import (
     WeightsError,
 )
 from torch import Tensor
+from wan_variants import VARIANTS
 
 KINDS: dict[str, dict[str, Any]] = {
     "trained": {},
@@ -98,6 +100,32 @@ def test_a_call_takes_what_is_planned(folder, pipeline_template, kind):
     found = watch(loaded(spec), *inputs(spec, batch))
     assert plan.most == pytest.approx(found.most, rel=0.02)
     assert plan.held == pytest.approx(found.held if spec.trainable else 0, rel=0.02)
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_a_call_of_every_variant_takes_what_is_planned(name, folder_of, monkeypatch):
+    """Of what the adapter really gives its model: channels, embeddings, a time for each token."""
+    config, path = VARIANTS[name].config, folder_of(name)
+    spec = RoleSpec(name="student", path=path, trainable=True)
+    plan = PLUGIN.plan_call(spec, config, source=path, batch=2)
+    assert plan is not None
+    bundle = PLUGIN.load([spec], config, device=torch.device("cpu"))
+    wan = PLUGIN.adapter(bundle, config, source=path)
+    calls: list[tuple[Any, ...]] = []
+
+    def call(role: RoleHandle, *given: Any, **options: Any) -> Tensor:
+        calls.append(given)
+        return predicted(role, *given, **options)
+
+    monkeypatch.setattr(adapter, "predicted", call)
+    cond = Condition({"text": torch.randn(2, config.max_sequence_length, 16)})
+    if VARIANTS[name].image:
+        cond = wan.with_image(cond, torch.rand(2, 3, config.height, config.width))
+    wan.forward("student", torch.randn(2, *wan.latent_shape), torch.full((2,), 950.0), cond)
+    ((hidden, times, text, image),) = calls
+    found = watch(bundle["student"], hidden, text, image, frame_times=times.dim() == 2)
+    assert plan.most == pytest.approx(found.most, rel=0.02)
+    assert plan.held == pytest.approx(found.held, rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["trained", "trained in bf16", "LoRA"])

@@ -11,11 +11,12 @@ from typing import Any
 import attrs
 import pytest
 import yaml
-from distill_protocols import ConfigError
+from distill_adapters_wan import PLUGIN, WanPipelineConfig
+from distill_protocols import ConfigError, FsdpPolicy, RoleSpec
 from distill_protocols.bundle import TensorPlan
 from distill_train.check import read_config
 from distill_train.cli import main
-from distill_train.memory import Planner, share
+from distill_train.memory import Planner, Sums, share
 from distill_train.memory_text import memory_sections
 from distill_train.suggestions import Change, _descent, fitting, suggestions
 from hypothesis import given
@@ -72,6 +73,22 @@ def test_shares_are_the_whole(rows, width, ways):
     shares = [share(tensor, ways, rank) for rank in range(ways)]
     chunks = [c.numel() for c in torch.empty(rows, width).chunk(ways)]
     assert shares == chunks + [0] * (ways - len(chunks))
+
+
+def test_of_two_experts_one_is_called_at_a_time():
+    """Wan 2.2's are each what the large Wan 2.1 is."""
+    clip, policy = WanPipelineConfig(num_frames=81, height=480, width=832), FsdpPolicy()
+
+    def sums(model: str) -> Sums:
+        role = RoleSpec(name="student", path=f"Wan-AI/{model}-Diffusers", trainable=True)
+        return Sums.of(PLUGIN.plan(role, clip), ways=4, rank=0, own=True)
+
+    one, both = sums("Wan2.1-T2V-14B"), sums("Wan2.2-T2V-A14B")
+    assert both.weights == 2 * one.weights == 2 * both.called
+    assert both.gradients == 2 * one.gradients
+    assert both.gathered(policy) == 2 * one.gathered(policy)
+    assert both.gathered(policy, at_once=2) == one.gathered(policy, at_once=2)
+    assert both.gradients_of_a_block(policy) == one.gradients_of_a_block(policy)
 
 
 CALLS: dict[Any, Any] = {}

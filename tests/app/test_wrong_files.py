@@ -199,6 +199,10 @@ SPOILT = {
     "nested value": (put("method_config", "student_sampler", "shift", value=0), "method_config.student_sampler.shift: "),
     "batch that does not divide": (put("training", "batch_size_per_device", value=3), "training.batch_size_per_device: 4 samples"),
     "clip that the VAE cannot take": (put("pipeline_config", "num_frames", value=8), "pipeline_config.num_frames: 8 must be 4k + 1"),
+    "causal role that is none": (
+        put("pipeline_config", "causal", value={"roles": ["studnt"]}),
+        "pipeline_config.causal.roles: there is no role 'studnt'; the run has critic, student, teacher",
+    ),
     "latents of another shape": (put("pipeline_config", "num_frames", value=13), "data.path: "),
     "text of another length": (put("pipeline_config", "max_sequence_length", value=512), "data.path: "),
     "the data's folder for output": (lambda v: v["training"].update(output_dir=v["data"]["path"]), "training.output_dir: "),
@@ -485,3 +489,40 @@ def test_the_plan_counts(values, write, capsys):
     assert memory[1].split()[:6] == ["teacher", "4.4", "MB", "-", "-", "-"]
     updates = next(line for line in lines if line.strip().startswith("student (lr"))
     assert updates.split(")")[1].split() == [*"...x...x..", "1"]
+
+
+def planned(values: Values, write: Callable[..., Path], model: str) -> tuple[str, ...]:
+    """Faults of a dry run of ``values`` on a published model."""
+    for role in values["models"].values():
+        role["path"] = model
+    values["pipeline_config"] = {"num_frames": 81, "height": 480, "width": 832}
+    values["data"]["path"] = "/nowhere"
+    values["conditioning"] = {"negative_prompt": ""}
+    try:
+        read_config(write(values), planning=True)
+    except ConfigError as error:
+        return error.faults
+    return ()
+
+
+def look(**sampler: Any) -> Values:
+    view = {"role": "teacher", "sampler": {"steps": 4, "guidance": 3.0, **sampler}}
+    return {"prompts": ["x"], "views": {"a": view}}
+
+
+def test_two_guidances_are_for_two_experts(values, write):
+    values["validation"] = look(guidance_2=2.0)
+    assert planned(copy.deepcopy(values), write, "Wan-AI/Wan2.2-T2V-A14B-Diffusers") == ()
+    (fault,) = planned(values, write, "Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    assert "validation.views.a.sampler.guidance_2: 2 is of a second expert" in fault
+
+
+def test_prompts_alone_sample_no_image_to_video_model(values, write):
+    model = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
+    assert planned(copy.deepcopy(values), write, model) == ()
+    values["validation"] = look()
+    (fault,) = planned(values, write, model)
+    assert "validation.views.a.role: 'teacher' is an image-to-video model" in fault
+    # TI2V takes a first frame or none.
+    values["pipeline_config"] = {}
+    assert planned(values, write, "Wan-AI/Wan2.2-TI2V-5B-Diffusers") == ()

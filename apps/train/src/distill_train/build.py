@@ -33,7 +33,7 @@ from distill_trainer import (
     build_trackers,
 )
 
-from distill_train.plan import horizon
+from distill_train.plan import horizon, horizons
 from distill_train.schema import RunConfig, is_local
 
 _log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def _attach_optimizers(config: RunConfig, bundle: ModelBundle) -> None:
     scaled = any(r.trainable and r.precision == "fp16" for r in bundle.roles.values())
     for name, role in config.roles.items():
         if role.optimizer is not None:
-            steps = horizon(config, name)
+            steps = horizons(config, name) or horizon(config, name)
             build_optimizers(bundle[name], role.optimizer, horizon=steps, scaled=scaled)
 
 

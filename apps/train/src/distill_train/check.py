@@ -168,6 +168,8 @@ class _Check:
         facts = self._data(complete, family, parts)
         self._negative(method, parts, facts)
         run = self._planned(complete, method, parts, facts, callback_plugins, callbacks)
+        if family is not None and parts["pipeline"] is not None:
+            run = _with_kinds(run, family, parts["pipeline"])
         self._named_roles(run, parts, family)
         self._callback_rules(run, callback_plugins, callbacks)
         self._best_by_a_metric(parts, callback_plugins, callbacks)
@@ -326,6 +328,9 @@ class _Check:
             self._check_roles(roles, needs, method)
             if family is not None and pipeline is not None:
                 self._check_capabilities(family, pipeline, method, method_config)
+        if family is not None and pipeline is not None:
+            for key, message in family.config_faults(pipeline, self._written_roles()):
+                self._fault(("pipeline_config", *key.split(".")), message)
         complete = {}
         broken = self._written_roles().difference(roles)  # with faults of their own
         for name, role in roles.items():
@@ -478,7 +483,7 @@ class _Check:
         for name, view in (parts["validation"].views if parts["validation"] else {}).items():
             for key, message in (
                 *run.role_faults(view.role, ema=view.ema),
-                *run.sampler_faults(view.sampler),
+                *run.sampler_faults(view.sampler, view.role),
             ):
                 self._fault(("validation", "views", name, *key.split(".")), message)
         exports = parts["checkpoint"].export if parts["checkpoint"] else ()
@@ -605,11 +610,14 @@ class _Check:
         if data is None or (self.planning and not Path(data.path).exists()):
             return None
         latents, text = None, None
+        images: dict[str, tuple[int, ...]] = {}
         if family and pipeline and roles:
             latents = family.latent_shape(pipeline, source=components_source(pipeline, roles))
             # Of a role, not of the components: it is the transformer that reads the text.
             text = family.text_shape(pipeline, source=next(iter(roles.values())).spec.path)
-        facts = dataset_facts(data.path, latent_shape=latents, text_shape=text)
+            for role in roles.values():
+                images |= family.image_shapes(pipeline, source=role.spec.path)
+        facts = dataset_facts(data.path, latent_shape=latents, text_shape=text, image_shapes=images)
         for message in facts.faults:
             self._fault(("data", "path"), message)
         return facts
@@ -727,6 +735,16 @@ def _whole_under_lora(start: object, role: Role, way_out: str) -> str:
         f"{start} holds whole weights, but the base of {role.spec.name}'s lora is what its path "
         "says: checkpoints hold the adapters alone, and an export would merge them into other "
         f"weights than they were trained beside. Without init_from, {way_out}"
+    )
+
+
+def _with_kinds(run: PlannedRun, family: FamilyPlugin, pipeline: Any) -> PlannedRun:
+    """``run`` with what its models need to be sampled."""
+    roles = run.roles.items()
+    return evolve(
+        run,
+        experts=frozenset(n for n, spec in roles if family.expert_ranges(spec, pipeline)),
+        pictured=frozenset(n for n, s in roles if family.image_shapes(pipeline, source=s.path)),
     )
 
 

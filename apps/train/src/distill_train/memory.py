@@ -21,6 +21,8 @@ _MOMENTS = {"adamw": 2, "sgd": 0}
 """Tensors of a parameter's size that an optimizer keeps."""
 _AT_ONCE = 2
 """Blocks that FSDP2 has gathered at once: the one that is called, and the next."""
+_Block = tuple[str, str | None]
+"""(module, block of it)."""
 
 
 @frozen(kw_only=True)
@@ -275,42 +277,49 @@ class Sums:
 
     Attributes:
         weights: stored on one process: of each tensor a full piece, as FSDP2 pads the last ones.
+        called: of these, the largest module's: of two experts one is called at a time.
         gradients: likewise, of what trains, as wide as it.
         moving: of what trains, in fp32, without padding: what an optimizer moment has.
-        whole: of each block (None: of none), as stored: (bytes, elements).
+        whole: of each block of each module (None: of none), as stored: (bytes, elements).
         trained: likewise, of what trains.
         buffers: on each process.
     """
 
     weights: int
+    called: int
     gradients: int
     moving: int
-    whole: Mapping[str | None, tuple[int, int]]
-    trained: Mapping[str | None, tuple[int, int]]
+    whole: Mapping[_Block, tuple[int, int]]
+    trained: Mapping[_Block, tuple[int, int]]
     buffers: int
 
     @classmethod
     def of(cls, plan: RolePlan, *, ways: int, rank: int, own: bool) -> Sums:
         """``own``: not of a role beside another's weights, which holds adapters alone."""
-        tensors = [t for m in plan.modules for t in m.tensors]
-        held = [t for t in tensors if own or t.adapter]
-        trained = [t for t in tensors if t.trained]
+        trained = [t for m in plan.modules for t in m.tensors if t.trained]
+        weights = [
+            sum(share(t, ways) * t.dtype.itemsize for t in m.tensors if own or t.adapter)
+            for m in plan.modules
+        ]
         return cls(
-            weights=sum(share(t, ways) * t.dtype.itemsize for t in held),
+            weights=sum(weights),
+            called=max(weights, default=0),
             gradients=sum(share(t, ways) * t.dtype.itemsize for t in trained),
             moving=sum(share(t, ways, rank) * 4 for t in trained),
-            whole=_by_block(tensors),
-            trained=_by_block(trained),
+            whole=_by_block((m.name, t) for m in plan.modules for t in m.tensors),
+            trained=_by_block((m.name, t) for m in plan.modules for t in m.tensors if t.trained),
             buffers=sum(m.buffer_bytes for m in plan.modules) if own else 0,
         )
 
     def gathered(self, policy: FsdpPolicy, *, at_once: int | None = None) -> int:
-        """Bytes of gathered weights: of all blocks, or what is outside of them and the
-        ``at_once`` largest."""
+        """Bytes of gathered weights: of all modules, or of one what is outside of its blocks and
+        the ``at_once`` largest."""
         sizes = _as_gathered(self.whole, policy)
-        outside = sizes.pop(None, 0)
-        largest = sorted(sizes.values(), reverse=True)
-        return outside + sum(largest if at_once is None else largest[:at_once])
+        if at_once is None:
+            return sum(sizes.values())
+        outside = [nbytes for (_, block), nbytes in sizes.items() if block is None]
+        blocks = [nbytes for (_, block), nbytes in sizes.items() if block is not None]
+        return max(outside, default=0) + sum(sorted(blocks, reverse=True)[:at_once])
 
     def whole_gradients(self, policy: FsdpPolicy) -> int:
         """Unsharded, as they are between micro steps that do not sum them over processes."""
@@ -323,17 +332,15 @@ class Sums:
         return max((wide[b] + n * sent for b, (_, n) in self.trained.items()), default=0)
 
 
-def _by_block(tensors: Iterable[TensorPlan]) -> dict[str | None, tuple[int, int]]:
-    found: dict[str | None, tuple[int, int]] = {}
-    for tensor in tensors:
-        nbytes, numel = found.get(tensor.block, (0, 0))
-        found[tensor.block] = (nbytes + tensor.nbytes, numel + tensor.numel)
+def _by_block(tensors: Iterable[tuple[str, TensorPlan]]) -> dict[_Block, tuple[int, int]]:
+    found: dict[_Block, tuple[int, int]] = {}
+    for module, tensor in tensors:
+        nbytes, numel = found.get((module, tensor.block), (0, 0))
+        found[module, tensor.block] = (nbytes + tensor.nbytes, numel + tensor.numel)
     return found
 
 
-def _as_gathered(
-    sizes: Mapping[str | None, tuple[int, int]], policy: FsdpPolicy
-) -> dict[str | None, int]:
+def _as_gathered(sizes: Mapping[_Block, tuple[int, int]], policy: FsdpPolicy) -> dict[_Block, int]:
     if policy.mixed_precision is None:
         return {block: nbytes for block, (nbytes, _) in sizes.items()}
     width = DTYPES[policy.mixed_precision].itemsize
@@ -342,7 +349,7 @@ def _as_gathered(
 
 def _called(role: Role, spread: Spread, sums: Sums) -> int:
     policy = role.spec.fsdp or FsdpPolicy()
-    waiting = sums.weights if role.spec.offload else 0
+    waiting = sums.called if role.spec.offload else 0
     if not spread.sharded:
         return waiting
     blocks = sums.gathered(policy, at_once=_AT_ONCE) if policy.reshard_after_forward else 0

@@ -27,6 +27,21 @@ def horizon(config: RunConfig, role: str) -> int:
     return sum(role in updates(config.method, iteration) for iteration in steps)
 
 
+def horizons(config: RunConfig, role: str) -> dict[str, int]:
+    """By module, where each of a role's experts takes a share of its steps; else empty.
+
+    The share is what the method expects: which expert learns is drawn, so an expert's own count
+    strays from it by about the square root of the count, and a schedule that falls has fallen by
+    then or stays that near its end.
+    """
+    ranges = config.family_plugin.expert_ranges(config.roles[role].spec, config.pipeline)
+    steps, share = horizon(config, role), config.method_plugin.update_share
+    return {
+        module: max(1, round(steps * share(config.method, role, low, high)))
+        for module, (low, high) in ranges.items()
+    }
+
+
 def describe(config: RunConfig, *, world_size: int = 1, device_memory: int | None = None) -> str:
     """The resolved plan as text.
 
@@ -81,6 +96,9 @@ def _updates(config: RunConfig) -> list[str]:
             )
             lr = f"lr {role.optimizer.lr:g}, {role.optimizer.schedule.name}"
             rows.append((f"{name} ({lr})", *marks, f"{horizon(config, name):,}"))
+            for module, steps in horizons(config, name).items():
+                blank = [""] * SHOWN_ITERATIONS
+                rows.append((f"  of which {module}, by t", *blank, f"about {steps:,}"))
     return table(rows, right=range(1, SHOWN_ITERATIONS + 2))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from distill_protocols.lazy import lazy_exports
 
+from distill_adapters_wan.causal_config import CausalConfig
 from distill_adapters_wan.config import WanPipelineConfig
 from distill_adapters_wan.plugin import PLUGIN, WanFamily
 from distill_adapters_wan.published import PUBLISHED, LatentFacts, PublishedModel
@@ -32,6 +33,7 @@ _LAZY = {
 __all__ = [
     "PLUGIN",
     "PUBLISHED",
+    "CausalConfig",
     "LatentFacts",
     "PublishedModel",
     "StockSchedule",

@@ -1,11 +1,12 @@
-"""How a Wan text-to-video model is called.
+"""How a Wan model is called: from text or from a first frame, with one expert or two.
 
 Letters: B batch, C channels, T latent frames, H and W latent height and width, L tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterable, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 from distill_protocols import (
     Capabilities,
     CapabilityError,
+    Chunk,
+    ChunkCall,
+    CleanPast,
     Condition,
     ConditioningError,
     ContractError,
@@ -27,23 +31,40 @@ from torch import Tensor
 
 from distill_adapters_wan import flow, sampling
 from distill_adapters_wan.calls import predicted, transformer_of
-from distill_adapters_wan.capabilities import CAPABILITIES
+from distill_adapters_wan.capabilities import capabilities_of
+from distill_adapters_wan.causal import CausalRoles, token_times
 from distill_adapters_wan.components import TextSide, VideoCodec
 from distill_adapters_wan.config import WanPipelineConfig
+from distill_adapters_wan.experts import LOW, boundary_of, expert_of, ranges
 from distill_adapters_wan.folders import fetch, read_json
+from distill_adapters_wan.image import (
+    beside_channels,
+    embeds_of,
+    first_frame_given,
+    frame_times,
+    latents_of,
+)
+from distill_adapters_wan.image_encoder import ImageSide
+from distill_adapters_wan.image_shapes import EMBEDS, LATENTS, ImageKind, image_kind
+from distill_adapters_wan.kv_cache import Place
 from distill_adapters_wan.shape import clip_faults, latent_facts, latent_shape
 
 
 class WanAdapter:
-    """``DistillAdapter`` of Wan 2.1 text-to-video. A condition is ``{"text": [B, L, D]}``.
+    """``DistillAdapter``, ``ExpertRouting`` and ``ImageConditioning`` of Wan 2.1 and 2.2.
+
+    A condition is ``{"text": [B, L, D]}`` and, of a model that reads a first frame, what
+    ``distill_adapters_wan.image`` says.
 
     Args:
-        bundle: roles, each with a module ``transformer``.
+        bundle: roles, each with a module ``transformer``, and ``transformer_2`` where it has two
+            experts.
         config: the run's ``pipeline_config``.
         source: Diffusers folder or hub id of VAE, text encoder and tokenizer.
 
     Raises:
         WeightsError: ``source`` has no VAE configuration, or clip, VAE and transformer do not fit.
+        RoleError: a role that ``config.causal`` names is not there.
     """
 
     def __init__(self, bundle: ModelBundle, config: WanPipelineConfig, *, source: str) -> None:
@@ -52,8 +73,9 @@ class WanAdapter:
         vae_folder = fetch(source, ("vae",)) / "vae"
         facts = latent_facts(vae_folder)
         for name, role in bundle.roles.items():
-            for fault in clip_faults(config, facts, dict(transformer_of(role).config)):
+            for fault in clip_faults(config, facts, _facts_of(role)):
                 raise WeightsError(f"role {name!r} and the VAE of {source}: {fault}")
+        _refuse_mixed(bundle)
         self._latent_shape = latent_shape(config, facts)
         # Not of parameters: those of a role that waits its turn are on the CPU.
         device = next(
@@ -64,10 +86,13 @@ class WanAdapter:
         self._mean, self._std = (values.to(device) for values in statistics)
         self._codec = VideoCodec(source, device=device)
         self._text = TextSide(source, config, device=device)
+        self._causal = CausalRoles(bundle, config.causal)
+        self._streams = itertools.count()
+        self._images = ImageSide(source, device=device)
 
     @property
     def capabilities(self) -> Capabilities:
-        return CAPABILITIES
+        return capabilities_of(self._config)
 
     # -- noise schedule -----------------------------------------------------------------------
 
@@ -95,29 +120,37 @@ class WanAdapter:
         fwd_pred_type: PredType = "v",
         neg_cond: Condition | None = None,
         cfg: float | None = None,
-        caches: Any | None = None,
+        caches: ChunkCall | CleanPast | None = None,
         features: MutableMapping[int, Tensor] | None = None,
     ) -> Tensor:
         """The prediction of ``role`` [B, C, T, H, W], fp32; guidance ``u + w (c - u)`` in fp32.
 
         ``cfg`` of None or 1 calls the model on ``cond`` alone, 0 on ``neg_cond`` alone; any other
-        costs two calls, or one of 2B (``cfg_batched``).
+        costs two calls, or one of 2B (``cfg_batched``; with a ``ChunkCall`` two, each with a past
+        of its own). What ``neg_cond`` does not hold, such as a picture, is that of ``cond``.
+
+        A role of two experts is called by ``t``: on the CPU it costs nothing, on another device
+        the host waits for it. A frame that ``cond`` gives (``trained_frames``) replaces that of
+        ``x_t``; as x0 it is returned as it was given, as v or eps it means nothing.
 
         Raises:
             ConditioningError: guidance without ``neg_cond``, or a condition of a wrong shape.
-            CapabilityError: ``caches`` or ``features``.
+            CapabilityError: ``features``, or ``caches`` of a role that is not causal.
+            ContractError: ``t`` lies on both sides of the role's boundary, or a chunk does not
+                follow what is cached.
         """
-        if caches is not None or features is not None:
-            asked = "caches" if caches is not None else "features"
+        if features is not None:
             raise CapabilityError(
-                f"forward was asked for {asked}, which the Wan adapter does not support (see its "
+                "forward was asked for features, which the Wan adapter does not support (see its "
                 "capabilities); a method must check them before its first step"
             )
         flow.sigma_of(t, x_t)  # refuses t that is rounded or of another shape
         handle = self._bundle[role]
         w = 1.0 if cfg is None else cfg
-        v = self._guided(handle, x_t, t, cond, neg_cond, w, batched=self._config.cfg_batched)
-        return flow.v_to_pred(v, x_t, t, fwd_pred_type).float()
+        batched = self._config.cfg_batched and not isinstance(caches, ChunkCall)
+        v = self._guided(handle, x_t, t, cond, neg_cond, w, batched=batched, caches=caches)
+        pred = flow.v_to_pred(v, x_t, t.to(x_t.device), fwd_pred_type).float()
+        return self._with_given(handle, pred, cond) if fwd_pred_type == "x0" else pred
 
     def _guided(
         self,
@@ -129,30 +162,184 @@ class WanAdapter:
         w: float,
         *,
         batched: bool,
+        caches: ChunkCall | CleanPast | None = None,
+        stock: bool = False,
     ) -> Tensor:
         if w == 1:
-            return self._velocity(role, x_t, t, cond)
+            return self._velocity(role, x_t, t, cond, caches, stock=stock)
         if neg_cond is None:
             raise ConditioningError(
                 f"guidance w = {w:g} of role {role.name!r} without a negative condition; only "
                 "w = 1 (or none) needs none. Give the run a negative prompt or embedding"
             )
-        negative = neg_cond.expand(x_t.shape[0])
+        negative = neg_cond.expand(x_t.shape[0]).over(cond.expand(x_t.shape[0]))
         if w == 0:
-            return self._velocity(role, x_t, t, negative)
+            return self._velocity(role, x_t, t, negative, caches, negative=True, stock=stock)
         if batched:
             both = Condition.cat([cond.expand(x_t.shape[0]), negative])
-            pair = self._velocity(role, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+            if isinstance(caches, CleanPast):
+                caches = caches.repeated(2)
+            pair = self._velocity(role, torch.cat([x_t, x_t]), torch.cat([t, t]), both, caches)
             conditional, unconditional = pair.chunk(2)
             return flow.guide(conditional, unconditional, w)
         return flow.guide(
-            self._velocity(role, x_t, t, cond), self._velocity(role, x_t, t, negative), w
+            self._velocity(role, x_t, t, cond, caches, stock=stock),
+            self._velocity(role, x_t, t, negative, caches, negative=True, stock=stock),
+            w,
         )
 
-    def _velocity(self, role: RoleHandle, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        text = self._checked_text(role, cond.expand(x_t.shape[0]))
-        v = predicted(role, self.to_model_layout(x_t), t, text.to(x_t.device))
-        return self.from_model_layout(v).float()
+    def _velocity(
+        self,
+        role: RoleHandle,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition,
+        caches: ChunkCall | CleanPast | None = None,
+        *,
+        negative: bool = False,
+        stock: bool = False,
+    ) -> Tensor:
+        """``stock``: as the pipelines of diffusers do where something else is equal but cheaper."""
+        expert = self._expert(role, t)
+        cond, t = cond.expand(x_t.shape[0]), t.to(x_t.device)
+        if isinstance(caches, ChunkCall) and caches.store:
+            # Each expert attends to keys of its own, so what becomes past becomes it for both.
+            with torch.no_grad():
+                for other in sorted(role.modules.keys() - {expert}):
+                    self._called(role, other, x_t, t, cond, caches, negative=negative, stock=stock)
+        return self._called(role, expert, x_t, t, cond, caches, negative=negative, stock=stock)
+
+    def _called(
+        self,
+        role: RoleHandle,
+        expert: str,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition,
+        caches: ChunkCall | CleanPast | None,
+        *,
+        negative: bool,
+        stock: bool,
+    ) -> Tensor:
+        text = self._checked_text(role, cond)
+        if LATENTS in cond.tensors and self._causal.of(role.name) is not None:
+            raise ConditioningError(
+                f"the condition holds {LATENTS!r}, and role {role.name!r} is causal: a given first "
+                "frame would be put into each of its chunks. Leave the picture out, or take the "
+                "role out of pipeline_config.causal.roles"
+            )
+        transformer = transformer_of(role, expert)
+        stream = caches.stream if isinstance(caches, ChunkCall) else ""
+        place = Place(role=role.name, module=expert, negative=negative, stream=stream)
+        call = self._causal.prepared(place, x_t, t, text, caches, transformer=transformer)
+        hidden, times = self._model_inputs(role, call.x_t, call.t, cond, stock=stock)
+        v = predicted(
+            role,
+            self.to_model_layout(hidden),
+            times,
+            text.to(x_t.device),
+            embeds_of(cond, transformer.config, x_t),
+            module=expert,
+            arguments=call.arguments,
+        )
+        return call.finish(self.from_model_layout(v).float())
+
+    def _model_inputs(
+        self, role: RoleHandle, x_t: Tensor, t: Tensor, cond: Condition, *, stock: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What the transformer takes for latents, and its times: [B], or one a token."""
+        kind = _image_kind(role)
+        image = latents_of(cond, kind, x_t)
+        if kind == "frame" and (image is not None or stock):
+            # Else not: a t that all tokens share gives the same to 4e-6 without a row of
+            # modulation for each.
+            t = frame_times(t, x_t.shape[2], given=image is not None)
+        times = token_times(transformer_of(role), x_t, t)
+        if image is None:
+            return x_t, times
+        put = beside_channels if kind == "channels" else first_frame_given
+        return put(x_t, image), times
+
+    def _with_given(self, role: RoleHandle, x: Tensor, cond: Condition) -> Tensor:
+        """``x`` with the frame that ``cond`` gives, if it gives one."""
+        kind = _image_kind(role)
+        image = latents_of(cond.expand(len(x)), kind, x) if kind == "frame" else None
+        return x if image is None else first_frame_given(x, image)
+
+    # -- experts and pictures -----------------------------------------------------------------
+
+    def expert_of(self, role: str, t: Tensor) -> str:
+        """``transformer`` where ``t`` reaches the boundary, else ``transformer_2``.
+
+        Raises:
+            ContractError: ``t`` lies on both sides of it.
+        """
+        return self._expert(self._bundle[role], t)
+
+    def expert_ranges(self, *roles: str) -> tuple[tuple[float, float], ...]:
+        """See ``ExpertRouting``: with ends at the boundaries of all of ``roles``."""
+        found = (self._boundary(self._bundle[name]) for name in roles)
+        return ranges(boundary for boundary in found if boundary is not None)
+
+    def _expert(self, role: RoleHandle, t: Tensor) -> str:
+        return expert_of(t, self._boundary(role), role.name)
+
+    def _boundary(self, role: RoleHandle) -> float | None:
+        own = role.call_facts.get("boundary_ratio")
+        return boundary_of(role.modules, own, self._config.boundary_ratio)
+
+    def trained_frames(self, cond: Condition) -> Tensor | None:
+        """0 on the first frame where ``cond`` gives it as a frame (TI2V-5B), else None.
+
+        A picture in channels of its own (Wan 2.1 and A14B) leaves every frame to be predicted.
+        """
+        image = cond.tensors.get(LATENTS)
+        if image is None or image.shape[2] != 1 or self._image_kind() != "frame":
+            return None
+        mask = torch.ones(1, 1, self._latent_shape[1], 1, 1, device=image.device)
+        mask[:, :, 0] = 0
+        return mask
+
+    @torch.no_grad()
+    def with_image(self, cond: Condition, images: Tensor) -> Condition:
+        """``cond`` and what the models read of first frames [B, 3, H_px, W_px] in [0, 1].
+
+        Raises:
+            ConditioningError: the models read none, pictures are of another size than the run's
+                clips, or there is not one for each row of ``cond``.
+            WeightsError: Wan 2.1 reads CLIP's embedding, and the source has no image encoder.
+        """
+        kind, size = self._image_kind(), (self._config.height, self._config.width)
+        if kind == "none":
+            raise ConditioningError(
+                "there is a first frame, but the models of this run read text alone; it would have "
+                "no effect. Leave it out, or use an image-to-video model"
+            )
+        if tuple(images.shape) != (len(cond), 3, *size):
+            raise ConditioningError(
+                f"first frames are {list(images.shape)}, they must be [{len(cond)}, 3, {size[0]}, "
+                f"{size[1]}]: one a row of the condition, of the size of the run's clips. Scale "
+                "and crop them before"
+            )
+        first = images.to(self._mean.device).float().unsqueeze(2)
+        if kind == "channels":
+            # Grey, 0 in the VAE's range, as WanImageToVideoPipeline fills up the clip.
+            rest = torch.full_like(first, 0.5).expand(-1, -1, self._config.num_frames - 1, -1, -1)
+            first = torch.cat([first, rest], dim=2)
+        # One at a time, and normalised as that pipeline does: both round otherwise together or in
+        # normalize_latents.
+        raw = torch.cat([self._codec.encode(clip) for clip in first.split(1)])
+        tensors = {LATENTS: (raw - self._mean.to(raw)) * (1.0 / self._std.to(raw))}
+        if self._reads_embeds():
+            tensors[EMBEDS] = self._images.encode(images)
+        return Condition(tensors).over(cond)
+
+    def _image_kind(self) -> ImageKind:
+        """Of the run's models, which are of one kind."""
+        return next(map(_image_kind, self._bundle.roles.values()), "none")
+
+    def _reads_embeds(self) -> bool:
+        return any(_facts_of(r).get("image_dim") is not None for r in self._bundle.roles.values())
 
     def _checked_text(self, role: RoleHandle, cond: Condition) -> Tensor:
         if "text" not in cond.tensors:
@@ -207,9 +394,14 @@ class WanAdapter:
 
     # -- text ---------------------------------------------------------------------------------
 
-    def encode_condition(self, raw_cond: Sequence[str]) -> Condition:
-        """``{"text": [B, L, D]}`` fp32, padded to L = max_sequence_length with zeros."""
-        return Condition({"text": self._text.encode(raw_cond)})
+    def encode_condition(self, raw_cond: Sequence[str], images: Tensor | None = None) -> Condition:
+        """``{"text": [B, L, D]}`` fp32, padded to L = max_sequence_length with zeros.
+
+        Args:
+            images: first frames, see ``with_image``.
+        """
+        cond = Condition({"text": self._text.encode(raw_cond)})
+        return cond if images is None else self.with_image(cond, images)
 
     def encode_neg_condition(self, raw_neg_cond: str) -> Condition:
         """One row."""
@@ -231,9 +423,19 @@ class WanAdapter:
         """Drop the VAE from memory; the next use reads it again."""
         self._codec.free()
 
-    def clear_caches(self, role: str) -> None:
-        """Nothing to clear: this adapter keeps no key/value cache."""
-        self._bundle.require_roles([role])
+    # -- causal roles -------------------------------------------------------------------------
+
+    def chunks(self, role: str, frames: int | None = None) -> tuple[Chunk, ...]:
+        """How ``role`` divides a video; see ``CausalRollout.chunks``."""
+        return self._causal.chunks(role, self._latent_shape[1] if frames is None else frames)
+
+    def clear_caches(self, role: str, *, stream: str | None = None) -> None:
+        """Forget the past of ``role``: of one stream, or of all."""
+        self._causal.clear(role, stream)
+
+    def cached_bytes(self, role: str) -> int:
+        """Bytes of keys and values that ``role`` has cached."""
+        return self._causal.cached_bytes(role)
 
     # -- sampling -----------------------------------------------------------------------------
 
@@ -248,14 +450,16 @@ class WanAdapter:
         neg_cond: Condition | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
+        context_noise: float = 0.0,
     ) -> Tensor:
         """Normalised clean latents [B, C, T, H, W]; see ``sampling.sample``.
 
-        ``poll`` is called before each step; what it raises ends the sampling.
+        A causal role makes them chunk by chunk (``stream``). ``poll`` is called before each step;
+        what it raises ends the sampling.
 
         Raises:
-            ContractError: noise of another shape than the run's clips, or not one generator a row
-                for a stochastic spec.
+            ContractError: noise of another shape than the run's clips, not one generator a row
+                for a stochastic spec, or ``guidance_2`` for a role of one expert.
         """
         if tuple(noise.shape[1:]) != self._latent_shape:
             raise ContractError(
@@ -264,15 +468,119 @@ class WanAdapter:
             )
 
         handle = self._bundle[role]
+        _check_guidances(handle, spec)
+        if self._causal.of(role) is not None:
+            parts = (noise[:, :, chunk.span] for chunk in self.chunks(role, noise.shape[2]))
+            return torch.cat(
+                list(
+                    self.stream(
+                        role, spec, parts, cond,
+                        neg_cond=neg_cond, generators=generators, poll=poll,
+                        context_noise=context_noise,
+                    )
+                ),
+                dim=2,
+            )  # fmt: skip
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             if poll is not None:
                 poll()
             # Two calls for guidance, whatever cfg_batched says, as WanPipeline makes them: a call
             # of 2B rounds otherwise, and an export must give the same clip bit for bit.
-            return self._guided(handle, x, t, cond, neg_cond, spec.guidance, batched=False)
+            w = spec.guidances[self._expert(handle, t) == LOW]
+            return self._guided(handle, x, t, cond, neg_cond, w, batched=False, stock=True)
 
-        return sampling.sample(velocity, spec, noise, generators)
+        return self._with_given(handle, sampling.sample(velocity, spec, noise, generators), cond)
+
+    def _checked_noise(self, noise: Tensor) -> Tensor:
+        channels, _, height, width = self._latent_shape
+        if noise.dim() != 5 or (noise.shape[1], *noise.shape[3:]) != (channels, height, width):
+            raise ContractError(
+                f"noise of a chunk is {list(noise.shape)}, it must be [B, {channels}, T, {height}, "
+                f"{width}] for this run's clips"
+            )
+        return noise
+
+    @torch.no_grad()
+    def stream(
+        self,
+        role: str,
+        spec: SamplerSpec,
+        noises: Iterable[Tensor],
+        cond: Condition,
+        *,
+        neg_cond: Condition | None = None,
+        generators: RowGenerators | None = None,
+        poll: Callable[[], None] | None = None,
+        context_noise: float = 0.0,
+    ) -> Generator[Tensor, None, None]:
+        """Clean latents of a causal role's video, chunk by chunk, as ``noises`` are asked for.
+
+        With ``causal.window_frames`` set, neither time nor memory of a chunk depends on how many
+        came before. Streams do not disturb each other, nor a method's rollout of the same role.
+
+        Args:
+            noises: of each chunk [B, C, T of the chunk, H, W] (``chunks``), without an end if need
+                be.
+            context_noise: see ``sampling.sample_chunks``.
+        """
+        handle, name = self._bundle[role], f"stream {next(self._streams)}"
+        _check_guidances(handle, spec)
+        noises = map(self._checked_noise, noises)
+
+        def velocity(x: Tensor, t: Tensor, first_frame: int, store: bool) -> Tensor:
+            if poll is not None:
+                poll()
+            call = ChunkCall(first_frame=first_frame, store=store, stream=name)
+            w = spec.guidances[self._expert(handle, t) == LOW]
+            if store and len(set(spec.guidances)) > 1:
+                w = 2.0  # any that takes both: nobody reads it, and each expert needs its own pasts
+            return self._guided(handle, x, t, cond, neg_cond, w, batched=False, caches=call)
+
+        try:
+            yield from sampling.sample_chunks(
+                velocity, spec, noises, generators, context_noise=context_noise
+            )
+        finally:
+            self.clear_caches(role, stream=name)
+
+
+def _facts_of(role: RoleHandle) -> dict[str, Any]:
+    """Numbers of its transformer; two experts are of one architecture."""
+    return dict(transformer_of(role).config)
+
+
+def _check_guidances(role: RoleHandle, spec: SamplerSpec) -> None:
+    if spec.guidance_2 is not None and LOW not in role.modules:
+        raise ContractError(
+            f"the sampler has guidance_2 {spec.guidance_2:g}, and role {role.name!r} has one "
+            "expert that it would never reach. Leave it out"
+        )
+
+
+def _refuse_mixed(bundle: ModelBundle) -> None:
+    """One condition goes to all roles of a step, so they must read the same of it."""
+    reads = {
+        name: (_image_kind(role), _facts_of(role).get("image_dim") is not None)
+        for name, role in bundle.roles.items()
+    }
+    if len(set(reads.values())) > 1:
+        said = {
+            ("none", False): "text",
+            ("frame", False): "text, or a first frame in its place",
+            ("channels", False): "text and a first frame's latents",
+            ("channels", True): "text, a first frame's latents and its CLIP embedding",
+        }
+        told = "; ".join(f"{name} reads {said[kind]}" for name, kind in reads.items())
+        raise WeightsError(
+            f"the roles read different conditions ({told}), and one condition goes to all of them. "
+            "Use models of one kind"
+        )
+
+
+def _image_kind(role: RoleHandle) -> ImageKind:
+    expand = bool(role.call_facts.get("expand_timesteps", False))
+    return image_kind(transformer_of(role).config, expand)
 
 
 def _latent_statistics(vae_config: dict[str, Any]) -> tuple[Tensor, Tensor]:

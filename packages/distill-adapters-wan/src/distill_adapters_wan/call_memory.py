@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from distill_adapters_wan.calls import predicted, transformer_of
+from distill_adapters_wan.causal import token_times
 from distill_adapters_wan.injection import inject
 from distill_adapters_wan.lora import DEFAULTS, adapted_layers
 from distill_adapters_wan.planning import on_meta, stored_dtype
@@ -60,6 +61,8 @@ def plan_call(
     *,
     latents: Sequence[int],
     text: Sequence[int],
+    image: Sequence[int] | None = None,
+    frame_times: bool = False,
 ) -> CallPlan:
     """From models of two and of three blocks, as each further block adds the same.
 
@@ -71,20 +74,32 @@ def plan_call(
     tokens). Weights in 16 bits that autocast makes of fp32 ones are counted.
 
     Args:
-        latents: [B, C, T, H, W] of the call.
+        config: of the transformer; of two experts either, as one is called at a time.
+        latents: [B, C, T, H, W] of the call, with the channels that bring a picture.
         text: [B, L, D] of the call.
+        image: [B, tokens, D] of a picture's embedding, where the model reads one.
+        frame_times: whether each frame has a t of its own, as where one of them is given.
     """
+    shapes = _Shapes(latents=latents, text=text, image=image, frame_times=frame_times)
     blocks = config.get("num_layers", DEFAULTS["num_layers"])
-    found = measured({**config, "num_layers": min(blocks, 2)}, role, latents, text)
+    found = measured({**config, "num_layers": min(blocks, 2)}, role, shapes)
     if blocks > 2:
-        three = measured({**config, "num_layers": 3}, role, latents, text)
+        three = measured({**config, "num_layers": 3}, role, shapes)
         found = found.plus(three, blocks - 2)
     return CallPlan(held=found.held if role.trainable else 0, most=found.most)
 
 
-def measured(
-    config: Mapping[str, Any], role: RoleSpec, latents: Sequence[int], text: Sequence[int]
-) -> CallBytes:
+@frozen(kw_only=True)
+class _Shapes:
+    """See ``plan_call``."""
+
+    latents: Sequence[int]
+    text: Sequence[int]
+    image: Sequence[int] | None = None
+    frame_times: bool = False
+
+
+def measured(config: Mapping[str, Any], role: RoleSpec, shapes: _Shapes) -> CallBytes:
     """Of the whole model of ``config``, block by block; see ``plan_call``."""
     module = on_meta(config, role.path)
     trained = None
@@ -101,7 +116,13 @@ def measured(
             precision=role.precision,
             trained=None if trained is None else {"transformer": trained},
         )
-        return watch(handle, torch.empty(tuple(latents)), torch.empty(tuple(text)))
+        return watch(
+            handle,
+            torch.empty(tuple(shapes.latents)),
+            torch.empty(tuple(shapes.text)),
+            None if shapes.image is None else torch.empty(tuple(shapes.image)),
+            frame_times=shapes.frame_times,
+        )
 
 
 def _fill_with_fakes(module: nn.Module, role: RoleSpec) -> None:
@@ -121,11 +142,19 @@ def _fill_with_fakes(module: nn.Module, role: RoleSpec) -> None:
         module.get_submodule(layer).register_buffer(end, torch.empty(old.shape, dtype=old.dtype))
 
 
-def watch(role: RoleHandle, x_t: Tensor, text: Tensor) -> CallBytes:
+def watch(
+    role: RoleHandle,
+    x_t: Tensor,
+    text: Tensor,
+    image: Tensor | None = None,
+    *,
+    frame_times: bool = False,
+) -> CallBytes:
     """One call of ``role``, fake or real, with its backward pass if it learns."""
     module = transformer_of(role)
-    t = torch.ones(len(x_t))
-    alive = _Alive([*module.parameters(), *module.buffers(), x_t, text, t])
+    t = torch.ones((len(x_t), x_t.shape[2]) if frame_times else len(x_t))
+    given = [value for value in (x_t, text, t, image) if value is not None]
+    alive = _Alive([*module.parameters(), *module.buffers(), *given])
     hooks: list[Any] = [
         # Gradients are counted elsewhere; here each goes as soon as it is there.
         p.register_post_accumulate_grad_hook(_drop_gradient)
@@ -144,7 +173,8 @@ def watch(role: RoleHandle, x_t: Tensor, text: Tensor) -> CallBytes:
 
     hooks.append(transformer_of(role).blocks[-1].register_forward_pre_hook(entered))
     with alive, _quiet(), torch.set_grad_enabled(role.trainable):
-        loss = predicted(role, x_t, t, text).float().square().mean()
+        times = token_times(module, x_t, t)
+        loss = predicted(role, x_t, times, text, image).float().square().mean()
         held, forward = alive.now, alive.lap()
         if role.trainable:
             loss.backward()

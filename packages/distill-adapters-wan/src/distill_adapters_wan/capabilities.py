@@ -1,7 +1,28 @@
 """What the Wan adapter supports. No torch: run files are checked against it."""
 
+from attrs import evolve
 from distill_protocols import Capabilities
 
+from distill_adapters_wan.config import WanPipelineConfig
+
 CAPABILITIES = Capabilities(
-    supports_cfg=True, supports_decode=True, supported_pred_types=frozenset({"v", "x0", "eps"})
+    supports_cfg=True,
+    supports_decode=True,
+    supports_expert_routing=True,
+    supports_frame_times=True,
+    supports_image_condition=True,
+    supported_pred_types=frozenset({"v", "x0", "eps"}),
 )
+"""Without causal roles."""
+
+
+def capabilities_of(config: WanPipelineConfig) -> Capabilities:
+    """Those of a run with this ``pipeline_config``."""
+    if config.causal is None:
+        return CAPABILITIES
+    return evolve(
+        CAPABILITIES,
+        supports_kv_cache=True,
+        supports_teacher_forcing=True,
+        causal_roles=config.causal.roles,
+    )

@@ -170,7 +170,7 @@ class TextSide:
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype) -> Any:
-    """UMT5 in eval mode, with every key found and its embedding tied.
+    """UMT5 as ``load_encoder`` loads it, with its embedding tied.
 
     Some transformers 5 builds left ``embed_tokens`` untied or zero (transformers PR 43880), and
     then every prompt means the same; so the tie is asserted.
@@ -178,18 +178,7 @@ def load_text_encoder(folder: Path, dtype: torch.dtype) -> Any:
     Raises:
         WeightsError: unmatched keys, a damaged file, or an embedding that is not tied.
     """
-    try:
-        with _without_progress_bar():
-            # A .bin file is a pickle, and never read.
-            loaded = UMT5EncoderModel.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
-        encoder, info = cast(tuple[Any, dict[str, Iterable[Any]]], loaded)
-    except Exception as error:  # safetensors, OSError, ValueError: all mean unreadable files
-        raise WeightsError(f"{folder} cannot be read: {error}. Download it again") from error
-    unmatched = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-    if unmatched:
-        raise WeightsError(f"{folder}: the keys do not match UMT5EncoderModel: {unmatched}")
+    encoder = load_encoder(UMT5EncoderModel, folder, dtype)
     tokens, shared = encoder.encoder.embed_tokens.weight, encoder.shared.weight
     if not torch.equal(tokens, shared) or not bool(shared.any()):
         raise WeightsError(
@@ -197,6 +186,27 @@ def load_text_encoder(folder: Path, dtype: torch.dtype) -> Any:
             "they must be one table, or every prompt encodes alike. This is a fault of some "
             "transformers 5 builds (PR 43880): install another version"
         )
+    return encoder
+
+
+def load_encoder(model_class: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """An encoder of transformers in eval mode, with every key found.
+
+    Raises:
+        WeightsError: unmatched keys, or a damaged file.
+    """
+    try:
+        with _without_progress_bar():
+            # A .bin file is a pickle, and never read.
+            loaded = model_class.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+        encoder, info = cast(tuple[Any, dict[str, Iterable[Any]]], loaded)
+    except Exception as error:  # safetensors, OSError, ValueError: all mean unreadable files
+        raise WeightsError(f"{folder} cannot be read: {error}. Download it again") from error
+    unmatched = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if unmatched:
+        raise WeightsError(f"{folder}: the keys do not match {model_class.__name__}: {unmatched}")
     return encoder.eval().requires_grad_(False)
 
 

@@ -37,6 +37,7 @@ from distill_adapters_wan.folders import (
     locate,
     read_json,
 )
+from distill_adapters_wan.image_shapes import image_kind
 from distill_adapters_wan.loading import build_from, check_keys
 from distill_adapters_wan.lora import adapted_layers, adapter_names, names_of
 from distill_adapters_wan.low_rank import Extraction, extract
@@ -52,11 +53,18 @@ LORA_STEM = "pytorch_lora_weights"
 """The name that ``load_lora_weights(folder)`` looks for."""
 COMFY_LORA = "{}-comfyui"
 """Of the same LoRA under the names that ComfyUI reads, beside it."""
-COMPONENTS = ("vae", "text_encoder", "tokenizer")
+COMPONENTS = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor")
+"""The last two: of Wan 2.1 image-to-video alone."""
 _TOLERABLE = 0.5
 """Units of t; one step of the 1000 that Wan was trained on is 1."""
 _COMFY_NUMBERS = {"attention_head_dim": 128, "freq_dim": 256, "patch_size": [1, 2, 2], "eps": 1e-6}
 """What ComfyUI takes for granted, as nothing in a weight file says it."""
+
+
+_CAUSAL = (
+    "this role makes a clip chunk by chunk (`causal`), and stock pipelines let all frames see all: "
+    "their clips are not those that it was trained for. Sample it with WanAdapter.sample or .stream"
+)
 
 
 class WanExporter:
@@ -109,6 +117,8 @@ class WanExporter:
                 raise WeightsError(f"{role.name} cannot be exported: {fault}")
             with whole_or_nothing(folder, SPEC_FILE) as stage:
                 _write_pipeline(stage, source, role, modules, weights, request, schedule)
+                index = _model_index(role, source, stage, list(modules), self._config)
+                _write_json(stage / "model_index.json", index)
                 return _concluded(stage, facts)
         with whole_or_nothing(folder, SPEC_FILE) as stage:
             if request.format == "comfyui":
@@ -136,7 +146,19 @@ class WanExporter:
     def _facts(
         self, role: RoleSpec, request: ExportRequest, schedule: StockSchedule
     ) -> dict[str, Any]:
-        spec = request.sampler
+        spec, causal = request.sampler, self._config.causal
+        if causal is not None and role.name not in causal.roles:
+            causal = None
+        call = {
+            "num_inference_steps": spec.steps,
+            "guidance_scale": spec.guidance,
+            "num_frames": self._config.num_frames,
+            "height": self._config.height,
+            "width": self._config.width,
+            "max_sequence_length": self._config.max_sequence_length,
+        }
+        if spec.guidance_2 is not None:
+            call["guidance_scale_2"] = spec.guidance_2
         return {
             "role": role.name,
             "path": role.path,
@@ -146,17 +168,11 @@ class WanExporter:
             "sampler": asdict(spec),
             "timesteps": [1000 * sigma for sigma in spec.sigmas()],
             "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", **schedule.config},
+            "causal": None if causal is None else asdict(causal),
             "stock_timesteps": list(schedule.timesteps),
             "timestep_deviation": schedule.deviation,
-            "call": {
-                "num_inference_steps": spec.steps,
-                "guidance_scale": spec.guidance,
-                "num_frames": self._config.num_frames,
-                "height": self._config.height,
-                "width": self._config.width,
-                "max_sequence_length": self._config.max_sequence_length,
-            },
-            "notes": list(_notes(role, request, schedule)),
+            "call": call,
+            "notes": [*_notes(role, request, schedule), *([] if causal is None else [_CAUSAL])],
         }
 
 
@@ -237,7 +253,6 @@ def _write_pipeline(
         if (source / name).is_dir():
             _copy(source / name, stage / name)
     _name_tokenizer(stage / "tokenizer" / "tokenizer_config.json")
-    _write_json(stage / "model_index.json", _model_index(role, source, stage, list(modules)))
 
 
 def _write_shards(folder: Path, source: WeightSource, names: list[str], most: int) -> None:
@@ -257,14 +272,20 @@ def _write_shards(folder: Path, source: WeightSource, names: list[str], most: in
         (folder / f"{DIFFUSERS_STEM}.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def _model_index(role: RoleSpec, source: Path, stage: Path, modules: list[str]) -> dict[str, Any]:
+def _model_index(
+    role: RoleSpec, source: Path, stage: Path, modules: list[str], config: WanPipelineConfig
+) -> dict[str, Any]:
     """The source's index with our scheduler and the role's transformers, and only what is there."""
     index = read_json(source / "model_index.json")
     own = locate(role.path)
     if own is not None and (own / "model_index.json").is_file():
         theirs = read_json(own / "model_index.json")
-        # Which expert when, and how t is given: the transformers' affair, not the components'.
-        index |= {k: theirs[k] for k in ("boundary_ratio", "expand_timesteps") if k in theirs}
+        # Which pipeline, which expert when, and how t is given: the transformers' affair, not the
+        # components'.
+        told = ("_class_name", "boundary_ratio", "expand_timesteps")
+        index |= {k: theirs[k] for k in told if k in theirs}
+    if len(modules) > 1 and config.boundary_ratio is not None:
+        index["boundary_ratio"] = config.boundary_ratio
     kinds = {name: kind for name, kind in index.items() if isinstance(kind, list)}
     kinds["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     kinds |= {name: ["diffusers", "WanTransformer3DModel"] for name in modules}
@@ -453,6 +474,7 @@ def _notes(role: RoleSpec, request: ExportRequest, schedule: StockSchedule) -> I
             "FlowMatchEulerDiscreteScheduler cannot make them; `timesteps` holds the exact ones"
         )
     yield from _guidance_notes(spec)
+    yield from _image_notes(role, request)
     if request.format == "lora":
         yield (
             "a LoRA file holds no scheduler: give the base's pipeline "
@@ -461,13 +483,31 @@ def _notes(role: RoleSpec, request: ExportRequest, schedule: StockSchedule) -> I
 
 
 def _guidance_notes(spec: SamplerSpec) -> Iterator[str]:
-    if spec.guidance < 1:
+    high, low = spec.guidances
+    if high < 1:
         yield (
-            f"WanPipeline treats guidance_scale {spec.guidance:g} as 1 (it guides only above 1), "
+            f"WanPipeline treats guidance_scale {high:g} as 1 (it guides only above 1), "
             "so it cannot repeat this sampler"
         )
-    if spec.guidance > 1:
+    if high <= 1 and low != high:
+        yield (
+            f"WanPipeline guides neither expert where guidance_scale is at most 1, so "
+            f"guidance_scale_2 {low:g} has no effect in it, and it cannot repeat this sampler"
+        )
+    if high > 1:
         yield "pass the run's negative prompt; WanPipeline's own default is the empty one"
+
+
+def _image_notes(role: RoleSpec, request: ExportRequest) -> Iterator[str]:
+    transformers, calling = architecture(role.path)
+    kind = image_kind(transformers["transformer"], calling.expand_timesteps)
+    if kind == "channels":
+        yield "pass the first frame as `image`, of the clip's size"
+    elif kind == "frame" and request.format == "diffusers":
+        yield (
+            "the folder is WanPipeline's (text); WanImageToVideoPipeline.from_pretrained(folder) "
+            "takes a first frame as `image`"
+        )
 
 
 def _concluded(stage: Path, facts: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,12 @@ def export_faults(role: RoleSpec, request: ExportRequest) -> Iterator[tuple[str,
     transformers: Mapping[str, Mapping[str, Any]] = {}
     with suppress(WeightsError):  # the role's own fault, told by FamilyPlugin.faults
         transformers, _ = architecture(role.path)
+    if request.sampler.guidance_2 is not None and len(transformers) == 1:
+        yield (
+            "sampler",
+            f"guidance_2 {request.sampler.guidance_2:g} is of a second expert, and {role.path} has "
+            "one transformer, which would never have it. Leave it out",
+        )
     yield from _rank_faults(role, request, transformers)
     if role.lora is not None and request.format != "lora":
         yield from _base_faults("merged into", role, transformers)

@@ -1,7 +1,8 @@
 """Flow matching, as pure functions (Lipman et al. 2023; SD3, Esser et al. 2024, section 2).
 
 ``x_t = (1 - s) x0 + s eps`` and ``v = eps - x0`` with s = t / 1000. Latents are [B, C, T, H, W]
-and t is [B], one time a sample. All is computed in fp32, or in fp64 where an input is fp64.
+and t is [B], one time a sample, or [B, T], one a frame. All is computed in fp32, or in fp64 where
+an input is fp64.
 """
 
 from __future__ import annotations
@@ -10,21 +11,22 @@ import torch
 from distill_protocols import PredType
 from torch import Tensor
 
-TRAIN_STEPS = 1000.0
-"""t at pure noise."""
+from distill_adapters_wan.architecture import TRAIN_STEPS
 
 
 def sigma_of(t: Tensor, like: Tensor) -> Tensor:
-    """s = t / 1000 as [B, 1, 1, ...], ready to multiply ``like`` [B, ...]."""
+    """s = t / 1000, ready to multiply ``like``: [B, 1, 1, 1, 1], or [B, 1, T, 1, 1]."""
     if not t.is_floating_point() or t.dtype in (torch.float16, torch.bfloat16):
         raise TypeError(
             f"t has dtype {t.dtype}, it must be float32 or float64: 16 bits and integers round "
             "times such as 833.33 (bf16 gives 832). Keep t in float32"
         )
+    if like.dim() == 5 and t.shape == (like.shape[0], like.shape[2]):
+        return (t / TRAIN_STEPS)[:, None, :, None, None]
     if t.shape != (like.shape[0],):
         raise ValueError(
-            f"t has shape {list(t.shape)} for {like.shape[0]} samples; it must be [B], one time a "
-            "sample. Use t.expand(B) for one common time"
+            f"t has shape {list(t.shape)} for latents {list(like.shape)}; it must be [B], one time "
+            "a sample, or [B, T], one a frame. Use t.expand(B) for one common time"
         )
     return (t / TRAIN_STEPS).reshape(-1, *[1] * (like.dim() - 1))
 

@@ -5,8 +5,11 @@
     model_index.json
     transformer/    config.json, diffusion_pytorch_model.safetensors (or shards and their index)
     vae/            likewise
+    transformer_2/  likewise                                       the second expert of Wan 2.2 A14B
     text_encoder/   config.json, model.safetensors (or shards)    only to encode new prompts
     tokenizer/      tokenizer.json, spiece.model ...               likewise
+    image_encoder/  config.json, model.safetensors (or shards)    only to encode new pictures (2.1)
+    image_processor/  preprocessor_config.json                     likewise
 """
 
 from __future__ import annotations
@@ -184,12 +187,20 @@ def pipeline_faults(folder: Path, *, components: bool) -> Iterator[str]:
     A text encoder may be absent (a data set with stored embeddings needs none), but not broken.
     """
     index = folder / "model_index.json"
+    names: tuple[str, ...] = ()
     if not index.is_file():
         yield (
             f"{index} is missing, so {folder} is no Diffusers-format pipeline folder. The "
             "original Wan format is another one: use the model's ...-Diffusers repository"
         )
-    yield from module_faults(folder / "transformer", DIFFUSERS_STEM)
+    else:
+        try:
+            names = transformer_names(folder)
+        except WeightsError as error:
+            yield str(error)
+            return
+    for name in names or ("transformer",):
+        yield from module_faults(folder / name, DIFFUSERS_STEM)
     if components:
         yield from component_faults(folder)
 
@@ -199,6 +210,8 @@ def component_faults(folder: Path) -> Iterator[str]:
     yield from module_faults(folder / "vae", DIFFUSERS_STEM)
     if (folder / "text_encoder").is_dir():
         yield from text_faults(folder)
+    if (folder / "image_encoder").is_dir():
+        yield from image_faults(folder)
 
 
 def text_faults(folder: Path) -> Iterator[str]:
@@ -211,6 +224,14 @@ def text_faults(folder: Path) -> Iterator[str]:
             f"{tokenizer} holds none of {', '.join(names)}, and text_encoder/ beside it is "
             "of no use without. Download it again"
         )
+
+
+def image_faults(folder: Path) -> Iterator[str]:
+    """What is missing or damaged where a picture shall be encoded (Wan 2.1 image-to-video)."""
+    yield from module_faults(folder / "image_encoder", TRANSFORMERS_STEM)
+    file = folder / "image_processor" / "preprocessor_config.json"
+    if not file.is_file():
+        yield f"{file} is missing, and image_encoder/ is of no use without. Download it again"
 
 
 def folder_fault(path: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
-from attrs import frozen
+from attrs import asdict, frozen
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from distill_protocols import (
     ALONE,
@@ -26,6 +26,8 @@ from distill_protocols.plugins import EMPTY
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from distill_adapters_wan.architecture import Calling, architecture
+from distill_adapters_wan.experts import HIGH, LOW
 from distill_adapters_wan.filling import filled, move_buffers
 from distill_adapters_wan.folders import fetch, read_json, transformer_names
 from distill_adapters_wan.injection import DrawnAdapters, inject
@@ -41,7 +43,6 @@ from distill_adapters_wan.shape import unsupported
 from distill_adapters_wan.sources import JoinedWeights, module_weights
 
 Module = TypeVar("Module", bound=nn.Module)
-_TRANSFORMER = "transformer"
 _PATIENCE = 1800.0
 """Seconds for another rank to read: one group of weights, or to hash a file of a checkpoint."""
 _ALL_OR_NOTHING = (
@@ -57,12 +58,14 @@ def load_bundle(
     seed: int = 0,
     weights: Mapping[str, Mapping[str, WeightSource]] = EMPTY,
     shard: Callable[[RoleHandle], None] = lambda role: None,
+    boundary_ratio: float | None = None,
 ) -> ModelBundle:
     """All roles with their weights; roles of one path share a file, and tensors where ``base``
     says so. All processes of a run call it together.
 
     Args:
         shard: see ``FamilyPlugin.load``.
+        boundary_ratio: see ``load_role``.
 
     Raises:
         WeightsError: as ``load_role``; ``weights`` has a role that is not among ``roles``; or a
@@ -89,6 +92,7 @@ def load_bundle(
                 shard=shard,
                 base=None if role.base is None else loaded[role.base],
                 ranks=ranks,
+                boundary_ratio=boundary_ratio,
             )
     take_turns(loaded.values(), device)
     return ModelBundle({name: loaded[name] for name in names})
@@ -103,6 +107,7 @@ def load_role(
     shard: Callable[[RoleHandle], None] = lambda role: None,
     base: RoleHandle | None = None,
     ranks: Ranks = ALONE,
+    boundary_ratio: float | None = None,
 ) -> RoleHandle:
     """One role: fp32 weights where they train, its own precision (and eval mode) where frozen.
 
@@ -126,87 +131,128 @@ def load_role(
     Args:
         seed: A of a LoRA is drawn from it and its own name; nothing from the global generator.
         weights: by module, to take instead of those of the role's path. Of a LoRA role: whole
-            ones are the base, adapters alone stand beside the path's base.
+            ones are the base, adapters alone stand beside the path's base. For all or none.
         shard: see ``FamilyPlugin.load``.
         base: the loaded ``role.base``.
         ranks: all of them load together.
+        boundary_ratio: the run's own, for two experts whose index has none.
 
     Raises:
         WeightsError: a file or key is missing, unexpected or damaged, or the model is a variant
             that this version does not train. On all ranks, if on one.
     """
-    built = ranks.each(lambda: _built(role, weights))
-    _check_alike(role, built.module, ranks)
-    blocks = tuple(f"blocks.{i}" for i in range(len(built.module.blocks)))
+    built = ranks.each(lambda: _built(role, weights, boundary_ratio))
+    _check_alike(role, built, ranks)
+    modules = {name: part.module for name, part in built.parts.items()}
     handle = RoleHandle(
         name=role.name,
-        modules={_TRANSFORMER: built.module},
+        modules=modules,
         trainable=role.trainable,
         precision=role.precision,
         fsdp_policy=role.fsdp,
-        blocks={_TRANSFORMER: blocks},
+        call_facts=asdict(built.calling),
+        blocks={n: tuple(f"blocks.{i}" for i in range(len(m.blocks))) for n, m in modules.items()},
         offload=role.offload,
         device=torch.device(device),
-        trained=None if built.trained is None else {_TRANSFORMER: built.trained},
+        trained=None if role.lora is None else {n: p.trained for n, p in built.parts.items()},
     )
-    if role.activation_checkpointing:
-        built.module.enable_gradient_checkpointing()
-    if role.compile is not None:
-        _compile(built.module, role.compile)
+    for module in modules.values():
+        if role.activation_checkpointing:
+            module.enable_gradient_checkpointing()
+        if role.compile is not None:
+            _compile(module, role.compile)
     shard(handle)
-    targets = built.module.state_dict()
-    shared = {} if base is None else _shared(role, targets, base)
-    own = {name: target for name, target in targets.items() if name not in shared}
-    state = filled(
-        own,
-        lambda: _source(role, built, own, weights.get(_TRANSFORMER), seed=seed),
-        ranks=ranks,
-        home=lambda target: _home(role, target, device),
-    )
-    # The tensors themselves become the weights. Not `to(device)` after it: some wait on the CPU.
-    built.module.load_state_dict(shared | state, strict=True, assign=True)
-    move_buffers(built.module, device)
+    for part in built.parts.values():
+        given = weights.get(part.name)
+        _fill(role, part, given, device=device, seed=seed, base=base, ranks=ranks)
     handle.check_training()
     return handle
 
 
 @frozen(eq=False, kw_only=True)
-class _Built:
-    """A role's module without weights.
+class _Part:
+    """A module of a role, without weights at first.
 
     Attributes:
+        name: in the role.
         folder: of the module.
-        trained: names of its adapters; None: it has none.
+        trained: names of its adapters.
     """
 
+    name: str
     folder: Path
     module: WanTransformer3DModel
-    trained: frozenset[str] | None
+    trained: frozenset[str]
 
 
-def _built(role: RoleSpec, weights: Mapping[str, WeightSource]) -> _Built:
-    folder = fetch(role.path, (_TRANSFORMER,))
-    refuse_variant(role.path, folder)
-    if stray := sorted(weights.keys() - {_TRANSFORMER}):
+@frozen(eq=False, kw_only=True)
+class _Built:
+    """A role's modules, by name, and how they are called."""
+
+    calling: Calling
+    parts: Mapping[str, _Part]
+
+
+def _built(
+    role: RoleSpec, weights: Mapping[str, WeightSource], boundary_ratio: float | None
+) -> _Built:
+    # Both, as only the index says whether there is a second; an absent one is simply not fetched.
+    folder = fetch(role.path, (HIGH, LOW))
+    calling = refuse_variant(role.path, boundary_ratio)
+    names = transformer_names(folder)
+    if weights and weights.keys() != set(names):
         raise WeightsError(
-            f"weights are given for {', '.join(stray)} of role {role.name!r}, whose only module "
-            f"is {_TRANSFORMER}. Take those of a model with the same modules"
+            f"weights are given for {', '.join(sorted(weights))} of role {role.name!r}, and its "
+            f"modules are {', '.join(names)}: one of the two would be another model's, or nobody "
+            "would take it. Take those of a model with the same modules"
         )
-    module = build(WanTransformer3DModel, folder / _TRANSFORMER)
-    trained = None if role.lora is None else _with_adapters(role, module, role.lora)
+    return _Built(calling=calling, parts={n: _built_part(role, n, folder / n) for n in names})
+
+
+def _built_part(role: RoleSpec, name: str, folder: Path) -> _Part:
+    module = build(WanTransformer3DModel, folder)
+    trained = frozenset() if role.lora is None else _with_adapters(role, module, role.lora)
     narrow = not role.trainable or role.lora is not None
     _cast(module, DTYPES[role.precision] if narrow else torch.float32)
-    return _Built(folder=folder / _TRANSFORMER, module=module, trained=trained)
+    return _Part(name=name, folder=folder, module=module, trained=trained)
 
 
-def _check_alike(role: RoleSpec, module: WanTransformer3DModel, ranks: Ranks) -> None:
-    numbers = {k: str(v) for k, v in dict(module.config).items() if not k.startswith("_")}
+def _fill(
+    role: RoleSpec,
+    part: _Part,
+    given: WeightSource | None,
+    *,
+    device: torch.device,
+    seed: int,
+    base: RoleHandle | None,
+    ranks: Ranks,
+) -> None:
+    """Give a module its weights, from ``given`` or from its folder."""
+    targets = part.module.state_dict()
+    shared = {} if base is None else _shared(role, part.name, targets, base)
+    own = {name: target for name, target in targets.items() if name not in shared}
+    state = filled(
+        own,
+        lambda: _source(role, part, own, given, seed=seed),
+        ranks=ranks,
+        home=lambda target: _home(role, target, device),
+    )
+    # The tensors themselves become the weights. Not `to(device)` after it: some wait on the CPU.
+    part.module.load_state_dict(shared | state, strict=True, assign=True)
+    move_buffers(part.module, device)
+
+
+def _check_alike(role: RoleSpec, built: _Built, ranks: Ranks) -> None:
+    numbers = {key: str(value) for key, value in asdict(built.calling).items()}
+    for part in built.parts.values():
+        facts = dict(part.module.config).items()
+        numbers |= {f"{part.name}.{k}": str(v) for k, v in facts if not k.startswith("_")}
     odd = ranks.all_alike(numbers)
     if odd:
         raise WeightsError(
             f"{role.path} is another model for rank {', '.join(map(str, odd))} than for rank 0: "
-            "their config.json differ, and weights of one do not fit the other. Give all machines "
-            "the same folder"
+            "their config.json or model_index.json differ, and weights of one do not fit the "
+            "other. Give all machines the same folder"
         )
 
 
@@ -225,14 +271,14 @@ def _compile(module: WanTransformer3DModel, spec: CompileSpec) -> None:
 
 def _source(
     role: RoleSpec,
-    built: _Built,
+    part: _Part,
     targets: Mapping[str, Tensor],
     given: WeightSource | None,
     *,
     seed: int,
 ) -> WeightSource:
     """Of all ``targets``, checked by name and shape."""
-    base, adapters = _given(role, built.folder, given)
+    base, adapters = _given(role, part.folder, given)
     whole = {base_name(name): name for name in targets if not is_adapter(name)}
     places: dict[str, tuple[WeightSource, str]] = {}
     if whole:
@@ -241,7 +287,7 @@ def _source(
     names = {name: target for name, target in targets.items() if is_adapter(name)}
     if adapters is None:
         shapes = {name: target.shape for name, target in names.items()}
-        adapters = DrawnAdapters(role.name, _TRANSFORMER, shapes, seed)
+        adapters = DrawnAdapters(role.name, part.name, shapes, seed)
     else:
         check_keys(
             adapters,
@@ -308,9 +354,11 @@ def _check_base(
         )
 
 
-def _shared(role: RoleSpec, targets: Mapping[str, Tensor], base: RoleHandle) -> dict[str, Tensor]:
+def _shared(
+    role: RoleSpec, module: str, targets: Mapping[str, Tensor], base: RoleHandle
+) -> dict[str, Tensor]:
     """The base's own tensors under this role's names; of a sharded base its parts."""
-    theirs = base.modules[_TRANSFORMER].state_dict()
+    theirs = base.modules[module].state_dict()
     shared = {n: theirs[base_name(n)] for n in targets if not is_adapter(n)}
     odd = [name for name, tensor in shared.items() if _placed(tensor) != _placed(targets[name])]
     if odd:
@@ -338,12 +386,12 @@ def _with_adapters(role: RoleSpec, module: WanTransformer3DModel, lora: LoraSpec
     return inject(module, adapted_layers(config, lora), lora)
 
 
-def refuse_variant(path: str, folder: Path) -> None:
-    """Raise ``WeightsError`` for a Wan variant that the adapter would call wrongly."""
-    index = read_json(folder / "model_index.json")
-    configs = {n: read_json(folder / n / "config.json") for n in transformer_names(folder)}
-    for reason in unsupported(configs, bool(index.get("expand_timesteps"))):
+def refuse_variant(path: str, boundary_ratio: float | None = None) -> Calling:
+    """How the model is called; ``WeightsError`` for one that the adapter would call wrongly."""
+    configs, calling = architecture(path)
+    for reason in unsupported(configs, calling, boundary_ratio):
         raise WeightsError(f"{path} cannot be used: {reason}")
+    return calling
 
 
 def load_module(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,8 +12,10 @@ from distill_protocols.plugins import EMPTY
 
 from distill_adapters_wan import fastvideo_names
 from distill_adapters_wan.architecture import architecture, unknown_hub_id
-from distill_adapters_wan.capabilities import CAPABILITIES
+from distill_adapters_wan.capabilities import capabilities_of
+from distill_adapters_wan.causal_config import causal_faults
 from distill_adapters_wan.config import WanPipelineConfig
+from distill_adapters_wan.experts import HIGH, boundary_of, module_ranges
 from distill_adapters_wan.export_rules import export_faults
 from distill_adapters_wan.folders import (
     DIFFUSERS_STEM,
@@ -23,10 +25,18 @@ from distill_adapters_wan.folders import (
     locate,
     module_faults,
     pipeline_faults,
+    read_json,
+)
+from distill_adapters_wan.image_shapes import (
+    CLIP_TOKENS,
+    EMBEDS,
+    clip_tokens,
+    image_kind,
+    needed_shapes,
 )
 from distill_adapters_wan.lora import target_faults
 from distill_adapters_wan.published import PUBLISHED, LatentFacts
-from distill_adapters_wan.shape import clip_faults, latent_facts, latent_shape, unsupported
+from distill_adapters_wan.shape import clip_faults, latent_facts, latent_shape, plain, unsupported
 
 if TYPE_CHECKING:
     import torch
@@ -43,14 +53,14 @@ if TYPE_CHECKING:
 
 
 class WanFamily(FamilyPlugin):
-    """Wan 2.1 text-to-video on diffusers' own modules."""
+    """Wan 2.1 and 2.2, from text and from a first frame, on diffusers' own modules."""
 
     name: ClassVar[str] = "wan"
-    help: ClassVar[str] = "Wan 2.1 text-to-video, from Diffusers-format folders or hub ids"
+    help: ClassVar[str] = "Wan 2.1 and 2.2, from Diffusers-format folders or hub ids"
     config_class: ClassVar[type] = WanPipelineConfig
 
     def capabilities(self, config: WanPipelineConfig) -> Capabilities:
-        return CAPABILITIES
+        return capabilities_of(config)
 
     def faults(self, role: RoleSpec, config: WanPipelineConfig) -> Sequence[str]:
         """What is missing or damaged, and where clip and model do not fit. Reads no weights.
@@ -59,7 +69,19 @@ class WanFamily(FamilyPlugin):
         can be planned, and ``load`` says what to download.
         """
         missing = list(_presence_faults(role.path, config))
-        return missing or list(_fit_faults(role.path, config))
+        return missing or [*_fit_faults(role.path, config), *_causal_faults(role, config)]
+
+    def config_faults(
+        self, config: WanPipelineConfig, roles: Collection[str]
+    ) -> Iterator[tuple[str, str]]:
+        """Causal roles that are none of the run's."""
+        if stray := sorted(self.capabilities(config).causal_roles.difference(roles)):
+            yield (
+                "causal.roles",
+                f"there is no role {', '.join(map(repr, stray))}; the run has "
+                f"{', '.join(sorted(roles)) or 'none'}. Name one of those, or leave "
+                "pipeline_config.causal out if no role is causal",
+            )
 
     def lora_faults(self, role: RoleSpec) -> Iterator[tuple[str, str]]:
         """Targets that name no linear layer of the role's model."""
@@ -99,6 +121,34 @@ class WanFamily(FamilyPlugin):
             return None
         return config.max_sequence_length, transformers["transformer"].get("text_dim", 4096)
 
+    def image_shapes(
+        self, config: WanPipelineConfig, *, source: str
+    ) -> Mapping[str, tuple[int, ...]]:
+        """``image_latents`` and, for Wan 2.1, ``image_embeds`` of an image-to-video model."""
+        facts = _latents(config.components or source)
+        try:
+            transformers, calling = architecture(source)
+        except WeightsError:
+            return EMPTY
+        if facts is None:
+            return EMPTY
+        main = transformers["transformer"]
+        kind = image_kind(main, calling.expand_timesteps)
+        tokens = _clip_tokens(config.components or source)
+        return needed_shapes(main, kind, latent_shape(config, facts), tokens)
+
+    def expert_ranges(
+        self, role: RoleSpec, config: WanPipelineConfig
+    ) -> Mapping[str, tuple[float, float]]:
+        """Of Wan 2.2 A14B: ``transformer`` above the boundary, ``transformer_2`` below."""
+        try:
+            transformers, calling = architecture(role.path)
+        except WeightsError:
+            return EMPTY
+        return module_ranges(
+            boundary_of(transformers, calling.boundary_ratio, config.boundary_ratio)
+        )
+
     def plan(self, role: RoleSpec, config: WanPipelineConfig) -> RolePlan:
         """Modules and sizes, from the meta device.
 
@@ -127,17 +177,29 @@ class WanFamily(FamilyPlugin):
         batch: int,
         guided: bool = False,
     ) -> CallPlan | None:
-        """The real module on fake tensors, of one and of two blocks; see ``call_memory``."""
+        """The real module on fake tensors, of two and of three blocks; see ``call_memory``.
+
+        Of two experts it is either's call. A model that takes a first frame, if there is one, is
+        planned with it: a time for each token then, which takes more.
+        """
         latents = self.latent_shape(config, source=source)
         text = self.text_shape(config, source=role.path)
         if latents is None or text is None:
             return None
         from distill_adapters_wan.call_memory import plan_call
 
-        transformers, _ = architecture(role.path)
+        transformers, calling = architecture(role.path)
+        main = transformers[HIGH]
         rows = 2 * batch if guided and config.cfg_batched else batch
+        picture = self.image_shapes(config, source=role.path).get(EMBEDS)
+        channels = main.get("in_channels", latents[0])
         return plan_call(
-            transformers["transformer"], role, latents=(rows, *latents), text=(rows, *text)
+            main,
+            role,
+            latents=(rows, channels, *latents[1:]),
+            text=(rows, *text),
+            image=picture and (rows, *picture),
+            frame_times=image_kind(main, calling.expand_timesteps) == "frame",
         )
 
     def load(
@@ -152,7 +214,14 @@ class WanFamily(FamilyPlugin):
     ) -> ModelBundle:
         from distill_adapters_wan.loading import load_bundle
 
-        return load_bundle(roles, device=device, seed=seed, weights=weights, shard=shard)
+        return load_bundle(
+            roles,
+            device=device,
+            seed=seed,
+            weights=weights,
+            shard=shard,
+            boundary_ratio=config.boundary_ratio,
+        )
 
     def weights(self, path: str) -> Mapping[str, WeightSource]:
         from distill_adapters_wan.sources import folder_weights
@@ -203,8 +272,8 @@ def _presence_faults(path: str, config: WanPipelineConfig) -> Iterator[str]:
 
 def _fit_faults(path: str, config: WanPipelineConfig) -> Iterator[str]:
     try:
-        transformers, expand = architecture(path)
-        variants = list(unsupported(transformers, expand))
+        transformers, calling = architecture(path)
+        variants = list(unsupported(transformers, calling, config.boundary_ratio))
         if variants:
             yield from (f"{path}: {reason}" for reason in variants)
             return
@@ -215,11 +284,26 @@ def _fit_faults(path: str, config: WanPipelineConfig) -> Iterator[str]:
         yield str(error)
 
 
+def _causal_faults(role: RoleSpec, config: WanPipelineConfig) -> Iterator[str]:
+    if config.causal is None or role.name not in config.causal.roles:
+        return
+    with suppress(WeightsError):  # `_fit_faults` says so
+        transformers, _ = architecture(role.path)
+        for transformer in transformers.values():
+            yield from causal_faults(config.causal, transformer)
+
+
 def _latents(source: str) -> LatentFacts | None:
     folder = locate(source)
     if folder is not None and (folder / "vae" / "config.json").is_file():
         return latent_facts(folder / "vae")
     return PUBLISHED[source].latents if source in PUBLISHED else None
+
+
+def _clip_tokens(source: str) -> int:
+    folder = locate(source)
+    file = None if folder is None else folder / "image_encoder" / "config.json"
+    return CLIP_TOKENS if file is None or not file.is_file() else clip_tokens(read_json(file))
 
 
 def _weight_faults(folder: Path, transformers: Mapping[str, Any]) -> list[str]:
@@ -231,9 +315,5 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str
     return [
         f"{key} {theirs[key]} instead of {ours[key]}"
         for key in sorted(theirs.keys() & ours.keys())
-        if not key.startswith("_") and _plain(theirs[key]) != _plain(ours[key])
+        if not key.startswith("_") and plain(theirs[key]) != plain(ours[key])
     ]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

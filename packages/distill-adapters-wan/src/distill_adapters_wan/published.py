@@ -32,11 +32,13 @@ class PublishedModel:
 
     Attributes:
         transformers: module name -> keyword arguments of ``WanTransformer3DModel``.
+        boundary_ratio: sigma from which on ``transformer`` is called, and ``transformer_2`` below.
         expand_timesteps: TI2V-5B's per-token timesteps.
     """
 
     transformers: Mapping[str, Mapping[str, Any]]
     latents: LatentFacts
+    boundary_ratio: float | None = None
     expand_timesteps: bool = False
 
 
@@ -81,10 +83,14 @@ PUBLISHED: Mapping[str, PublishedModel] = {
         transformers={"transformer": _IMAGE_21}, latents=_VAE_21
     ),
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": PublishedModel(
-        transformers={"transformer": _LARGE, "transformer_2": _LARGE}, latents=_VAE_21
+        transformers={"transformer": _LARGE, "transformer_2": _LARGE},
+        latents=_VAE_21,
+        boundary_ratio=0.875,
     ),
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": PublishedModel(
-        transformers={"transformer": _IMAGE_22, "transformer_2": _IMAGE_22}, latents=_VAE_21
+        transformers={"transformer": _IMAGE_22, "transformer_2": _IMAGE_22},
+        latents=_VAE_21,
+        boundary_ratio=0.900,
     ),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": PublishedModel(
         transformers={"transformer": _DENSE_5B}, latents=_VAE_22, expand_timesteps=True

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from distill_protocols import ContractError, RowGenerators, SamplerSpec
 from torch import Tensor
 
+from distill_adapters_wan import flow
+
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B, C, T, H, W], t [B]) -> v [B, C, T, H, W], guidance included."""
+
+ChunkVelocity = Callable[[Tensor, Tensor, int, bool], Tensor]
+"""(x_t, t, first frame, store) -> v of a chunk after its past; ``store`` makes it past itself."""
 
 
 def sample(
@@ -35,7 +40,8 @@ def sample(
             or more than rows.
     """
     if spec.stochastic and spec.steps > 1:
-        generators = _checked(generators, spec, noise)
+        why = f"a stochastic sampler of {spec.steps} steps draws noise at each"
+        generators = _one_a_row(generators, why, noise)
     sigmas = torch.tensor([*spec.sigmas(), 0.0], dtype=torch.float32, device=noise.device)
     x = noise.float()
     for sigma, after in itertools.pairwise(sigmas):
@@ -45,18 +51,70 @@ def sample(
             continue
         x = x - sigma * v
         if after > 0:  # the last step ends at x0 and draws nothing
-            assert generators is not None  # _checked
+            assert generators is not None  # _one_a_row
             fresh = generators.normal(x.shape[1:]).to(x.device)
             x = (1 - after) * x + after * fresh
     return x
 
 
-def _checked(generators: RowGenerators | None, spec: SamplerSpec, noise: Tensor) -> RowGenerators:
+def sample_chunks(
+    velocity: ChunkVelocity,
+    spec: SamplerSpec,
+    noises: Iterable[Tensor],
+    generators: RowGenerators | None = None,
+    *,
+    context_noise: float = 0.0,
+) -> Iterator[Tensor]:
+    """Each chunk's clean latents, by ``spec`` after the chunks before it (Self-Forcing,
+    Huang et al. 2025, algorithm 2).
+
+    A chunk becomes past by one more call, on the latents that it ended at; of the last chunk there
+    is none.
+
+    Args:
+        noises: x of each chunk at the first sigma [B, C, T of the chunk, H, W]; asked for one at a
+            time, after the chunk before it was given out.
+        context_noise: t in [0, 1000) of that call, and the noise that the latents get for it. 0 is
+            no noise at all, and t = 0.
+
+    Raises:
+        ContractError: as ``sample``; or context noise without generators, or out of its range.
+    """
+    if not 0 <= context_noise < 1000:
+        raise ContractError(
+            f"context noise {context_noise} must be a time in [0, 1000), 0 for none: at 1000 "
+            "nothing of the past would be left"
+        )
+    first = 0
+    clean: Tensor | None = None
+    for noise in noises:
+        if clean is not None:
+            _store(velocity, clean, first - clean.shape[2], context_noise, generators)
+        start = first
+        clean = sample(lambda x, t, at=start: velocity(x, t, at, False), spec, noise, generators)
+        first += noise.shape[2]
+        yield clean
+
+
+def _store(
+    velocity: ChunkVelocity,
+    clean: Tensor,
+    first: int,
+    context_noise: float,
+    generators: RowGenerators | None,
+) -> None:
+    t = torch.full((clean.shape[0],), context_noise, dtype=torch.float32, device=clean.device)
+    if context_noise > 0:
+        checked = _one_a_row(generators, f"context noise {context_noise} is drawn", clean)
+        clean = flow.add_noise(clean, checked.normal(clean.shape[1:]).to(clean.device), t)
+    velocity(clean, t, first, True)
+
+
+def _one_a_row(generators: RowGenerators | None, why: str, noise: Tensor) -> RowGenerators:
     if generators is None:
         raise ContractError(
-            f"a stochastic sampler of {spec.steps} steps draws noise at each, so it needs "
-            "generators: the global one would make a clip depend on whatever drew before. Give "
-            "RowGenerators, one a row"
+            f"{why}, so it needs generators: the global one would make a clip depend on whatever "
+            "drew before. Give RowGenerators, one a row"
         )
     if len(generators) != len(noise):
         raise ContractError(

@@ -13,6 +13,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
@@ -37,11 +38,12 @@ from distill_adapters_wan.export import (
     original_files,
     whole_weights,
 )
-from distill_adapters_wan.folders import fetch
+from distill_adapters_wan.folders import fetch, read_json
 from distill_adapters_wan.loading import build_from
 from distill_adapters_wan.lora import linear_layers
 from distill_adapters_wan.original_names import to_diffusers, to_original
 from distill_adapters_wan.scheduler import stock_schedule
+from distill_adapters_wan.shape import TEXT_TOKENS
 from distill_adapters_wan.sources import FileWeights, folder_weights, read_in_groups
 
 LORA_TOLERANCE = 1e-4
@@ -50,7 +52,7 @@ outputs' rms. ``W x + B A x`` and ``(W + B A) x`` round differently: about 1e-6 
 NEAREST_TOLERANCE = 0.05
 """Of ``_check_nearest``: room for factors in 16 bits. In fp32 rounding alone is between them, of a
 randomised SVD as well, which projects the difference on its directions."""
-_TEXT_TOKENS, _IMAGE_TOKENS = 8, 257
+_TEXT_TOKENS_ALONE, _IMAGE_TOKENS = 8, 257
 
 
 def verify(
@@ -143,10 +145,13 @@ def _check_components(folder: Path, request: ExportRequest) -> None:
     """The rest of the pipeline, but for the text encoder: that is a copy, and large."""
     _, info = _loaded(AutoencoderKLWan, folder, "vae")
     _refuse_unmatched(folder / "vae", info)
-    parts: dict[str, Any] = dict.fromkeys(
-        ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer")
+    known = {kind.__name__: kind for kind in (WanPipeline, WanImageToVideoPipeline)}
+    index = read_json(folder / "model_index.json")
+    modules = [name for name, kind in index.items() if isinstance(kind, list)]
+    parts: dict[str, Any] = dict.fromkeys(set(modules) - {"scheduler"})
+    pipeline: Any = known[index["_class_name"]].from_pretrained(
+        folder, use_safetensors=True, **parts
     )
-    pipeline: Any = WanPipeline.from_pretrained(folder, use_safetensors=True, **parts)
     pipeline.scheduler.set_timesteps(request.sampler.steps)
     made, meant = pipeline.scheduler.timesteps.tolist(), stock_schedule(request.sampler).timesteps
     if made != list(meant):
@@ -385,12 +390,11 @@ def _probe(meta: WanTransformer3DModel, dtype: torch.dtype) -> dict[str, Tensor]
     draw = torch.Generator().manual_seed(0)
     frames, height, width = facts.patch_size
     size = (1, facts.in_channels, frames, 2 * height, 2 * width)
+    tokens = _TEXT_TOKENS_ALONE if facts.image_dim is None else TEXT_TOKENS
     probe = {
         "hidden_states": torch.randn(size, generator=draw).to(dtype),
         "timestep": torch.tensor([640.0]),
-        "encoder_hidden_states": torch.randn(1, _TEXT_TOKENS, facts.text_dim, generator=draw).to(
-            dtype
-        ),
+        "encoder_hidden_states": torch.randn(1, tokens, facts.text_dim, generator=draw).to(dtype),
     }
     if facts.image_dim is not None:
         image = torch.randn(1, _IMAGE_TOKENS, facts.image_dim, generator=draw)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from attrs import field, frozen
 from distill_protocols.errors import DataError
@@ -51,6 +53,7 @@ def dataset_facts(
     *,
     latent_shape: tuple[int, ...] | None = None,
     text_shape: tuple[int, ...] | None = None,
+    image_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> DatasetFacts:
     """Look at the data set in ``path``: index, files, sizes, headers, shapes.
 
@@ -59,13 +62,18 @@ def dataset_facts(
     Args:
         latent_shape: (C, T, H, W) that the model takes; None leaves it unchecked.
         text_shape: (L, D) of the text embeddings that the model takes; None likewise.
+        image_shapes: of one row of what the model reads of a first frame, by name.
     """
     folder = Path(path)
     try:
         index = read_index(folder)
     except DataError as error:
         return DatasetFacts(path=folder, faults=(str(error),))
-    faults = [*_file_faults(folder, index), *_shape_faults(folder, index, latent_shape, text_shape)]
+    faults = [
+        *_file_faults(folder, index),
+        *_shape_faults(folder, index, latent_shape, text_shape),
+        *_image_faults(folder, index, image_shapes),
+    ]
     prompt = None
     if index.constants is not None:
         try:
@@ -124,3 +132,15 @@ def _shape_faults(
             "or preprocess with the text encoder and the length of the run's model."
         )
     return faults
+
+
+def _image_faults(
+    folder: Path, index: DatasetIndex, shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    return [
+        f"{folder}: {name} of the samples is {list(found) if found else 'absent'}, but the model "
+        f"reads {list(shape)} of each clip's first frame. Preprocess the clips with the run's "
+        "model and size, and first_frames=True"
+        for name, shape in shapes.items()
+        if (found := index.conditions.get(name)) != tuple(shape)
+    ]

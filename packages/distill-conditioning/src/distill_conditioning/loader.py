@@ -183,7 +183,7 @@ class LatentLoader:
             )
         found = {name: tuple(value.shape) for name, value in negative.tensors.items()}
         wanted = {name: (1, *shape) for name, shape in self.dataset.index.conditions.items()}
-        if found != wanted:
+        if not found or not found.items() <= wanted.items():
             raise ConditioningError(
                 f"the negative condition is {found}, but the samples of {self.dataset.path} need "
                 f"{wanted}, since it takes their place. Preprocess the data set with the encoder "
@@ -206,6 +206,8 @@ def _on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def _replace_rows(condition: Condition, rows: Tensor, row: Condition) -> None:
-    """Write the one row of ``row`` over the ``rows`` (bool [B]) of a batch's own tensors."""
-    for name, value in condition.tensors.items():
-        value[rows] = row.tensors[name].to(value.dtype)
+    """Write the one row of ``row`` over the ``rows`` (bool [B]) of a batch's own tensors; those
+    that ``row`` does not hold stay, as a picture does where a caption is dropped."""
+    for name, value in row.tensors.items():
+        own = condition.tensors[name]
+        own[rows] = value.to(own.dtype)

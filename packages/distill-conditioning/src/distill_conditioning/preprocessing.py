@@ -25,6 +25,10 @@ class ClipEncoder(ConditionEncoder, Protocol):
         """Raw posterior means [B, C, T, H, W] of clips [B, 3, F, H_px, W_px] in [0, 1]."""
         ...
 
+    def with_image(self, cond: Condition, images: Tensor) -> Condition:
+        """``cond`` and what the model reads of first frames [B, 3, H_px, W_px] in [0, 1]."""
+        ...
+
     def text_encoder_kept(self) -> AbstractContextManager[Any]:
         """Within: the text encoder stays loaded from one call to the next."""
         ...
@@ -37,12 +41,15 @@ def preprocess(
     *,
     negative_prompt: str | None,
     batch_size: int = 8,
+    first_frames: bool = False,
 ) -> int:
     """Encode ``clips`` and add them to ``writer``; returns how many there were.
 
     Args:
         clips: read once, ``batch_size`` at a time; all of one size.
         negative_prompt: encoded into the data set's constants; None leaves them out.
+        first_frames: let the encoder add what an image-to-video model reads of each clip's first
+            frame to its condition.
 
     Raises:
         DataError: a clip of another shape or range, or two of one id.
@@ -53,7 +60,7 @@ def preprocess(
         _check_writer(writer, encoder.condition_fingerprint())
         if negative_prompt is not None:
             writer.set_negative(negative_prompt, encoder.encode_neg_condition(negative_prompt))
-        return _add_clips(clips, encoder, writer, batch_size)
+        return _add_clips(clips, encoder, writer, batch_size, first_frames=first_frames)
 
 
 def _check_writer(writer: ShardWriter, fingerprint: str | None) -> None:
@@ -66,7 +73,12 @@ def _check_writer(writer: ShardWriter, fingerprint: str | None) -> None:
 
 
 def _add_clips(
-    clips: Iterable[Clip], encoder: ClipEncoder, writer: ShardWriter, batch_size: int
+    clips: Iterable[Clip],
+    encoder: ClipEncoder,
+    writer: ShardWriter,
+    batch_size: int,
+    *,
+    first_frames: bool,
 ) -> int:
     seen: set[str] = set()
     for batch in _batches(clips, batch_size):
@@ -75,8 +87,11 @@ def _add_clips(
         for sample, _, video in batch:
             _check_clip(sample, video, seen)
         with torch.no_grad():
-            latents = encoder.encode(torch.stack([video for _, _, video in batch]))
-            writer.add(ids, captions, latents, _encode_captions(encoder, captions))
+            videos = torch.stack([video for _, _, video in batch])
+            cond = _encode_captions(encoder, captions)
+            if first_frames:
+                cond = encoder.with_image(cond, videos[:, :, 0])
+            writer.add(ids, captions, encoder.encode(videos), cond)
     return len(seen)
 
 

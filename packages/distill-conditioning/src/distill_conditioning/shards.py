@@ -6,6 +6,7 @@ Letters: N samples of a shard, P distinct captions of it, B batch, C T H W as ev
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -107,7 +108,7 @@ class ShardWriter:
     def add(
         self, ids: Sequence[str], captions: Sequence[str], latents: Tensor, condition: Condition
     ) -> None:
-        """Append B samples. A caption's condition is stored once a shard.
+        """Append B samples. A condition is stored once a shard, however many samples have it.
 
         Args:
             latents: [B, C, T, H, W], raw posterior means, not normalised.
@@ -126,10 +127,13 @@ class ShardWriter:
         stored = latents.detach().to("cpu", _DTYPES[self._latent_dtype], copy=True)
         self._check_shapes(ids, stored, condition)
         for row, (sample, caption) in enumerate(zip(ids, captions, strict=True)):
-            if caption not in self._table:
-                self._table[caption] = _own_row(condition, row)
-                self._bytes += sum(v.nbytes for v in self._table[caption].tensors.values())
-            self._rows.append((sample, caption, stored[row]))
+            own = _own_row(condition, row)
+            # By content too: clips of one caption may begin with different pictures.
+            key = (caption, _digest(own))
+            if key not in self._table:
+                self._table[key] = own
+                self._bytes += sum(v.nbytes for v in own.tensors.values())
+            self._rows.append((sample, key, stored[row]))
             self._bytes += stored[row].nbytes
             if self._bytes >= self._shard_bytes:
                 self._finish_shard()
@@ -192,17 +196,17 @@ class ShardWriter:
             )
 
     def _start_shard(self) -> None:
-        self._rows: list[tuple[str, str, Tensor]] = []
-        self._table: dict[str, Condition] = {}
+        self._rows: list[tuple[str, _Key, Tensor]] = []
+        self._table: dict[_Key, Condition] = {}
         self._bytes = 0
 
     def _finish_shard(self) -> None:
-        captions = list(self._table)
-        number = {caption: row for row, caption in enumerate(captions)}
+        number = {key: row for row, key in enumerate(self._table)}
+        captions = [caption for caption, _ in self._table]
         ids = [sample for sample, _, _ in self._rows]
         tensors = {
             "latents": torch.stack([latents for _, _, latents in self._rows]),
-            "condition_id": torch.tensor([number[caption] for _, caption, _ in self._rows]),
+            "condition_id": torch.tensor([number[key] for _, key, _ in self._rows]),
         }
         table = Condition.cat(list(self._table.values()))
         tensors |= {CONDITION + name: value for name, value in table.tensors.items()}
@@ -319,8 +323,11 @@ class LatentDataset:
     def negative(self) -> StoredNegative | None:
         """The negative condition that came with the data set (fp32), None if none did.
 
+        It may hold fewer tensors than the samples: of those that it lacks, a picture for one, a
+        sample keeps its own.
+
         Raises:
-            ConditioningError: its tensors are not those of the samples.
+            ConditioningError: a tensor of it is none of the samples'.
         """
         if self.index.constants is None:
             return None
@@ -335,7 +342,7 @@ class LatentDataset:
         )
         found = {name: tuple(value.shape) for name, value in condition.tensors.items()}
         expected = {name: (1, *shape) for name, shape in self.index.conditions.items()}
-        if found != expected:
+        if not found or not found.items() <= expected.items():
             raise ConditioningError(
                 f"{path}: the negative condition holds {found}, but the samples need {expected}; "
                 f"one must be able to stand for the other. {REBUILD}"
@@ -380,6 +387,18 @@ class LatentDataset:
         )
         _check_rows(path, shard, entry.samples)
         return shard
+
+
+_Key = tuple[str, bytes]
+"""A caption, and the hash of its condition."""
+
+
+def _digest(row: Condition) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(row.tensors.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.digest()
 
 
 def _own_row(condition: Condition, row: int) -> Condition:

@@ -55,7 +55,7 @@ class ReportPlugin(CallbackPlugin):
         for name, entry in config.entries.items():
             for key, message in (
                 *run.role_faults(entry.role, ema=entry.ema),
-                *run.sampler_faults(entry.sampler),
+                *run.sampler_faults(entry.sampler, entry.role),
             ):
                 yield f"entries.{name}.{key}", message
 

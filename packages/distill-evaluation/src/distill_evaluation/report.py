@@ -107,7 +107,7 @@ class ReportCallback(Callback):
         self.prompts = read_prompts(Path(config.prompts))
         self.labels = self.judge.expected([*self.prompts, *config.sheet_prompts])
         self._check_clips(Path(config.judge))
-        if any(self._spec(entry).guidance != 1.0 for entry in config.entries.values()):
+        if any(self._spec(entry).guided for entry in config.entries.values()):
             parts.conditioning.negative()
         # Encoded now and kept by the provider: a prompt must not fail after days of training.
         for prompts in (self.prompts, config.sheet_prompts):
@@ -282,7 +282,7 @@ class ReportCallback(Callback):
         """
         adapter = self.parts.adapter
         device = next(iter(cond.tensors.values())).device
-        negative = None if spec.guidance == 1.0 else self.parts.conditioning.negative()
+        negative = self.parts.conditioning.negative() if spec.guided else None
         chunks = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
         generators = [
             RowGenerators.seeded(self.config.seed, purpose, chunk, device) for chunk in chunks

@@ -5,11 +5,23 @@ from __future__ import annotations
 from typing import Protocol
 
 from distill_protocols import Capabilities
-from distill_protocols.adapter import Denoiser, LatentCodec, NoiseSchedule, Sampler
+from distill_protocols.adapter import (
+    Denoiser,
+    ExpertRouting,
+    ImageConditioning,
+    LatentCodec,
+    NoiseSchedule,
+    Sampler,
+)
 
 
-class LatentDiffusion(NoiseSchedule, Denoiser, LatentCodec, Sampler, Protocol):
-    """A flow-matching model over latents that can be called, and sampled for a look at it."""
+class LatentDiffusion(
+    NoiseSchedule, Denoiser, LatentCodec, Sampler, ExpertRouting, ImageConditioning, Protocol
+):
+    """A flow-matching model over latents that can be called, and sampled for a look at it.
+
+    Experts and pictures are asked for only where its capabilities have them.
+    """
 
     @property
     def capabilities(self) -> Capabilities: ...

@@ -10,6 +10,7 @@ from distill_protocols.sampler import SamplerSpec
 from distill_methods.dmd2.config import DMD2Config
 from distill_methods.finetune.config import FinetuneConfig
 from distill_methods.teacher_only.config import TeacherOnlyConfig
+from distill_methods.time_ranges import share, share_of_levels
 
 if TYPE_CHECKING:
     from distill_protocols.batch import ConditioningProvider
@@ -44,6 +45,12 @@ class DMD2Plugin(MethodPlugin):
 
     def updates(self, config: DMD2Config, iteration: int) -> tuple[str, ...]:
         return config.turns(iteration)
+
+    def update_share(self, config: DMD2Config, role: str, low: float, high: float) -> float:
+        if role == "student":
+            levels = [1000 * sigma for sigma in config.student_sampler.sigmas()]
+            return share_of_levels(levels, low, high)
+        return share(config.critic_time or config.score_time, low, high)
 
     def sampler(self, config: DMD2Config) -> SamplerSpec:
         return config.student_sampler
@@ -80,6 +87,9 @@ class TeacherOnlyPlugin(MethodPlugin):
 
     def updates(self, config: TeacherOnlyConfig, iteration: int) -> tuple[str, ...]:
         return config.turns(iteration)
+
+    def update_share(self, config: TeacherOnlyConfig, role: str, low: float, high: float) -> float:
+        return share(config.time, low, high)
 
     def sampler(self, config: TeacherOnlyConfig) -> SamplerSpec:
         return config.student_sampler
@@ -118,6 +128,9 @@ class FinetunePlugin(MethodPlugin):
 
     def updates(self, config: FinetuneConfig, iteration: int) -> tuple[str, ...]:
         return config.turns(iteration)
+
+    def update_share(self, config: FinetuneConfig, role: str, low: float, high: float) -> float:
+        return share(config.time, low, high)
 
     def sampler(self, config: FinetuneConfig) -> SamplerSpec:
         return config.student_sampler

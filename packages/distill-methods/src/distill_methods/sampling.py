@@ -56,7 +56,7 @@ def sample_views(
         noise = generators.normal(adapter.latent_shape)
         role = bundle[view.role]
         device = role.call_device
-        negative = None if spec.guidance == 1 else conditioning.negative().to(device)
+        negative = conditioning.negative().to(device) if spec.guided else None
         with torch.no_grad(), role.frozen(), role.averaged(ema=view.ema):
             latents = adapter.sample(
                 view.role,

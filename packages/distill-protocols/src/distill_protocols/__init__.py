@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from distill_protocols.capabilities import Capabilities, PredType
+from distill_protocols.causal import Chunk, ChunkCall, CleanPast
 from distill_protocols.errors import (
     CapabilityError,
     CheckpointError,
@@ -51,7 +52,9 @@ if TYPE_CHECKING:
         ConditionEncoder,
         Denoiser,
         DistillAdapter,
+        ExpertRouting,
         Exporter,
+        ImageConditioning,
         LatentCodec,
         NoiseSchedule,
         Sampler,
@@ -77,8 +80,8 @@ if TYPE_CHECKING:
 
 _LAZY = {
     **dict.fromkeys(
-        ["CausalRollout", "ConditionEncoder", "Denoiser", "DistillAdapter", "Exporter",
-         "LatentCodec", "NoiseSchedule", "Sampler"],
+        ["CausalRollout", "ConditionEncoder", "Denoiser", "DistillAdapter", "ExpertRouting",
+         "Exporter", "ImageConditioning", "LatentCodec", "NoiseSchedule", "Sampler"],
         "adapter",
     ),
     **dict.fromkeys(["Batch", "BatchLoader", "Condition", "ConditioningProvider"], "batch"),
@@ -108,6 +111,9 @@ __all__ = [
     "CausalRollout",
     "CheckpointError",
     "Checkpointer",
+    "Chunk",
+    "ChunkCall",
+    "CleanPast",
     "CompileSpec",
     "Condition",
     "ConditionEncoder",
@@ -120,12 +126,14 @@ __all__ = [
     "DistillAdapter",
     "DistillError",
     "DistillMethod",
+    "ExpertRouting",
     "ExportFormat",
     "ExportRequest",
     "Exporter",
     "FamilyPlugin",
     "ForeignNames",
     "FsdpPolicy",
+    "ImageConditioning",
     "LatentCodec",
     "LoraSpec",
     "MethodPlugin",

@@ -2,7 +2,8 @@
 
 Small Protocols, one per need; a method asks only for those that it uses. All tensors at this
 boundary are normalised latents [B, C, T, H, W] in fp32 unless a name says otherwise, and t is a
-float tensor [B] in [0, 1000], t = 1000 sigma, never cast to bf16 or int.
+float tensor [B] in [0, 1000], t = 1000 sigma, never cast to bf16 or int. Where the capability
+``supports_frame_times`` is given, t may be [B, T], one a frame.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from distill_protocols.batch import Condition
 from distill_protocols.capabilities import Capabilities, PredType
+from distill_protocols.causal import Chunk, ChunkCall, CleanPast
 from distill_protocols.plugins import ExportRequest, RoleSpec
 from distill_protocols.random import RowGenerators
 from distill_protocols.sampler import SamplerSpec
@@ -50,7 +52,7 @@ class Denoiser(Protocol):
         fwd_pred_type: PredType = "v",
         neg_cond: Condition | None = None,
         cfg: float | None = None,
-        caches: Any | None = None,
+        caches: ChunkCall | CleanPast | None = None,
         features: MutableMapping[int, Tensor] | None = None,
     ) -> Tensor:
         """The prediction of ``role``, of type ``fwd_pred_type``, fp32.
@@ -58,7 +60,10 @@ class Denoiser(Protocol):
         Args:
             cfg: guidance w, ``u + w (c - u)``; None or 1 calls the model once, on ``cond``.
             neg_cond: needed where ``cfg`` is neither None nor 1; one row, or one a sample.
-            caches: key/value caches (``supports_kv_cache``).
+            caches: for a causal role: that ``x_t`` is one chunk after a cached past
+                (``supports_kv_cache``), or a clip beside a clean one
+                (``supports_teacher_forcing``). None: ``x_t`` is a whole clip, each chunk of which
+                sees itself and the chunks before it.
             features: filled in place: for each block index that is a key, its hidden states.
 
         Raises:
@@ -107,9 +112,22 @@ class ConditionEncoder(Protocol):
 
 
 class CausalRollout(Protocol):
-    """Chunk by chunk with key/value caches (``supports_kv_cache``)."""
+    """Chunk by chunk with key/value caches (``supports_kv_cache``; see ``ChunkCall``).
 
-    def clear_caches(self, role: str) -> None: ...
+    A rollout clears before its first chunk and after its last; weights that change within one
+    would read keys that other weights made.
+    """
+
+    def chunks(self, role: str, frames: int | None = None) -> tuple[Chunk, ...]:
+        """How ``role`` divides a video of ``frames`` latent frames; None: of a clip of this run.
+
+        One chunk that is the whole video, where the role is not causal. The last may be shorter.
+        """
+        ...
+
+    def clear_caches(self, role: str, *, stream: str | None = None) -> None:
+        """Forget the past of ``role``: of one stream, or of all."""
+        ...
 
 
 class Sampler(Protocol):
@@ -133,6 +151,49 @@ class Sampler(Protocol):
                 neighbours in the batch.
             poll: called before each of the sampler's steps; what it raises ends the sampling
                 (``StopFlag.poll``).
+        """
+        ...
+
+
+class ExpertRouting(Protocol):
+    """Roles of several modules, each for a range of t (``supports_expert_routing``)."""
+
+    def expert_of(self, role: str, t: Tensor) -> str:
+        """Module of ``role`` that a call at ``t`` goes to.
+
+        On a CPU tensor it costs nothing; on another device the host waits for it.
+
+        Raises:
+            ContractError: the times lie in more than one range: a call has one expert.
+        """
+        ...
+
+    def expert_ranges(self, *roles: str) -> tuple[tuple[float, float], ...]:
+        """Rising ranges [low, high) of t that fill [0, 1000]; 1000 itself is in the last.
+
+        Within one, no role of ``roles`` changes its expert: t of a batch that all of them shall be
+        called with must come from one range. A single range where none has experts.
+        """
+        ...
+
+
+class ImageConditioning(Protocol):
+    """Conditions with a picture (``supports_image_condition``)."""
+
+    def trained_frames(self, cond: Condition) -> Tensor | None:
+        """1 where the model predicts and 0 where the condition says what is there, fp32,
+        [1, 1, T, 1, 1]; None: it predicts everything.
+
+        Predictions of v and eps mean nothing where it is 0 and must stay out of a loss; of x0 they
+        are what the condition says.
+        """
+        ...
+
+    def with_image(self, cond: Condition, images: Tensor) -> Condition:
+        """``cond`` and what the model reads of a first frame [B, 3, H_px, W_px] in [0, 1].
+
+        Raises:
+            ConditioningError: the model reads none, or the picture has another size than clips.
         """
         ...
 

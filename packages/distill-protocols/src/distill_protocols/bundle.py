@@ -58,6 +58,8 @@ class RoleHandle:
         trainable: a frozen role has no optimizer and takes no gradient, ever.
         precision: compute precision of a call. A trainable role keeps fp32 weights under it.
         fsdp_policy: how it is spread over processes; the trainer's distribution reads it.
+        call_facts: what the family's adapter must know to call the modules and no module says
+            (which of two experts when ...); nobody else reads it.
         blocks: by module, the dotted names of its repeated blocks: what is sharded one at a time
             where the policy names nothing else.
         offload: weights wait in host memory while other roles are called.
@@ -75,6 +77,7 @@ class RoleHandle:
     trainable: bool = False
     precision: Precision = "fp32"
     fsdp_policy: FsdpPolicy | None = None
+    call_facts: Mapping[str, Any] = field(factory=dict)
     blocks: Mapping[str, tuple[str, ...]] = field(factory=dict)
     offload: bool = False
     trained: Mapping[str, frozenset[str]] | None = None

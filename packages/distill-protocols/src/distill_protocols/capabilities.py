@@ -15,32 +15,53 @@ PredType = Literal["v", "x0", "eps"]
 
 @frozen(kw_only=True)
 class Capabilities:
-    """What an adapter supports. A method names what it needs; the check runs at construction."""
+    """What an adapter supports. A method names what it needs; the check runs at construction.
+
+    Attributes:
+        supports_kv_cache: causal roles take ``ChunkCall``, one chunk at a time.
+        supports_expert_routing: a role may have several modules, each for a range of t, and the
+            adapter is an ``ExpertRouting``.
+        supports_image_condition: a condition may hold a picture, and the adapter is an
+            ``ImageConditioning``.
+        supports_teacher_forcing: causal roles take ``CleanPast``.
+        supports_frame_times: t may be [B, T], a time of its own for each frame, for any role.
+        causal_roles: roles of this run whose chunks do not see later ones; all others see the
+            whole clip.
+    """
 
     supports_cfg: bool = False
     supports_kv_cache: bool = False
+    supports_teacher_forcing: bool = False
+    supports_frame_times: bool = False
     supports_features: bool = False
     supports_expert_routing: bool = False
+    supports_image_condition: bool = False
     supports_decode: bool = False
     supported_pred_types: frozenset[PredType] = field(default=frozenset({"v"}), converter=frozenset)
+    causal_roles: frozenset[str] = field(default=frozenset(), converter=frozenset)
 
     def missing(self, needed: Iterable[str]) -> tuple[str, ...]:
-        """Names in ``needed`` that are not true here (``pred:x0`` asks for a prediction type).
+        """Names in ``needed`` that are not true here.
+
+        ``pred:x0`` asks for a prediction type, ``causal:student`` for a role that is causal.
 
         Raises:
             CapabilityError: a name that no adapter could have.
         """
-        known = {f.name for f in fields(type(self)) if f.name != "supported_pred_types"}
+        known = {f.name for f in fields(type(self)) if f.name.startswith("supports_")}
         lacking = []
         for name in needed:
             if name.startswith("pred:"):
                 have = name.removeprefix("pred:") in self.supported_pred_types
+            elif name.startswith("causal:"):
+                have = name.removeprefix("causal:") in self.causal_roles
             elif name in known:
                 have = bool(getattr(self, name))
             else:
                 raise CapabilityError(
                     f"{name!r} is no capability; there are {', '.join(sorted(known))} and "
-                    "'pred:v', 'pred:x0', 'pred:eps'. The method that asks for it must be mended."
+                    "'pred:v', 'pred:x0', 'pred:eps', 'causal:<role>'. The method that asks for "
+                    "it must be mended."
                 )
             if not have:
                 lacking.append(name)

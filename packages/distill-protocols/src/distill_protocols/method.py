@@ -208,22 +208,29 @@ class DistillMethod(ABC, Generic[AdapterT]):
     def optimizers_schedulers_step(self, iteration: int) -> tuple[str, ...]:
         """Step this iteration's optimizers, and a scheduler only where its optimizer stepped.
 
-        Under fp16 the scaler leaves out an optimizer whose gradients overflowed; its scheduler,
-        its update count and its EMA then stay too.
+        An optimizer none of whose parameters got a gradient since the last step is left out: of a
+        role of several experts, only those move that were called. Under fp16 the scaler leaves out
+        an optimizer whose gradients overflowed. In both cases its scheduler, its update count and
+        its EMA stay too, so that a schedule counts that optimizer's own steps.
 
         Returns:
             Keys of the optimizers that stepped.
+
+        Raises:
+            ContractError: no module of a role whose turn it is got a gradient.
         """
         stepped = []
         schedulers = self.get_lr_schedulers(iteration)
-        for key, optimizer in self.get_optimizers(iteration).items():
+        reached = self._reached(iteration)
+        self._refuse_unreached(iteration, reached)
+        for key, optimizer in reached.items():
             before = self._updates[key]
             self._grad_scaler.step(optimizer)
             if self._updates[key] > before:
                 stepped.append(key)
                 if key in schedulers:
                     schedulers[key].step()
-        if self._grad_scaler.is_enabled():
+        if self._grad_scaler.is_enabled() and reached:
             self._grad_scaler.update()
         return tuple(stepped)
 
@@ -247,6 +254,30 @@ class DistillMethod(ABC, Generic[AdapterT]):
             self._grad_scaler.load_state_dict(state["grad_scaler"])
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _reached(self, iteration: int) -> dict[str, Optimizer]:
+        """Of the iteration's optimizers, those with a gradient."""
+        return {
+            key: optimizer
+            for key, optimizer in self.get_optimizers(iteration).items()
+            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        }
+
+    def _refuse_unreached(self, iteration: int, reached: Mapping[str, Optimizer]) -> None:
+        turns = self.get_optimizers(iteration).keys()
+        missed = [
+            name
+            for name in self.bundle.roles
+            if (own := turns & self.optimizers_of(name).keys()) and not own & reached.keys()
+        ]
+        if missed:
+            raise ContractError(
+                f"iteration {iteration}: no gradient reached {', '.join(missed)}, whose turn it "
+                "is; its optimizer would step on nothing, and it would stay as it is without a "
+                "sign. "
+                f"{type(self).__name__}.single_train_step must make total_loss depend on it, or "
+                "get_optimizers leave it out"
+            )
 
     def _device(self) -> torch.device:
         devices = (role.call_device for role in self.bundle.roles.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
@@ -205,6 +205,12 @@ class MethodPlugin(ABC):
     def updates(self, config: Any, iteration: int) -> tuple[str, ...]:
         """Roles whose optimizers step in ``iteration`` (1-based): horizons and plans need it."""
 
+    def update_share(self, config: Any, role: str, low: float, high: float) -> float:
+        """The share of ``role``'s updates that are made at t in [low, high) (1000 is in the last
+        range): how often one of its experts can be expected to step. 1 without a better answer:
+        a schedule is then as long as if that expert took all of the role's steps."""
+        return 1.0
+
     def sampler(self, config: Any) -> SamplerSpec | None:
         """How the student is sampled."""
         return None
@@ -237,6 +243,11 @@ class FamilyPlugin(ABC):
     def faults(self, role: RoleSpec, config: Any) -> Sequence[str]:
         """What is wrong with a role's path, without reading weights: missing folder, file ..."""
 
+    def config_faults(self, config: Any, roles: Collection[str]) -> Iterable[tuple[str, str]]:
+        """What in ``config`` does not go with a run of these roles: pairs of its key and a
+        message."""
+        return ()
+
     def lora_faults(self, role: RoleSpec) -> Iterable[tuple[str, str]]:
         """What is wrong with a role's ``lora``: pairs of a key in it and a message."""
         if role.lora is not None:
@@ -257,6 +268,18 @@ class FamilyPlugin(ABC):
         None where it cannot be told without weights, or any length will do.
         """
         return None
+
+    def image_shapes(self, config: Any, *, source: str) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of one row of the condition tensors that the model of ``source`` (a role's path)
+        cannot do without beside the text: what it reads of a picture, by name."""
+        return EMPTY
+
+    def expert_ranges(self, role: RoleSpec, config: Any) -> Mapping[str, tuple[float, float]]:
+        """By module, the t [low, high) that its calls have; empty for a role of one module.
+
+        The last range holds its upper end, 1000, as well. Needs no weights.
+        """
+        return EMPTY
 
     @abstractmethod
     def plan(self, role: RoleSpec, config: Any) -> RolePlan:
@@ -354,6 +377,8 @@ class PlannedRun:
         averaged: roles of which some callback keeps an average.
         student_sampler: the method's own, where it states one.
         has_negative: whether there will be a negative condition.
+        experts: names of the roles that have more than one expert; None: not known.
+        pictured: names of the roles that cannot be called without a first frame.
     """
 
     roles: Mapping[str, RoleSpec]
@@ -361,6 +386,8 @@ class PlannedRun:
     averaged: frozenset[str] = frozenset()
     student_sampler: SamplerSpec | None = None
     has_negative: bool = True
+    experts: frozenset[str] | None = None
+    pictured: frozenset[str] = frozenset()
 
     def role_faults(self, role: str, *, ema: bool = False) -> Iterator[tuple[str, str]]:
         """What is wrong with naming ``role`` (and its average): pairs of key and message."""
@@ -377,15 +404,32 @@ class PlannedRun:
                 "ema: false",
             )
 
-    def sampler_faults(self, sampler: SamplerSpec | None) -> Iterator[tuple[str, str]]:
-        """What is wrong with sampling so."""
+    def sampler_faults(
+        self, sampler: SamplerSpec | None, role: str | None = None
+    ) -> Iterator[tuple[str, str]]:
+        """What is wrong with sampling so, and with sampling ``role`` so."""
         spec = sampler or self.student_sampler
         if spec is None:
             yield "sampler", "missing, and the method states no way to sample its student"
-        elif spec.guidance != 1 and not self.has_negative:
+            return
+        if role in self.pictured:
+            yield (
+                "role",
+                f"{role!r} is an image-to-video model, and prompts alone bring no first frame to "
+                "sample it from. Leave this out, and look at the export through its own pipeline",
+            )
+        alone = self.experts is not None and role in self.roles and role not in self.experts
+        if spec.guidance_2 is not None and alone:
+            yield (
+                "sampler.guidance_2",
+                f"{spec.guidance_2:g} is of a second expert, and {role!r} has one, which would "
+                "never have it. Leave it out",
+            )
+        if spec.guided and not self.has_negative:
+            w = next(w for w in spec.guidances if w != 1)
             yield (
                 "sampler.guidance",
-                f"{spec.guidance:g} needs a negative condition, u + w (c - u), and there is none; "
+                f"{w:g} needs a negative condition, u + w (c - u), and there is none; "
                 "write conditioning.negative_prompt, or use guidance: 1",
             )
 

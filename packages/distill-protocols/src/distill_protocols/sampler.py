@@ -32,6 +32,8 @@ class SamplerSpec:
         shift: flow shift k applied to the uniform grid u = 1, 1 - 1/steps, ...
         guidance: w in ``u + w (c - u)``; 1 is conditional, 0 unconditional. (CausVid,
             Self-Forcing and FastVideo's old code write ``c + s (c - u)``, which is w = s + 1.)
+        guidance_2: w of the expert for the low noise levels, where a model has two; left out, the
+            same as ``guidance``, which is then the other's alone.
         stochastic: True re-noises the predicted x0 with fresh noise at each step (the few-step
             sampler of DMD2 and consistency models); False follows the flow ODE (Euler).
         timesteps: t in (0, 1000], descending, instead of ``shift`` and the grid. Already
@@ -47,6 +49,7 @@ class SamplerSpec:
         default=1.0,
         validator=at_least(0, "u + w (c - u) with w < 0 leads away from the prompt; 1 is plain"),
     )
+    guidance_2: float | None = field(default=None)
     stochastic: bool = False
     timesteps: tuple[float, ...] | None = field(default=None)
 
@@ -56,6 +59,13 @@ class SamplerSpec:
             raise ValueError(
                 f"{value} has no effect beside timesteps, which are used as they stand. Leave one "
                 "of the two out"
+            )
+
+    @guidance_2.validator
+    def _check_guidance_2(self, attribute: object, value: float | None) -> None:
+        if value is not None:
+            at_least(0, "u + w (c - u) with w < 0 leads away from the prompt; 1 is plain")(
+                self, attribute, value
             )
 
     @timesteps.validator
@@ -81,9 +91,23 @@ class SamplerSpec:
         return tuple(float(shift_sigma(1 - i / self.steps, self.shift)) for i in range(self.steps))
 
     @property
+    def guidances(self) -> tuple[float, float]:
+        """w of the calls at high and at low noise levels; alike for a model without experts."""
+        return self.guidance, self.guidance if self.guidance_2 is None else self.guidance_2
+
+    @property
+    def guided(self) -> bool:
+        """Whether some call needs a negative condition."""
+        return any(w != 1 for w in self.guidances)
+
+    @property
     def calls_per_clip(self) -> int:
-        """Model forwards a clip, counting the unconditional ones that guidance adds."""
-        return self.steps * (1 if self.guidance in (0.0, 1.0) else 2)
+        """Model forwards a clip, counting the unconditional ones that guidance adds.
+
+        An upper bound where one of two experts is guided and the other is not: how many calls
+        each has is the model's affair.
+        """
+        return self.steps * (2 if any(w not in (0.0, 1.0) for w in self.guidances) else 1)
 
 
 @frozen(kw_only=True)

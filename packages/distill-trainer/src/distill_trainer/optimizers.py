@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from distill_protocols import ContractError, RoleError, RoleHandle
@@ -36,13 +36,18 @@ def schedule_factor(config: ScheduleConfig, done: int, horizon: int) -> float:
 
 
 def build_optimizers(
-    role: RoleHandle, config: OptimizerConfig, *, horizon: int, scaled: bool = False
+    role: RoleHandle,
+    config: OptimizerConfig,
+    *,
+    horizon: int | Mapping[str, int],
+    scaled: bool = False,
 ) -> None:
     """Hang one optimizer and one scheduler per module on ``role``.
 
     Args:
         horizon: steps that these optimizers will take in the whole run (not iterations: a
-            student that is updated every fifth iteration has a fifth of them).
+            student that is updated every fifth iteration has a fifth of them). By module where
+            they differ: each of two experts takes a share of the role's steps.
         scaled: whether a trainable role of the run, this or another, computes in fp16: loss
             scaling then goes for all of them.
 
@@ -65,7 +70,8 @@ def build_optimizers(
     for key in role.modules:
         optimizer = _optimizer(role, key, config, scaled)
         role.optimizers[key] = optimizer
-        role.schedulers[key] = LambdaLR(optimizer, _factor(config.schedule, horizon))
+        steps = horizon if isinstance(horizon, int) else horizon[key]
+        role.schedulers[key] = LambdaLR(optimizer, _factor(config.schedule, steps))
 
 
 def _factor(config: ScheduleConfig, horizon: int) -> Callable[[int], float]:

@@ -23,9 +23,10 @@ def _critic_has_a_turn(config: DMD2Config, _: Any, value: int) -> None:
 
 
 def _unguided(_config: DMD2Config, _: Any, value: SamplerSpec) -> None:
-    if value.guidance != 1:
+    if value.guided:
+        w = next(w for w in value.guidances if w != 1)
         raise ValueError(
-            f"guidance {value.guidance} must be 1: the student learns the guided teacher's clips "
+            f"guidance {w} must be 1: the student learns the guided teacher's clips "
             "and is called once a step, so guiding it again would show another model than the one "
             "trained. The teacher's guidance is real_score_guidance_scale."
         )

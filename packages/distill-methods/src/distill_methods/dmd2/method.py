@@ -23,9 +23,9 @@ from distill_methods.maths import (
     dmd_loss,
     dmd_normaliser,
     noise_like,
-    sample_timesteps,
     velocity_loss,
 )
+from distill_methods.time_ranges import share_of_levels
 from distill_methods.time_sampling import TimeSampling
 
 
@@ -60,6 +60,8 @@ class DMD2Method(LatentMethod[DMD2Config]):
     - t is per sample (Self-Forcing and FastVideo draw one for the batch).
     - With ``rollout: simulate`` the exit step k is one for the batch and all ranks, drawn for
       each micro batch; with ``rollout: data`` it is per sample.
+    - Of a model of two experts, an iteration takes the student at the steps of one of them, and
+      judges at the t of one: which, is drawn for the iteration with their shares as chances.
     - The critic is conditional only; it is never guided.
     - The critic's loss is on v (Self-Forcing and FastVideo; tianweiy/DMD2 on eps).
 
@@ -93,7 +95,9 @@ class DMD2Method(LatentMethod[DMD2Config]):
     ) -> None:
         super().__init__(bundle, adapter, config, conditioning=conditioning, streams=streams)
         # Here once, as copying them in each step would make the host wait for the device.
-        self._levels = 1000 * torch.tensor(config.student_sampler.sigmas(), device=self._device())
+        levels = torch.tensor([1000 * sigma for sigma in config.student_sampler.sigmas()])
+        self._times_of_steps = levels.tolist()
+        self._levels = levels.to(self._device())
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """``dmd_loss`` in the student's turn, ``critic_loss`` in the critic's, and their sum."""
@@ -103,11 +107,11 @@ class DMD2Method(LatentMethod[DMD2Config]):
         # The critic first: where both learn, the outputs shown are those of the student's turn.
         if "critic" in turns:
             with self.bundle["student"].frozen():
-                losses["critic_loss"], found = self._critic_turn(batch)
+                losses["critic_loss"], found = self._critic_turn(batch, iteration)
             outputs.update(found)
         if "student" in turns:
             with self.bundle["critic"].frozen():
-                losses["dmd_loss"], found = self._student_turn(batch)
+                losses["dmd_loss"], found = self._student_turn(batch, iteration)
             outputs.update(found)
         return StepResult(
             {"total_loss": torch.stack(list(losses.values())).sum(), **losses}, outputs
@@ -115,11 +119,12 @@ class DMD2Method(LatentMethod[DMD2Config]):
 
     # -- turns --------------------------------------------------------------------------------
 
-    def _student_turn(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        rollout = self._rollout(batch, "student")
-        x = rollout.x0
+    def _student_turn(self, batch: Batch, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
+        rollout = self._rollout(batch, "student", iteration)
+        x, trained = rollout.x0, self.trained_frames(batch.cond)
         with torch.no_grad():
-            x_t, _, t = self._noised(x, "student", self.config.score_time)
+            time, judges = self.config.score_time, ("teacher", "critic")
+            x_t, _, t = self._noised(x, "student", iteration, time, *judges)
             fake = self.adapter.forward("critic", x_t, t, batch.cond, fwd_pred_type="x0")
             real = self.adapter.forward(
                 "teacher",
@@ -130,38 +135,40 @@ class DMD2Method(LatentMethod[DMD2Config]):
                 neg_cond=self._negative,
                 cfg=self.config.real_score_guidance_scale,
             )
-            gradient = dmd_gradient(x, fake, real)
+            gradient = dmd_gradient(x, fake, real, trained)
             outputs = _facts(rollout) | {
                 "teacher_x0": real,
                 "critic_x0": fake,
-                "dmd_normaliser": dmd_normaliser(x, real).mean(),
+                "dmd_normaliser": dmd_normaliser(x, real, trained).mean(),
                 "dmd_gradient_rms": gradient.square().mean().sqrt(),
                 "score_distance": (fake - real).abs().mean(),
             }
-        return dmd_loss(x, gradient), outputs
+        return dmd_loss(x, gradient, trained), outputs
 
-    def _critic_turn(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _critic_turn(self, batch: Batch, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            rollout = self._rollout(batch, "critic")
+            rollout = self._rollout(batch, "critic", iteration)
             time = self.config.critic_time or self.config.score_time
-            x_t, noise, t = self._noised(rollout.x0, "critic", time)
+            x_t, noise, t = self._noised(rollout.x0, "critic", iteration, time, "critic")
             target = self.adapter.target(rollout.x0, noise, t, "v")
         velocity = self.adapter.forward("critic", x_t, t, batch.cond, fwd_pred_type="v")
-        return velocity_loss(velocity, target), _facts(rollout)
+        loss = velocity_loss(velocity, target, trained=self.trained_frames(batch.cond))
+        return loss, _facts(rollout)
 
     # -- parts --------------------------------------------------------------------------------
 
-    def _rollout(self, batch: Batch, turn: str) -> _Rollout:
+    def _rollout(self, batch: Batch, turn: str, iteration: int) -> _Rollout:
         """The student's clean latents, with gradient where the caller allows it.
 
         Every draw of a sample has rows of its own, so that micro batches and ranks see the
         numbers that one large batch would.
         """
         spec, size = self.config.student_sampler, len(batch)
+        among = self._steps(turn, iteration)
         if self.config.rollout == "simulate":
             # Shared, or the ranks of a sharded student would wait for each other for ever.
             generator = self.streams.get(f"dmd2.{turn}.exit_step", shared=True)
-            k = int(torch.randint(spec.steps, (), generator=generator, device=generator.device))
+            k = among[int(torch.randint(len(among), (), generator=generator))]
             x0 = simulate(
                 self.adapter,
                 spec,
@@ -173,8 +180,8 @@ class DMD2Method(LatentMethod[DMD2Config]):
                 poll=self.stop.poll,
             )
             return _Rollout(x0, torch.full((size,), k, device=x0.device))
-        steps = self.streams.rows(f"dmd2.{turn}.data_step", size).integers(spec.steps)
-        steps = steps.to(batch.latents.device)
+        drawn = self.streams.rows(f"dmd2.{turn}.data_step", size).integers(len(among))
+        steps = torch.tensor(among, device=drawn.device)[drawn].to(batch.latents.device)
         noise = noise_like(batch.latents, self.streams.rows(f"dmd2.{turn}.data_noise", size))
         latents = self.adapter.normalize_latents(batch.latents)
         x0 = from_data(
@@ -182,9 +189,20 @@ class DMD2Method(LatentMethod[DMD2Config]):
         )
         return _Rollout(x0, steps)
 
-    def _noised(self, x0: Tensor, turn: str, time: TimeSampling) -> tuple[Tensor, Tensor, Tensor]:
-        """(x_t, noise, t) at a fresh t per sample."""
-        t = sample_timesteps(time, self.streams.rows(f"dmd2.{turn}.t", len(x0))).to(x0.device)
+    def _steps(self, turn: str, iteration: int) -> list[int]:
+        """The steps that the student may be taken at: those of one expert in an iteration."""
+        levels = self._times_of_steps
+        within = self.range_of(
+            f"dmd2.{turn}.step", iteration, lambda r: share_of_levels(levels, *r), "student"
+        )
+        steps = range(len(levels))
+        return [i for i in steps if within is None or share_of_levels([levels[i]], *within)]
+
+    def _noised(
+        self, x0: Tensor, turn: str, iteration: int, time: TimeSampling, *roles: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(x_t, noise, t) at a fresh t per sample, at which ``roles`` can be called."""
+        t = self.times(f"dmd2.{turn}.t", len(x0), iteration, time, *roles).to(x0.device)
         noise = noise_like(x0, self.streams.rows(f"dmd2.{turn}.noise", len(x0)))
         return self.adapter.add_noise(x0, noise, t), noise, t
 

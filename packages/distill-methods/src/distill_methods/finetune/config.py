@@ -33,7 +33,7 @@ class FinetuneConfig:
     @property
     def guided(self) -> bool:
         """Whether the student's sampler needs a negative condition; a step never does."""
-        return self.student_sampler.guidance != 1
+        return self.student_sampler.guided
 
     @property
     def capabilities(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from distill_protocols import (
 
 from distill_methods.finetune.config import FinetuneConfig
 from distill_methods.latent_method import LatentMethod
-from distill_methods.maths import bsmntw_weight, noise_like, sample_timesteps, velocity_loss
+from distill_methods.maths import bsmntw_weight, noise_like, velocity_loss
 
 
 class FinetuneMethod(LatentMethod[FinetuneConfig]):
@@ -40,13 +40,14 @@ class FinetuneMethod(LatentMethod[FinetuneConfig]):
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """The weighted velocity loss of one micro batch."""
         x0 = self.adapter.normalize_latents(batch.latents)
-        rows = self.streams.rows("finetune.t", len(batch))
-        t = sample_timesteps(self.config.time, rows).to(x0.device)
+        drawn = self.times("finetune.t", len(batch), iteration, self.config.time, "student")
+        t = drawn.to(x0.device)
         noise = noise_like(x0, self.streams.rows("finetune.noise", len(batch)))
         x_t = self.adapter.add_noise(x0, noise, t)
         velocity = self.adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="v")
         weight = bsmntw_weight(t) if self.config.weighting == "bsmntw" else None
-        loss = velocity_loss(velocity, self.adapter.target(x0, noise, t, "v"), weight)
+        target = self.adapter.target(x0, noise, t, "v")
+        loss = velocity_loss(velocity, target, weight, self.trained_frames(batch.cond))
         with torch.no_grad():
             student_x0 = self.adapter.pred_to_x0(velocity, x_t, t)
         return StepResult({"total_loss": loss}, {"student_x0": student_x0})

@@ -39,7 +39,7 @@ class TeacherOnlyConfig:
     @property
     def guided(self) -> bool:
         """Whether a step or the student's sampler needs a negative condition."""
-        return self.teacher_guided or self.student_sampler.guidance != 1
+        return self.teacher_guided or self.student_sampler.guided
 
     @property
     def capabilities(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from distill_protocols import (
 )
 
 from distill_methods.latent_method import LatentMethod
-from distill_methods.maths import noise_like, sample_timesteps, velocity_loss
+from distill_methods.maths import noise_like, velocity_loss
 from distill_methods.teacher_only.config import TeacherOnlyConfig
 
 
@@ -44,8 +44,8 @@ class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """The distance of student and guided teacher in v, on one micro batch."""
         x0 = self.adapter.normalize_latents(batch.latents)
-        rows = self.streams.rows("teacher_only.t", len(batch))
-        t = sample_timesteps(self.config.time, rows).to(x0.device)
+        roles, time = self.required_roles, self.config.time
+        t = self.times("teacher_only.t", len(batch), iteration, time, *roles).to(x0.device)
         noise = noise_like(x0, self.streams.rows("teacher_only.noise", len(batch)))
         x_t = self.adapter.add_noise(x0, noise, t)
         with torch.no_grad():
@@ -59,7 +59,7 @@ class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
                 cfg=self.config.guidance_scale,
             )
         velocity = self.adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="v")
-        loss = velocity_loss(velocity, target)
+        loss = velocity_loss(velocity, target, trained=self.trained_frames(batch.cond))
         with torch.no_grad():
             outputs = {
                 "student_x0": self.adapter.pred_to_x0(velocity, x_t, t),

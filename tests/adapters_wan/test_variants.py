@@ -1,0 +1,541 @@
+"""Two experts, first frames, per-token timesteps: against the stock pipelines and by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from functools import partial
+
+import attrs
+import pytest
+import torch
+from distill_adapters_wan import PLUGIN, WanPipelineConfig
+from distill_adapters_wan.experts import boundary_of, expert_of, module_ranges, ranges
+from distill_adapters_wan.lora import base_name
+from distill_protocols import (
+    Condition,
+    ConditioningError,
+    ContractError,
+    ExportRequest,
+    LoraSpec,
+    ModelBundle,
+    RoleSpec,
+    RowGenerators,
+    SamplerSpec,
+    TensorWeights,
+    WeightsError,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from wan_variants import VARIANTS, build
+
+CPU = torch.device("cpu")
+PROMPTS = ["a seven moving left", "a & seven"]
+EVERY = pytest.mark.parametrize("name", list(VARIANTS))
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def loaded(folder_of):
+    """name -> (adapter, bundle) with a frozen role ``student``; tests must not change it."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            config, path = VARIANTS[name].config, folder_of(name)
+            role = RoleSpec(name="student", path=path, trainable=False)
+            bundle = PLUGIN.load([role], config, device=CPU)
+            made[name] = PLUGIN.adapter(bundle, config, source=path), bundle
+        return made[name]
+
+    return make
+
+
+def picture(variant, seed=4):
+    """Smooth 8-bit pixels [3, H, W] in [0, 1]."""
+    small = normal(1, 3, 4, 6, seed=seed).sigmoid()
+    size = (variant.config.height, variant.config.width)
+    image = torch.nn.functional.interpolate(small, size=size, mode="bilinear")
+    return (image[0] * 255).round() / 255
+
+
+def pil(image):
+    return Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy())
+
+
+def condition(name, adapter, batch=2, seed=1, image=True):
+    """Random text and, of a variant that reads one, a random picture."""
+    variant = VARIANTS[name]
+    cond = Condition({"text": normal(batch, variant.config.max_sequence_length, 16, seed=seed)})
+    if image and variant.image:
+        frames = torch.stack([picture(variant, seed=10 * seed + i) for i in range(batch)])
+        cond = adapter.with_image(cond, frames)
+    return cond
+
+
+# -- against the stock pipelines ------------------------------------------------------------------
+
+SPECS = [
+    SamplerSpec(steps=4, shift=5.0, stochastic=True),
+    SamplerSpec(steps=6, shift=3.0, guidance=3.0),
+    SamplerSpec(steps=5, shift=3.0, guidance=4.0, guidance_2=2.5),
+]
+
+
+def clips(name, loaded, folder, facts, images, use_image=True):
+    """(ours, theirs) of the same noise, of the pipeline that ``model_index.json`` names."""
+    import diffusers
+
+    variant = VARIANTS[name]
+    adapter, _ = loaded(name)
+    spec = SamplerSpec(**facts["sampler"])
+    shape = adapter.latent_shape
+    noise = normal(len(PROMPTS), *shape, seed=7)
+    index = json.loads((folder / "model_index.json").read_text())
+    kind = index["_class_name"] if not use_image else "WanImageToVideoPipeline"
+    kind = kind if variant.image else "WanPipeline"
+    pipe = getattr(diffusers, kind).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    given = {"image": pil(images)} if use_image and variant.image else {}
+    # Its scheduler takes a generator a row too, but nobody hands them on.
+    fresh = [torch.Generator().manual_seed(100 + n) for n in range(len(PROMPTS))]
+    pipe.scheduler.step = partial(pipe.scheduler.step, generator=fresh)
+    theirs = pipe(
+        prompt=PROMPTS, negative_prompt="left", latents=noise, output_type="pt", **given,
+        **facts["call"],
+    ).frames.permute(0, 2, 1, 3, 4)  # fmt: skip
+    frames = torch.stack([images] * len(PROMPTS)) if given else None
+    latents = adapter.sample(
+        "student", spec, noise, adapter.encode_condition(PROMPTS, frames),
+        neg_cond=adapter.encode_neg_condition("left"),
+        generators=RowGenerators(
+            [torch.Generator().manual_seed(100 + n) for n in range(len(PROMPTS))]
+        ),
+    )  # fmt: skip
+    return adapter.decode(latents), theirs
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=["stochastic", "guided", "two-guidances"])
+@EVERY
+def test_the_stock_pipeline_gives_the_same_clip_bit_for_bit(
+    name, spec, loaded, folder_of, tmp_path
+):
+    variant, path = VARIANTS[name], folder_of(name)
+    _, bundle = loaded(name)
+    if spec.guidance_2 is not None and variant.experts == 1:
+        spec = attrs.evolve(spec, guidance_2=None)
+    role = RoleSpec(name="student", path=path, trainable=False)
+    exporter = PLUGIN.exporter(variant.config, source=path)
+    weights, request = bundle["student"].weight_sources(), ExportRequest(sampler=spec)
+    facts = exporter.export(role, weights, tmp_path / "s", request)
+    exporter.verify(role, weights, tmp_path / "s", request)
+    ours, theirs = clips(name, loaded, tmp_path / "s", facts, picture(variant))
+    assert ours.std() > 1e-3
+    assert not torch.allclose(ours[0], ours[1], atol=1e-3)
+    assert torch.equal(ours, theirs)
+    if variant.expand:
+        ours, theirs = clips(name, loaded, tmp_path / "s", facts, None, use_image=False)
+        assert torch.equal(ours, theirs)
+
+
+# -- what a transformer is called with, by hand ---------------------------------------------------
+
+
+@pytest.fixture
+def seen(loaded):
+    """Within ``seen(name)``: one (module, its arguments) a transformer call."""
+
+    @contextlib.contextmanager
+    def watching(name):
+        calls, hooks = [], []
+        for key, module in loaded(name)[1]["student"].modules.items():
+
+            def note(_, args, given, key=key):
+                calls.append((key, given))
+
+            hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
+        yield calls
+        for hook in hooks:
+            hook.remove()
+
+    return watching
+
+
+SHAPE = (4, 3, 4, 6)
+
+
+@torch.no_grad()
+@EVERY
+def test_model_inputs_by_hand(name, loaded, seen):
+    variant, (adapter, _) = VARIANTS[name], loaded(name)
+    cond, x_t = condition(name, adapter), normal(2, *SHAPE, seed=2)
+    t = torch.tensor([700.0, 640.5])
+    negative = Condition({"text": normal(1, *cond.tensors["text"].shape[1:], seed=9)})
+    with seen(name) as calls:
+        adapter.forward("student", x_t, t, cond, neg_cond=negative, cfg=3.0)
+    [(module, given)] = calls  # one call of 2B
+    assert module == variant.modules[-1]  # 700 is below the boundary of either model of two
+    x = given["hidden_states"].chunk(2)
+    assert torch.equal(*x)
+    text = torch.cat([cond.tensors["text"], negative.tensors["text"].expand(2, -1, -1)])
+    assert torch.equal(given["encoder_hidden_states"], text)
+    if variant.channels:
+        assert torch.equal(x[0][:, :4], x_t)
+        assert torch.equal(x[0][:, 4:8, 0], torch.ones(2, 4, 4, 6))
+        assert not x[0][:, 4:8, 1:].any()
+        assert torch.equal(x[0][:, 8:], cond.tensors["image_latents"])
+        assert torch.equal(given["timestep"], torch.cat([t, t]))
+    elif variant.expand:
+        assert torch.equal(x[0][:, :, :1], cond.tensors["image_latents"])
+        assert torch.equal(x[0][:, :, 1:], x_t[:, :, 1:])
+        # 3 frames of 2 x 3 tokens each.
+        by_hand = torch.tensor([[0.0] * 6 + [value] * 12 for value in t.tolist()])
+        assert torch.equal(given["timestep"], torch.cat([by_hand, by_hand]))
+    else:
+        assert torch.equal(x[0], x_t)
+    embeds = given["encoder_hidden_states_image"]
+    if variant.embeds:  # the picture stays beside the negative text
+        assert torch.equal(embeds, torch.cat([cond.tensors["image_embeds"]] * 2))
+        assert embeds.shape == (4, 17, 20)
+    else:
+        assert embeds is None
+
+
+@torch.no_grad()
+def test_a_first_frame_is_what_the_condition_says(loaded):
+    """TI2V: whatever noise stands there, x0 is the picture and the other frames are the same."""
+    adapter, _ = loaded("ti2v")
+    cond, t = condition("ti2v", adapter), torch.tensor([700.0, 1000.0])
+    x_t, other = normal(2, *SHAPE, seed=2), normal(2, *SHAPE, seed=3)
+    other[:, :, 1:] = x_t[:, :, 1:]
+    x0, again = (adapter.forward("student", x, t, cond, fwd_pred_type="x0") for x in (x_t, other))
+    assert torch.equal(x0, again)
+    assert torch.equal(x0[:, :, :1], cond.tensors["image_latents"])
+    trained = adapter.trained_frames(cond)
+    assert trained.flatten().tolist() == [0, 1, 1]
+    assert trained.shape == (1, 1, 3, 1, 1)
+    alone = Condition({"text": cond.tensors["text"]})
+    assert adapter.trained_frames(alone) is None
+    free = adapter.forward("student", x_t, t, alone, fwd_pred_type="x0")
+    assert not torch.allclose(free[:, :, :1], x0[:, :, :1], atol=1e-2)
+
+
+@torch.no_grad()
+def test_one_time_for_all_tokens_is_one_time_a_token(loaded, seen):
+    """TI2V without a picture: the cheap call of training and the stock one of sampling."""
+    adapter, bundle = loaded("ti2v")
+    cond, x_t = condition("ti2v", adapter, image=False), normal(2, *SHAPE)
+    t = torch.tensor([700.0, 333.3])
+    v = adapter.forward("student", x_t, t, cond)
+    with seen("ti2v") as calls:
+        adapter.sample("student", SamplerSpec(steps=1), x_t, cond)
+    assert calls[0][1]["timestep"].shape == (2, 18)
+    (each,) = bundle["student"].modules["transformer"](
+        x_t, timestep=t[:, None].expand(-1, 18), encoder_hidden_states=cond.tensors["text"],
+        return_dict=False,
+    )  # fmt: skip
+    assert torch.allclose(v, each, atol=1e-5)
+
+
+@torch.no_grad()
+@EVERY
+def test_pictures_are_read(name, loaded):
+    """Another picture gives another clip, where one is read at all."""
+    variant, (adapter, _) = VARIANTS[name], loaded(name)
+    x_t, t = normal(1, *SHAPE), torch.tensor([700.0])
+    one = condition(name, adapter, batch=1, seed=1)
+    two = condition(name, adapter, batch=1, seed=2)
+    found = []
+    for key in [k for k in one.tensors if k != "text"]:
+        changed = Condition({**one.tensors, key: two.tensors[key]})
+        v, w = (adapter.forward("student", x_t, t, cond) for cond in (one, changed))
+        assert not torch.allclose(v, w, atol=1e-4), key
+        found.append(key)
+    names = ["image_latents"] * variant.image + ["image_embeds"] * variant.embeds
+    assert sorted(found) == sorted(names)
+
+
+# -- invariants 4, 10 and 11 of a call ------------------------------------------------------------
+
+
+@torch.no_grad()
+@EVERY
+def test_guidance_one_is_conditional_and_zero_unconditional(name, loaded):
+    adapter, _ = loaded(name)
+    x_t, t, cond = normal(2, *SHAPE), torch.tensor([900.0, 950.0]), condition(name, adapter)
+    negative = Condition({"text": normal(1, *cond.tensors["text"].shape[1:], seed=9)})
+    given = {"neg_cond": negative, "fwd_pred_type": "x0"}
+    plain = adapter.forward("student", x_t, t, cond, fwd_pred_type="x0")
+    assert torch.equal(adapter.forward("student", x_t, t, cond, cfg=1.0, **given), plain)
+    without = negative.expand(2).over(cond)
+    assert without.tensors.keys() == cond.tensors.keys()
+    zero = adapter.forward("student", x_t, t, cond, cfg=0.0, **given)
+    assert torch.equal(zero, adapter.forward("student", x_t, t, without, fwd_pred_type="x0"))
+    assert not torch.allclose(zero, plain, atol=1e-3)
+    guided = adapter.forward("student", x_t, t, cond, cfg=3.0, **given)
+    assert torch.allclose(guided, zero + 3 * (plain - zero), atol=1e-4)
+
+
+@torch.no_grad()
+@EVERY
+@pytest.mark.parametrize("t", [(990.0, 910.0), (500.0, 20.0)])
+def test_a_batch_of_two_is_two_of_one(name, t, loaded):
+    adapter, _ = loaded(name)
+    cond, x_t, t = condition(name, adapter), normal(2, *SHAPE), torch.tensor(t)
+    negative = Condition({"text": normal(1, *cond.tensors["text"].shape[1:], seed=9)})
+    both = adapter.forward("student", x_t, t, cond, neg_cond=negative, cfg=4.0)
+    for i in range(2):
+        row = slice(i, i + 1)
+        alone = adapter.forward("student", x_t[row], t[row], cond[row], neg_cond=negative, cfg=4.0)
+        assert torch.allclose(both[row], alone, atol=1e-5)
+
+
+times = st.floats(0, 1000, width=32)
+ratios = st.floats(0.01, 0.99)
+
+
+@given(t=times, ratio=ratios)
+def test_exactly_one_expert_for_each_time_and_equality_goes_high(t, ratio):
+    both = ("transformer", "transformer_2")
+    boundary = boundary_of(both, None, ratio)
+    found = expert_of(torch.tensor([t]), boundary, "student")
+    assert found == both[t < boundary]  # in Python's own numbers
+    inside = [
+        name
+        for name, (low, high) in module_ranges(boundary).items()
+        if low <= t < high or t == high == 1000
+    ]
+    assert inside == [found]
+    edge = torch.tensor([boundary])
+    assert expert_of(edge, boundary, "student") == "transformer"
+    assert expert_of(torch.nextafter(edge, torch.zeros(1)), boundary, "student") == both[1]
+    with pytest.raises(ContractError, match="both sides"):
+        expert_of(torch.tensor([boundary, boundary - 1.0]), boundary, "student")
+    assert expert_of(torch.tensor([t]), boundary_of(both[:1], ratio, None), "s") == both[0]
+
+
+@given(boundaries=st.lists(st.floats(1, 999), max_size=3), t=times)
+def test_ranges_fill_the_line(boundaries, t):
+    found = ranges(boundaries)
+    assert found[0][0] == 0
+    assert found[-1][1] == 1000
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
+    assert len(found) == len(set(boundaries)) + 1
+    assert sum(low <= t < high or t == high == 1000 for low, high in found) == 1
+
+
+@torch.no_grad()
+def test_a_call_is_the_experts_own(loaded):
+    """Each side of the boundary, and the boundary itself, is the module called by hand."""
+    adapter, bundle = loaded("t2v-experts")
+    cond, x_t = condition("t2v-experts", adapter, batch=1), normal(1, *SHAPE)
+    below = float(torch.nextafter(torch.tensor(875.0), torch.tensor(0.0)))
+    for t, name in [(1000.0, 0), (875.0, 0), (below, 1), (3.0, 1)]:
+        module = bundle["student"].modules[("transformer", "transformer_2")[name]]
+        (by_hand,) = module(
+            x_t, timestep=torch.tensor([t]), encoder_hidden_states=cond.tensors["text"],
+            return_dict=False,
+        )  # fmt: skip
+        assert torch.equal(adapter.forward("student", x_t, torch.tensor([t]), cond), by_hand)
+    with pytest.raises(ContractError, match=r"from 800 to 900, on both sides of 875"):
+        adapter.forward("student", normal(2, *SHAPE), torch.tensor([900.0, 800.0]), cond)
+    assert adapter.expert_ranges("student") == ((0, 875), (875, 1000))
+
+
+def test_the_runs_own_boundary(folder_of):
+    path = folder_of("t2v-experts")
+    config = attrs.evolve(VARIANTS["t2v-experts"].config, boundary_ratio=0.5)
+    role = RoleSpec(name="student", path=path, trainable=False)
+    adapter = PLUGIN.adapter(PLUGIN.load([role], config, device=CPU), config, source=path)
+    assert adapter.expert_of("student", torch.tensor([500.0, 870.0])) == "transformer"
+    assert PLUGIN.expert_ranges(role, config)["transformer_2"] == (0, 500)
+
+
+def test_the_runs_own_boundary_is_exported(folder_of, loaded, tmp_path):
+    path, (_, bundle) = folder_of("t2v-experts"), loaded("t2v-experts")
+    config = attrs.evolve(VARIANTS["t2v-experts"].config, boundary_ratio=0.5)
+    role = RoleSpec(name="student", path=path, trainable=False)
+    request = ExportRequest(sampler=SamplerSpec(steps=4, guidance=4.0, guidance_2=3.0))
+    weights = bundle["student"].weight_sources()
+    facts = PLUGIN.exporter(config, source=path).export(role, weights, tmp_path / "s", request)
+    assert json.loads((tmp_path / "s/model_index.json").read_text())["boundary_ratio"] == 0.5
+    assert (facts["call"]["guidance_scale"], facts["call"]["guidance_scale_2"]) == (4.0, 3.0)
+
+
+def test_a_second_guidance_needs_a_second_expert(folder_of, loaded):
+    adapter, _ = loaded("t2v")
+    cond = condition("t2v", adapter)
+    spec = SamplerSpec(steps=2, guidance=3.0, guidance_2=2.0)
+    with pytest.raises(ContractError, match="guidance_2"):
+        adapter.sample("student", spec, normal(2, *SHAPE), cond, neg_cond=cond[:1])
+    role = RoleSpec(name="student", path=folder_of("t2v"), trainable=False)
+    found = dict(PLUGIN.export_faults(role, ExportRequest(sampler=spec)))
+    assert "guidance_2" in found["sampler"]
+    two = attrs.evolve(role, path=folder_of("t2v-experts"))
+    assert dict(PLUGIN.export_faults(two, ExportRequest(sampler=spec))) == {}
+
+
+# -- loading --------------------------------------------------------------------------------------
+
+
+def moved(source, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: value + 0.05 * torch.randn(value.shape, generator=generator)
+        for key, value in source.read(source.facts()).items()
+    }
+
+
+@pytest.mark.parametrize("lora", [None, LoraSpec(rank=2)], ids=["whole", "lora"])
+def test_both_experts_are_loaded_each_with_its_own(folder_of, lora):
+    variant, path = VARIANTS["t2v-experts"], folder_of("t2v-experts")
+    role = RoleSpec(name="student", path=path, trainable=True, lora=lora)
+    bundle = PLUGIN.load([role], variant.config, device=CPU)
+    modules = bundle["student"].modules
+    assert tuple(modules) == variant.modules
+    for key, source in PLUGIN.weights(path).items():
+        state = {base_name(n): value for n, value in modules[key].state_dict().items()}
+        for name, value in source.read(source.facts()).items():
+            assert torch.equal(state[name], value)
+    if lora is not None:
+        assert set(bundle["student"].trained) == set(variant.modules)
+        a, b = (dict(modules[k].named_parameters()) for k in variant.modules)
+        first = next(n for n in bundle["student"].trained["transformer"] if "lora_A" in n)
+        assert not torch.equal(a[first], b[first])  # drawn under the module's own name
+    plan = PLUGIN.plan(role, variant.config)
+    assert [m.name for m in plan.modules] == list(variant.modules)
+    counts = [sum(p.numel() for p in m.parameters()) for m in modules.values()]
+    assert [m.parameters + m.adapters for m in plan.modules] == counts
+    assert plan.present
+
+
+def test_a_warm_start_goes_by_module(folder_of):
+    variant, path = VARIANTS["t2v-experts"], folder_of("t2v-experts")
+    role = RoleSpec(name="student", path=path, trainable=True)
+    sources = PLUGIN.weights(path)
+    given = {
+        key: TensorWeights(key, moved(source, seed))
+        for seed, (key, source) in enumerate(sources.items())
+    }
+    bundle = PLUGIN.load([role], variant.config, device=CPU, weights={"student": given})
+    for key, source in given.items():
+        state = bundle["student"].modules[key].state_dict()
+        assert all(torch.equal(state[name], value) for name, value in source.tensors.items())
+    half = {"student": {"transformer": given["transformer"]}}
+    with pytest.raises(WeightsError, match="modules are transformer, transformer_2"):
+        PLUGIN.load([role], variant.config, device=CPU, weights=half)
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+def test_conditions_that_do_not_fit_are_refused(loaded):
+    x_t, t = normal(1, *SHAPE), torch.tensor([700.0])
+
+    def message(name, cond):
+        with pytest.raises(ConditioningError) as error:
+            loaded(name)[0].forward("student", x_t, t, cond)
+        return str(error.value)
+
+    image = condition("i2v-2.1", loaded("i2v-2.1")[0], batch=1)
+    text = Condition({"text": image.tensors["text"]})
+    assert "'image_latents'" in message("i2v-2.1", text)
+    short = Condition({**image.tensors, "image_latents": image.tensors["image_latents"][:, :, :1]})
+    assert "must be [B, 4, 3, 4, 6]" in message("i2v-2.1", short)
+    bare = Condition({k: v for k, v in image.tensors.items() if k != "image_embeds"})
+    assert "image_embeds are missing" in message("i2v-2.1", bare)
+    narrow = Condition({**image.tensors, "image_embeds": image.tensors["image_embeds"][..., :3]})
+    assert "[B, tokens, 20]" in message("i2v-2.1", narrow)
+    plain = condition("t2v", loaded("t2v")[0], batch=1)
+    pictured = image.tensors["image_latents"]
+    assert "text alone" in message("t2v", Condition({**plain.tensors, "image_latents": pictured}))
+    first = condition("ti2v", loaded("ti2v")[0], batch=1)
+    assert "must be [B, 4, 1, 4, 6]" in message(
+        "ti2v", Condition({**first.tensors, "image_latents": pictured})
+    )
+
+
+def test_pictures_that_do_not_fit_are_refused(loaded):
+    cond = condition("t2v", loaded("t2v")[0], batch=1)
+    with pytest.raises(ConditioningError, match="text alone"):
+        loaded("t2v")[0].with_image(cond, torch.zeros(1, 3, 32, 48))
+    for shape in ((1, 3, 48, 32), (2, 3, 32, 48), (3, 32, 48)):
+        with pytest.raises(ConditioningError, match=r"must be \[1, 3, 32, 48\]"):
+            loaded("ti2v")[0].with_image(cond, torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "change", "said"),
+    [
+        ("t2v-experts", "index", {"boundary_ratio": None}, "boundary_ratio"),
+        ("t2v", "index", {"boundary_ratio": 0.9}, "single transformer"),
+        ("t2v-experts", "transformer_2", {"eps": 1e-5}, "two architectures"),
+        ("t2v", "transformer", {"in_channels": 9}, "neither a text-to-video"),
+        ("i2v-2.1", "index", {"expand_timesteps": True}, "one of the two"),
+        ("t2v", "transformer", {"image_dim": 20}, "no latents of it"),
+        ("i2v-2.1", "transformer", {"pos_embed_seq_len": 514}, "first and a last frame"),
+        ("t2v", "index", {"transformer": [None, None]}, "names no transformer"),
+    ],
+)
+def test_what_would_be_called_wrongly_is_refused(
+    name, module, change, said, pipeline_template, tmp_path
+):
+    folder = build(name, pipeline_template, tmp_path / "p")
+    file = folder / ("model_index.json" if module == "index" else f"{module}/config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    role, config = RoleSpec(name="r", path=str(folder), trainable=False), VARIANTS[name].config
+    assert said in "\n".join(PLUGIN.faults(role, config))
+    with pytest.raises(WeightsError, match=said):
+        PLUGIN.load([role], config, device=CPU)
+
+
+def test_the_run_may_say_what_the_index_does_not(pipeline_template, tmp_path):
+    folder = build("t2v-experts", pipeline_template, tmp_path / "p")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": None}))
+    role = RoleSpec(name="r", path=str(folder), trainable=False)
+    config = attrs.evolve(VARIANTS["t2v-experts"].config, boundary_ratio=0.7)
+    assert PLUGIN.faults(role, config) == []
+    PLUGIN.load([role], config, device=CPU)
+
+
+def test_a_picture_takes_512_tokens_of_text(folder_of):
+    role = RoleSpec(name="r", path=folder_of("i2v-2.1"), trainable=False)
+    config = attrs.evolve(VARIANTS["i2v-2.1"].config, max_sequence_length=6)
+    assert "must be 512" in "\n".join(PLUGIN.faults(role, config))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 875.0, float("nan")])
+def test_boundaries_lie_between_zero_and_one(ratio):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        WanPipelineConfig(num_frames=9, height=32, width=32, boundary_ratio=ratio)
+
+
+def test_roles_that_read_different_conditions_are_refused(folder_of, loaded):
+    roles = {
+        "teacher": loaded("i2v-2.1")[1]["student"],
+        "student": loaded("t2v")[1]["student"],
+    }
+    with pytest.raises(WeightsError, match="teacher reads text, a first frame's latents and its"):
+        PLUGIN.adapter(ModelBundle(roles), VARIANTS["i2v-2.1"].config, source=folder_of("i2v-2.1"))
+
+
+def test_a_broken_image_encoder_is_a_fault(pipeline_template, tmp_path):
+    folder = build("i2v-2.1", pipeline_template, tmp_path / "p")
+    role = RoleSpec(name="r", path=str(folder), trainable=False)
+    config = VARIANTS["i2v-2.1"].config
+    assert PLUGIN.faults(role, config) == []
+    assert PLUGIN.image_shapes(config, source=str(folder)) == {
+        "image_latents": (4, 3, 4, 6),
+        "image_embeds": (17, 20),
+    }
+    (folder / "image_processor/preprocessor_config.json").unlink()
+    assert "preprocessor_config.json" in "\n".join(PLUGIN.faults(role, config))
+    adapter = PLUGIN.adapter(PLUGIN.load([role], config, device=CPU), config, source=str(folder))
+    with pytest.raises(WeightsError, match="cannot encode a picture"):
+        condition("i2v-2.1", adapter, batch=1)

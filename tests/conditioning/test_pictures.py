@@ -1,0 +1,124 @@
+"""Conditions with a first frame: stored, read, dropped and checked by name."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from distill_conditioning import DataConfig, LatentDataset, LatentLoader, ShardWriter, preprocess
+from distill_conditioning.facts import dataset_facts
+from distill_protocols import Condition, ConditioningError, DataError
+
+
+def embedding(text):
+    """[1, 3, 4]: another one for each text."""
+    return torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(len(text) + ord(text[-1])))
+
+
+class Pictured:
+    """An adapter's encoding side; its condition of a first frame is the frame, flattened."""
+
+    def text_encoder_kept(self):
+        return contextlib.nullcontext()
+
+    def encode_condition(self, raw_cond):
+        return Condition({"text": torch.cat([embedding(text) for text in raw_cond])})
+
+    def encode_neg_condition(self, raw_neg_cond):
+        return Condition({"text": torch.full((1, 3, 4), -1.0)})
+
+    def condition_fingerprint(self):
+        return "encoder"
+
+    def with_image(self, cond, images):
+        return Condition({"image_latents": images.flatten(1)}).over(cond)
+
+    def encode(self, video):
+        return video[:, :2, :, ::2, ::2]
+
+
+def clips(count=6):
+    """Two captions in turn; every clip begins with a picture of its own."""
+    for i in range(count):
+        video = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(i))
+        yield f"clip-{i}", f"caption {i % 2}", video
+
+
+@pytest.fixture
+def folder(tmp_path):
+    encoder = Pictured()
+    with ShardWriter(tmp_path / "d", encoder=encoder.condition_fingerprint()) as writer:
+        preprocess(clips(), encoder, writer, negative_prompt="", batch_size=4, first_frames=True)
+    return tmp_path / "d"
+
+
+def dataset(folder):
+    return LatentDataset(DataConfig(path=str(folder), shuffle=False))
+
+
+def test_clips_of_one_caption_keep_their_own_pictures(folder):
+    stored = dataset(folder)
+    assert stored.index.conditions == {"text": (3, 4), "image_latents": (48,)}
+    cond = stored.read(torch.arange(6)).cond
+    for i, (_, caption, video) in enumerate(clips()):
+        assert torch.equal(cond.tensors["image_latents"][i], video[:, 0].flatten())
+        assert torch.equal(cond.tensors["text"][i : i + 1], embedding(caption))
+        assert stored.caption(i) == caption
+
+
+def test_equal_conditions_are_still_stored_once(tmp_path):
+    with ShardWriter(tmp_path / "d", encoder=None) as writer:
+        for i in range(6):
+            cond = Condition({"text": embedding("a"), "image": torch.full((1, 2), float(i % 2))})
+            writer.add([str(i)], ["a"], torch.zeros(1, 2, 1, 2, 2), cond)
+    shard = dataset(tmp_path / "d")._open(0)
+    assert len(shard.conditions) == 2
+    assert shard.condition_id.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_a_dropped_caption_leaves_the_picture(folder):
+    stored = dataset(folder)
+    negative = stored.negative().condition
+    assert set(negative.tensors) == {"text"}
+    loader = LatentLoader(stored, batch_size=6, seed=0, dropout=1.0, negative=negative)
+    batch = next(iter(loader))
+    assert torch.equal(batch.cond.tensors["text"], negative.tensors["text"].expand(6, -1, -1))
+    kept = stored.read(torch.arange(6)).cond.tensors["image_latents"]
+    assert torch.equal(batch.cond.tensors["image_latents"], kept)
+
+
+def test_a_negative_that_is_no_part_of_the_samples_is_refused(folder):
+    stored = dataset(folder)
+    for wrong in ({}, {"other": torch.zeros(1, 2)}, {"text": torch.zeros(1, 9, 4)}):
+        with pytest.raises(ConditioningError):
+            LatentLoader(stored, batch_size=2, seed=0, dropout=0.5, negative=Condition(wrong))
+
+
+def test_what_the_model_reads_of_a_picture_must_be_there(folder, tmp_path):
+    wanted = {"image_latents": (48,)}
+    assert dataset_facts(folder, image_shapes=wanted).faults == ()
+    (fault,) = dataset_facts(folder, image_shapes={"image_latents": (50,)}).faults
+    assert "[48]" in fault
+    assert "[50]" in fault
+    (fault,) = dataset_facts(folder, image_shapes={**wanted, "image_embeds": (2, 2)}).faults
+    assert "image_embeds of the samples is absent" in fault
+    assert "first_frames=True" in fault
+
+
+def test_pictures_are_of_one_size(tmp_path):
+    writer = ShardWriter(tmp_path / "d", encoder=None)
+    latents = torch.zeros(1, 2, 1, 2, 2)
+    writer.add(["a"], ["x"], latents, Condition({"text": embedding("x"), "p": torch.zeros(1, 2)}))
+    with pytest.raises(DataError, match="must be alike"):
+        writer.add(
+            ["b"], ["x"], latents, Condition({"text": embedding("x"), "p": torch.zeros(1, 3)})
+        )
+
+
+def test_one_condition_over_another():
+    text, other = Condition({"text": torch.ones(2, 1)}), Condition({"text": torch.zeros(2, 1)})
+    below = Condition({**other.tensors, "image": torch.full((2, 1), 5.0)})
+    found = text.over(below).tensors
+    assert found["text"].sum() == 2
+    assert found["image"].sum() == 10

@@ -1,0 +1,99 @@
+"""Tiny real pipelines of every kind of Wan, made from the text-to-video one of ``conftest``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+from distill_adapters_wan import WanPipelineConfig
+
+
+@frozen(kw_only=True)
+class Variant:
+    """What differs: of the index, of the transformers, and of the run's numbers."""
+
+    experts: int = 1
+    channels: bool = False
+    embeds: bool = False
+    expand: bool = False
+    boundary: float = 0.875
+
+    @property
+    def image(self) -> bool:
+        return self.channels or self.expand
+
+    @property
+    def config(self) -> WanPipelineConfig:
+        # Wan 2.1's attention tells text from a picture by the number 512.
+        length = 512 if self.embeds else 6
+        return WanPipelineConfig(num_frames=9, height=32, width=48, max_sequence_length=length)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return ("transformer", "transformer_2")[: self.experts]
+
+
+VARIANTS = {
+    "t2v": Variant(),
+    "t2v-experts": Variant(experts=2),
+    "i2v-2.1": Variant(channels=True, embeds=True),
+    "i2v-experts": Variant(experts=2, channels=True, boundary=0.9),
+    "ti2v": Variant(expand=True),
+}
+
+
+def build(name: str, template: Path, folder: Path) -> Path:
+    """The folder of one variant; each transformer has weights of its own."""
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+
+    variant = VARIANTS[name]
+    shutil.copytree(template, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    for seed, module in enumerate(variant.modules):
+        with torch.random.fork_rng():
+            torch.manual_seed(20 + seed)
+            transformer = WanTransformer3DModel(
+                num_attention_heads=2, attention_head_dim=12, out_channels=4,
+                in_channels=12 if variant.channels else 4, text_dim=16, freq_dim=16, ffn_dim=32,
+                num_layers=2, rope_max_seq_len=16, image_dim=20 if variant.embeds else None,
+                added_kv_proj_dim=24 if variant.embeds else None,
+            )  # fmt: skip
+        shutil.rmtree(folder / module, ignore_errors=True)
+        transformer.save_pretrained(folder / module)
+        index[module] = ["diffusers", "WanTransformer3DModel"]
+    if variant.experts == 2:
+        index["boundary_ratio"] = variant.boundary
+    if variant.channels:
+        index["_class_name"] = "WanImageToVideoPipeline"
+        index |= {"image_encoder": [None, None], "image_processor": [None, None]}
+    if variant.embeds:
+        index |= _save_clip(folder)
+    index["expand_timesteps"] = variant.expand
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _save_clip(folder: Path) -> dict[str, Any]:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        encoder = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=20, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+                image_size=24, patch_size=6,
+            )
+        )  # fmt: skip
+    encoder.save_pretrained(folder / "image_encoder")
+    size = {"height": 24, "width": 24}
+    CLIPImageProcessor(size={"shortest_edge": 24}, crop_size=size).save_pretrained(
+        folder / "image_processor"
+    )
+    return {
+        "image_encoder": ["transformers", "CLIPVisionModel"],
+        "image_processor": ["transformers", "CLIPImageProcessor"],
+    }
