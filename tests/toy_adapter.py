@@ -164,6 +164,37 @@ class ToyAdapter:
                 x_t = x_t + (then - now) * velocity
         return x_t
 
+    def rollout(
+        self,
+        role: str,
+        spec: SamplerSpec,
+        noise: Tensor,
+        cond: Condition,
+        *,
+        exits: Sequence[int],
+        learns: Sequence[bool] | None = None,
+        generators: RowGenerators | None = None,
+        poll: Callable[[], None] | None = None,
+    ) -> Tensor:
+        (exit_step,), (learn,) = exits, learns or [True]
+        sigmas, x_t = spec.sigmas(), noise
+        for step in range(exit_step + 1):
+            if poll is not None:
+                poll()
+            t = torch.full((len(noise),), 1000 * sigmas[step])
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learn and step == exit_step):
+                x0 = self.forward(role, x_t, t, cond, fwd_pred_type="x0")
+            if step == exit_step:
+                return x0
+            after = torch.full_like(t, 1000 * sigmas[step + 1])
+            if spec.stochastic:
+                assert generators is not None
+                x_t = self.add_noise(x0, generators.normal(noise.shape[1:]), after)
+            else:
+                v = (x_t - x0) / sigmas[step]
+                x_t = x_t + (sigmas[step + 1] - sigmas[step]) * v
+        raise AssertionError
+
 
 @frozen
 class ToyConditioning:

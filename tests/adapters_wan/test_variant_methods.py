@@ -309,13 +309,13 @@ def test_which_expert_learns_is_drawn_by_its_share(world):
     config = FinetuneConfig(time=TimeSampling(shift=8.0))
     method = build("t2v-experts", "finetune", world)
     share_of = lambda r: share(config.time, *r)  # noqa: E731
-    drawn = [method.range_of("x", i, share_of, "student") for i in range(1, count + 1)]
+    drawn = [method.draws.range_of("x", i, share_of, "student") for i in range(1, count + 1)]
     expected = finetune.update_share(config, "student", 875.0, 1000.0)
     assert expected == pytest.approx(0.5333, abs=1e-3)  # 1 - u with 8 u / (1 + 7 u) = .875
     found = sum(low == 875.0 for low, _ in drawn) / count
     assert found == pytest.approx(expected, abs=4 * math.sqrt(0.25 / count))
     again = build("t2v-experts", "finetune", world)
-    assert drawn[:9] == [again.range_of("x", i, share_of, "student") for i in range(1, 10)]
+    assert drawn[:9] == [again.draws.range_of("x", i, share_of, "student") for i in range(1, 10)]
 
 
 def test_published_shares():

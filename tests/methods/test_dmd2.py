@@ -9,15 +9,12 @@ import attrs
 import pytest
 import torch
 from distill_methods import DMD2Config, DMD2Method, TimeSampling
-from distill_methods.dmd2.rollout import simulate
 from distill_protocols import (
     CapabilityError,
     ConditioningError,
     RandomStreams,
     RoleError,
-    RowGenerators,
     SamplerSpec,
-    StopFlag,
     StopRequested,
 )
 from toy_adapter import (
@@ -35,7 +32,10 @@ TWO_STEPS = SamplerSpec(steps=2, shift=3.0, stochastic=True)
 CADENCES = [(c, r) for c in ("alternate", "every_step") for r in ("simulate", "data")]
 
 
-def build(*, seed: int = 0, lr: float = 1e-2, bundle=None, has_negative=True, able=ABLE, **options):
+def build(
+    *, seed: int = 0, lr: float = 1e-2, bundle=None, has_negative=True, able=ABLE, streams=None,
+    **options,
+):  # fmt: skip
     bundle = bundle or toy_bundle(lr=lr, student=1, teacher=2, critic=3)
     config = DMD2Config(**{"student_sampler": TWO_STEPS} | options)
     return DMD2Method(
@@ -43,7 +43,7 @@ def build(*, seed: int = 0, lr: float = 1e-2, bundle=None, has_negative=True, ab
         ToyAdapter(bundle, capabilities=able),
         config,
         conditioning=ToyConditioning(has_negative),
-        streams=RandomStreams(seed),
+        streams=streams or RandomStreams(seed),
     )
 
 
@@ -159,10 +159,10 @@ def test_the_critic_turn_against_an_independent_formula(exit_step: int):
     streams = RandomStreams(seed)
     student, critic = (method.bundle[n].modules["transformer"] for n in ("student", "critic"))
     text = batch.cond.tensors["text"]
-    x = streams.rows("dmd2.critic.rollout.0", 2).normal(LATENT_SHAPE)
+    x = streams.rows("dmd2.critic.rollout", 2).normal(LATENT_SHAPE)
     x = x - student(x, torch.full((2,), 1000.0), text)
     if exit_step == 1:
-        eps = streams.rows("dmd2.critic.rollout.1", 2).normal(LATENT_SHAPE)
+        eps = streams.rows("dmd2.critic.rollout.fresh", 2).normal(LATENT_SHAPE)
         x = 0.25 * x + 0.75 * eps  # S_3(.5) = .75
         x = x - 0.75 * student(x, torch.full((2,), 750.0), text)
     u = streams.rows("dmd2.critic.t", 2).uniform()
@@ -216,49 +216,6 @@ def test_the_student_finds_the_teachers_distribution():
 # -- calls ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stochastic", [True, False])
-@pytest.mark.parametrize("exit_step", [0, 1, 2])
-def test_simulation_stops_at_its_exit_step_with_gradient_in_the_last_call_only(
-    stochastic: bool, exit_step: int
-):
-    bundle = toy_bundle(student=1)
-    adapter = ToyAdapter(bundle)
-    spec = SamplerSpec(steps=3, timesteps=(1000.0, 833.0, 500.0), stochastic=stochastic)
-    generator, drawn = torch.Generator().manual_seed(0), []
-
-    def draw(step: int) -> torch.Tensor:
-        drawn.append(step)
-        return torch.randn(2, *LATENT_SHAPE, generator=generator)
-
-    x0 = simulate(adapter, spec, toy_batch(2).cond, exit_step=exit_step, draw_noise=draw)
-    assert x0.requires_grad
-    assert [c.with_gradient for c in adapter.calls] == [False] * exit_step + [True]
-    assert [c.t[0] for c in adapter.calls] == [1000.0, 833.0, 500.0][: exit_step + 1]
-    assert drawn == (list(range(exit_step + 1)) if stochastic else [0])
-
-
-@pytest.mark.parametrize("stochastic", [True, False])
-@pytest.mark.parametrize("number", [1, 3, 4])
-def test_a_stop_ends_a_simulation_before_its_next_call(stochastic: bool, number: int):
-    adapter, stop = ToyAdapter(toy_bundle(student=1)), StopFlag()
-    spec = SamplerSpec(steps=4, stochastic=stochastic)
-    polls = []
-
-    def poll() -> None:
-        polls.append(len(adapter.calls))
-        if len(polls) == number:
-            stop.request("preempted")
-        stop.poll()
-
-    with pytest.raises(StopRequested, match="preempted"):
-        simulate(
-            adapter, spec, toy_batch(2).cond, exit_step=3, poll=poll,
-            draw_noise=lambda _: torch.zeros(2, *LATENT_SHAPE),
-        )  # fmt: skip
-    assert polls == list(range(number))
-    assert len(adapter.calls) == number - 1
-
-
 def test_a_step_that_is_stopped_leaves_all_roles_as_they_were():
     method = build(critic_update="every_step", generator_update_interval=1)
     method.stop.request("preempted")
@@ -269,21 +226,6 @@ def test_a_step_that_is_stopped_leaves_all_roles_as_they_were():
         module = role.modules["transformer"]
         assert module.training == (name != "teacher")
         assert all(p.requires_grad == (name != "teacher") for p in module.parameters())
-
-
-@pytest.mark.parametrize("stochastic", [True, False])
-def test_a_whole_simulation_is_the_sampler_itself(stochastic: bool):
-    """Training sees what validation and export see: users.md, pain 2."""
-    bundle = toy_bundle(student=1)
-    adapter, cond = ToyAdapter(bundle), toy_batch(2).cond
-    spec = SamplerSpec(steps=4, shift=5.0, stochastic=stochastic)
-    rows = RowGenerators.seeded(7, "noise", range(2))
-    rolled = simulate(
-        adapter, spec, cond, exit_step=3, draw_noise=lambda _: rows.normal(LATENT_SHAPE)
-    )
-    rows = RowGenerators.seeded(7, "noise", range(2))
-    sampled = adapter.sample("student", spec, rows.normal(LATENT_SHAPE), cond, generators=rows)
-    torch.testing.assert_close(rolled, sampled, rtol=1e-5, atol=1e-5)
 
 
 def test_noised_data_goes_in_at_each_samples_own_level():
@@ -318,8 +260,10 @@ def test_exit_steps_are_uniform_and_calls_are_no_more_than_needed(turn: int):
 
 def test_exit_steps_are_shared_by_ranks_and_noise_is_not():
     def run(rank: int) -> tuple[list[float], torch.Tensor]:
-        method = build(student_sampler=SamplerSpec(steps=8, shift=5.0, stochastic=True))
-        method.streams = RandomStreams(0, rank=rank, world_size=2)
+        method = build(
+            student_sampler=SamplerSpec(steps=8, shift=5.0, stochastic=True),
+            streams=RandomStreams(0, rank=rank, world_size=2),
+        )
         results = [method.single_train_step(toy_batch(1), i).outputs for i in range(1, 11)]
         return [float(r["exit_step"]) for r in results], results[-1]["student_x0"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from distill_methods import (
     TeacherOnlyMethod,
     TimeSampling,
 )
-from distill_methods.dmd2.rollout import simulate
 from distill_protocols import (
     Batch,
     Condition,
+    ContractError,
     DistillMethod,
     ModelBundle,
     RandomStreams,
@@ -29,6 +30,8 @@ from distill_protocols import (
     RowGenerators,
     SamplerSpec,
     SampleView,
+    StopFlag,
+    StopRequested,
 )
 from torch import Tensor
 
@@ -166,15 +169,82 @@ def test_gradients_reach_every_weight_of_the_turn_and_no_other(name: str, bundle
 
 
 @pytest.mark.parametrize("stochastic", [True, False])
-def test_a_whole_simulation_is_the_adapters_sampler(stochastic: bool, bundle, batch: Batch):
+@pytest.mark.parametrize("exit_step", [0, 1, 2])
+def test_a_rollout_by_hand_with_gradient_in_its_last_call_only(
+    stochastic: bool, exit_step: int, bundle, batch: Batch
+):
+    """x0 = x - s v, then noised again or moved on along v; whole, it is the sampler bit for bit."""
     adapter = wan.adapter(bundle, PIPELINE, source=FOLDER)
-    spec = SamplerSpec(steps=3, shift=3.0, stochastic=stochastic)
-    cond = batch.cond[:2]
-    rows = RowGenerators.seeded(7, "noise", range(2))
-    rolled = simulate(adapter, spec, cond, exit_step=2, draw_noise=lambda _: rows.normal(SHAPE))
-    rows = RowGenerators.seeded(7, "noise", range(2))
-    sampled = adapter.sample("student", spec, rows.normal(SHAPE), cond, generators=rows)
-    torch.testing.assert_close(rolled.detach(), sampled, rtol=1e-4, atol=1e-4)
+    spec = SamplerSpec(steps=3, timesteps=(1000.0, 833.0, 500.0), stochastic=stochastic)
+    cond, noise = batch.cond[:2], batch.latents[:2]
+
+    def fresh() -> RowGenerators:
+        return RowGenerators.seeded(7, "noise", range(2))
+
+    seen: list[tuple[float, bool]] = []
+    hook = (
+        bundle["student"]
+        .modules["transformer"]
+        .register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(
+                (float(kwargs["timestep"][0]), torch.is_grad_enabled())
+            ),
+            with_kwargs=True,
+        )
+    )
+    rolled = adapter.rollout("student", spec, noise, cond, exits=[exit_step], generators=fresh())
+    hook.remove()
+    assert rolled.requires_grad
+    levels = [1000.0, 833.0, 500.0][: exit_step + 1]
+    assert seen == [(pytest.approx(t), t == levels[-1]) for t in levels]
+
+    x, draws = noise, fresh()
+    with torch.no_grad():
+        for t, after in itertools.pairwise([*levels, None]):
+            v = adapter.forward("student", x, torch.full((2,), t), cond)
+            x0 = x - t / 1000 * v
+            if after is None:
+                break
+            s = after / 1000
+            x = (1 - s) * x0 + s * draws.normal(SHAPE) if stochastic else x + (s - t / 1000) * v
+    torch.testing.assert_close(rolled.detach(), x0, rtol=1e-5, atol=1e-5)
+    if exit_step == 2:
+        sampled = adapter.sample("student", spec, noise, cond, generators=fresh())
+        assert torch.equal(rolled.detach(), sampled)
+    no_exit = {"exits": [exit_step], "generators": fresh(), "learns": [False]}
+    assert not adapter.rollout("student", spec, noise, cond, **no_exit).requires_grad
+
+
+@pytest.mark.parametrize("number", [1, 3, 4])
+def test_a_stop_ends_a_rollout_before_its_next_call(number: int, bundle, batch: Batch):
+    adapter, stop, polls = wan.adapter(bundle, PIPELINE, source=FOLDER), StopFlag(), []
+    spec = SamplerSpec(steps=4, shift=2.0)
+
+    def poll() -> None:
+        polls.append(1)
+        if len(polls) == number:
+            stop.request("preempted")
+        stop.poll()
+
+    with pytest.raises(StopRequested, match="preempted"), torch.no_grad():
+        adapter.rollout("student", spec, batch.latents[:1], batch.cond[:1], exits=[3], poll=poll)
+    assert len(polls) == number
+
+
+def test_rollouts_that_cannot_be_are_refused(bundle, batch: Batch):
+    adapter = wan.adapter(bundle, PIPELINE, source=FOLDER)
+    given = ("student", TWO_STEPS, batch.latents, batch.cond)
+    rows = RowGenerators.seeded(7, "noise", range(4))
+    for options, message in [
+        ({"exits": [2], "generators": rows}, "they are 0 .. 1"),
+        ({"exits": [0, 1], "generators": rows}, "2 exits .* 1 chunks"),
+        ({"exits": [1]}, "needs generators"),
+    ]:
+        with pytest.raises(ContractError, match=message):
+            adapter.rollout(*given, **options)
+    guided = SamplerSpec(steps=1, guidance=2.0)
+    with pytest.raises(ContractError, match="one call of two"):
+        adapter.rollout("student", guided, *given[2:], exits=[0])
 
 
 def test_views_decode_to_clips(bundle, batch: Batch):

@@ -450,7 +450,6 @@ class WanAdapter:
         neg_cond: Condition | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
-        context_noise: float = 0.0,
     ) -> Tensor:
         """Normalised clean latents [B, C, T, H, W]; see ``sampling.sample``.
 
@@ -466,40 +465,65 @@ class WanAdapter:
                 f"noise is {list(noise.shape)}, it must be [B, "
                 f"{', '.join(map(str, self._latent_shape))}] for this run's clips"
             )
-
-        handle = self._bundle[role]
-        _check_guidances(handle, spec)
         if self._causal.of(role) is not None:
             parts = (noise[:, :, chunk.span] for chunk in self.chunks(role, noise.shape[2]))
-            return torch.cat(
-                list(
-                    self.stream(
-                        role, spec, parts, cond,
-                        neg_cond=neg_cond, generators=generators, poll=poll,
-                        context_noise=context_noise,
-                    )
-                ),
-                dim=2,
-            )  # fmt: skip
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            if poll is not None:
-                poll()
-            # Two calls for guidance, whatever cfg_batched says, as WanPipeline makes them: a call
-            # of 2B rounds otherwise, and an export must give the same clip bit for bit.
-            w = spec.guidances[self._expert(handle, t) == LOW]
-            return self._guided(handle, x, t, cond, neg_cond, w, batched=False, stock=True)
-
+            made = self.stream(
+                role, spec, parts, cond, neg_cond=neg_cond, generators=generators, poll=poll
+            )
+            return torch.cat(list(made), dim=2)
+        handle = self._bundle[role]
+        velocity = self._sampled_velocity(handle, spec, cond, neg_cond, poll)
         return self._with_given(handle, sampling.sample(velocity, spec, noise, generators), cond)
 
-    def _checked_noise(self, noise: Tensor) -> Tensor:
-        channels, _, height, width = self._latent_shape
-        if noise.dim() != 5 or (noise.shape[1], *noise.shape[3:]) != (channels, height, width):
+    def rollout(
+        self,
+        role: str,
+        spec: SamplerSpec,
+        noise: Tensor,
+        cond: Condition,
+        *,
+        exits: Sequence[int],
+        learns: Sequence[bool] | None = None,
+        generators: RowGenerators | None = None,
+        poll: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """See ``Sampler.rollout``; the past of a causal role is that of stream "rollout".
+
+        Raises:
+            ContractError: as ``sample``; a guided spec, as nobody trains two calls; or not one
+                exit and one ``learns`` a chunk.
+        """
+        if spec.guided:
             raise ContractError(
-                f"noise of a chunk is {list(noise.shape)}, it must be [B, {channels}, T, {height}, "
-                f"{width}] for this run's clips"
+                f"a rollout with guidance {spec.guidances}: it would learn through one call of "
+                "two. A method refuses it before; use guidance 1"
             )
-        return noise
+        chunks = self.chunks(role, noise.shape[2])
+        learns = [True] * len(chunks) if learns is None else learns
+        if not len(exits) == len(learns) == len(chunks):
+            raise ContractError(
+                f"{len(exits)} exits and {len(learns)} learns for {len(chunks)} chunks of role "
+                f"{role!r}; there must be one of each a chunk"
+            )
+        may = torch.is_grad_enabled()
+        learns = [learn and may for learn in learns]
+        handle, noise = self._bundle[role], self._checked_noise(noise)
+        if self._causal.of(role) is None:
+            velocity = self._sampled_velocity(handle, spec, cond, None, poll)
+            clean = sampling.sample(
+                velocity, spec, noise, generators, exit_step=exits[0], learns=learns[0]
+            )
+            return self._with_given(handle, clean, cond)
+        parts = (noise[:, :, chunk.span] for chunk in chunks)
+        in_chunks = self._chunk_velocity(handle, spec, cond, None, poll, ChunkCall.ROLLOUT)
+        self.clear_caches(role, stream=ChunkCall.ROLLOUT)
+        try:
+            made = sampling.sample_chunks(
+                in_chunks, spec, parts, generators, exits=exits, learns=learns
+            )
+            return torch.cat(list(made), dim=2)
+        finally:
+            self.clear_caches(role, stream=ChunkCall.ROLLOUT)
 
     @torch.no_grad()
     def stream(
@@ -512,7 +536,6 @@ class WanAdapter:
         neg_cond: Condition | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
-        context_noise: float = 0.0,
     ) -> Generator[Tensor, None, None]:
         """Clean latents of a causal role's video, chunk by chunk, as ``noises`` are asked for.
 
@@ -522,27 +545,66 @@ class WanAdapter:
         Args:
             noises: of each chunk [B, C, T of the chunk, H, W] (``chunks``), without an end if need
                 be.
-            context_noise: see ``sampling.sample_chunks``.
         """
-        handle, name = self._bundle[role], f"stream {next(self._streams)}"
+        name = f"stream {next(self._streams)}"
+        velocity = self._chunk_velocity(self._bundle[role], spec, cond, neg_cond, poll, name)
+        try:
+            yield from sampling.sample_chunks(
+                velocity, spec, map(self._checked_noise, noises), generators
+            )
+        finally:
+            self.clear_caches(role, stream=name)
+
+    def _checked_noise(self, noise: Tensor) -> Tensor:
+        channels, _, height, width = self._latent_shape
+        if noise.dim() != 5 or (noise.shape[1], *noise.shape[3:]) != (channels, height, width):
+            raise ContractError(
+                f"noise is {list(noise.shape)}, it must be [B, {channels}, T, {height}, "
+                f"{width}] for this run's clips"
+            )
+        return noise
+
+    def _sampled_velocity(
+        self,
+        handle: RoleHandle,
+        spec: SamplerSpec,
+        cond: Condition,
+        neg_cond: Condition | None,
+        poll: Callable[[], None] | None,
+    ) -> sampling.Velocity:
         _check_guidances(handle, spec)
-        noises = map(self._checked_noise, noises)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            if poll is not None:
+                poll()
+            # Two calls for guidance, whatever cfg_batched says, as WanPipeline makes them: a call
+            # of 2B rounds otherwise, and an export must give the same clip bit for bit.
+            w = spec.guidances[self._expert(handle, t) == LOW]
+            return self._guided(handle, x, t, cond, neg_cond, w, batched=False, stock=True)
+
+        return velocity
+
+    def _chunk_velocity(
+        self,
+        handle: RoleHandle,
+        spec: SamplerSpec,
+        cond: Condition,
+        neg_cond: Condition | None,
+        poll: Callable[[], None] | None,
+        stream: str,
+    ) -> sampling.ChunkVelocity:
+        _check_guidances(handle, spec)
 
         def velocity(x: Tensor, t: Tensor, first_frame: int, store: bool) -> Tensor:
             if poll is not None:
                 poll()
-            call = ChunkCall(first_frame=first_frame, store=store, stream=name)
+            call = ChunkCall(first_frame=first_frame, store=store, stream=stream)
             w = spec.guidances[self._expert(handle, t) == LOW]
             if store and len(set(spec.guidances)) > 1:
                 w = 2.0  # any that takes both: nobody reads it, and each expert needs its own pasts
             return self._guided(handle, x, t, cond, neg_cond, w, batched=False, caches=call)
 
-        try:
-            yield from sampling.sample_chunks(
-                velocity, spec, noises, generators, context_noise=context_noise
-            )
-        finally:
-            self.clear_caches(role, stream=name)
+        return velocity
 
 
 def _facts_of(role: RoleHandle) -> dict[str, Any]:

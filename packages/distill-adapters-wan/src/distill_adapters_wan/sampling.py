@@ -23,8 +23,11 @@ def sample(
     spec: SamplerSpec,
     noise: Tensor,
     generators: RowGenerators | None = None,
+    *,
+    exit_step: int | None = None,
+    learns: bool = False,
 ) -> Tensor:
-    """Walk ``spec.sigmas()`` down to 0, in fp32.
+    """Walk ``spec.sigmas()`` down to 0, in fp32, or to the clean latents seen at ``exit_step``.
 
     ODE: Euler, ``x <- x + (s' - s) v``. Stochastic: ``x0 = x - s v``, then ``(1 - s') x0 + s' eps``
     with fresh noise (Song et al. 2023, algorithm 1; DMD2, Yin et al. 2024, section 4.4). The order
@@ -34,27 +37,37 @@ def sample(
     Args:
         noise: x at the first sigma [B, C, T, H, W].
         generators: feed the fresh noise, one a row; their device may differ from the latents'.
+        exit_step: the last call to make, its x0 the result; None: the last of all.
+        learns: that call is made with gradient. All others never are.
 
     Raises:
         ContractError: a stochastic spec of more than one step without generators, or with fewer
-            or more than rows.
+            or more than rows; an exit step that the spec has not.
     """
+    last = spec.steps - 1 if exit_step is None else exit_step
+    if not 0 <= last < spec.steps:
+        raise ContractError(
+            f"exit step {exit_step} of a sampler of {spec.steps} steps: they are 0 .. "
+            f"{spec.steps - 1}"
+        )
     if spec.stochastic and spec.steps > 1:
         why = f"a stochastic sampler of {spec.steps} steps draws noise at each"
         generators = _one_a_row(generators, why, noise)
     sigmas = torch.tensor([*spec.sigmas(), 0.0], dtype=torch.float32, device=noise.device)
     x = noise.float()
-    for sigma, after in itertools.pairwise(sigmas):
-        v = velocity(x, (sigma * 1000).expand(x.shape[0])).float()
-        if not spec.stochastic:
-            x = x + (after - sigma) * v
-            continue
-        x = x - sigma * v
-        if after > 0:  # the last step ends at x0 and draws nothing
+    for step, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
+        at_exit = step == last
+        with torch.set_grad_enabled(learns and at_exit):
+            v = velocity(x, (sigma * 1000).expand(x.shape[0])).float()
+            if at_exit:
+                return x - sigma * v  # bit for bit what Euler's last step gives
+            if not spec.stochastic:
+                x = x + (after - sigma) * v
+                continue
             assert generators is not None  # _one_a_row
             fresh = generators.normal(x.shape[1:]).to(x.device)
-            x = (1 - after) * x + after * fresh
-    return x
+            x = (1 - after) * (x - sigma * v) + after * fresh
+    raise AssertionError("a spec has at least one step")
 
 
 def sample_chunks(
@@ -63,7 +76,8 @@ def sample_chunks(
     noises: Iterable[Tensor],
     generators: RowGenerators | None = None,
     *,
-    context_noise: float = 0.0,
+    exits: Iterable[int] | None = None,
+    learns: Iterable[bool] | None = None,
 ) -> Iterator[Tensor]:
     """Each chunk's clean latents, by ``spec`` after the chunks before it (Self-Forcing,
     Huang et al. 2025, algorithm 2).
@@ -74,28 +88,31 @@ def sample_chunks(
     Args:
         noises: x of each chunk at the first sigma [B, C, T of the chunk, H, W]; asked for one at a
             time, after the chunk before it was given out.
-        context_noise: t in [0, 1000) of that call, and the noise that the latents get for it. 0 is
-            no noise at all, and t = 0.
+        exits, learns: of each chunk, see ``sample``; None: the last step, without gradient.
 
     Raises:
-        ContractError: as ``sample``; or context noise without generators, or out of its range.
+        ContractError: as ``sample``; or context noise (``spec``) without generators.
     """
-    if not 0 <= context_noise < 1000:
-        raise ContractError(
-            f"context noise {context_noise} must be a time in [0, 1000), 0 for none: at 1000 "
-            "nothing of the past would be left"
-        )
     first = 0
     clean: Tensor | None = None
-    for noise in noises:
+    exit_of = itertools.repeat(None) if exits is None else exits
+    learn_of = itertools.repeat(False) if learns is None else learns
+    for noise, exit_step, learn in zip(noises, exit_of, learn_of):  # noqa: B905 - some are endless
         if clean is not None:
-            _store(velocity, clean, first - clean.shape[2], context_noise, generators)
-        start = first
-        clean = sample(lambda x, t, at=start: velocity(x, t, at, False), spec, noise, generators)
+            _store(velocity, clean, first - clean.shape[2], spec.context_noise, generators)
+        clean = sample(
+            lambda x, t, at=first: velocity(x, t, at, False),
+            spec,
+            noise,
+            generators,
+            exit_step=exit_step,
+            learns=learn,
+        )
         first += noise.shape[2]
         yield clean
 
 
+@torch.no_grad()
 def _store(
     velocity: ChunkVelocity,
     clean: Tensor,
@@ -103,6 +120,7 @@ def _store(
     context_noise: float,
     generators: RowGenerators | None,
 ) -> None:
+    clean = clean.detach()
     t = torch.full((clean.shape[0],), context_noise, dtype=torch.float32, device=clean.device)
     if context_noise > 0:
         checked = _one_a_row(generators, f"context noise {context_noise} is drawn", clean)

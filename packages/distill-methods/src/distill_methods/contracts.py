@@ -6,6 +6,7 @@ from typing import Protocol
 
 from distill_protocols import Capabilities
 from distill_protocols.adapter import (
+    CausalRollout,
     Denoiser,
     ExpertRouting,
     ImageConditioning,
@@ -16,11 +17,18 @@ from distill_protocols.adapter import (
 
 
 class LatentDiffusion(
-    NoiseSchedule, Denoiser, LatentCodec, Sampler, ExpertRouting, ImageConditioning, Protocol
+    NoiseSchedule,
+    Denoiser,
+    LatentCodec,
+    Sampler,
+    CausalRollout,
+    ExpertRouting,
+    ImageConditioning,
+    Protocol,
 ):
     """A flow-matching model over latents that can be called, and sampled for a look at it.
 
-    Experts and pictures are asked for only where its capabilities have them.
+    Experts, pictures and caches are asked for only where its capabilities have them.
     """
 
     @property

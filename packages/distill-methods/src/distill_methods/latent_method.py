@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
 from distill_protocols import (
@@ -14,18 +12,16 @@ from distill_protocols import (
     DistillMethod,
     ModelBundle,
     RandomStreams,
-    RowGenerators,
     SamplerSpec,
     SampleView,
 )
+from distill_protocols.plugins import RoleNeed
 from torch import Tensor
 from torch.optim import Optimizer
 
 from distill_methods.contracts import LatentDiffusion
-from distill_methods.maths import sample_timesteps, timesteps_within
+from distill_methods.draws import Draws
 from distill_methods.sampling import sample_views
-from distill_methods.time_ranges import Range, share
-from distill_methods.time_sampling import TimeSampling
 
 
 class MethodConfig(Protocol):
@@ -40,7 +36,18 @@ class MethodConfig(Protocol):
 
     @property
     def capabilities(self) -> tuple[str, ...]: ...
-    def turns(self, iteration: int) -> tuple[str, ...]: ...
+    @property
+    def needs(self) -> tuple[RoleNeed, ...]:
+        """Roles that are called, and whether each is trained."""
+        ...
+
+    def turns(self, iteration: int) -> tuple[str, ...]:
+        """Roles that learn in ``iteration`` (1-based): the whole update schedule."""
+        ...
+
+    def update_share(self, role: str, low: float, high: float) -> float:
+        """See ``MethodPlugin.update_share``."""
+        ...
 
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
@@ -49,8 +56,9 @@ ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
     """No algorithm: the wiring between a method's config and the contracts.
 
+    Its roles are those of ``config.needs``.
+
     Args:
-        bundle: the roles that the method names.
         conditioning: gives the negative condition, unless nothing is guided.
 
     Raises:
@@ -69,55 +77,19 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
         conditioning: ConditioningProvider,
         streams: RandomStreams | None = None,
     ) -> None:
+        self.required_roles = tuple(need.name for need in config.needs)
+        self.trained_roles = tuple(need.name for need in config.needs if need.trainable)
+        self.frozen_roles = tuple(need.name for need in config.needs if not need.trainable)
         super().__init__(bundle, adapter, streams=streams)
+        self.draws = Draws(adapter, self.streams)
         self.check_capabilities(config.capabilities)
         self.config = config
         self.conditioning = conditioning
-        self._negative = conditioning.negative().to(self._device()) if config.guided else None
+        self.negative = conditioning.negative().to(self._device()) if config.guided else None
 
     def get_optimizers(self, iteration: int) -> dict[str, Optimizer]:
         """Those of the roles whose turn it is (``config.turns``)."""
         return self.optimizers_of(*self.config.turns(iteration))
-
-    # -- for the steps ------------------------------------------------------------------------
-
-    def times(
-        self, purpose: str, count: int, iteration: int, time: TimeSampling, *roles: str
-    ) -> Tensor:
-        """t of a micro batch that all of ``roles`` can be called with: fp32 [B].
-
-        Of a model with experts they lie in one range of t, the same for all micro batches and all
-        ranks of an iteration; over the iterations they have the distribution of ``time``.
-        """
-        within = self.range_of(purpose, iteration, lambda r: share(time, *r), *roles)
-        if within is None:
-            return sample_timesteps(time, self.streams.rows(purpose, count))
-        return timesteps_within(self.streams.rows(purpose, count).uniform(), time, within)
-
-    def range_of(
-        self, purpose: str, iteration: int, share_of: Callable[[Range], float], *roles: str
-    ) -> Range | None:
-        """The range of t within which ``iteration`` calls ``roles``; None where any t will do.
-
-        Drawn with the shares as chances. It is a function of (seed, purpose, iteration) alone: the
-        experts that are called must be the same on all ranks, and in all micro batches, so that
-        one expert gets the gradient of the whole batch.
-        """
-        if not self.adapter.capabilities.supports_expert_routing:
-            return None
-        ranges = self.adapter.expert_ranges(*roles)
-        if len(ranges) == 1:
-            return None
-        drawn = RowGenerators.seeded(self.streams.seed, f"{purpose}.range", [iteration]).uniform()
-        ends = itertools.accumulate(map(share_of, ranges))
-        found = bisect.bisect_right(list(ends), float(drawn))
-        return ranges[min(found, len(ranges) - 1)]
-
-    def trained_frames(self, cond: Condition) -> Tensor | None:
-        """See ``ImageConditioning``; None where everything is predicted."""
-        if not self.adapter.capabilities.supports_image_condition:
-            return None
-        return self.adapter.trained_frames(cond)
 
     # -- for the run --------------------------------------------------------------------------
 

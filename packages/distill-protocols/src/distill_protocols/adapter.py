@@ -154,6 +154,35 @@ class Sampler(Protocol):
         """
         ...
 
+    def rollout(
+        self,
+        role: str,
+        spec: SamplerSpec,
+        noise: Tensor,
+        cond: Condition,
+        *,
+        exits: Sequence[int],
+        learns: Sequence[bool] | None = None,
+        generators: RowGenerators | None = None,
+        poll: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """The role's clean latents [B, C, T, H, W] as training takes them: sampled by ``spec``, but
+        each chunk left at its exit step, whose call alone is made with gradient.
+
+        The calls that sampling would still make are never made. A chunk becomes past without
+        gradient, so a chunk's loss reaches its own exit call and nothing else. Caches are clear
+        before and after, also where this raises. Without gradient, and with the last step as exit
+        of every chunk, it is ``sample``.
+
+        Args:
+            noise: T may be another than that of the run's clips where the role is causal.
+            exits: k in 0 .. spec.steps - 1 of each chunk (``CausalRollout.chunks``; one of a role
+                that is not causal). Ranks that share a sharded role must use the same.
+            learns: whether a chunk's exit call is made with gradient, where the caller's mode
+                allows it; None: all of them.
+        """
+        ...
+
 
 class ExpertRouting(Protocol):
     """Roles of several modules, each for a range of t (``supports_expert_routing``)."""

@@ -5,7 +5,7 @@ Frames are latent frames.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from attrs import field, frozen
 
@@ -47,9 +47,11 @@ class ChunkCall:
         stream: name of the past that is meant. Two videos in the making have two.
     """
 
+    ROLLOUT: ClassVar[str] = "rollout"
+
     first_frame: int = field(validator=at_least(0, "frames of a video count from 0"))
     store: bool = False
-    stream: str = "rollout"
+    stream: str = ROLLOUT
 
 
 @frozen(kw_only=True, eq=False)

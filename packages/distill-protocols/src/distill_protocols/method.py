@@ -59,9 +59,9 @@ class DistillMethod(ABC, Generic[AdapterT]):
         CapabilityError: the adapter lacks a required capability.
     """
 
-    required_roles: ClassVar[tuple[str, ...]] = ("student",)
-    trained_roles: ClassVar[tuple[str, ...]] = ()
-    frozen_roles: ClassVar[tuple[str, ...]] = ()
+    required_roles: tuple[str, ...] = ("student",)
+    trained_roles: tuple[str, ...] = ()
+    frozen_roles: tuple[str, ...] = ()
     required_capabilities: ClassVar[tuple[str, ...]] = ()
 
     def __init__(

@@ -38,6 +38,9 @@ class SamplerSpec:
             sampler of DMD2 and consistency models); False follows the flow ODE (Euler).
         timesteps: t in (0, 1000], descending, instead of ``shift`` and the grid. Already
             shifted: they are used as they stand.
+        context_noise: t in [0, 1000) at which a finished chunk of a causal role becomes past, and
+            the noise that it gets for it (Self-Forcing, Huang et al. 2025). 0 is no noise at all
+            and t = 0. A role that is not causal has no past, and never reads it.
     """
 
     steps: int = field(validator=at_least(1, "a clip takes at least one model call"))
@@ -52,6 +55,7 @@ class SamplerSpec:
     guidance_2: float | None = field(default=None)
     stochastic: bool = False
     timesteps: tuple[float, ...] | None = field(default=None)
+    context_noise: float = field(default=0.0)
 
     @shift.validator
     def _check_shift_used(self, attribute: object, value: float) -> None:
@@ -66,6 +70,14 @@ class SamplerSpec:
         if value is not None:
             at_least(0, "u + w (c - u) with w < 0 leads away from the prompt; 1 is plain")(
                 self, attribute, value
+            )
+
+    @context_noise.validator
+    def _check_context_noise(self, attribute: object, value: float) -> None:
+        if not 0 <= value < 1000:  # nan is not
+            raise ValueError(
+                f"{value} must be a time in [0, 1000), 0 for none: at 1000 nothing of the past "
+                "would be left"
             )
 
     @timesteps.validator

@@ -7,7 +7,10 @@ from typing import Literal
 from attrs import field, frozen
 from attrs.validators import in_
 from distill_protocols import SamplerSpec
+from distill_protocols.plugins import RoleNeed
 
+from distill_methods.roles import STUDENT
+from distill_methods.time_ranges import share
 from distill_methods.time_sampling import TimeSampling
 
 
@@ -26,6 +29,11 @@ class FinetuneConfig:
     weighting: Literal["none", "bsmntw"] = field(default="none", validator=in_(("none", "bsmntw")))
     student_sampler: SamplerSpec = field(default=SamplerSpec(steps=50, shift=5.0, guidance=5.0))
 
+    @property
+    def needs(self) -> tuple[RoleNeed, ...]:
+        """Roles that are called."""
+        return (STUDENT,)
+
     def turns(self, iteration: int) -> tuple[str, ...]:
         """Roles that learn in ``iteration`` (1-based): always the student."""
         return ("student",)
@@ -39,3 +47,7 @@ class FinetuneConfig:
     def capabilities(self) -> tuple[str, ...]:
         """What the adapter must be able to do."""
         return ("pred:v", *(("supports_cfg",) if self.guided else ()))
+
+    def update_share(self, role: str, low: float, high: float) -> float:
+        """See ``MethodPlugin.update_share``."""
+        return share(self.time, low, high)

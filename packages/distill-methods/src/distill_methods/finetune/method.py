@@ -10,7 +10,7 @@ from distill_protocols import (
 
 from distill_methods.finetune.config import FinetuneConfig
 from distill_methods.latent_method import LatentMethod
-from distill_methods.maths import bsmntw_weight, noise_like, velocity_loss
+from distill_methods.maths import bsmntw_weight, velocity_loss
 
 
 class FinetuneMethod(LatentMethod[FinetuneConfig]):
@@ -34,20 +34,14 @@ class FinetuneMethod(LatentMethod[FinetuneConfig]):
             condition: known now rather than at the first validation.
     """
 
-    required_roles = ("student",)
-    trained_roles = ("student",)
-
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """The weighted velocity loss of one micro batch."""
         x0 = self.adapter.normalize_latents(batch.latents)
-        drawn = self.times("finetune.t", len(batch), iteration, self.config.time, "student")
-        t = drawn.to(x0.device)
-        noise = noise_like(x0, self.streams.rows("finetune.noise", len(batch)))
-        x_t = self.adapter.add_noise(x0, noise, t)
+        x_t, noise, t = self.draws.noised(x0, "finetune", iteration, self.config.time, "student")
         velocity = self.adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="v")
         weight = bsmntw_weight(t) if self.config.weighting == "bsmntw" else None
         target = self.adapter.target(x0, noise, t, "v")
-        loss = velocity_loss(velocity, target, weight, self.trained_frames(batch.cond))
+        loss = velocity_loss(velocity, target, weight, self.draws.trained_frames(batch.cond))
         with torch.no_grad():
             student_x0 = self.adapter.pred_to_x0(velocity, x_t, t)
         return StepResult({"total_loss": loss}, {"student_x0": student_x0})

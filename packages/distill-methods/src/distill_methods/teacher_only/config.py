@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from attrs import field, frozen
 from distill_protocols import SamplerSpec
+from distill_protocols.plugins import RoleNeed
 from distill_protocols.validators import at_least
 
+from distill_methods.roles import STUDENT, TEACHER
+from distill_methods.time_ranges import share
 from distill_methods.time_sampling import TimeSampling
 
 
@@ -27,6 +30,11 @@ class TeacherOnlyConfig:
     time: TimeSampling = field(default=TimeSampling(shift=5.0))
     student_sampler: SamplerSpec = field(default=SamplerSpec(steps=50, shift=5.0))
 
+    @property
+    def needs(self) -> tuple[RoleNeed, ...]:
+        """Roles that are called."""
+        return (STUDENT, TEACHER)
+
     def turns(self, iteration: int) -> tuple[str, ...]:
         """Roles that learn in ``iteration`` (1-based): always the student."""
         return ("student",)
@@ -45,3 +53,7 @@ class TeacherOnlyConfig:
     def capabilities(self) -> tuple[str, ...]:
         """What the adapter must be able to do."""
         return ("pred:v", *(("supports_cfg",) if self.guided else ()))
+
+    def update_share(self, role: str, low: float, high: float) -> float:
+        """See ``MethodPlugin.update_share``."""
+        return share(self.time, low, high)

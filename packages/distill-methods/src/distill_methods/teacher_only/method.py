@@ -9,7 +9,7 @@ from distill_protocols import (
 )
 
 from distill_methods.latent_method import LatentMethod
-from distill_methods.maths import noise_like, velocity_loss
+from distill_methods.maths import velocity_loss
 from distill_methods.teacher_only.config import TeacherOnlyConfig
 
 
@@ -37,17 +37,12 @@ class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
         ConditioningError: something is guided and there is no negative condition.
     """
 
-    required_roles = ("student", "teacher")
-    trained_roles = ("student",)
-    frozen_roles = ("teacher",)
-
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """The distance of student and guided teacher in v, on one micro batch."""
         x0 = self.adapter.normalize_latents(batch.latents)
-        roles, time = self.required_roles, self.config.time
-        t = self.times("teacher_only.t", len(batch), iteration, time, *roles).to(x0.device)
-        noise = noise_like(x0, self.streams.rows("teacher_only.noise", len(batch)))
-        x_t = self.adapter.add_noise(x0, noise, t)
+        x_t, _, t = self.draws.noised(
+            x0, "teacher_only", iteration, self.config.time, *self.required_roles
+        )
         with torch.no_grad():
             target = self.adapter.forward(
                 "teacher",
@@ -55,11 +50,11 @@ class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
                 t,
                 batch.cond,
                 fwd_pred_type="v",
-                neg_cond=self._negative,
+                neg_cond=self.negative,
                 cfg=self.config.guidance_scale,
             )
         velocity = self.adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="v")
-        loss = velocity_loss(velocity, target, trained=self.trained_frames(batch.cond))
+        loss = velocity_loss(velocity, target, trained=self.draws.trained_frames(batch.cond))
         with torch.no_grad():
             outputs = {
                 "student_x0": self.adapter.pred_to_x0(velocity, x_t, t),

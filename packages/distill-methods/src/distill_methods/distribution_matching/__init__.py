@@ -1,0 +1,1 @@
+"""What all distribution matching has in common: no method, but the two turns of one."""
