@@ -60,11 +60,15 @@ def seen_beside_clean(frames: int, *, size, alone=False, window=None, sink=0) ->
 
 
 class ReferenceProcessor:
-    """Set on ``attn1`` of a stock transformer; the rotary tables that it is given are ignored."""
+    """Set on ``attn1`` of a stock transformer; the rotary tables that it is given are ignored.
 
-    def __init__(self, seen: Seen, grid: tuple[int, int]) -> None:
+    Keys and values of the first ``detached`` frames take no gradient.
+    """
+
+    def __init__(self, seen: Seen, grid: tuple[int, int], detached: int = 0) -> None:
         self.seen = seen
         self.grid = grid
+        self.detached = detached
 
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
@@ -75,6 +79,10 @@ class ReferenceProcessor:
             x.double().unflatten(2, (attn.heads, -1)).transpose(1, 2).unflatten(2, (-1, tokens))
             for x in (q, k, attn.to_v(hidden_states))
         )  # [B, heads, frames, tokens, width]
+        k, v = (
+            torch.cat([x[:, :, : self.detached].detach(), x[:, :, self.detached :]], dim=2)
+            for x in (k, v)
+        )
         rows = []
         for frame, (keys, positions, own) in enumerate(self.seen):
             query = self.turned(q[:, :, frame], own)

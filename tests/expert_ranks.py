@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from attrs import evolve, frozen
-from distill_adapters_wan import PLUGIN
+from distill_adapters_wan import PLUGIN, CausalConfig, WanPipelineConfig
 from distill_methods import (
     DMD2Config,
     DMD2Method,
     FinetuneConfig,
     FinetuneMethod,
+    SelfForcingConfig,
+    SelfForcingMethod,
     TimeSampling,
 )
 from distill_protocols import (
@@ -59,8 +61,15 @@ class ExpertCase:
     accumulation: int = 1
 
     def alone(self) -> ExpertCase:
-        """In as many micro steps: DMD2 draws one exit step for each."""
+        """In as many micro steps: rollouts draw one exit step for each."""
         return evolve(self, strategy=None)
+
+    @property
+    def pipeline(self) -> WanPipelineConfig:
+        """Self-Forcing's student is causal: three chunks."""
+        if self.method != "self_forcing":
+            return CLIP
+        return evolve(CLIP, causal=CausalConfig(roles=("student",), chunk_frames=1))
 
 
 @frozen(kw_only=True)
@@ -72,6 +81,7 @@ class Outcome:
         reached: the modules with a gradient, by iteration.
         schedules: steps of each expert's schedule.
         weights: whole arrays.
+        calls: (expert, t) of the student's model calls, in their order.
     """
 
     stepped: list[tuple[str, ...]]
@@ -80,6 +90,7 @@ class Outcome:
     updates: dict[str, int]
     weights: dict[str, Any]
     sharded: bool
+    calls: list[tuple[str, float]]
 
 
 class Conditioning:
@@ -88,7 +99,7 @@ class Conditioning:
     def negative(self) -> Condition:
         return Condition({"text": torch.full((1, *TEXT), 0.3)})
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode(self, prompts: Sequence[str], images: object = None) -> Condition:
         raise NotImplementedError
 
 
@@ -130,43 +141,44 @@ class Data:
             place += self.size * self.ranks.size
 
 
-def _bundle(folder: Path, method: str, distribution: Distribution) -> ModelBundle:
-    names = ("student",) if method == "finetune" else ("student", "teacher", "critic")
+def _bundle(folder: Path, case: ExpertCase, distribution: Distribution) -> ModelBundle:
+    names = ("student",) if case.method == "finetune" else ("student", "teacher", "critic")
     specs = [RoleSpec(name=n, path=str(folder), trainable=n != "teacher") for n in names]
-    bundle = PLUGIN.load(specs, CLIP, device=torch.device("cpu"), shard=distribution.shard)
+    bundle = PLUGIN.load(specs, case.pipeline, device=torch.device("cpu"), shard=distribution.shard)
     for role in bundle.roles.values():
         if role.trainable:
             build_optimizers(role, OptimizerConfig(lr=0.01, eps=1e-2), horizon=10)
     return bundle
 
 
-def _method(folder: Path, kind: str, distribution: Distribution) -> DistillMethod[Any]:
-    bundle = _bundle(folder, kind, distribution)
-    adapter = PLUGIN.adapter(bundle, CLIP, source=str(folder))
+def _method(folder: Path, case: ExpertCase, distribution: Distribution) -> DistillMethod[Any]:
+    bundle = _bundle(folder, case, distribution)
+    adapter = PLUGIN.adapter(bundle, case.pipeline, source=str(folder))
     ranks = distribution.ranks
     parts: dict[str, Any] = {
         "conditioning": Conditioning(),
         "streams": RandomStreams(1, rank=ranks.rank, world_size=ranks.size),
     }
-    if kind == "finetune":  # about half of its t on either side of 875
+    if case.method == "finetune":  # about half of its t on either side of 875
         config = FinetuneConfig(time=TimeSampling(shift=8.0))
         return FinetuneMethod(bundle, adapter, config, **parts)
     sampler = SamplerSpec(steps=4, shift=5.0, stochastic=True)
-    return DMD2Method(
-        bundle, adapter,
-        DMD2Config(
-            critic_update="every_step", rollout="simulate", generator_update_interval=2,
-            real_score_guidance_scale=2.0, score_shift=8.0, student_sampler=sampler,
-        ),
-        **parts,
-    )  # fmt: skip
+    matching: dict[str, Any] = {
+        "critic_update": "every_step", "generator_update_interval": 2,
+        "real_score_guidance_scale": 2.0, "score_shift": 8.0, "student_sampler": sampler,
+    }  # fmt: skip
+    if case.method == "dmd2":
+        return DMD2Method(bundle, adapter, DMD2Config(rollout="simulate", **matching), **parts)
+    own = SelfForcingConfig(same_step_across_chunks=False, rollout_frames=(3, 5), **matching)
+    return SelfForcingMethod(bundle, adapter, own, **parts)
 
 
 def trained(folder: Path, case: ExpertCase, out: str) -> Outcome:
     config = DistributedConfig(strategy=case.strategy, timeout_seconds=60.0)  # type: ignore[arg-type]
     with Distribution.started(config, "cpu") as distribution:
         ranks = distribution.ranks
-        method, watch = _method(folder, case.method, distribution), Watch()
+        method, watch = _method(folder, case, distribution), Watch()
+        calls = _noted(method)
         at_once = SAMPLES // case.accumulation // ranks.size
         training = TrainingConfig(
             output_dir=str(Path(out) / f"rank-{ranks.rank}"), max_train_steps=STEPS, trackers=(),
@@ -191,7 +203,19 @@ def trained(folder: Path, case: ExpertCase, out: str) -> Outcome:
             updates=dict(result.updates),
             weights={name: _whole(p) for name, p in parameters.items()},
             sharded=any(isinstance(p, DTensor) for p in parameters.values()),
+            calls=calls,
         )
+
+
+def _noted(method: DistillMethod[Any]) -> list[tuple[str, float]]:
+    calls: list[tuple[str, float]] = []
+    for name, module in method.bundle["student"].modules.items():
+
+        def note(_: Any, args: Any, kwargs: Any, name: str = name) -> None:
+            calls.append((name, round(float(kwargs["timestep"].flatten()[0]), 1)))
+
+        module.register_forward_pre_hook(note, with_kwargs=True)
+    return calls
 
 
 def all_trained(folder: Path, cases: Sequence[ExpertCase]) -> list[Outcome]:

@@ -26,6 +26,7 @@ LIGHT = (
     "distill_train.check",
     "distill_export.cli",
     "distill_migrate.cli",
+    "distill_trajectories.cli",
 )
 
 

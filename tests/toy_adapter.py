@@ -6,17 +6,18 @@ It counts its calls, so that tests can ask who was called, at which t, and with 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from distill_protocols import (
     Batch,
     Capabilities,
     Chunk,
     Condition,
     ConditioningError,
+    HeadSpec,
     ModelBundle,
     RoleHandle,
     RowGenerators,
@@ -28,12 +29,21 @@ LATENT_SHAPE = (3, 2, 4, 4)
 TEXT_DIM = 5
 MEAN, STD = 0.5, 2.0
 ABLE = Capabilities(
-    supports_cfg=True, supports_decode=True, supported_pred_types=frozenset({"v", "x0"})
+    supports_cfg=True, supports_decode=True, supports_features=True, supports_jvp=True,
+    supported_pred_types=frozenset({"v", "x0"}),
+)  # fmt: skip
+CAUSAL = evolve(
+    ABLE,
+    supports_kv_cache=True,
+    supports_teacher_forcing=True,
+    supports_frame_times=True,
+    causal_roles=frozenset({"student"}),
 )
+"""The student makes frame after frame."""
 
 
 class ToyNet(nn.Module):
-    """v of a small per-pixel network that reads x_t, t and the text."""
+    """v of a small per-pixel network that reads x_t, t [B] or [B, T], and the text."""
 
     def __init__(self, seed: int, width: int = 24) -> None:
         super().__init__()
@@ -46,10 +56,32 @@ class ToyNet(nn.Module):
                 parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
 
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return self.outer(self.features(x_t, t, text).movedim(1, -1)).movedim(-1, 1)
+
+    def features(self, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """[B, width, T, H, W]: of its one block."""
         pixels = x_t.movedim(1, -1)
-        rows = torch.cat([t[:, None] / 1000, text], dim=1)[:, None, None, None]
-        rows = rows.expand(*pixels.shape[:-1], rows.shape[-1])
-        return self.outer(torch.tanh(self.inner(torch.cat([pixels, rows], -1)))).movedim(-1, 1)
+        size = pixels.shape[:-1]
+        times = (t if t.dim() == 2 else t[:, None])[:, :, None, None, None] / 1000
+        texts = text[:, None, None, None]
+        rows = [times.expand(*size, 1), texts.expand(*size, text.shape[-1])]
+        return torch.tanh(self.inner(torch.cat([pixels, *rows], -1))).movedim(-1, 1)
+
+
+class ToyHeads(nn.Module):
+    """Two logits of a clip, from the mean of its features and of their squares."""
+
+    def __init__(self, seed: int, width: int = 24) -> None:
+        super().__init__()
+        self.outer = nn.Linear(2 * width, 2)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, features: Tensor) -> Tensor:
+        cells = features.flatten(2)
+        return self.outer(torch.cat([cells.mean(dim=2), cells.square().mean(dim=2)], dim=1))
 
 
 @frozen
@@ -96,17 +128,35 @@ class ToyAdapter:
         caches: Any = None,
         features: Any = None,
     ) -> Tensor:
-        assert t.shape == (len(x_t),)
+        by_frame = self.capabilities.supports_frame_times and t.shape == (len(x_t), x_t.shape[2])
+        assert by_frame or t.shape == (len(x_t),)
         assert t.dtype == torch.float32
         module = self.bundle[role].modules["transformer"]
         velocity = module(x_t, t, cond.tensors["text"])
+        if features is not None:
+            assert features.keys() == {0}
+            assert cfg in (None, 1)
+            features[0] = module.features(x_t, t, cond.tensors["text"])
         if cfg is not None and cfg != 1:
             if neg_cond is None:
                 raise ConditioningError("guidance without a negative condition")
             negative = module(x_t, t, neg_cond.expand(len(x_t)).tensors["text"])
             velocity = negative + cfg * (velocity - negative)
-        self.calls.append(Call(role, tuple(t.tolist()), velocity.requires_grad, cfg))
+        self.calls.append(Call(role, tuple(t.flatten().tolist()), velocity.requires_grad, cfg))
         return velocity if fwd_pred_type == "v" else self.pred_to_x0(velocity, x_t, t)
+
+    def forward_jvp(
+        self, role: str, x_t: Tensor, t: Tensor, cond: Condition, *, dx: Tensor, dt: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        module = self.bundle[role].modules["transformer"]
+        self.calls.append(Call(role, tuple(t.tolist()), False, None))
+        with torch.no_grad():
+            return torch.func.jvp(
+                lambda x, s: module(x, s, cond.tensors["text"]), (x_t, t), (dx, dt)
+            )
+
+    def discriminate(self, role: str, features: Mapping[int, Tensor]) -> Tensor:
+        return self.bundle[role].modules["heads"](features[0])
 
     def to_model_layout(self, latents: Tensor) -> Tensor:
         return latents
@@ -133,7 +183,10 @@ class ToyAdapter:
         return "toy"
 
     def chunks(self, role: str, frames: int | None = None) -> tuple[Chunk, ...]:
-        return (Chunk(0, LATENT_SHAPE[1] if frames is None else frames),)
+        frames = LATENT_SHAPE[1] if frames is None else frames
+        if role in self.capabilities.causal_roles:
+            return tuple(Chunk(i, 1) for i in range(frames))
+        return (Chunk(0, frames),)
 
     def clear_caches(self, role: str, *, stream: str | None = None) -> None: ...
 
@@ -176,7 +229,26 @@ class ToyAdapter:
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
     ) -> Tensor:
-        (exit_step,), (learn,) = exits, learns or [True]
+        chunks = self.chunks(role, noise.shape[2])
+        parts = zip(chunks, exits, learns or [True] * len(exits), strict=True)
+        made = [
+            self._rolled(role, spec, noise[:, :, chunk.span], cond, k, learn, generators, poll)
+            for chunk, k, learn in parts
+        ]
+        return torch.cat(made, dim=2)
+
+    def _rolled(
+        self,
+        role: str,
+        spec: SamplerSpec,
+        noise: Tensor,
+        cond: Condition,
+        exit_step: int,
+        learn: bool,
+        generators: RowGenerators | None,
+        poll: Callable[[], None] | None,
+    ) -> Tensor:
+        """One chunk, which here sees no past."""
         sigmas, x_t = spec.sigmas(), noise
         for step in range(exit_step + 1):
             if poll is not None:
@@ -207,22 +279,25 @@ class ToyConditioning:
             raise ConditioningError("this run has no negative condition")
         return Condition({"text": torch.full((1, TEXT_DIM), -0.5)})
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode(self, prompts: Sequence[str], images: Tensor | None = None) -> Condition:
         return Condition({"text": torch.zeros(len(prompts), TEXT_DIM)})
 
 
-def toy_bundle(*, lr: float = 1e-2, **seeds: int) -> ModelBundle:
-    """Roles by name, each with the weights of its seed; all but ``teacher`` train."""
+def toy_bundle(*, lr: float = 1e-2, heads_on: str = "teacher", **seeds: int) -> ModelBundle:
+    """Roles by name, each with the weights of its seed; all but ``teacher`` train.
+
+    ``discriminator`` is heads on ``heads_on``.
+    """
     roles = {}
     for name, seed in seeds.items():
+        heads = HeadSpec(on=heads_on, blocks=(0,)) if name == "discriminator" else None
+        key, module = ("transformer", ToyNet(seed)) if heads is None else ("heads", ToyHeads(seed))
         trainable = name != "teacher"
-        role = RoleHandle(name=name, modules={"transformer": ToyNet(seed)}, trainable=trainable)
+        role = RoleHandle(name=name, modules={key: module}, trainable=trainable, heads=heads)
         if trainable:
-            optimizer = torch.optim.AdamW(role.modules["transformer"].parameters(), lr=lr)
-            role.optimizers["transformer"] = optimizer
-            role.schedulers["transformer"] = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda _: 1.0
-            )
+            optimizer = torch.optim.AdamW(module.parameters(), lr=lr)
+            role.optimizers[key] = optimizer
+            role.schedulers[key] = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
         roles[name] = role
     return ModelBundle(roles)
 
@@ -253,4 +328,6 @@ def gradients(bundle: ModelBundle) -> dict[str, list[Tensor]]:
 
 
 def _over_pixels(t: Tensor) -> Tensor:
+    if t.dim() == 2:
+        return (t / 1000)[:, None, :, None, None]
     return (t / 1000).view(-1, 1, 1, 1, 1)

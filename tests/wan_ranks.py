@@ -98,6 +98,19 @@ def outputs(bundle: ModelBundle, folder: Path | str) -> dict[str, bytes]:
     return {role: _bits(adapter.forward(role, *inputs())) for role in bundle.roles}
 
 
+def tangents(folder: str, hows: Iterable[Shard]) -> list[bytes]:
+    """The bits of v and its derivative, of a student spread in each of the ways."""
+    x, t, cond = inputs()
+    found = []
+    for how in hows:
+        bundle = load([spec(folder, "student", trainable=True)], how)
+        adapter = adapter_of(bundle, folder)
+        v, change = adapter.forward_jvp("student", x, t, cond, dx=x.flip(0), dt=t)
+        assert change.any()
+        found.append(_bits(v) + _bits(change))
+    return found
+
+
 def _bits(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().numpy().tobytes()
 

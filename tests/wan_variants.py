@@ -1,4 +1,4 @@
-"""Tiny real pipelines of every kind of Wan, made from the text-to-video one of ``conftest``."""
+"""Tiny real pipelines of every kind of Wan."""
 
 from __future__ import annotations
 
@@ -44,6 +44,67 @@ VARIANTS = {
     "i2v-experts": Variant(experts=2, channels=True, boundary=0.9),
     "ti2v": Variant(expand=True),
 }
+
+
+def template(folder: Path) -> Path:
+    """A complete text-to-video pipeline of 60,000 parameters, random and seeded."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        transformer = WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+            text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=16,
+        )  # fmt: skip
+        vae = AutoencoderKLWan(
+            base_dim=4, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, patch_size=2,
+            temperal_downsample=[True, True], in_channels=12, out_channels=12,
+            scale_factor_temporal=4, scale_factor_spatial=8,
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.7, 1.1, 2.0],
+        )  # fmt: skip
+        encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=8, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
+                dropout_rate=0.0, initializer_factor=1.0, pad_token_id=0, eos_token_id=1,
+            )
+        )  # fmt: skip
+    transformer.save_pretrained(folder / "transformer")
+    vae.save_pretrained(folder / "vae")
+    encoder.save_pretrained(folder / "text_encoder")
+    _save_tokenizer(folder / "tokenizer")
+    index = {
+        "_class_name": "WanPipeline",
+        "_diffusers_version": "0.36.0",
+        "boundary_ratio": None,
+        "expand_timesteps": False,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        # What transformers 5 writes; an export must translate it.
+        "tokenizer": ["transformers", "TokenizersBackend"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "</s>", "<unk>", "a", "seven", "moving", "left", "&"]
+    tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
 
 
 def build(name: str, template: Path, folder: Path) -> Path:

@@ -2,6 +2,9 @@
 
     uv run python tools/tiny_study.py baselines                  # teacher: shift x guidance x steps
     uv run python tools/tiny_study.py students --seeds 0 1 2 --steps 2
+    uv run python tools/tiny_study.py experts --seeds 0 1 2      # two-expert teacher and students
+    uv run python tools/tiny_study.py causal --seeds 0 1 2       # KD, then Self-Forcing
+    uv run python tools/tiny_study.py gan --seeds 0 1 2          # DMD2 with a discriminator
     uv run python tools/tiny_study.py table                      # markdown, from what was measured
 
 Every number comes from a `report.json` that the app wrote: this tool only writes run files, starts
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,6 +41,10 @@ def main() -> None:
     students = commands.add_parser("students")
     students.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     students.add_argument("--steps", type=int, default=2)
+    experts = commands.add_parser("experts")
+    experts.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    for name in ("causal", "gan"):
+        commands.add_parser(name).add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     commands.add_parser("table")
     args = parser.parse_args()
     if args.command == "baselines":
@@ -45,18 +53,36 @@ def main() -> None:
     elif args.command == "students":
         for seed in args.seeds:
             run(f"student_{args.steps}_seed{seed}", student_run(args.steps, seed))
+    elif args.command == "experts":
+        run("experts_teacher", expert_teacher_run(two_experts()))
+        run("experts_teacher_4", expert_baseline_run())
+        for seed in args.seeds:
+            run(f"experts_student_4_seed{seed}", expert_student_run(seed))
+    elif args.command == "causal":
+        make_trajectories()
+        for seed in args.seeds:
+            run(f"kd_causal_seed{seed}", kd_run(seed))
+            run(f"self_forcing_seed{seed}", self_forcing_run(seed))
+    elif args.command == "gan":
+        for seed in args.seeds:
+            run(f"gan_2_seed{seed}", gan_run(seed))
     else:
         print(table())
 
 
-def shipped() -> dict[str, Any]:
-    """dmd2.yaml with absolute paths."""
-    values = read_source(TINY / "dmd2.yaml").values
+def shipped(name: str = "dmd2") -> dict[str, Any]:
+    """A run file of configs/tiny with absolute paths, and its student alone in the report."""
+    values = read_source(TINY / f"{name}.yaml").values
     for role in values["models"].values():
-        role["path"] = str(TINY / "wan")
-    values["data"]["path"] = str(TINY / "data")
+        if "path" in role:
+            role["path"] = str(TINY / "wan")
+    values["data"]["path"] = str((TINY / values["data"]["path"]).resolve())
     report = values["callbacks"]["report"]
-    report |= {"judge": str(TINY / "judge"), "prompts": str(TINY / "judge" / "prompts.txt")}
+    report |= {
+        "judge": str(TINY / "judge"),
+        "prompts": str(TINY / "judge" / "prompts.txt"),
+        "entries": {"ema": {"role": "student", "ema": True}, "live": {"role": "student"}},
+    }
     values.pop("validation", None)
     return values
 
@@ -86,11 +112,101 @@ def student_run(steps: int, seed: int) -> dict[str, Any]:
     if steps != 2:
         sampler = {"steps": steps, "shift": 3.0, "stochastic": True}
         values["method_config"]["student_sampler"] = sampler
-    values["callbacks"]["report"]["entries"] = {
-        "ema": {"role": "student", "ema": True},
-        "live": {"role": "student"},
+    return values
+
+
+def gan_run(seed: int) -> dict[str, Any]:
+    """dmd2.yaml with the discriminator of dmd2_gan.yaml: what differs is the GAN alone."""
+    values, other = student_run(2, seed), read_source(TINY / "dmd2_gan.yaml").values
+    values["models"]["discriminator"] = other["models"]["discriminator"]
+    values["method_config"]["gan"] = other["method_config"]["gan"]
+    return values
+
+
+# -- causal students ---
+
+
+def make_trajectories() -> None:
+    """What KD learns from: once, for all seeds."""
+    file = TINY / "trajectories.yaml"
+    command = [sys.executable, str(ROOT / "apps" / "trajectories"), "--config", str(file)]
+    subprocess.run(command, check=True)
+
+
+def kd_run(seed: int) -> dict[str, Any]:
+    values = shipped("kd_causal")
+    values["training"]["seed"] = seed
+    return values
+
+
+def self_forcing_run(seed: int) -> dict[str, Any]:
+    """From the KD student of the same seed."""
+    values = shipped("self_forcing")
+    values["training"]["seed"] = seed
+    values["models"]["student"]["init_from"] = {
+        "path": str(STUDY / f"kd_causal_seed{seed}" / "student")
     }
     return values
+
+
+# -- two experts ---
+
+BOUNDARY = 0.8
+"""Of the steps that the sampler below takes, two are on either side."""
+
+EXPERT_STEPS = {"steps": 4, "shift": 3.0}
+
+
+def two_experts() -> Path:
+    """The shipped pipeline with its transformer twice."""
+    folder = STUDY / "two-experts"
+    if not folder.exists():
+        part = folder.with_name("two-experts.part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(TINY / "wan", part)
+        shutil.copytree(part / "transformer", part / "transformer_2")
+        index = json.loads((part / "model_index.json").read_text())
+        index |= {"transformer_2": index["transformer"], "boundary_ratio": BOUNDARY}
+        (part / "model_index.json").write_text(json.dumps(index, indent=2))
+        part.rename(folder)
+    return folder
+
+
+def expert_teacher_run(path: Path) -> dict[str, Any]:
+    """Each expert learns its own side of the boundary, from the shipped teacher on."""
+    values = read_source(TINY / "finetune.yaml").values
+    values["models"]["student"]["path"] = str(path)
+    values["data"]["path"] = str(TINY / "data")
+    values["training"]["max_train_steps"] = 2000
+    values["training"]["optimizer"]["lr"] = 1.0e-3
+    values["callbacks"]["report"] = measured({"teacher_32": {"role": "student", "ema": True}})
+    values["checkpoint"] = {"export": values["checkpoint"]["export"]}
+    return values
+
+
+def measured(entries: dict[str, Any]) -> dict[str, Any]:
+    report = dict(shipped()["callbacks"]["report"])
+    return report | {"entries": entries}
+
+
+def of_experts(values: dict[str, Any]) -> dict[str, Any]:
+    for role in values["models"].values():
+        role["path"] = str(STUDY / "experts_teacher" / "student")
+    return values
+
+
+def expert_baseline_run() -> dict[str, Any]:
+    return of_experts(baseline_run(4))
+
+
+def expert_student_run(seed: int) -> dict[str, Any]:
+    values = of_experts(student_run(4, seed))
+    values["method_config"]["student_sampler"] = EXPERT_STEPS | {"stochastic": True}
+    values["training"]["max_train_steps"] = 1000  # 250 updates, about 125 an expert
+    return values
+
+
+# -- runs and tables ---
 
 
 def run(name: str, values: dict[str, Any]) -> None:
@@ -128,15 +244,33 @@ def table() -> str:
                 )
             )
     for steps in (4, 2, 1):
-        seeds = sorted(STUDY.glob(f"student_{steps}_seed*/report.json"))
-        for weights in ("live", "ema"):
-            found = [e for s in seeds for e in entries(s.parent.name) if e["weights"] == weights]
-            if found:
-                label = (
-                    f"**student, {steps} step{'s' * (steps > 1)}**, {weights}, {len(found)} seeds"
-                )
-                lines.append(row(label, found))
+        lines += seed_rows(f"student, {steps} step{'s' * (steps > 1)}", f"student_{steps}_seed*")
+    lines += seed_rows("DMD2 with a GAN, 2 steps", "gan_2_seed*")
+    lines += seed_rows("KD alone, causal, 2 steps", "kd_causal_seed*")
+    lines += seed_rows("KD, then Self-Forcing, causal, 2 steps", "self_forcing_seed*")
+    lines += expert_rows()
     return "\n".join(lines)
+
+
+def expert_rows() -> list[str]:
+    lines = []
+    if (STUDY / "experts_teacher" / "report.json").exists():
+        lines.append(row("two-expert teacher, 32 steps", entries("experts_teacher")))
+    if (STUDY / "experts_teacher_4" / "report.json").exists():
+        best = min(entries("experts_teacher_4"), key=lambda e: e["frechet_distance"])
+        lines.append(row(f"two-expert teacher, 4 steps, best of the grid ({best['name']})", [best]))
+    return lines + seed_rows("two-expert student, 4 steps", "experts_student_4_seed*")
+
+
+def seed_rows(label: str, pattern: str) -> list[str]:
+    """Live and averaged weights over the seeds that were measured."""
+    lines = []
+    seeds = sorted(STUDY.glob(f"{pattern}/report.json"))
+    for weights in ("live", "ema"):
+        found = [e for s in seeds for e in entries(s.parent.name) if e["weights"] == weights]
+        if found:
+            lines.append(row(f"**{label}**, {weights}, {len(found)} seeds", found))
+    return lines
 
 
 def row(label: str, found: list[dict[str, Any]]) -> str:

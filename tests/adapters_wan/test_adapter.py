@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import attrs
 import pytest
 import torch
-from distill_adapters_wan import flow
+from distill_adapters_wan import flow, sampling
 from distill_protocols import (
     CapabilityError,
     Condition,
@@ -38,7 +40,7 @@ def call():
 def test_capabilities_are_kept(adapter, call):
     adapter.capabilities.require(["supports_cfg", "supports_decode", "pred:x0"], by="test")
     with pytest.raises(CapabilityError, match="features"):
-        adapter.forward("teacher", **call, features={0: torch.empty(0)})
+        adapter.forward("teacher", **call, neg_cond=text(1, seed=3), cfg=4.0, features={0: None})
     with pytest.raises(CapabilityError, match="caches"):
         adapter.forward("teacher", **call, caches={})
 
@@ -421,3 +423,48 @@ def test_sampler_refusals(adapter):
         adapter.sample("teacher", spec, normal(2, *SHAPE), text(2), generators=generators)
     with pytest.raises(ContractError, match="noise is"):
         adapter.sample("teacher", SamplerSpec(steps=1), normal(1, 4, 3, 4, 6), text(1))
+
+
+# -- what is seen on the way ----------------------------------------------------------------------
+
+
+def gaussian(spread: float):
+    """The exact flow of data ~ N(0, spread^2): every x keeps its place in units of the std at s,
+    sqrt((1 - s)^2 spread^2 + s^2)."""
+
+    def std(s):
+        return ((1 - s) ** 2 * spread**2 + s**2) ** 0.5
+
+    def velocity(x, t):
+        s = (t / 1000).view(-1, 1, 1, 1, 1)
+        return x * (s - (1 - s) * spread**2) / std(s) ** 2
+
+    return velocity, std
+
+
+@pytest.mark.parametrize("spread", [0.3, 2.0])
+def test_what_is_seen_lies_on_the_way_that_is_known_in_closed_form(spread):
+    velocity, std = gaussian(spread)
+    spec = SamplerSpec(steps=400, shift=3.0)
+    noise, seen = torch.randn(2, 1, 2, 3, 3, generator=torch.Generator().manual_seed(0)), {}
+    clean = sampling.sample(velocity, spec, noise, seen=seen.__setitem__)
+    assert list(seen) == list(range(400))
+    assert seen[0].equal(noise)
+    for step, x in [*seen.items(), (400, clean)]:
+        s = [*spec.sigmas(), 0.0][step]
+        error = (x - noise * std(s)).abs().max() / max(spread, 1)  # std at s = 1 is 1
+        assert error < 0.02, (step, float(error))  # Euler's own, of 400 steps
+    for before, after in itertools.pairwise(range(400)):
+        s, then = spec.sigmas()[before], spec.sigmas()[after]
+        by_hand = seen[before] + (then - s) * velocity(seen[before], torch.full((2,), 1000 * s))
+        torch.testing.assert_close(seen[after], by_hand, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_seen_changes_nothing(adapter):
+    noise, cond = normal(2, *SHAPE), text(2)
+    spec, seen = SamplerSpec(steps=3, shift=3.0), {}
+    shown = adapter.sample("teacher", spec, noise, cond, seen=seen.__setitem__)
+    assert shown.equal(adapter.sample("teacher", spec, noise, cond))
+    assert seen[0].equal(noise)
+    rest = SamplerSpec(steps=1, timesteps=(1000 * spec.sigmas()[2],))
+    assert shown.equal(adapter.sample("teacher", rest, seen[2], cond))

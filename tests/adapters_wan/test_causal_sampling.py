@@ -19,8 +19,8 @@ from distill_protocols import (
     RowGenerators,
     SamplerSpec,
     StopRequested,
-    WeightsError,
 )
+from wan_variants import VARIANTS
 
 ODE = SamplerSpec(steps=3, shift=3.0)
 STOCHASTIC = SamplerSpec(steps=2, timesteps=(1000, 700), stochastic=True)
@@ -269,11 +269,12 @@ def test_an_export_says_that_its_role_is_causal(make, pipeline_template, tmp_pat
 def build(folder_of):
     def build(name, **numbers):
         config = WanPipelineConfig(
-            num_frames=25, height=32, width=48, max_sequence_length=6,
+            num_frames=25, height=32, width=48,
+            max_sequence_length=VARIANTS[name].config.max_sequence_length,
             causal=CausalConfig(roles=("student",), **numbers),
         )  # fmt: skip
         source = str(folder_of(name))
-        specs = [RoleSpec(name="student", path=source, trainable=False)]
+        specs = [RoleSpec(name=n, path=source, trainable=False) for n in ("student", "teacher")]
         bundle = PLUGIN.load(specs, config, device=torch.device("cpu"))
         return PLUGIN.adapter(bundle, config, source=source)
 
@@ -329,21 +330,94 @@ def test_experts_with_a_guidance_each_are_sampled_by_chunks(build, noise, weight
     assert torch.equal(sampled, torch.cat(out, dim=2))
 
 
-def test_pictures_are_for_whole_clips(build, folder_of):
-    with pytest.raises(WeightsError, match="reads a first frame as further channels"):
-        build("i2v-experts")
-    source = str(folder_of("i2v-experts"))
-    config = WanPipelineConfig(
-        num_frames=25, height=32, width=48, max_sequence_length=6,
-        causal=CausalConfig(roles=("student",)),
-    )  # fmt: skip
-    faults = PLUGIN.faults(RoleSpec(name="student", path=source, trainable=False), config)
-    assert any("reads a first frame as further channels" in fault for fault in faults)
-    assert not PLUGIN.faults(RoleSpec(name="teacher", path=source, trainable=False), config)
-    adapter = build("ti2v", chunk_frames=3)
-    x, t = normal(1, 4, 3, 4, 6), torch.full((1,), 500.0)
-    cond = text(1)
-    assert adapter.forward("student", x, t, cond).shape == x.shape
-    given = Condition({**cond.tensors, "image_latents": normal(1, 4, 1, 4, 6)})
-    with pytest.raises(ConditioningError, match="role 'student' is causal"):
-        adapter.forward("student", x, t, given)
+PICTURED = ["i2v-2.1", "i2v-experts", "ti2v"]
+
+
+def pictured(name, batch, frames=7, seed=1):
+    """A condition of the kind that the variant reads, of random numbers."""
+    tensors = {"text": normal(batch, VARIANTS[name].config.max_sequence_length, 16, seed=seed)}
+    if VARIANTS[name].embeds:
+        tensors["image_embeds"] = normal(batch, 17, 20, seed=seed + 1)
+    count = 1 if name == "ti2v" else frames
+    tensors["image_latents"] = normal(batch, 4, count, 4, 6, seed=seed + 2)
+    return Condition(tensors)
+
+
+def by_chunks(adapter, x, t, cond, clean):
+    """Each chunk after the clean ones before it."""
+    out = []
+    for chunk in adapter.chunks("student", x.shape[2]):
+        call = ChunkCall(first_frame=chunk.first)
+        out.append(adapter.forward("student", x[:, :, chunk.span], t, cond, caches=call))
+        adapter.forward(
+            "student", clean[:, :, chunk.span], torch.zeros_like(t), cond,
+            caches=ChunkCall(first_frame=chunk.first, store=True),
+        )  # fmt: skip
+    adapter.clear_caches("student")
+    return torch.cat(out, dim=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("numbers", [{"chunk_frames": 2}, {"first_frame_alone": True}])
+@pytest.mark.parametrize("name", PICTURED)
+def test_each_chunk_reads_its_own_part_of_a_picture(build, name, numbers, batch):
+    """Chunk by chunk it is what it is beside the whole clean past at once (1e-5), and it does not
+    change when the picture's latents of later frames do."""
+    adapter, t = build(name, **numbers), torch.full((batch,), 500.0)
+    cond, x = pictured(name, batch), normal(batch, 4, 7, 4, 6)
+    clean = normal(batch, 4, 7, 4, 6, seed=9)
+    rolled = by_chunks(adapter, x, t, cond, clean)
+    whole = adapter.forward("student", x, t, cond, caches=CleanPast(latents=clean))
+    assert torch.allclose(rolled, whole, atol=1e-5)
+    if name == "ti2v":
+        other = Condition(dict(cond.tensors) | {"image_latents": normal(batch, 4, 1, 4, 6)})
+        assert not torch.allclose(by_chunks(adapter, x, t, other, clean), rolled, atol=1e-3)
+        return
+    changed = cond.tensors["image_latents"].clone()
+    start = adapter.chunks("student", 7)[1].first
+    changed[:, :, start:] += 1
+    other = Condition(dict(cond.tensors) | {"image_latents": changed})
+    again = by_chunks(adapter, x, t, other, clean)
+    assert torch.equal(again[:, :, :start], rolled[:, :, :start])
+    assert not torch.allclose(again[:, :, start:], rolled[:, :, start:], atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PICTURED)
+def test_a_clip_of_one_chunk_is_the_bidirectional_one(build, name):
+    """Another path through the adapter, without a mask or a cache."""
+    adapter, x = build(name, chunk_frames=7), normal(2, 4, 7, 4, 6)
+    spec, cond = SamplerSpec(steps=2, shift=3.0), pictured(name, 2)
+    t = torch.full((2,), 500.0)
+    for given in (cond, pictured(name, 2, seed=20)):
+        plain = adapter.forward("teacher", x, t, given, fwd_pred_type="x0")
+        chunk = ChunkCall(first_frame=0)
+        one = adapter.forward("student", x, t, given, fwd_pred_type="x0", caches=chunk)
+        assert torch.allclose(one, plain, atol=1e-5)
+    sampled = adapter.sample("student", spec, x, cond)
+    assert torch.allclose(sampled, adapter.sample("teacher", spec, x, cond), atol=1e-5)
+    rolled = adapter.rollout("student", spec, x, cond, exits=[1])
+    assert torch.equal(rolled, sampled)
+    if name == "ti2v":
+        assert torch.equal(sampled[:, :, :1], cond.tensors["image_latents"])
+
+
+@torch.no_grad()
+def test_pictures_that_do_not_go_with_a_video_are_refused(build):
+    adapter, t = build("i2v-2.1", chunk_frames=3), torch.full((1,), 500.0)
+    cond, x = pictured("i2v-2.1", 1), normal(1, 4, 3, 4, 6)
+    adapter.forward("student", x, t, cond, caches=ChunkCall(first_frame=0, store=True))
+    other = Condition(dict(cond.tensors) | {"image_latents": normal(1, 4, 7, 4, 6)})
+    with pytest.raises(ContractError, match="the condition is another one"):
+        adapter.forward("student", x, t, other, caches=ChunkCall(first_frame=3))
+    for first in (3, 6):
+        adapter.clear_caches("student")
+        short = Condition(dict(cond.tensors) | {"image_latents": normal(1, 4, first, 4, 6)})
+        with pytest.raises(ConditioningError, match="longer than they are"):
+            by_chunks(adapter, normal(1, 4, 9, 4, 6), t, short, normal(1, 4, 9, 4, 6))
+
+
+def test_a_causal_role_has_no_way_of_a_whole_clip(adapter, noise):
+    with pytest.raises(ContractError, match=r"'student' is causal.*pipeline_config.causal.roles"):
+        adapter.sample("student", ODE, noise, text(2), seen=lambda step, x: None)

@@ -10,7 +10,7 @@ from ranks import together
 
 CASES = [
     ExpertCase(method=method, strategy=strategy, accumulation=accumulation)
-    for method in ("finetune", "dmd2")
+    for method in ("finetune", "dmd2", "self_forcing")
     for strategy, accumulation in (("ddp", 1), ("ddp", 2), ("fsdp2", 2))
 ]
 
@@ -41,6 +41,15 @@ def test_an_expert_without_a_gradient_does_not_step(spread):
             assert max(map(len, each)) == 1, "one expert in each turn"
             assert len({key for keys in each for key in keys}) == 2, "and both have turns"
         assert len(alone.stepped) == STEPS
+
+
+def test_ranks_make_the_same_calls(spread):
+    """Length, chunks' exit steps and experts: or the ranks of a sharded model wait for ever."""
+    for case, alone, both in spread:
+        if case.method == "finetune":
+            continue  # t is a sample's own
+        assert both[0].calls == both[1].calls == alone.calls, case
+        assert len({t for _, t in alone.calls}) > 2
 
 
 def test_numbers_are_those_of_one_process(spread):

@@ -102,6 +102,23 @@ def test_a_call_takes_what_is_planned(folder, pipeline_template, kind):
     assert plan.held == pytest.approx(found.held if spec.trainable else 0, rel=0.02)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_call_that_a_discriminator_reads_takes_what_is_planned(
+    pipeline_template, checkpointing
+):
+    """Differentiated by its latents alone."""
+    spec = RoleSpec(
+        name="student", path=str(pipeline_template), trainable=False, precision="bf16",
+        activation_checkpointing=checkpointing,
+    )  # fmt: skip
+    plan = PLUGIN.plan_call(spec, CLIP, source=spec.path, batch=3, judges=True)
+    x_t, text = inputs(spec, 3)
+    found = watch(loaded(spec), x_t.requires_grad_(), text)
+    assert plan.most == pytest.approx(found.most, rel=0.02)
+    assert plan.held == 0
+    assert plan.most > PLUGIN.plan_call(spec, CLIP, source=spec.path, batch=3).most
+
+
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_a_call_of_every_variant_takes_what_is_planned(name, folder_of, monkeypatch):
     """Of what the adapter really gives its model: channels, embeddings, a time for each token."""

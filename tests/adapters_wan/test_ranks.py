@@ -31,6 +31,11 @@ def test_every_way_gives_the_numbers_of_one_process(pipeline_template):
             assert outputs == expected[0], way
 
 
+def test_the_derivative_of_a_sharded_role_is_that_of_a_whole_one(pipeline_template):
+    for rank in all_of(together(wan.tangents, str(pipeline_template), [leave_whole, shard])):
+        assert rank[0] == rank[1]
+
+
 def test_each_rank_reads_what_it_holds(pipeline_template):
     roles = [spec(pipeline_template)]
     for read, held in all_of(together(wan.read_by_each, pipeline_template, roles, shard)):

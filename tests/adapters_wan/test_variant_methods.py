@@ -1,5 +1,5 @@
-"""Methods over {one expert, two} x {text, picture in channels, first frame}: who learns, and of
-what. Invariants 3, 5 and 11, on real (tiny) transformers."""
+"""Methods on other kinds of Wan than the first: given frames, and how t is drawn for experts.
+(``tests/invariants/test_families.py`` has what holds for all of them.)"""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ import math
 
 import pytest
 import torch
-from distill_adapters_wan import PLUGIN
 from distill_methods import (
     DMD2Config,
-    DMD2Method,
     FinetuneConfig,
-    FinetuneMethod,
-    TeacherOnlyConfig,
-    TeacherOnlyMethod,
+    GanConfig,
     TimeSampling,
 )
 from distill_methods.maths import sample_timesteps, timesteps_within
@@ -25,203 +21,46 @@ from distill_protocols import (
     Condition,
     ContractError,
     RandomStreams,
-    RoleSpec,
     RowGenerators,
     SamplerSpec,
-    WeightAverage,
 )
-from distill_trainer import (
-    DistillTrainer,
-    EmaCallback,
-    OptimizerConfig,
-    TrainingConfig,
-    build_optimizers,
-)
-from distill_trainer.plugins import EmaConfig
 from hypothesis import given
 from hypothesis import strategies as st
-from wan_variants import VARIANTS
+from method_cases import SHAPE, Worlds, gradients, turns
 
-CPU = torch.device("cpu")
-METHODS = ["finetune", "teacher_only", "alternate data", "every_step simulate"]
-SHAPE = (4, 3, 4, 6)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Conditioning:
-    """A negative condition of text alone: pictures stay."""
-
-    def __init__(self, length):
-        self.length = length
-
-    def negative(self):
-        return Condition({"text": torch.full((1, self.length, 16), 0.3)})
-
-    def encode(self, prompts):
-        raise NotImplementedError
+KINDS = ["finetune", "teacher_only", "kd", "dmd2 alternate data"]
 
 
 @pytest.fixture(scope="module")
-def world(folder_of):
-    """(adapter, bundle) of one variant: student and critic train; loaded once a variant."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            config, path = VARIANTS[name].config, folder_of(name)
-            roles = [
-                RoleSpec(name=role, path=path, trainable=role != "teacher")
-                for role in ("student", "teacher", "critic")
-            ]
-            bundle = PLUGIN.load(roles, config, device=CPU)
-            for seed, module in enumerate(bundle.by_module("modules").values()):
-                for parameter in module.parameters():
-                    parameter.data.add_(normal(*parameter.shape, seed=seed), alpha=0.02)
-            made[name] = PLUGIN.adapter(bundle, config, source=path), bundle
-        return made[name]
-
-    return make
+def worlds(folder_of):
+    return Worlds(folder_of)
 
 
-def build(name, kind, world, *, seed=0, lr=1e-4):
-    """The method with fresh optimizers and averages on the variant's own roles."""
-    adapter, bundle = world(name)
-    for role in bundle.roles.values():
-        role.ema.clear()
-        if role.trainable:
-            build_optimizers(role, OptimizerConfig(lr=lr), horizon=50)
-    parts = {
-        "conditioning": Conditioning(VARIANTS[name].config.max_sequence_length),
-        "streams": RandomStreams(seed),
-    }
-    # About half of it on either side of 875 and 900.
-    time = TimeSampling(shift=8.0)
-    if kind == "finetune":
-        return FinetuneMethod(bundle, adapter, FinetuneConfig(time=time), **parts)
-    if kind == "teacher_only":
-        config = TeacherOnlyConfig(guidance_scale=2.0, time=time)
-        return TeacherOnlyMethod(bundle, adapter, config, **parts)
-    cadence, rollout = kind.split()
-    config = DMD2Config(
-        critic_update=cadence,
-        rollout=rollout,
-        generator_update_interval=2,
-        score_shift=8.0,
-        student_sampler=SamplerSpec(steps=4, shift=5.0, stochastic=True),
-    )
-    return DMD2Method(bundle, adapter, config, **parts)
+# -- a GAN beside any distribution matching -------------------------------------------------------
 
 
-def batch(name, world, size=4, seed=1):
-    variant, (adapter, _) = VARIANTS[name], world(name)
-    cond = Condition({"text": normal(size, variant.config.max_sequence_length, 16, seed=seed)})
-    if variant.image:
-        cond = adapter.with_image(cond, normal(size, 3, 32, 48, seed=seed + 1).sigmoid())
-    return Batch(
-        latents=normal(size, *SHAPE, seed=seed + 2), cond=cond, ids=tuple(map(str, range(size)))
-    )
-
-
-def part(whole, rows):
-    return Batch(latents=whole.latents[rows], cond=whole.cond[rows], ids=whole.ids[rows])
-
-
-def gradients(method):
-    return {
-        key: torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
-        for key, module in method.model_dict.items()
-        if any(p.grad is not None for p in module.parameters())
-    }
-
-
-def turns(method, iteration):
-    return {key.split(".")[0] for key in method.get_optimizers(iteration)}
-
-
-@pytest.mark.parametrize("kind", METHODS)
-@pytest.mark.parametrize("name", VARIANTS)
-def test_gradients_reach_the_roles_of_the_turn_and_one_expert_of_each(name, kind, world):
-    method, given = build(name, kind, world), batch(name, world, size=2)
-    reached = set()
-    for iteration in range(1, 9):
+@pytest.mark.parametrize("kind", ["self_forcing", "causvid"])
+def test_a_causal_student_may_have_a_gan(kind, worlds):
+    """The discriminator sees whole clips: its teacher is no causal role."""
+    method = worlds.build(kind, "t2v", "causal", gan=GanConfig(r1_weight=1.0), f_divergence="js")
+    for iteration in (1, 2):
+        result = method.single_train_step(worlds.batch("t2v", 2), iteration)
+        result.loss_map["total_loss"].backward()
+        assert {key.split(".")[0] for key in gradients(method)} == turns(method, iteration)
+        assert all(value.isfinite() for value in result.loss_map.values())
         method.optimizers_zero_grad(iteration)
-        method.single_train_step(given, iteration).loss_map["total_loss"].backward()
-        found = gradients(method)
-        assert sorted(key.split(".")[0] for key in found) == sorted(turns(method, iteration))
-        assert all(bool(value.any()) for value in found.values())
-        reached |= found.keys()
-    method.optimizers_zero_grad(8)
-    trained = {k for i in (1, 2) for k in method.get_optimizers(i)}
-    assert reached == trained  # over eight iterations each expert has had its turns
-
-
-@pytest.mark.parametrize("kind", METHODS)
-@pytest.mark.parametrize("name", VARIANTS)
-def test_optimizer_schedule_and_average_move_together(name, kind, world, tmp_path):
-    """Scheduler steps == optimizer steps == EMA updates, for any accumulation and expert."""
-    method, given = build(name, kind, world), batch(name, world, size=1)
-    training = TrainingConfig(
-        output_dir=str(tmp_path), max_train_steps=10, global_batch_size=2,
-        batch_size_per_device=1, trackers=(), progress=False,
-    )  # fmt: skip
-    roles = tuple({k.split(".")[0] for i in (1, 2) for k in method.get_optimizers(i)})
-    averages = EmaCallback(EmaConfig(roles=roles, decay=0.5))
-    before = {k: next(m.parameters()).clone() for k, m in method.model_dict.items()}
-    result = DistillTrainer(training, callbacks=[averages], trackers=[]).run(method, [given])
-    expected = dict.fromkeys(roles, 0)
-    for iteration in range(1, 11):
-        for role in turns(method, iteration):
-            expected[role] += 1
-    for role in roles:
-        handle = method.bundle[role]
-        counts = {key: result.updates[f"{role}.{key}"] for key in handle.modules}
-        assert sum(counts.values()) == expected[role]
-        if len(counts) == 2:
-            assert all(counts.values()), counts
-        for key, count in counts.items():
-            assert handle.schedulers[key].last_epoch == count
-            average: WeightAverage = handle.ema[key]
-            assert average.updates == count
-            steps = {int(s["step"]) for s in handle.optimizers[key].state.values()}
-            assert steps == ({count} if count else set())
-    for key, value in before.items():
-        still = torch.equal(value, next(method.model_dict[key].parameters()))
-        assert still == (result.updates.get(key, 0) == 0)
-
-
-@pytest.mark.parametrize("kind", ["finetune", "teacher_only", "alternate data"])
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("iteration", [2, 3])
-def test_accumulation_is_one_large_batch(name, kind, iteration, world):
-    """Of one expert, whatever the number of micro steps: never a part of the batch for each."""
-    whole = batch(name, world)
-    seen = []
-    for size in (4, 2, 1):
-        method = build(name, kind, world)
-        for start in range(0, 4, size):
-            micro = part(whole, slice(start, start + size))
-            loss = method.single_train_step(micro, iteration).loss_map["total_loss"]
-            (loss * size / 4).backward()
-        seen.append(gradients(method))
-        method.optimizers_zero_grad(iteration)
-    for other in seen[1:]:
-        assert other.keys() == seen[0].keys()
-        for key, value in other.items():
-            assert torch.allclose(value, seen[0][key], rtol=1e-3, atol=1e-6), key
+    assert "gan_generator_loss" in result.loss_map
 
 
 # -- the first frame stays out --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["finetune", "teacher_only", "alternate data"])
-def test_a_given_first_frame_stays_out_of_the_loss(kind, world):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_given_first_frame_stays_out_of_the_loss(kind, worlds):
     """TI2V: what the clip itself has there changes neither loss nor gradient."""
     found = []
     for value in (0.0, 50.0):
-        method, given = build("ti2v", kind, world), batch("ti2v", world, size=2)
+        method, given = worlds.build(kind, "ti2v", "bidirectional"), worlds.batch("ti2v", 2)
         given.latents[:, :, 0] = value
         loss = method.single_train_step(given, 2).loss_map["total_loss"]
         loss.backward()
@@ -231,10 +70,10 @@ def test_a_given_first_frame_stays_out_of_the_loss(kind, world):
     assert all(torch.equal(value, found[1][1][key]) for key, value in found[0][1].items())
 
 
-def test_without_a_picture_the_first_frame_is_trained(world):
+def test_without_a_picture_the_first_frame_is_trained(worlds):
     losses = []
     for value in (0.0, 50.0):
-        method, given = build("ti2v", "finetune", world), batch("ti2v", world, size=2)
+        method, given = worlds.build("finetune", "ti2v", "bidirectional"), worlds.batch("ti2v", 2)
         given.latents[:, :, 0] = value
         text = Batch(
             latents=given.latents, cond=Condition({"text": given.cond.tensors["text"]}),
@@ -244,11 +83,11 @@ def test_without_a_picture_the_first_frame_is_trained(world):
     assert losses[1] > 2 * losses[0]
 
 
-def test_the_velocity_loss_of_trained_frames_by_hand(world):
-    method, given = build("ti2v", "finetune", world), batch("ti2v", world, size=2)
+def test_the_velocity_loss_of_trained_frames_by_hand(worlds):
+    method, given = worlds.build("finetune", "ti2v", "bidirectional"), worlds.batch("ti2v", 2)
     got = float(method.single_train_step(given, 1).loss_map["total_loss"].detach())
     streams = RandomStreams(0)
-    adapter, _ = world("ti2v")
+    adapter, _ = worlds("ti2v", "bidirectional")
     t = sample_timesteps(TimeSampling(shift=8.0), streams.rows("finetune.t", 2))
     noise = streams.rows("finetune.noise", 2).normal(SHAPE)
     x0 = adapter.normalize_latents(given.latents)
@@ -303,18 +142,18 @@ def test_times_never_reach_the_next_range(time, boundary):
     assert float(timesteps_within(0 * last, time, (boundary, 1000.0))) >= boundary
 
 
-def test_which_expert_learns_is_drawn_by_its_share(world):
+def test_which_expert_learns_is_drawn_by_its_share(worlds):
     """As often as plan and schedule expect: within four standard deviations in 3000 iterations."""
     count = 3000
     config = FinetuneConfig(time=TimeSampling(shift=8.0))
-    method = build("t2v-experts", "finetune", world)
+    method = worlds.build("finetune", "t2v-experts", "bidirectional")
     share_of = lambda r: share(config.time, *r)  # noqa: E731
     drawn = [method.draws.range_of("x", i, share_of, "student") for i in range(1, count + 1)]
     expected = finetune.update_share(config, "student", 875.0, 1000.0)
     assert expected == pytest.approx(0.5333, abs=1e-3)  # 1 - u with 8 u / (1 + 7 u) = .875
     found = sum(low == 875.0 for low, _ in drawn) / count
     assert found == pytest.approx(expected, abs=4 * math.sqrt(0.25 / count))
-    again = build("t2v-experts", "finetune", world)
+    again = worlds.build("finetune", "t2v-experts", "bidirectional")
     assert drawn[:9] == [again.draws.range_of("x", i, share_of, "student") for i in range(1, 10)]
 
 
@@ -332,8 +171,8 @@ def test_published_shares():
 # -- stepping -------------------------------------------------------------------------------------
 
 
-def test_a_role_that_no_gradient_reaches_is_an_error(world):
-    method = build("t2v-experts", "finetune", world)
+def test_a_role_that_no_gradient_reaches_is_an_error(worlds):
+    method = worlds.build("finetune", "t2v-experts", "bidirectional")
     with pytest.raises(ContractError, match="no gradient reached student"):
         method.optimizers_schedulers_step(1)
     assert set(method.update_counts.values()) == {0}

@@ -17,6 +17,7 @@ import yaml
 from distill_protocols import ConfigError
 from distill_train.check import read_config
 from distill_train.cli import main
+from distill_train.plan import describe
 
 Values = dict[str, Any]
 
@@ -99,6 +100,31 @@ def test_the_file_is_held_against_the_processes_that_torchrun_started(
         assert fault in found
 
 
+def test_several_teachers_are_roles_of_the_file(values, write):
+    """One of them is the base of a LoRA role."""
+    values["method_config"]["teachers"] = {
+        "teacher": {"weight": 1.25, "guidance_scale": 2.0},
+        "poor": {"weight": -0.25},
+    }
+    values["models"]["poor"] = {"path": values["models"]["teacher"]["path"]}
+    values["models"]["student"] = {"base": "teacher", "lora": {"rank": 2}}
+    config = read_config(write(values))
+    assert [(n, r.spec.trainable) for n, r in config.roles.items()] == [
+        ("student", True), ("teacher", False), ("critic", True), ("poor", False),
+    ]  # fmt: skip
+    assert config.resolved["method_config"]["teachers"]["poor"]["weight"] == -0.25
+    assert dict(config.method.terms) == {"teacher": (1.25, (2.0, 2.0)), "poor": (-0.25, (1.5, 1.5))}
+    assert "poor" in describe(config)
+
+
+def test_a_teacher_that_is_no_role_is_named_where_the_roles_are(values, write):
+    values["method_config"]["teachers"] = {"teacher": {"weight": 0.5}, "second": {"weight": 0.5}}
+    path = write(values)
+    (fault,) = faults(path)
+    line = path.read_text().splitlines().index("models:") + 1
+    assert fault.startswith(f"run.yaml:{line}: models.second: missing role; dmd2 calls student, te")
+
+
 def put(*path: str, value: Any) -> Callable[[Values], None]:
     def spoil(values: Values) -> None:
         for key in path[:-1]:
@@ -132,6 +158,10 @@ def beside(base: str, **keys: Any) -> Callable[[Values], None]:
     """The student as a LoRA beside ``base``, with ``keys`` laid over it."""
     role = {"base": base, "lora": {"rank": 2}} | keys
     return put("models", "student", value={k: v for k, v in role.items() if v is not None})
+
+
+def teachers(**terms: Any) -> Callable[[Values], None]:
+    return put("method_config", "teachers", value=terms)
 
 
 def together(*spoil: Callable[[Values], None]) -> Callable[[Values], None]:
@@ -180,15 +210,59 @@ SPOILT = {
     "boolean for a number": (put("callbacks", "ema", "decay", value=True), "callbacks.ema.decay: True is a boolean, but must be a number"),
     "list for a mapping": (put("training", value=[1]), "training: [1] is a list, but must be a mapping"),
     "missing section": (drop("data"), "data: missing section"),
+    "Self-Forcing of a student that is not causal": (
+        put("recipe", "method", value="self_forcing"),
+        "recipe.method: self_forcing needs supports_kv_cache, causal:student, which family wan"),
+    "frames of a rollout": (
+        together(put("recipe", "method", value="self_forcing"),
+                 put("pipeline_config", "causal", value={"roles": ["student"]}),
+                 put("method_config", value={"rollout_frames": [9, 3]})),
+        "method_config.rollout_frames: [9, 3] must be [min, max] latent frames"),
+    "times by chunk of a student that is not causal": (
+        together(put("recipe", "method", value="finetune"),
+                 put("method_config", value={"times": "per_chunk", "past": "clean"}),
+                 drop("models", "teacher"), drop("models", "critic")),
+        "recipe.method: finetune needs supports_teacher_forcing, causal:student, which family wan"),
     "missing key": (drop("training", "output_dir"), "training.output_dir: missing; training needs it"),
     "missing role": (drop("models", "critic"), "models.critic: missing role; dmd2 calls student, teacher, critic"),
+    "a role that nothing can stand in for": (
+        drop("models", "critic"),
+        "models.critic: missing role; dmd2 calls student, teacher, critic (critic: follows the student's own clips): the student is led by",
+    ),
+    "teacher that is left out of the teachers": (
+        teachers(second={"weight": 1.0}),
+        "models.teacher: dmd2 calls no role 'teacher'",
+    ),
+    "teacher that learns": (
+        together(
+            teachers(teacher={"weight": 0.5}, second={"weight": 0.5}),
+            put("models", "second", value={"path": str(TINY / "wan"), "trainable": True}),
+        ),
+        "models.second.trainable: second is trainable here, but dmd2 never updates it",
+    ),
+    "teachers that weigh too much": (
+        teachers(teacher={"weight": 1.5}),
+        "method_config.teachers: the weights (teacher 1.5) add up to 1.5",
+    ),
+    "wrong key of a teacher": (
+        teachers(teacher={"weight": 1.0, "guidance": 3.0}),
+        "method_config.teachers.teacher.guidance: unknown key; did you mean 'guidance_scale'?",
+    ),
+    "guidance of a second expert that is not there": (
+        put("method_config", "real_score_guidance_scale_2", value=3.0),
+        "method_config.real_score_guidance_scale_2: 3 is the guidance of a second expert",
+    ),
+    "a teacher's guidance of a second expert that is not there": (
+        teachers(teacher={"weight": 1.0, "guidance_scale_2": 3.0}),
+        "method_config.teachers.teacher.guidance_scale_2: 3 is the guidance of a second expert",
+    ),
     "misspelt role": (put("models", "critc", value={"path": "./x"}), "models.critc: dmd2 calls no role 'critc'; did you mean 'critic'?"),
     "trainable teacher": (put("models", "teacher", "trainable", value=True), "models.teacher.trainable: teacher is trainable here, but dmd2 never updates it"),
     "frozen student": (put("models", "student", "trainable", value=False), "models.student.trainable: student is frozen here, but dmd2 updates it"),
     "optimizer of a frozen role": (put("models", "teacher", "optimizer", value={"lr": 1.0}), "models.teacher.optimizer: role 'teacher' is frozen"),
     "wrong key in a role's optimizer": (put("models", "critic", "optimizer", value={"lrr": 1.0}), "models.critic.optimizer.lrr: unknown key; did you mean 'lr'?"),
     "unknown family": (put("recipe", "family", value="wann"), "recipe.family: unknown family 'wann'; did you mean 'wan'? (installed: wan)"),
-    "unknown method": (put("recipe", "method", value="dmd3"), "recipe.method: unknown method 'dmd3'; did you mean 'dmd2'? (installed: dmd2, finetune, teacher_only)"),
+    "unknown method": (put("recipe", "method", value="dmd3"), "recipe.method: unknown method 'dmd3'; did you mean 'dmd2'? (installed: causvid, "),
     "unknown callback": (put("callbacks", "emma", value={}), "callbacks.emma: unknown callback 'emma'; did you mean 'ema'?"),
     "another family for a role": (put("models", "critic", "family", value="hunyuan"), "models.critic.family: 'hunyuan' differs from recipe.family 'wan'"),
     "path that is no path": (put("models", "student", "path", value="wan"), "models.student.path: 'wan' is neither a folder"),

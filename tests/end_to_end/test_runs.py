@@ -17,6 +17,7 @@ import yaml
 from diffusers import WanPipeline
 from distill_protocols import RowGenerators
 from distill_train.cli import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, EXIT_STOPPED, main
+from distill_trajectories.cli import main as make_trajectories
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -137,15 +138,32 @@ def test_the_exported_student_gives_the_trainers_clip_in_the_stock_pipeline(tiny
         assert torch.equal(ours, stock)
 
 
-@pytest.mark.parametrize("method", ["finetune", "teacher_only"])
+@pytest.mark.parametrize("method", ["finetune", "teacher_only", "finetune_causal", "causvid"])
 def test_the_other_tiny_run_files_run(method, tiny, tmp_path):
-    config = tiny(method, training={"max_train_steps": 4, "log_every": 2})
+    config = tiny(
+        method,
+        training={"max_train_steps": 4, "log_every": 2},
+        validation=None,
+        callbacks={"report": None},
+    )
     assert main(["--config", str(config)]) == EXIT_OK
     assert load_info(tmp_path / "out" / "student") == {"missing": [], "unexpected": []}
 
 
+FILES = sorted((ROOT / "configs").glob("*/*.yaml"))
+TRAJECTORIES = [file for file in FILES if file.stem.startswith("trajectories")]
+
+
+@pytest.mark.parametrize("config", TRAJECTORIES, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_file_of_trajectories_can_be_planned_without_weights(config, capsys):
+    assert make_trajectories(["--config", str(config), "--dry-run"]) == EXIT_OK
+    assert "model calls a clip" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-    "config", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}"
+    "config",
+    [file for file in FILES if file not in TRAJECTORIES],
+    ids=lambda p: f"{p.parent.name}-{p.stem}",
 )
 def test_every_run_file_can_be_planned_without_weights(config, capsys):
     assert main(["--config", str(config), "--dry-run"]) == EXIT_OK

@@ -59,6 +59,25 @@ def test_a_role_starts_with_what_it_is_told(kind, first, tiny, tmp_path):
     assert any(not torch.equal(found[name], original[name]) for name in found)
 
 
+@pytest.mark.parametrize("kind", ["live", "export"])
+def test_a_causal_student_starts_from_a_bidirectional_one(kind, first, tiny, tmp_path):
+    """The weights are the same; what is causal is how they are called."""
+    start = {"live": first, "export": first.parent / "student"}[kind]
+    config = tiny(
+        "self_forcing",
+        training={**STEP, "max_train_steps": 4, "optimizer": STILL},
+        models={"student": {"init_from": {"path": str(start)}}},
+        checkpoint={"every_steps": None, "export": []},
+        validation=None,
+        callbacks={"report": None},
+    )
+    assert main(["--config", str(config)]) == EXIT_OK
+    found = weights(tmp_path / "out" / "checkpoint-000004", "roles", "student")
+    wanted = weights(first, "roles", "student")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_a_run_that_goes_on_does_not_need_its_start_again(first, tiny, tmp_path):
     start = {"student": {"init_from": {"path": str(first)}}}
     config = tiny("finetune", training=STEP, models=start,

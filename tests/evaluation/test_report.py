@@ -59,7 +59,7 @@ class Adapter:
 
 
 class Conditioning:
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode(self, prompts: Sequence[str], images: object = None) -> Condition:
         return Condition({"text": torch.zeros(len(prompts), 1)})
 
 

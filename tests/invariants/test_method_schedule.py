@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import torch
-from distill_methods import DMD2Config, DMD2Method
-from distill_methods.plugins import dmd2
-from distill_protocols import RandomStreams, SamplerSpec
+from distill_methods import CausVidConfig, DMD2Config, SelfForcingConfig
+from distill_methods.distribution_matching.config import MatchingConfig
+from distill_methods.plugins import causvid, dmd2, self_forcing
+from distill_protocols import DistillMethod, RandomStreams, SamplerSpec
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_adapter import ToyAdapter, ToyConditioning, gradients, toy_batch, toy_bundle
+from toy_adapter import CAUSAL, ToyAdapter, ToyConditioning, gradients, toy_batch, toy_bundle
 
 samplers = st.builds(
     SamplerSpec, steps=st.integers(1, 4), shift=st.floats(1.0, 8.0), stochastic=st.booleans()
 )
 cadences = st.sampled_from(["alternate", "every_step"])
 rollouts = st.sampled_from(["simulate", "data"])
-configs = st.builds(
+dmd2s = st.builds(
     DMD2Config,
     generator_update_interval=st.integers(2, 7),
     critic_update=cadences,
@@ -31,24 +32,42 @@ configs = st.builds(
 )
 
 
-def build(config: DMD2Config, *, seed: int = 0, rank: int = 0) -> DMD2Method:
+causals = st.builds(
+    SelfForcingConfig,
+    generator_update_interval=st.integers(2, 5),
+    critic_update=cadences,
+    same_step_across_chunks=st.booleans(),
+    rollout_frames=st.sampled_from([None, (2, 5)]),
+    student_sampler=samplers,
+) | st.builds(
+    # A clean chunk is the data, on all ranks here alike.
+    CausVidConfig,
+    generator_update_interval=st.integers(2, 5),
+    clean_chunks=st.just(False),
+    student_sampler=samplers,
+)
+configs = dmd2s | causals
+PLUGINS = {DMD2Config: dmd2, SelfForcingConfig: self_forcing, CausVidConfig: causvid}
+
+
+def build(config: MatchingConfig, *, seed: int = 0, rank: int = 0) -> DistillMethod:
     bundle = toy_bundle(student=1, teacher=2, critic=3)
-    return dmd2.build(
+    return PLUGINS[type(config)].build(
         config,
         bundle=bundle,
-        adapter=ToyAdapter(bundle),
+        adapter=ToyAdapter(bundle, CAUSAL),
         conditioning=ToyConditioning(),
         streams=RandomStreams(seed, rank=rank, world_size=2),
     )
 
 
 @given(configs, st.integers(1, 3))
-def test_the_plan_is_what_really_steps(config: DMD2Config, accumulation: int):
+def test_the_plan_is_what_really_steps(config: MatchingConfig, accumulation: int):
     """Over 20 iterations: planned roles == roles with a gradient == optimizers == schedulers."""
     method = build(config)
     planned = dict.fromkeys(("student", "critic"), 0)
     for iteration in range(1, 21):
-        turns = dmd2.updates(config, iteration)
+        turns = PLUGINS[type(config)].updates(config, iteration)
         for _ in range(accumulation):
             loss = method.single_train_step(toy_batch(1), iteration).loss_map["total_loss"]
             (loss / accumulation).backward()
@@ -64,7 +83,7 @@ def test_the_plan_is_what_really_steps(config: DMD2Config, accumulation: int):
 
 
 @given(configs)
-def test_only_weights_of_the_turn_move(config: DMD2Config):
+def test_only_weights_of_the_turn_move(config: MatchingConfig):
     method = build(config)
     for iteration in range(1, 9):
         before = {
@@ -86,7 +105,7 @@ def test_only_weights_of_the_turn_move(config: DMD2Config):
 
 
 @given(configs, st.integers(0, 2**31))
-def test_ranks_make_the_same_calls_with_different_noise(config: DMD2Config, seed: int):
+def test_ranks_make_the_same_calls_with_different_noise(config: MatchingConfig, seed: int):
     """Or the ranks of a sharded student would wait for each other for ever."""
     ranks = [build(config, seed=seed, rank=rank) for rank in (0, 1)]
     for iteration in range(1, 9):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 from attrs import asdict, frozen
+from distill_conditioning import DataConfig, LatentDataset, ShardRows, TrajectoryFolder
 from distill_train.build import Run, build
 from distill_train.check import read_config
 from hypothesis import example, given, settings
@@ -20,10 +21,35 @@ TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 SAMPLER = {"steps": 2, "timesteps": [1000, 700], "stochastic": True}
 METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "dmd2": (("student", "teacher", "critic"), {"real_score_guidance_scale": 1.5}),
+    "dmd2_gan": (
+        ("student", "teacher", "critic", "discriminator"),
+        {
+            "real_score_guidance_scale": 1.5,
+            "gan": {"train_features": True, "r1_weight": 1.0},
+            "f_divergence": "js",
+        },
+    ),
+    "ladd": (("student", "teacher", "discriminator"), {"r1_weight": 1.0}),
     "finetune": (("student",), {}),
     "teacher_only": (("student", "teacher"), {"guidance_scale": 1.5}),
+    "kd": (("student",), {}),
+    "self_forcing": (
+        ("student", "teacher", "critic"),
+        {"real_score_guidance_scale": 1.5, "same_step_across_chunks": False},
+    ),
+    "causvid": (("student", "teacher", "critic"), {"real_score_guidance_scale": 1.5}),
+    "consistency": (
+        ("student", "teacher"),
+        {"guidance_scale": 1.5, "discrete": {"steps": 8, "skip": 2}},
+    ),
+    "rcm": (
+        ("student", "teacher", "critic"),
+        {"real_score_guidance_scale": 1.5, "continuous": {"tangent_warmup": 2}},
+    ),
 }
 """Name -> (roles, options besides the sampler)."""
+MATCHING = ("dmd2", "dmd2_gan", "rcm", "self_forcing", "causvid")
+CAUSAL = ("self_forcing", "causvid")
 
 
 @frozen(kw_only=True)
@@ -48,36 +74,51 @@ class Case:
         roles, options = METHODS[self.method]
         trained = [name for name in roles if name != "teacher"]
         models: dict[str, dict[str, Any]] = {name: {"path": str(TINY / "wan")} for name in roles}
+        if "discriminator" in models:
+            on = "critic" if "critic" in models else "teacher"
+            models["discriminator"] = {"heads": {"on": on, "blocks": [1, 3], "width": 8}}
         for name in trained:
+            if name == "discriminator":
+                continue  # which is always fp32, and whole
             models[name]["precision"] = self.precision
             if self.lora:
                 models[name]["lora"] = {"rank": 2}
         method = {**options, "student_sampler": SAMPLER}
-        if self.method == "dmd2":
+        if self.method in MATCHING:
             method |= {
                 "generator_update_interval": self.interval,
                 "critic_update": self.critic_update,
-                "rollout": self.rollout,
             }
+            if self.method not in CAUSAL:
+                method["rollout"] = self.rollout
         return {
-            "recipe": {"family": "wan", "method": self.method},
+            "recipe": {"family": "wan", "method": self.method.removesuffix("_gan")},
             "models": models,
             "training": {
                 "output_dir": str(folder), "max_train_steps": steps, "progress": False,
                 "trackers": [], "global_batch_size": 2 * self.accumulation,
                 "batch_size_per_device": 2, "optimizer": {"lr": 1e-3},
             },
-            "data": {"path": str(TINY / "data"), "workers": self.workers},
+            "data": {"path": str(self.data(folder)), "workers": self.workers},
             "conditioning": {"dropout": self.dropout},
             "pipeline_config": {
                 "num_frames": 9, "height": 32, "width": 32, "max_sequence_length": 8,
-            },
+            } | (
+                {"causal": {"roles": ["student"], "chunk_frames": 1}}
+                if self.method in CAUSAL else {}
+            ),
             "method_config": method,
             "checkpoint": {"every_steps": 1, "resume": "latest", "async_save": self.async_save},
             "callbacks": {"grad_clip": {}} | (
                 {"ema": {"roles": trained, "decay": 0.5}} if self.ema else {}
             ),
         }  # fmt: skip
+
+    def data(self, folder: Path) -> Path:
+        if self.method != "kd":
+            return TINY / "data"
+        path = folder.parent / "ways"
+        return path if path.exists() else toy_ways(path)
 
     def train(self, folder: Path, steps: int) -> Run:
         folder.mkdir(exist_ok=True)
@@ -87,6 +128,26 @@ class Case:
         result = run.trainer.run(run.method, run.loader)
         assert result.iteration == steps
         return run
+
+
+def toy_ways(path: Path) -> Path:
+    """A data set of trajectories that lead nowhere in particular."""
+    source = LatentDataset(DataConfig(path=str(TINY / "data")))
+    ways = TrajectoryFolder(
+        path, settings={}, times=(1000.0, 700.0), samples=11, samples_per_shard=4, ids=str,
+        dtype="float16",
+    )  # fmt: skip
+    for shard in ways.missing():
+        rows, numbers = ShardRows(), ways.span(shard)
+        batch = source.read(torch.tensor(numbers))
+        states = batch.latents[:, None] * torch.tensor([0.1, 0.5]).view(1, 2, 1, 1, 1, 1)
+        captions = [source.caption(number) for number in numbers]
+        ways.add(rows, numbers, captions, batch.cond, batch.latents, states)
+        ways.write(shard, rows)
+    stored = source.negative()
+    assert stored is not None
+    ways.finish(negative=(stored.prompt, stored.condition), encoder=source.index.encoder)
+    return path
 
 
 def everything(run: Run) -> dict[str, Any]:
@@ -131,17 +192,25 @@ cases = st.builds(
     async_save=st.booleans(),
 )
 DMD2 = Case(n=2, m=2, critic_update="every_step", accumulation=2, workers=2, async_save=True)
+KD = Case(n=1, m=2, method="kd", accumulation=2, workers=1)
 TEACHER_ONLY = Case(n=1, m=2, method="teacher_only", precision="bf16", lora=True, dropout=0.5)
 
 
 @settings(max_examples=6)
 @given(cases)
 @example(DMD2)
+@example(Case(**{**asdict(DMD2), "method": "dmd2_gan", "workers": 0}))
 @example(Case(**{**asdict(DMD2), "precision": "fp16", "lora": True}))
 @example(TEACHER_ONLY)
+@example(KD)
+@example(Case(n=1, m=1, method="consistency", accumulation=2))
+@example(Case(**{**asdict(DMD2), "method": "self_forcing"}))
+@example(Case(**{**asdict(DMD2), "method": "causvid", "workers": 0}))
+@example(Case(**{**asdict(DMD2), "method": "rcm", "precision": "bf16", "workers": 0}))
 def test_13_n_steps_save_load_m_steps_is_n_plus_m_steps(case: Case):
     # Of DMD2 each part must be a right run file by itself, and so train the student once.
-    n = max(case.n, case.interval) if case.method == "dmd2" else case.n
+    needed = {"ladd": 2} | dict.fromkeys(MATCHING, case.interval)
+    n = max(case.n, needed.get(case.method, 1))
     with TemporaryDirectory() as name:
         whole = case.train(Path(name) / "whole", n + case.m)
         case.train(Path(name) / "parts", n)

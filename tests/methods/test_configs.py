@@ -6,8 +6,15 @@ import subprocess
 import sys
 
 import pytest
-from distill_methods import DMD2Config, FinetuneConfig, TeacherOnlyConfig, TimeSampling
-from distill_methods.plugins import dmd2, finetune, teacher_only
+from distill_methods import (
+    CausVidConfig,
+    DMD2Config,
+    FinetuneConfig,
+    SelfForcingConfig,
+    TeacherOnlyConfig,
+    TimeSampling,
+)
+from distill_methods.plugins import causvid, dmd2, finetune, kd, self_forcing, teacher_only
 from distill_protocols import SamplerSpec, load_plugin
 
 FAULTS = [
@@ -25,6 +32,13 @@ FAULTS = [
     (DMD2Config, {"score_t_min": 980.0}, r"980.0 must be above score_t_min \(980.0\)"),
     (TeacherOnlyConfig, {"guidance_scale": -0.5}, "-0.5 must be at least 0.*away from"),
     (FinetuneConfig, {"weighting": "min_snr"}, "'none', 'bsmntw'.*got 'min_snr'"),
+    (FinetuneConfig, {"times": "per_frame"}, "'per_clip', 'per_chunk'.*got 'per_frame'"),
+    (FinetuneConfig, {"past": "dirty"}, "'noisy', 'clean'.*got 'dirty'"),
+    (SelfForcingConfig, {"gradient_frames": 0}, "0 must be at least 1.*never learn"),
+    (SelfForcingConfig, {"rollout_frames": (0, 4)}, r"\[0, 4\] must be \[min, max\]"),
+    (SelfForcingConfig, {"rollout_frames": (24, 21)}, r"\[24, 21\] must be \[min, max\]"),
+    (SelfForcingConfig, {"last_step_only": True, "same_step_across_chunks": False}, "no effect"),
+    (CausVidConfig, {"generator_update_interval": 1}, "the critic no iteration.*every_step"),
     (TimeSampling, {"distribution": "beta"}, "'uniform', 'logit_normal'.*got 'beta'"),
     (TimeSampling, {"std": 0.0, "distribution": "logit_normal"}, "0.0 must be above 0"),
     (TimeSampling, {"mean": 50.0, "distribution": "logit_normal"}, "50.0 must be within"),
@@ -71,7 +85,21 @@ def test_plugins_state_roles_capabilities_and_guidance():
     assert finetune.needs_negative(FinetuneConfig())
 
 
-@pytest.mark.parametrize("plugin", [dmd2, teacher_only, finetune], ids=lambda p: p.name)
+def test_what_asks_for_a_causal_student():
+    for plugin, config, asked in [
+        (self_forcing, SelfForcingConfig(), {"causal:student", "supports_kv_cache"}),
+        (causvid, CausVidConfig(), {"causal:student", "supports_frame_times"}),
+        (finetune, FinetuneConfig(times="per_chunk"), {"causal:student", "supports_frame_times"}),
+        (finetune, FinetuneConfig(past="clean"), {"causal:student", "supports_teacher_forcing"}),
+    ]:
+        assert asked <= set(plugin.capabilities(config))
+    assert "causal:student" not in finetune.capabilities(FinetuneConfig())
+
+
+PLUGINS = [dmd2, teacher_only, finetune, self_forcing, causvid, kd]
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.name)
 def test_plugins_are_found_by_name(plugin):
     assert load_plugin("distill.methods", plugin.name) is plugin
 

@@ -12,6 +12,7 @@ from distill_methods.maths import (
     dmd_gradient,
     dmd_loss,
     dmd_normaliser,
+    per_frame,
     sample_timesteps,
     velocity_loss,
 )
@@ -54,6 +55,30 @@ def test_velocity_loss_by_hand():
     assert velocity_loss(pred, target).item() == pytest.approx((1 + 4) / 2)
     weight = torch.tensor([3.0, 0.5])
     assert velocity_loss(pred, target, weight).item() == pytest.approx((3 + 2) / 2)
+
+
+def test_velocity_loss_with_a_weight_a_frame_by_hand():
+    # [1, 1, T = 3, 1, 2]: mean squares of the frames are 1, 4 and 25.
+    pred = torch.tensor([[1.0, -1.0], [2.0, 2.0], [3.0, 41.0**0.5]]).view(1, 1, 3, 1, 2)
+    weight = torch.tensor([[3.0, 0.0, 1.0]])
+    loss = velocity_loss(pred, torch.zeros_like(pred), weight)
+    assert loss.item() == pytest.approx((3 * 1 + 0 * 4 + 25) / 3)
+    trained = torch.tensor([0.0, 1.0, 1.0]).view(1, 1, 3, 1, 1)
+    loss = velocity_loss(pred, torch.zeros_like(pred), weight, trained)
+    assert loss.item() == pytest.approx((0 * 4 + 25) / 2)
+
+
+def test_a_weight_a_frame_that_is_the_samples_own_is_its_weight():
+    rows = RowGenerators.seeded(0, "x", range(2))
+    pred, target = rows.normal((2, 3, 2, 2)), rows.normal((2, 3, 2, 2))
+    weight = torch.tensor([0.5, 2.0])
+    by_frame = velocity_loss(pred, target, weight[:, None].expand(2, 3))
+    torch.testing.assert_close(by_frame, velocity_loss(pred, target, weight))
+
+
+def test_what_a_chunk_has_is_for_each_of_its_frames():
+    values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    assert per_frame(values, [1, 3, 2]).tolist() == [[1, 2, 2, 2, 3, 3], [4, 5, 5, 5, 6, 6]]
 
 
 def test_velocity_loss_of_bf16_predictions_is_taken_in_fp32():

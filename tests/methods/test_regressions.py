@@ -117,6 +117,48 @@ def test_teacher_only_against_an_independent_formula():
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("input", ["data", "student"])
+def test_a_loss_on_x0_is_that_on_v_times_sigma_squared(input: str):
+    """Computed from the clean clips that the two imply, not from v: to fp32's rounding."""
+    options = {"guidance_scale": 3.0, "input": input, "time": TimeSampling(t_min=30)}
+    got = teacher_only(target="x0", **options).single_train_step(toy_batch(8), 1)
+    expected = (got.outputs["student_x0"] - got.outputs["teacher_x0"]).square().mean()
+    torch.testing.assert_close(got.loss_map["total_loss"].detach(), expected, rtol=1e-5, atol=0)
+    on_v = teacher_only(**options).single_train_step(toy_batch(8), 1)
+    torch.testing.assert_close(on_v.outputs["student_x0"], got.outputs["student_x0"])
+    assert on_v.loss_map["total_loss"] > 1.2 * expected
+
+
+def test_the_students_own_clips_can_be_the_place_where_it_is_compared():
+    spec = SamplerSpec(steps=2, shift=3.0, stochastic=True)
+    time = TimeSampling(t_min=300, t_max=700)
+    method = teacher_only(input="student", guidance_scale=1.0, student_sampler=spec, time=time)
+    batch = toy_batch(4)
+    got = method.single_train_step(batch, 1).loss_map["total_loss"]
+    got.backward()
+    found = gradients(method.bundle)["student"]
+    streams, text = RandomStreams(0), batch.cond.tensors["text"]
+    student, teacher = (method.bundle[n].modules["transformer"] for n in ("student", "teacher"))
+    student.zero_grad()
+    with torch.no_grad():
+        x = streams.rows("teacher_only.rollout", 4).normal(LATENT_SHAPE)
+        x = x - student(x, torch.full((4,), 1000.0), text)
+        fresh = streams.rows("teacher_only.rollout.fresh", 4).normal(LATENT_SHAPE)
+        x = 0.25 * x + 0.75 * fresh  # S_3(.5) = .75
+        x = x - 0.75 * student(x, torch.full((4,), 750.0), text)
+    t = (1000 * streams.rows("teacher_only.t", 4).uniform()).clamp(300, 700)
+    eps = streams.rows("teacher_only.noise", 4).normal(LATENT_SHAPE)
+    x_t = (1 - over(t / 1000)) * x + over(t / 1000) * eps
+    expected = (student(x_t, t, text) - teacher(x_t, t, text)).square().mean()
+    torch.testing.assert_close(got, expected)
+    expected.backward()
+    for ours, theirs in zip(found, gradients(method.bundle)["student"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    sampled = [call for call in method.adapter.calls if call.role == "student"][:2]
+    assert not any(call.with_gradient for call in sampled)
+    assert all(p.requires_grad for p in student.parameters())
+
+
 def test_teacher_only_brings_the_student_to_the_guided_teacher():
     losses = train(teacher_only(guidance_scale=2.0), toy_batch(16), 250)
     assert sum(losses[-20:]) < 0.1 * sum(losses[:20])
@@ -129,7 +171,11 @@ def test_no_gradient_reaches_the_teacher():
     assert not gradients(method.bundle)["teacher"]
 
 
-@pytest.mark.parametrize("make", [finetune, teacher_only])
+def on_its_own(**options) -> TeacherOnlyMethod:
+    return teacher_only(input="student", target="x0", **options)
+
+
+@pytest.mark.parametrize("make", [finetune, teacher_only, on_its_own])
 def test_accumulation_of_four_is_one_batch_of_four(make):
     whole, parts, batch = make(), make(), toy_batch(4)
     total = whole.single_train_step(batch, 1).loss_map["total_loss"]

@@ -49,7 +49,7 @@ class Conditioning:
     def negative(self) -> Condition:
         return Condition({"text": torch.full((1, *TEXT), 0.3)})
 
-    def encode(self, prompts):
+    def encode(self, prompts, images=None):
         raise NotImplementedError
 
 

@@ -154,7 +154,7 @@ class _Prompts:
     def negative(self) -> Condition:
         raise AssertionError("validation needs no negative condition of its own")
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode(self, prompts: Sequence[str], images: object = None) -> Condition:
         return Condition({"text": torch.zeros(len(prompts), 1, 1)})
 
 

@@ -10,7 +10,7 @@ import lockstep_ranks as there
 import pytest
 import torch
 from distill_protocols import Callback, RankError, Ranks, RunState
-from distill_trainer import DistillTrainer, RestartingLoader
+from distill_trainer import DistillTrainer, RestartingLoader, boards
 from distill_trainer.boards import Note
 from distill_trainer.lockstep import Lockstep
 from ranks import together
@@ -203,3 +203,17 @@ def test_who_has_come_is_not_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Lockstep(run, ranks, _Board(others)).meet("optimizer step")  # type: ignore[arg-type]
     assert "(Connection closed by peer [1]:2): rank 2 did not come, last seen" in str(caught.value)
     assert not re.search("ranks? 1|ranks? 3", str(caught.value))
+
+
+def test_a_board_that_cannot_be_put_up_ends_no_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("wait timeout after 5000ms, keys: /init/")
+
+    monkeypatch.setattr(boards, "TCPStore", fails)
+    board = boards.Boards.of(Ranks())
+    note = Note(number=1, iteration=3, phase="step", looks=0)
+    board.pin(note)
+    assert board.exchange(note) == {}
+    assert "no board can be put up" in caplog.text

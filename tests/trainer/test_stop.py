@@ -175,7 +175,7 @@ class Looking(Stopped):
 
 
 class _Prompts:
-    def encode(self, prompts: Any) -> Condition:
+    def encode(self, prompts: Any, images: Any = None) -> Condition:
         return Condition({"text": torch.zeros(len(prompts), 1)})
 
 

@@ -20,6 +20,7 @@ from distill_protocols import (
     Condition,
     DistillAdapter,
     DistillMethod,
+    FamilyPlugin,
     ModelBundle,
     RandomStreams,
     RunParts,
@@ -34,7 +35,7 @@ from distill_trainer import (
 )
 
 from distill_train.plan import horizon, horizons
-from distill_train.schema import RunConfig, is_local
+from distill_train.schema import InitFromConfig, RunConfig, is_local
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +71,10 @@ def build(config: RunConfig, *, distribution: Distribution) -> Run:
     adapter = ranks.each(
         lambda: config.family_plugin.adapter(bundle, config.pipeline, source=config.source)
     )
-    dataset = ranks.each(lambda: LatentDataset(config.data, latent_shape=adapter.latent_shape))
+    times = config.method_plugin.trajectory_times(config.method)
+    dataset = ranks.each(
+        lambda: LatentDataset(config.data, latent_shape=adapter.latent_shape, times=times)
+    )
     conditioning = CachedConditioning(
         config.conditioning,
         encoder=adapter,
@@ -122,14 +126,24 @@ def _warm_starts(config: RunConfig, output_dir: Path) -> dict[str, Mapping[str, 
         start = role.init_from
         if start is None or role.comes_from_checkpoint(config.checkpoint, output_dir):
             continue
-        if is_local(start.path) and is_checkpoint(Path(start.path)):
-            stored = StoredCheckpoint.open(Path(start.path))
-            sources[name] = stored.weights(start.role or name, ema=start.ema)
-        else:
-            sources[name] = config.family_plugin.weights(start.path)
-        kind = " (EMA)" if start.ema else ""
-        _log.info("%s starts from %s%s", name, start.path, kind)
+        sources[name] = warm_start(name, start, config.family_plugin)
     return sources
+
+
+def warm_start(
+    name: str, start: InitFromConfig, family: FamilyPlugin
+) -> Mapping[str, WeightSource]:
+    """By module, the weights that role ``name`` starts with instead of those of its path.
+
+    Raises:
+        DistillError: there are none, or they are damaged.
+    """
+    kind = " (EMA)" if start.ema else ""
+    _log.info("%s starts from %s%s", name, start.path, kind)
+    if is_local(start.path) and is_checkpoint(Path(start.path)):
+        stored = StoredCheckpoint.open(Path(start.path))
+        return stored.weights(start.role or name, ema=start.ema)
+    return family.weights(start.path)
 
 
 def _attach_optimizers(config: RunConfig, bundle: ModelBundle) -> None:

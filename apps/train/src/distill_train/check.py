@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,14 @@ from distill_trainer.config import OptimizerConfig, TrainingConfig, ValidationCo
 from distill_train.process_rules import process_faults, spread_faults, world_size_of
 from distill_train.role_rules import key_faults
 from distill_train.schema import (
+    FamilyConfig,
     InitFromConfig,
     ModelsConfig,
     RecipeConfig,
     Role,
     RoleConfig,
     RunConfig,
+    SampledConfig,
     components_source,
     is_local,
 )
@@ -92,6 +94,30 @@ def read_models(file: Path, role: str) -> ModelsConfig:
     return _Check(source, None, planning=True).models(role)
 
 
+def read_sampled(
+    file: Path,
+    section: str,
+    config_class: type,
+    rules: Callable[[SampledConfig], Iterable[tuple[Path_, str]]] = lambda config: (),
+    *,
+    planning: bool = False,
+) -> SampledConfig:
+    """Read and check another app's file: one frozen role, a data set, and a section of its own.
+
+    Args:
+        section: the app's; ``config_class`` has a field ``sampler``.
+        rules: what else is wrong, across sections, once each is right by itself.
+        planning: as in ``read_config``.
+
+    Raises:
+        ConfigError: as ``read_config``.
+    """
+    source = read_source(file)
+    if source.values is None:
+        raise ConfigError([str(fault) for fault in source.faults])
+    return _Check(source, None, planning).sampled(section, config_class, rules)
+
+
 @define
 class _Check:
     source: Source
@@ -137,6 +163,71 @@ class _Check:
             method_plugin=method,
         )
 
+    def sampled(
+        self,
+        section: str,
+        config_class: type,
+        rules: Callable[[SampledConfig], Iterable[tuple[Path_, str]]],
+    ) -> SampledConfig:
+        """One frozen role and what it is sampled on."""
+        self.faults += self.source.faults
+        needed = ("recipe", "models", "data", "pipeline_config", section)
+        self._sections((*needed, "conditioning"), needed)
+        recipe = self._structure(FamilyConfig, "recipe")
+        family = recipe and self._plugin("distill.families", recipe.family, ("recipe", "family"))
+        parts: dict[str, Any] = {
+            "training": None,
+            "checkpoint": None,
+            "method": None,
+            "data": self._structure(DataConfig, "data"),
+            "conditioning": self._structure(ConditioningConfig, "conditioning"),
+            "pipeline": family and self._structure(family.config_class, "pipeline_config"),
+        }
+        written = self._role_configs()
+        for name in (name for name, role in written.items() if role.trainable):
+            self._fault(("models", name, "trainable"), "true, but nothing learns here: the role "
+                        "is sampled. Leave the key out")  # fmt: skip
+        if len(self._written_roles()) != 1 and self.source.values.get("models") is not None:
+            names = ", ".join(sorted(self._written_roles())) or "none"
+            self._fault(("models",), f"{names}: one role is sampled, and another would only cost "
+                        "memory. Name just one, the teacher")  # fmt: skip
+        frozen = {name: evolve(role, trainable=False) for name, role in written.items()}
+        roles = self._join(frozen, recipe, family, None, parts)
+        facts = self._data(roles, family, None, parts)
+        own = None
+        if self.source.values.get(section) is not None:
+            own = self._structure(config_class, section)
+        if own is not None:
+            run = PlannedRun(
+                roles={name: role.spec for name, role in roles.items()},
+                has_negative=_has_negative(parts["conditioning"], facts) is not False,
+            )
+            if family is not None and parts["pipeline"] is not None:
+                # The data set brings the pictures that a model cannot be called without.
+                run = evolve(_with_kinds(run, family, parts["pipeline"]), pictured=frozenset())
+            for name in roles:
+                for key, message in run.sampler_faults(own.sampler, name):
+                    self._fault((section, *key.split(".")), message)
+        if self.faults:
+            self._raise()
+        assert recipe is not None
+        assert family is not None
+        [role] = roles.values()
+        config = SampledConfig(
+            recipe=recipe,
+            role=role,
+            pipeline=parts["pipeline"],
+            data=parts["data"],
+            conditioning=parts["conditioning"],
+            family_plugin=family,
+            section=own,
+        )
+        for path, message in rules(config):
+            self._fault(path, message)
+        if self.faults:
+            self._raise()
+        return config
+
     def run(self) -> RunConfig:
         self.faults += self.source.faults
         if self.overlay:
@@ -165,12 +256,15 @@ class _Check:
         self._bases_are_frozen(complete)
         self._folders(parts)
         self._everyone_learns(complete, method, parts)
-        facts = self._data(complete, family, parts)
+        facts = self._data(complete, family, method, parts)
         self._negative(method, parts, facts)
         run = self._planned(complete, method, parts, facts, callback_plugins, callbacks)
         if family is not None and parts["pipeline"] is not None:
             run = _with_kinds(run, family, parts["pipeline"])
         self._named_roles(run, parts, family)
+        if method is not None and parts["method"] is not None:
+            for key, message in method.faults(parts["method"], run):
+                self._fault(("method_config", *key.split(".")), message)
         self._callback_rules(run, callback_plugins, callbacks)
         self._best_by_a_metric(parts, callback_plugins, callbacks)
         if self.faults:
@@ -212,17 +306,16 @@ class _Check:
         )
         raise ConfigError([str(fault) for fault in ordered])
 
-    def _sections(self) -> None:
+    def _sections(
+        self, known: tuple[str, ...] = SECTIONS, needed: tuple[str, ...] = _NEEDED
+    ) -> None:
         for key in self.source.values:
-            if key not in SECTIONS:
-                self._fault((key,), unknown_key(key, SECTIONS, owner=""))
-        for key in _NEEDED:
+            if key not in known:
+                self._fault((key,), unknown_key(key, known, owner=""))
+        for key in needed:
             if self.source.values.get(key) is None:
-                self._fault(
-                    (key,),
-                    "missing section; every run file has recipe, models, training, data and "
-                    "pipeline_config",
-                )
+                every = f"{', '.join(needed[:-1])} and {needed[-1]}"
+                self._fault((key,), f"missing section; every run file has {every}")
 
     def _structure(self, cls: type, section: str) -> Any:
         if section in _NEEDED and self.source.values.get(section) is None:
@@ -313,7 +406,7 @@ class _Check:
     def _join(
         self,
         roles: Mapping[str, RoleConfig],
-        recipe: RecipeConfig | None,
+        recipe: RecipeConfig | FamilyConfig | None,
         family: FamilyPlugin | None,
         method: MethodPlugin | None,
         parts: Mapping[str, Any],
@@ -340,12 +433,19 @@ class _Check:
                     f"{role.family!r} differs from recipe.family {recipe.family!r}: one adapter "
                     "calls all roles, so all belong to one family. Leave the key out",
                 )
-            for key, message in key_faults(name, roles) if role.base not in broken else ():
-                self._fault(("models", name, *key), message)
-            spec = self._spec(name, roles, needs.get(name))
+            need = needs.get(name)
+            leans_on = {role.base, role.heads and role.heads.on}
+            if leans_on.isdisjoint(broken):
+                heads = bool(need and need.heads_on)
+                for key, message in key_faults(name, roles, discriminator=heads):
+                    self._fault(("models", name, *key), message)
+            spec = self._spec(name, roles, need)
             if spec is None:
                 continue
-            if family is not None and pipeline is not None:
+            if family is not None and pipeline is not None and spec.heads is not None:
+                for key, message in family.head_faults(spec, pipeline):
+                    self._fault(("models", name, "heads", key), message)
+            elif family is not None and pipeline is not None:
                 for message in family.faults(spec, pipeline):
                     self._fault(("models", name, "path"), message)
                 for key, message in family.lora_faults(spec):
@@ -389,7 +489,10 @@ class _Check:
         # What a role with a base does not say is the base's.
         home = name if role.base is None else role.base
         model = roles.get(home, role)
-        if model.path is None:
+        # Heads have no model, and are built for that of another role; their other keys are theirs.
+        owner = home if role.heads is None else _model_of(role.heads.on, roles)
+        written = roles[owner].path if owner in roles else None
+        if written is None:
             return None
         trainable = role.trainable
         if trainable is None:
@@ -397,7 +500,7 @@ class _Check:
             trainable = need is None or need.trainable
         return RoleSpec(
             name=name,
-            path=self._resolved(model.path, home, "path"),
+            path=self._resolved(written, owner, "path"),
             trainable=trainable,
             precision=model.precision or "fp32",
             lora=role.lora,
@@ -406,6 +509,7 @@ class _Check:
             activation_checkpointing=role.activation_checkpointing,
             compile=role.compile,
             offload=role.offload,
+            heads=role.heads,
         )
 
     def _bases_are_frozen(self, roles: Mapping[str, Role]) -> None:
@@ -438,7 +542,8 @@ class _Check:
             self._fault(
                 ("recipe", "method"),
                 f"{method.name} needs {', '.join(missing)}, which family {family.name} with this "
-                "pipeline_config has not; choose other options of the method, or another family",
+                "pipeline_config has not (causal:<role> is a role that pipeline_config lets make "
+                "videos chunk by chunk); choose other options of the two, or another family",
             )
 
     def _check_roles(
@@ -450,10 +555,13 @@ class _Check:
                 self._fault(
                     ("models", name),
                     f"missing role; {method.name} calls {', '.join(needs)} "
-                    f"({name}: {need.help or 'needed'})",
+                    f"({name}: {need.help or 'needed'})" + (need.reason and f": {need.reason}"),
                 )
             elif name in roles and roles[name].trainable not in (None, need.trainable):
                 self._fault(("models", name, "trainable"), _wrong_trainable(need, method.name))
+            if name in roles:
+                for key, message in _heads_as_needed(roles, need, method.name):
+                    self._fault(("models", name, "heads", *key), message)
         for name in roles:
             if name not in needs:
                 near = difflib.get_close_matches(name, needs, n=1)
@@ -480,10 +588,12 @@ class _Check:
         self, run: PlannedRun, parts: Mapping[str, Any], family: FamilyPlugin | None
     ) -> None:
         """Roles that sections and callbacks name, and the averages that they ask for."""
-        for name, view in (parts["validation"].views if parts["validation"] else {}).items():
+        validation = parts["validation"]
+        for name, view in (validation.views if validation else {}).items():
+            shown = evolve(run, pictured=frozenset()) if validation.images else run
             for key, message in (
-                *run.role_faults(view.role, ema=view.ema),
-                *run.sampler_faults(view.sampler, view.role),
+                *shown.role_faults(view.role, ema=view.ema),
+                *shown.sampler_faults(view.sampler, view.role),
             ):
                 self._fault(("validation", "views", name, *key.split(".")), message)
         exports = parts["checkpoint"].export if parts["checkpoint"] else ()
@@ -603,7 +713,11 @@ class _Check:
         return method.sampler(config)
 
     def _data(
-        self, roles: Mapping[str, Role], family: FamilyPlugin | None, parts: Mapping[str, Any]
+        self,
+        roles: Mapping[str, Role],
+        family: FamilyPlugin | None,
+        method: MethodPlugin | None,
+        parts: Mapping[str, Any],
     ) -> DatasetFacts | None:
         """The data set against the model; None where there is none to look at."""
         data, pipeline = parts["data"], parts["pipeline"]
@@ -617,7 +731,12 @@ class _Check:
             text = family.text_shape(pipeline, source=next(iter(roles.values())).spec.path)
             for role in roles.values():
                 images |= family.image_shapes(pipeline, source=role.spec.path)
-        facts = dataset_facts(data.path, latent_shape=latents, text_shape=text, image_shapes=images)
+        times: tuple[float, ...] = ()
+        if method is not None and parts["method"] is not None:
+            times = method.trajectory_times(parts["method"])
+        facts = dataset_facts(
+            data.path, latent_shape=latents, text_shape=text, image_shapes=images, times=times
+        )
         for message in facts.faults:
             self._fault(("data", "path"), message)
         return facts
@@ -644,6 +763,33 @@ class _Check:
             yield "conditioning.dropout puts it in a caption's place"
 
 
+def _model_of(name: str, roles: Mapping[str, RoleConfig]) -> str:
+    """Whose path says what the model of role ``name`` is."""
+    role = roles.get(name)
+    return name if role is None or role.base is None else role.base
+
+
+def _heads_as_needed(
+    roles: Mapping[str, RoleConfig], need: RoleNeed, method: str
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What is wrong with having heads, or none: pairs of a key in them and a message."""
+    heads = roles[need.name].heads
+    if heads is None and need.heads_on:
+        yield (
+            (),
+            f"missing: {method} calls {need.name} as a discriminator ({need.help}). Write heads: "
+            f"{{on: {need.heads_on[0]}, blocks: [...]}}",
+        )
+    elif heads is not None and not need.heads_on:
+        yield (), f"{method} calls {need.name} as a model, and heads are none. Write path instead"
+    elif heads is not None and heads.on in roles and heads.on not in need.heads_on:
+        yield (
+            ("on",),
+            f"{heads.on!r} is not what {method} takes features of with this method_config; it must "
+            f"be {' or '.join(need.heads_on)}",
+        )
+
+
 def _has_negative(
     conditioning: ConditioningConfig | None, facts: DatasetFacts | None
 ) -> bool | None:
@@ -666,7 +812,15 @@ def _init_faults(
 ) -> Iterator[tuple[str, str]]:
     """What is wrong with the weights that a role shall start with: pairs of key and message."""
     path = Path(init_from.path)
-    if is_local(init_from.path) and is_checkpoint(path):
+    stored = is_local(init_from.path) and is_checkpoint(path)
+    if role.spec.heads is not None and not stored:
+        yield (
+            "path",
+            f"{init_from.path} must be a checkpoint folder, as only those hold discriminators. "
+            "Leave init_from out to begin with new heads",
+        )
+        return
+    if stored:
         source = init_from.role or role.spec.name
         found = list(role_faults(path, source, ema=init_from.ema))
         yield from found or _stored_faults(path, source, role, family)
@@ -710,6 +864,20 @@ def _stored_faults(
         )
         return
     written = (values.get("models") or {}).get(source) or {}
+    heads = role.spec.heads and {
+        "blocks": list(role.spec.heads.blocks),
+        "width": role.spec.heads.width,
+    }
+    theirs = written.get("heads") and {key: written["heads"][key] for key in ("blocks", "width")}
+    if heads != theirs:
+        yield (
+            "path",
+            f"{checkpoint} holds {source} as {_told(theirs)}, and {role.spec.name} is "
+            f"{_told(heads)}; weights of one fit no other. Give both the same heads",
+        )
+        return
+    if heads is not None:
+        return
     lora, now = written.get("lora"), role.spec.lora
     if lora is None:
         if now is not None:
@@ -730,6 +898,12 @@ def _stored_faults(
         )
 
 
+def _told(heads: Mapping[str, Any] | None) -> str:
+    if heads is None:
+        return "a model"
+    return f"heads on blocks {', '.join(map(str, heads['blocks']))} of width {heads['width']}"
+
+
 def _whole_under_lora(start: object, role: Role, way_out: str) -> str:
     return (
         f"{start} holds whole weights, but the base of {role.spec.name}'s lora is what its path "
@@ -744,7 +918,11 @@ def _with_kinds(run: PlannedRun, family: FamilyPlugin, pipeline: Any) -> Planned
     return evolve(
         run,
         experts=frozenset(n for n, spec in roles if family.expert_ranges(spec, pipeline)),
-        pictured=frozenset(n for n, s in roles if family.image_shapes(pipeline, source=s.path)),
+        pictured=frozenset(
+            n
+            for n, spec in roles
+            if spec.heads is None and family.image_shapes(pipeline, source=spec.path)
+        ),
     )
 
 
@@ -752,6 +930,9 @@ def _resolved_role(recipe: RecipeConfig, role: Role) -> dict[str, Any]:
     """As a run file could hold it, with nothing left to defaults or to relative paths."""
     spec = role.spec
     model = {"path": spec.path, "precision": spec.precision, "fsdp": _plain(spec.fsdp)}
+    if spec.heads is not None:
+        model = {**model, "heads": to_plain(spec.heads)}
+        del model["path"]
     return {
         "family": recipe.family,
         **(model if spec.base is None else {"base": spec.base}),

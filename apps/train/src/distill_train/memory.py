@@ -64,6 +64,8 @@ class RoleMemory:
         called: on the device only while the role is called: gathered blocks, their gradients, or
             weights that wait in host memory otherwise.
         call: what a call takes beside weights; None: the family cannot tell.
+        judging: most at once in a call whose features a discriminator reads, differentiated by
+            the clips; 0: nobody reads them.
     """
 
     device: Held
@@ -71,6 +73,7 @@ class RoleMemory:
     buckets: int = 0
     called: int = 0
     call: CallPlan | None = None
+    judging: int = 0
 
     @property
     def activations(self) -> int:
@@ -144,7 +147,12 @@ class Planner:
         """Every role and every turn."""
         roles = {name: self.role(config, role) for name, role in config.roles.items()}
         sets = self._turns(config)
-        return RunMemory(roles=roles, turns=tuple(_turn(turn, sets, roles) for turn in sets))
+        heads = {name for name, role in config.roles.items() if role.spec.heads}
+        beside = heads | read_by_heads(config)
+        return RunMemory(
+            roles=roles,
+            turns=tuple(_turn(turn, sets, roles, judged=bool({*turn} - beside)) for turn in sets),
+        )
 
     def role(self, config: RunConfig, role: Role, rank: int = 0) -> RoleMemory:
         """One role on process ``rank``; the first holds most."""
@@ -157,6 +165,7 @@ class Planner:
             buckets=sums.gradients if spread.buckets else 0,
             called=_called(role, spread, sums),
             call=self._call(config, role, spread),
+            judging=self._judging(config, role, spread),
         )
 
     def spread(self, config: RunConfig, role: Role) -> Spread:
@@ -183,6 +192,7 @@ class Planner:
             precision=spec.precision,
             lora=spec.lora,
             fsdp=FsdpPolicy(blocks=blocks),
+            heads=spec.heads,
         )
         if key not in self._plans:
             self._plans[key] = config.family_plugin.plan(key, config.pipeline)
@@ -229,19 +239,28 @@ class Planner:
         blocks = spec.fsdp.blocks if spec.fsdp else ()
         key = (
             spec.path, spec.trainable, spec.precision, spec.lora, spec.base is None, blocks, ways,
-            rank,
+            rank, spec.heads,
         )  # fmt: skip
         if key not in self._sums:
             plan = self.plan(config, spec)
             self._sums[key] = Sums.of(plan, ways=ways, rank=rank, own=spec.base is None)
         return self._sums[key]
 
-    def _call(self, config: RunConfig, role: Role, spread: Spread) -> CallPlan | None:
+    def _judging(self, config: RunConfig, role: Role, spread: Spread) -> int:
+        if role.spec.name not in read_by_heads(config):
+            return 0
+        call = self._call(config, role, spread, judges=not role.spec.trainable)
+        return call.most if call else 0
+
+    def _call(
+        self, config: RunConfig, role: Role, spread: Spread, *, judges: bool = False
+    ) -> CallPlan | None:
         training, spec = config.training, role.spec
         rows = training.global_batch_size // (
             training.accumulation(self.world_size) * self.world_size
         )
-        guided = not spec.trainable and config.method_plugin.needs_negative(config.method)
+        alone = spec.trainable or judges
+        guided = not alone and config.method_plugin.needs_negative(config.method)
         mixed = spec.fsdp.mixed_precision if spec.fsdp and spread.sharded else None
         seen = RoleSpec(
             name="",
@@ -250,12 +269,18 @@ class Planner:
             precision=spec.precision,
             lora=spec.lora,
             fsdp=FsdpPolicy(mixed_precision=mixed) if mixed else None,
-            activation_checkpointing=spec.trainable and spec.activation_checkpointing,
+            activation_checkpointing=alone and spec.activation_checkpointing,
+            heads=spec.heads,
         )
-        key = (seen, rows, guided)
+        key = (seen, rows, guided, judges)
         if key not in self._calls:
             self._calls[key] = config.family_plugin.plan_call(
-                seen, config.pipeline, source=config.source, batch=rows, guided=guided
+                seen,
+                config.pipeline,
+                source=config.source,
+                batch=rows,
+                guided=guided,
+                judges=judges,
             )
         return self._calls[key]
 
@@ -356,6 +381,11 @@ def _called(role: Role, spread: Spread, sums: Sums) -> int:
     return waiting + blocks + _AT_ONCE * sums.gradients_of_a_block(policy)
 
 
+def read_by_heads(config: RunConfig) -> set[str]:
+    """Roles whose features a discriminator reads."""
+    return {role.spec.heads.on for role in config.roles.values() if role.spec.heads}
+
+
 def averaged_roles(config: RunConfig) -> set[str]:
     """Roles of which a callback keeps an average."""
     return {
@@ -373,8 +403,13 @@ def turns(config: RunConfig) -> tuple[tuple[str, ...], ...]:
 
 
 def _turn(
-    learning: tuple[str, ...], sets: Sequence[tuple[str, ...]], roles: Mapping[str, RoleMemory]
+    learning: tuple[str, ...],
+    sets: Sequence[tuple[str, ...]],
+    roles: Mapping[str, RoleMemory],
+    *,
+    judged: bool,
 ) -> Turn:
+    """``judged``: some role learns whose clips a discriminator judges, if there is one."""
     mine = [roles[name] for name in learning]
     # Of sets that have a role in common, the buckets of one are there.
     others = {name for other in sets if not {*other} & {*learning} for name in other}
@@ -383,5 +418,7 @@ def _turn(
         staying=sum(r.device.total - r.device.gradients for r in roles.values()),
         gradients=sum(r.device.gradients for r in mine) + sum(roles[n].buckets for n in others),
         held=sum(r.call.held for r in mine if r.call),
-        calling=max(r.in_a_call for r in roles.values()),
+        calling=max(
+            max(r.in_a_call, r.called + r.judging if judged else 0) for r in roles.values()
+        ),
     )

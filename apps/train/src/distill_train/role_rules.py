@@ -10,12 +10,21 @@ Fault = tuple[tuple[str, ...], str]
 """(key under the role, message)."""
 
 
-def key_faults(name: str, roles: Mapping[str, RoleConfig]) -> Iterator[Fault]:
-    """Rules over ``models.<name>`` that need no family and no method."""
+def key_faults(
+    name: str, roles: Mapping[str, RoleConfig], *, discriminator: bool = False
+) -> Iterator[Fault]:
+    """Rules over ``models.<name>`` that need no family and no method.
+
+    Args:
+        discriminator: what the role is for its method.
+    """
     role = roles[name]
+    if role.heads is not None:
+        yield from _head_faults(name, role, roles)
+        return
     if role.base is not None:
         yield from _base_faults(name, role, roles)
-    elif role.path is None:
+    elif role.path is None and not discriminator:  # which lacks heads, and has that fault
         yield (
             ("path",),
             "missing: a folder (begin it with ./ or ../ or /) or a hub id (owner/name) says what "
@@ -23,6 +32,44 @@ def key_faults(name: str, roles: Mapping[str, RoleConfig]) -> Iterator[Fault]:
         )
     if role.offload:
         yield from _offload_faults(name, role, roles)
+
+
+def _head_faults(name: str, role: RoleConfig, roles: Mapping[str, RoleConfig]) -> Iterator[Fault]:
+    assert role.heads is not None
+    on = roles.get(role.heads.on)
+    if on is None or on.heads is not None:
+        others = ", ".join(n for n, other in roles.items() if other.heads is None) or "none"
+        yield (
+            ("heads", "on"),
+            f"{role.heads.on!r} must be a role of this file with a model of its own (there are: "
+            f"{others}): the heads read its features",
+        )
+    elif on.compile is not None:
+        yield (
+            ("heads", "on"),
+            f"{role.heads.on!r} has compile, and each call that gives features would compile its "
+            f"blocks anew. Leave compile out under models.{role.heads.on}",
+        )
+    given = {
+        "path": role.path,
+        "base": role.base,
+        "lora": role.lora,
+        "compile": role.compile,
+        "activation_checkpointing": role.activation_checkpointing or None,
+    }
+    if role.precision not in (None, "fp32"):
+        yield (
+            ("precision",),
+            f"{role.precision} of heads; they are small, and compute in fp32 whatever the role "
+            "that they are on does. Leave it out",
+        )
+    for key, value in given.items():
+        if value is not None:
+            yield (
+                (key,),
+                f"has no place beside heads: {name!r} is small networks on the features of "
+                f"{role.heads.on!r}, and that role says what the model is. Leave it out",
+            )
 
 
 def _base_faults(name: str, role: RoleConfig, roles: Mapping[str, RoleConfig]) -> Iterator[Fault]:

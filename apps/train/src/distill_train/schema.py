@@ -16,6 +16,7 @@ from distill_protocols.plugins import (
     CompileSpec,
     FamilyPlugin,
     FsdpPolicy,
+    HeadSpec,
     LoraSpec,
     MethodPlugin,
     RoleSpec,
@@ -36,6 +37,17 @@ class RecipeConfig:
 
     family: str
     method: str
+
+
+@frozen(kw_only=True)
+class FamilyConfig:
+    """``recipe`` of a file that trains nothing.
+
+    Attributes:
+        family: model family, from the installed ``distill.families``.
+    """
+
+    family: str
 
 
 @frozen(kw_only=True)
@@ -72,10 +84,12 @@ class RoleConfig:
 
     Attributes:
         path: a Diffusers-format folder (begin it with ``./``, ``../`` or ``/``), or a hub id
-            ``owner/name``: how the model is built, and its weights. Left out beside ``base``.
+            ``owner/name``: how the model is built, and its weights. Left out beside ``base`` and
+            ``heads``.
         base: train ``lora`` beside the weights of this frozen role, which are held once.
         init_from: start with other weights than those of ``path``.
         lora: train low-rank adapters beside the role's weights, which stay as they are.
+        heads: it is a discriminator: small networks on the features of another role's blocks.
         family: only where a file shall say it twice; must equal ``recipe.family``.
         trainable: what the method needs, if left out.
         precision: compute precision of this role's calls (of a role with ``base``: the base's).
@@ -94,6 +108,7 @@ class RoleConfig:
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     init_from: InitFromConfig | None = None
     lora: LoraSpec | None = None
+    heads: HeadSpec | None = None
     fsdp: FsdpPolicy | None = None
     activation_checkpointing: bool = False
     compile: CompileSpec | None = None
@@ -148,6 +163,25 @@ class ModelsConfig:
     def source(self) -> str:
         """Folder or hub id of VAE, text encoder and tokenizer."""
         return components_source(self.pipeline, self.roles)
+
+
+@frozen(kw_only=True)
+class SampledConfig:
+    """One role that is sampled on the conditions of a data set; nothing learns."""
+
+    recipe: FamilyConfig
+    role: Role
+    pipeline: Any
+    data: DataConfig
+    conditioning: ConditioningConfig
+    family_plugin: FamilyPlugin
+    section: Any
+    """That of the app which samples it; its ``sampler`` is how."""
+
+    @property
+    def source(self) -> str:
+        """Folder or hub id of VAE, text encoder and tokenizer."""
+        return components_source(self.pipeline, {self.role.spec.name: self.role})
 
 
 @frozen(kw_only=True)

@@ -152,8 +152,8 @@ def _structure_class(cls: Any, value: Any, path: Path_, report: Report, base: Pa
     for name, f in fields.items():
         if name in value:
             item = _structure(f.type, value[name], (*path, name), note, base)
-            if isinstance(item, str) and "path" in f.metadata:
-                item = resolve_path(item, base, keep=f.metadata["path"])
+            if "path" in f.metadata:
+                item = _absolute(item, base, keep=f.metadata["path"])
             if item is not _BROKEN:
                 got[name] = item
         elif f.default is attrs.NOTHING:
@@ -183,6 +183,13 @@ def _run_validators(
                 raise
         except (ValueError, TypeError) as error:
             note((*path, name), str(error.args[0] if error.args else error))
+
+
+def _absolute(item: Any, base: Path, *, keep: tuple[str, ...]) -> Any:
+    """A path, or each of several; anything else (nothing was given) as it is."""
+    if isinstance(item, tuple):
+        return tuple(_absolute(one, base, keep=keep) for one in item)
+    return resolve_path(item, base, keep=keep) if isinstance(item, str) else item
 
 
 def resolve_path(value: str, base: Path, *, keep: tuple[str, ...] = ()) -> str:

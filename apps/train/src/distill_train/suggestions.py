@@ -118,11 +118,14 @@ def _changes(config: RunConfig, planner: Planner) -> Iterator[Change]:
         line="training.distributed: {strategy: fsdp2}", apply=lambda c: _sharding(c, planner)
     )
     yield Change(line="training.distributed.sync_every_micro_step: true", apply=_summing_each_time)
-    mild = (_reshard, _shard, _checkpoint, _narrow, _gather_narrow)
+    mild = (_checkpoint, _narrow, _gather_narrow)
     harsh = (_wait, _offload, _beside_a_base)
-    yield from (kind(config, name, planner) for kind in mild for name in config.roles)
+    # Heads are small, fp32, and have none of these keys.
+    models = [name for name, role in config.roles.items() if role.spec.heads is None]
+    yield from (kind(config, name, planner) for kind in (_reshard, _shard) for name in config.roles)
+    yield from (kind(config, name, planner) for kind in mild for name in models)
     yield from _smaller_batches(config, planner)
-    yield from (kind(config, name, planner) for kind in harsh for name in config.roles)
+    yield from (kind(config, name, planner) for kind in harsh for name in models)
 
 
 def _sharding(config: RunConfig, planner: Planner) -> RunConfig | None:

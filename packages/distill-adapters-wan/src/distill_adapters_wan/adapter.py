@@ -5,8 +5,9 @@ Letters: B batch, C channels, T latent frames, H and W latent height and width, 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -32,11 +33,14 @@ from torch import Tensor
 from distill_adapters_wan import flow, sampling
 from distill_adapters_wan.calls import predicted, transformer_of
 from distill_adapters_wan.capabilities import capabilities_of
-from distill_adapters_wan.causal import CausalRoles, token_times
+from distill_adapters_wan.causal import CausalRoles, PreparedCall, token_times
 from distill_adapters_wan.components import TextSide, VideoCodec
 from distill_adapters_wan.config import WanPipelineConfig
 from distill_adapters_wan.experts import LOW, boundary_of, expert_of, ranges
+from distill_adapters_wan.features import Features, caught
 from distill_adapters_wan.folders import fetch, read_json
+from distill_adapters_wan.forward_mode import derivative
+from distill_adapters_wan.heads import logits
 from distill_adapters_wan.image import (
     beside_channels,
     embeds_of,
@@ -58,7 +62,7 @@ class WanAdapter:
 
     Args:
         bundle: roles, each with a module ``transformer``, and ``transformer_2`` where it has two
-            experts.
+            experts; or, of a discriminator, ``heads``.
         config: the run's ``pipeline_config``.
         source: Diffusers folder or hub id of VAE, text encoder and tokenizer.
 
@@ -72,10 +76,11 @@ class WanAdapter:
         self._config = config
         vae_folder = fetch(source, ("vae",)) / "vae"
         facts = latent_facts(vae_folder)
-        for name, role in bundle.roles.items():
+        self._models = {name: role for name, role in bundle.roles.items() if role.heads is None}
+        for name, role in self._models.items():
             for fault in clip_faults(config, facts, _facts_of(role)):
                 raise WeightsError(f"role {name!r} and the VAE of {source}: {fault}")
-        _refuse_mixed(bundle)
+        _refuse_mixed(self._models)
         self._latent_shape = latent_shape(config, facts)
         # Not of parameters: those of a role that waits its turn are on the CPU.
         device = next(
@@ -121,7 +126,7 @@ class WanAdapter:
         neg_cond: Condition | None = None,
         cfg: float | None = None,
         caches: ChunkCall | CleanPast | None = None,
-        features: MutableMapping[int, Tensor] | None = None,
+        features: Features | None = None,
     ) -> Tensor:
         """The prediction of ``role`` [B, C, T, H, W], fp32; guidance ``u + w (c - u)`` in fp32.
 
@@ -135,22 +140,38 @@ class WanAdapter:
 
         Raises:
             ConditioningError: guidance without ``neg_cond``, or a condition of a wrong shape.
-            CapabilityError: ``features``, or ``caches`` of a role that is not causal.
-            ContractError: ``t`` lies on both sides of the role's boundary, or a chunk does not
-                follow what is cached.
+            CapabilityError: ``features`` with guidance or of a causal role, or ``caches`` of a role
+                that is not causal.
+            ContractError: ``features`` of a block that is not there, ``t`` lies on both sides of
+                the role's boundary, or a chunk does not follow what is cached.
         """
-        if features is not None:
-            raise CapabilityError(
-                "forward was asked for features, which the Wan adapter does not support (see its "
-                "capabilities); a method must check them before its first step"
-            )
         flow.sigma_of(t, x_t)  # refuses t that is rounded or of another shape
         handle = self._bundle[role]
         w = 1.0 if cfg is None else cfg
+        if features is not None:
+            self._refuse_features(role, w)
         batched = self._config.cfg_batched and not isinstance(caches, ChunkCall)
-        v = self._guided(handle, x_t, t, cond, neg_cond, w, batched=batched, caches=caches)
+        v = self._guided(
+            handle, x_t, t, cond, neg_cond, w, batched=batched, caches=caches, features=features
+        )
         pred = flow.v_to_pred(v, x_t, t.to(x_t.device), fwd_pred_type).float()
-        return self._with_given(handle, pred, cond) if fwd_pred_type == "x0" else pred
+        if fwd_pred_type != "x0":
+            return pred
+        first = caches.first_frame if isinstance(caches, ChunkCall) else 0
+        return self._with_given(handle, pred, cond, first)
+
+    def forward_jvp(
+        self, role: str, x_t: Tensor, t: Tensor, cond: Condition, *, dx: Tensor, dt: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Tangents``; attention runs without a fused kernel (``forward_mode``).
+
+        A frame that ``cond`` gives does not move, whatever ``dx`` says.
+        """
+        flow.sigma_of(t, x_t)
+        handle = self._bundle[role]
+        return derivative(
+            lambda x, time: self._velocity(handle, x, time, cond), x_t, t.to(x_t.device), dx, dt
+        )
 
     def _guided(
         self,
@@ -164,9 +185,10 @@ class WanAdapter:
         batched: bool,
         caches: ChunkCall | CleanPast | None = None,
         stock: bool = False,
+        features: Features | None = None,
     ) -> Tensor:
         if w == 1:
-            return self._velocity(role, x_t, t, cond, caches, stock=stock)
+            return self._velocity(role, x_t, t, cond, caches, stock=stock, features=features)
         if neg_cond is None:
             raise ConditioningError(
                 f"guidance w = {w:g} of role {role.name!r} without a negative condition; only "
@@ -198,6 +220,7 @@ class WanAdapter:
         *,
         negative: bool = False,
         stock: bool = False,
+        features: Features | None = None,
     ) -> Tensor:
         """``stock``: as the pipelines of diffusers do where something else is equal but cheaper."""
         expert = self._expert(role, t)
@@ -207,7 +230,27 @@ class WanAdapter:
             with torch.no_grad():
                 for other in sorted(role.modules.keys() - {expert}):
                     self._called(role, other, x_t, t, cond, caches, negative=negative, stock=stock)
-        return self._called(role, expert, x_t, t, cond, caches, negative=negative, stock=stock)
+        catching = contextlib.nullcontext()
+        if features is not None:
+            catching = caught(transformer_of(role, expert), features, x_t.shape)
+        with catching:
+            return self._called(role, expert, x_t, t, cond, caches, negative=negative, stock=stock)
+
+    def _refuse_features(self, role: str, w: float) -> None:
+        if w != 1:
+            raise CapabilityError(
+                f"features of role {role!r} with guidance w = {w:g}: it makes two calls, and which "
+                "one's they should be nobody says. Ask for them in a call without guidance"
+            )
+        if self._causal.of(role) is not None:
+            raise CapabilityError(
+                f"features of role {role!r}, which is causal: a discriminator reads whole clips. "
+                "Ask for those of a role that is not in pipeline_config.causal.roles"
+            )
+
+    def discriminate(self, role: str, features: Mapping[int, Tensor]) -> Tensor:
+        """See ``Discriminating.discriminate``."""
+        return logits(self._bundle[role], features)
 
     def _called(
         self,
@@ -222,17 +265,12 @@ class WanAdapter:
         stock: bool,
     ) -> Tensor:
         text = self._checked_text(role, cond)
-        if LATENTS in cond.tensors and self._causal.of(role.name) is not None:
-            raise ConditioningError(
-                f"the condition holds {LATENTS!r}, and role {role.name!r} is causal: a given first "
-                "frame would be put into each of its chunks. Leave the picture out, or take the "
-                "role out of pipeline_config.causal.roles"
-            )
         transformer = transformer_of(role, expert)
         stream = caches.stream if isinstance(caches, ChunkCall) else ""
         place = Place(role=role.name, module=expert, negative=negative, stream=stream)
-        call = self._causal.prepared(place, x_t, t, text, caches, transformer=transformer)
-        hidden, times = self._model_inputs(role, call.x_t, call.t, cond, stock=stock)
+        given = tuple(cond.tensors[name] for name in sorted(cond.tensors))
+        call = self._causal.prepared(place, x_t, t, given, caches, transformer=transformer)
+        hidden, times = self._model_inputs(role, call, cond, stock=stock)
         v = predicted(
             role,
             self.to_model_layout(hidden),
@@ -245,26 +283,30 @@ class WanAdapter:
         return call.finish(self.from_model_layout(v).float())
 
     def _model_inputs(
-        self, role: RoleHandle, x_t: Tensor, t: Tensor, cond: Condition, *, stock: bool
+        self, role: RoleHandle, call: PreparedCall, cond: Condition, *, stock: bool
     ) -> tuple[Tensor, Tensor]:
         """What the transformer takes for latents, and its times: [B], or one a token."""
-        kind = _image_kind(role)
-        image = latents_of(cond, kind, x_t)
+        kind, x_t, t, places = _image_kind(role), call.x_t, call.t, call.places
+        image = latents_of(cond, kind, x_t, places)
         if kind == "frame" and (image is not None or stock):
             # Else not: a t that all tokens share gives the same to 4e-6 without a row of
             # modulation for each.
-            t = frame_times(t, x_t.shape[2], given=image is not None)
+            t = frame_times(t, places, given=image is not None)
         times = token_times(transformer_of(role), x_t, t)
         if image is None:
             return x_t, times
         put = beside_channels if kind == "channels" else first_frame_given
-        return put(x_t, image), times
+        return put(x_t, image, places), times
 
-    def _with_given(self, role: RoleHandle, x: Tensor, cond: Condition) -> Tensor:
-        """``x`` with the frame that ``cond`` gives, if it gives one."""
-        kind = _image_kind(role)
-        image = latents_of(cond.expand(len(x)), kind, x) if kind == "frame" else None
-        return x if image is None else first_frame_given(x, image)
+    def _with_given(
+        self, role: RoleHandle, x: Tensor, cond: Condition, first_frame: int = 0
+    ) -> Tensor:
+        """``x``, from ``first_frame`` on, with the frame that ``cond`` gives, if it gives one."""
+        if _image_kind(role) != "frame":
+            return x
+        places = (range(first_frame, first_frame + x.shape[2]),)
+        image = latents_of(cond.expand(len(x)), "frame", x, places)
+        return x if image is None else first_frame_given(x, image, places)
 
     # -- experts and pictures -----------------------------------------------------------------
 
@@ -336,10 +378,11 @@ class WanAdapter:
 
     def _image_kind(self) -> ImageKind:
         """Of the run's models, which are of one kind."""
-        return next(map(_image_kind, self._bundle.roles.values()), "none")
+        kinds: list[ImageKind] = [_image_kind(role) for role in self._models.values()]
+        return kinds[0] if kinds else "none"
 
     def _reads_embeds(self) -> bool:
-        return any(_facts_of(r).get("image_dim") is not None for r in self._bundle.roles.values())
+        return any(_facts_of(r).get("image_dim") is not None for r in self._models.values())
 
     def _checked_text(self, role: RoleHandle, cond: Condition) -> Tensor:
         if "text" not in cond.tensors:
@@ -450,6 +493,7 @@ class WanAdapter:
         neg_cond: Condition | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
+        seen: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Normalised clean latents [B, C, T, H, W]; see ``sampling.sample``.
 
@@ -458,7 +502,8 @@ class WanAdapter:
 
         Raises:
             ContractError: noise of another shape than the run's clips, not one generator a row
-                for a stochastic spec, or ``guidance_2`` for a role of one expert.
+                for a stochastic spec, ``guidance_2`` for a role of one expert, or ``seen`` for a
+                causal role.
         """
         if tuple(noise.shape[1:]) != self._latent_shape:
             raise ContractError(
@@ -466,6 +511,11 @@ class WanAdapter:
                 f"{', '.join(map(str, self._latent_shape))}] for this run's clips"
             )
         if self._causal.of(role) is not None:
+            if seen is not None:
+                raise ContractError(
+                    f"role {role!r} is causal and samples chunk by chunk, so there is no x_t of a "
+                    "whole clip to be seen. Take it out of pipeline_config.causal.roles"
+                )
             parts = (noise[:, :, chunk.span] for chunk in self.chunks(role, noise.shape[2]))
             made = self.stream(
                 role, spec, parts, cond, neg_cond=neg_cond, generators=generators, poll=poll
@@ -473,7 +523,8 @@ class WanAdapter:
             return torch.cat(list(made), dim=2)
         handle = self._bundle[role]
         velocity = self._sampled_velocity(handle, spec, cond, neg_cond, poll)
-        return self._with_given(handle, sampling.sample(velocity, spec, noise, generators), cond)
+        clean = sampling.sample(velocity, spec, noise, generators, seen=seen)
+        return self._with_given(handle, clean, cond)
 
     def rollout(
         self,
@@ -521,7 +572,7 @@ class WanAdapter:
             made = sampling.sample_chunks(
                 in_chunks, spec, parts, generators, exits=exits, learns=learns
             )
-            return torch.cat(list(made), dim=2)
+            return self._with_given(handle, torch.cat(list(made), dim=2), cond)
         finally:
             self.clear_caches(role, stream=ChunkCall.ROLLOUT)
 
@@ -546,12 +597,14 @@ class WanAdapter:
             noises: of each chunk [B, C, T of the chunk, H, W] (``chunks``), without an end if need
                 be.
         """
-        name = f"stream {next(self._streams)}"
-        velocity = self._chunk_velocity(self._bundle[role], spec, cond, neg_cond, poll, name)
+        name, handle, first = f"stream {next(self._streams)}", self._bundle[role], 0
+        velocity = self._chunk_velocity(handle, spec, cond, neg_cond, poll, name)
         try:
-            yield from sampling.sample_chunks(
+            for clean in sampling.sample_chunks(
                 velocity, spec, map(self._checked_noise, noises), generators
-            )
+            ):
+                yield self._with_given(handle, clean, cond, first)
+                first += clean.shape[2]
         finally:
             self.clear_caches(role, stream=name)
 
@@ -620,11 +673,11 @@ def _check_guidances(role: RoleHandle, spec: SamplerSpec) -> None:
         )
 
 
-def _refuse_mixed(bundle: ModelBundle) -> None:
+def _refuse_mixed(roles: Mapping[str, RoleHandle]) -> None:
     """One condition goes to all roles of a step, so they must read the same of it."""
     reads = {
         name: (_image_kind(role), _facts_of(role).get("image_dim") is not None)
-        for name, role in bundle.roles.items()
+        for name, role in roles.items()
     }
     if len(set(reads.values())) > 1:
         said = {

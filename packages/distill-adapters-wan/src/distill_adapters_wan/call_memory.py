@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_iter
 
 from distill_adapters_wan.calls import predicted, transformer_of
 from distill_adapters_wan.causal import token_times
+from distill_adapters_wan.heads import HEADS, heads_on_meta, logits
 from distill_adapters_wan.injection import inject
 from distill_adapters_wan.lora import DEFAULTS, adapted_layers
 from distill_adapters_wan.planning import on_meta, stored_dtype
@@ -63,6 +64,7 @@ def plan_call(
     text: Sequence[int],
     image: Sequence[int] | None = None,
     frame_times: bool = False,
+    judges: bool = False,
 ) -> CallPlan:
     """From models of two and of three blocks, as each further block adds the same.
 
@@ -79,14 +81,50 @@ def plan_call(
         text: [B, L, D] of the call.
         image: [B, tokens, D] of a picture's embedding, where the model reads one.
         frame_times: whether each frame has a t of its own, as where one of them is given.
+        judges: whether the call is differentiated by its latents, though the role does not learn.
     """
-    shapes = _Shapes(latents=latents, text=text, image=image, frame_times=frame_times)
+    shapes = _Shapes(
+        latents=latents, text=text, image=image, frame_times=frame_times, judges=judges
+    )
     blocks = config.get("num_layers", DEFAULTS["num_layers"])
     found = measured({**config, "num_layers": min(blocks, 2)}, role, shapes)
     if blocks > 2:
         three = measured({**config, "num_layers": 3}, role, shapes)
         found = found.plus(three, blocks - 2)
     return CallPlan(held=found.held if role.trainable else 0, most=found.most)
+
+
+def plan_heads_call(
+    config: Mapping[str, Any], role: RoleSpec, *, latents: Sequence[int]
+) -> CallPlan:
+    """Of a discriminator, on the features of one call of the transformer of ``config``.
+
+    Args:
+        latents: [B, C, T, H, W] of that call.
+    """
+    assert role.heads is not None
+    module = heads_on_meta(config, role.heads)
+    patches = {**DEFAULTS, **config}["patch_size"]
+    cells = [n // p for n, p in zip(latents[2:], patches, strict=True)]
+    with FakeTensorMode():
+        _fill_with_fakes(module, role)
+        handle = RoleHandle(
+            name=role.name,
+            modules={HEADS: module},
+            trainable=role.trainable,
+            precision=role.precision,
+            heads=role.heads,
+        )
+        features = {i: torch.empty(latents[0], module.features, *cells) for i in role.heads.blocks}
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        alive = _Alive([*module.parameters(), *features.values()])
+        with alive, torch.set_grad_enabled(role.trainable):
+            loss = logits(handle, features).square().mean()
+            held = alive.now
+            if role.trainable:
+                loss.backward()
+    return CallPlan(held=held if role.trainable else 0, most=alive.lap())
 
 
 @frozen(kw_only=True)
@@ -97,6 +135,7 @@ class _Shapes:
     text: Sequence[int]
     image: Sequence[int] | None = None
     frame_times: bool = False
+    judges: bool = False
 
 
 def measured(config: Mapping[str, Any], role: RoleSpec, shapes: _Shapes) -> CallBytes:
@@ -105,7 +144,7 @@ def measured(config: Mapping[str, Any], role: RoleSpec, shapes: _Shapes) -> Call
     trained = None
     if role.lora is not None:
         trained = inject(module, adapted_layers(dict(module.config), role.lora), role.lora)
-    if role.trainable and role.activation_checkpointing:
+    if (role.trainable or shapes.judges) and role.activation_checkpointing:
         module.enable_gradient_checkpointing()
     with FakeTensorMode():
         _fill_with_fakes(module, role)
@@ -118,7 +157,7 @@ def measured(config: Mapping[str, Any], role: RoleSpec, shapes: _Shapes) -> Call
         )
         return watch(
             handle,
-            torch.empty(tuple(shapes.latents)),
+            torch.empty(tuple(shapes.latents), requires_grad=shapes.judges),
             torch.empty(tuple(shapes.text)),
             None if shapes.image is None else torch.empty(tuple(shapes.image)),
             frame_times=shapes.frame_times,
@@ -150,7 +189,8 @@ def watch(
     *,
     frame_times: bool = False,
 ) -> CallBytes:
-    """One call of ``role``, fake or real, with its backward pass if it learns."""
+    """One call of ``role``, fake or real, with its backward pass if it learns or ``x_t`` takes a
+    gradient."""
     module = transformer_of(role)
     t = torch.ones((len(x_t), x_t.shape[2]) if frame_times else len(x_t))
     given = [value for value in (x_t, text, t, image) if value is not None]
@@ -172,11 +212,12 @@ def watch(
             args[0].register_hook(lambda _: backward.append(alive.lap()))
 
     hooks.append(transformer_of(role).blocks[-1].register_forward_pre_hook(entered))
-    with alive, _quiet(), torch.set_grad_enabled(role.trainable):
+    differentiated = role.trainable or x_t.requires_grad
+    with alive, _quiet(), torch.set_grad_enabled(differentiated):
         times = token_times(module, x_t, t)
         loss = predicted(role, x_t, times, text, image).float().square().mean()
         held, forward = alive.now, alive.lap()
-        if role.trainable:
+        if differentiated:
             loss.backward()
     for hook in hooks:
         hook.remove()

@@ -9,8 +9,10 @@ CAPABILITIES = Capabilities(
     supports_cfg=True,
     supports_decode=True,
     supports_expert_routing=True,
+    supports_features=True,
     supports_frame_times=True,
     supports_image_condition=True,
+    supports_jvp=True,
     supported_pred_types=frozenset({"v", "x0", "eps"}),
 )
 """Without causal roles."""

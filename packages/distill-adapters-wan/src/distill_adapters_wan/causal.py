@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from attrs import define, field, frozen
+from attrs import Factory, define, field, frozen
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from distill_protocols import (
     CapabilityError,
@@ -55,7 +55,8 @@ class CausalRoles:
         self._caches = KvCaches()
         names = config.roles if config is not None else ()
         bundle.require_roles(names)
-        for name, role in bundle.roles.items():
+        models = {name: role for name, role in bundle.roles.items() if role.heads is None}
+        for name, role in models.items():
             for key, module in role.modules.items():
                 _prepare(f"{name}.{key}", module, config if name in names else None)
 
@@ -83,7 +84,7 @@ class CausalRoles:
         place: Place,
         x_t: Tensor,
         t: Tensor,
-        cond: Tensor,
+        cond: tuple[Tensor, ...],
         caches: ChunkCall | CleanPast | None,
         *,
         transformer: WanTransformer3DModel,
@@ -92,7 +93,7 @@ class CausalRoles:
 
         Args:
             place: its ``stream`` is that of ``caches``.
-            cond: the condition's own tensor, before any copy.
+            cond: the condition's own tensors, before any copy.
 
         Raises:
             CapabilityError: ``caches`` for a role that is not causal.
@@ -119,7 +120,7 @@ class CausalRoles:
         place: Place,
         x_t: Tensor,
         t: Tensor,
-        cond: Tensor,
+        cond: tuple[Tensor, ...],
         asked: ChunkCall,
         config: CausalConfig,
         layer_count: int,
@@ -127,8 +128,9 @@ class CausalRoles:
         chunk = _checked_chunk(config, asked.first_frame, x_t.shape[2])
         past = self._caches.past(place, chunk, Caller.of(x_t, cond))
         call = CausalCall(layout.one_chunk(past.frames, chunk.frames), past)
+        places = (range(chunk.first, chunk.stop),)
         if not asked.store:
-            return PreparedCall(x_t, t, call)
+            return PreparedCall(x_t, t, call, places=places)
         call.kept = {}
 
         def keep(v: Tensor) -> Tensor:
@@ -137,7 +139,7 @@ class CausalRoles:
             self._caches.keep(place, past.with_chunk(StoredChunk(chunk, layers), config))
             return v
 
-        return PreparedCall(x_t, t, call, keep)
+        return PreparedCall(x_t, t, call, keep, places=places)
 
 
 # -- one call -------------------------------------------------------------------------------------
@@ -193,12 +195,16 @@ class PreparedCall:
         call: goes to the transformer as an argument (``arguments``); None: not a causal role.
         finish: takes the model's output and gives that for the frames asked for; to be called
             once the model has run.
+        places: which frames of the video those of ``x_t`` are.
     """
 
     x_t: Tensor
     t: Tensor
     call: CausalCall | None = None
     finish: Callable[[Tensor], Tensor] = lambda v: v
+    places: tuple[range, ...] = field(
+        default=Factory(lambda call: (range(call.x_t.shape[2]),), takes_self=True), kw_only=True
+    )
 
     @property
     def arguments(self) -> dict[str, CausalCall]:
@@ -237,6 +243,7 @@ def _beside_clean(x_t: Tensor, t: Tensor, clean: CleanPast, config: CausalConfig
         torch.cat(times, dim=1),
         CausalCall(layout.clean_past(config, frames)),
         lambda v: v[:, :, frames:],
+        places=(range(frames), range(frames)),
     )
 
 

@@ -14,8 +14,6 @@ from attrs.validators import optional
 from distill_protocols import Chunk
 from distill_protocols.validators import at_least
 
-from distill_adapters_wan.image_shapes import image_kind
-
 
 @frozen(kw_only=True)
 class CausalConfig:
@@ -122,12 +120,6 @@ def causal_faults(config: CausalConfig, transformer: Mapping[str, Any]) -> Itera
             f"pipeline_config.causal: the transformer folds {patch} latent frames into one token, "
             "and a causal role needs one a token (as all published Wans have), so that chunks can "
             "end at any frame"
-        )
-    if image_kind(transformer, expand_timesteps=False) == "channels":
-        yield (
-            "pipeline_config.causal: the transformer reads a first frame as further channels, and "
-            "which of them belong to a chunk or to a clean past is not built. Use a text-to-video "
-            "model for a causal role"
         )
     if config.window_frames is not None and config.window_frames > longest:
         yield (

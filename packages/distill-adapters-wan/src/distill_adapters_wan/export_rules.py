@@ -18,6 +18,13 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 
 def export_faults(role: RoleSpec, request: ExportRequest) -> Iterator[tuple[str, str]]:
     """Pairs of a key of ``request`` and a message."""
+    if role.heads is not None:
+        yield (
+            "role",
+            f"{role.name!r} is a discriminator, and no other tool reads one. Checkpoints hold it: "
+            "start another run's from there with init_from",
+        )
+        return
     if request.format not in FORMATS:
         yield "format", f"{request.format!r} is none of {', '.join(FORMATS)}"
         return

@@ -27,9 +27,16 @@ from torch import Tensor
 from distill_adapters_wan.image_shapes import EMBEDS, LATENTS, ImageKind
 from distill_adapters_wan.shape import MASK_CHANNELS
 
+Places = tuple[range, ...]
+"""Frames of the video that a call's frames are, in their order: of a chunk its own, beside a clean
+past all of them twice."""
 
-def latents_of(cond: Condition, kind: ImageKind, x_t: Tensor) -> Tensor | None:
+
+def latents_of(cond: Condition, kind: ImageKind, x_t: Tensor, places: Places) -> Tensor | None:
     """The picture's latents for ``x_t`` [B, C, T, H, W], on its device; None where none is read.
+
+    Of ``channels`` [B, C, T, H, W], those of the frames at ``places``; of ``frame`` [B, C, 1, H,
+    W], if the first frame is among them.
 
     Raises:
         ConditioningError: they are missing, not wanted, or of another shape than ``kind`` takes.
@@ -48,14 +55,20 @@ def latents_of(cond: Condition, kind: ImageKind, x_t: Tensor) -> Tensor | None:
             f"the condition holds {LATENTS!r}, but this model reads text alone; the picture would "
             "have no effect. Leave it out, or use an image-to-video model"
         )
-    _, channels, frames, height, width = x_t.shape
-    wanted = (channels, frames if kind == "channels" else 1, height, width)
+    _, channels, _, height, width = x_t.shape
+    last = max(place.stop for place in places)
+    frames = 1 if kind == "frame" else max(last, found.shape[2])
+    wanted = (channels, frames, height, width)
     if tuple(found.shape[1:]) != wanted:
         raise ConditioningError(
             f"{LATENTS} are {list(found.shape)}, they must be [B, {', '.join(map(str, wanted))}] "
-            "for clips of this run and this model. Make them again with adapter.with_image"
+            "for clips of this run and this model. Make them again with adapter.with_image; a "
+            "video that is longer than they are cannot be made from them"
         )
-    return found.to(x_t.device, x_t.dtype)
+    if kind == "frame":
+        return found.to(x_t.device, x_t.dtype) if _starts(places) else None
+    parts = [found[:, :, place.start : place.stop] for place in places]
+    return torch.cat(parts, dim=2).to(x_t.device, x_t.dtype)
 
 
 def embeds_of(cond: Condition, config: Mapping[str, Any], like: Tensor) -> Tensor | None:
@@ -77,19 +90,34 @@ def embeds_of(cond: Condition, config: Mapping[str, Any], like: Tensor) -> Tenso
     return found.to(like.device, like.dtype)
 
 
-def beside_channels(x_t: Tensor, image: Tensor) -> Tensor:
+def beside_channels(x_t: Tensor, image: Tensor, places: Places) -> Tensor:
     """``cat[x_t, mask, image]`` [B, 2 C + 4, T, H, W]."""
     mask = x_t.new_zeros(x_t.shape[0], MASK_CHANNELS, *x_t.shape[2:])
-    mask[:, :, 0] = 1
+    for first in _starts(places):
+        mask[:, :, first] = 1
     return torch.cat([x_t, mask, image], dim=1)
 
 
-def first_frame_given(x: Tensor, image: Tensor) -> Tensor:
-    """``x`` [B, C, T, H, W] with ``image`` [B, C, 1, H, W] as its first frame."""
-    return torch.cat([image.to(x.dtype), x[:, :, 1:]], dim=2)
+def first_frame_given(x: Tensor, image: Tensor, places: Places) -> Tensor:
+    """``x`` [B, C, T, H, W] with ``image`` [B, C, 1, H, W] wherever the first frame is."""
+    parts = list(x.split(1, dim=2))
+    for first in _starts(places):
+        parts[first] = image.to(x.dtype).expand_as(parts[first])
+    return torch.cat(parts, dim=2)
 
 
-def frame_times(t: Tensor, frames: int, *, given: bool) -> Tensor:
+def frame_times(t: Tensor, places: Places, *, given: bool) -> Tensor:
     """``t`` [B] or [B, T] for each frame [B, T]; 0 in the first where it is ``given``."""
+    frames = sum(map(len, places))
     times = t if t.dim() == 2 else t[:, None].expand(-1, frames)
-    return torch.cat([torch.zeros_like(times[:, :1]), times[:, 1:]], dim=1) if given else times
+    if not given:
+        return times
+    predicted = torch.ones(frames, device=t.device)
+    predicted[list(_starts(places))] = 0
+    return times * predicted
+
+
+def _starts(places: Places) -> tuple[int, ...]:
+    """Where the video's first frame is."""
+    flat = [frame for place in places for frame in place]
+    return tuple(i for i, frame in enumerate(flat) if frame == 0)

@@ -10,7 +10,7 @@ from distill_protocols import WeightsError
 from torch import Tensor
 
 from distill_adapters_wan.components import load_encoder
-from distill_adapters_wan.folders import fetch, image_faults
+from distill_adapters_wan.folders import fetch, image_faults, read_json
 
 
 class ImageSide:
@@ -53,6 +53,6 @@ class ImageSide:
                 "data set"
             )
         encoder = load_encoder(CLIPVisionModel, Path(folder) / "image_encoder", torch.float32)
-        return CLIPImageProcessor.from_pretrained(folder / "image_processor"), encoder.to(
-            self._device
-        )
+        # Of its numbers alone: a processor's folder may name code of its own.
+        numbers = read_json(folder / "image_processor" / "preprocessor_config.json")
+        return CLIPImageProcessor.from_dict(numbers), encoder.to(self._device)

@@ -53,20 +53,20 @@ class Caller:
     Attributes:
         shape: batch, height and width of the latents.
         device: theirs.
-        text: the condition's own tensor, kept alive so that another cannot take its address.
-        version: how often it had been written to.
+        given: the condition's own tensors, kept alive so that others cannot take their addresses.
+        versions: how often each had been written to.
     """
 
     shape: tuple[int, int, int]
     device: torch.device
-    text: Tensor
-    version: int
+    given: tuple[Tensor, ...]
+    versions: tuple[int, ...]
 
     @classmethod
-    def of(cls, x_t: Tensor, text: Tensor) -> Caller:
+    def of(cls, x_t: Tensor, given: tuple[Tensor, ...]) -> Caller:
         batch, _, _, height, width = x_t.shape
-        version = 0 if text.is_inference() else text._version
-        return cls(shape=(batch, height, width), device=x_t.device, text=text, version=version)
+        versions = tuple(0 if one.is_inference() else one._version for one in given)
+        return cls(shape=(batch, height, width), device=x_t.device, given=given, versions=versions)
 
     def differs(self, other: Caller) -> str | None:
         """What is not the same; None if all is."""
@@ -74,12 +74,10 @@ class Caller:
             return f"(batch, height, width) was {self.shape} and is {other.shape}"
         if self.device != other.device:
             return f"the device was {self.device} and is {other.device}"
-        if _facts(self.text) == _facts(other.text):
-            return None if self.version == other.version else "the condition was written to"
+        if list(map(_facts, self.given)) == list(map(_facts, other.given)):
+            return None if self.versions == other.versions else "the condition was written to"
         # Values are compared (a device sync) only for a condition that was copied.
-        if self.text.shape != other.text.shape or not torch.equal(
-            self.text, other.text.to(self.text)
-        ):
+        if len(self.given) != len(other.given) or not all(map(_same, self.given, other.given)):
             return "the condition is another one"
         return None
 
@@ -162,6 +160,10 @@ class KvCaches:
             )
             for place, past in list(self._pasts.items())
         }  # fmt: skip
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other.to(one))
 
 
 def _facts(tensor: Tensor) -> tuple[object, ...]:

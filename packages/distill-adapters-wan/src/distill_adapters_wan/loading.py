@@ -30,6 +30,8 @@ from distill_adapters_wan.architecture import Calling, architecture
 from distill_adapters_wan.experts import HIGH, LOW
 from distill_adapters_wan.filling import filled, move_buffers
 from distill_adapters_wan.folders import fetch, read_json, transformer_names
+from distill_adapters_wan.head_rules import head_faults
+from distill_adapters_wan.heads import HEADS, DrawnHeads, Heads, heads_on_meta
 from distill_adapters_wan.injection import DrawnAdapters, inject
 from distill_adapters_wan.lora import (
     adapted_layers,
@@ -81,20 +83,28 @@ def load_bundle(
     for role in roles:
         if role.base is not None:
             _check_base(role, by_name.get(role.base), weights)
+        if role.heads is not None:
+            _check_heads(role, by_name.get(role.heads.on))
     loaded: dict[str, RoleHandle] = {}
     with Ranks.held(_PATIENCE, error=WeightsError) as ranks:
         for role in sorted(roles, key=lambda role: role.base is not None):  # a base, then guests
+            given = weights.get(role.name, EMPTY)
+            if role.heads is not None:
+                loaded[role.name] = load_heads(
+                    role, device=device, seed=seed, weights=given, shard=shard, ranks=ranks
+                )
+                continue
             loaded[role.name] = load_role(
                 role,
                 device=device,
                 seed=seed,
-                weights=weights.get(role.name, EMPTY),
+                weights=given,
                 shard=shard,
                 base=None if role.base is None else loaded[role.base],
                 ranks=ranks,
                 boundary_ratio=boundary_ratio,
             )
-    take_turns(loaded.values(), device)
+    take_turns([handle for handle in loaded.values() if handle.heads is None], device)
     return ModelBundle({name: loaded[name] for name in names})
 
 
@@ -146,7 +156,7 @@ def load_role(
     modules = {name: part.module for name, part in built.parts.items()}
     handle = RoleHandle(
         name=role.name,
-        modules=modules,
+        modules={**modules},
         trainable=role.trainable,
         precision=role.precision,
         fsdp_policy=role.fsdp,
@@ -165,6 +175,67 @@ def load_role(
     for part in built.parts.values():
         given = weights.get(part.name)
         _fill(role, part, given, device=device, seed=seed, base=base, ranks=ranks)
+    handle.check_training()
+    return handle
+
+
+def load_heads(
+    role: RoleSpec,
+    *,
+    device: torch.device,
+    seed: int = 0,
+    weights: Mapping[str, WeightSource] = EMPTY,
+    shard: Callable[[RoleHandle], None] = lambda role: None,
+    ranks: Ranks = ALONE,
+) -> RoleHandle:
+    """A discriminator: fp32 heads on features of the model at ``role.path``, drawn or given.
+
+    Args:
+        seed: they are drawn from it, the role's name and their own; nothing from the global
+            generator.
+        weights: of the module ``heads``, to take instead.
+        shard: see ``FamilyPlugin.load``.
+
+    Raises:
+        WeightsError: ``weights`` are of other heads.
+    """
+    spec = role.heads
+    assert spec is not None
+    if weights and weights.keys() != {HEADS}:
+        raise WeightsError(
+            f"weights are given for {', '.join(sorted(weights))} of role {role.name!r}, which is a "
+            f"discriminator with the one module {HEADS!r}. Take those of a discriminator"
+        )
+
+    def built() -> Heads:
+        transformers, _ = architecture(role.path)
+        main = transformers[HIGH]
+        for key, fault in head_faults(main, spec):
+            raise WeightsError(f"role {role.name!r}: heads.{key}: {fault}")
+        return heads_on_meta(main, spec)
+
+    module = ranks.each(built)
+    handle = RoleHandle(
+        name=role.name,
+        modules={HEADS: module},
+        trainable=role.trainable,
+        precision=role.precision,
+        fsdp_policy=role.fsdp,
+        device=torch.device(device),
+        heads=spec,
+    )
+    shard(handle)
+    targets = module.state_dict()
+
+    def source() -> WeightSource:
+        if not weights:
+            shapes = {name: target.shape for name, target in targets.items()}
+            return DrawnHeads(role.name, shapes, seed)
+        check_keys(weights[HEADS], targets, "Heads fit heads of the same blocks and width alone")
+        return weights[HEADS]
+
+    state = filled(targets, source, ranks=ranks, home=lambda t: _home(role, t, device))
+    module.load_state_dict(state, strict=True, assign=True)
     handle.check_training()
     return handle
 
@@ -351,6 +422,26 @@ def _check_base(
             f"role {role.name!r} is {' in '.join(ours)}, its base {role.base!r} "
             f"{' in '.join(theirs)}; they must be one, and not offloaded, as the weights are held "
             "once. Give both the same path and precision, and leave out offload"
+        )
+
+
+def _check_heads(role: RoleSpec, on: RoleSpec | None) -> None:
+    """Raise ``WeightsError`` unless ``on`` can give features to the heads ``role``."""
+    assert role.heads is not None
+    if on is None or on.heads is not None or on.path != role.path:
+        raise WeightsError(
+            f"role {role.name!r} is heads on {role.heads.on!r}, which must be another role with a "
+            f"model of its own, that of {role.path}. Name one of this run"
+        )
+    if role.precision != "fp32":
+        raise WeightsError(
+            f"role {role.name!r} is heads in {role.precision}; they are small, and compute in "
+            "fp32. Leave precision out"
+        )
+    if on.compile is not None:
+        raise WeightsError(
+            f"role {role.name!r} is heads on {on.name!r}, whose blocks are compiled: each call "
+            "that gives features would compile them anew. Leave compile out of that role"
         )
 
 

@@ -11,6 +11,8 @@ from distill_protocols import DTYPES, ModulePlan, RoleSpec, TensorPlan, WeightsE
 from torch import nn
 
 from distill_adapters_wan.derived import stays_wide
+from distill_adapters_wan.experts import HIGH
+from distill_adapters_wan.heads import plan_heads
 from distill_adapters_wan.lora import adapted_layers, is_adapter, names_of
 
 BLOCKS = ("blocks",)
@@ -20,7 +22,10 @@ BLOCKS = ("blocks",)
 def plan_modules(
     transformers: Mapping[str, Mapping[str, Any]], role: RoleSpec
 ) -> tuple[ModulePlan, ...]:
-    """One plan a transformer; the keys are module names, the values their configurations."""
+    """One plan a transformer; the keys are module names, the values their configurations. Of a
+    discriminator, one of its heads."""
+    if role.heads is not None:
+        return (plan_heads(transformers[HIGH], role),)
     return tuple(plan_module(name, config, role) for name, config in transformers.items())
 
 

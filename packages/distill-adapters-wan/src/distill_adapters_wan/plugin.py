@@ -27,6 +27,7 @@ from distill_adapters_wan.folders import (
     pipeline_faults,
     read_json,
 )
+from distill_adapters_wan.head_rules import head_faults
 from distill_adapters_wan.image_shapes import (
     CLIP_TOKENS,
     EMBEDS,
@@ -92,6 +93,21 @@ class WanFamily(FamilyPlugin):
             for config in transformers.values():
                 yield from (("target_modules", text) for text in target_faults(config, role.lora))
 
+    def head_faults(self, role: RoleSpec, config: WanPipelineConfig) -> Iterator[tuple[str, str]]:
+        """Blocks that the model does not have, and causal roles."""
+        if role.heads is None:
+            return
+        causal = self.capabilities(config).causal_roles
+        for name in sorted(causal & {role.name, role.heads.on}):
+            yield (
+                "on",
+                f"{name!r} is causal (pipeline_config.causal.roles), and a discriminator reads "
+                "whole clips. Put the heads on a role that is not",
+            )
+        with suppress(WeightsError):  # no architecture: `faults` says so, of the path
+            transformers, _ = architecture(role.path)
+            yield from head_faults(transformers[HIGH], role.heads)
+
     def fit_faults(self, role: RoleSpec, path: str) -> Iterator[str]:
         """Numbers that differ, such as how many heads share one width."""
         with suppress(WeightsError):  # no architecture, or gone: names and shapes must do
@@ -141,6 +157,8 @@ class WanFamily(FamilyPlugin):
         self, role: RoleSpec, config: WanPipelineConfig
     ) -> Mapping[str, tuple[float, float]]:
         """Of Wan 2.2 A14B: ``transformer`` above the boundary, ``transformer_2`` below."""
+        if role.heads is not None:
+            return EMPTY  # they learn from both
         try:
             transformers, calling = architecture(role.path)
         except WeightsError:
@@ -163,9 +181,10 @@ class WanFamily(FamilyPlugin):
         folder = locate(role.path)
         return RolePlan(
             role=role.name,
-            source=role.path,
+            source=role.path if role.heads is None else "drawn from the seed",
             modules=plan_modules(transformers, role),
-            present=folder is not None and not _weight_faults(folder, transformers),
+            present=role.heads is not None
+            or (folder is not None and not _weight_faults(folder, transformers)),
         )
 
     def plan_call(
@@ -176,6 +195,7 @@ class WanFamily(FamilyPlugin):
         source: str,
         batch: int,
         guided: bool = False,
+        judges: bool = False,
     ) -> CallPlan | None:
         """The real module on fake tensors, of two and of three blocks; see ``call_memory``.
 
@@ -186,10 +206,12 @@ class WanFamily(FamilyPlugin):
         text = self.text_shape(config, source=role.path)
         if latents is None or text is None:
             return None
-        from distill_adapters_wan.call_memory import plan_call
+        from distill_adapters_wan.call_memory import plan_call, plan_heads_call
 
         transformers, calling = architecture(role.path)
         main = transformers[HIGH]
+        if role.heads is not None:
+            return plan_heads_call(main, role, latents=(batch, *latents))
         rows = 2 * batch if guided and config.cfg_batched else batch
         picture = self.image_shapes(config, source=role.path).get(EMBEDS)
         channels = main.get("in_channels", latents[0])
@@ -200,6 +222,7 @@ class WanFamily(FamilyPlugin):
             text=(rows, *text),
             image=picture and (rows, *picture),
             frame_times=image_kind(main, calling.expand_timesteps) == "frame",
+            judges=judges,
         )
 
     def load(

@@ -26,6 +26,7 @@ def sample(
     *,
     exit_step: int | None = None,
     learns: bool = False,
+    seen: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Walk ``spec.sigmas()`` down to 0, in fp32, or to the clean latents seen at ``exit_step``.
 
@@ -39,6 +40,7 @@ def sample(
         generators: feed the fresh noise, one a row; their device may differ from the latents'.
         exit_step: the last call to make, its x0 the result; None: the last of all.
         learns: that call is made with gradient. All others never are.
+        seen: called before each call with its step and x there.
 
     Raises:
         ContractError: a stochastic spec of more than one step without generators, or with fewer
@@ -57,6 +59,8 @@ def sample(
     x = noise.float()
     for step, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
         at_exit = step == last
+        if seen is not None:
+            seen(step, x)
         with torch.set_grad_enabled(learns and at_exit):
             v = velocity(x, (sigma * 1000).expand(x.shape[0])).float()
             if at_exit:

@@ -17,15 +17,19 @@ if TYPE_CHECKING:
     from distill_conditioning.loader import LatentLoader
     from distill_conditioning.preprocessing import ClipEncoder, preprocess
     from distill_conditioning.provider import CachedConditioning
+    from distill_conditioning.shard_rows import ShardRows
     from distill_conditioning.shards import LatentDataset, ShardWriter, StoredNegative
+    from distill_conditioning.trajectories import TrajectoryFolder
 
 _LAZY = {
     "CachedConditioning": "provider",
     "ClipEncoder": "preprocessing",
     "LatentDataset": "shards",
     "LatentLoader": "loader",
+    "ShardRows": "shard_rows",
     "ShardWriter": "shards",
     "StoredNegative": "shards",
+    "TrajectoryFolder": "trajectories",
     "preprocess": "preprocessing",
 }
 
@@ -39,8 +43,10 @@ __all__ = [
     "LatentDataset",
     "LatentLoader",
     "ShardEntry",
+    "ShardRows",
     "ShardWriter",
     "StoredNegative",
+    "TrajectoryFolder",
     "dataset_facts",
     "preprocess",
 ]

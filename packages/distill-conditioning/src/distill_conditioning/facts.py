@@ -9,7 +9,18 @@ from types import MappingProxyType
 from attrs import field, frozen
 from distill_protocols.errors import DataError
 
-from distill_conditioning.index import REBUILD, DatasetIndex, read_index, read_metadata
+from distill_conditioning.index import (
+    REBUILD,
+    DatasetIndex,
+    places_of,
+    read_index,
+    read_metadata,
+)
+
+_MAKE_TRAJECTORIES = (
+    "The method learns from a teacher's stored trajectories; make them with apps/trajectories "
+    "--config FILE.yaml (configs/tiny/trajectories.yaml is one)."
+)
 
 
 @frozen(kw_only=True)
@@ -54,6 +65,7 @@ def dataset_facts(
     latent_shape: tuple[int, ...] | None = None,
     text_shape: tuple[int, ...] | None = None,
     image_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    times: tuple[float, ...] = (),
 ) -> DatasetFacts:
     """Look at the data set in ``path``: index, files, sizes, headers, shapes.
 
@@ -63,16 +75,19 @@ def dataset_facts(
         latent_shape: (C, T, H, W) that the model takes; None leaves it unchecked.
         text_shape: (L, D) of the text embeddings that the model takes; None likewise.
         image_shapes: of one row of what the model reads of a first frame, by name.
+        times: levels t of a teacher's trajectories that the method reads.
     """
     folder = Path(path)
     try:
         index = read_index(folder)
     except DataError as error:
-        return DatasetFacts(path=folder, faults=(str(error),))
+        hint = f" {_MAKE_TRAJECTORIES}" if times else ""
+        return DatasetFacts(path=folder, faults=(f"{error}{hint}",))
     faults = [
         *_file_faults(folder, index),
         *_shape_faults(folder, index, latent_shape, text_shape),
         *_image_faults(folder, index, image_shapes),
+        *_trajectory_faults(folder, index, times),
     ]
     prompt = None
     if index.constants is not None:
@@ -144,3 +159,20 @@ def _image_faults(
         for name, shape in shapes.items()
         if (found := index.conditions.get(name)) != tuple(shape)
     ]
+
+
+def _trajectory_faults(folder: Path, index: DatasetIndex, times: tuple[float, ...]) -> list[str]:
+    if not times:
+        return []
+    if not index.trajectory_times:
+        return [f"{folder}: holds latents, but no trajectories. {_MAKE_TRAJECTORIES}"]
+    try:
+        places_of(times, index.trajectory_times)
+    except DataError as error:
+        wanted = ", ".join(f"{t:g}" for t in times)
+        return [
+            f"{folder}: {error}, and the student is sampled at {wanted}: it learns at the levels "
+            "that it will be called with. Give method_config.student_sampler these timesteps, or "
+            "make trajectories that keep its own (trajectories.keep_times)."
+        ]
+    return []

@@ -5,7 +5,9 @@
     index.json                   DatasetIndex; written last, so that it vouches for the rest
     shard-00000.safetensors      latents [N, C, T, H, W], raw posterior means;
                                  conditions.<name> [P, ...], the shard's distinct conditions;
-                                 condition_id [N] int64, rows of those tables
+                                 condition_id [N] int64, rows of those tables;
+                                 trajectory [N, K, C, T, H, W] (optional), normalised: what the
+                                 sampling of the latents was at each of ``trajectory_times``
     constants.safetensors        negative.<name> [1, ...] (optional)
 
 What is no tensor is one JSON value under ``distill`` in a file's safetensors metadata (one,
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ class DatasetIndex:
         samples: in all shards together.
         shards: in the order of the samples.
         constants: file of the negative condition, None if there is none.
+        trajectory_times: levels t of the trajectories, falling; empty if there are none.
     """
 
     latent_shape: tuple[int, int, int, int]
@@ -65,11 +68,40 @@ class DatasetIndex:
     samples: int
     shards: tuple[ShardEntry, ...]
     constants: str | None
+    trajectory_times: tuple[float, ...] = ()
 
     def to_json(self) -> str:
         """The text of ``index.json``."""
         values = {"format": FORMAT, "version": VERSION, **attrs.asdict(self)}
+        if not self.trajectory_times:
+            del values["trajectory_times"]  # as release 1.0.0 wrote it
         return json.dumps(values, indent=1) + "\n"
+
+
+def shard_file(number: int) -> str:
+    """Name of a shard."""
+    return f"shard-{number:05d}.safetensors"
+
+
+SAME_TIME = 0.1
+"""Levels t that are no further apart are one: x_t then differs by 1e-4 of v at most, which is less
+than float16 rounds it by."""
+
+
+def places_of(times: Iterable[float], stored: Sequence[float]) -> tuple[int, ...]:
+    """Where each of ``times`` is among ``stored``.
+
+    Raises:
+        DataError: one is not there.
+    """
+    found = []
+    for time in times:
+        nearest = min(range(len(stored)), key=lambda i: abs(stored[i] - time), default=None)
+        if nearest is None or abs(stored[nearest] - time) > SAME_TIME:
+            said = ", ".join(f"{t:g}" for t in stored) or "none"
+            raise DataError(f"there is no level t = {time:g} among those stored ({said})")
+        found.append(nearest)
+    return tuple(found)
 
 
 def read_index(folder: Path) -> DatasetIndex:
@@ -110,6 +142,7 @@ def _parse(path: Path, values: Any) -> DatasetIndex:
             samples=int(values["samples"]),
             shards=tuple(ShardEntry(**shard) for shard in values["shards"]),
             constants=values["constants"],
+            trajectory_times=tuple(map(float, values.get("trajectory_times", ()))),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(

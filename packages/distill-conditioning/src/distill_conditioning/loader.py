@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+from attrs import evolve
 from distill_protocols import Batch, Condition
 from distill_protocols.errors import ConditioningError, DataError
 from torch import Tensor
@@ -201,8 +202,12 @@ def _on_device(batch: Batch, device: torch.device) -> Batch:
     def moved(value: Tensor) -> Tensor:
         return value.pin_memory().to(device, non_blocking=True)
 
-    tensors = {name: moved(value) for name, value in batch.cond.tensors.items()}
-    return Batch(latents=moved(batch.latents), cond=Condition(tensors), ids=batch.ids)
+    return evolve(
+        batch,
+        latents=moved(batch.latents),
+        cond=Condition({name: moved(value) for name, value in batch.cond.tensors.items()}),
+        trajectory=None if batch.trajectory is None else moved(batch.trajectory),
+    )
 
 
 def _replace_rows(condition: Condition, rows: Tensor, row: Condition) -> None:

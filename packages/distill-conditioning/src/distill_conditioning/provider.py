@@ -7,19 +7,25 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import attrs
 import torch
 from distill_protocols import ALONE, Condition, ConditionEncoder, Ranks
+from distill_protocols.adapter import ImageConditioning
 from distill_protocols.errors import ConditioningError, DataError
 from safetensors.torch import save
-from torch import distributed
+from torch import Tensor, distributed
 
 from distill_conditioning.config import ConditioningConfig
 from distill_conditioning.shards import LatentDataset
 from distill_conditioning.tensor_file import map_tensors, write_tensors
 
 _log = logging.getLogger(__name__)
+
+
+class PromptEncoder(ConditionEncoder, ImageConditioning, Protocol):
+    """What the provider needs of an adapter; the second part only where prompts bring pictures."""
 
 
 class CachedConditioning:
@@ -51,7 +57,7 @@ class CachedConditioning:
         self,
         config: ConditioningConfig,
         *,
-        encoder: ConditionEncoder,
+        encoder: PromptEncoder,
         dataset: LatentDataset | None = None,
         output_dir: str | Path,
         device: torch.device | str = "cpu",
@@ -82,11 +88,15 @@ class CachedConditioning:
             self._negative = row.to(self._device)
         return self._negative
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode(self, prompts: Sequence[str], images: Tensor | None = None) -> Condition:
         """Conditions of ``prompts``, one row each in their order, fp32.
 
+        Args:
+            images: first frames [B, 3, H_px, W_px] in [0, 1]; encoded whenever they are given.
+
         Raises:
-            ConditioningError: there are none, or ranks ask for different ones.
+            ConditioningError: there are none, ranks ask for different ones, or the models take no
+                pictures or none of this size.
         """
         if not prompts:
             raise ConditioningError("no prompt to encode; give at least one")
@@ -94,7 +104,12 @@ class CachedConditioning:
         if new:
             rows = self._from_first(f"conditions of {new}", lambda: self._encoded(new))
             self._rows.update(zip(new, rows, strict=True))
-        return Condition.cat([self._rows[prompt] for prompt in prompts]).to(self._device)
+        texts = Condition.cat([self._rows[prompt] for prompt in prompts])
+        if images is None:
+            return texts.to(self._device)
+        what = f"pictures of {list(prompts)}"
+        [cond] = self._from_first(what, lambda: [self._encoder.with_image(texts, images).to("cpu")])
+        return cond.to(self._device)
 
     def _encoded(self, prompts: Sequence[str]) -> list[Condition]:
         return self._cache.rows(

@@ -6,7 +6,6 @@ Letters: N samples of a shard, P distinct captions of it, B batch, C T H W as ev
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +25,10 @@ from distill_conditioning.index import (
     REBUILD,
     DatasetIndex,
     ShardEntry,
+    places_of,
+    shard_file,
 )
+from distill_conditioning.shard_rows import CONDITION, ShardRows, check_finite
 from distill_conditioning.tensor_file import (
     map_tensors,
     sha256_of_file,
@@ -34,12 +36,12 @@ from distill_conditioning.tensor_file import (
     written_whole,
 )
 
-CONDITION = "conditions."
 NEGATIVE = "negative."
+TRAJECTORY = "trajectory"
 
 LatentDtype = Literal["float16", "bfloat16", "float32"]
 
-_DTYPES: Mapping[LatentDtype, torch.dtype] = {
+DTYPES: Mapping[LatentDtype, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
@@ -82,7 +84,7 @@ class ShardWriter:
         self._latent_shape: tuple[int, ...] | None = None
         self._conditions: dict[str, tuple[int, ...]] | None = None
         self._negative: tuple[str, Condition] | None = None
-        self._start_shard()
+        self._rows = ShardRows()
         self.folder.mkdir(parents=True, exist_ok=True)
         old = [*self.folder.glob("shard-*.safetensors"), *self.folder.glob(INDEX_FILE)]
         if old:
@@ -124,18 +126,12 @@ class ShardWriter:
                 f"{len(ids)} ids, {len(captions)} captions, {latents.shape[0]} latents and "
                 f"{len(condition)} conditions; there must be one of each a sample"
             )
-        stored = latents.detach().to("cpu", _DTYPES[self._latent_dtype], copy=True)
+        stored = latents.detach().to("cpu", DTYPES[self._latent_dtype], copy=True)
         self._check_shapes(ids, stored, condition)
         for row, (sample, caption) in enumerate(zip(ids, captions, strict=True)):
-            own = _own_row(condition, row)
-            # By content too: clips of one caption may begin with different pictures.
-            key = (caption, _digest(own))
-            if key not in self._table:
-                self._table[key] = own
-                self._bytes += sum(v.nbytes for v in own.tensors.values())
-            self._rows.append((sample, key, stored[row]))
-            self._bytes += stored[row].nbytes
-            if self._bytes >= self._shard_bytes:
+            own = condition[row : row + 1]
+            self._rows.add(sample, caption, own, {"latents": stored[row]})
+            if self._rows.bytes >= self._shard_bytes:
                 self._finish_shard()
 
     def close(self) -> DatasetIndex:
@@ -144,7 +140,7 @@ class ShardWriter:
         Raises:
             DataError: no samples were added.
         """
-        if self._rows:
+        if len(self._rows):
             self._finish_shard()
         if self._latent_shape is None or self._conditions is None or self.samples == 0:
             raise DataError(f"{self.folder}: no sample was added; a data set needs at least one")
@@ -187,50 +183,28 @@ class ShardWriter:
                 f"have {list(self._latent_shape)} and {self._conditions}; all must be alike to "
                 "be batched. Preprocess each size into a folder of its own."
             )
-        finite = latents.flatten(1).isfinite().all(dim=1)
-        if not finite.all():
-            bad = [ids[int(row)] for row in (~finite).nonzero()[:, 0]]
-            raise DataError(
-                f"{', '.join(bad)}: latents are not finite as {self._latent_dtype}; training on "
-                "them would spoil all weights. Look at these clips, or store float32."
-            )
-
-    def _start_shard(self) -> None:
-        self._rows: list[tuple[str, _Key, Tensor]] = []
-        self._table: dict[_Key, Condition] = {}
-        self._bytes = 0
+        check_finite(ids, latents, "latents")
 
     def _finish_shard(self) -> None:
-        number = {key: row for row, key in enumerate(self._table)}
-        captions = [caption for caption, _ in self._table]
-        ids = [sample for sample, _, _ in self._rows]
-        tensors = {
-            "latents": torch.stack([latents for _, _, latents in self._rows]),
-            "condition_id": torch.tensor([number[key] for _, key, _ in self._rows]),
-        }
-        table = Condition.cat(list(self._table.values()))
-        tensors |= {CONDITION + name: value for name, value in table.tensors.items()}
-        path = self.folder / f"shard-{len(self._shards):05d}.safetensors"
-        write_tensors(path, tensors, {"ids": ids, "captions": captions})
-        entry = ShardEntry(
-            file=path.name,
-            samples=len(ids),
-            bytes=path.stat().st_size,
-            sha256=sha256_of_file(path),
-        )
-        self._shards.append(entry)
-        self.samples += len(ids)
-        self._start_shard()
+        path = self.folder / shard_file(len(self._shards))
+        self._shards.append(self._rows.write(path))
+        self.samples += len(self._rows)
+        self._rows = ShardRows()
 
     def _write_constants(self) -> None:
-        if self._negative is None:
-            return
-        prompt, condition = self._negative
-        write_tensors(
-            self.folder / CONSTANTS_FILE,
-            {NEGATIVE + name: value for name, value in condition.tensors.items()},
-            {"negative_prompt": prompt, "encoder": self.encoder},
-        )
+        if self._negative is not None:
+            write_constants(self.folder, *self._negative, encoder=self.encoder)
+
+
+def write_constants(
+    folder: Path, prompt: str, condition: Condition, *, encoder: str | None
+) -> None:
+    """The negative condition of a data set: one row, and what made it."""
+    write_tensors(
+        folder / CONSTANTS_FILE,
+        {NEGATIVE + name: value for name, value in condition.tensors.items()},
+        {"negative_prompt": prompt, "encoder": encoder},
+    )
 
 
 @frozen(eq=False, kw_only=True)
@@ -249,6 +223,7 @@ class _Shard:
     condition_id: Tensor
     ids: Sequence[str]
     captions: Sequence[str]
+    trajectory: Tensor | None
 
 
 class LatentDataset:
@@ -261,6 +236,8 @@ class LatentDataset:
         config: the folder, and how much of it is verified now.
         latent_shape: (C, T, H, W) that the model takes, None to take what there is.
         text_shape: (L, D) of the text embeddings that the model takes.
+        times: levels t of the stored trajectories that are read with each sample, in this order;
+            none are read by default, as they are several times the size of the latents.
 
     Raises:
         DataError: every fault that was found, with the file's name and the way out.
@@ -272,8 +249,11 @@ class LatentDataset:
         *,
         latent_shape: tuple[int, ...] | None = None,
         text_shape: tuple[int, ...] | None = None,
+        times: tuple[float, ...] = (),
     ) -> None:
-        facts = dataset_facts(config.path, latent_shape=latent_shape, text_shape=text_shape)
+        facts = dataset_facts(
+            config.path, latent_shape=latent_shape, text_shape=text_shape, times=times
+        )
         if facts.index is None or facts.faults:
             raise DataError("\n".join(facts.faults))
         self.config = config
@@ -283,6 +263,7 @@ class LatentDataset:
             self._compare_hashes()
         self._shards: list[_Shard | None] = [None] * len(self.index.shards)
         counts = torch.tensor([shard.samples for shard in self.index.shards])
+        self._levels = torch.tensor(places_of(times, self.index.trajectory_times))
         self._ends = counts.cumsum(0)
         self._starts = self._ends - counts
 
@@ -290,7 +271,8 @@ class LatentDataset:
         return self.index.samples
 
     def read(self, samples: Tensor) -> Batch:
-        """Samples by number (int64 [B]), in that order: latents and conditions in fp32.
+        """Samples by number (int64 [B]), in that order: latents, conditions and the levels of
+        trajectories that were asked for, in fp32.
 
         Raises:
             DataError: a shard that is damaged, with its name.
@@ -298,6 +280,8 @@ class LatentDataset:
         shards = torch.searchsorted(self._ends, samples, right=True)
         rows = samples - self._starts[shards]
         latents = torch.empty(len(samples), *self.index.latent_shape)
+        levels = self._levels
+        states = torch.empty(len(samples), len(levels), *self.index.latent_shape)
         tables: dict[str, Tensor] = {}
         ids = [""] * len(samples)
         for number in shards.unique().tolist():
@@ -305,6 +289,8 @@ class LatentDataset:
             places = (shards == number).nonzero()[:, 0]
             inside = rows[places]
             latents[places] = shard.latents[inside].float()
+            if len(levels) and shard.trajectory is not None:
+                states[places] = shard.trajectory[inside[:, None], levels].float()
             for name, value in shard.conditions[shard.condition_id[inside]].tensors.items():
                 value = _as_fp32(value)
                 if name not in tables:
@@ -312,13 +298,26 @@ class LatentDataset:
                 tables[name][places] = value
             for place, row in zip(places.tolist(), inside.tolist(), strict=True):
                 ids[place] = shard.ids[row]
-        return Batch(latents=latents, cond=Condition(tables), ids=tuple(ids))
+        return Batch(
+            latents=latents,
+            cond=Condition(tables),
+            ids=tuple(ids),
+            trajectory=states if len(levels) else None,
+        )
 
     def caption(self, sample: int) -> str:
         """The caption of one sample."""
+        shard, row = self._place(sample)
+        return shard.captions[int(shard.condition_id[row])]
+
+    def id(self, sample: int) -> str:
+        """The id of one sample."""
+        shard, row = self._place(sample)
+        return shard.ids[row]
+
+    def _place(self, sample: int) -> tuple[_Shard, int]:
         number = int(torch.searchsorted(self._ends, sample, right=True))
-        shard = self._open(number)
-        return shard.captions[int(shard.condition_id[sample - int(self._starts[number])])]
+        return self._open(number), sample - int(self._starts[number])
 
     def negative(self) -> StoredNegative | None:
         """The negative condition that came with the data set (fp32), None if none did.
@@ -372,6 +371,9 @@ class LatentDataset:
         tensors, metadata = map_tensors(path)
         expected = {CONDITION + name: shape for name, shape in self.index.conditions.items()}
         expected |= {"latents": self.index.latent_shape, "condition_id": ()}
+        if self.index.trajectory_times:
+            levels = len(self.index.trajectory_times)
+            expected[TRAJECTORY] = (levels, *self.index.latent_shape)
         found = {name: tuple(value.shape[1:]) for name, value in tensors.items()}
         if found != expected:
             raise DataError(
@@ -384,27 +386,10 @@ class LatentDataset:
             condition_id=tensors["condition_id"],
             ids=metadata["ids"],
             captions=metadata["captions"],
+            trajectory=tensors.get(TRAJECTORY),
         )
         _check_rows(path, shard, entry.samples)
         return shard
-
-
-_Key = tuple[str, bytes]
-"""A caption, and the hash of its condition."""
-
-
-def _digest(row: Condition) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(row.tensors.items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.digest()
-
-
-def _own_row(condition: Condition, row: int) -> Condition:
-    """One row, copied: a view would keep the whole batch, and change with it."""
-    rows = condition[row : row + 1].tensors
-    return Condition({name: value.detach().to("cpu", copy=True) for name, value in rows.items()})
 
 
 def _conditions(tensors: Mapping[str, Tensor]) -> Condition:
@@ -419,6 +404,8 @@ def _conditions(tensors: Mapping[str, Tensor]) -> Condition:
 
 def _check_rows(path: Path, shard: _Shard, samples: int) -> None:
     counts = {len(shard.latents), len(shard.condition_id), len(shard.ids), samples}
+    if shard.trajectory is not None:
+        counts.add(len(shard.trajectory))
     rows = len(shard.captions)
     inside = ((shard.condition_id >= 0) & (shard.condition_id < rows)).all()
     if len(counts) != 1 or len(shard.conditions) != rows or not inside:

@@ -1,4 +1,5 @@
-"""Distillation methods and their pure maths: DMD2, teacher-only, finetune.
+"""Distillation methods and their pure maths: DMD2, Self-Forcing, CausVid, LADD, KD, teacher-only,
+finetune.
 
 Names that need torch are imported on first use: run files are checked before torch is imported.
 """
@@ -9,34 +10,70 @@ from typing import TYPE_CHECKING
 
 from distill_protocols.lazy import lazy_exports
 
+from distill_methods.adversarial.config import GanConfig
+from distill_methods.causvid.config import CausVidConfig
+from distill_methods.consistency.config import ConsistencyConfig, Continuous, Discrete
 from distill_methods.dmd2.config import DMD2Config
 from distill_methods.finetune.config import FinetuneConfig
+from distill_methods.kd.config import KDConfig
+from distill_methods.ladd.config import LaddConfig
+from distill_methods.rcm.config import RCMConfig
+from distill_methods.self_forcing.config import SelfForcingConfig
 from distill_methods.teacher_only.config import TeacherOnlyConfig
+from distill_methods.teachers import TeacherTerm
 from distill_methods.time_sampling import TimeSampling
 
 if TYPE_CHECKING:
+    from distill_methods.causvid.method import CausVidMethod
+    from distill_methods.consistency.method import ConsistencyMethod
     from distill_methods.contracts import LatentDiffusion
     from distill_methods.dmd2.method import DMD2Method
     from distill_methods.finetune.method import FinetuneMethod
+    from distill_methods.kd.method import KDMethod
+    from distill_methods.ladd.method import LaddMethod
+    from distill_methods.rcm.method import RCMMethod
     from distill_methods.sampling import sample_views
+    from distill_methods.self_forcing.method import SelfForcingMethod
     from distill_methods.teacher_only.method import TeacherOnlyMethod
 
 _LAZY = {
+    "ConsistencyMethod": "consistency.method",
+    "CausVidMethod": "causvid.method",
     "DMD2Method": "dmd2.method",
     "FinetuneMethod": "finetune.method",
+    "KDMethod": "kd.method",
+    "LaddMethod": "ladd.method",
     "LatentDiffusion": "contracts",
+    "RCMMethod": "rcm.method",
+    "SelfForcingMethod": "self_forcing.method",
     "TeacherOnlyMethod": "teacher_only.method",
     "sample_views": "sampling",
 }
 
 __all__ = [
+    "CausVidConfig",
+    "CausVidMethod",
+    "ConsistencyConfig",
+    "ConsistencyMethod",
+    "Continuous",
     "DMD2Config",
     "DMD2Method",
+    "Discrete",
     "FinetuneConfig",
     "FinetuneMethod",
+    "GanConfig",
+    "KDConfig",
+    "KDMethod",
+    "LaddConfig",
+    "LaddMethod",
     "LatentDiffusion",
+    "RCMConfig",
+    "RCMMethod",
+    "SelfForcingConfig",
+    "SelfForcingMethod",
     "TeacherOnlyConfig",
     "TeacherOnlyMethod",
+    "TeacherTerm",
     "TimeSampling",
     "sample_views",
 ]

@@ -8,17 +8,20 @@ from distill_protocols import Capabilities
 from distill_protocols.adapter import (
     CausalRollout,
     Denoiser,
+    Discriminating,
     ExpertRouting,
     ImageConditioning,
     LatentCodec,
     NoiseSchedule,
     Sampler,
+    Tangents,
 )
 
 
 class LatentDiffusion(
     NoiseSchedule,
     Denoiser,
+    Discriminating,
     LatentCodec,
     Sampler,
     CausalRollout,
@@ -28,8 +31,12 @@ class LatentDiffusion(
 ):
     """A flow-matching model over latents that can be called, and sampled for a look at it.
 
-    Experts, pictures and caches are asked for only where its capabilities have them.
+    Experts, pictures, caches and features are asked for only where its capabilities have them.
     """
 
     @property
     def capabilities(self) -> Capabilities: ...
+
+
+class DifferentiableDiffusion(LatentDiffusion, Tangents, Protocol):
+    """One whose calls can also be differentiated along a direction (``supports_jvp``)."""

@@ -80,6 +80,9 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
         self.required_roles = tuple(need.name for need in config.needs)
         self.trained_roles = tuple(need.name for need in config.needs if need.trainable)
         self.frozen_roles = tuple(need.name for need in config.needs if not need.trainable)
+        bundle.require_roles(
+            self.required_roles, why={need.name: need.reason for need in config.needs}
+        )
         super().__init__(bundle, adapter, streams=streams)
         self.draws = Draws(adapter, self.streams)
         self.check_capabilities(config.capabilities)

@@ -1,14 +1,15 @@
 """The maths of the methods: pure functions, each written once.
 
 Letters: B batch, C channels, T latent frames, H and W latent height and width. Latents are
-[B, C, T, H, W], t is [B] in [0, 1000], ``x_t = (1 - s) x0 + s eps`` with ``s = t / 1000`` and
-``v = eps - x0``. Everything is computed in fp32 or wider. Guidance and the conversions between
-v, x0 and eps belong to the adapter.
+[B, C, T, H, W], t in [0, 1000] is [B] or, one a frame, [B, T], ``x_t = (1 - s) x0 + s eps`` with
+``s = t / 1000`` and ``v = eps - x0``. Everything is computed in fp32 or wider. Guidance and the
+conversions between v, x0 and eps belong to the adapter.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from distill_protocols import RowGenerators, shift_sigma
@@ -75,22 +76,96 @@ def velocity_loss(
     Taken on v itself: going v -> x0 in bf16 and back adds an RMS error of 0.084 at sigma 0.02.
 
     Args:
-        weight: one factor a sample, [B]; None means 1.
+        weight: one factor a sample, [B], or a frame, [B, T]; None means 1.
         trained: 1 where the model predicts and 0 where the condition gave what is there
             (``ImageConditioning.trained_frames``), [1, 1, T, 1, 1]; the mean is over the former.
     """
     error = (_wide(pred) - _wide(target)).square()
+    if weight is not None and weight.dim() == 2:
+        error, weight = error * weight[:, None, :, None, None], None
     if weight is None and trained is None:
         return error.mean()
     means = _sample_means(error, trained)
     return (means if weight is None else means * weight).mean()
 
 
-def timesteps_within(quantiles: Tensor, time: TimeSampling, within: Range) -> Tensor:
-    """t of ``sample_timesteps``' distribution, given that it lies in ``within``: fp32 [B].
+def clean_distance(
+    pred: Tensor, target: Tensor, huber_c: float | None = None, trained: Tensor | None = None
+) -> Tensor:
+    """``mean d^2``, or ``mean (sqrt(d^2 + c^2) - c)`` (LCM, Luo et al. 2023; the pseudo-Huber
+    metric), of d = pred - target. ``trained``: see ``velocity_loss``."""
+    square = (_wide(pred) - _wide(target)).square()
+    if huber_c is not None:
+        # As it stands, it would lose all digits of a d that is small beside c.
+        square = square / ((square + huber_c**2).sqrt() + huber_c)
+    return square.mean() if trained is None else _sample_means(square, trained).mean()
+
+
+def consistency_tangent(
+    velocity: Tensor, teacher: Tensor, change: Tensor, t: Tensor, share: float = 1.0
+) -> Tensor:
+    """g: sCM's tangent ``cos(t) df/dt`` in the variables of flow matching, like ``velocity``.
+
+    ``(1 - s) r ((v_T - v) - share s dv/ds)`` with ``r = sqrt((1 - s)^2 + s^2)``: TrigFlow's time
+    has ``cos = (1 - s) / r`` and ``ds/dt = r^2``, and x0 = f is the same in both (Lu & Song 2024,
+    eq. 6 and section 4.1).
 
     Args:
-        quantiles: uniform in [0, 1), [B]; t rises with them.
+        velocity: the student's v.
+        teacher: v_T, guided.
+        change: ``s dv/ds`` along the teacher's trajectory.
+        share: of the derivative, 0 to 1 (tangent warmup); at 0 g is the teacher's v alone.
+    """
+    with torch.no_grad():
+        s, r = _levels(t)
+        return (1 - s) * r * (_wide(teacher) - _wide(velocity) - share * _wide(change))
+
+
+def normalised_tangent(tangent: Tensor, c: float, trained: Tensor | None = None) -> Tensor:
+    """``sqrt(D) g / (|g| + c)``, |g| over the D numbers of a sample (sCM, section 4.2; as in
+    NVlabs/rcm): of root mean square 1, whatever D. A sample that is not finite gets 0.
+
+    Args:
+        trained: see ``velocity_loss``; what it leaves out counts neither in |g| nor in D.
+    """
+    square = _sample_means(tangent.square(), trained)
+    count = tangent[0].numel() if trained is None else trained.expand(1, *tangent.shape[1:]).sum()
+    rms = square.sqrt().view(-1, *[1] * (tangent.ndim - 1))
+    direction = torch.nan_to_num(tangent / (rms + c / count**0.5), posinf=0.0, neginf=0.0)
+    return direction if trained is None else direction * trained
+
+
+def tangent_loss(
+    velocity: Tensor, direction: Tensor, t: Tensor, trained: Tensor | None = None
+) -> Tensor:
+    """``0.5 mean (r v - stop(r v + direction))^2``: a scalar with ``dL/dv = -r direction / numel``.
+
+    Its value is ``mean direction^2 / 2``, which is near 0.5 as long as there is an error: it does
+    not fall. ``trained``: see ``velocity_loss``.
+    """
+    scaled = _levels(t)[1] * _wide(velocity)
+    error = (scaled - (scaled + direction).detach()).square()
+    return 0.5 * (error.mean() if trained is None else _sample_means(error, trained).mean())
+
+
+def regression_loss(
+    pred: Tensor, target: Tensor, weight: Tensor, trained: Tensor | None = None
+) -> Tensor:
+    """``mean w |x - x_target|^2`` on clean latents (CausVid, Yin et al. 2025, section 4.3).
+
+    Args:
+        weight: what each frame of each sample counts, [B, 1, T, 1, 1].
+        trained: see ``velocity_loss``.
+    """
+    error = (_wide(pred) - _wide(target)).square() * weight
+    return _sample_means(error, trained).mean()
+
+
+def timesteps_within(quantiles: Tensor, time: TimeSampling, within: Range) -> Tensor:
+    """t of ``sample_timesteps``' distribution, given that it lies in ``within``: fp32, like them.
+
+    Args:
+        quantiles: uniform in [0, 1), of any shape; t rises with them.
         within: of a share above 0.
     """
     low, high = within
@@ -106,20 +181,21 @@ def timesteps_within(quantiles: Tensor, time: TimeSampling, within: Range) -> Te
     return t.clamp(low, float(top))
 
 
-def sample_timesteps(time: TimeSampling, rows: RowGenerators) -> Tensor:
-    """``t = clamp(1000 S_k(u), t_min, t_max)`` of each row: fp32 [B] on the generators' device.
+def sample_timesteps(time: TimeSampling, rows: RowGenerators, shape: Sequence[int] = ()) -> Tensor:
+    """``t = clamp(1000 S_k(u), t_min, t_max)`` of each row: fp32 [B, *shape] on the generators'
+    device.
 
     u is uniform, or ``sigmoid(N(mean, std))`` (SD3, Esser et al. 2024, eq. 19 and 23).
     """
     if time.distribution == "uniform":
-        u = rows.uniform()
+        u = rows.uniform(shape)
     else:
-        u = torch.sigmoid(time.mean + time.std * rows.normal())
+        u = torch.sigmoid(time.mean + time.std * rows.normal(shape))
     return (1000 * shift_sigma(u, time.shift)).clamp(time.t_min, time.t_max)
 
 
 def bsmntw_weight(t: Tensor) -> Tensor:
-    """Bell-shaped timestep weight of mean 1, [B] (DiffSynth-Studio ``flow_match.py``).
+    """Bell-shaped timestep weight of mean 1, like ``t`` (DiffSynth-Studio ``flow_match.py``).
 
     ``w = (exp(-2 ((t - 500) / 1000)^2) - exp(-1/2)) / c``, with c such that the mean over t in
     [0, 1000] is 1. It is 0 at t = 0 and at t = 1000. DiffSynth normalises over its (shifted)
@@ -129,11 +205,37 @@ def bsmntw_weight(t: Tensor) -> Tensor:
     return ((bell - _BSMNTW_MIN) / _BSMNTW_MEAN).clamp(min=0)
 
 
+def clean_weight(t: Tensor) -> Tensor:
+    """s^2, [B]: with it ``velocity_loss`` is ``mean |x0 - x0_target|^2``, as x0 = x_t - s v."""
+    return (_wide(t) / 1000).square()
+
+
 def noise_like(latents: Tensor, rows: RowGenerators) -> Tensor:
     """Standard normal noise of the shape of ``latents``, fp32, on their device; a sample's from
     its own row."""
     assert len(rows) == len(latents)  # one row would be broadcast over all of them
-    return rows.normal(latents.shape[1:]).to(latents.device)
+    return noise_of(latents.shape[1:], rows, latents.device)
+
+
+def noise_of(shape: Sequence[int], rows: RowGenerators, device: torch.device) -> Tensor:
+    """Standard normal noise [B, *shape], fp32; a sample's from its own row."""
+    return rows.normal(shape).to(device)
+
+
+def per_frame(values: Tensor, frames: Sequence[int]) -> Tensor:
+    """What each chunk has, [B, chunks], for each of its frames, [B, T].
+
+    Args:
+        frames: of each chunk; T is their sum.
+    """
+    assert values.shape[1] == len(frames)
+    return torch.cat([values[:, i : i + 1].expand(-1, n) for i, n in enumerate(frames)], dim=1)
+
+
+def _levels(t: Tensor) -> tuple[Tensor, Tensor]:
+    """s and r = sqrt((1 - s)^2 + s^2), [B, 1, 1, 1, 1]."""
+    s = (_wide(t) / 1000).view(-1, 1, 1, 1, 1)
+    return s, ((1 - s).square() + s.square()).sqrt()
 
 
 def _sample_means(value: Tensor, trained: Tensor | None) -> Tensor:

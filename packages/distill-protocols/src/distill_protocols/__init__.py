@@ -34,6 +34,7 @@ from distill_protocols.plugins import (
     FamilyPlugin,
     ForeignNames,
     FsdpPolicy,
+    HeadSpec,
     LoraSpec,
     MethodPlugin,
     PlannedRun,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         CausalRollout,
         ConditionEncoder,
         Denoiser,
+        Discriminating,
         DistillAdapter,
         ExpertRouting,
         Exporter,
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
         LatentCodec,
         NoiseSchedule,
         Sampler,
+        Tangents,
     )
     from distill_protocols.batch import Batch, BatchLoader, Condition, ConditioningProvider
     from distill_protocols.bundle import (
@@ -80,8 +83,9 @@ if TYPE_CHECKING:
 
 _LAZY = {
     **dict.fromkeys(
-        ["CausalRollout", "ConditionEncoder", "Denoiser", "DistillAdapter", "ExpertRouting",
-         "Exporter", "ImageConditioning", "LatentCodec", "NoiseSchedule", "Sampler"],
+        ["CausalRollout", "ConditionEncoder", "Denoiser", "Discriminating", "DistillAdapter",
+         "ExpertRouting", "Exporter", "ImageConditioning", "LatentCodec", "NoiseSchedule",
+         "Sampler", "Tangents"],
         "adapter",
     ),
     **dict.fromkeys(["Batch", "BatchLoader", "Condition", "ConditioningProvider"], "batch"),
@@ -123,6 +127,7 @@ __all__ = [
     "ContractError",
     "DataError",
     "Denoiser",
+    "Discriminating",
     "DistillAdapter",
     "DistillError",
     "DistillMethod",
@@ -133,6 +138,7 @@ __all__ = [
     "FamilyPlugin",
     "ForeignNames",
     "FsdpPolicy",
+    "HeadSpec",
     "ImageConditioning",
     "LatentCodec",
     "LoraSpec",
@@ -165,6 +171,7 @@ __all__ = [
     "StepResult",
     "StopFlag",
     "StopRequested",
+    "Tangents",
     "TensorFacts",
     "TensorPlan",
     "TensorWeights",

@@ -53,7 +53,7 @@ class Denoiser(Protocol):
         neg_cond: Condition | None = None,
         cfg: float | None = None,
         caches: ChunkCall | CleanPast | None = None,
-        features: MutableMapping[int, Tensor] | None = None,
+        features: MutableMapping[int, Tensor | None] | None = None,
     ) -> Tensor:
         """The prediction of ``role``, of type ``fwd_pred_type``, fp32.
 
@@ -64,10 +64,48 @@ class Denoiser(Protocol):
                 (``supports_kv_cache``), or a clip beside a clean one
                 (``supports_teacher_forcing``). None: ``x_t`` is a whole clip, each chunk of which
                 sees itself and the chunks before it.
-            features: filled in place: for each block index that is a key, its hidden states.
+            features: filled in place: for each block index that is a key, what that block gives,
+                fp32 [B, D, T', H', W'], one a token at its place in the clip; with gradient where
+                the call has it (``supports_features``).
 
         Raises:
             ConditioningError: guidance without ``neg_cond``.
+            CapabilityError: ``features`` with guidance, where there are two calls and two of each,
+                or of a role that cannot give them.
+            ContractError: a key of ``features`` that is no block of the role.
+        """
+        ...
+
+
+class Discriminating(Protocol):
+    """Roles that are heads on another's features (``supports_features``)."""
+
+    def discriminate(self, role: str, features: Mapping[int, Tensor]) -> Tensor:
+        """Logits of the heads ``role`` [B, heads], fp32, in the order of its ``heads.blocks``.
+
+        Above 0 a head holds the clip for real. A row's logits depend on that row alone.
+
+        Args:
+            features: of the blocks ``RoleHandle.heads`` names, as ``Denoiser.forward`` gives them.
+
+        Raises:
+            ContractError: ``role`` is no heads, or ``features`` are those of other blocks.
+        """
+        ...
+
+
+class Tangents(Protocol):
+    """Forward-mode differentiation (``supports_jvp``): what continuous-time consistency needs."""
+
+    def forward_jvp(
+        self, role: str, x_t: Tensor, t: Tensor, cond: Condition, *, dx: Tensor, dt: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """v of ``role`` at (x_t, t), and ``d/dh v(x_t + h dx, t + h dt)`` at h = 0: the product of
+        the Jacobian with the direction. Both like ``x_t``, fp32, without gradient.
+
+        Args:
+            dx: like ``x_t``.
+            dt: like ``t``, in its units.
         """
         ...
 
@@ -143,6 +181,7 @@ class Sampler(Protocol):
         neg_cond: Condition | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
+        seen: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Normalised clean latents [B, C, T, H, W].
 
@@ -151,6 +190,9 @@ class Sampler(Protocol):
                 neighbours in the batch.
             poll: called before each of the sampler's steps; what it raises ends the sampling
                 (``StopFlag.poll``).
+            seen: called before each step with its number and x_t at ``spec.sigmas()`` of it: of
+                step 0 that is ``noise``. What it is given never changes. Only of roles that are
+                not causal: a causal one has no x_t of a whole clip.
         """
         ...
 
@@ -228,9 +270,18 @@ class ImageConditioning(Protocol):
 
 
 class DistillAdapter(
-    NoiseSchedule, Denoiser, LatentCodec, ConditionEncoder, CausalRollout, Sampler, Protocol
+    NoiseSchedule,
+    Denoiser,
+    LatentCodec,
+    ConditionEncoder,
+    CausalRollout,
+    Sampler,
+    ExpertRouting,
+    ImageConditioning,
+    Protocol,
 ):
-    """One family's adapter: everything above, and what it supports of it."""
+    """One family's adapter: everything above, and what it supports of it. What it does not
+    support is never asked for."""
 
     @property
     def capabilities(self) -> Capabilities: ...

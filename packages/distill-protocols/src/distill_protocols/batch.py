@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from distill_protocols.errors import DataError
@@ -71,18 +71,27 @@ class Batch:
         latents: raw (not normalised) clean latents [B, C, T, H, W], fp32.
         cond: conditions of the B samples, dropout already applied.
         ids: one id a sample, for error messages and logs.
+        trajectory: [B, K, C, T, H, W], fp32: what a teacher's sampling of ``latents`` was at K
+            noise levels on its way there, normalised, as the model sees it. None unless the
+            method asks for it (``MethodPlugin.trajectory_times``, which are those levels).
     """
 
     latents: Tensor
     cond: Condition
     ids: tuple[str, ...]
+    trajectory: Tensor | None = None
 
     def __len__(self) -> int:
         return self.latents.shape[0]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
-        return Batch(latents=self.latents.to(device), cond=self.cond.to(device), ids=self.ids)
+        return evolve(
+            self,
+            latents=self.latents.to(device),
+            cond=self.cond.to(device),
+            trajectory=None if self.trajectory is None else self.trajectory.to(device),
+        )
 
 
 @runtime_checkable
@@ -109,6 +118,10 @@ class ConditioningProvider(Protocol):
         """
         ...
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """Conditions of ``prompts``, encoded once and cached by prompt and encoder."""
+    def encode(self, prompts: Sequence[str], images: Tensor | None = None) -> Condition:
+        """Conditions of ``prompts``, encoded once and cached by prompt and encoder.
+
+        Args:
+            images: a first frame for each, [B, 3, H_px, W_px] in [0, 1].
+        """
         ...

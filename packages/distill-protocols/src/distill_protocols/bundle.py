@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from distill_protocols.errors import RoleError
-from distill_protocols.plugins import FsdpPolicy
+from distill_protocols.plugins import EMPTY, FsdpPolicy, HeadSpec
 from distill_protocols.weights import TensorWeights
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -63,6 +63,7 @@ class RoleHandle:
         blocks: by module, the dotted names of its repeated blocks: what is sharded one at a time
             where the policy names nothing else.
         offload: weights wait in host memory while other roles are called.
+        heads: which features it reads, of a role that is a discriminator; None: it is a model.
         trained: by module, the names of the only parameters that ever move (LoRA: the adapter's);
             None: all of them. The others are what the role's source says, and are not saved.
         device: where calls compute; None: where the weights are.
@@ -80,6 +81,7 @@ class RoleHandle:
     call_facts: Mapping[str, Any] = field(factory=dict)
     blocks: Mapping[str, tuple[str, ...]] = field(factory=dict)
     offload: bool = False
+    heads: HeadSpec | None = None
     trained: Mapping[str, frozenset[str]] | None = None
     device: torch.device | None = None
     put_away: Callable[[], None] = lambda: None
@@ -246,14 +248,19 @@ class ModelBundle:
 
     roles: dict[str, RoleHandle]
 
-    def require_roles(self, names: Iterable[str]) -> None:
-        """Raise ``RoleError`` saying which of ``names`` are missing and which roles exist."""
+    def require_roles(self, names: Iterable[str], *, why: Mapping[str, str] = EMPTY) -> None:
+        """Raise ``RoleError`` saying which of ``names`` are missing and which roles exist.
+
+        Args:
+            why: by role, why it is needed (``RoleNeed.reason``).
+        """
         missing = [name for name in names if name not in self.roles]
         if missing:
             raise RoleError(
                 f"missing role(s): {', '.join(missing)}; this run has: "
                 f"{', '.join(self.roles) or 'none'}. The method calls each of them by name. "
                 "Add the role(s) under `models:`."
+                + "".join(f" {name}: {why[name]}." for name in missing if why.get(name))
             )
 
     def __getitem__(self, name: str) -> RoleHandle:

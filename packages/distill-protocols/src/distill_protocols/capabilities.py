@@ -18,6 +18,8 @@ class Capabilities:
     """What an adapter supports. A method names what it needs; the check runs at construction.
 
     Attributes:
+        supports_features: ``forward`` fills ``features``, a role may be heads on them, and the
+            adapter is a ``Discriminating``.
         supports_kv_cache: causal roles take ``ChunkCall``, one chunk at a time.
         supports_expert_routing: a role may have several modules, each for a range of t, and the
             adapter is an ``ExpertRouting``.
@@ -25,6 +27,7 @@ class Capabilities:
             ``ImageConditioning``.
         supports_teacher_forcing: causal roles take ``CleanPast``.
         supports_frame_times: t may be [B, T], a time of its own for each frame, for any role.
+        supports_jvp: the adapter is a ``Tangents``: a call can be differentiated along a direction.
         causal_roles: roles of this run whose chunks do not see later ones; all others see the
             whole clip.
     """
@@ -37,6 +40,7 @@ class Capabilities:
     supports_expert_routing: bool = False
     supports_image_condition: bool = False
     supports_decode: bool = False
+    supports_jvp: bool = False
     supported_pred_types: frozenset[PredType] = field(default=frozenset({"v"}), converter=frozenset)
     causal_roles: frozenset[str] = field(default=frozenset(), converter=frozenset)
 

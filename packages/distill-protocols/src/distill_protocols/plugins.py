@@ -40,11 +40,21 @@ Group = Literal["distill.families", "distill.methods", "distill.callbacks"]
 
 @frozen(kw_only=True)
 class RoleNeed:
-    """A role that a method calls, and whether it trains it."""
+    """A role that a method calls, and whether it trains it.
+
+    Attributes:
+        help: what it is, in a few words.
+        reason: why the method cannot do without it, and what a person can who has none; said
+            where it is missing. Empty where that goes without saying.
+        heads_on: of a discriminator: the roles whose features it may be heads on, one of them;
+            empty: the role is a model by itself.
+    """
 
     name: str
     trainable: bool
     help: str = ""
+    reason: str = ""
+    heads_on: tuple[str, ...] = ()
 
 
 @frozen(kw_only=True)
@@ -73,6 +83,31 @@ class LoraSpec:
     def scale(self) -> float:
         """alpha / rank."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+def _blocks_of_heads(_: Any, __: Any, value: tuple[int, ...]) -> None:
+    if not value or len(set(value)) != len(value) or min(value) < 0:
+        raise ValueError(
+            f"{list(value)} must name at least one block, each once and counted from 0: there is "
+            "one head for each"
+        )
+
+
+@frozen(kw_only=True)
+class HeadSpec:
+    """A discriminator: small networks, each on the hidden states of one block of another role.
+
+    Attributes:
+        on: the role whose features they read.
+        blocks: indices of its blocks, from 0; one head each.
+        width: channels within a head.
+    """
+
+    on: str
+    blocks: tuple[int, ...] = field(validator=_blocks_of_heads)
+    width: int = field(
+        default=256, validator=at_least(1, "it counts channels; 64 to 512 is customary")
+    )
 
 
 @frozen(kw_only=True)
@@ -119,7 +154,8 @@ class RoleSpec:
     """Where one role comes from: what a family needs to load or plan it.
 
     Attributes:
-        path: a Diffusers-format folder, absolute, or a hub id such as ``Wan-AI/...``.
+        path: a Diffusers-format folder, absolute, or a hub id such as ``Wan-AI/...``; of heads,
+            that of the role that they are on.
         fsdp: how it is spread over processes; None: as the run's strategy says.
         lora: train low-rank adapters beside the weights of ``path``, which stay as they are.
         base: a frozen role of the same ``path`` and ``precision`` whose weights those are: held
@@ -127,6 +163,7 @@ class RoleSpec:
         activation_checkpointing: keep only the inputs of blocks for the backward pass.
         compile: compile its blocks.
         offload: weights wait in host memory while other roles are called (frozen roles).
+        heads: it is a discriminator, and has no model of its own.
     """
 
     name: str
@@ -139,6 +176,7 @@ class RoleSpec:
     activation_checkpointing: bool = False
     compile: CompileSpec | None = None
     offload: bool = False
+    heads: HeadSpec | None = None
 
 
 ExportFormat = Literal["diffusers", "comfyui", "lora"]
@@ -211,9 +249,19 @@ class MethodPlugin(ABC):
         a schedule is then as long as if that expert took all of the role's steps."""
         return 1.0
 
+    def trajectory_times(self, config: Any) -> tuple[float, ...]:
+        """Levels t of a teacher's trajectory that every batch must hold (``Batch.trajectory``, in
+        this order); empty: none is read."""
+        return ()
+
     def sampler(self, config: Any) -> SamplerSpec | None:
         """How the student is sampled."""
         return None
+
+    def faults(self, config: Any, run: PlannedRun) -> Iterable[tuple[str, str]]:
+        """Rules between the method's options and the run's models: pairs of a key of
+        ``method_config`` and a message."""
+        return ()
 
     @abstractmethod
     def build(
@@ -253,6 +301,11 @@ class FamilyPlugin(ABC):
         if role.lora is not None:
             yield "rank", f"family {self.name!r} has no low-rank adapters; leave lora out"
 
+    def head_faults(self, role: RoleSpec, config: Any) -> Iterable[tuple[str, str]]:
+        """What is wrong with a role's ``heads``: pairs of a key in it and a message."""
+        if role.heads is not None:
+            yield "on", f"family {self.name!r} gives no features to a discriminator; leave it out"
+
     def fit_faults(self, role: RoleSpec, path: str) -> Iterable[str]:
         """Why weights of the model at ``path`` are not for the role's, where names and shapes
         would not show it. Reads no weights."""
@@ -286,7 +339,14 @@ class FamilyPlugin(ABC):
         """The role's modules and sizes, from the meta device; needs no weights."""
 
     def plan_call(
-        self, role: RoleSpec, config: Any, *, source: str, batch: int, guided: bool = False
+        self,
+        role: RoleSpec,
+        config: Any,
+        *,
+        source: str,
+        batch: int,
+        guided: bool = False,
+        judges: bool = False,
     ) -> CallPlan | None:
         """What one call of the role takes beside its weights; None: this family cannot tell.
 
@@ -295,6 +355,8 @@ class FamilyPlugin(ABC):
             source: as in ``adapter``.
             batch: clips a call.
             guided: whether it is a call with guidance.
+            judges: whether it is differentiated by its latents, though the role does not learn: it
+                gives features to a discriminator.
         """
         return None
 
@@ -315,7 +377,8 @@ class FamilyPlugin(ABC):
             shard: called with each role while its parameters are still on the meta device (buffers
                 are real); it may put DTensors in their place, also on meta. Of those the family
                 fills this process's own part, reading no more than that where a source can.
-            seed: the run's; what starts at random (LoRA) is a function of it and of its name.
+            seed: the run's; what starts at random (LoRA, heads) is a function of it and of its
+                name.
             weights: by role and module, to take instead of those of the role's path. For a role
                 with ``lora`` they may be whole weights (the base then) or adapters alone (beside
                 the base of its path).
@@ -369,7 +432,8 @@ class RunParts:
 
 @frozen(kw_only=True)
 class PlannedRun:
-    """A run as it stands in its file: what a callback's rules may look at, without torch.
+    """A run as it stands in its file: what rules of methods and callbacks may look at, without
+    torch.
 
     Attributes:
         roles: by name.
@@ -378,7 +442,7 @@ class PlannedRun:
         student_sampler: the method's own, where it states one.
         has_negative: whether there will be a negative condition.
         experts: names of the roles that have more than one expert; None: not known.
-        pictured: names of the roles that cannot be called without a first frame.
+        pictured: names of the roles that cannot be called without a first frame, and get none.
     """
 
     roles: Mapping[str, RoleSpec]
@@ -388,6 +452,11 @@ class PlannedRun:
     has_negative: bool = True
     experts: frozenset[str] | None = None
     pictured: frozenset[str] = frozenset()
+
+    @property
+    def single(self) -> frozenset[str]:
+        """Names of the roles that have one expert; none where it is not known."""
+        return frozenset() if self.experts is None else frozenset(self.roles) - self.experts
 
     def role_faults(self, role: str, *, ema: bool = False) -> Iterator[tuple[str, str]]:
         """What is wrong with naming ``role`` (and its average): pairs of key and message."""
@@ -412,14 +481,16 @@ class PlannedRun:
         if spec is None:
             yield "sampler", "missing, and the method states no way to sample its student"
             return
+        if role in self.roles and self.roles[role].heads is not None:
+            yield "role", f"{role!r} is a discriminator, which makes no clips. Name another role"
         if role in self.pictured:
             yield (
                 "role",
                 f"{role!r} is an image-to-video model, and prompts alone bring no first frame to "
-                "sample it from. Leave this out, and look at the export through its own pipeline",
+                "sample it from. In validation, name one a prompt (validation.images); elsewhere "
+                "leave this out, and look at the export through its own pipeline",
             )
-        alone = self.experts is not None and role in self.roles and role not in self.experts
-        if spec.guidance_2 is not None and alone:
+        if spec.guidance_2 is not None and role in self.single:
             yield (
                 "sampler.guidance_2",
                 f"{spec.guidance_2:g} is of a second expert, and {role!r} has one, which would "

@@ -48,10 +48,11 @@ class RowGenerators:
         """Uniform in [0, 1), [B, *shape]."""
         return self._drawn(torch.rand, shape)
 
-    def integers(self, high: int) -> Tensor:
-        """Uniform in 0 .. high - 1, [B]."""
+    def integers(self, high: int, shape: Sequence[int] = ()) -> Tensor:
+        """Uniform in 0 .. high - 1, [B, *shape]."""
+        size = tuple(shape)
         return torch.stack(
-            [torch.randint(high, (), generator=g, device=g.device) for g in self._generators]
+            [torch.randint(high, size, generator=g, device=g.device) for g in self._generators]
         )
 
     def _drawn(self, draw: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:

@@ -133,9 +133,17 @@ class Boards:
         return newest
 
 
-def _hosted(timeout: timedelta) -> TCPStore:
-    # Port 0: any that is free.
-    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+def _hosted(timeout: timedelta) -> TCPStore | None:
+    try:
+        # Port 0: any that is free.
+        return TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+    except (RuntimeError, distributed.DistError) as error:
+        _log.warning(
+            "no board can be put up on this rank (%s): where ranks lose one another, less may be "
+            "known of where they were",
+            str(error).splitlines()[0],
+        )
+        return None
 
 
 def _reached(host: str, port: int, timeout: timedelta) -> list[TCPStore]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 from attrs import Attribute, field, frozen
@@ -244,6 +245,8 @@ class ValidationConfig:
         at_start: look before the first iteration of a fresh run.
         at_end: look after the last one (not after a stop that was asked for).
         prompts: one clip each.
+        images: PNG or JPEG files, the first frame of each prompt's clip, of the size of the run's
+            clips: for image-to-video models, and others that take one.
         seed: of the noise; the run's own generators are not touched.
         fps: frames a second of the clips that are written.
         views: what to look at, by the name it is logged under.
@@ -255,6 +258,7 @@ class ValidationConfig:
     at_start: bool = False
     at_end: bool = True
     prompts: tuple[str, ...] = field()
+    images: tuple[str, ...] = field(default=(), metadata={"path": ()})
     seed: int = field(default=0, validator=at_least(0, "seeds count from 0; take any other"))
     fps: float = field(default=8.0, validator=above(0, "a clip needs a speed; 8 is customary"))
     views: dict[str, ViewConfig] = field()
@@ -265,6 +269,20 @@ class ValidationConfig:
             raise ValueError(
                 "[] must hold at least one prompt: each is one clip. Leave the validation section "
                 "out if there is nothing to look at"
+            )
+
+    @images.validator
+    def _check_images(self, attribute: object, value: tuple[str, ...]) -> None:
+        if value and len(value) != len(self.prompts):
+            raise ValueError(
+                f"{len(value)} pictures for {len(self.prompts)} prompts; there must be one a "
+                "prompt, or none at all"
+            )
+        missing = [path for path in value if not Path(path).is_file()]
+        if missing:
+            raise ValueError(
+                f"{', '.join(missing)}: no such file, and a look would fail in the middle of the "
+                "run. Name PNG or JPEG files of the size of the run's clips"
             )
 
     @views.validator

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, Literal
+from math import inf
+from typing import Any, Literal, get_args
 
 from attrs import field, frozen
 from attrs.validators import in_, optional
@@ -12,13 +11,13 @@ from distill_protocols import SamplerSpec
 from distill_protocols.plugins import RoleNeed
 from distill_protocols.validators import above, at_least, within
 
-from distill_methods.roles import CRITIC, STUDENT, TEACHER
+from distill_methods.adversarial.config import FDivergence, GanConfig
+from distill_methods.roles import CRITIC, DISCRIMINATOR, STUDENT, discriminator
+from distill_methods.teachers import AWAY, TeachersConfig
 from distill_methods.time_ranges import share, share_of_levels
 from distill_methods.time_sampling import TimeSampling
 
 _SCALE = "t = 1000 sigma runs from 0 (clean) to 1000 (noise)"
-_AWAY = "u + w (c - u) with w < 0 leads away from the prompt"
-_TAKEN = (STUDENT.name, CRITIC.name)
 
 
 def unguided(_config: Any, _: Any, value: SamplerSpec) -> None:
@@ -28,7 +27,7 @@ def unguided(_config: Any, _: Any, value: SamplerSpec) -> None:
         raise ValueError(
             f"guidance {w} must be 1: the student learns the guided teacher's clips "
             "and is called once a step, so guiding it again would show another model than the one "
-            "trained. The teacher's guidance is real_score_guidance_scale."
+            "trained. The teacher's guidance is an option of its own of the method."
         )
 
 
@@ -47,37 +46,38 @@ def _above_t_min(config: MatchingConfig, _: Any, value: float) -> None:
         )
 
 
-@frozen(kw_only=True)
-class TeacherTerm:
-    """One of several teachers.
-
-    Attributes:
-        weight: its part of the clean clip that the student is drawn to; all of them add up to 1.
-            A negative one pushes away from what its teacher makes.
-        guidance_scale: its w in ``u + w (c - u)``; left out, real_score_guidance_scale.
-        guidance_scale_2: the same of its low-noise expert, where it has two; left out,
-            ``guidance_scale``, or real_score_guidance_scale_2 where that is left out too.
-    """
-
-    weight: float
-    guidance_scale: float | None = field(default=None, validator=optional(at_least(0, _AWAY)))
-    guidance_scale_2: float | None = field(default=None, validator=optional(at_least(0, _AWAY)))
-
-
-def _teachers(_config: Any, _: Any, value: Mapping[str, TeacherTerm]) -> None:
-    total = sum(term.weight for term in value.values())
-    if value and abs(total - 1) > 1e-6:
+def _ratio_is_known(config: MatchingConfig, _: Any, value: FDivergence) -> None:
+    if value == "reverse_kl":
+        return
+    if config.gan is None:
         raise ValueError(
-            f"the weights ({', '.join(f'{n} {t.weight:g}' for n, t in value.items())}) add up to "
-            f"{total:g} and must to 1: the weighted sum is a clean clip, and would be a scaled one"
+            f"{value} weights each sample by its density ratio, which only a discriminator can "
+            "tell. Set gan ({} has its defaults; generator_weight: 0 for the ratio alone), or use "
+            "reverse_kl"
         )
-    for name in _TAKEN:
-        if name in value:
-            raise ValueError(f"{name!r} has a place of its own and can be no teacher; name another")
+    if config.gan.time is not None:
+        raise ValueError(
+            f"{value} needs the density ratio at the x_t of the scores, and gan.time has D look at "
+            "others. Leave gan.time out"
+        )
+
+
+def _limits(config: MatchingConfig, attribute: Any, value: tuple[float, float]) -> None:
+    low, high = value
+    if not 0 < low <= 1 <= high < inf:
+        raise ValueError(
+            f"[{low}, {high}] must be positive and hold 1, the ratio where data and student are "
+            "equally likely; [0.1, 20] is FastGen's"
+        )
+    if config.f_divergence == "reverse_kl" and value != attribute.default:
+        raise ValueError(
+            f"[{low}, {high}] has no effect: the reverse KL weights all samples alike. Set "
+            "f_divergence, or leave this out"
+        )
 
 
 @frozen(kw_only=True)
-class MatchingConfig:
+class MatchingConfig(TeachersConfig):
     """What DMD2, Self-Forcing and CausVid have in common (Yin et al. 2024, "Improved
     Distribution Matching Distillation").
 
@@ -101,6 +101,12 @@ class MatchingConfig:
         score_t_min: lower clamp of that t: below, teacher and critic see no difference.
         score_t_max: upper clamp of that t: above, both see only noise.
         critic_time: the t at which the critic learns; left out: the same as the scores'.
+        gan: a discriminator that the student must deceive as well, or whose word weights its
+            gradient; left out: none.
+        f_divergence: of student from teacher (f-distill, Xu et al. 2025): another than the reverse
+            KL, which is DMD's, multiplies a sample's gradient by h(r), r = p_data / p_student as D
+            has it. Needs ``gan``.
+        f_ratio_limits: r is kept within these.
     """
 
     generator_update_interval: int = field(
@@ -110,12 +116,9 @@ class MatchingConfig:
     critic_update: Literal["alternate", "every_step"] = field(
         default="alternate", validator=in_(("alternate", "every_step"))
     )
-    real_score_guidance_scale: float = field(default=4.5, validator=at_least(0, _AWAY))
+    real_score_guidance_scale: float = field(default=4.5, validator=at_least(0, AWAY))
     real_score_guidance_scale_2: float | None = field(
-        default=None, validator=optional(at_least(0, _AWAY))
-    )
-    teachers: Mapping[str, TeacherTerm] = field(
-        factory=dict, converter=lambda given: MappingProxyType(dict(given)), validator=_teachers
+        default=None, validator=optional(at_least(0, AWAY))
     )
     student_sampler: SamplerSpec = field(
         default=SamplerSpec(steps=4, shift=5.0, stochastic=True), validator=unguided
@@ -127,37 +130,50 @@ class MatchingConfig:
     score_t_min: float = field(default=20.0, validator=within(0, 1000, _SCALE))
     score_t_max: float = field(default=980.0, validator=[within(0, 1000, _SCALE), _above_t_min])
     critic_time: TimeSampling | None = None
+    gan: GanConfig | None = None
+    f_divergence: FDivergence = field(
+        default="reverse_kl", validator=[in_(get_args(FDivergence)), _ratio_is_known]
+    )
+    f_ratio_limits: tuple[float, float] = field(default=(0.1, 20.0), validator=_limits)
 
     def turns(self, iteration: int) -> tuple[str, ...]:
         """Roles that learn in ``iteration`` (1-based): the whole update schedule."""
         student = iteration % self.generator_update_interval == 0
+        follow = (CRITIC.name,) if self.gan is None else (CRITIC.name, DISCRIMINATOR)
         if not student:
-            return ("critic",)
-        return ("student",) if self.critic_update == "alternate" else ("student", "critic")
+            return follow
+        return ("student",) if self.critic_update == "alternate" else ("student", *follow)
 
     @property
     def needs(self) -> tuple[RoleNeed, ...]:
         """Roles that are called."""
-        names = self.terms if self.teachers else (TEACHER.name,)
-        teachers = (RoleNeed(name=n, trainable=False, help=TEACHER.help) for n in names)
-        return (STUDENT, *teachers, CRITIC)
+        heads = () if self.gan is None else (discriminator(*self.features_of),)
+        return (STUDENT, *self.teacher_needs, CRITIC, *heads)
 
     @property
-    def terms(self) -> Mapping[str, tuple[float, tuple[float, float]]]:
-        """By teacher: its weight, and its w at high and at low noise levels."""
-        ours = self.real_score_guidance_scale, self.real_score_guidance_scale_2
-        given = self.teachers or {TEACHER.name: TeacherTerm(weight=1.0)}
-        return {name: (term.weight, _guidances(term, *ours)) for name, term in given.items()}
+    def features_of(self) -> tuple[str, ...]:
+        """Roles that a discriminator may be heads on."""
+        trains = self.gan is not None and self.gan.train_features
+        return (CRITIC.name,) if trains else (*self.terms, CRITIC.name)
+
+    @property
+    def guidance_keys(self) -> tuple[str, str]:
+        return "real_score_guidance_scale", "real_score_guidance_scale_2"
+
+    @property
+    def common_guidances(self) -> tuple[float, float | None]:
+        return self.real_score_guidance_scale, self.real_score_guidance_scale_2
 
     @property
     def guided(self) -> bool:
         """Whether a teacher is called with a negative condition."""
-        return any(w != 1 for _, ws in self.terms.values() for w in ws)
+        return self.teacher_guided
 
     @property
     def capabilities(self) -> tuple[str, ...]:
         """What the adapter must be able to do."""
-        return ("pred:v", "pred:x0", *(("supports_cfg",) if self.guided else ()))
+        also = {"supports_cfg": self.guided, "supports_features": self.gan is not None}
+        return ("pred:v", "pred:x0", *(name for name, needed in also.items() if needed))
 
     @property
     def score_time(self) -> TimeSampling:
@@ -169,15 +185,14 @@ class MatchingConfig:
         if role == STUDENT.name:
             levels = [1000 * sigma for sigma in self.student_sampler.sigmas()]
             return share_of_levels(levels, low, high)
-        return share(self.critic_time or self.score_time, low, high)
+        own = share(self.critic_time or self.score_time, low, high)
+        if role != CRITIC.name or self.gan is None or not self.gan.train_features:
+            return own
+        # It learns from either loss, each at a t of its own.
+        return 1 - (1 - own) * (1 - share(self.gan_time, low, high))
 
-
-def _guidances(term: TeacherTerm, high: float, low: float | None) -> tuple[float, float]:
-    own, own_low = term.guidance_scale, term.guidance_scale_2
-    if own is not None:
-        return own, own if own_low is None else own_low
-    return high, _first(own_low, low, high)
-
-
-def _first(*values: float | None) -> float:
-    return next(value for value in values if value is not None)
+    @property
+    def gan_time(self) -> TimeSampling:
+        """Distribution of the t at which the discriminator judges."""
+        own = None if self.gan is None else self.gan.time
+        return own or self.score_time

@@ -22,11 +22,21 @@ class FinetuneConfig:
         time: at which t the student learns.
         weighting: none: every t counts alike (FastGen, FastVideo). bsmntw: a bell over t that is
             0 at both ends (DiffSynth-Studio).
+        times: per_clip: one t a sample. per_chunk: an independent one for each chunk of a causal
+            student (diffusion forcing, Chen et al. 2024).
+        past: what a chunk of a causal student sees of those before it. noisy: the chunks that are
+            learned on, as noisy as they are. clean: the data (teacher forcing), as noisy as
+            ``student_sampler.context_noise`` says, as in sampling; a step is then a call of twice
+            the length.
         student_sampler: how the student is sampled in validation and export, guidance included.
     """
 
     time: TimeSampling = field(default=TimeSampling(shift=5.0))
     weighting: Literal["none", "bsmntw"] = field(default="none", validator=in_(("none", "bsmntw")))
+    times: Literal["per_clip", "per_chunk"] = field(
+        default="per_clip", validator=in_(("per_clip", "per_chunk"))
+    )
+    past: Literal["noisy", "clean"] = field(default="noisy", validator=in_(("noisy", "clean")))
     student_sampler: SamplerSpec = field(default=SamplerSpec(steps=50, shift=5.0, guidance=5.0))
 
     @property
@@ -46,7 +56,13 @@ class FinetuneConfig:
     @property
     def capabilities(self) -> tuple[str, ...]:
         """What the adapter must be able to do."""
-        return ("pred:v", *(("supports_cfg",) if self.guided else ()))
+        asked = {
+            "supports_cfg": self.guided,
+            "supports_frame_times": self.times == "per_chunk",
+            "supports_teacher_forcing": self.past == "clean",
+            f"causal:{STUDENT.name}": self.times == "per_chunk" or self.past == "clean",
+        }
+        return ("pred:v", *(name for name, needed in asked.items() if needed))
 
     def update_share(self, role: str, low: float, high: float) -> float:
         """See ``MethodPlugin.update_share``."""

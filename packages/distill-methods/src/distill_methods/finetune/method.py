@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from distill_protocols import (
     Batch,
+    CleanPast,
     StepResult,
 )
+from torch import Tensor
 
 from distill_methods.finetune.config import FinetuneConfig
 from distill_methods.latent_method import LatentMethod
@@ -20,6 +22,9 @@ class FinetuneMethod(LatentMethod[FinetuneConfig]):
 
         x_t = (1 - s) x0 + s eps,  t = clamp(1000 S_k(u), t_min, t_max), per sample
         L   = mean w(t) |v_student(x_t, t, c) - (eps - x0)|^2
+
+    Of a causal student t may be per chunk (diffusion forcing, Chen et al. 2024, arXiv:2407.01392;
+    w is then each chunk's own), and chunks may see clean data before them (teacher forcing).
 
     ``outputs``: ``student_x0``, the clean latents that the prediction implies.
 
@@ -37,11 +42,27 @@ class FinetuneMethod(LatentMethod[FinetuneConfig]):
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """The weighted velocity loss of one micro batch."""
         x0 = self.adapter.normalize_latents(batch.latents)
-        x_t, noise, t = self.draws.noised(x0, "finetune", iteration, self.config.time, "student")
-        velocity = self.adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="v")
+        chunks = self.adapter.chunks("student") if self.config.times == "per_chunk" else ()
+        x_t, noise, t = self.draws.noised(
+            x0, "finetune", iteration, self.config.time, "student", chunks=chunks
+        )
+        velocity = self.adapter.forward(
+            "student", x_t, t, batch.cond, fwd_pred_type="v", caches=self._past(x0)
+        )
         weight = bsmntw_weight(t) if self.config.weighting == "bsmntw" else None
         target = self.adapter.target(x0, noise, t, "v")
         loss = velocity_loss(velocity, target, weight, self.draws.trained_frames(batch.cond))
         with torch.no_grad():
             student_x0 = self.adapter.pred_to_x0(velocity, x_t, t)
         return StepResult({"total_loss": loss}, {"student_x0": student_x0})
+
+    def _past(self, x0: Tensor) -> CleanPast | None:
+        """What chunks see before them, of clean latents; None: each other."""
+        if self.config.past == "noisy":
+            return None
+        context = self.config.student_sampler.context_noise
+        if context == 0:
+            return CleanPast(latents=x0)
+        t = torch.full((len(x0),), context, device=x0.device)
+        noise = self.draws.noise_like(x0, "finetune.past")
+        return CleanPast(latents=self.adapter.add_noise(x0, noise, t), t=t)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import torch
 from distill_protocols import (
     Batch,
+    ConditioningProvider,
+    ModelBundle,
+    RandomStreams,
     StepResult,
 )
+from torch import Tensor
 
+from distill_methods.contracts import LatentDiffusion
 from distill_methods.latent_method import LatentMethod
-from distill_methods.maths import velocity_loss
+from distill_methods.maths import clean_weight, velocity_loss
 from distill_methods.teacher_only.config import TeacherOnlyConfig
+from distill_methods.teaching import Teachers
 
 
 class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
@@ -18,46 +24,69 @@ class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
 
     Guidance distillation, stage one of Meng et al. 2023 (arXiv:2210.03142)::
 
-        x_t = (1 - s) x0 + s eps,  t = clamp(1000 S_k(u), t_min, t_max), per sample
-        L   = mean |v_student(x_t, t, c) - (u + w (c - u))_teacher|^2
+        x_t = (1 - s) x + s eps,  t = clamp(1000 S_k(u), t_min, t_max), per sample
+        L   = mean a(t) |v_student(x_t, t, c) - sum_i a_i (u + w_i (c - u))_teacher i|^2
 
-    Deviations: w is fixed (theirs is drawn and given to the student as an input), and the loss
-    is on v (theirs on x0, weighted). Batches should come without condition dropout: the
+    with x from the data or the student's own clip, and a(t) = 1 (``target: v``) or s^2
+    (``target: x0``, as x0 = x_t - s v).
+
+    Deviations: w is fixed (theirs is drawn and given to the student as an input), and by default
+    the loss is on v (theirs on x0, weighted). Batches should come without condition dropout: the
     guided prediction at the negative condition is that condition's own.
 
     ``outputs``: ``student_x0`` and ``teacher_x0``, the clean latents that the predictions imply.
 
     Args:
-        bundle: a trainable student and a frozen teacher.
+        bundle: a trainable student and the frozen teachers.
         conditioning: gives the negative condition, unless nothing is guided.
 
     Raises:
-        RoleError: a role is missing, the teacher is trainable, or the student is not.
+        RoleError: a role is missing, a teacher is trainable, or the student is not.
         CapabilityError: the adapter lacks something in ``config.capabilities``.
         ConditioningError: something is guided and there is no negative condition.
+        ContractError: a guidance is of a second expert that no teacher has.
     """
 
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        adapter: LatentDiffusion,
+        config: TeacherOnlyConfig,
+        *,
+        conditioning: ConditioningProvider,
+        streams: RandomStreams | None = None,
+    ) -> None:
+        super().__init__(bundle, adapter, config, conditioning=conditioning, streams=streams)
+        self._teachers = Teachers(adapter, config, draws=self.draws, negative=self.negative)
+
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
-        """The distance of student and guided teacher in v, on one micro batch."""
-        x0 = self.adapter.normalize_latents(batch.latents)
+        """The distance of student and guided teachers, on one micro batch."""
         x_t, _, t = self.draws.noised(
-            x0, "teacher_only", iteration, self.config.time, *self.required_roles
+            self._clean(batch), "teacher_only", iteration, self.config.time, *self.required_roles
         )
-        with torch.no_grad():
-            target = self.adapter.forward(
-                "teacher",
-                x_t,
-                t,
-                batch.cond,
-                fwd_pred_type="v",
-                neg_cond=self.negative,
-                cfg=self.config.guidance_scale,
-            )
+        target = self._teachers.predict(x_t, t, batch.cond)
         velocity = self.adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="v")
-        loss = velocity_loss(velocity, target, trained=self.draws.trained_frames(batch.cond))
+        weight = clean_weight(t) if self.config.target == "x0" else None
+        loss = velocity_loss(velocity, target, weight, self.draws.trained_frames(batch.cond))
         with torch.no_grad():
             outputs = {
                 "student_x0": self.adapter.pred_to_x0(velocity, x_t, t),
                 "teacher_x0": self.adapter.pred_to_x0(target, x_t, t),
             }
         return StepResult({"total_loss": loss}, outputs)
+
+    @torch.no_grad()
+    def _clean(self, batch: Batch) -> Tensor:
+        if self.config.input == "data":
+            return self.adapter.normalize_latents(batch.latents)
+        spec = self.config.student_sampler
+        with self.bundle["student"].frozen():
+            return self.adapter.rollout(
+                "student",
+                spec,
+                self.draws.noise_like(batch.latents, "teacher_only.rollout"),
+                batch.cond,
+                exits=(spec.steps - 1,) * len(self.adapter.chunks("student")),
+                generators=self.streams.rows("teacher_only.rollout.fresh", len(batch)),
+                poll=self.stop.poll,
+            )

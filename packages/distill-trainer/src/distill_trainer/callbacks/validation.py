@@ -6,17 +6,19 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from distill_protocols import (
     Callback,
     ConditioningProvider,
+    DataError,
     RunState,
     SampleView,
     Spread,
     StepRecord,
 )
+from PIL import Image
 from torch import Tensor, nn
 
 from distill_trainer.config import ValidationConfig
@@ -54,7 +56,8 @@ class ValidationCallback(Callback):
     def on_train_start(self, run: RunState) -> None:
         # Now, not at the first look: a prompt that cannot be encoded must not end a long run.
         run.method.bundle.require_roles(view.role for view in self._views)
-        self._cond = self._conditioning.encode(self.config.prompts)
+        images = read_pictures(self.config.images) if self.config.images else None
+        self._cond = self._conditioning.encode(self.config.prompts, images)
 
     def on_step_start(self, run: RunState) -> None:
         # Not in on_train_start: a run that is resumed gets its weights after that.
@@ -109,6 +112,32 @@ class ValidationCallback(Callback):
         # A resumed run may look at this iteration a second time.
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
+
+
+def read_pictures(paths: Sequence[str]) -> Tensor:
+    """PNG or JPEG files as [B, 3, H_px, W_px] in [0, 1].
+
+    Raises:
+        DataError: a file is no picture, or they are not of one size.
+    """
+    pictures = []
+    for path in paths:
+        try:
+            with Image.open(path, formats=("PNG", "JPEG")) as file:
+                flat = torch.frombuffer(bytearray(file.convert("RGB").tobytes()), dtype=torch.uint8)
+                pictures.append(flat.view(file.height, file.width, 3).permute(2, 0, 1) / 255)
+        except (OSError, SyntaxError) as error:
+            raise DataError(
+                f"{path} is no PNG or JPEG picture that can be read ({error}); a clip cannot begin "
+                "with it. Save it again, or name another"
+            ) from error
+    sizes = {tuple(picture.shape[1:]) for picture in pictures}
+    if len(sizes) > 1:
+        raise DataError(
+            f"validation.images are of several sizes (height, width): {sorted(sizes)}; all must be "
+            "of the size of the run's clips. Scale and crop them"
+        )
+    return torch.stack(pictures)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""Samples a teacher and stores what its clips were on the way, for KD and ODE regression."""

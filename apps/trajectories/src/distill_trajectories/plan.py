@@ -1,0 +1,42 @@
+"""What would be made, without weights: the text of ``--dry-run``. No torch."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+from distill_conditioning import dataset_facts
+from distill_train.schema import SampledConfig
+
+from distill_trajectories.config import TrajectoriesConfig
+
+_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+def describe(config: SampledConfig) -> str:
+    """The request as text."""
+    own: TrajectoriesConfig = config.section
+    spec = config.role.spec
+    lines = [
+        f"trajectories of {spec.name} on {config.recipe.family}: {spec.path}, {spec.precision}",
+        f"  {own.sampler.steps} steps, guidance {own.sampler.guidance:g}, "
+        f"{own.sampler.calls_per_clip} model calls a clip",
+        f"  kept: x_t at t = {', '.join(f'{t:.6g}' for t in own.times)}, and the clip",
+        *_size(config, own),
+        f"  into {own.output_dir}",
+    ]
+    return "\n".join(lines)
+
+
+def _size(config: SampledConfig, own: TrajectoriesConfig) -> list[str]:
+    shape = config.family_plugin.latent_shape(config.pipeline, source=config.source)
+    size = 0
+    if shape is not None:
+        size = prod(shape) * _BYTES[own.dtype] * (1 + len(own.steps))
+    if not Path(config.data.path).exists():
+        each = f"; {size / 1e6:,.2f} MB a clip and its caption" if size else ""
+        return [f"  the captions' data set is not on this machine yet: {config.data.path}{each}"]
+    samples = own.samples(dataset_facts(config.data.path).samples)
+    shards = -(-samples // own.samples_per_shard)
+    text = f", {samples * size / 1e6:,.1f} MB and captions" if size else ""
+    return [f"  {samples:,} clips in {shards:,} shard(s){text}"]

@@ -1,0 +1,286 @@
+"""The clips themselves: from a checked request to a data set."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from attrs import define, frozen
+from distill_conditioning import (
+    CachedConditioning,
+    LatentDataset,
+    ShardRows,
+    TrajectoryFolder,
+)
+from distill_protocols import Condition, DistillAdapter, RowGenerators
+from distill_train.build import warm_start
+from distill_train.run import device_type
+from distill_train.schema import SampledConfig
+from distill_train.structure import to_plain
+from torch import Tensor
+from tqdm import tqdm
+
+from distill_trajectories.config import TrajectoriesConfig
+
+_log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@frozen
+class Share:
+    """This process among those that make the same data set: every ``size``-th shard is its own.
+
+    They do not talk: a shard is a file, and whoever finds all of them there writes the index.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def of_this_process(cls) -> Share:
+        """As torchrun numbers it; one alone without it."""
+        rank, size = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
+        return cls(rank, size, int(os.environ.get("LOCAL_RANK", "0")))
+
+    def device(self) -> torch.device:
+        """Its own accelerator, or the CPU."""
+        kind = device_type()
+        return torch.device(kind, self.local_rank) if kind == "cuda" else torch.device(kind)
+
+
+def run(config: SampledConfig) -> bool:
+    """Make what is missing of the data set; whether it is whole now.
+
+    Raises:
+        DistillError: whatever is wrong with weights, data or folder.
+    """
+    own: TrajectoriesConfig = config.section
+    if own.cpu_threads is not None:
+        torch.set_num_threads(own.cpu_threads)
+    with _sigterm_interrupts():
+        return _run(config, own, Share.of_this_process())
+
+
+def _run(config: SampledConfig, own: TrajectoriesConfig, share: Share) -> bool:
+    source = LatentDataset(config.data)
+    folder = _folder(config, own, source)
+    if folder.complete():
+        _log.info("nothing to do: %s is whole", own.output_dir)
+        return True
+    device = share.device()
+    spec = config.role.spec
+    start = config.role.init_from
+    weights = {}
+    if start is not None:
+        weights[spec.name] = warm_start(spec.name, start, config.family_plugin)
+    bundle = config.family_plugin.load([spec], config.pipeline, device=device, weights=weights)
+    adapter = config.family_plugin.adapter(bundle, config.pipeline, source=config.source)
+    conditioning = CachedConditioning(
+        config.conditioning,
+        encoder=adapter,
+        dataset=source,
+        output_dir=own.output_dir,
+        device=device,
+    )
+    negative = _negative(config, source, conditioning)
+    teacher = Teacher(
+        adapter=adapter,
+        role=spec.name,
+        config=own,
+        source=source,
+        negative=negative[1].to(device) if negative else None,
+        device=device,
+    )
+    missing = folder.missing(share.rank, share.size)
+    _log.info("%s", _opening(config, own, folder, share, missing, device))
+    progress = Progress(total=sum(len(folder.span(shard)) for shard in missing))
+    for shard in missing:
+        rows = ShardRows()
+        span = folder.span(shard)
+        for first in range(0, len(span), own.batch_size):
+            numbers = span[first : first + own.batch_size]
+            teacher.add(folder, rows, numbers)
+            progress.made(len(numbers))
+        folder.write(shard, rows)
+    index = folder.finish(negative=negative, encoder=source.index.encoder)
+    if index is None:
+        left = len(folder.missing())
+        _log.info("this process is done; %d shard(s) are still with others", left)
+        return False
+    size = sum(entry.bytes for entry in index.shards)
+    _log.info(
+        "%s clips with x_t at t = %s in %d shard(s), %s MB: %s",
+        f"{index.samples:,}",
+        ", ".join(f"{t:g}" for t in own.times),
+        len(index.shards),
+        f"{size / 1e6:,.1f}",
+        own.output_dir,
+    )
+    return True
+
+
+@define(eq=False, kw_only=True)
+class Teacher:
+    """Samples clips by number, and keeps what they were on the way."""
+
+    adapter: DistillAdapter
+    role: str
+    config: TrajectoriesConfig
+    source: LatentDataset
+    negative: Condition | None
+    device: torch.device
+
+    def add(self, folder: TrajectoryFolder, rows: ShardRows, numbers: Sequence[int]) -> None:
+        """Clips ``numbers`` into ``rows``."""
+        places = [number % len(self.source) for number in numbers]
+        batch = self.source.read(torch.tensor(places))
+        captions = [self.source.caption(place) for place in places]
+        latents, states = self.walk(numbers, batch.cond)
+        folder.add(rows, numbers, captions, batch.cond, latents, states)
+
+    def walk(self, numbers: Sequence[int], cond: Condition) -> tuple[Tensor, Tensor]:
+        """Raw latents [B, C, T, H, W] of the clips and their states [B, K, C, T, H, W] at the kept
+        levels, on the CPU."""
+        states: dict[int, Tensor] = {}
+
+        def seen(step: int, x_t: Tensor) -> None:
+            if step in self.config.steps:
+                states[step] = x_t.cpu()
+
+        noise = RowGenerators.seeded(self.config.seed, "trajectories.noise", numbers)
+        clean = self.adapter.sample(
+            self.role,
+            self.config.sampler,
+            noise.normal(self.adapter.latent_shape).to(self.device),
+            cond.to(self.device),
+            neg_cond=self.negative,
+            seen=seen,
+        )
+        kept = torch.stack([states[step] for step in self.config.steps], dim=1)
+        return self.adapter.denormalize_latents(clean).cpu(), kept
+
+
+@define(eq=False)
+class Progress:
+    """Lines that say how far this process is, and how long it will take."""
+
+    total: int
+    done: int = 0
+    began: float = 0.0
+    said: float = 0.0
+
+    def __attrs_post_init__(self) -> None:
+        self.began = self.said = time.monotonic()
+
+    def made(self, count: int) -> None:
+        """``count`` clips more."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.said < SECONDS_BETWEEN_LINES and self.done < self.total:
+            return
+        self.said = now
+        each = (now - self.began) / self.done
+        left = tqdm.format_interval(each * (self.total - self.done))
+        _log.info("%d/%d clips, %.3g s each, %s left", self.done, self.total, each, left)
+
+
+def settings(config: SampledConfig, source: LatentDataset) -> dict[str, Any]:
+    """All that decides a sample: what a folder must have been begun with to go on."""
+    own: TrajectoriesConfig = config.section
+    spec = config.role.spec
+    start = config.role.init_from
+    return {
+        "family": config.recipe.family,
+        "role": {
+            "path": spec.path,
+            "precision": spec.precision,
+            "lora": None if spec.lora is None else to_plain(spec.lora),
+            "init_from": None if start is None else to_plain(start),
+        },
+        "pipeline_config": to_plain(config.pipeline),
+        "captions": hashlib.sha256(source.index.to_json().encode()).hexdigest(),
+        "negative_prompt": config.conditioning.negative_prompt,
+        "sampler": to_plain(own.sampler),
+        "times": list(own.times),
+        "seed": own.seed,
+        # The bits of a clip depend on how many are computed together.
+        "batch_size": own.batch_size,
+        "samples_per_shard": own.samples_per_shard,
+        "dtype": own.dtype,
+    }
+
+
+def _folder(
+    config: SampledConfig, own: TrajectoriesConfig, source: LatentDataset
+) -> TrajectoryFolder:
+    return TrajectoryFolder(
+        own.output_dir,
+        settings=settings(config, source),
+        times=own.times,
+        samples=own.samples(len(source)),
+        samples_per_shard=own.samples_per_shard,
+        ids=_ids(source),
+        dtype=own.dtype,
+    )
+
+
+def _ids(source: LatentDataset) -> Callable[[int], str]:
+    def name(number: int) -> str:
+        repeat, sample = divmod(number, len(source))
+        return f"{source.id(sample)}.{repeat}"
+
+    return name
+
+
+def _negative(
+    config: SampledConfig, source: LatentDataset, conditioning: CachedConditioning
+) -> tuple[str, Condition] | None:
+    """Prompt and condition, to guide with and to store beside the clips; None: there is none."""
+    stored = source.negative()
+    prompt = config.conditioning.negative_prompt
+    if prompt is None and stored is None:
+        return None
+    if prompt is None:
+        prompt = stored.prompt if stored else ""
+    return prompt, conditioning.negative().to("cpu")
+
+
+def _opening(
+    config: SampledConfig,
+    own: TrajectoriesConfig,
+    folder: TrajectoryFolder,
+    share: Share,
+    missing: list[int],
+    device: torch.device,
+) -> str:
+    mine = len(range(share.rank, folder.shards, share.size))
+    who = f"process {share.rank} of {share.size}: " if share.size > 1 else ""
+    return (
+        f"{config.role.spec.name} ({config.role.spec.precision}, {config.role.spec.path}) on "
+        f"{device}, {own.sampler.calls_per_clip} calls a clip\n"
+        f"{who}{mine - len(missing)} of {mine} shard(s) are there, {len(missing)} to make, into "
+        f"{own.output_dir}"
+    )
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C: whole shards stay, and the next start goes on with them."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -1,0 +1,229 @@
+"""A data set of sampled clips in the making, which a killed process can go on with.
+
+Each shard is a function of the settings and of its number alone. So whatever shards are there stay,
+the rest is made, by any number of processes, and the end is the same, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distill_protocols import Condition
+from distill_protocols.errors import DataError
+from torch import Tensor
+
+from distill_conditioning.index import (
+    CONSTANTS_FILE,
+    INDEX_FILE,
+    DatasetIndex,
+    read_index,
+    read_metadata,
+    shard_file,
+)
+from distill_conditioning.shard_rows import CONDITION, ShardRows, check_finite, shard_entry
+from distill_conditioning.shards import DTYPES, TRAJECTORY, LatentDtype, write_constants
+from distill_conditioning.tensor_file import map_tensors, written_whole
+
+SETTINGS_FILE = "trajectories.json"
+
+
+class TrajectoryFolder:
+    """The folder of a trajectory data set; ``finish`` writes its index once all shards are there.
+
+    Shard n holds the samples ``n * samples_per_shard`` and on. With more ``samples`` than the
+    folder was made with it is extended: a last shard that was not full is made again.
+
+    Args:
+        folder: made if need be.
+        settings: all that decides a sample, as JSON; the number of samples excepted.
+        times: levels t of each sample's trajectory, falling.
+        samples: how many there shall be.
+        samples_per_shard: a shard is what a killed process loses at most.
+        ids: of a sample, by its number.
+        dtype: as stored.
+
+    Raises:
+        DataError: the folder holds something else, or was made with other settings.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        settings: Mapping[str, Any],
+        times: Sequence[float],
+        samples: int,
+        samples_per_shard: int,
+        ids: Callable[[int], str],
+        dtype: LatentDtype,
+    ) -> None:
+        self.folder = Path(folder)
+        self._settings = json.loads(json.dumps(settings))  # as it will be read back
+        self._times = tuple(times)
+        self._samples = samples
+        self._per_shard = samples_per_shard
+        self._ids = ids
+        self._dtype: LatentDtype = dtype
+        self._claim()
+
+    @property
+    def shards(self) -> int:
+        """How many there will be."""
+        return -(-self._samples // self._per_shard)
+
+    def span(self, shard: int) -> range:
+        """Numbers of the samples of ``shard``."""
+        first = shard * self._per_shard
+        return range(first, min(first + self._per_shard, self._samples))
+
+    def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
+        """Shards still to be made, of those that are this process's."""
+        return [n for n in range(rank, self.shards, world_size) if self._held(n) is None]
+
+    def complete(self) -> bool:
+        """Whether the data set is there, index and all, with as many samples at least."""
+        if not (self.folder / INDEX_FILE).exists():
+            return False
+        return read_index(self.folder).samples >= self._samples
+
+    def add(
+        self,
+        rows: ShardRows,
+        numbers: Sequence[int],
+        captions: Sequence[str],
+        condition: Condition,
+        latents: Tensor,
+        trajectory: Tensor,
+    ) -> None:
+        """B samples into ``rows``, as they will be stored.
+
+        Args:
+            latents: [B, C, T, H, W], raw, where the trajectories end.
+            trajectory: [B, K, C, T, H, W], normalised, at ``times``.
+
+        Raises:
+            DataError: a value that is not finite, also after the cast to the stored type.
+        """
+        ids = [self._ids(number) for number in numbers]
+        stored = [v.detach().to("cpu", DTYPES[self._dtype]) for v in (latents, trajectory)]
+        for what, value in zip(("latents", "trajectories"), stored, strict=True):
+            check_finite(ids, value, what)
+        for row, (sample, caption) in enumerate(zip(ids, captions, strict=True)):
+            columns = {"latents": stored[0][row], TRAJECTORY: stored[1][row]}
+            rows.add(sample, caption, condition[row : row + 1], columns)
+
+    def write(self, shard: int, rows: ShardRows) -> None:
+        """The whole of ``shard``; without it there is no index, which vouches for all of them."""
+        (self.folder / INDEX_FILE).unlink(missing_ok=True)
+        rows.write(self.folder / shard_file(shard))
+
+    def finish(
+        self, *, negative: tuple[str, Condition] | None, encoder: str | None
+    ) -> DatasetIndex | None:
+        """Write constants and index; None while a shard of another process is missing.
+
+        Whoever comes last finds them all. Two that do write the same bytes.
+
+        Args:
+            negative: prompt and condition (one row).
+            encoder: fingerprint of what encoded the captions.
+        """
+        held = [self._held(shard) for shard in range(self.shards)]
+        counts = [count for count in held if count is not None]
+        if len(counts) < self.shards:
+            return None
+        for part in self._parts():
+            part.unlink(missing_ok=True)
+        if negative is not None:
+            write_constants(self.folder, *negative, encoder=encoder)
+        files = [self.folder / shard_file(shard) for shard in range(self.shards)]
+        tensors, _ = map_tensors(files[0])
+        rows = {name: tuple(value.shape[1:]) for name, value in tensors.items()}
+        conditions = {
+            name.removeprefix(CONDITION): shape
+            for name, shape in sorted(rows.items())
+            if name.startswith(CONDITION)
+        }
+        index = DatasetIndex(
+            latent_shape=rows["latents"],  # type: ignore[arg-type]
+            latent_dtype=self._dtype,
+            conditions=conditions,
+            encoder=encoder,
+            samples=sum(counts),
+            shards=tuple(map(shard_entry, files, counts)),
+            constants=CONSTANTS_FILE if negative is not None else None,
+            trajectory_times=self._times,
+        )
+        with written_whole(self.folder / INDEX_FILE) as part:
+            part.write_text(index.to_json())
+        return index
+
+    def _held(self, shard: int) -> int | None:
+        """Samples of a shard that is there and has all that it shall have; None: to be made.
+
+        Raises:
+            DataError: the file is damaged, which no kill of ours leaves behind.
+        """
+        file = self.folder / shard_file(shard)
+        if not file.exists():
+            return None
+        ids = read_metadata(file)["ids"]
+        return len(ids) if len(ids) >= len(self.span(shard)) else None
+
+    def _parts(self) -> Iterator[Path]:
+        """What killed processes left behind; of live ones there are none once all is there."""
+        return self.folder.glob(".shard-*.part")
+
+    def _claim(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / SETTINGS_FILE
+        if file.exists():
+            self._compare(file)
+            return
+        old = [*self.folder.glob("shard-*.safetensors"), *self.folder.glob(INDEX_FILE)]
+        if old:
+            raise DataError(
+                f"{self.folder}: holds {old[-1].name}, but no {SETTINGS_FILE}, so it is another "
+                "data set, and shards of two could not be told apart. Name a new folder in "
+                "trajectories.output_dir."
+            )
+        with written_whole(file) as part:
+            part.write_text(json.dumps(self._settings, indent=1, ensure_ascii=False) + "\n")
+
+    def _compare(self, file: Path) -> None:
+        try:
+            made = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{file}: cannot be read as JSON ({error}), so nobody can tell what the shards "
+                "beside it are of. Name a new folder in trajectories.output_dir."
+            ) from error
+        then, now = _flat(made), _flat(self._settings)
+        differences = [
+            f"{key} was {_said(then, key)} and is {_said(now, key)}"
+            for key in dict.fromkeys([*then, *now])
+            if _said(then, key) != _said(now, key)
+        ]
+        if differences:
+            raise DataError(
+                f"{self.folder}: was made with other settings: {'; '.join(differences)}. Samples "
+                "of two settings in one data set could not be told apart. Put them back as they "
+                "were, or name a new folder in trajectories.output_dir."
+            )
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {
+        key: item
+        for name, inner in value.items()
+        for key, item in _flat(inner, f"{path}.{name}" if path else name).items()
+    }
+
+
+def _said(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key], ensure_ascii=False) if key in values else "not there"

@@ -1,0 +1,1 @@
+"""A discriminator's two turns: no method, but what those with a GAN have in common."""

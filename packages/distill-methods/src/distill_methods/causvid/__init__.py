@@ -1,0 +1,1 @@
+"""CausVid: distribution matching of a causal student on noised data."""

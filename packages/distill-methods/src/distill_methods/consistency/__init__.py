@@ -1,0 +1,1 @@
+"""Consistency distillation: one call gives what the teacher's trajectory ends at."""

@@ -1,0 +1,197 @@
+"""Options of consistency distillation. No torch here: run files are checked without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from attrs import field, frozen
+from attrs.validators import in_, optional
+from distill_protocols import SamplerSpec
+from distill_protocols.plugins import PlannedRun, RoleNeed
+from distill_protocols.validators import above, at_least
+
+from distill_methods.distribution_matching.config import unguided
+from distill_methods.roles import STUDENT
+from distill_methods.teachers import AWAY, TeachersConfig
+from distill_methods.time_ranges import share, share_of_levels
+from distill_methods.time_sampling import TimeSampling
+
+
+def _within_the_grid(config: Discrete, _: Any, value: int) -> None:
+    if value > config.steps:
+        raise ValueError(
+            f"{value} is more than the grid's steps ({config.steps}): each pair would end at the "
+            "data, and the student learn one step of its teacher. Use at most steps"
+        )
+
+
+def _read_by_huber(config: Discrete, attribute: Any, value: float) -> None:
+    if config.loss == "l2" and value != attribute.default:
+        raise ValueError(
+            f"{value} has no effect: loss: l2 has no such number. Set loss: huber, or leave it out"
+        )
+
+
+def one_of_the_two(config: Any, _: Any, value: Continuous | None) -> None:
+    """Validator of ``continuous``."""
+    if value is not None and config.discrete is not None:
+        raise ValueError(
+            "stands beside discrete, and a student learns in one of the two ways. Leave one out"
+        )
+
+
+@frozen(kw_only=True)
+class Discrete:
+    """Consistency between neighbours of a grid of times (LCM, Luo et al. 2023).
+
+    Attributes:
+        steps: N: points of the grid above 0, ``t_n = 1000 S_shift(1 - n / N)``. LCM has 50, rCM's
+            discrete form 48.
+        shift: flow shift of the grid.
+        skip: k: points that the teacher's one Euler step goes over. Larger converges faster, and to
+            a coarser teacher: LCM has 20 of 50, rCM's discrete form 1 of 48.
+        loss: l2: ``mean |d|^2``. huber: ``mean (sqrt(d^2 + c^2) - c)``, which single large
+            differences lead less (LCM).
+        huber_c: its c; LCM's 0.001.
+    """
+
+    steps: int = field(
+        default=48, validator=at_least(1, "there would be no time to learn at; LCM has 50")
+    )
+    shift: float = field(
+        default=5.0,
+        validator=above(0, "S_k(u) = k u / (1 + (k - 1) u) is a noise level for positive k only"),
+    )
+    skip: int = field(
+        default=1,
+        validator=[at_least(1, "a pair must be of two different times"), _within_the_grid],
+    )
+    loss: Literal["l2", "huber"] = field(default="huber", validator=in_(("l2", "huber")))
+    huber_c: float = field(
+        default=0.001,
+        validator=[above(0, "at 0 the gradient has a step at d = 0"), _read_by_huber],
+    )
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """t of the grid's points, falling; 0 is not among them."""
+        sigmas = SamplerSpec(steps=self.steps, shift=self.shift).sigmas()
+        return tuple(1000 * sigma for sigma in sigmas)
+
+    @property
+    def pairs(self) -> tuple[tuple[float, float], ...]:
+        """(t, the time that its teacher's step ends at)."""
+        after = (*self.levels[self.skip :], *[0.0] * self.skip)
+        return tuple(zip(self.levels, after, strict=True))
+
+    def share_within(self, low: float, high: float) -> float:
+        """Of the times that the student learns at, those in [low, high)."""
+        return share_of_levels(self.levels, low, high)
+
+
+@frozen(kw_only=True)
+class Continuous:
+    """The limit of neighbours that are infinitely near (sCM, Lu & Song 2024).
+
+    Attributes:
+        time: at which t the student learns; rCM's for Wan 2.1 1.3B (1.5 for the mean of 14B's).
+        tangent_warmup: student updates over which the derivative of the student comes in; 0: at
+            once. rCM: 1000 for 1.3B, 0 for 14B; sCM: 10000.
+        tangent_c: c in ``g / (|g| + c)``, |g| over a whole sample; sCM's and rCM's 0.1.
+    """
+
+    time: TimeSampling = field(default=TimeSampling(distribution="logit_normal", mean=0.7, std=1.6))
+    tangent_warmup: int = field(
+        default=1000, validator=at_least(0, "it counts student updates; 0 is none")
+    )
+    tangent_c: float = field(
+        default=0.1, validator=above(0, "a sample without error would be divided by 0")
+    )
+
+    def share(self, update: int) -> float:
+        """Of the derivative, in the student's ``update`` (from 1)."""
+        return min(1.0, update / self.tangent_warmup) if self.tangent_warmup else 1.0
+
+    def share_within(self, low: float, high: float) -> float:
+        """Of the times that the student learns at, those in [low, high)."""
+        return share(self.time, low, high)
+
+
+@frozen(kw_only=True)
+class ConsistencyConfig(TeachersConfig):
+    """Consistency distillation (Song et al. 2023; LCM, Luo et al. 2023; sCM, Lu & Song 2024).
+
+    Attributes:
+        guidance_scale: w of the teacher, ``u + w (c - u)``; it is fixed, and the student has it in
+            one call.
+        guidance_scale_2: w of the teacher's expert for the low noise levels, where it has two;
+            left out, the same.
+        teachers: several teachers by role, in the place of the one role ``teacher``: the trajectory
+            is that of the weighted sum of their guided predictions.
+        discrete: neighbours on a grid; how it is done where neither of the two is written.
+        continuous: without a grid; needs an adapter with ``supports_jvp``.
+        student_sampler: how the student is sampled in validation and export. Its guidance must
+            be 1.
+    """
+
+    guidance_scale: float = field(default=5.0, validator=at_least(0, AWAY))
+    guidance_scale_2: float | None = field(default=None, validator=optional(at_least(0, AWAY)))
+    discrete: Discrete | None = None
+    continuous: Continuous | None = field(default=None, validator=one_of_the_two)
+    student_sampler: SamplerSpec = field(
+        default=SamplerSpec(steps=4, shift=5.0, stochastic=True), validator=unguided
+    )
+
+    @property
+    def form(self) -> Discrete | Continuous:
+        """The one of the two that is used."""
+        return self.continuous or self.discrete or Discrete()
+
+    @property
+    def needs(self) -> tuple[RoleNeed, ...]:
+        """Roles that are called."""
+        return (STUDENT, *self.teacher_needs)
+
+    @property
+    def common_guidances(self) -> tuple[float, float | None]:
+        return self.guidance_scale, self.guidance_scale_2
+
+    def turns(self, iteration: int) -> tuple[str, ...]:
+        """Roles that learn in ``iteration`` (1-based): always the student."""
+        return ("student",)
+
+    @property
+    def guided(self) -> bool:
+        """Whether a teacher is called with a negative condition."""
+        return self.teacher_guided
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What the adapter must be able to do."""
+        jvp = ("supports_jvp",) if self.continuous else ()
+        return ("pred:v", "pred:x0", *jvp, *(("supports_cfg",) if self.guided else ()))
+
+    def faults(self, run: PlannedRun) -> Iterator[tuple[str, str]]:
+        """See ``MethodPlugin.faults``."""
+        yield from super().faults(run)
+        yield from form_faults(self.form, run)
+
+    def update_share(self, role: str, low: float, high: float) -> float:
+        """See ``MethodPlugin.update_share``."""
+        return self.form.share_within(low, high)
+
+
+def form_faults(form: Discrete | Continuous, run: PlannedRun) -> Iterator[tuple[str, str]]:
+    """What of ``form`` cannot be with the models of ``run``: pairs of a key and a message."""
+    if isinstance(form, Continuous) and run.experts and STUDENT.name in run.experts:
+        yield "continuous", continuous_fault()
+
+
+def continuous_fault() -> str:
+    """Why a student of two experts cannot learn so."""
+    return (
+        "'student' has two experts, and the derivative at a t says nothing of the other side of "
+        "their boundary: the one for high noise levels would be consistent with itself alone, and "
+        "end anywhere. Use discrete, whose pairs cross the boundary, or one expert"
+    )

@@ -1,0 +1,1 @@
+"""KD: regression on the ends of a teacher's stored ODE trajectories."""

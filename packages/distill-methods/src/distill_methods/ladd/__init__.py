@@ -1,0 +1,1 @@
+"""LADD: a GAN on a frozen teacher's features, and nothing else."""

@@ -1,0 +1,91 @@
+"""Options of LADD. No torch here: run files are checked without it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from attrs import field, frozen
+from attrs.validators import in_
+from distill_protocols import SamplerSpec
+from distill_protocols.plugins import RoleNeed
+from distill_protocols.validators import at_least
+
+from distill_methods.adversarial.config import DiscriminatorOptions
+from distill_methods.distribution_matching.config import unguided
+from distill_methods.roles import DISCRIMINATOR, STUDENT, TEACHER, discriminator
+from distill_methods.time_ranges import share, share_of_levels
+from distill_methods.time_sampling import TimeSampling
+
+
+def _discriminator_has_a_turn(config: LaddConfig, _: Any, value: int) -> None:
+    if value == 1 and config.discriminator_update == "alternate":
+        raise ValueError(
+            "1 with discriminator_update: alternate leaves the discriminator no iteration, and "
+            "the student would learn from random heads. Use at least 2, or discriminator_update: "
+            "every_step."
+        )
+
+
+@frozen(kw_only=True)
+class LaddConfig(DiscriminatorOptions):
+    """LADD (Sauer et al. 2024, "Fast High-Resolution Image Synthesis with Latent Adversarial
+    Diffusion Distillation").
+
+    Attributes:
+        generator_update_interval: N: the student steps in every N-th iteration, first in the
+            N-th.
+        discriminator_update: alternate: the discriminator steps in the other N - 1 iterations
+            (FastGen). every_step: in all N.
+        rollout: data: the student's input is a noised clip of the data set (the paper, FastGen).
+            simulate: it comes from the student's own sampling from noise.
+        time: the t at which clips are noised before the teacher sees them. Low ones make the
+            discriminator look at details, high ones at the composition (the paper, section 3).
+        student_sampler: how the student is sampled, in the rollout as in validation and in the
+            export. Its guidance must be 1.
+    """
+
+    generator_update_interval: int = field(
+        default=2,
+        validator=[at_least(1, "the student would never be updated"), _discriminator_has_a_turn],
+    )
+    discriminator_update: Literal["alternate", "every_step"] = field(
+        default="alternate", validator=in_(("alternate", "every_step"))
+    )
+    rollout: Literal["simulate", "data"] = field(
+        default="data", validator=in_(("simulate", "data"))
+    )
+    time: TimeSampling = field(
+        default=TimeSampling(distribution="logit_normal", mean=1.0, t_min=20.0, t_max=980.0)
+    )
+    student_sampler: SamplerSpec = field(
+        default=SamplerSpec(steps=4, shift=5.0, stochastic=True), validator=unguided
+    )
+
+    def turns(self, iteration: int) -> tuple[str, ...]:
+        """Roles that learn in ``iteration`` (1-based): the whole update schedule."""
+        if iteration % self.generator_update_interval:
+            return (DISCRIMINATOR,)
+        alone = self.discriminator_update == "alternate"
+        return (STUDENT.name,) if alone else (STUDENT.name, DISCRIMINATOR)
+
+    @property
+    def needs(self) -> tuple[RoleNeed, ...]:
+        """Roles that are called."""
+        return (STUDENT, TEACHER, discriminator(TEACHER.name))
+
+    @property
+    def guided(self) -> bool:
+        """Nothing is: the teacher gives features, and no prediction."""
+        return False
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What the adapter must be able to do."""
+        return ("pred:v", "pred:x0", "supports_features")
+
+    def update_share(self, role: str, low: float, high: float) -> float:
+        """See ``MethodPlugin.update_share``."""
+        if role == STUDENT.name:
+            levels = [1000 * sigma for sigma in self.student_sampler.sigmas()]
+            return share_of_levels(levels, low, high)
+        return share(self.time, low, high)

@@ -1,0 +1,1 @@
+"""rCM: continuous-time consistency, held to the teacher's distribution."""

@@ -1,0 +1,1 @@
+"""Self-Forcing: distribution matching of what a causal student makes of its own past."""

@@ -1,0 +1,70 @@
+"""Options of Self-Forcing. No torch here: run files are checked without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attrs import field, frozen
+from attrs.validators import optional
+from distill_protocols.validators import at_least
+
+from distill_methods.distribution_matching.config import MatchingConfig
+from distill_methods.roles import STUDENT
+from distill_methods.time_ranges import share_of_levels
+
+
+def _one_step(config: SelfForcingConfig, _: Any, value: bool) -> None:
+    if value and not config.same_step_across_chunks:
+        raise ValueError(
+            "true has no effect beside same_step_across_chunks: false: the last step is the same "
+            "for all chunks. Leave one of the two out"
+        )
+
+
+def _rising(_config: Any, _: Any, value: tuple[int, int]) -> None:
+    low, high = value
+    if not 1 <= low <= high:
+        raise ValueError(
+            f"{list(value)} must be [min, max] latent frames with 1 <= min <= max: a rollout's "
+            "length is drawn between them"
+        )
+
+
+@frozen(kw_only=True)
+class SelfForcingConfig(MatchingConfig):
+    """Self-Forcing (Huang et al. 2025, "Self Forcing: Bridging the Train-Test Gap in Autoregressive
+    Video Diffusion") with DMD as its loss.
+
+    How the student divides a video is the family's (``pipeline_config.causal``); how noisy its
+    past is, is ``student_sampler.context_noise``. Frames are latent frames.
+
+    Attributes:
+        same_step_across_chunks: true: all chunks of a rollout are taken at one exit step. false:
+            each at its own.
+        last_step_only: no exit step is drawn, it is always the last. Of a student of two experts
+            the one for high noise levels then never learns.
+        gradient_frames: only chunks that begin within the last so many frames are called with
+            gradient, which bounds what a step keeps in memory; null: all that the scores see.
+        rollout_frames: [min, max]: how long rollouts are, drawn for each micro batch, whole chunks
+            only. They are at least as long as the run's clips; of a longer one the scores see the
+            frames of the last clip, and its first frame stays out of the student's loss. Left
+            out: as long as the clips.
+    """
+
+    same_step_across_chunks: bool = True
+    last_step_only: bool = field(default=False, validator=_one_step)
+    gradient_frames: int | None = field(
+        default=21, validator=optional(at_least(1, "the student would never learn"))
+    )
+    rollout_frames: tuple[int, int] | None = field(default=None, validator=optional(_rising))
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What the adapter must be able to do."""
+        return (*super().capabilities, "supports_kv_cache", f"causal:{STUDENT.name}")
+
+    def update_share(self, role: str, low: float, high: float) -> float:
+        """See ``MethodPlugin.update_share``."""
+        if role == STUDENT.name and self.last_step_only:
+            return share_of_levels([1000 * self.student_sampler.sigmas()[-1]], low, high)
+        return super().update_share(role, low, high)

@@ -1,0 +1,161 @@
+"""rCM: the sum of two losses that stand by themselves, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from distill_methods import (
+    ConsistencyConfig,
+    Continuous,
+    Discrete,
+    DMD2Config,
+    DMD2Method,
+    RCMConfig,
+    RCMMethod,
+)
+from distill_methods.consistency.losses import consistency_loss
+from distill_methods.plugins import rcm
+from distill_methods.teaching import Teachers
+from distill_protocols import RandomStreams, RoleError, SamplerSpec
+from distill_protocols.plugins import PlannedRun, RoleSpec
+from toy_adapter import ToyAdapter, ToyConditioning, gradients, rows, toy_batch, toy_bundle
+
+ONE_STEP = SamplerSpec(steps=1, shift=3.0, stochastic=True)
+MATCHING = {
+    "generator_update_interval": 2,
+    "real_score_guidance_scale": 2.0,
+    "student_sampler": ONE_STEP,
+}
+FORMS = {
+    "continuous": {"continuous": Continuous(tangent_warmup=0)},
+    "discrete": {"discrete": Discrete(steps=8, loss="l2")},
+}
+EVERY_FORM = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def build(bundle=None, **options) -> RCMMethod:
+    bundle = bundle or toy_bundle(student=1, teacher=2, critic=3)
+    config = RCMConfig(**MATCHING | options)
+    return RCMMethod(
+        bundle,
+        ToyAdapter(bundle),
+        config,
+        conditioning=ToyConditioning(),
+        streams=RandomStreams(0),
+    )
+
+
+@EVERY_FORM
+@pytest.mark.parametrize("weight", [0.07, 3.0])
+def test_the_student_gets_both_gradients_with_their_weights(form, weight: float):
+    """Against each loss by itself, on streams of the same names."""
+    together, batch = build(consistency_weight=weight, **form), toy_batch(3)
+    got = together.single_train_step(batch, 2)
+    got.loss_map["total_loss"].backward()
+    found = gradients(together.bundle)
+    assert {name for name, g in found.items() if g} == {"student"}
+
+    alone = build(consistency_weight=weight, **form)
+    first = alone.single_train_step(batch, 2).loss_map["dmd_loss"]
+    torch.testing.assert_close(first, got.loss_map["dmd_loss"])
+    first.backward()
+    of_matching = gradients(alone.bundle)["student"]
+    other = build(**form)
+    loss = consistency_loss(
+        "rcm.consistency",
+        other.adapter,
+        other.config.form,
+        draws=other.draws,
+        teachers=Teachers(
+            other.adapter,
+            ConsistencyConfig(guidance_scale=2.0),
+            draws=other.draws,
+            negative=other.negative,
+        ),
+        device=torch.device("cpu"),
+        update_of=lambda _: 1,
+    )(batch, 2).loss
+    torch.testing.assert_close(loss, got.loss_map["consistency_loss"])
+    loss.backward()
+    of_consistency = gradients(other.bundle)["student"]
+    for ours, a, b in zip(found["student"], of_matching, of_consistency, strict=True):
+        torch.testing.assert_close(ours, a + weight * b, rtol=1e-4, atol=1e-7)
+        assert b.abs().max() > 0
+    expected = got.loss_map["dmd_loss"] + weight * loss
+    torch.testing.assert_close(got.loss_map["total_loss"], expected)
+
+
+@EVERY_FORM
+def test_without_its_weight_it_is_dmd2(form):
+    """At weight 0 the student's gradient is that of matching, and the critic's turn is DMD2's."""
+    mine = build(consistency_weight=0.0, **form)
+    theirs = toy_bundle(student=1, teacher=2, critic=3)
+    dmd2 = DMD2Method(
+        theirs,
+        ToyAdapter(theirs),
+        DMD2Config(**MATCHING),
+        conditioning=ToyConditioning(),
+        streams=RandomStreams(0),
+    )
+    for iteration in (1, 2):
+        for method in (mine, dmd2):
+            method.single_train_step(toy_batch(2), iteration).loss_map["total_loss"].backward()
+        ours = {name for name, g in gradients(mine.bundle).items() if g}
+        assert ours == {name for name, g in gradients(theirs).items() if g}
+        assert ours == {"critic" if iteration == 1 else "student"}
+        for method in (mine, dmd2):
+            method.optimizers_zero_grad(iteration)
+
+
+@EVERY_FORM
+def test_accumulation_of_four_is_one_batch_of_four(form):
+    whole, parts, batch = build(**form), build(**form), toy_batch(4)
+    for iteration in (1, 2):
+        whole.single_train_step(batch, iteration).loss_map["total_loss"].backward()
+        for i in range(4):
+            loss = parts.single_train_step(rows(batch, i, i + 1), iteration).loss_map["total_loss"]
+            (loss / 4).backward()
+        ours, theirs = gradients(parts.bundle), gradients(whole.bundle)
+        for role in ("student", "critic"):
+            for a, b in zip(ours[role], theirs[role], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+        for method in (whole, parts):
+            method.optimizers_zero_grad(iteration)
+
+
+def test_the_warmup_counts_the_students_updates():
+    method = build(generator_update_interval=5, continuous=Continuous(tangent_warmup=4))
+    turns = [i for i in range(1, 31) if "student" in method.config.turns(i)]
+    shares = [method.config.form.share(method.config.student_updates(i)) for i in turns]
+    assert shares == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_what_it_needs():
+    config = RCMConfig()
+    assert [need.name for need in rcm.roles(config)] == ["student", "teacher", "critic"]
+    assert isinstance(config.form, Continuous)
+    assert "supports_jvp" in rcm.capabilities(config)
+    assert "supports_jvp" not in rcm.capabilities(RCMConfig(discrete=Discrete()))
+    with pytest.raises(ValueError, match="stands beside discrete"):
+        RCMConfig(discrete=Discrete(), continuous=Continuous())
+    with pytest.raises(ValueError, match="led away from consistency"):
+        RCMConfig(consistency_weight=-1.0)
+    with pytest.raises(RoleError, match=r"missing role\(s\): critic.*teacher_only"):
+        build(bundle=toy_bundle(student=1, teacher=2))
+    two = PlannedRun(
+        roles={n: RoleSpec(name=n, path="./x", trainable=False) for n in ("student", "teacher")},
+        experts=frozenset({"student", "teacher"}),
+    )
+    assert [key for key, _ in rcm.faults(config, two)] == ["continuous"]
+    assert not list(rcm.faults(RCMConfig(discrete=Discrete()), two))
+
+
+def test_an_expert_learns_from_either_loss():
+    """Of times [1000, 700] half are high, of the grid's 8 points (shift 5) five."""
+    spec = SamplerSpec(steps=2, timesteps=(1000.0, 700.0), stochastic=True)
+    config = RCMConfig(discrete=Discrete(steps=8), student_sampler=spec)
+    high = sum(t >= 800 for t in config.discrete.levels) / 8
+    assert high == 0.625
+    assert config.update_share("student", 800, 1000) == pytest.approx(1 - 0.5 * 0.375)
+    plain = DMD2Config(student_sampler=spec)
+    assert config.update_share("critic", 800, 1000) == plain.update_share("critic", 800, 1000)
