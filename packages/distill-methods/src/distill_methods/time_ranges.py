@@ -1,7 +1,7 @@
 """Shares of a distribution of t that fall into ranges of it. No torch: plans need them.
 
 A model of two experts has one for each side of a boundary. All calls of one iteration that a role
-learns from are made on one side (see ``LatentMethod.times``), so the share of a range is also the
+learns from are made on one side (see ``Draws.times``), so the share of a range is also the
 share of updates that its expert can expect.
 """
 
