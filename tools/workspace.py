@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -32,8 +34,14 @@ class Member:
 
     @property
     def module(self) -> str:
-        """Name under which Python imports it."""
+        """Name under which Python imports it; its wheel's file name begins with it."""
         return self.name.replace("-", "_")
+
+    @property
+    def requirements(self) -> dict[str, Requirement]:
+        """What it always needs, by name; extras are left out."""
+        parsed = map(Requirement, self.project.get("dependencies", ()))
+        return {requirement.name: requirement for requirement in parsed}
 
 
 def read_members(root: Path = ROOT) -> dict[str, Member]:
@@ -50,3 +58,15 @@ def read_members(root: Path = ROOT) -> dict[str, Member]:
             "members of this workspace have. Give the root of a checkout."
         )
     return {member.name: member for member in members}
+
+
+def members_needed_by(name: str, members: dict[str, Member]) -> set[str]:
+    """Collect ``name`` and the members that it needs, directly or through others."""
+    needed: set[str] = set()
+    pending = [name]
+    while pending:
+        current = pending.pop()
+        if current not in needed:
+            needed.add(current)
+            pending.extend(members[current].requirements.keys() & members.keys())
+    return needed
