@@ -13,7 +13,7 @@ slow:           ## the tests that take minutes; run before a release
 lint:           ## ruff
 	uv run ruff check . && uv run ruff format --check .
 
-types:          ## basedpyright (it does not know attrs' @field.validator: those complaints stay)
+types:          ## basedpyright
 	uv run basedpyright
 
 tiny:           ## distil the shipped tiny teacher
