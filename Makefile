@@ -1,5 +1,5 @@
 # The tasks of this repository; `make` lists them.
-.PHONY: help test slow lint types tiny rebuild-tiny bench torture wheels
+.PHONY: help test slow lint types tiny rebuild-tiny bench torture wheels release metrics
 
 help:           ## this list
 	@grep -E '^[a-z-]+: +##' $(MAKEFILE_LIST) | sed 's/: *## /\t/' | expand -t 16
@@ -31,5 +31,11 @@ bench:          ## trainer against a bare loop; start-up; checkpoints; memory of
 torture:        ## kill a real run 2 x 60 times, saves included, and compare its end (half an hour)
 	uv run python tools/torture.py
 
-wheels:         ## build every package and install the wheels in a fresh environment
+wheels:         ## build every package, check the files, install the wheels in a fresh environment
 	uv run python tools/check_wheels.py
+
+release:        ## prepare a release: make release PACKAGE=distill-trainer BUMP=minor ARGS=--dry-run
+	uv run python tools/release.py $(PACKAGE) --bump $(BUMP) $(ARGS)
+
+metrics:        ## measure the code, beside that of another checkout: make metrics AGAINST=../other
+	uv run python tools/code_metrics.py $(if $(AGAINST),--against $(AGAINST))
