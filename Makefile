@@ -1,5 +1,5 @@
 # The tasks of this repository; `make` lists them.
-.PHONY: help test slow lint types tiny rebuild-tiny bench torture wheels release metrics
+.PHONY: help test slow lint types tiny rebuild-tiny bench torture wheels release metrics gates
 
 help:           ## this list
 	@grep -E '^[a-z-]+: +##' $(MAKEFILE_LIST) | sed 's/: *## /\t/' | expand -t 16
@@ -15,6 +15,9 @@ lint:           ## ruff
 
 types:          ## basedpyright
 	uv run basedpyright
+
+gates:          ## lint, format and types, as the test run checks them
+	uv run pytest -n 0 tests/test_gates.py
 
 tiny:           ## distil the shipped tiny teacher
 	uv run apps/train --config configs/tiny/dmd2.yaml
