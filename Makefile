@@ -1,5 +1,5 @@
 # The tasks of this repository; `make` lists them.
-.PHONY: help test slow lint types tiny rebuild-tiny bench torture wheels
+.PHONY: help test slow lint types tiny rebuild-tiny bench torture wheels release metrics gates
 
 help:           ## this list
 	@grep -E '^[a-z-]+: +##' $(MAKEFILE_LIST) | sed 's/: *## /\t/' | expand -t 16
@@ -13,8 +13,11 @@ slow:           ## the tests that take minutes; run before a release
 lint:           ## ruff
 	uv run ruff check . && uv run ruff format --check .
 
-types:          ## basedpyright (it does not know attrs' @field.validator: those complaints stay)
+types:          ## basedpyright
 	uv run basedpyright
+
+gates:          ## lint, format and types, as the test run checks them
+	uv run pytest -n 0 tests/test_gates.py
 
 tiny:           ## distil the shipped tiny teacher
 	uv run apps/train --config configs/tiny/dmd2.yaml
@@ -31,5 +34,11 @@ bench:          ## trainer against a bare loop; start-up; checkpoints; memory of
 torture:        ## kill a real run 2 x 60 times, saves included, and compare its end (half an hour)
 	uv run python tools/torture.py
 
-wheels:         ## build every package and install the wheels in a fresh environment
+wheels:         ## build every package, check the files, install the wheels in a fresh environment
 	uv run python tools/check_wheels.py
+
+release:        ## prepare a release: make release PACKAGE=distill-trainer BUMP=minor ARGS=--dry-run
+	uv run python tools/release.py $(PACKAGE) --bump $(BUMP) $(ARGS)
+
+metrics:        ## measure the code, beside that of another checkout: make metrics AGAINST=../other
+	uv run python tools/code_metrics.py $(if $(AGAINST),--against $(AGAINST))
