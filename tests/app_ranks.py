@@ -112,7 +112,7 @@ def weights(folder: Path, *, ema: bool = False) -> dict[str, Tensor]:
     """The student's, of the newest checkpoint."""
     newest = max(folder.glob("checkpoint-*"))
     source = StoredCheckpoint.open(newest).weights("student", ema=ema)["transformer"]
-    return source.read(source.facts())
+    return source.read(source.describe())
 
 
 def furthest(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

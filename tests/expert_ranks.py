@@ -23,16 +23,15 @@ from distill_protocols import (
     Batch,
     Callback,
     Condition,
-    DistillMethod,
     ModelBundle,
     RandomStreams,
-    Ranks,
     RoleSpec,
     RowGenerators,
     RunState,
     SamplerSpec,
     StepRecord,
 )
+from distill_runtime import DistillMethod, Ranks
 from distill_trainer import (
     DistillTrainer,
     DistributedConfig,

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distill_protocols import Callback, Ranks, RunState, StepRecord
+from distill_protocols import Callback, RunState, StepRecord
+from distill_runtime import Ranks
 from distill_trainer import (
     DebugDumpCallback,
     DebugDumpConfig,
@@ -185,7 +186,7 @@ def train_unequally(folder: Path) -> str:
         name = "skips"
 
         def on_step_end(self, run: RunState, step: StepRecord) -> None:
-            if step.iteration == 1 and run.ranks.first:
+            if step.iteration == 1 and run.ranks.is_first:
                 run.iteration += 1
 
     return _run(folder, alternating(), callbacks=[Skips()])

@@ -19,9 +19,7 @@ from distill_protocols import (
     Callback,
     Condition,
     DistillError,
-    DistillMethod,
     ModelBundle,
-    Ranks,
     RowGenerators,
     RunParts,
     RunState,
@@ -31,6 +29,7 @@ from distill_protocols import (
     StopRequested,
     derive_seed,
 )
+from distill_runtime import DistillMethod, Ranks
 from distill_trainer import ValidationCallback, ValidationConfig, ViewConfig
 from torch import Tensor
 from toy_adapter import TEXT_DIM, ToyAdapter, ToyConditioning, ToyNet, toy_bundle
@@ -68,7 +67,7 @@ class _AskedFor(StopFlag):
     """A stop is asked of the last rank alone, in its ``number``-th poll; 0: never."""
 
     def __init__(self, ranks: Ranks, number: int) -> None:
-        super().__init__(lambda own: next(filter(None, ranks.agree(lambda: own)), None))
+        super().__init__(lambda own: next(filter(None, ranks.gather_results(lambda: own)), None))
         self.polls = 0
         self._number = number if ranks.rank == ranks.size - 1 else 0
 

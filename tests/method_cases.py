@@ -35,13 +35,13 @@ from distill_methods import (
 from distill_protocols import (
     Batch,
     Condition,
-    DistillMethod,
+    DiscriminatorSpec,
     ModelBundle,
     RandomStreams,
     RoleSpec,
     SamplerSpec,
 )
-from distill_protocols.plugins import HeadSpec
+from distill_runtime import DistillMethod
 from distill_trainer import OptimizerConfig, build_optimizers
 from torch import Tensor
 from wan_variants import VARIANTS
@@ -197,7 +197,7 @@ class Worlds:
                 RoleSpec(name=role, path=path, trainable=role != "teacher")
                 for role in ("student", "teacher", "critic")
             ]
-            heads = HeadSpec(on="teacher", blocks=(0, 1), width=8)
+            heads = DiscriminatorSpec(on="teacher", blocks=(0, 1), width=8)
             roles.append(RoleSpec(name="discriminator", path=path, trainable=True, heads=heads))
             bundle = PLUGIN.load(roles, config, device=torch.device("cpu"))
             for seed, module in enumerate(bundle.by_module("modules").values()):

@@ -27,17 +27,16 @@ from distill_conditioning import (
     LatentDataset,
 )
 from distill_protocols import (
-    ALONE,
     Callback,
     Condition,
     DistillError,
     OutputError,
-    Ranks,
     RoleSpec,
     RunState,
     StepRecord,
     WeightSource,
 )
+from distill_runtime import ALONE, Ranks
 from ranks import run_of_rank
 from torch import distributed
 from torch.distributed.tensor import DTensor
@@ -132,7 +131,7 @@ def claim(folders: Sequence[Path], resume: bool, after: str) -> str:
         return str(error)
     if after == "kill the last" and rank() == ranks.size - 1:
         die()
-    if after == "kill the first" and ranks.first:
+    if after == "kill the first" and ranks.is_first:
         die()
     try:
         claim_output_dir(folders[rank()], resume=True)
@@ -140,7 +139,7 @@ def claim(folders: Sequence[Path], resume: bool, after: str) -> str:
         found = "held" if f"pid {os.getpid()}" in str(error) else "held by another"
     else:
         found = "free"
-    ranks.agree(lambda: None)
+    ranks.gather_results(lambda: None)
     if after == "release":
         held.release()
     return found
@@ -153,25 +152,25 @@ class ToyExporter:
     """Writes each tensor into a file of its own, as it is read.
 
     Args:
-        fault: what happens when the third tensor was read: nothing, ``raise``, or ``refuse`` (an
+        problem: what happens when the third tensor was read: nothing, ``raise``, or ``refuse`` (an
             error of the framework).
     """
 
-    def __init__(self, fault: str = "") -> None:
-        self._fault = fault
+    def __init__(self, problem: str = "") -> None:
+        self._problem = problem
 
     def export(
         self, role: RoleSpec, weights: Mapping[str, WeightSource], folder: Path, request: Any
     ) -> Mapping[str, Any]:
         count = 0
         for key, source in weights.items():
-            for name, facts in source.facts().items():
+            for name, facts in source.describe().items():
                 tensor = source.read([name])[name]
                 count += 1
                 assert (tuple(tensor.shape), tensor.dtype) == (facts.size, facts.dtype)
                 assert type(tensor) is torch.Tensor
-                if self._fault and count == 3:
-                    raise (OutputError if self._fault == "refuse" else OSError)("disk full")
+                if self._problem and count == 3:
+                    raise (OutputError if self._problem == "refuse" else OSError)("disk full")
                 file = folder / key / name
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(tensor.numpy().tobytes())
@@ -182,7 +181,7 @@ class ToyExporter:
         self, role: RoleSpec, weights: Mapping[str, WeightSource], folder: Path, request: Any
     ) -> Mapping[str, Any]:
         for key, source in weights.items():
-            for name in source.facts():
+            for name in source.describe():
                 (read,) = source.read([name]).values()
                 assert (folder / key / name).read_bytes() == read.numpy().tobytes()
         return {"notes": ["read back"]}
@@ -195,11 +194,11 @@ def exports() -> list[ExportConfig]:
     ]
 
 
-def train_and_export(folder: Path, strategy: str, fault: str = "") -> Any:
+def train_and_export(folder: Path, strategy: str, problem: str = "") -> Any:
     """Train three iterations and export: how many whole tensors others than rank 0 had at once."""
     run = run_of_rank(seed=0, strategy=strategy)
     spec = RoleSpec(name="student", path="somewhere", trainable=True)
-    exporter = ToyExporter("" if fault == "kill" else fault)
+    exporter = ToyExporter("" if problem == "kill" else problem)
     run.callbacks["export"] = ExportCallback(
         exports(), exporter, {"student": spec}, folder, timeout=TIMEOUT
     )
@@ -212,7 +211,7 @@ def train_and_export(folder: Path, strategy: str, fault: str = "") -> Any:
         whole = to_whole(tensor)
         alive.add(whole)
         count[0] += 1
-        if fault == "kill" and rank() == 1 and count[0] == 3:
+        if problem == "kill" and rank() == 1 and count[0] == 3:
             die()
         return whole
 

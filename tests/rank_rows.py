@@ -13,13 +13,13 @@ from distill_conditioning import DataConfig, LatentDataset, LatentLoader
 from distill_protocols import (
     Batch,
     Callback,
-    DistillMethod,
     ModelBundle,
     RandomStreams,
     RoleHandle,
     RunState,
     StepResult,
 )
+from distill_runtime import DistillMethod
 from distill_trainer.callbacks.ema import EmaCallback
 from distill_trainer.plugins import EmaConfig
 from ranks import Sync, fingerprint, shard

@@ -22,17 +22,16 @@ from distill_protocols import (
     Callback,
     ContractError,
     DistillError,
-    DistillMethod,
     FsdpPolicy,
     ModelBundle,
     RandomStreams,
-    Ranks,
     RoleHandle,
     RunState,
     StepRecord,
     StepResult,
     derive_seed,
 )
+from distill_runtime import DistillMethod, Ranks
 from distill_trainer import (
     DistillTrainer,
     DistributedConfig,
@@ -429,7 +428,7 @@ def met(environment: dict[str, str], case: Case) -> dict[str, Any]:
             "mesh": None if distribution.mesh is None else tuple(distribution.mesh.shape),
             "device": str(distribution.device),
         }
-        distribution.ranks.meet()  # a process that ends may cut off one that still connects
+        distribution.ranks.barrier()  # a process that ends may cut off one that still connects
     assert not distributed.is_initialized(), "it leaves nothing behind"
     return found
 

@@ -10,14 +10,8 @@ from typing import Any
 import torch
 from attrs import evolve, frozen
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from distill_protocols import (
-    DistillMethod,
-    FsdpPolicy,
-    ModelBundle,
-    RandomStreams,
-    RoleHandle,
-    StepResult,
-)
+from distill_protocols import FsdpPolicy, ModelBundle, RandomStreams, RoleHandle, StepResult
+from distill_runtime import DistillMethod
 from distill_trainer import (
     DistillTrainer,
     DistributedConfig,

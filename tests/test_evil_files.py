@@ -96,7 +96,7 @@ def test_a_warm_start_or_an_export_from_a_checkpoint(tmp_path, evil, plant, ema)
     sign(checkpoint)
     [source, *_] = StoredCheckpoint.open(checkpoint).weights("student", ema=ema).values()
     with pytest.raises(CheckpointError, match="checkpoint-000001"):
-        source.read(source.facts())
+        source.read(source.describe())
     assert not evil.touched
 
 
@@ -136,7 +136,7 @@ def test_a_run_file(tmp_path, evil):
     (tmp_path / "run.yaml").write_text(
         f"recipe: !!python/object/apply:os.system ['touch {evil.marker}']\n"
     )
-    assert read_source(tmp_path / "run.yaml").faults
+    assert read_source(tmp_path / "run.yaml").problems
     assert not evil.touched
 
 

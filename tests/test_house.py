@@ -16,6 +16,7 @@ BIN = Path(sys.executable).parent
 MAY_NOT_IMPORT = ("diffusers", "transformers", "accelerate", "peft")
 LIGHT = (
     "distill_protocols",
+    "distill_runtime",
     "distill_trainer.config",
     "distill_trainer.plugins",
     "distill_checkpoint.config",
@@ -57,7 +58,7 @@ def test_members_have_a_readme_a_changelog_and_types(member: Path):
 def test_light_modules_import_no_torch():
     code = (
         f"import importlib, sys\nfor name in {LIGHT!r}: importlib.import_module(name)\n"
-        "from distill_protocols import load_plugin, plugin_names\n"
+        "from distill_runtime import load_plugin, plugin_names\n"
         "for group in ('distill.families', 'distill.methods', 'distill.callbacks'):\n"
         "    for name in plugin_names(group): load_plugin(group, name)\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)\n"

@@ -38,10 +38,10 @@ def test_preprocessing(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     clips = [(f"c{i}", "the digit three moving up", torch.rand(3, 9, 32, 32)) for i in range(3)]
     exec(compile(text, "README.md", "exec"), {"clips": clips})
-    from distill_conditioning import dataset_facts
+    from distill_conditioning import dataset_info
 
-    facts = dataset_facts("data/mine")
-    assert (facts.faults, facts.samples, facts.negative_prompt) == ((), 3, "")
+    facts = dataset_info("data/mine")
+    assert (facts.problems, facts.samples, facts.negative_prompt) == ((), 3, "")
 
 
 def test_an_export_is_sampled_as_the_readme_says(tmp_path, monkeypatch):
@@ -73,7 +73,7 @@ def test_the_run_file_in_the_readme_holds_only_keys_that_exist(tmp_path):
     with pytest.raises(ConfigError) as caught:
         read_config(file, planning=True)
     # The folder of the teacher is an example; nothing else may be wrong.
-    assert all("models.teacher.path" in fault for fault in caught.value.faults)
+    assert all("models.teacher.path" in problem for problem in caught.value.problems)
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\(([^)#]+)\)", README))

@@ -18,7 +18,6 @@ from attrs import field, frozen
 from distill_checkpoint import CheckpointConfig, CheckpointManager
 from distill_protocols import (
     Callback,
-    DistillMethod,
     ModelBundle,
     RandomStreams,
     RoleHandle,
@@ -28,6 +27,7 @@ from distill_protocols import (
     StepResult,
     derive_seed,
 )
+from distill_runtime import ALONE, DistillMethod
 from distill_trainer import DistillTrainer, DistributedConfig, Distribution, TrainingConfig
 from distill_trainer.callbacks.ema import EmaCallback
 from distill_trainer.plugins import EmaConfig
@@ -196,7 +196,7 @@ class Run:
         """As the trainer would hand it to a checkpointer."""
         return RunState(
             method=self.method, loader=self.loader, streams=self.method.streams,
-            output_dir=output_dir, max_train_steps=100, iteration=iteration,
+            output_dir=output_dir, max_train_steps=100, ranks=ALONE, iteration=iteration,
         )  # fmt: skip
 
     def everything(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from distill_protocols import (
     Chunk,
     Condition,
     ConditioningError,
-    HeadSpec,
+    DiscriminatorSpec,
     ModelBundle,
     RoleHandle,
     RowGenerators,
@@ -102,6 +102,26 @@ class ToyAdapter:
     capabilities: Capabilities = ABLE
     calls: list[Call] = field(factory=list)
     latent_shape: tuple[int, int, int, int] = LATENT_SHAPE
+
+    @property
+    def experts(self) -> Any:
+        return None
+
+    @property
+    def images(self) -> Any:
+        return None
+
+    @property
+    def causal(self) -> ToyAdapter | None:
+        return self if self.capabilities.supports_kv_cache else None
+
+    @property
+    def discriminators(self) -> ToyAdapter | None:
+        return self if self.capabilities.supports_features else None
+
+    @property
+    def tangents(self) -> ToyAdapter | None:
+        return self if self.capabilities.supports_jvp else None
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         s = _over_pixels(t)
@@ -224,13 +244,13 @@ class ToyAdapter:
         noise: Tensor,
         cond: Condition,
         *,
-        exits: Sequence[int],
-        learns: Sequence[bool] | None = None,
+        exit_steps: Sequence[int],
+        requires_grad: Sequence[bool] | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
     ) -> Tensor:
         chunks = self.chunks(role, noise.shape[2])
-        parts = zip(chunks, exits, learns or [True] * len(exits), strict=True)
+        parts = zip(chunks, exit_steps, requires_grad or [True] * len(exit_steps), strict=True)
         made = [
             self._rolled(role, spec, noise[:, :, chunk.span], cond, k, learn, generators, poll)
             for chunk, k, learn in parts
@@ -290,10 +310,12 @@ def toy_bundle(*, lr: float = 1e-2, heads_on: str = "teacher", **seeds: int) -> 
     """
     roles = {}
     for name, seed in seeds.items():
-        heads = HeadSpec(on=heads_on, blocks=(0,)) if name == "discriminator" else None
+        heads = DiscriminatorSpec(on=heads_on, blocks=(0,)) if name == "discriminator" else None
         key, module = ("transformer", ToyNet(seed)) if heads is None else ("heads", ToyHeads(seed))
         trainable = name != "teacher"
-        role = RoleHandle(name=name, modules={key: module}, trainable=trainable, heads=heads)
+        role = RoleHandle(
+            name=name, modules={key: module}, trainable=trainable, discriminator=heads
+        )
         if trainable:
             optimizer = torch.optim.AdamW(module.parameters(), lr=lr)
             role.optimizers[key] = optimizer

@@ -28,6 +28,8 @@ class CountingEncoder:
     ``calls`` lists every text that was encoded, ``loads`` counts the loads of the text encoder.
     """
 
+    images = None
+
     def __init__(self, fingerprint: str | None = FINGERPRINT) -> None:
         self.fingerprint = fingerprint
         self.calls: list[str] = []
@@ -35,7 +37,7 @@ class CountingEncoder:
         self._kept = False
 
     @contextmanager
-    def text_encoder_kept(self) -> Iterator[None]:
+    def keep_encoders_loaded(self) -> Iterator[None]:
         self.loads += 1
         self._kept = True
         yield

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from distill_protocols import (
     Callback,
-    DistillMethod,
     ModelBundle,
     RandomStreams,
     RoleHandle,
@@ -17,6 +16,7 @@ from distill_protocols import (
     StepRecord,
     StepResult,
 )
+from distill_runtime import DistillMethod
 from distill_trainer import OptimizerConfig, TrainingConfig, build_optimizers
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer

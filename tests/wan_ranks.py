@@ -144,8 +144,8 @@ class Read(WeightSource):
     def where(self) -> str:
         return self.source.where
 
-    def facts(self) -> Any:
-        return self.source.facts()
+    def describe(self) -> Any:
+        return self.source.describe()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         found = self.source.read(names)
@@ -220,8 +220,8 @@ class Broken(WeightSource):
     def where(self) -> str:
         return self.source.where
 
-    def facts(self) -> Any:
-        return self.source.facts()
+    def describe(self) -> Any:
+        return self.source.describe()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         raise OSError(5, "Input/output error")

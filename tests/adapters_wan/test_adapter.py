@@ -315,7 +315,7 @@ def test_the_text_encoder_is_freed_after_each_call_and_kept_within(make_adapter,
     adapter.encode_condition(["a seven"])
     gc.collect()
     assert [encoder() for encoder in loaded] == [None]
-    with adapter.text_encoder_kept():
+    with adapter.keep_encoders_loaded():
         adapter.encode_condition(["a seven"])
         adapter.encode_neg_condition("left")
         assert len(loaded) == 2
@@ -447,7 +447,7 @@ def test_what_is_seen_lies_on_the_way_that_is_known_in_closed_form(spread):
     velocity, std = gaussian(spread)
     spec = SamplerSpec(steps=400, shift=3.0)
     noise, seen = torch.randn(2, 1, 2, 3, 3, generator=torch.Generator().manual_seed(0)), {}
-    clean = sampling.sample(velocity, spec, noise, seen=seen.__setitem__)
+    clean = sampling.sample(velocity, spec, noise, on_step=seen.__setitem__)
     assert list(seen) == list(range(400))
     assert seen[0].equal(noise)
     for step, x in [*seen.items(), (400, clean)]:
@@ -463,7 +463,7 @@ def test_what_is_seen_lies_on_the_way_that_is_known_in_closed_form(spread):
 def test_what_is_seen_changes_nothing(adapter):
     noise, cond = normal(2, *SHAPE), text(2)
     spec, seen = SamplerSpec(steps=3, shift=3.0), {}
-    shown = adapter.sample("teacher", spec, noise, cond, seen=seen.__setitem__)
+    shown = adapter.sample("teacher", spec, noise, cond, on_step=seen.__setitem__)
     assert shown.equal(adapter.sample("teacher", spec, noise, cond))
     assert seen[0].equal(noise)
     rest = SamplerSpec(steps=1, timesteps=(1000 * spec.sigmas()[2],))

@@ -710,10 +710,10 @@ def test_a_model_that_cannot_be_causal(pipeline, config):
     section = CausalConfig(roles=("student",), window_frames=18)
     causal_config = attrs.evolve(config, causal=section)
     role = RoleSpec(name="student", path=str(pipeline), trainable=True)
-    (fault,) = PLUGIN.faults(role, causal_config)
-    assert "window_frames 18 is more than the 16 positions" in fault
+    (problem,) = PLUGIN.role_problems(role, causal_config)
+    assert "window_frames 18 is more than the 16 positions" in problem.message
     teacher = RoleSpec(name="teacher", path=str(pipeline), trainable=False)
-    assert not PLUGIN.faults(teacher, causal_config)
+    assert not list(PLUGIN.role_problems(teacher, causal_config))
     bundle = PLUGIN.load([role], causal_config, device=torch.device("cpu"))
     with pytest.raises(WeightsError, match="window_frames 18"):
         PLUGIN.adapter(bundle, causal_config, source=str(pipeline))
@@ -721,6 +721,6 @@ def test_a_model_that_cannot_be_causal(pipeline, config):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"patch_size": [2, 2, 2]}))
     section = CausalConfig(roles=("student",))
     assert any(
-        "folds 2 latent frames" in fault
-        for fault in PLUGIN.faults(role, attrs.evolve(config, causal=section))
+        "folds 2 latent frames" in problem.message
+        for problem in PLUGIN.role_problems(role, attrs.evolve(config, causal=section))
     )

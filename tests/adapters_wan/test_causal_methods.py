@@ -343,7 +343,7 @@ def test_a_chunks_loss_reaches_its_own_call_and_no_other(
     try:
         with checkpointing(method, checkpointed):
             x = method.adapter.rollout(
-                "student", spec, batch.latents, batch.cond, exits=exits,
+                "student", spec, batch.latents, batch.cond, exit_steps=exits,
                 generators=RandomStreams(0).rows("x", size),
             )  # fmt: skip
             assert len(leaves) == len(chunks)

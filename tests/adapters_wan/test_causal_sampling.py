@@ -397,7 +397,7 @@ def test_a_clip_of_one_chunk_is_the_bidirectional_one(build, name):
         assert torch.allclose(one, plain, atol=1e-5)
     sampled = adapter.sample("student", spec, x, cond)
     assert torch.allclose(sampled, adapter.sample("teacher", spec, x, cond), atol=1e-5)
-    rolled = adapter.rollout("student", spec, x, cond, exits=[1])
+    rolled = adapter.rollout("student", spec, x, cond, exit_steps=[1])
     assert torch.equal(rolled, sampled)
     if name == "ti2v":
         assert torch.equal(sampled[:, :, :1], cond.tensors["image_latents"])
@@ -420,4 +420,4 @@ def test_pictures_that_do_not_go_with_a_video_are_refused(build):
 
 def test_a_causal_role_has_no_way_of_a_whole_clip(adapter, noise):
     with pytest.raises(ContractError, match=r"'student' is causal.*pipeline_config.causal.roles"):
-        adapter.sample("student", ODE, noise, text(2), seen=lambda step, x: None)
+        adapter.sample("student", ODE, noise, text(2), on_step=lambda step, x: None)

@@ -87,7 +87,7 @@ def test_no_warm_start_from_a_pickle(pipeline, evil, name):
 
 def _read(sources) -> None:
     for source in sources.values():
-        source.read(source.facts())
+        source.read(source.describe())
 
 
 def test_the_text_encoder_takes_no_harmless_bin_either(pipeline, monkeypatch):

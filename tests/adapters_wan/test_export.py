@@ -177,7 +177,7 @@ def test_every_part_loads_with_no_stray_key(export, config, tmp_path):
         if name == "transformer":
             live = bundle["student"].modules["transformer"].state_dict()
             assert all(torch.equal(v, live[k]) for k, v in loaded.state_dict().items())
-    assert PLUGIN.faults(spec_of(folder), config) == []
+    assert not list(PLUGIN.role_problems(spec_of(folder), config))
 
 
 def test_ema_weights_are_written_and_live_ones_kept(export, config, tmp_path):

@@ -284,7 +284,7 @@ def test_the_reported_error_is_that_of_the_file(full, pipeline_template, tmp_pat
 
 def test_a_layer_that_did_not_change_gets_no_adapter(pipeline_template):
     base = PLUGIN.weights(str(pipeline_template))["transformer"]
-    state = base.read(base.facts())
+    state = base.read(base.describe())
     state["proj_out.weight"] = state["proj_out.weight"] + 1
     found = extract(TensorWeights("x", state), base, 2)
     assert set(found.factors) == {"proj_out"}
@@ -385,42 +385,44 @@ def test_verify_sees_a_changed_configuration_and_another_sampler(full, tmp_path)
         full.verify(tmp_path / "absent")
 
 
-# -- faults of a request --------------------------------------------------------------------------
+# -- problems of a request --------------------------------------------------------------------------
 
 
-def faults(role, **request):
-    return dict(PLUGIN.export_faults(role, ExportRequest(sampler=SPEC, **request)))
+def problems(role, **request):
+    problems = PLUGIN.export_problems(role, ExportRequest(sampler=SPEC, **request))
+    return {".".join(p.path): p.message for p in problems}
 
 
 def test_requests_that_cannot_be_had(full, lora, tmp_path):
     whole, adapted = full.role, lora.role
     for role in (whole, adapted):
-        assert faults(role) == {}
-        assert faults(role, format="comfyui", precision="bf16") == {}
-    assert faults(whole, format="lora", lora_rank=4) == {}
-    assert faults(adapted, format="lora") == {}
-    assert "missing: role 'student' is no LoRA" in faults(whole, format="lora")["lora_rank"]
-    assert "LoRA of rank 4" in faults(adapted, format="lora", lora_rank=8)["lora_rank"]
+        assert problems(role) == {}
+        assert problems(role, format="comfyui", precision="bf16") == {}
+    assert problems(whole, format="lora", lora_rank=4) == {}
+    assert problems(adapted, format="lora") == {}
+    assert "missing: role 'student' is no LoRA" in problems(whole, format="lora")["lora_rank"]
+    assert "LoRA of rank 4" in problems(adapted, format="lora", lora_rank=8)["lora_rank"]
     assert (
-        "no effect on format 'comfyui'" in faults(whole, format="comfyui", lora_rank=8)["lora_rank"]
+        "no effect on format 'comfyui'"
+        in problems(whole, format="comfyui", lora_rank=8)["lora_rank"]
     )
-    assert "at least 1" in faults(whole, format="lora", lora_rank=0)["lora_rank"]
+    assert "at least 1" in problems(whole, format="lora", lora_rank=0)["lora_rank"]
     # 24 of a width of 24; the largest smaller side is that of time_proj and ffn.
-    assert "above 24" in faults(whole, format="lora", lora_rank=25)["lora_rank"]
-    assert "'gguf' is none of" in faults(whole, format="gguf")["format"]
-    assert "'fp8' is none of" in faults(whole, precision="fp8")["precision"]
-    assert "at least 1" in faults(whole, max_shard_bytes=0)["max_shard_bytes"]
+    assert "above 24" in problems(whole, format="lora", lora_rank=25)["lora_rank"]
+    assert "'gguf' is none of" in problems(whole, format="gguf")["format"]
+    assert "'fp8' is none of" in problems(whole, precision="fp8")["precision"]
+    assert "at least 1" in problems(whole, max_shard_bytes=0)["max_shard_bytes"]
     with pytest.raises(WeightsError, match="lora_rank: missing"):
         full.export(tmp_path / "s", format="lora")
 
 
 def test_an_absent_base_is_told_where_it_is_needed(full, lora):
     hub = {"path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
-    assert "merged into" in faults(attrs.evolve(lora.role, **hub))["format"]
-    assert faults(attrs.evolve(lora.role, **hub), format="lora") == {}
-    needs = faults(attrs.evolve(full.role, **hub), format="lora", lora_rank=32)
+    assert "merged into" in problems(attrs.evolve(lora.role, **hub))["format"]
+    assert problems(attrs.evolve(lora.role, **hub), format="lora") == {}
+    needs = problems(attrs.evolve(full.role, **hub), format="lora", lora_rank=32)
     assert "difference" in needs["format"]
-    assert faults(attrs.evolve(full.role, **hub)) == {}
+    assert problems(attrs.evolve(full.role, **hub)) == {}
 
 
 # -- two experts ----------------------------------------------------------------------------------
@@ -439,7 +441,7 @@ def experts(pipeline, config):
         generator = torch.Generator().manual_seed(seed)
         moved = {
             key: value + 0.05 * torch.randn(value.shape, generator=generator)
-            for key, value in source.read(source.facts()).items()
+            for key, value in source.read(source.describe()).items()
         }
         weights[name] = TensorWeights(name, moved)
     return role, weights

@@ -21,12 +21,12 @@ def role(path, **kwargs):
     return RoleSpec(name="student", path=str(path), **{"trainable": True, **kwargs})
 
 
-def faults(path, config):
-    return "\n".join(PLUGIN.faults(role(path), config))
+def problems(path, config):
+    return "\n".join(p.message for p in PLUGIN.role_problems(role(path), config))
 
 
-def test_a_whole_folder_has_no_fault(pipeline, config):
-    assert PLUGIN.faults(role(pipeline), config) == []
+def test_a_whole_folder_has_no_problem(pipeline, config):
+    assert not list(PLUGIN.role_problems(role(pipeline), config))
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def test_a_whole_folder_has_no_fault(pipeline, config):
 )
 def test_a_missing_file_is_named(pipeline, config, file):
     (pipeline / file).unlink()
-    assert file.rsplit("/", 1)[-1] in faults(pipeline, config)
-    assert str((pipeline / file).parent) in faults(pipeline, config)
+    assert file.rsplit("/", 1)[-1] in problems(pipeline, config)
+    assert str((pipeline / file).parent) in problems(pipeline, config)
 
 
 def test_stored_embeddings_need_no_text_encoder(pipeline, config):
@@ -52,7 +52,7 @@ def test_stored_embeddings_need_no_text_encoder(pipeline, config):
 
     shutil.rmtree(pipeline / "text_encoder")
     shutil.rmtree(pipeline / "tokenizer")
-    assert PLUGIN.faults(role(pipeline), config) == []
+    assert not list(PLUGIN.role_problems(role(pipeline), config))
 
 
 def test_a_missing_shard_is_named(pipeline, config):
@@ -63,27 +63,27 @@ def test_a_missing_shard_is_named(pipeline, config):
     transformer.save_pretrained(pipeline / "transformer", max_shard_size="60KB")
     shards = sorted((pipeline / "transformer").glob("*.safetensors"))
     assert len(shards) > 1
-    assert PLUGIN.faults(role(pipeline), config) == []
+    assert not list(PLUGIN.role_problems(role(pipeline), config))
     PLUGIN.load([role(pipeline)], config, device=torch.device("cpu"))
     shards[1].unlink()
-    assert shards[1].name in faults(pipeline, config)
+    assert shards[1].name in problems(pipeline, config)
 
 
 def test_a_truncated_file_is_a_fault_before_loading(pipeline, config):
     file = pipeline / "transformer/diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert str(file) in faults(pipeline, config)
+    assert str(file) in problems(pipeline, config)
     assert not PLUGIN.plan(role(pipeline), config).present
 
 
-def test_a_git_lfs_pointer_is_a_fault(pipeline, config):
+def test_a_git_lfs_pointer_is_a_problem(pipeline, config):
     file = pipeline / "vae/diffusion_pytorch_model.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
-    assert "LFS" in faults(pipeline, config)
+    assert "LFS" in problems(pipeline, config)
 
 
 def test_a_folder_that_is_not_there(tmp_path, config):
-    said = faults(tmp_path / "nope" / "wan", config)
+    said = problems(tmp_path / "nope" / "wan", config)
     assert str(tmp_path / "nope" / "wan") in said
     assert f"nearest that exists is {tmp_path}" in said
 
@@ -94,11 +94,11 @@ def test_components_of_another_folder_are_checked_there(pipeline, tmp_path, conf
     bare.mkdir()
     (tmp_path / "transformer").rename(bare / "transformer")
     (pipeline / "model_index.json").rename(bare / "model_index.json")
-    assert "vae" in faults(bare, config)
+    assert "vae" in problems(bare, config)
     elsewhere = attrs.evolve(config, components=str(pipeline))
-    assert PLUGIN.faults(role(bare), elsewhere) == []
+    assert not list(PLUGIN.role_problems(role(bare), elsewhere))
     (pipeline / "vae/config.json").unlink()
-    assert str(pipeline / "vae/config.json") in faults(bare, elsewhere)
+    assert str(pipeline / "vae/config.json") in problems(bare, elsewhere)
 
 
 @pytest.mark.parametrize(
@@ -108,13 +108,13 @@ def test_components_of_another_folder_are_checked_there(pipeline, tmp_path, conf
 def test_a_clip_that_does_not_fit_is_told(pipeline, config, change, word):
     with attrs.validators.disabled():  # other VAEs have other strides than the config's own rule
         wrong = attrs.evolve(config, **change)
-    assert word in faults(pipeline, wrong)
+    assert word in problems(pipeline, wrong)
 
 
 def test_other_channels_than_the_vae(pipeline, config):
     file = pipeline / "vae/config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "z_dim": 16}))
-    assert "makes 4 latent channels but the VAE makes 16" in faults(pipeline, config)
+    assert "makes 4 latent channels but the VAE makes 16" in problems(pipeline, config)
 
 
 @pytest.mark.parametrize(
@@ -133,33 +133,33 @@ def test_published_counts(hub_id, parameters):
 
 
 def test_a_published_hub_id_can_be_planned_offline_but_not_loaded():
-    assert PLUGIN.faults(role(SMALL_ID), REAL) == []
+    assert not list(PLUGIN.role_problems(role(SMALL_ID), REAL))
     with pytest.raises(WeightsError, match=f"hf download {re.escape(SMALL_ID)}"):
         PLUGIN.load([role(SMALL_ID)], REAL, device=torch.device("cpu"))
 
 
 def test_hub_ids_that_cannot_be_planned():
-    assert f"did you mean {SMALL_ID}?" in faults("Wan-AI/Wan2.1-T2V-1.3B", REAL)
-    assert "hf download some/model" in faults("some/model", REAL)
+    assert f"did you mean {SMALL_ID}?" in problems("Wan-AI/Wan2.1-T2V-1.3B", REAL)
+    assert "hf download some/model" in problems("some/model", REAL)
 
 
 @pytest.mark.parametrize("path", ["models/wan", "models/wan--x", "models/wan..x", "models/wan.git"])
 def test_a_folder_without_its_dot_is_told_how_folders_are_written(pipeline, config, path):
-    assert f"for a folder write ./{path}" in faults(path, REAL)
-    said = faults(pipeline, attrs.evolve(config, components=path))
+    assert f"for a folder write ./{path}" in problems(path, REAL)
+    said = problems(pipeline, attrs.evolve(config, components=path))
     assert said.startswith("pipeline_config.components: ")
     assert f"for a folder write ./{path}" in said
 
 
-def test_text_shape(pipeline, config):
-    assert PLUGIN.text_shape(config, source=str(pipeline)) == (6, 16)
-    assert PLUGIN.text_shape(REAL, source=SMALL_ID) == (512, 4096)
-    assert PLUGIN.text_shape(REAL, source="some/model") is None
+def test_condition_shapes(pipeline, config):
+    assert PLUGIN.condition_shapes(config, source=str(pipeline)) == {"text": (6, 16)}
+    assert PLUGIN.condition_shapes(REAL, source=SMALL_ID) == {"text": (512, 4096)}
+    assert PLUGIN.condition_shapes(REAL, source="some/model") == {}
 
 
 @pytest.mark.parametrize("hub_id", PUBLISHED)
 def test_every_published_model_is_taken(hub_id):
-    assert faults(hub_id, attrs.evolve(REAL, width=832 - 832 % 32)) == ""
+    assert problems(hub_id, attrs.evolve(REAL, width=832 - 832 % 32)) == ""
 
 
 def test_plan_counts_what_load_loads(pipeline, config):
@@ -186,9 +186,9 @@ def test_the_descriptor_needs_no_torch(pipeline):
         "from distill_adapters_wan import PLUGIN, WanPipelineConfig\n"
         "from distill_protocols import RoleSpec\n"
         "c = WanPipelineConfig(num_frames=5, height=32, width=48)\n"
-        f"PLUGIN.faults(RoleSpec(name='s', path={str(pipeline)!r}, trainable=True), c)\n"
-        f"PLUGIN.text_shape(c, source={str(pipeline)!r})\n"
-        f"PLUGIN.faults(RoleSpec(name='s', path={SMALL_ID!r}, trainable=True), c)\n"
+        f"list(PLUGIN.role_problems(RoleSpec(name='s', path={str(pipeline)!r}, trainable=True), c))\n"
+        f"PLUGIN.condition_shapes(c, source={str(pipeline)!r})\n"
+        f"list(PLUGIN.role_problems(RoleSpec(name='s', path={SMALL_ID!r}, trainable=True), c))\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'numpy'} & sys.modules.keys()\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )

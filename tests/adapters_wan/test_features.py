@@ -15,7 +15,7 @@ from distill_protocols import (
     CompileSpec,
     Condition,
     ContractError,
-    HeadSpec,
+    DiscriminatorSpec,
     RoleSpec,
     TensorWeights,
     WeightsError,
@@ -31,7 +31,7 @@ GRID = (2, 2, 3)
 
 
 def specs(path: object, on: str = "teacher", **heads: Any) -> list[RoleSpec]:
-    spec = HeadSpec(**{"on": on, "blocks": (1, 0), "width": 16} | heads)
+    spec = DiscriminatorSpec(**{"on": on, "blocks": (1, 0), "width": 16} | heads)
     return [
         RoleSpec(name=on, path=str(path), trainable=on != "teacher"),
         RoleSpec(name="discriminator", path=str(path), trainable=True, heads=spec),

@@ -117,7 +117,7 @@ def test_a_picture_does_not_move(make, folder_of):
     x, t, cond, dx, dt = inputs(adapter)
     channels, _, height, width = adapter.latent_shape
     frame = torch.randn(2, channels, 1, height, width, generator=torch.Generator().manual_seed(1))
-    cond = Condition({"image_latents": frame}).over(cond)
+    cond = Condition({"image_latents": frame}).merged_onto(cond)
     _, tangent = adapter.forward_jvp("student", x, t, cond, dx=dx, dt=dt)
     close(tangent, difference(adapter, x, t, cond, dx, dt))
     dx[:, :, 0] = 1e3

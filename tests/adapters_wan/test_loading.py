@@ -14,7 +14,7 @@ from distill_adapters_wan.sources import (
     folder_weights,
     read_in_groups,
 )
-from distill_protocols import RoleSpec, TensorFacts, TensorWeights, WeightsError
+from distill_protocols import RoleSpec, TensorInfo, TensorWeights, WeightsError
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -198,8 +198,8 @@ def test_a_folders_weights_are_a_source(pipeline, config, shard):
     source = sources["transformer"]
     assert source.where == str(pipeline / "transformer")
     state = module.state_dict()
-    assert dict(source.facts()) == {
-        name: TensorFacts(tuple(value.shape), value.dtype) for name, value in state.items()
+    assert dict(source.describe()) == {
+        name: TensorInfo(tuple(value.shape), value.dtype) for name, value in state.items()
     }
     names = ["proj_out.bias", "patch_embedding.weight"]
     assert {n: v.tolist() for n, v in source.read(names).items()} == {
@@ -241,7 +241,7 @@ def test_weights_are_read_in_groups(sizes, most):
     class Source(TensorWeights):
         def read(self, names):
             names = list(names)
-            reads.append([self.facts()[name].nbytes for name in names])
+            reads.append([self.describe()[name].nbytes for name in names])
             return super().read(names)
 
     tensors = {str(i): torch.full((size,), float(i)) for i, size in enumerate(sizes)}
@@ -267,7 +267,7 @@ def test_rows_of_a_tensor_are_those_of_the_whole(pipeline_template, one, other):
     drawn = DrawnAdapters("r", "m", {"x.lora_A.default.weight": torch.Size((24, 3))}, seed=1)
     places = {"a": (file, names[0]), "b": (memory, names[1]), "c": (drawn, *drawn.shapes)}
     joined = JoinedWeights("w", places)
-    assert joined.facts()["a"] == file.facts()[names[0]]
+    assert joined.describe()["a"] == file.describe()[names[0]]
     whole = joined.read("abc")
     assert list(whole) == ["a", "b", "c"]
     assert whole["c"].std() > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import attrs
 import pytest
 import torch
 from distill_adapters_wan import PLUGIN, PUBLISHED
@@ -19,14 +20,7 @@ from distill_adapters_wan.lora import (
     merge,
     names_of,
 )
-from distill_protocols import (
-    Condition,
-    LoraSpec,
-    RoleHandle,
-    RoleSpec,
-    TensorWeights,
-    WeightsError,
-)
+from distill_protocols import Condition, LoraSpec, RoleHandle, RoleSpec, TensorWeights, WeightsError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -271,19 +265,21 @@ def test_default_targets_are_every_linear_layer_of_a_block():
 )
 def test_targets_that_match_nothing(pipeline_template, config, target, said):
     lora = LoraSpec(rank=2, target_modules=("to_q", target))
-    ((key, fault),) = PLUGIN.lora_faults(role(pipeline_template, lora))
-    assert key == "target_modules"
-    assert fault.startswith(f"{target!r} ")
+    (problem,) = PLUGIN.role_problems(role(pipeline_template, lora), config)
+    assert problem.path == ("lora", "target_modules")
+    assert problem.message.startswith(f"{target!r} ")
     with pytest.raises(WeightsError, match=said):
         load(role(pipeline_template, lora), config)
 
 
-def test_lora_faults_need_no_weights_and_no_folder(pipeline_template):
+def test_lora_problems_need_no_weights_and_no_folder(pipeline_template, config):
     published = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     lora = LoraSpec(rank=2, target_modules=("to_x",))
-    assert any("'to_x'" in fault for _, fault in PLUGIN.lora_faults(role(published, lora)))
-    assert not list(PLUGIN.lora_faults(role(pipeline_template / "nowhere", lora)))
-    assert not list(PLUGIN.lora_faults(role(pipeline_template, LoraSpec(rank=2))))
+    wan = attrs.evolve(config, max_sequence_length=512)
+    assert any("'to_x'" in p.message for p in PLUGIN.role_problems(role(published, lora), wan))
+    nowhere = list(PLUGIN.role_problems(role(pipeline_template / "nowhere", lora), config))
+    assert {p.path for p in nowhere} == {("path",)}
+    assert not list(PLUGIN.role_problems(role(pipeline_template, LoraSpec(rank=2)), config))
 
 
 def test_adapters_of_another_version_of_peft_are_refused(pipeline_template, config, monkeypatch):

@@ -13,14 +13,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from distill_adapters_wan import PLUGIN, WanPipelineConfig, adapter
 from distill_adapters_wan.call_memory import plan_call, watch
 from distill_adapters_wan.calls import predicted
-from distill_protocols import (
-    Condition,
-    FsdpPolicy,
-    LoraSpec,
-    RoleHandle,
-    RoleSpec,
-    WeightsError,
-)
+from distill_protocols import Condition, FsdpPolicy, LoraSpec, RoleHandle, RoleSpec, WeightsError
 from torch import Tensor
 from wan_variants import VARIANTS
 
@@ -67,9 +60,8 @@ def loaded(spec: RoleSpec) -> RoleHandle:
 
 def inputs(spec: RoleSpec, batch: int) -> tuple[Tensor, Tensor]:
     latents = PLUGIN.latent_shape(CLIP, source=spec.path)
-    text = PLUGIN.text_shape(CLIP, source=spec.path)
+    text = PLUGIN.condition_shapes(CLIP, source=spec.path)["text"]
     assert latents is not None
-    assert text is not None
     return torch.randn(batch, *latents), torch.randn(batch, *text)
 
 

@@ -77,7 +77,7 @@ def test_parameter_counts(hub_id):
         numbers["out_channels"],
         numbers.get("image_dim"),
     )
-    assert PLUGIN.faults(role_of(hub_id), config_of(hub_id)) == []
+    assert not list(PLUGIN.role_problems(role_of(hub_id), config_of(hub_id)))
     adapters = PLUGIN.plan(role_of(hub_id, lora=LoraSpec(rank=32)), config_of(hub_id))
     assert all(module.adapters > 1e6 for module in adapters.modules)
 
@@ -93,7 +93,7 @@ def on_meta(tmp_path_factory):
                 name: WanTransformer3DModel.from_config(dict(numbers))
                 for name, numbers in transformers.items()
             }
-        role = RoleHandle(name="student", modules=modules, call_facts=attrs.asdict(calling))
+        role = RoleHandle(name="student", modules=modules, call_options=attrs.asdict(calling))
         facts = PUBLISHED[hub_id].latents
         folder = tmp_path_factory.mktemp("published")
         (folder / "vae").mkdir()

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from distill_adapters_wan.streaming import write_safetensors
-from distill_protocols import ContractError, TensorFacts, WeightsError
+from distill_protocols import ContractError, TensorInfo, WeightsError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -31,7 +31,7 @@ def tensors(draw):
 
 
 def facts_of(given_tensors):
-    return {n: TensorFacts(tuple(t.shape), t.dtype) for n, t in given_tensors.items()}
+    return {n: TensorInfo(tuple(t.shape), t.dtype) for n, t in given_tensors.items()}
 
 
 def header_of(file):
@@ -79,7 +79,7 @@ def test_one_tensor_is_held_at_a_time(tmp_path):
     import weakref
 
     alive = []
-    facts = {f"t{i}": TensorFacts((8, 8), torch.float32) for i in range(5)}
+    facts = {f"t{i}": TensorInfo((8, 8), torch.float32) for i in range(5)}
 
     def read(name):
         assert not any(ref() is not None for ref in alive[:-1])
@@ -107,10 +107,10 @@ def test_a_view_is_written_as_it_reads(tmp_path):
 
 
 def test_what_the_header_does_not_say_is_refused(tmp_path):
-    facts = {"a": TensorFacts((2,), torch.float32)}
+    facts = {"a": TensorInfo((2,), torch.float32)}
     with pytest.raises(ContractError, match=r"a is \[3\] float32"):
         write_safetensors(tmp_path / "w", facts, lambda name: torch.zeros(3))
     with pytest.raises(ContractError, match="bfloat16"):
         write_safetensors(tmp_path / "w", facts, lambda name: torch.zeros(2, dtype=torch.bfloat16))
     with pytest.raises(WeightsError, match="int64"):
-        write_safetensors(tmp_path / "w", {"a": TensorFacts((2,), torch.int64)}, None)
+        write_safetensors(tmp_path / "w", {"a": TensorInfo((2,), torch.int64)}, None)

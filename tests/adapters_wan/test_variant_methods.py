@@ -14,7 +14,6 @@ from distill_methods import (
     TimeSampling,
 )
 from distill_methods.maths import sample_timesteps, timesteps_within
-from distill_methods.plugins import dmd2, finetune
 from distill_methods.time_ranges import below, share
 from distill_protocols import (
     Batch,
@@ -149,7 +148,7 @@ def test_which_expert_learns_is_drawn_by_its_share(worlds):
     method = worlds.build("finetune", "t2v-experts", "bidirectional")
     share_of = lambda r: share(config.time, *r)  # noqa: E731
     drawn = [method.draws.range_of("x", i, share_of, "student") for i in range(1, count + 1)]
-    expected = finetune.update_share(config, "student", 875.0, 1000.0)
+    expected = config.update_share("student", 875.0, 1000.0)
     assert expected == pytest.approx(0.5333, abs=1e-3)  # 1 - u with 8 u / (1 + 7 u) = .875
     found = sum(low == 875.0 for low, _ in drawn) / count
     assert found == pytest.approx(expected, abs=4 * math.sqrt(0.25 / count))
@@ -162,10 +161,10 @@ def test_published_shares():
     for shift, percent in ((5.0, 42), (8.0, 53), (12.0, 63)):
         assert round(100 * share(TimeSampling(shift=shift), 875, 1000)) == percent
     config = DMD2Config(student_sampler=SamplerSpec(steps=4, shift=12.0, stochastic=True))
-    assert dmd2.update_share(config, "student", 0, 875) == 0.25
-    assert dmd2.update_share(config, "student", 875, 1000) == 0.75
+    assert config.update_share("student", 0, 875) == 0.25
+    assert config.update_share("student", 875, 1000) == 0.75
     # The critic learns at the scores' t, which end at 980.
-    assert dmd2.update_share(config, "critic", 875, 1000) == pytest.approx(5 / 12, abs=1e-9)
+    assert config.update_share("critic", 875, 1000) == pytest.approx(5 / 12, abs=1e-9)
 
 
 # -- stepping -------------------------------------------------------------------------------------

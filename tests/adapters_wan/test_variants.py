@@ -272,7 +272,7 @@ def test_guidance_one_is_conditional_and_zero_unconditional(name, loaded):
     given = {"neg_cond": negative, "fwd_pred_type": "x0"}
     plain = adapter.forward("student", x_t, t, cond, fwd_pred_type="x0")
     assert torch.equal(adapter.forward("student", x_t, t, cond, cfg=1.0, **given), plain)
-    without = negative.expand(2).over(cond)
+    without = negative.expand(2).merged_onto(cond)
     assert without.tensors.keys() == cond.tensors.keys()
     zero = adapter.forward("student", x_t, t, cond, cfg=0.0, **given)
     assert torch.equal(zero, adapter.forward("student", x_t, t, without, fwd_pred_type="x0"))
@@ -374,10 +374,11 @@ def test_a_second_guidance_needs_a_second_expert(folder_of, loaded):
     with pytest.raises(ContractError, match="guidance_2"):
         adapter.sample("student", spec, normal(2, *SHAPE), cond, neg_cond=cond[:1])
     role = RoleSpec(name="student", path=folder_of("t2v"), trainable=False)
-    found = dict(PLUGIN.export_faults(role, ExportRequest(sampler=spec)))
+    problems = PLUGIN.export_problems(role, ExportRequest(sampler=spec))
+    found = {".".join(p.path): p.message for p in problems}
     assert "guidance_2" in found["sampler"]
     two = attrs.evolve(role, path=folder_of("t2v-experts"))
-    assert dict(PLUGIN.export_faults(two, ExportRequest(sampler=spec))) == {}
+    assert not list(PLUGIN.export_problems(two, ExportRequest(sampler=spec)))
 
 
 # -- loading --------------------------------------------------------------------------------------
@@ -387,7 +388,7 @@ def moved(source, seed):
     generator = torch.Generator().manual_seed(seed)
     return {
         key: value + 0.05 * torch.randn(value.shape, generator=generator)
-        for key, value in source.read(source.facts()).items()
+        for key, value in source.read(source.describe()).items()
     }
 
 
@@ -400,7 +401,7 @@ def test_both_experts_are_loaded_each_with_its_own(folder_of, lora):
     assert tuple(modules) == variant.modules
     for key, source in PLUGIN.weights(path).items():
         state = {base_name(n): value for n, value in modules[key].state_dict().items()}
-        for name, value in source.read(source.facts()).items():
+        for name, value in source.read(source.describe()).items():
             assert torch.equal(state[name], value)
     if lora is not None:
         assert set(bundle["student"].trained) == set(variant.modules)
@@ -489,7 +490,7 @@ def test_what_would_be_called_wrongly_is_refused(
     file = folder / ("model_index.json" if module == "index" else f"{module}/config.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     role, config = RoleSpec(name="r", path=str(folder), trainable=False), VARIANTS[name].config
-    assert said in "\n".join(PLUGIN.faults(role, config))
+    assert said in "\n".join(p.message for p in PLUGIN.role_problems(role, config))
     with pytest.raises(WeightsError, match=said):
         PLUGIN.load([role], config, device=CPU)
 
@@ -500,14 +501,14 @@ def test_the_run_may_say_what_the_index_does_not(pipeline_template, tmp_path):
     (folder / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": None}))
     role = RoleSpec(name="r", path=str(folder), trainable=False)
     config = attrs.evolve(VARIANTS["t2v-experts"].config, boundary_ratio=0.7)
-    assert PLUGIN.faults(role, config) == []
+    assert not list(PLUGIN.role_problems(role, config))
     PLUGIN.load([role], config, device=CPU)
 
 
 def test_a_picture_takes_512_tokens_of_text(folder_of):
     role = RoleSpec(name="r", path=folder_of("i2v-2.1"), trainable=False)
     config = attrs.evolve(VARIANTS["i2v-2.1"].config, max_sequence_length=6)
-    assert "must be 512" in "\n".join(PLUGIN.faults(role, config))
+    assert "must be 512" in "\n".join(p.message for p in PLUGIN.role_problems(role, config))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 875.0, float("nan")])
@@ -525,17 +526,20 @@ def test_roles_that_read_different_conditions_are_refused(folder_of, loaded):
         PLUGIN.adapter(ModelBundle(roles), VARIANTS["i2v-2.1"].config, source=folder_of("i2v-2.1"))
 
 
-def test_a_broken_image_encoder_is_a_fault(pipeline_template, tmp_path):
+def test_a_broken_image_encoder_is_a_problem(pipeline_template, tmp_path):
     folder = build("i2v-2.1", pipeline_template, tmp_path / "p")
     role = RoleSpec(name="r", path=str(folder), trainable=False)
     config = VARIANTS["i2v-2.1"].config
-    assert PLUGIN.faults(role, config) == []
-    assert PLUGIN.image_shapes(config, source=str(folder)) == {
+    assert not list(PLUGIN.role_problems(role, config))
+    assert PLUGIN.condition_shapes(config, source=str(folder)) == {
+        "text": (512, 16),
         "image_latents": (4, 3, 4, 6),
         "image_embeds": (17, 20),
     }
     (folder / "image_processor/preprocessor_config.json").unlink()
-    assert "preprocessor_config.json" in "\n".join(PLUGIN.faults(role, config))
+    assert "preprocessor_config.json" in "\n".join(
+        p.message for p in PLUGIN.role_problems(role, config)
+    )
     adapter = PLUGIN.adapter(PLUGIN.load([role], config, device=CPU), config, source=str(folder))
     with pytest.raises(WeightsError, match="cannot encode a picture"):
         condition("i2v-2.1", adapter, batch=1)

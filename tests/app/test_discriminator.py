@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from distill_protocols import ConfigError, HeadSpec
+from distill_protocols import ConfigError, DiscriminatorSpec
 from distill_train.check import read_config
 from distill_train.cli import main
 from distill_train.run import run
@@ -27,11 +27,11 @@ def _gan(values: Values) -> Values:
     return values
 
 
-def fault(path: Path) -> str:
+def problem(path: Path) -> str:
     """The only one."""
     with pytest.raises(ConfigError) as caught:
         read_config(path)
-    (found,) = caught.value.faults
+    (found,) = caught.value.problems
     return found
 
 
@@ -39,7 +39,7 @@ def test_what_a_discriminator_does_not_say_is_that_of_the_role_it_is_on(gan, wri
     config = read_config(write(gan))
     spec = config.roles["discriminator"].spec
     assert spec.path == config.roles["teacher"].spec.path
-    assert spec.heads == HeadSpec(on="teacher", blocks=(1, 3), width=8)
+    assert spec.heads == DiscriminatorSpec(on="teacher", blocks=(1, 3), width=8)
     assert spec.trainable
     assert spec.precision == "fp32"
     assert "path" not in config.resolved["models"]["discriminator"]
@@ -94,7 +94,7 @@ def test_a_discriminator_that_cannot_be_is_answered(gan, write, role, changes, e
             gan["models"][role].pop(key)
         else:
             gan["models"][role][key] = value
-    found = fault(write(gan))
+    found = problem(write(gan))
     assert expected in found, found
     line = int(found.split(":")[1])
     text = write(gan).read_text().splitlines()[line - 1]
@@ -104,7 +104,7 @@ def test_a_discriminator_that_cannot_be_is_answered(gan, write, role, changes, e
 
 def test_rules_between_gan_and_discriminator(gan, write):
     gan["method_config"]["gan"] = {"train_features": True}
-    assert "'teacher' is not what dmd2 takes features of" in fault(write(gan))
+    assert "'teacher' is not what dmd2 takes features of" in problem(write(gan))
     gan["models"]["discriminator"]["heads"]["on"] = "critic"
     assert read_config(write(gan)).roles
     del gan["method_config"]["gan"]
@@ -112,12 +112,12 @@ def test_rules_between_gan_and_discriminator(gan, write):
         read_config(write(gan))
     gan["method_config"]["f_divergence"] = "js"
     del gan["models"]["discriminator"]
-    assert "method_config.f_divergence: js weights each sample" in fault(write(gan))
+    assert "method_config.f_divergence: js weights each sample" in problem(write(gan))
 
 
 def test_a_causal_role_gives_no_features(gan, write):
     gan["pipeline_config"]["causal"] = {"roles": ["teacher"], "chunk_frames": 1}
-    found = fault(write(gan))
+    found = problem(write(gan))
     assert "models.discriminator.heads.on: 'teacher' is causal" in found
 
 
@@ -132,7 +132,7 @@ def test_a_causal_role_gives_no_features(gan, write):
     ],
 )  # fmt: skip
 def test_a_discriminator_is_neither_exported_nor_looked_at(gan, write, section, expected):
-    assert expected in fault(write(gan | section))
+    assert expected in problem(write(gan | section))
 
 
 def test_another_runs_discriminator_to_start_from(gan, write, tmp_path):
@@ -145,18 +145,19 @@ def test_another_runs_discriminator_to_start_from(gan, write, tmp_path):
 
     gan["training"]["output_dir"] = str(tmp_path / "third")  # nothing there to go on from
     role["heads"]["width"] = 16
-    found = fault(write(gan))
+    found = problem(write(gan))
     assert "holds discriminator as heads on blocks 1, 3 of width 8" in found
     assert "discriminator is heads on blocks 1, 3 of width 16" in found
     role["heads"]["width"] = 8
     role["init_from"] = {"path": str(checkpoint), "role": "critic"}
-    assert "holds critic as a model, and discriminator is heads" in fault(write(gan))
+    assert "holds critic as a model, and discriminator is heads" in problem(write(gan))
     role["init_from"] = {"path": str(TINY / "wan")}
-    assert "must be a checkpoint folder" in fault(write(gan))
+    assert "must be a checkpoint folder" in problem(write(gan))
     del role["init_from"]
     gan["models"]["critic"]["init_from"] = {"path": str(checkpoint), "role": "discriminator"}
-    assert "holds discriminator as heads on blocks 1, 3 of width 8, and critic is a model" in fault(
-        write(gan)
+    assert (
+        "holds discriminator as heads on blocks 1, 3 of width 8, and critic is a model"
+        in problem(write(gan))
     )
 
 

@@ -12,8 +12,7 @@ import attrs
 import pytest
 import yaml
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
-from distill_protocols import ConfigError, FsdpPolicy, RoleSpec
-from distill_protocols.bundle import TensorPlan
+from distill_protocols import ConfigError, FsdpPolicy, RoleSpec, TensorPlan
 from distill_train.check import read_config
 from distill_train.cli import main
 from distill_train.memory import Planner, Sums, share
@@ -368,6 +367,9 @@ def test_plans_of_calls_are_made_once(values, write):
 
         def plan(self, spec, pipeline):
             return self._family.plan(spec, pipeline)
+
+        def components(self, pipeline):
+            return self._family.components(pipeline)
 
         def plan_call(self, spec, *args, **keys):
             calls.append(spec)

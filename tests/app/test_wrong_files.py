@@ -1,4 +1,4 @@
-"""Wrong run files: every fault at once, with file, line and a way out; exit 2; no torch."""
+"""Wrong run files: every problem at once, with file, line and a way out; exit 2; no torch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Values = dict[str, Any]
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 
 
-def faults(path: Path, models_json: Path | None = None) -> tuple[str, ...]:
+def problems(path: Path, models_json: Path | None = None) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
         read_config(path, models_json)
-    return caught.value.faults
+    return caught.value.problems
 
 
 def test_the_run_file_that_the_others_spoil_is_right(values, write):
@@ -42,8 +42,8 @@ def test_the_run_file_that_the_others_spoil_is_right(values, write):
 def test_a_base_that_is_wrong_itself_is_there(values, write):
     values["models"]["teacher"]["prec"] = "bf16"
     values["models"]["student"] = {"base": "teacher", "lora": {"rank": 2}}
-    (fault,) = faults(write(values))
-    assert "models.teacher.prec: unknown key" in fault
+    (problem,) = problems(write(values))
+    assert "models.teacher.prec: unknown key" in problem
 
 
 def test_the_batch_is_divided_by_the_processes_whatever_else_is_wrong(values, write):
@@ -66,7 +66,7 @@ def test_roles_beside_one_base_take_what_they_do_not_say_from_it(values, write):
 
 
 @pytest.mark.parametrize(
-    ("processes", "changes", "fault"),
+    ("processes", "changes", "problem"),
     [
         (
             "3",
@@ -89,15 +89,15 @@ def test_roles_beside_one_base_take_what_they_do_not_say_from_it(values, write):
     ],
 )
 def test_the_file_is_held_against_the_processes_that_torchrun_started(
-    values, write, monkeypatch, processes, changes, fault
+    values, write, monkeypatch, processes, changes, problem
 ):
     monkeypatch.setenv("WORLD_SIZE", processes)
     values["training"] |= changes
-    if fault is None:
+    if problem is None:
         assert read_config(write(values)).roles
     else:
-        (found,) = faults(write(values))
-        assert fault in found
+        (found,) = problems(write(values))
+        assert problem in found
 
 
 def test_several_teachers_are_roles_of_the_file(values, write):
@@ -120,9 +120,11 @@ def test_several_teachers_are_roles_of_the_file(values, write):
 def test_a_teacher_that_is_no_role_is_named_where_the_roles_are(values, write):
     values["method_config"]["teachers"] = {"teacher": {"weight": 0.5}, "second": {"weight": 0.5}}
     path = write(values)
-    (fault,) = faults(path)
+    (problem,) = problems(path)
     line = path.read_text().splitlines().index("models:") + 1
-    assert fault.startswith(f"run.yaml:{line}: models.second: missing role; dmd2 calls student, te")
+    assert problem.startswith(
+        f"run.yaml:{line}: models.second: missing role; dmd2 calls student, te"
+    )
 
 
 def put(*path: str, value: Any) -> Callable[[Values], None]:
@@ -301,7 +303,7 @@ SPOILT = {
     "start from no path": (put("models", "student", "init_from", value={"path": "nowhere"}), "models.student.init_from.path: 'nowhere' is neither a folder"),
     "start from an average of a folder": (put("models", "student", "init_from", value={"path": str(Path(__file__).resolve().parents[2] / "configs/tiny/wan"), "ema": True}), "models.student.init_from.ema: "),
     "adapters of a whole role": (put("checkpoint", "export", value=[{"role": "student", "folder": "s", "format": "lora"}]), "checkpoint.export.0.lora_rank: "),
-    "an unknown format": (put("checkpoint", "export", value=[{"role": "student", "folder": "s", "format": "comfy"}]), "checkpoint.export.0.format: 'comfy' must be one of 'diffusers', 'comfyui', 'lora'; did you mean 'comfyui'?"),
+    "an unknown format": (put("checkpoint", "export", value=[{"role": "student", "folder": "s", "format": "comfy"}]), "checkpoint.export.0.format: 'comfy' is none of diffusers, comfyui, lora"),
     "best by what nobody measures": (lambda v: v["checkpoint"].update(every_steps=2, keep_best={"metric": "report/student/fd"}), "checkpoint.keep_best.metric: 'report/student/fd' is measured by no callback"),
     "best by what is measured at other times": (
         lambda v: (report(every_steps=4)(v), v["checkpoint"].update(every_steps=5, keep_best={"metric": "report/a/fd"})),
@@ -317,8 +319,8 @@ SPOILT = {
 
 def test_a_role_needs_a_model(values, write):
     values["models"]["student"] = {}
-    (fault,) = faults(write(values))
-    assert "models.student.path: missing: a folder" in fault
+    (problem,) = problems(write(values))
+    assert "models.student.path: missing: a folder" in problem
 
 
 @pytest.mark.parametrize("case", SPOILT)
@@ -326,11 +328,11 @@ def test_a_fault_is_named_with_its_line(case, values, write):
     spoil, expected = SPOILT[case]
     spoil(values)
     path = write(values)
-    found = faults(path)
-    assert any(f": {expected}" in fault for fault in found), found
+    found = problems(path)
+    assert any(f": {expected}" in problem for problem in found), found
     key = expected.split(":")[0].split(".")[-1]
-    fault = next(f for f in found if f": {expected}" in f)
-    line = int(fault.split(":")[1])
+    problem = next(f for f in found if f": {expected}" in f)
+    line = int(problem.split(":")[1])
     if any(text.strip().startswith(f"{key}:") for text in path.read_text().splitlines()):
         # YAML that safe_dump wrote has one key a line, so the line can be checked.
         assert path.read_text().splitlines()[line - 1].strip().startswith(f"{key}:")
@@ -340,16 +342,16 @@ def test_all_faults_of_a_file_come_at_once_in_the_order_of_the_file(values, writ
     for case in ("unknown key", "float for an integer", "trainable teacher", "unknown callback"):
         SPOILT[case][0](values)
     values["callbacks"]["ema"]["decay"] = 2.0
-    found = faults(write(values))
+    found = problems(write(values))
     assert len(found) == 5
-    lines = [int(fault.split(":")[1]) for fault in found]
+    lines = [int(problem.split(":")[1]) for problem in found]
     assert lines == sorted(lines)
 
 
 def test_one_broken_field_does_not_hide_a_rule_on_another(values, write):
     report()(values)
     values["training"] |= {"seed": "x", "max_train_steps": 0, "globl_batch_size": 1}
-    found = faults(write(values))
+    found = problems(write(values))
     assert len(found) == 3, found
 
 
@@ -357,20 +359,20 @@ def test_one_fault_draws_no_others_after_it(values, write):
     report(entries={"a": {"role": "student"}})(values)
     values["validation"] = {"prompts": ["x"], "views": {"a": {"role": "student"}}}
     values["method_config"]["generator_update_interval"] = 0
-    (fault,) = faults(write(values))
-    assert "method_config.generator_update_interval" in fault
+    (problem,) = problems(write(values))
+    assert "method_config.generator_update_interval" in problem
     values["recipe"]["method"] = "dmd3"
-    (fault,) = faults(write(values))
-    assert "unknown method 'dmd3'" in fault
+    (problem,) = problems(write(values))
+    assert "unknown method 'dmd3'" in problem
     values["recipe"]["method"] = "dmd2"
     values["method_config"]["generator_update_interval"] = 4
     values["models"]["student"]["precision"] = "fp8"
-    (fault,) = faults(write(values))
-    assert "models.student.precision" in fault
+    (problem,) = problems(write(values))
+    assert "models.student.precision" in problem
     values["models"]["student"]["precision"] = "fp32"
     values["callbacks"] = ["ema"]
-    (fault,) = faults(write(values))
-    assert "callbacks: ['ema'] must be a mapping" in fault
+    (problem,) = problems(write(values))
+    assert "callbacks: ['ema'] must be a mapping" in problem
 
 
 @pytest.mark.parametrize(
@@ -386,18 +388,18 @@ def test_one_fault_draws_no_others_after_it(values, write):
     ],
 )
 def test_what_is_no_run_file_at_all(text, expected, write):
-    assert any(expected in fault for fault in faults(write(text)))
+    assert any(expected in problem for problem in problems(write(text)))
 
 
 def test_no_file(tmp_path):
-    (fault,) = faults(tmp_path / "absent.yaml")
-    assert "there is no file" in fault
+    (problem,) = problems(tmp_path / "absent.yaml")
+    assert "there is no file" in problem
 
 
 def test_duplicate_keys(values, write):
     text = yaml.safe_dump(values, sort_keys=False) + "data: {path: ./elsewhere}\n"
-    found = faults(write(text))
-    assert any("data: written twice (first in line" in fault for fault in found)
+    found = problems(write(text))
+    assert any("data: written twice (first in line" in problem for problem in found)
 
 
 def test_scalars_follow_yaml_1_2(values, write):
@@ -440,8 +442,8 @@ def test_models_json_is_laid_over_the_models_section(values, write, tmp_path):
     assert config.roles["critic"].optimizer.lr == 6e-4
     assert values == before
     overlay.write_text('{"critic": {\n "precison": "bf16"}}')
-    (fault,) = faults(write(values), overlay)
-    assert fault.startswith("models.json:2: critic.precison: unknown key")
+    (problem,) = problems(write(values), overlay)
+    assert problem.startswith("models.json:2: critic.precison: unknown key")
 
 
 def test_a_guided_run_without_a_negative_condition_is_refused(values, write, tmp_path):
@@ -455,9 +457,9 @@ def test_a_guided_run_without_a_negative_condition_is_refused(values, write, tmp
     (data / "index.json").unlink()
     (data / "index.json").write_text(json.dumps(index | {"constants": None}))
     values["data"]["path"] = str(data)
-    (fault,) = faults(write(values))
-    assert "conditioning.negative_prompt: there is none" in fault
-    assert "dmd2 guides a model" in fault
+    (problem,) = problems(write(values))
+    assert "conditioning.negative_prompt: there is none" in problem
+    assert "dmd2 guides a model" in problem
     values["conditioning"] = {"negative_prompt": ""}
     read_config(write(values))
     values["method_config"]["real_score_guidance_scale"] = 1.0
@@ -476,7 +478,7 @@ def test_status_2_no_traceback_nothing_written_and_no_torch(values, write, tmp_p
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert "1 fault; nothing was started." in done.stderr
+    assert "1 problem; nothing was started." in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -575,7 +577,7 @@ def planned(values: Values, write: Callable[..., Path], model: str) -> tuple[str
     try:
         read_config(write(values), planning=True)
     except ConfigError as error:
-        return error.faults
+        return error.problems
     return ()
 
 
@@ -587,16 +589,16 @@ def look(**sampler: Any) -> Values:
 def test_two_guidances_are_for_two_experts(values, write):
     values["validation"] = look(guidance_2=2.0)
     assert planned(copy.deepcopy(values), write, "Wan-AI/Wan2.2-T2V-A14B-Diffusers") == ()
-    (fault,) = planned(values, write, "Wan-AI/Wan2.1-T2V-14B-Diffusers")
-    assert "validation.views.a.sampler.guidance_2: 2 is of a second expert" in fault
+    (problem,) = planned(values, write, "Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    assert "validation.views.a.sampler.guidance_2: 2 is of a second expert" in problem
 
 
 def test_prompts_alone_sample_no_image_to_video_model(values, write):
     model = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
     assert planned(copy.deepcopy(values), write, model) == ()
     values["validation"] = look()
-    (fault,) = planned(values, write, model)
-    assert "validation.views.a.role: 'teacher' is an image-to-video model" in fault
+    (problem,) = planned(values, write, model)
+    assert "validation.views.a.role: 'teacher' is an image-to-video model" in problem
     # TI2V takes a first frame or none.
     values["pipeline_config"] = {}
     assert planned(values, write, "Wan-AI/Wan2.2-TI2V-5B-Diffusers") == ()

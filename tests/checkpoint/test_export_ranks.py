@@ -42,14 +42,14 @@ def test_it_is_the_export_of_the_checkpoint_byte_for_byte(tmp_path, strategy, si
 
 
 @pytest.mark.parametrize(
-    ("fault", "first", "others"),
+    ("problem", "first", "others"),
     [
         ("raise", "CheckpointError: rank 0: disk full", "CheckpointError: rank 0: disk full"),
         ("refuse", "OutputError: disk full", "CheckpointError: rank 0: disk full"),
     ],
 )
-def test_what_fails_on_the_first_rank_fails_on_all(tmp_path, fault, first, others):
-    said = together(train_and_export, tmp_path, "fsdp2", fault)
+def test_what_fails_on_the_first_rank_fails_on_all(tmp_path, problem, first, others):
+    said = together(train_and_export, tmp_path, "fsdp2", problem)
     assert said == [first, others]
 
 

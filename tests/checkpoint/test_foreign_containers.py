@@ -51,7 +51,7 @@ def assert_whole(folder: Path) -> None:
         read = saved.read([f"model.{name}"])[f"model.{name}"]
         assert read.dtype == tensor.dtype
         assert torch.equal(read, tensor)
-        facts = saved.facts()[f"model.{name}"]
+        facts = saved.describe()[f"model.{name}"]
         assert (facts.size, facts.dtype) == (tuple(tensor.shape), tensor.dtype)
     assert saved.values == {"loader.position", "loader.names", "loader.flag"}
     assert saved.read_value("loader.position") == 3
@@ -73,7 +73,7 @@ def test_only_the_pieces_asked_for_are_opened(folder):
     saved = open_dcp(folder)
     for file in folder.glob("*.distcp"):
         file.unlink()
-    assert "model.a" in saved.facts()
+    assert "model.a" in saved.describe()
     with pytest.raises(CheckpointError, match=r"model\.a is in it"):
         saved.read(["model.a"])
 
@@ -287,7 +287,7 @@ def test_damaged_metadata_is_read_right_or_refused(content, data):
     (folder / ".metadata").write_bytes(changed[: data.draw(st.sampled_from([len(whole), place]))])
     with contextlib.suppress(CheckpointError):
         saved = open_dcp(folder)
-        for name, facts in saved.facts().items():
+        for name, facts in saved.describe().items():
             assert tuple(saved.read([name])[name].shape) == facts.size
 
 
@@ -343,7 +343,7 @@ def test_a_file_cut_short_is_refused(folder):
     os.truncate(file, file.stat().st_size - 1)
     saved = open_dcp(folder)
     with pytest.raises(CheckpointError, match="cut short"):
-        saved.read(saved.facts())
+        saved.read(saved.describe())
 
 
 def test_reading_writes_nothing(folder, tmp_path):

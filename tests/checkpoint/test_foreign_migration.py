@@ -72,7 +72,7 @@ def holds(tmp_path: Path, expected: dict[str, Weights], iteration: int = 400) ->
             read = load_file(file)
         else:
             source = stored.weights(role, ema=kind == "ema")[module]
-            read = source.read(source.facts())
+            read = source.read(source.describe())
         assert read.keys() == weights.keys(), place
         for name, value in weights.items():
             assert read[name].dtype == value.dtype, name

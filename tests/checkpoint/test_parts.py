@@ -56,7 +56,7 @@ from tiny_run import Shape, new_run
         ({"keep_best": KeepBestConfig(metric="fd")}, "no effect without every_steps"),
     ],
 )
-def test_config_faults(keys, message):
+def test_config_problems(keys, message):
     with pytest.raises(ValueError, match=message):
         CheckpointConfig(**keys)
 
@@ -399,7 +399,7 @@ class Exporter:
     def export(self, role, weights, folder, request):
         self.calls.append((role, folder, request))
         source = weights["transformer"]
-        self.weights.append({n: v.clone() for n, v in source.read(source.facts()).items()})
+        self.weights.append({n: v.clone() for n, v in source.read(source.describe()).items()})
         return {"notes": []}
 
     def verify(self, role, weights, folder, request):

@@ -17,7 +17,7 @@ from distill_checkpoint import (
     write_weights_checkpoint,
 )
 from distill_checkpoint.manifest import inspect
-from distill_protocols import CheckpointError, TensorFacts, TensorWeights
+from distill_protocols import CheckpointError, TensorInfo, TensorWeights
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -60,8 +60,8 @@ def test_weights_are_those_of_the_run(saved, ema):
     assert list(sources) == list(EXPERTS)
     for key, source in sources.items():
         wanted = role.ema[key].weights() if ema else role.moving_state(key)
-        assert source.facts() == TensorWeights("", wanted).facts()
-        assert same(source.read(source.facts()), {n: v.detach() for n, v in wanted.items()})
+        assert source.describe() == TensorWeights("", wanted).describe()
+        assert same(source.read(source.describe()), {n: v.detach() for n, v in wanted.items()})
         assert list(source.read(["4.bias", "1.num_batches_tracked"])) == [
             "4.bias", "1.num_batches_tracked",
         ]  # fmt: skip
@@ -72,7 +72,7 @@ def test_opening_and_listing_read_no_numbers(saved, monkeypatch):
         raise AssertionError("tensors were read")
 
     monkeypatch.setattr("distill_checkpoint.tensors.StoredTensors.read_into", refuse)
-    assert StoredCheckpoint.open(saved[0]).weights("critic")["transformer"].facts()
+    assert StoredCheckpoint.open(saved[0]).weights("critic")["transformer"].describe()
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_damage_is_found_where_it_is_read_and_only_there(checkpoint):
     flip(path)
     stored = StoredCheckpoint.open(checkpoint)
     student = stored.weights("student", ema=True)["transformer"]
-    assert student.read(student.facts())
+    assert student.read(student.describe())
     critic = stored.weights("critic")["transformer"]
     with pytest.raises(CheckpointError, match=f"{path.name} is damaged"):
         critic.read(["0.weight"])
@@ -150,7 +150,7 @@ class Lazy:
         self.asked: list[int] = []
 
     def facts(self):
-        return TensorWeights("", self.tensors).facts()
+        return TensorWeights("", self.tensors).describe()
 
     def read(self, names):
         names = list(names)
@@ -190,7 +190,7 @@ def test_migrated_weights_come_back(student, critic, shard_bytes):
             ("critic.x", "b", False, critic),
         ):
             source = stored.weights(role, ema=ema)[key]
-            assert source.facts() == TensorWeights("", state).facts()
+            assert source.describe() == TensorWeights("", state).describe()
             assert same(source.read(state), state)
             for name, value in state.items():
                 if value.ndim:
@@ -237,7 +237,7 @@ def test_a_migration_writes_over_nothing(tmp_path):
 
 def test_a_source_that_lies_is_found(tmp_path):
     source = Lazy({"a": torch.ones(2)})
-    source.facts = lambda: {"a": TensorFacts((3,), torch.float32)}
+    source.facts = lambda: {"a": TensorInfo((3,), torch.float32)}
     with pytest.raises(CheckpointError, match=r"a is \[2\] float32, and facts\(\) said \[3\]"):
         write(tmp_path / "checkpoint-000001", source)
     assert list(tmp_path.iterdir()) == []

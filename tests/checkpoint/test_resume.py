@@ -150,7 +150,7 @@ def test_a_frozen_base_is_not_saved(tmp_path):
     saved(tmp_path, shape)
     stored = StoredCheckpoint.open(tmp_path / "checkpoint-000003")
     for ema in (False, True):
-        facts = stored.weights("student", ema=ema)["transformer"].facts()
+        facts = stored.weights("student", ema=ema)["transformer"].describe()
         assert set(facts) == {
             "4.weight", "1.running_mean", "1.running_var", "1.num_batches_tracked",
         }  # fmt: skip

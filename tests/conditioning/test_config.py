@@ -28,7 +28,7 @@ def test_a_path_is_not_blank():
 def test_a_data_set_is_checked_without_torch(tmp_path, make_folder):
     folder = make_folder(tmp_path, 4)
     code = (
-        "import sys, distill_conditioning.config; from distill_conditioning import dataset_facts; "
-        f"assert dataset_facts({str(folder)!r}).samples == 4; assert 'torch' not in sys.modules"
+        "import sys, distill_conditioning.config; from distill_conditioning import dataset_info; "
+        f"assert dataset_info({str(folder)!r}).samples == 4; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

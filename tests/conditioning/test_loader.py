@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 from distill_conditioning import DataConfig, LatentDataset, LatentLoader
-from distill_protocols import Batch, Condition, DataError
-from distill_protocols.errors import ConditioningError
+from distill_protocols import Batch, Condition, ConditioningError, DataError
 from hypothesis import given
 from hypothesis import strategies as st
 

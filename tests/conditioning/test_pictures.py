@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 from distill_conditioning import DataConfig, LatentDataset, LatentLoader, ShardWriter, preprocess
-from distill_conditioning.facts import dataset_facts
+from distill_conditioning.facts import dataset_info
 from distill_protocols import Condition, ConditioningError, DataError
 
 
@@ -19,7 +19,11 @@ def embedding(text):
 class Pictured:
     """An adapter's encoding side; its condition of a first frame is the frame, flattened."""
 
-    def text_encoder_kept(self):
+    @property
+    def images(self):
+        return self
+
+    def keep_encoders_loaded(self):
         return contextlib.nullcontext()
 
     def encode_condition(self, raw_cond):
@@ -32,7 +36,7 @@ class Pictured:
         return "encoder"
 
     def with_image(self, cond, images):
-        return Condition({"image_latents": images.flatten(1)}).over(cond)
+        return Condition({"image_latents": images.flatten(1)}).merged_onto(cond)
 
     def encode(self, video):
         return video[:, :2, :, ::2, ::2]
@@ -97,13 +101,13 @@ def test_a_negative_that_is_no_part_of_the_samples_is_refused(folder):
 
 def test_what_the_model_reads_of_a_picture_must_be_there(folder, tmp_path):
     wanted = {"image_latents": (48,)}
-    assert dataset_facts(folder, image_shapes=wanted).faults == ()
-    (fault,) = dataset_facts(folder, image_shapes={"image_latents": (50,)}).faults
-    assert "[48]" in fault
-    assert "[50]" in fault
-    (fault,) = dataset_facts(folder, image_shapes={**wanted, "image_embeds": (2, 2)}).faults
-    assert "image_embeds of the samples is absent" in fault
-    assert "first_frames=True" in fault
+    assert dataset_info(folder, condition_shapes=wanted).problems == ()
+    (problem,) = dataset_info(folder, condition_shapes={"image_latents": (50,)}).problems
+    assert "[48]" in problem
+    assert "[50]" in problem
+    (problem,) = dataset_info(folder, condition_shapes={**wanted, "image_embeds": (2, 2)}).problems
+    assert "image_embeds of the samples is absent" in problem
+    assert "first_frames=True" in problem
 
 
 def test_pictures_are_of_one_size(tmp_path):
@@ -119,6 +123,6 @@ def test_pictures_are_of_one_size(tmp_path):
 def test_one_condition_over_another():
     text, other = Condition({"text": torch.ones(2, 1)}), Condition({"text": torch.zeros(2, 1)})
     below = Condition({**other.tensors, "image": torch.full((2, 1), 5.0)})
-    found = text.over(below).tensors
+    found = text.merged_onto(below).tensors
     assert found["text"].sum() == 2
     assert found["image"].sum() == 10

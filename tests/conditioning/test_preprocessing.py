@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from distill_conditioning import DataConfig, LatentDataset, ShardWriter, preprocess
-from distill_protocols import DataError
-from distill_protocols.errors import ConditioningError
+from distill_protocols import ConditioningError, DataError
 
 
 def _clips(count: int):
@@ -24,7 +23,9 @@ def test_every_clip_arrives_with_its_caption(tmp_path, encoder, batch_size):
             _clips(10), encoder, writer, negative_prompt="ugly", batch_size=batch_size
         )
     dataset = LatentDataset(
-        DataConfig(path=str(tmp_path), verify="full"), latent_shape=(2, 1, 2, 2), text_shape=(3, 4)
+        DataConfig(path=str(tmp_path), verify="full"),
+        latent_shape=(2, 1, 2, 2),
+        condition_shapes={"text": (3, 4)},
     )
     assert count == len(dataset) == 10
     assert encoder.loads == 1

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from distill_conditioning import CachedConditioning, ConditioningConfig, DataConfig, LatentDataset
-from distill_protocols.errors import ConditioningError
+from distill_protocols import ConditioningError
 
 
 def _text(condition) -> torch.Tensor:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distill_conditioning import DataConfig, LatentDataset, ShardWriter, dataset_facts
+from distill_conditioning import DataConfig, LatentDataset, ShardWriter, dataset_info
 from distill_conditioning.tensor_file import map_tensors, write_tensors
-from distill_protocols import Condition, DataError
-from distill_protocols.errors import ConditioningError
+from distill_protocols import Condition, ConditioningError, DataError
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -70,8 +69,8 @@ def test_a_caption_is_stored_once_a_shard_and_equal_data_gives_equal_bytes(tmp_p
 
 
 def test_facts_need_no_tensor(tmp_path, make_folder):
-    facts = dataset_facts(make_folder(tmp_path, 10, negative="ugly"))
-    assert not facts.faults
+    facts = dataset_info(make_folder(tmp_path, 10, negative="ugly"))
+    assert not facts.problems
     assert (facts.samples, facts.latent_shape) == (10, (2, 1, 2, 2))
     assert (facts.negative_prompt, facts.has_negative) == ("ugly", True)
     assert facts.shards == len(list(tmp_path.glob("shard-*")))
@@ -80,7 +79,7 @@ def test_facts_need_no_tensor(tmp_path, make_folder):
 def test_a_data_set_without_constants_has_no_negative(tmp_path, make_folder):
     folder = make_folder(tmp_path, 3, negative=None)
     assert _open(folder).negative() is None
-    assert not dataset_facts(folder).has_negative
+    assert not dataset_info(folder).has_negative
 
 
 @pytest.mark.parametrize("name", ["no-such", "empty"])
@@ -144,8 +143,8 @@ def test_a_file_that_is_no_safetensors_is_a_fault_though_its_size_is_right(
     }[kind]
     assert damaged != shard.read_bytes()
     shard.write_bytes(damaged.ljust(size, b"\0")[:size])
-    [fault] = dataset_facts(tmp_path).faults
-    assert shard.name in fault
+    [problem] = dataset_info(tmp_path).problems
+    assert shard.name in problem
     with pytest.raises(DataError, match=shard.name):
         _open(tmp_path)
 
@@ -170,8 +169,8 @@ def test_other_shapes_than_the_models_are_named_both(tmp_path, make_folder):
         _open(tmp_path, latent_shape=(16, 21, 60, 104))
     for wrong in [(3, 4096), (512, 4)]:
         with pytest.raises(DataError, match=rf"\[3, 4\].*\[{wrong[0]}, {wrong[1]}\].*padding"):
-            _open(tmp_path, text_shape=wrong)
-    _open(tmp_path, latent_shape=(2, 1, 2, 2), text_shape=(3, 4))
+            _open(tmp_path, condition_shapes={"text": wrong})
+    _open(tmp_path, latent_shape=(2, 1, 2, 2), condition_shapes={"text": (3, 4)})
 
 
 def test_an_interrupted_writer_leaves_no_data_set_and_says_so_next_time(tmp_path):
@@ -185,7 +184,7 @@ def test_an_interrupted_writer_leaves_no_data_set_and_says_so_next_time(tmp_path
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert not (tmp_path / "index.json").exists()
-    assert "interrupted" in dataset_facts(tmp_path).faults[0]
+    assert "interrupted" in dataset_info(tmp_path).problems[0]
     with pytest.raises(DataError, match="interrupted"):
         ShardWriter(tmp_path, encoder=None)
 

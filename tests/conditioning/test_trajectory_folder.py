@@ -13,7 +13,7 @@ from distill_conditioning import (
     LatentLoader,
     ShardRows,
     TrajectoryFolder,
-    dataset_facts,
+    dataset_info,
 )
 from distill_protocols import Condition, DataError
 from toy_data import FINGERPRINT, SHAPE, embedding, write_dataset
@@ -92,21 +92,21 @@ def test_who_asks_for_none_reads_none(tmp_path):
 
 def test_levels_that_are_not_there(tmp_path):
     data = whole(tmp_path / "data")
-    assert dataset_facts(data, times=(1000.0, 756.8)).faults == ()
-    [fault] = dataset_facts(data, times=(1000.0, 750.0)).faults
-    assert "no level t = 750 among those stored (1000, 756.757, 521.739)" in fault
-    assert "sampled at 1000, 750" in fault
-    assert "student_sampler" in fault
-    assert "keep_times" in fault
+    assert dataset_info(data, times=(1000.0, 756.8)).problems == ()
+    [problem] = dataset_info(data, times=(1000.0, 750.0)).problems
+    assert "no level t = 750 among those stored (1000, 756.757, 521.739)" in problem
+    assert "sampled at 1000, 750" in problem
+    assert "student_sampler" in problem
+    assert "keep_times" in problem
     with pytest.raises(DataError, match="no level t = 750"):
         LatentDataset(DataConfig(path=str(data)), times=(750.0,))
     plain = write_dataset(tmp_path / "plain", 5)
-    [fault] = dataset_facts(plain, times=(1000.0,)).faults
-    assert "no trajectories" in fault
-    assert "apps/trajectories" in fault
+    [problem] = dataset_info(plain, times=(1000.0,)).problems
+    assert "no trajectories" in problem
+    assert "apps/trajectories" in problem
     assert "trajectory_times" not in json.loads((plain / "index.json").read_text())
-    [fault] = dataset_facts(tmp_path / "nowhere", times=(1000.0,)).faults
-    assert "apps/trajectories" in fault
+    [problem] = dataset_info(tmp_path / "nowhere", times=(1000.0,)).problems
+    assert "apps/trajectories" in problem
 
 
 def test_in_any_order_by_any_process_it_is_the_same(tmp_path):

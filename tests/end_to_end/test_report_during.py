@@ -192,7 +192,7 @@ def test_measuring_nothing_is_a_fault_of_the_file(checked):
         checked(every_steps=-1)
 
 
-def test_metrics_of_a_report_whose_judge_cannot_be_read_are_left_to_faults(checked, tmp_path):
+def test_metrics_of_a_report_whose_judge_cannot_be_read_are_left_to_problems(checked, tmp_path):
     from attrs import evolve
 
     config = checked(every_steps=3).callbacks["report"]

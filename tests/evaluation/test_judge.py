@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from distill_evaluation import ClipJudge, Judge, JudgeConfig
-from distill_protocols.errors import WeightsError
+from distill_protocols import WeightsError
 
 
 def small_judge() -> Judge:

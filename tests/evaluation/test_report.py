@@ -10,15 +10,8 @@ import torch
 from distill_evaluation.config import ReportConfig, ReportEntry
 from distill_evaluation.judge import Judge
 from distill_evaluation.report import CHUNK, ReportCallback
-from distill_protocols import (
-    Condition,
-    DistillMethod,
-    ModelBundle,
-    RoleHandle,
-    RunParts,
-    RunState,
-    SamplerSpec,
-)
+from distill_protocols import Condition, ModelBundle, RoleHandle, RunParts, RunState, SamplerSpec
+from distill_runtime import ALONE, DistillMethod
 from torch import Tensor, nn
 
 JUDGE = Path(__file__).resolve().parents[2] / "configs" / "tiny" / "judge"
@@ -79,7 +72,12 @@ def parts_of_a_run(folder: Path) -> tuple[ReportCallback, RunState, Adapter]:
     report = ReportCallback(config, parts)
     adapter.done.clear()
     run = RunState(
-        method=method, loader=None, streams=method.streams, output_dir=folder, max_train_steps=1
+        method=method,
+        loader=None,
+        streams=method.streams,
+        output_dir=folder,
+        max_train_steps=1,
+        ranks=ALONE,
     )  # type: ignore[arg-type]
     return report, run, adapter
 

@@ -266,12 +266,14 @@ def test_one_sampler_serves_rollouts_looks_and_validation(
     assert torch.equal(shown, adapter.decode(clip))
     if spec.guided:
         with pytest.raises(ContractError, match="one call of two"):
-            adapter.rollout("student", spec, noise, cond, exits=[0])
+            adapter.rollout("student", spec, noise, cond, exit_steps=[0])
     else:
         generators = rows()
         generators.normal(adapter.latent_shape)
         exits = [spec.steps - 1] * len(adapter.chunks("student"))
-        rolled = adapter.rollout("student", spec, noise, cond, exits=exits, generators=generators)
+        rolled = adapter.rollout(
+            "student", spec, noise, cond, exit_steps=exits, generators=generators
+        )
         assert torch.equal(rolled, clip)
     if student == "causal":
         return  # by hand in test_causal_sampling

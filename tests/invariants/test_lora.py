@@ -17,13 +17,13 @@ from distill_protocols import (
     Batch,
     Callback,
     Condition,
-    DistillMethod,
     LoraSpec,
     RandomStreams,
     RoleSpec,
     SamplerSpec,
     derive_seed,
 )
+from distill_runtime import DistillMethod
 from distill_trainer import DistillTrainer, TrainingConfig
 from distill_trainer.callbacks.ema import EmaCallback
 from distill_trainer.config import OptimizerConfig

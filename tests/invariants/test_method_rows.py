@@ -33,7 +33,8 @@ from distill_methods import (
     TeacherOnlyMethod,
     TimeSampling,
 )
-from distill_protocols import Batch, Condition, DistillMethod, RandomStreams, SamplerSpec
+from distill_protocols import Batch, Condition, RandomStreams, SamplerSpec
+from distill_runtime import DistillMethod
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -185,9 +186,9 @@ def data_of(config: object, size: int, seed: int) -> Batch:
 
 
 def build(config: object, seed: int, rank: int, ranks: int) -> DistillMethod:
-    names = [need.name for need in config.needs]
+    names = [need.name for need in config.roles]
     on = "critic" if "critic" in names else "teacher"
-    bundle = toy_bundle(heads_on=on, **{name: seed for seed, name in enumerate(names, start=1)})
+    bundle = toy_bundle(features_of=on, **{name: seed for seed, name in enumerate(names, start=1)})
     return METHODS[type(config)](
         bundle,
         Watched(bundle, CAUSAL, stored=isinstance(config, KDConfig)),

@@ -6,7 +6,8 @@ import torch
 from distill_methods import CausVidConfig, DMD2Config, SelfForcingConfig
 from distill_methods.distribution_matching.config import MatchingConfig
 from distill_methods.plugins import causvid, dmd2, self_forcing
-from distill_protocols import DistillMethod, RandomStreams, SamplerSpec
+from distill_protocols import RandomStreams, SamplerSpec
+from distill_runtime import DistillMethod
 from hypothesis import given
 from hypothesis import strategies as st
 from toy_adapter import CAUSAL, ToyAdapter, ToyConditioning, gradients, toy_batch, toy_bundle
@@ -67,7 +68,7 @@ def test_the_plan_is_what_really_steps(config: MatchingConfig, accumulation: int
     method = build(config)
     planned = dict.fromkeys(("student", "critic"), 0)
     for iteration in range(1, 21):
-        turns = PLUGINS[type(config)].updates(config, iteration)
+        turns = config.turns(iteration)
         for _ in range(accumulation):
             loss = method.single_train_step(toy_batch(1), iteration).loss_map["total_loss"]
             (loss / accumulation).backward()

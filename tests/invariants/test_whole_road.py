@@ -143,8 +143,8 @@ def accepted(section, file) -> set[str]:
     file.write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError) as caught:
         read_config(file)
-    (fault,) = (f for f in caught.value.faults if "no_such_key" in f)
-    return set(fault.split("accepts: ")[1].rstrip(")").split(", "))
+    (problem,) = (f for f in caught.value.problems if "no_such_key" in f)
+    return set(problem.split("accepts: ")[1].rstrip(")").split(", "))
 
 
 @given(st.sampled_from(SECTIONS), st.from_regex(r"[a-z_]{1,12}", fullmatch=True))
@@ -161,4 +161,4 @@ def test_14_an_unknown_key_anywhere_is_a_fault_that_names_it(tmp_path_factory, s
     with pytest.raises(ConfigError) as caught:
         read_config(file)
     named = f"{'.'.join((*section, key))}: unknown key"
-    assert any(named in fault for fault in caught.value.faults)
+    assert any(named in problem for problem in caught.value.problems)

@@ -15,7 +15,8 @@ from distill_methods import (
     TimeSampling,
 )
 from distill_methods.plugins import causvid, dmd2, finetune, kd, self_forcing, teacher_only
-from distill_protocols import SamplerSpec, load_plugin
+from distill_protocols import SamplerSpec
+from distill_runtime import load_plugin
 
 FAULTS = [
     (DMD2Config, {"generator_update_interval": 0}, "0 must be at least 1.*never be updated"),
@@ -72,17 +73,17 @@ def test_turns_of_twenty_iterations(interval: int, cadence: str, student: int, c
 
 def test_plugins_state_roles_capabilities_and_guidance():
     guided, plain = DMD2Config(), DMD2Config(real_score_guidance_scale=1.0)
-    assert [r.name for r in dmd2.roles(guided)] == ["student", "teacher", "critic"]
-    assert [r.trainable for r in dmd2.roles(guided)] == [True, False, True]
-    assert dmd2.needs_negative(guided)
-    assert not dmd2.needs_negative(plain)
-    assert "supports_cfg" in dmd2.capabilities(guided)
-    assert "supports_cfg" not in dmd2.capabilities(plain)
-    assert [r.name for r in teacher_only.roles(TeacherOnlyConfig())] == ["student", "teacher"]
-    assert [r.name for r in finetune.roles(FinetuneConfig())] == ["student"]
+    assert [r.name for r in guided.roles] == ["student", "teacher", "critic"]
+    assert [r.trainable for r in guided.roles] == [True, False, True]
+    assert guided.needs_negative
+    assert not plain.needs_negative
+    assert "supports_cfg" in guided.capabilities
+    assert "supports_cfg" not in plain.capabilities
+    assert [r.name for r in TeacherOnlyConfig().roles] == ["student", "teacher"]
+    assert [r.name for r in FinetuneConfig().roles] == ["student"]
     unguided = FinetuneConfig(student_sampler=SamplerSpec(steps=4))
-    assert not finetune.needs_negative(unguided)
-    assert finetune.needs_negative(FinetuneConfig())
+    assert not unguided.needs_negative
+    assert FinetuneConfig().needs_negative
 
 
 def test_what_asks_for_a_causal_student():
@@ -92,8 +93,8 @@ def test_what_asks_for_a_causal_student():
         (finetune, FinetuneConfig(times="per_chunk"), {"causal:student", "supports_frame_times"}),
         (finetune, FinetuneConfig(past="clean"), {"causal:student", "supports_teacher_forcing"}),
     ]:
-        assert asked <= set(plugin.capabilities(config))
-    assert "causal:student" not in finetune.capabilities(FinetuneConfig())
+        assert asked <= set(config.capabilities)
+    assert "causal:student" not in FinetuneConfig().capabilities
 
 
 PLUGINS = [dmd2, teacher_only, finetune, self_forcing, causvid, kd]

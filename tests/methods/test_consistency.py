@@ -16,9 +16,14 @@ from distill_methods import (
     TimeSampling,
 )
 from distill_methods.maths import clean_distance, normalised_tangent
-from distill_methods.plugins import consistency
-from distill_protocols import CapabilityError, ContractError, RandomStreams, SamplerSpec
-from distill_protocols.plugins import PlannedRun, RoleSpec
+from distill_protocols import (
+    CapabilityError,
+    ContractError,
+    PlannedRun,
+    RandomStreams,
+    RoleSpec,
+    SamplerSpec,
+)
 from toy_adapter import (
     ABLE,
     LATENT_SHAPE,
@@ -164,6 +169,10 @@ def test_one_call_comes_to_give_what_the_trajectory_ends_at(options):
 class Routed(ToyAdapter):
     """Roles of two experts, one network here, that say so when a call is on both sides."""
 
+    @property
+    def experts(self):
+        return self
+
     def expert_ranges(self, *roles: str):
         return ((0.0, 700.0), (700.0, 1000.0))
 
@@ -207,12 +216,12 @@ def test_continuous_is_not_for_two_experts():
         roles={n: RoleSpec(name=n, path="./x", trainable=False) for n in ("student", "teacher")},
         experts=frozenset({"student"}),
     )
-    assert [k for k, _ in consistency.faults(ConsistencyConfig(continuous=NOW), run)] == [
+    assert [".".join(p.path) for p in ConsistencyConfig(continuous=NOW).problems(run)] == [
         "continuous"
     ]
-    assert not list(consistency.faults(ConsistencyConfig(), run))
+    assert not list(ConsistencyConfig().problems(run))
     alone = attrs.evolve(run, experts=frozenset({"teacher"}))
-    assert not list(consistency.faults(ConsistencyConfig(continuous=NOW), alone))
+    assert not list(ConsistencyConfig(continuous=NOW).problems(alone))
 
 
 # -- continuous -------------------------------------------------------------------------------
@@ -371,13 +380,13 @@ def test_a_wrong_option_says_why(config, options, message):
 
 def test_what_it_needs():
     assert isinstance(ConsistencyConfig().form, Discrete)
-    assert ConsistencyConfig().needs[-1].name == "teacher"
+    assert ConsistencyConfig().roles[-1].name == "teacher"
     several = ConsistencyConfig(teachers={"a": TeacherTerm(weight=1.0)})
-    assert [need.name for need in several.needs] == ["student", "a"]
+    assert [need.name for need in several.roles] == ["student", "a"]
     able = attrs.evolve(ABLE, supports_jvp=False)
     build(able=able)
     with pytest.raises(CapabilityError, match="supports_jvp"):
         build(able=able, continuous=NOW)
     with pytest.raises(CapabilityError, match="supports_cfg"):
         build(able=attrs.evolve(ABLE, supports_cfg=False))
-    assert not consistency.needs_negative(ConsistencyConfig(guidance_scale=1.0))
+    assert not ConsistencyConfig(guidance_scale=1.0).needs_negative

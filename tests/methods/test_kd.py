@@ -7,7 +7,6 @@ import pytest
 import torch
 from attrs import define
 from distill_methods import KDConfig, KDMethod
-from distill_methods.plugins import kd
 from distill_protocols import (
     Batch,
     CapabilityError,
@@ -41,6 +40,10 @@ class Causal(ToyAdapter):
     """Two chunks of one frame. A frame's prediction is x - s (own x + what is before it)."""
 
     seen: list[tuple[Tensor, Tensor]] = attrs.field(factory=list)
+
+    @property
+    def causal(self) -> Causal:
+        return self
 
     def chunks(self, role: str, frames: int | None = None) -> tuple[Chunk, ...]:
         return (Chunk(0, 1), Chunk(1, 1))
@@ -176,8 +179,8 @@ def test_options():
     with pytest.raises(ValueError, match=r"'mixed', 'noisy', 'clean'.*got 'dirty'"):
         KDConfig(past="dirty")
     config = KDConfig(student_sampler=SAMPLER)
-    assert kd.trajectory_times(config) == pytest.approx(TIMES)
-    assert [need.name for need in kd.roles(config)] == ["student"]
-    assert not kd.needs_negative(config)
-    assert kd.update_share(config, "student", 0, 500) == pytest.approx(1 / 3)
-    assert kd.update_share(config, "student", 500, 1000) == pytest.approx(2 / 3)
+    assert config.trajectory_times == pytest.approx(TIMES)
+    assert [need.name for need in config.roles] == ["student"]
+    assert not config.needs_negative
+    assert config.update_share("student", 0, 500) == pytest.approx(1 / 3)
+    assert config.update_share("student", 500, 1000) == pytest.approx(2 / 3)

@@ -14,10 +14,8 @@ from distill_methods import (
     RCMMethod,
 )
 from distill_methods.consistency.losses import consistency_loss
-from distill_methods.plugins import rcm
 from distill_methods.teaching import Teachers
-from distill_protocols import RandomStreams, RoleError, SamplerSpec
-from distill_protocols.plugins import PlannedRun, RoleSpec
+from distill_protocols import PlannedRun, RandomStreams, RoleError, RoleSpec, SamplerSpec
 from toy_adapter import ToyAdapter, ToyConditioning, gradients, rows, toy_batch, toy_bundle
 
 ONE_STEP = SamplerSpec(steps=1, shift=3.0, stochastic=True)
@@ -132,10 +130,10 @@ def test_the_warmup_counts_the_students_updates():
 
 def test_what_it_needs():
     config = RCMConfig()
-    assert [need.name for need in rcm.roles(config)] == ["student", "teacher", "critic"]
+    assert [need.name for need in config.roles] == ["student", "teacher", "critic"]
     assert isinstance(config.form, Continuous)
-    assert "supports_jvp" in rcm.capabilities(config)
-    assert "supports_jvp" not in rcm.capabilities(RCMConfig(discrete=Discrete()))
+    assert "supports_jvp" in config.capabilities
+    assert "supports_jvp" not in RCMConfig(discrete=Discrete()).capabilities
     with pytest.raises(ValueError, match="stands beside discrete"):
         RCMConfig(discrete=Discrete(), continuous=Continuous())
     with pytest.raises(ValueError, match="led away from consistency"):
@@ -146,8 +144,8 @@ def test_what_it_needs():
         roles={n: RoleSpec(name=n, path="./x", trainable=False) for n in ("student", "teacher")},
         experts=frozenset({"student", "teacher"}),
     )
-    assert [key for key, _ in rcm.faults(config, two)] == ["continuous"]
-    assert not list(rcm.faults(RCMConfig(discrete=Discrete()), two))
+    assert [".".join(p.path) for p in config.problems(two)] == ["continuous"]
+    assert not list(RCMConfig(discrete=Discrete()).problems(two))
 
 
 def test_an_expert_learns_from_either_loss():

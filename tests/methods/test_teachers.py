@@ -13,9 +13,14 @@ from distill_methods import (
     TeacherTerm,
     TimeSampling,
 )
-from distill_methods.plugins import dmd2, teacher_only
-from distill_protocols import ContractError, RandomStreams, RoleError, SamplerSpec
-from distill_protocols.plugins import PlannedRun, RoleSpec
+from distill_protocols import (
+    ContractError,
+    PlannedRun,
+    RandomStreams,
+    RoleError,
+    RoleSpec,
+    SamplerSpec,
+)
 from toy_adapter import (
     ABLE,
     LATENT_SHAPE,
@@ -36,6 +41,10 @@ NAMES = ("student", *TEACHERS, "critic")
 
 class Routed(ToyAdapter):
     """Roles of two experts, which are one network here."""
+
+    @property
+    def experts(self):
+        return self
 
     def expert_ranges(self, *roles: str):
         return ((0.0, 500.0), (500.0, 1000.0))
@@ -167,11 +176,11 @@ TWO = {
     ({"guidance_scale_2": 3.0} | TWO, planned(a=True, b=False), ["guidance_scale_2"]),
 ])  # fmt: skip
 def test_a_guidance_that_is_never_used_is_a_fault_of_the_file(options, run, keys):
-    assert [k for k, _ in teacher_only.faults(TeacherOnlyConfig(**options), run)] == keys
+    assert [".".join(p.path) for p in TeacherOnlyConfig(**options).problems(run)] == keys
     renamed = {"guidance_scale_2": "real_score_guidance_scale_2"}
     ours = {renamed.get(k, k): v for k, v in options.items()}
     keys = [renamed.get(k, k) for k in keys]
-    assert [k for k, _ in dmd2.faults(DMD2Config(**ours), run)] == keys
+    assert [".".join(p.path) for p in DMD2Config(**ours).problems(run)] == keys
 
 
 @pytest.mark.parametrize(("teachers", "message"), [
@@ -188,12 +197,12 @@ def test_teachers_that_cannot_be(config, teachers, message):
 
 def test_roles_are_those_of_the_teachers():
     config = TeacherOnlyConfig(teachers=TEACHERS)
-    assert [(r.name, r.trainable) for r in teacher_only.roles(config)] == [
+    assert [(r.name, r.trainable) for r in config.roles] == [
         ("student", True), ("near", False), ("far", False), ("bad", False),
     ]  # fmt: skip
-    assert teacher_only.needs_negative(config)
+    assert config.needs_negative
     plain = {n: attrs.evolve(t, guidance_scale=1.0) for n, t in TEACHERS.items()}
-    assert not teacher_only.needs_negative(TeacherOnlyConfig(teachers=plain))
+    assert not TeacherOnlyConfig(teachers=plain).needs_negative
     with pytest.raises(RoleError, match=r"missing role\(s\): far, bad"):
         build(TeacherOnlyMethod, config, names=("student", "near"))
 
@@ -213,11 +222,11 @@ def test_why_there_is_no_way_without_a_critic():
     said = r"missing role\(s\): critic.*critic: .*own clips.*teacher_only"
     with pytest.raises(RoleError, match=said):
         build(DMD2Method, DMD2Config(teachers=TEACHERS), names=NAMES[:-1])
-    assert all(not need.reason for need in teacher_only.roles(TeacherOnlyConfig()))
+    assert all(not need.reason for need in TeacherOnlyConfig().roles)
 
 
 def test_the_students_clips_cannot_be_made_with_guidance():
     spec = SamplerSpec(steps=4, guidance=3.0)
     with pytest.raises(ValueError, match=r"guidance 3.0 must be 1 with input: student"):
         TeacherOnlyConfig(input="student", student_sampler=spec)
-    assert TeacherOnlyConfig(student_sampler=spec).guided
+    assert TeacherOnlyConfig(student_sampler=spec).needs_negative

@@ -23,7 +23,6 @@ from distill_protocols import (
     Batch,
     Condition,
     ContractError,
-    DistillMethod,
     ModelBundle,
     RandomStreams,
     RoleSpec,
@@ -33,6 +32,7 @@ from distill_protocols import (
     StopFlag,
     StopRequested,
 )
+from distill_runtime import DistillMethod
 from torch import Tensor
 
 FOLDER = str(Path(__file__).resolve().parents[2] / "configs/tiny/wan")
@@ -192,7 +192,9 @@ def test_a_rollout_by_hand_with_gradient_in_its_last_call_only(
             with_kwargs=True,
         )
     )
-    rolled = adapter.rollout("student", spec, noise, cond, exits=[exit_step], generators=fresh())
+    rolled = adapter.rollout(
+        "student", spec, noise, cond, exit_steps=[exit_step], generators=fresh()
+    )
     hook.remove()
     assert rolled.requires_grad
     levels = [1000.0, 833.0, 500.0][: exit_step + 1]
@@ -211,7 +213,7 @@ def test_a_rollout_by_hand_with_gradient_in_its_last_call_only(
     if exit_step == 2:
         sampled = adapter.sample("student", spec, noise, cond, generators=fresh())
         assert torch.equal(rolled.detach(), sampled)
-    no_exit = {"exits": [exit_step], "generators": fresh(), "learns": [False]}
+    no_exit = {"exit_steps": [exit_step], "generators": fresh(), "requires_grad": [False]}
     assert not adapter.rollout("student", spec, noise, cond, **no_exit).requires_grad
 
 
@@ -227,7 +229,9 @@ def test_a_stop_ends_a_rollout_before_its_next_call(number: int, bundle, batch: 
         stop.poll()
 
     with pytest.raises(StopRequested, match="preempted"), torch.no_grad():
-        adapter.rollout("student", spec, batch.latents[:1], batch.cond[:1], exits=[3], poll=poll)
+        adapter.rollout(
+            "student", spec, batch.latents[:1], batch.cond[:1], exit_steps=[3], poll=poll
+        )
     assert len(polls) == number
 
 
@@ -236,15 +240,15 @@ def test_rollouts_that_cannot_be_are_refused(bundle, batch: Batch):
     given = ("student", TWO_STEPS, batch.latents, batch.cond)
     rows = RowGenerators.seeded(7, "noise", range(4))
     for options, message in [
-        ({"exits": [2], "generators": rows}, "they are 0 .. 1"),
-        ({"exits": [0, 1], "generators": rows}, "2 exits .* 1 chunks"),
-        ({"exits": [1]}, "needs generators"),
+        ({"exit_steps": [2], "generators": rows}, "they are 0 .. 1"),
+        ({"exit_steps": [0, 1], "generators": rows}, "2 exit_steps .* 1 chunks"),
+        ({"exit_steps": [1]}, "needs generators"),
     ]:
         with pytest.raises(ContractError, match=message):
             adapter.rollout(*given, **options)
     guided = SamplerSpec(steps=1, guidance=2.0)
     with pytest.raises(ContractError, match="one call of two"):
-        adapter.rollout("student", guided, *given[2:], exits=[0])
+        adapter.rollout("student", guided, *given[2:], exit_steps=[0])
 
 
 def test_views_decode_to_clips(bundle, batch: Batch):

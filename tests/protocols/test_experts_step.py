@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distill_protocols import DistillMethod, ModelBundle, RoleHandle, StepResult
+from distill_protocols import ModelBundle, RoleHandle, StepResult
+from distill_runtime import DistillMethod
 from distill_trainer import OptimizerConfig, ScheduleConfig, build_optimizers
 from torch import nn
 

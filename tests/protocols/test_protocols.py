@@ -12,7 +12,6 @@ from distill_protocols import (
     CapabilityError,
     Condition,
     DataError,
-    DistillMethod,
     ModelBundle,
     PluginError,
     RandomStreams,
@@ -20,10 +19,9 @@ from distill_protocols import (
     RoleHandle,
     SamplerSpec,
     StepResult,
-    load_plugin,
-    plugins,
     shift_sigma,
 )
+from distill_runtime import DistillMethod, load_plugin, plugins
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn

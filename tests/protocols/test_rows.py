@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 from distill_conditioning.order import rank_positions
-from distill_protocols import ALONE, RandomStreams, Ranks, RowGenerators, Spread, derive_seed
+from distill_protocols import RandomStreams, RowGenerators, derive_seed
+from distill_runtime import ALONE, Ranks, RowPartition
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -110,7 +111,7 @@ def test_state_holds_counts_and_generators_and_no_more():
 
 @given(st.integers(1, 40), st.integers(1, 9))
 def test_spread_rows_are_all_there_once_in_order_and_ranks_have_equally_many(count, size):
-    parts = [Spread(Ranks(rank=r, size=size), count).mine for r in range(size)]
+    parts = [RowPartition(Ranks(rank=r, size=size), count).own for r in range(size)]
     assert len({len(part) for part in parts}) == 1
     assert len(parts[0]) == -(-count // size)
     joined = [row for part in parts for row in part]
@@ -120,7 +121,7 @@ def test_spread_rows_are_all_there_once_in_order_and_ranks_have_equally_many(cou
 
 @given(st.integers(1, 5))
 def test_one_process_gathers_what_it_has(count: int):
-    spread = Spread(ALONE, count)
+    spread = RowPartition(ALONE, count)
     rows = torch.randn(count, 2, generator=torch.Generator().manual_seed(0))
-    assert spread.mine == list(range(count))
+    assert spread.own == list(range(count))
     assert torch.equal(spread.gather(rows), rows)

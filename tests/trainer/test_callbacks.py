@@ -18,9 +18,8 @@ from distill_protocols import (
     RowGenerators,
     SampleView,
     StepRecord,
-    load_plugin,
-    plugin_names,
 )
+from distill_runtime import load_plugin, plugin_names
 from distill_trainer import (
     DebugDumpCallback,
     DebugDumpConfig,

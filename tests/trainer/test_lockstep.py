@@ -1,4 +1,4 @@
-"""Ranks that fail, die, stop, or go their own way: all others end, and say whose fault it was."""
+"""Ranks that fail, die, stop, or go their own way: all others end, and say whose problem it was."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import lockstep_ranks as there
 import pytest
 import torch
-from distill_protocols import Callback, RankError, Ranks, RunState
+from distill_protocols import Callback, RankError, RunState
+from distill_runtime import ALONE, Ranks
 from distill_trainer import DistillTrainer, RestartingLoader, boards
 from distill_trainer.boards import Note
 from distill_trainer.lockstep import Lockstep
@@ -157,7 +158,7 @@ def test_a_process_alone_asks_nobody_and_its_errors_are_its_own(tmp_path: Path) 
 
         def on_step_end(self, run: RunState, step: Any) -> None:
             run.enter("anything")
-            run.meet("anything")
+            run.check_in_sync("anything")
             raise ValueError("boom")
 
     recorder = Recorder()
@@ -185,7 +186,7 @@ def test_who_has_come_is_not_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     method = alternating()
     run = RunState(
         method=method, loader=RestartingLoader(batches()), streams=method.streams,
-        output_dir=tmp_path, max_train_steps=1, iteration=4,
+        output_dir=tmp_path, max_train_steps=1, ranks=ALONE, iteration=4,
     )  # fmt: skip
     came = Note(number=9, iteration=4, phase="optimizer step", looks=1)
     others = {

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from distill_protocols import RunState
+from distill_runtime import ALONE
 from distill_trainer import DistillTrainer, RestartingLoader
 from torch import distributed
 from toy_trainer import Alternating, MemoryCheckpointer, Recorder, alternating, batches, training
@@ -150,7 +151,7 @@ def _asks(rank: int, pipe: Any, folder: Path) -> None:
     method = alternating()
     run = RunState(
         method=method, loader=RestartingLoader(batches()), streams=method.streams,
-        output_dir=folder, max_train_steps=1,
+        output_dir=folder, max_train_steps=1, ranks=ALONE,
     )  # fmt: skip
     reasons = []
     for _ in range(2):  # two runs in one process, each with a group of its own

@@ -234,8 +234,8 @@ def test_a_wrong_file_says_what_and_where(name, tmp_path):
     spoil(values)
     with pytest.raises(ConfigError) as caught:
         read_request(written(tmp_path, values))
-    assert any(expected in fault for fault in caught.value.faults), caught.value.faults
-    assert all(fault.startswith("trajectories.yaml:") for fault in caught.value.faults)
+    assert any(expected in problem for problem in caught.value.problems), caught.value.problems
+    assert all(problem.startswith("trajectories.yaml:") for problem in caught.value.problems)
 
 
 def test_a_wrong_file_ends_with_its_status_and_makes_nothing(tmp_path, capsys):
@@ -244,7 +244,7 @@ def test_a_wrong_file_ends_with_its_status_and_makes_nothing(tmp_path, capsys):
     assert main(["--config", str(written(tmp_path, values))]) == EXIT_CONFIG
     error = capsys.readouterr().err
     assert "did you mean 'seed'" in error
-    assert "2 faults; nothing was made" in error
+    assert "2 problems; nothing was made" in error
     assert not (tmp_path / "data").exists()
 
 
@@ -272,15 +272,15 @@ def test_kd_without_its_trajectories_is_told_before_anything_is_read(made, tmp_p
     run = kd_run(tmp_path, "kd", TINY / "data")
     with pytest.raises(ConfigError) as caught:
         read_config(written(tmp_path, run, "run.yaml"))
-    [fault] = caught.value.faults
-    assert "data.path: " in fault
-    assert "no trajectories" in fault
-    assert "apps/trajectories" in fault
+    [problem] = caught.value.problems
+    assert "data.path: " in problem
+    assert "no trajectories" in problem
+    assert "apps/trajectories" in problem
     run = kd_run(tmp_path, "kd", made)
     run["method_config"]["student_sampler"] = {"steps": 2, "shift": 3.0, "stochastic": True}
     with pytest.raises(ConfigError) as caught:
         read_config(written(tmp_path, run, "run.yaml"))
-    [fault] = caught.value.faults
-    assert "no level t = 750 among those stored (1000, 700)" in fault
+    [problem] = caught.value.problems
+    assert "no level t = 750 among those stored (1000, 700)" in problem
     run["data"]["path"] = str(tmp_path / "later")
     assert read_config(written(tmp_path, run, "run.yaml"), planning=True)

@@ -34,7 +34,6 @@ from distill_checkpoint.capture import capture
 from distill_checkpoint.files import sha256
 from distill_protocols import (
     Callback,
-    DistillMethod,
     ModelBundle,
     RandomStreams,
     RoleHandle,
@@ -42,7 +41,7 @@ from distill_protocols import (
     StepRecord,
     StepResult,
 )
-from distill_protocols.ranks import ALONE
+from distill_runtime import ALONE, DistillMethod
 from distill_trainer import (
     DistillTrainer,
     EmaCallback,

@@ -69,14 +69,14 @@ def built(folder: Path, layers: int) -> dict[str, int]:
     from distill_adapters_wan import PUBLISHED
     from distill_adapters_wan.lora import adapted_layers, names_of
     from distill_adapters_wan.streaming import write_safetensors
-    from distill_protocols import LoraSpec, TensorFacts
+    from distill_protocols import LoraSpec, TensorInfo
 
     (published,) = PUBLISHED["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"].transformers.values()
     config = {**published, "num_layers": layers}
     with torch.device("meta"):
         meta = WanTransformer3DModel(**config)
     facts = {
-        name: TensorFacts(tuple(value.shape), value.dtype)
+        name: TensorInfo(tuple(value.shape), value.dtype)
         for name, value in meta.state_dict().items()
     }
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +95,7 @@ def built(folder: Path, layers: int) -> dict[str, int]:
     for layer, (taken, given) in sizes.items():
         a, b = names_of(layer)
         adapters[a], adapters[b] = torch.randn(RANK, taken), torch.randn(given, RANK)
-    described = {name: TensorFacts(tuple(t.shape), t.dtype) for name, t in adapters.items()}
+    described = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in adapters.items()}
     write_safetensors(folder / "adapters.safetensors", described, adapters.__getitem__)
     return {
         "parameters": sum(value.numel() for value in meta.state_dict().values()),

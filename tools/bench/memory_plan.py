@@ -98,9 +98,8 @@ def inputs(config: RunConfig, role: str) -> tuple[Tensor, Tensor, Tensor]:
     rows = config.training.batch_size_per_device or config.training.global_batch_size
     family, spec = config.family_plugin, config.roles[role].spec
     latents = family.latent_shape(config.pipeline, source=config.source)
-    text = family.text_shape(config.pipeline, source=spec.path)
+    text = family.condition_shapes(config.pipeline, source=spec.path)["text"]
     assert latents is not None
-    assert text is not None
     draw = torch.Generator().manual_seed(0)
     return (
         torch.randn((rows, *latents), generator=draw),

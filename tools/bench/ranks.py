@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from distill_protocols import (
     Callback,
-    DistillMethod,
     ModelBundle,
     RandomStreams,
     RoleHandle,
@@ -37,6 +36,7 @@ from distill_protocols import (
     StepRecord,
     StepResult,
 )
+from distill_runtime import DistillMethod
 from distill_trainer import (
     DistillTrainer,
     DistributedConfig,

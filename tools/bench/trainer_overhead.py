@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from distill_protocols import DistillMethod, ModelBundle, RandomStreams, RoleHandle, StepResult
+from distill_protocols import ModelBundle, RandomStreams, RoleHandle, StepResult
+from distill_runtime import DistillMethod
 from distill_trainer import (
     DistillTrainer,
     EmaCallback,

@@ -46,7 +46,9 @@ PROMPT = "the digit seven moving left"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("record", "compare"))
-    parser.add_argument("--record", type=Path, default=RECORD, help="the file (default: %(default)s)")
+    parser.add_argument(
+        "--record", type=Path, default=RECORD, help="the file (default: %(default)s)"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run files, without .yaml")
     args = parser.parse_args()
     names = args.only or [path.stem for path in sorted(TINY.glob("*.yaml"))]
@@ -163,7 +165,9 @@ def start(app: str, values: dict[str, Any], folder: Path) -> None:
     command = [sys.executable, str(ROOT / "apps" / app), "--config", str(file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+        raise SystemExit(
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}"
+        )
 
 
 class Loader(yaml.SafeLoader):
@@ -174,9 +178,7 @@ Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|false)$"), list("tf")
-)
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false)$"), list("tf"))
 
 
 def read(file: Path) -> dict[str, Any]:

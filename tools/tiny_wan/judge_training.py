@@ -70,7 +70,7 @@ class _Pool:
 def train_judge(vae: AutoencoderKLWan, config: JudgeTraining) -> Judge:
     """Half of every batch are original clips, half have been through the VAE.
 
-    With originals only, the judge would call the VAE's slight blur alone a fault.
+    With originals only, the judge would call the VAE's slight blur alone a problem.
     """
     torch.manual_seed(config.seed)
     pools = _pools(vae, config)
@@ -129,7 +129,7 @@ def train_judge(vae: AutoencoderKLWan, config: JudgeTraining) -> Judge:
 
 
 def spoil(clips: Tensor, partners: Tensor) -> Tensor:
-    """Spoil clips `[B, T, H, W]` in one of four ways, each a fault that video models have.
+    """Spoil clips `[B, T, H, W]` in one of four ways, each a problem that video models have.
 
     `partners` are other clips of the same captions.
     """

@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 from distill_checkpoint.layout import checkpoints
-from distill_checkpoint.listing import newest_checkpoint, role_faults
+from distill_checkpoint.listing import newest_checkpoint, role_problems
 from distill_checkpoint.manifest import is_checkpoint
-from distill_protocols.errors import CheckpointError, ConfigError, DistillError
-from distill_protocols.plugins import ExportRequest, RoleSpec
+from distill_protocols import CheckpointError, ConfigError, DistillError, ExportRequest, RoleSpec
 from distill_train.check import read_models
 from distill_train.schema import ModelsConfig
 
@@ -138,24 +137,24 @@ def _checkpoint(path: Path) -> Path:
 def _request(
     args: argparse.Namespace, checkpoint: Path, models: ModelsConfig
 ) -> tuple[RoleSpec, ExportRequest]:
-    faults = [
-        f"--{'checkpoint' if key == 'path' else key}: {text}"
-        for key, text in role_faults(checkpoint, args.role, ema=args.ema)
+    problems = [
+        f"--{'checkpoint' if p.path == ('path',) else '.'.join(p.path)}: {p.message}"
+        for p in role_problems(checkpoint, args.role, ema=args.ema)
     ]
-    sampler = models.method_plugin.sampler(models.method)
+    sampler = models.method.student_sampler
     if sampler is None:
-        faults.append(
+        problems.append(
             f"{models.recipe.method} states no way to sample its student, and an export without "
             "one leaves its users to guess steps and shift"
         )
-    if args.role not in models.roles and not faults:
-        faults.append(
+    if args.role not in models.roles and not problems:
+        problems.append(
             f"--role: {args.role!r} is in the checkpoint, but not among the models of the run "
             f"file ({', '.join(models.roles)}), so nothing says how it is built. Name a run file "
             "that has it with --config"
         )
-    if faults or sampler is None:
-        raise CheckpointError("\n".join(faults))
+    if problems or sampler is None:
+        raise CheckpointError("\n".join(problems))
     request = ExportRequest(
         sampler=sampler,
         weights="ema" if args.ema else "live",
@@ -166,8 +165,8 @@ def _request(
     )
     role = models.roles[args.role].spec
     wrong = [
-        f"--{key.replace('_', '-')}: {text}"
-        for key, text in models.family_plugin.export_faults(role, request)
+        f"--{'.'.join(p.path).replace('_', '-')}: {p.message}"
+        for p in models.family_plugin.export_problems(role, request)
     ]
     if wrong:
         raise CheckpointError("\n".join(wrong))

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from distill_protocols.errors import DistillError, PluginError
-from distill_protocols.plugins import FamilyPlugin, load_plugin
+from distill_protocols import DistillError, FamilyPlugin, PluginError
+from distill_runtime import load_plugin
 
 EXIT_OK = 0
 EXIT_FAILED = 1

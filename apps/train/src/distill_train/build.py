@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from attrs import frozen
 from distill_checkpoint import (
@@ -19,11 +18,11 @@ from distill_protocols import (
     Callback,
     Condition,
     DistillAdapter,
-    DistillMethod,
     FamilyPlugin,
     ModelBundle,
     RandomStreams,
     RunParts,
+    TrainableMethod,
     WeightSource,
 )
 from distill_trainer import (
@@ -45,7 +44,7 @@ class Run:
     """Everything that a run is made of."""
 
     trainer: DistillTrainer
-    method: DistillMethod[Any]
+    method: TrainableMethod
     loader: LatentLoader
     bundle: ModelBundle
     adapter: DistillAdapter
@@ -64,15 +63,15 @@ def build(config: RunConfig, *, distribution: Distribution) -> Run:
         config.pipeline,
         device=device,
         seed=config.training.seed,
-        weights=ranks.each(lambda: _warm_starts(config, output_dir)),
+        weights=ranks.run_each(lambda: _warm_starts(config, output_dir)),
         shard=distribution.shard,
     )
     _attach_optimizers(config, bundle)
-    adapter = ranks.each(
+    adapter = ranks.run_each(
         lambda: config.family_plugin.adapter(bundle, config.pipeline, source=config.source)
     )
-    times = config.method_plugin.trajectory_times(config.method)
-    dataset = ranks.each(
+    times = config.method.trajectory_times
+    dataset = ranks.run_each(
         lambda: LatentDataset(config.data, latent_shape=adapter.latent_shape, times=times)
     )
     conditioning = CachedConditioning(
@@ -109,8 +108,8 @@ def build(config: RunConfig, *, distribution: Distribution) -> Run:
     trainer = DistillTrainer(
         config.training,
         callbacks=_callbacks(config, parts),
-        trackers=ranks.each(
-            lambda: build_trackers(config.training.trackers, output_dir) if ranks.first else ()
+        trackers=ranks.run_each(
+            lambda: build_trackers(config.training.trackers, output_dir) if ranks.is_first else ()
         ),
         checkpointer=CheckpointManager(config.checkpoint, output_dir, config.resolved),
         streams=streams,

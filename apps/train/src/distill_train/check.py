@@ -1,4 +1,4 @@
-"""From a run file to a ``RunConfig``, or to every fault of the file at once. Imports no torch."""
+"""From a run file to a ``RunConfig``, or to every problem of the file at once. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from typing import Any
 from attrs import define, evolve, field
 from distill_checkpoint.config import CheckpointConfig
 from distill_checkpoint.layout import checkpoints
-from distill_checkpoint.listing import role_faults
+from distill_checkpoint.listing import role_problems
 from distill_checkpoint.manifest import is_checkpoint
 from distill_conditioning.config import ConditioningConfig, DataConfig
-from distill_conditioning.facts import DatasetFacts, dataset_facts
-from distill_protocols.errors import ConfigError, PluginError
-from distill_protocols.plugins import (
+from distill_conditioning.facts import DatasetInfo, dataset_info
+from distill_protocols import (
     CallbackPlugin,
+    ConfigError,
     FamilyPlugin,
     LoraSpec,
     MethodPlugin,
     PlannedRun,
+    PluginError,
+    Problem,
     RoleNeed,
     RoleSpec,
-    load_plugin,
-    plugin_names,
+    SamplerSpec,
 )
-from distill_protocols.sampler import SamplerSpec
+from distill_runtime import load_plugin, plugin_names
 from distill_trainer.config import OptimizerConfig, TrainingConfig, ValidationConfig
 
-from distill_train.process_rules import process_faults, spread_faults, world_size_of
-from distill_train.role_rules import key_faults
+from distill_train.process_rules import process_problems, spread_problems, world_size_of
+from distill_train.role_rules import key_problems
 from distill_train.schema import (
     FamilyConfig,
     InitFromConfig,
@@ -66,16 +67,16 @@ def read_config(
 
     Args:
         models_json: a JSON object role -> keys, laid over the file's ``models:`` key by key.
-        planning: nothing will be started, so a data folder that is not there yet is no fault.
+        planning: nothing will be started, so a data folder that is not there yet is no problem.
         world_size: processes that the run is meant for; None: as torchrun says, or one.
 
     Raises:
-        ConfigError: with every fault that was found, each ``file:line: key: message``.
+        ConfigError: with every problem that was found, each ``file:line: key: message``.
     """
     source = read_source(file)
     overlay = read_source(models_json, expected=MODELS_FILE) if models_json else None
     if source.values is None or (overlay and overlay.values is None):
-        raise ConfigError([str(f) for s in (source, overlay) if s for f in s.faults])
+        raise ConfigError([str(f) for s in (source, overlay) if s for f in s.problems])
     if world_size is None:
         world_size = world_size_of(os.environ)
     return _Check(source, overlay, planning, world_size).run()
@@ -85,12 +86,12 @@ def read_models(file: Path, role: str) -> ModelsConfig:
     """What ``file``, a run file or a checkpoint's ``config.json``, says of its models.
 
     Raises:
-        ConfigError: with every fault of those sections, of other roles than ``role`` excepted:
+        ConfigError: with every problem of those sections, of other roles than ``role`` excepted:
             their folders may be gone.
     """
     source = read_source(file)
     if source.values is None:
-        raise ConfigError([str(fault) for fault in source.faults])
+        raise ConfigError([str(problem) for problem in source.problems])
     return _Check(source, None, planning=True).models(role)
 
 
@@ -114,7 +115,7 @@ def read_sampled(
     """
     source = read_source(file)
     if source.values is None:
-        raise ConfigError([str(fault) for fault in source.faults])
+        raise ConfigError([str(problem) for problem in source.problems])
     return _Check(source, None, planning).sampled(section, config_class, rules)
 
 
@@ -124,11 +125,11 @@ class _Check:
     overlay: Source | None
     planning: bool
     world_size: int = 1
-    faults: list[Fault] = field(factory=list)
+    problems: list[Fault] = field(factory=list)
 
     def models(self, role: str) -> ModelsConfig:
-        """Recipe, models, pipeline and method alone, and faults of one role alone."""
-        self.faults += self.source.faults
+        """Recipe, models, pipeline and method alone, and problems of one role alone."""
+        self.problems += self.source.problems
         recipe = self._structure(RecipeConfig, "recipe")
         family, method = self._plugins(recipe)
         parts: dict[str, Any] = {
@@ -145,11 +146,11 @@ class _Check:
         roles = self._join(configs, recipe, family, method, parts)
         for section in ("recipe", "models", "pipeline_config"):
             if self.source.values.get(section) is None:
-                self._fault((section,), "missing section; it says how the weights are used")
-        self.faults = [
-            f for f in self.faults if f.path[:1] != ("models",) or f.path[1:2] == (role,)
+                self._problem((section,), "missing section; it says how the weights are used")
+        self.problems = [
+            f for f in self.problems if f.path[:1] != ("models",) or f.path[1:2] == (role,)
         ]
-        if self.faults:
+        if self.problems:
             self._raise()
         assert recipe is not None
         assert family is not None
@@ -170,7 +171,7 @@ class _Check:
         rules: Callable[[SampledConfig], Iterable[tuple[Path_, str]]],
     ) -> SampledConfig:
         """One frozen role and what it is sampled on."""
-        self.faults += self.source.faults
+        self.problems += self.source.problems
         needed = ("recipe", "models", "data", "pipeline_config", section)
         self._sections((*needed, "conditioning"), needed)
         recipe = self._structure(FamilyConfig, "recipe")
@@ -185,11 +186,11 @@ class _Check:
         }
         written = self._role_configs()
         for name in (name for name, role in written.items() if role.trainable):
-            self._fault(("models", name, "trainable"), "true, but nothing learns here: the role "
+            self._problem(("models", name, "trainable"), "true, but nothing learns here: the role "
                         "is sampled. Leave the key out")  # fmt: skip
         if len(self._written_roles()) != 1 and self.source.values.get("models") is not None:
             names = ", ".join(sorted(self._written_roles())) or "none"
-            self._fault(("models",), f"{names}: one role is sampled, and another would only cost "
+            self._problem(("models",), f"{names}: one role is sampled, and another would only cost "
                         "memory. Name just one, the teacher")  # fmt: skip
         frozen = {name: evolve(role, trainable=False) for name, role in written.items()}
         roles = self._join(frozen, recipe, family, None, parts)
@@ -206,9 +207,9 @@ class _Check:
                 # The data set brings the pictures that a model cannot be called without.
                 run = evolve(_with_kinds(run, family, parts["pipeline"]), pictured=frozenset())
             for name in roles:
-                for key, message in run.sampler_faults(own.sampler, name):
-                    self._fault((section, *key.split(".")), message)
-        if self.faults:
+                for problem in run.sampler_problems(own.sampler, name):
+                    self._problem((section, *problem.path), problem.message)
+        if self.problems:
             self._raise()
         assert recipe is not None
         assert family is not None
@@ -223,15 +224,15 @@ class _Check:
             section=own,
         )
         for path, message in rules(config):
-            self._fault(path, message)
-        if self.faults:
+            self._problem(path, message)
+        if self.problems:
             self._raise()
         return config
 
     def run(self) -> RunConfig:
-        self.faults += self.source.faults
+        self.problems += self.source.problems
         if self.overlay:
-            self.faults += self.overlay.faults
+            self.problems += self.overlay.problems
         self._sections()
         recipe = self._structure(RecipeConfig, "recipe")
         family, method = self._plugins(recipe)
@@ -247,10 +248,10 @@ class _Check:
         }
         if self.source.values.get("validation") is not None:
             parts["validation"] = self._structure(ValidationConfig, "validation")
-        training = parts["training"] or self._without_faults(TrainingConfig, "training")
+        training = parts["training"] or self._without_problems(TrainingConfig, "training")
         if training is not None:
-            for key, message in process_faults(training, self.world_size):
-                self._fault(("training", *key.split(".")), message)
+            for problem in process_problems(training, self.world_size):
+                self._problem(("training", *problem.path), problem.message)
         callback_plugins, callbacks = self._callbacks()
         complete = self._join(roles, recipe, family, method, parts)
         self._bases_are_frozen(complete)
@@ -263,13 +264,13 @@ class _Check:
             run = _with_kinds(run, family, parts["pipeline"])
         self._named_roles(run, parts, family)
         if method is not None and parts["method"] is not None:
-            for key, message in method.faults(parts["method"], run):
-                self._fault(("method_config", *key.split(".")), message)
+            for problem in parts["method"].problems(run):
+                self._problem(("method_config", *problem.path), problem.message)
         self._callback_rules(run, callback_plugins, callbacks)
         self._best_by_a_metric(parts, callback_plugins, callbacks)
-        if self.faults:
+        if self.problems:
             self._raise()
-        # Each of them missing is a fault.
+        # Each of them missing is a problem.
         assert recipe is not None
         assert family is not None
         assert method is not None
@@ -293,45 +294,45 @@ class _Check:
 
     # -- sections -----------------------------------------------------------------------------
 
-    def _fault(self, path: Path_, message: str) -> None:
+    def _problem(self, path: Path_, message: str) -> None:
         from_overlay = self.overlay is not None and path[:1] == ("models",)
         if from_overlay and path[1:] in self.overlay.lines:  # type: ignore[union-attr]
-            self.faults.append(self.overlay.fault(path[1:], message))  # type: ignore[union-attr]
+            self.problems.append(self.overlay.problem(path[1:], message))  # type: ignore[union-attr]
         else:
-            self.faults.append(self.source.fault(path, message))
+            self.problems.append(self.source.problem(path, message))
 
     def _raise(self) -> None:
         ordered = sorted(
-            dict.fromkeys(self.faults), key=lambda f: (f.file != self.source.file, f.line)
+            dict.fromkeys(self.problems), key=lambda f: (f.file != self.source.file, f.line)
         )
-        raise ConfigError([str(fault) for fault in ordered])
+        raise ConfigError([str(problem) for problem in ordered])
 
     def _sections(
         self, known: tuple[str, ...] = SECTIONS, needed: tuple[str, ...] = _NEEDED
     ) -> None:
         for key in self.source.values:
             if key not in known:
-                self._fault((key,), unknown_key(key, known, owner=""))
+                self._problem((key,), unknown_key(key, known, owner=""))
         for key in needed:
             if self.source.values.get(key) is None:
                 every = f"{', '.join(needed[:-1])} and {needed[-1]}"
-                self._fault((key,), f"missing section; every run file has {every}")
+                self._problem((key,), f"missing section; every run file has {every}")
 
     def _structure(self, cls: type, section: str) -> Any:
         if section in _NEEDED and self.source.values.get(section) is None:
             return None
         value = self.source.values.get(section)
         return structure(
-            cls, value, (section,), self._fault, base=self.source.file.parent.resolve()
+            cls, value, (section,), self._problem, base=self.source.file.parent.resolve()
         )
 
-    def _without_faults(self, cls: type, section: str) -> Any:
+    def _without_problems(self, cls: type, section: str) -> Any:
         """The section with its faulty keys left out, so that rules that lean on it still speak."""
         value = self.source.values.get(section)
         bad = {
-            fault.path[1]
-            for fault in self.faults
-            if fault.path[:1] == (section,) and fault.path[1:]
+            problem.path[1]
+            for problem in self.problems
+            if problem.path[:1] == (section,) and problem.path[1:]
         }
         rest = {k: v for k, v in value.items() if k not in bad} if isinstance(value, dict) else None
         return structure(cls, rest, (section,), lambda *_: None, base=Path())
@@ -352,14 +353,14 @@ class _Check:
         try:
             return load_plugin(group, name)
         except PluginError as error:
-            self._fault(path, str(error))
+            self._problem(path, str(error))
             return None
 
     def _callbacks(self) -> tuple[dict[str, CallbackPlugin], dict[str, Any]]:
         plugins, configs = {}, {}
         section = self.source.values.get("callbacks") or {}
         if not isinstance(section, dict):
-            self._fault(("callbacks",), f"{section!r} must be a mapping callback -> its options")
+            self._problem(("callbacks",), f"{section!r} must be a mapping callback -> its options")
             return {}, {}
         for name, value in section.items():
             path = ("callbacks", name)
@@ -370,7 +371,7 @@ class _Check:
                 plugin.config_class,
                 value,
                 path,
-                self._fault,
+                self._problem,
                 base=self.source.file.parent.resolve(),
             )
             plugins[name], configs[name] = plugin, config
@@ -383,7 +384,7 @@ class _Check:
         if section is None:
             return {}
         if not isinstance(section, dict):
-            self._fault(("models",), f"{section!r} must be a mapping role -> its options")
+            self._problem(("models",), f"{section!r} must be a mapping role -> its options")
             return {}
         merged = dict(section)
         if self.overlay:
@@ -393,7 +394,7 @@ class _Check:
                 merged[name] = {**old, **value} if both else value  # type: ignore[dict-item]
         roles = {}
         for name, value in merged.items():
-            role = structure(RoleConfig, value, ("models", name), self._fault, base=Path())
+            role = structure(RoleConfig, value, ("models", name), self._problem, base=Path())
             if role is not None:
                 roles[name] = role
         return roles
@@ -414,21 +415,21 @@ class _Check:
         """Rules across sections: roles against method and family, capabilities, paths."""
         method_config, pipeline = parts["method"], parts["pipeline"]
         if method is not None and method_config is None:
-            method_config = self._without_faults(method.config_class, "method_config")
+            method_config = self._without_problems(method.config_class, "method_config")
         needs: dict[str, RoleNeed] = {}
         if method is not None and method_config is not None:
-            needs = {need.name: need for need in method.roles(method_config)}
+            needs = {need.name: need for need in method_config.roles}
             self._check_roles(roles, needs, method)
             if family is not None and pipeline is not None:
                 self._check_capabilities(family, pipeline, method, method_config)
         if family is not None and pipeline is not None:
-            for key, message in family.config_faults(pipeline, self._written_roles()):
-                self._fault(("pipeline_config", *key.split(".")), message)
+            for problem in family.config_problems(pipeline, self._written_roles()):
+                self._problem(("pipeline_config", *problem.path), problem.message)
         complete = {}
-        broken = self._written_roles().difference(roles)  # with faults of their own
+        broken = self._written_roles().difference(roles)  # with problems of their own
         for name, role in roles.items():
             if recipe and role.family not in (None, recipe.family):
-                self._fault(
+                self._problem(
                     ("models", name, "family"),
                     f"{role.family!r} differs from recipe.family {recipe.family!r}: one adapter "
                     "calls all roles, so all belong to one family. Leave the key out",
@@ -436,37 +437,38 @@ class _Check:
             need = needs.get(name)
             leans_on = {role.base, role.heads and role.heads.on}
             if leans_on.isdisjoint(broken):
-                heads = bool(need and need.heads_on)
-                for key, message in key_faults(name, roles, discriminator=heads):
-                    self._fault(("models", name, *key), message)
+                heads = bool(need and need.features_of)
+                for problem in key_problems(name, roles, discriminator=heads):
+                    self._problem(("models", name, *problem.path), problem.message)
             spec = self._spec(name, roles, need)
             if spec is None:
                 continue
-            if family is not None and pipeline is not None and spec.heads is not None:
-                for key, message in family.head_faults(spec, pipeline):
-                    self._fault(("models", name, "heads", key), message)
-            elif family is not None and pipeline is not None:
-                for message in family.faults(spec, pipeline):
-                    self._fault(("models", name, "path"), message)
-                for key, message in family.lora_faults(spec):
-                    self._fault(("models", name, "lora", key), message)
+            if family is not None and pipeline is not None:
+                for option in sorted(set(spec.options_set()) - set(family.role_options(pipeline))):
+                    self._problem(
+                        ("models", name, option),
+                        f"family {family.name!r} does not honour this option, so it would have no "
+                        "effect. Leave it out, or use a family that does",
+                    )
+                for problem in family.role_problems(spec, pipeline):
+                    self._problem(("models", name, *problem.path), problem.message)
             if role.lora and not spec.trainable and role.init_from is None and needs:
-                self._fault(
+                self._problem(
                     ("models", name, "lora"),
                     f"role {name!r} is frozen, so its adapters would stay at B A = 0, where they "
                     "change nothing. Remove lora, or name trained ones with init_from",
                 )
             if role.optimizer and not spec.trainable and (needs or role.trainable is False):
-                self._fault(
+                self._problem(
                     ("models", name, "optimizer"),
                     f"role {name!r} is frozen, so its optimizer would never step. Remove these "
                     "keys",
                 )
             if parts["training"] is not None:
-                for key, message in spread_faults(spec, parts["training"], self.world_size):
-                    self._fault(("models", role.base or name, *key.split(".")), message)
+                for problem in spread_problems(spec, parts["training"], self.world_size):
+                    self._problem(("models", role.base or name, *problem.path), problem.message)
             if spec.offload and spec.trainable:
-                self._fault(
+                self._problem(
                     ("models", name, "offload"),
                     f"true, but {name!r} learns: gradients and moments stay beside the weights. "
                     "Use fsdp: {cpu_offload: true}, which moves them together",
@@ -477,8 +479,8 @@ class _Check:
             if init_from and family is not None and pipeline is not None:
                 if _goes_on(complete[name], parts):
                     continue  # the run's own checkpoint holds the role: nobody reads these again
-                for key, message in _init_faults(init_from, complete[name], family, pipeline):
-                    self._fault(("models", name, "init_from", key), message)
+                for problem in _init_problems(init_from, complete[name], family, pipeline):
+                    self._problem(("models", name, "init_from", *problem.path), problem.message)
         return complete
 
     def _spec(
@@ -496,7 +498,7 @@ class _Check:
             return None
         trainable = role.trainable
         if trainable is None:
-            # A role that nobody needs has its fault already, and shall draw no other.
+            # A role that nobody needs has its problem already, and shall draw no other.
             trainable = need is None or need.trainable
         return RoleSpec(
             name=name,
@@ -516,7 +518,7 @@ class _Check:
         for name, role in roles.items():
             base = roles.get(role.spec.base or "")
             if base is not None and base.spec.trainable:
-                self._fault(
+                self._problem(
                     ("models", name, "base"),
                     f"{role.spec.base!r} learns, so its weights would move under the adapters. "
                     "Name a frozen role, such as the teacher",
@@ -537,9 +539,9 @@ class _Check:
     def _check_capabilities(
         self, family: FamilyPlugin, pipeline: Any, method: MethodPlugin, config: Any
     ) -> None:
-        missing = family.capabilities(pipeline).missing(method.capabilities(config))
+        missing = family.capabilities(pipeline).missing(config.capabilities)
         if missing:
-            self._fault(
+            self._problem(
                 ("recipe", "method"),
                 f"{method.name} needs {', '.join(missing)}, which family {family.name} with this "
                 "pipeline_config has not (causal:<role> is a role that pipeline_config lets make "
@@ -552,21 +554,21 @@ class _Check:
         written = self._written_roles()
         for name, need in needs.items():
             if name not in written:
-                self._fault(
+                self._problem(
                     ("models", name),
                     f"missing role; {method.name} calls {', '.join(needs)} "
                     f"({name}: {need.help or 'needed'})" + (need.reason and f": {need.reason}"),
                 )
             elif name in roles and roles[name].trainable not in (None, need.trainable):
-                self._fault(("models", name, "trainable"), _wrong_trainable(need, method.name))
+                self._problem(("models", name, "trainable"), _wrong_trainable(need, method.name))
             if name in roles:
-                for key, message in _heads_as_needed(roles, need, method.name):
-                    self._fault(("models", name, "heads", *key), message)
+                for problem in _heads_as_needed(roles, need, method.name):
+                    self._problem(("models", name, "heads", *problem.path), problem.message)
         for name in roles:
             if name not in needs:
                 near = difflib.get_close_matches(name, needs, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                self._fault(
+                self._problem(
                     ("models", name),
                     f"{method.name} calls no role {name!r}{hint} (it calls: {', '.join(needs)}); "
                     "an unused role only costs memory",
@@ -580,7 +582,7 @@ class _Check:
             return None
         path = ("models", name, "optimizer")
         merged = {**to_plain(training.optimizer), **role.optimizer}
-        return structure(OptimizerConfig, merged, path, self._fault, base=Path())
+        return structure(OptimizerConfig, merged, path, self._problem, base=Path())
 
     # -- the rest -----------------------------------------------------------------------------
 
@@ -591,27 +593,27 @@ class _Check:
         validation = parts["validation"]
         for name, view in (validation.views if validation else {}).items():
             shown = evolve(run, pictured=frozenset()) if validation.images else run
-            for key, message in (
-                *shown.role_faults(view.role, ema=view.ema),
-                *shown.sampler_faults(view.sampler, view.role),
+            for problem in (
+                *shown.role_problems(view.role, ema=view.ema),
+                *shown.sampler_problems(view.sampler, view.role),
             ):
-                self._fault(("validation", "views", name, *key.split(".")), message)
+                self._problem(("validation", "views", name, *problem.path), problem.message)
         exports = parts["checkpoint"].export if parts["checkpoint"] else ()
         for i, export in enumerate(exports):
-            for key, message in run.role_faults(export.role, ema=export.ema):
-                self._fault(("checkpoint", "export", str(i), key), message)
+            for problem in run.role_problems(export.role, ema=export.ema):
+                self._problem(("checkpoint", "export", str(i), *problem.path), problem.message)
             if family is not None and export.role in run.roles:
                 request = export.request(run.student_sampler or SamplerSpec(steps=1))
-                for key, message in family.export_faults(run.roles[export.role], request):
-                    self._fault(("checkpoint", "export", str(i), key), message)
+                for problem in family.export_problems(run.roles[export.role], request):
+                    self._problem(("checkpoint", "export", str(i), *problem.path), problem.message)
 
     def _callback_rules(
         self, run: PlannedRun, plugins: Mapping[str, CallbackPlugin], configs: Mapping[str, Any]
     ) -> None:
         for name, config in configs.items():
             if config is not None:
-                for key, message in plugins[name].faults(config, run):
-                    self._fault(("callbacks", name, *key.split(".")), message)
+                for problem in plugins[name].problems(config, run):
+                    self._problem(("callbacks", name, *problem.path), problem.message)
 
     def _best_by_a_metric(
         self,
@@ -633,7 +635,7 @@ class _Check:
             if owner in plugin_names("distill.callbacks") and (measured or owner not in configs):
                 near = difflib.get_close_matches(metric, measured, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                self._fault(
+                self._problem(
                     ("checkpoint", "keep_best", "metric"),
                     f"{metric!r} is measured by no callback of this file{hint} (measured: "
                     f"{', '.join(measured) or 'none'}); name one, or add the callback",
@@ -642,7 +644,7 @@ class _Check:
         looks, saves = measured[metric], checkpoint.every_steps or 0
         both = math.lcm(looks, saves)
         if not 0 < both <= training.max_train_steps:
-            self._fault(
+            self._problem(
                 ("checkpoint", "keep_best", "metric"),
                 f"{metric!r} is measured every {looks} iterations and saves come every {saves} "
                 f"(0: at the end only), which never meet in {training.max_train_steps} iterations; "
@@ -653,14 +655,14 @@ class _Check:
     def _folders(self, parts: Mapping[str, Any]) -> None:
         training, checkpoint, data = parts["training"], parts["checkpoint"], parts["data"]
         if training is not None and Path(training.output_dir).is_file():
-            self._fault(("training", "output_dir"), f"{training.output_dir} is a file; a run "
+            self._problem(("training", "output_dir"), f"{training.output_dir} is a file; a run "
                         "writes many, into a folder of its own")  # fmt: skip
         if training is not None and data is not None and training.output_dir == data.path:
-            self._fault(("training", "output_dir"), f"{data.path} is the data set's folder; a run "
+            self._problem(("training", "output_dir"), f"{data.path} is the data set's folder; a run "
                         "writes into a folder of its own")  # fmt: skip
         resume = checkpoint.resume if checkpoint is not None else "none"
         if resume not in ("none", "latest") and not Path(resume).is_dir():
-            self._fault(("checkpoint", "resume"), f"there is no folder {resume}; write latest, "
+            self._problem(("checkpoint", "resume"), f"there is no folder {resume}; write latest, "
                         "none, or the path of one checkpoint-<iteration> folder")  # fmt: skip
 
     def _everyone_learns(
@@ -670,11 +672,9 @@ class _Check:
             return
         steps = parts["training"].max_train_steps
         # No schedule of updates is longer than this; a run may be.
-        seen = {
-            r for i in range(1, min(steps, 10_000) + 1) for r in method.updates(parts["method"], i)
-        }
+        seen = {r for i in range(1, min(steps, 10_000) + 1) for r in parts["method"].turns(i)}
         for name in (n for n, role in roles.items() if role.spec.trainable and n not in seen):
-            self._fault(("training", "max_train_steps"), f"{steps} iterations hold no update of "
+            self._problem(("training", "max_train_steps"), f"{steps} iterations hold no update of "
                         f"{name}, which would come out as it went in. Train longer, or have it "
                         "updated more often (method_config)")  # fmt: skip
 
@@ -683,7 +683,7 @@ class _Check:
         roles: Mapping[str, Role],
         method: MethodPlugin | None,
         parts: Mapping[str, Any],
-        facts: DatasetFacts | None,
+        facts: DatasetInfo | None,
         plugins: Mapping[str, CallbackPlugin],
         callbacks: Mapping[str, Any],
     ) -> PlannedRun:
@@ -706,11 +706,11 @@ class _Check:
 
     def _student_sampler(self, method: MethodPlugin | None, config: Any) -> SamplerSpec | None:
         if method is not None and config is None:
-            config = self._without_faults(method.config_class, "method_config")
+            config = self._without_problems(method.config_class, "method_config")
         if method is None or config is None:
             # Not known, which is reported already: nobody shall complain of it once more.
             return SamplerSpec(steps=1)
-        return method.sampler(config)
+        return config.student_sampler
 
     def _data(
         self,
@@ -718,37 +718,36 @@ class _Check:
         family: FamilyPlugin | None,
         method: MethodPlugin | None,
         parts: Mapping[str, Any],
-    ) -> DatasetFacts | None:
+    ) -> DatasetInfo | None:
         """The data set against the model; None where there is none to look at."""
         data, pipeline = parts["data"], parts["pipeline"]
         if data is None or (self.planning and not Path(data.path).exists()):
             return None
-        latents, text = None, None
-        images: dict[str, tuple[int, ...]] = {}
+        latents = None
+        shapes: dict[str, tuple[int, ...]] = {}
         if family and pipeline and roles:
-            latents = family.latent_shape(pipeline, source=components_source(pipeline, roles))
-            # Of a role, not of the components: it is the transformer that reads the text.
-            text = family.text_shape(pipeline, source=next(iter(roles.values())).spec.path)
+            latents = family.latent_shape(
+                pipeline, source=components_source(family, pipeline, roles)
+            )
+            # Of roles, not of the components: it is the transformers that read conditions.
             for role in roles.values():
-                images |= family.image_shapes(pipeline, source=role.spec.path)
+                shapes = {**family.condition_shapes(pipeline, source=role.spec.path), **shapes}
         times: tuple[float, ...] = ()
         if method is not None and parts["method"] is not None:
-            times = method.trajectory_times(parts["method"])
-        facts = dataset_facts(
-            data.path, latent_shape=latents, text_shape=text, image_shapes=images, times=times
-        )
-        for message in facts.faults:
-            self._fault(("data", "path"), message)
+            times = parts["method"].trajectory_times
+        facts = dataset_info(data.path, latent_shape=latents, condition_shapes=shapes, times=times)
+        for message in facts.problems:
+            self._problem(("data", "path"), message)
         return facts
 
     def _negative(
-        self, method: MethodPlugin | None, parts: Mapping[str, Any], facts: DatasetFacts | None
+        self, method: MethodPlugin | None, parts: Mapping[str, Any], facts: DatasetInfo | None
     ) -> None:
         """A negative condition for everyone who needs it."""
         if _has_negative(parts["conditioning"], facts) is not False:
             return
         for who in self._who_needs_negative(method, parts):
-            self._fault(
+            self._problem(
                 ("conditioning", "negative_prompt"),
                 f"there is none, neither here nor in the data set, but {who}. Write the prompt "
                 'here ("" is Diffusers\' default), or preprocess the data set with one',
@@ -757,7 +756,7 @@ class _Check:
     def _who_needs_negative(
         self, method: MethodPlugin | None, parts: Mapping[str, Any]
     ) -> Iterator[str]:
-        if method and parts["method"] and method.needs_negative(parts["method"]):
+        if method and parts["method"] and parts["method"].needs_negative:
             yield f"{method.name} guides a model, u + w (c - u), and u is its prediction for it"
         if parts["conditioning"].dropout > 0:
             yield "conditioning.dropout puts it in a caption's place"
@@ -771,27 +770,29 @@ def _model_of(name: str, roles: Mapping[str, RoleConfig]) -> str:
 
 def _heads_as_needed(
     roles: Mapping[str, RoleConfig], need: RoleNeed, method: str
-) -> Iterator[tuple[tuple[str, ...], str]]:
+) -> Iterator[Problem]:
     """What is wrong with having heads, or none: pairs of a key in them and a message."""
     heads = roles[need.name].heads
-    if heads is None and need.heads_on:
-        yield (
+    if heads is None and need.features_of:
+        yield Problem(
             (),
             f"missing: {method} calls {need.name} as a discriminator ({need.help}). Write heads: "
-            f"{{on: {need.heads_on[0]}, blocks: [...]}}",
+            f"{{on: {need.features_of[0]}, blocks: [...]}}",
         )
-    elif heads is not None and not need.heads_on:
-        yield (), f"{method} calls {need.name} as a model, and heads are none. Write path instead"
-    elif heads is not None and heads.on in roles and heads.on not in need.heads_on:
-        yield (
+    elif heads is not None and not need.features_of:
+        yield Problem(
+            (), f"{method} calls {need.name} as a model, and heads are none. Write path instead"
+        )
+    elif heads is not None and heads.on in roles and heads.on not in need.features_of:
+        yield Problem(
             ("on",),
             f"{heads.on!r} is not what {method} takes features of with this method_config; it must "
-            f"be {' or '.join(need.heads_on)}",
+            f"be {' or '.join(need.features_of)}",
         )
 
 
 def _has_negative(
-    conditioning: ConditioningConfig | None, facts: DatasetFacts | None
+    conditioning: ConditioningConfig | None, facts: DatasetInfo | None
 ) -> bool | None:
     """Whether there will be a negative condition; None: it cannot be told yet."""
     if conditioning is None or conditioning.negative_prompt is not None:
@@ -807,14 +808,14 @@ def _goes_on(role: Role, parts: Mapping[str, Any]) -> bool:
     return role.comes_from_checkpoint(checkpoint, Path(training.output_dir))
 
 
-def _init_faults(
+def _init_problems(
     init_from: InitFromConfig, role: Role, family: FamilyPlugin, pipeline: Any
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[Problem]:
     """What is wrong with the weights that a role shall start with: pairs of key and message."""
     path = Path(init_from.path)
     stored = is_local(init_from.path) and is_checkpoint(path)
     if role.spec.heads is not None and not stored:
-        yield (
+        yield Problem(
             "path",
             f"{init_from.path} must be a checkpoint folder, as only those hold discriminators. "
             "Leave init_from out to begin with new heads",
@@ -822,42 +823,46 @@ def _init_faults(
         return
     if stored:
         source = init_from.role or role.spec.name
-        found = list(role_faults(path, source, ema=init_from.ema))
-        yield from found or _stored_faults(path, source, role, family)
+        found = list(role_problems(path, source, ema=init_from.ema))
+        yield from found or _stored_problems(path, source, role, family)
         return
     inside = checkpoints(path) if is_local(init_from.path) else {}
     if inside:
-        yield (
+        yield Problem(
             "path",
             f"{path} is a run's output folder; name the checkpoint in it that is meant "
             f"({', '.join(folder.name for folder in list(inside.values())[:3])} ...)",
         )
         return
-    for message in family.faults(evolve(role.spec, path=init_from.path, lora=None), pipeline):
-        yield "path", message
+    for problem in family.role_problems(
+        evolve(role.spec, path=init_from.path, lora=None), pipeline
+    ):
+        yield Problem("path", problem.message)
     if role.spec.lora is not None:
-        yield "path", _whole_under_lora(init_from.path, role, f"write path: {init_from.path}")
-    for message in family.fit_faults(role.spec, init_from.path):
-        yield "path", message
+        yield Problem(
+            "path", _whole_under_lora(init_from.path, role, f"write path: {init_from.path}")
+        )
+    for message in family.weights_problems(role.spec, init_from.path):
+        yield Problem("path", message)
     for key, given in (("ema", init_from.ema), ("role", init_from.role != role.spec.name)):
         if given:
-            yield (
+            yield Problem(
                 key,
                 f"{init_from.path} is no checkpoint but a model's folder, which holds one set of "
                 "weights; leave this key out",
             )
 
 
-def _stored_faults(
+def _stored_problems(
     checkpoint: Path, source: str, role: Role, family: FamilyPlugin
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[Problem]:
     """Whole weights against whole ones, adapters against adapters.
 
     Adapters carry neither their scale nor their base: both runs must say the same of the scale.
     """
     values = read_source(checkpoint / "config.json").values
     if values is None:
-        yield (
+        yield Problem(
             "path",
             f"{checkpoint} cannot be read: its config.json is missing or damaged; name another "
             "checkpoint",
@@ -870,7 +875,7 @@ def _stored_faults(
     }
     theirs = written.get("heads") and {key: written["heads"][key] for key in ("blocks", "width")}
     if heads != theirs:
-        yield (
+        yield Problem(
             "path",
             f"{checkpoint} holds {source} as {_told(theirs)}, and {role.spec.name} is "
             f"{_told(heads)}; weights of one fit no other. Give both the same heads",
@@ -882,13 +887,13 @@ def _stored_faults(
     if lora is None:
         if now is not None:
             export = f"export {source} of it (--format diffusers) and make that the path"
-            yield "path", _whole_under_lora(checkpoint, role, export)
-        for message in family.fit_faults(role.spec, written.get("path", role.spec.path)):
-            yield "path", f"{checkpoint}: {message}"
+            yield Problem("path", _whole_under_lora(checkpoint, role, export))
+        for message in family.weights_problems(role.spec, written.get("path", role.spec.path)):
+            yield Problem("path", f"{checkpoint}: {message}")
         return
     then = LoraSpec(**{**lora, "target_modules": tuple(lora["target_modules"])})
     if now is None or (then.rank, then.scale) != (now.rank, now.scale):
-        yield (
+        yield Problem(
             "path",
             f"{checkpoint} holds adapters of {source!r} alone, of rank {then.rank} and alpha / "
             f"rank {then.scale:g}, and {role.spec.name} has "
@@ -918,11 +923,7 @@ def _with_kinds(run: PlannedRun, family: FamilyPlugin, pipeline: Any) -> Planned
     return evolve(
         run,
         experts=frozenset(n for n, spec in roles if family.expert_ranges(spec, pipeline)),
-        pictured=frozenset(
-            n
-            for n, spec in roles
-            if spec.heads is None and family.image_shapes(pipeline, source=spec.path)
-        ),
+        pictured=frozenset(n for n, spec in roles if family.needs_image(spec, pipeline)),
     )
 
 

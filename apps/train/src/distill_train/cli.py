@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill_protocols.errors import ConfigError, DistillError
+from distill_protocols import ConfigError, DistillError
 
 from distill_train.process_rules import world_size_of
 
@@ -65,9 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     except ConfigError as error:
         _let_the_first_speak()
-        count = len(error.faults)
+        count = len(error.problems)
         print(error, file=sys.stderr)
-        print(f"{count} fault{'s' if count > 1 else ''}; nothing was started.", file=sys.stderr)
+        print(f"{count} problem{'s' if count > 1 else ''}; nothing was started.", file=sys.stderr)
         return EXIT_CONFIG
     except KeyboardInterrupt:
         print("interrupted: nothing was started", file=sys.stderr)
@@ -146,7 +146,7 @@ def _rank() -> int:
 def _let_the_first_speak() -> None:
     """One process a machine says what is wrong with the file (on another machine it may be another
     file), and by its end all others end: torchrun sees to that. They must not end before it, or
-    they would take it along, unheard; one whose first process finds no fault speaks in the end."""
+    they would take it along, unheard; one whose first process finds no problem speaks in the end."""
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         time.sleep(_FIRST_SPEAKS_SECONDS)
 
@@ -193,7 +193,7 @@ def _show_logs() -> None:
 
 
 def _list_plugins() -> int:
-    from distill_protocols.plugins import load_plugin, plugin_names
+    from distill_runtime import load_plugin, plugin_names
 
     for group in ("distill.families", "distill.methods", "distill.callbacks"):
         print(group)

@@ -11,8 +11,7 @@ from typing import Any
 
 import attrs
 from attrs import define, field, frozen
-from distill_protocols.bundle import DTYPES, CallPlan, RolePlan, TensorPlan
-from distill_protocols.plugins import FsdpPolicy, RoleSpec
+from distill_protocols import DTYPES, CallPlan, FsdpPolicy, RolePlan, RoleSpec, TensorPlan
 
 from distill_train.process_rules import group_size, is_sharded
 from distill_train.schema import Role, RunConfig
@@ -260,7 +259,7 @@ class Planner:
             training.accumulation(self.world_size) * self.world_size
         )
         alone = spec.trainable or judges
-        guided = not alone and config.method_plugin.needs_negative(config.method)
+        guided = not alone and config.method.needs_negative
         mixed = spec.fsdp.mixed_precision if spec.fsdp and spread.sharded else None
         seen = RoleSpec(
             name="",
@@ -280,7 +279,7 @@ class Planner:
                 source=config.source,
                 batch=rows,
                 guided=guided,
-                judges=judges,
+                input_gradient=judges,
             )
         return self._calls[key]
 
@@ -398,7 +397,7 @@ def averaged_roles(config: RunConfig) -> set[str]:
 def turns(config: RunConfig) -> tuple[tuple[str, ...], ...]:
     """Each set of roles that learn together in some iteration, in the order of the first."""
     steps = range(1, config.training.max_train_steps + 1)
-    sets = dict.fromkeys(config.method_plugin.updates(config.method, step) for step in steps)
+    sets = dict.fromkeys(config.method.turns(step) for step in steps)
     return tuple(sets)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill_conditioning.facts import dataset_facts
-from distill_protocols.bundle import RolePlan
+from distill_conditioning.facts import dataset_info
+from distill_protocols import RolePlan
 
 from distill_train.memory import Planner
 from distill_train.memory_text import memory_sections
@@ -22,9 +22,8 @@ SHOWN_ITERATIONS = 10
 
 def horizon(config: RunConfig, role: str) -> int:
     """How often ``role``'s optimizers step in the whole run: the length of their schedules."""
-    updates = config.method_plugin.updates
     steps = range(1, config.training.max_train_steps + 1)
-    return sum(role in updates(config.method, iteration) for iteration in steps)
+    return sum(role in config.method.turns(iteration) for iteration in steps)
 
 
 def horizons(config: RunConfig, role: str) -> dict[str, int]:
@@ -35,9 +34,9 @@ def horizons(config: RunConfig, role: str) -> dict[str, int]:
     then or stays that near its end.
     """
     ranges = config.family_plugin.expert_ranges(config.roles[role].spec, config.pipeline)
-    steps, share = horizon(config, role), config.method_plugin.update_share
+    steps = horizon(config, role)
     return {
-        module: max(1, round(steps * share(config.method, role, low, high)))
+        module: max(1, round(steps * config.method.update_share(role, low, high)))
         for module, (low, high) in ranges.items()
     }
 
@@ -90,10 +89,7 @@ def _updates(config: RunConfig) -> list[str]:
     rows = [("optimizer", *map(str, iterations), "in the whole run")]
     for name, role in config.roles.items():
         if role.optimizer is not None:
-            marks = (
-                "x" if name in config.method_plugin.updates(config.method, i) else "."
-                for i in iterations
-            )
+            marks = ("x" if name in config.method.turns(i) else "." for i in iterations)
             lr = f"lr {role.optimizer.lr:g}, {role.optimizer.schedule.name}"
             rows.append((f"{name} ({lr})", *marks, f"{horizon(config, name):,}"))
             for module, steps in horizons(config, name).items():
@@ -115,7 +111,7 @@ def _batch(config: RunConfig, world_size: int) -> list[str]:
 def _data(config: RunConfig) -> list[str]:
     if not Path(config.data.path).exists():
         return [f"  not on this machine yet: {config.data.path}", "  a real run needs it"]
-    facts = dataset_facts(config.data.path)
+    facts = dataset_info(config.data.path)
     epochs = config.training.max_train_steps * config.training.global_batch_size / facts.samples
     return [
         f"  {facts.samples:,} samples in {facts.shards} shard(s), latents "
@@ -127,9 +123,9 @@ def _data(config: RunConfig) -> list[str]:
 def _conditioning(config: RunConfig) -> list[str]:
     prompt = config.conditioning.negative_prompt
     there = Path(config.data.path).exists()
-    facts = dataset_facts(config.data.path) if there else None
+    facts = dataset_info(config.data.path) if there else None
     stored = facts.negative_prompt if facts else None
-    needed = config.method_plugin.needs_negative(config.method) or config.conditioning.dropout > 0
+    needed = config.method.needs_negative or config.conditioning.dropout > 0
     if stored is not None and prompt in (None, stored):
         source = f"in the data set's constants (prompt {stored!r})"
     elif prompt is not None:

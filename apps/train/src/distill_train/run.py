@@ -44,7 +44,7 @@ def run(config: RunConfig) -> TrainResult:
                 result = parts.trainer.run(parts.method, parts.loader)
                 # torchrun ends all as soon as one ends with a status: the first may still be busy
                 # with its trackers.
-                distribution.ranks.meet()
+                distribution.ranks.barrier()
             finally:
                 if parts is None or not any(parts.method.update_counts.values()):
                     # Nothing was trained (an error, or a stop in the first iteration): the next

@@ -11,12 +11,12 @@ from attrs import field, frozen
 from distill_checkpoint.config import CheckpointConfig
 from distill_checkpoint.layout import checkpoints
 from distill_conditioning.config import ConditioningConfig, DataConfig
-from distill_protocols.plugins import (
+from distill_protocols import (
     CallbackPlugin,
     CompileSpec,
+    DiscriminatorSpec,
     FamilyPlugin,
     FsdpPolicy,
-    HeadSpec,
     LoraSpec,
     MethodPlugin,
     RoleSpec,
@@ -108,7 +108,7 @@ class RoleConfig:
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     init_from: InitFromConfig | None = None
     lora: LoraSpec | None = None
-    heads: HeadSpec | None = None
+    heads: DiscriminatorSpec | None = None
     fsdp: FsdpPolicy | None = None
     activation_checkpointing: bool = False
     compile: CompileSpec | None = None
@@ -162,7 +162,7 @@ class ModelsConfig:
     @property
     def source(self) -> str:
         """Folder or hub id of VAE, text encoder and tokenizer."""
-        return components_source(self.pipeline, self.roles)
+        return components_source(self.family_plugin, self.pipeline, self.roles)
 
 
 @frozen(kw_only=True)
@@ -181,7 +181,9 @@ class SampledConfig:
     @property
     def source(self) -> str:
         """Folder or hub id of VAE, text encoder and tokenizer."""
-        return components_source(self.pipeline, {self.role.spec.name: self.role})
+        return components_source(
+            self.family_plugin, self.pipeline, {self.role.spec.name: self.role}
+        )
 
 
 @frozen(kw_only=True)
@@ -199,6 +201,6 @@ class RunConfig(ModelsConfig):
     """Every section as plain values, defaults included: what is saved beside the run."""
 
 
-def components_source(pipeline: Any, roles: Mapping[str, Role]) -> str:
-    """``pipeline_config.components``, or the path of the first role in the file."""
-    return pipeline.components or next(iter(roles.values())).spec.path
+def components_source(family: FamilyPlugin[Any], pipeline: Any, roles: Mapping[str, Role]) -> str:
+    """Where the family says that VAE and encoders come from, or the path of the first role."""
+    return family.components(pipeline) or next(iter(roles.values())).spec.path

@@ -1,7 +1,7 @@
 """Reading a run file: plain values, and the line of each.
 
 YAML 1.2 scalars (``1e-3`` is a float, ``no`` is a word), which PyYAML's own 1.1 rules get wrong
-for run files. Duplicate keys are faults: the second would silently win.
+for run files. Duplicate keys are problems: the second would silently win.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Source:
     file: Path
     values: Any
     lines: dict[Path_, int] = field(factory=dict)
-    faults: list[Fault] = field(factory=list)
+    problems: list[Fault] = field(factory=list)
 
     def line(self, path: Path_) -> int:
         """Line of ``path``, or of the nearest key above it that is in the file."""
@@ -47,7 +47,7 @@ class Source:
             path = path[:-1]
         return self.lines.get(path, 1)
 
-    def fault(self, path: Path_, message: str) -> Fault:
+    def problem(self, path: Path_, message: str) -> Fault:
         return Fault(self.file, self.line(path), path, message)
 
 
@@ -83,41 +83,41 @@ MODELS_FILE = "--models_json takes a JSON object: role -> keys of models.<role>"
 
 
 def read_source(file: Path, *, expected: str = RUN_FILE) -> Source:
-    """Parse ``file``. What is wrong with it as YAML is in ``faults``; nothing is raised.
+    """Parse ``file``. What is wrong with it as YAML is in ``problems``; nothing is raised.
 
     Args:
         expected: what the file should be, for messages.
     """
     source = Source(file=file, values=None)
 
-    def fault(message: str, line: int = 1) -> Source:
-        source.faults.append(Fault(file, line, (), message))
+    def problem(message: str, line: int = 1) -> Source:
+        source.problems.append(Fault(file, line, (), message))
         return source
 
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        return fault(f"there is no file {file}; {expected}")
+        return problem(f"there is no file {file}; {expected}")
     except (OSError, UnicodeDecodeError) as error:
-        return fault(f"cannot be read as UTF-8 text: {error}; {expected}")
+        return problem(f"cannot be read as UTF-8 text: {error}; {expected}")
     try:
         loader = _Loader(text)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        return fault(f"holds the unprintable character #x{error.character:04x}", line)
+        return problem(f"holds the unprintable character #x{error.character:04x}", line)
     try:
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             kind = type(node).__name__.removesuffix("Node").lower()
-            return fault(f"the file is {'empty' if node is None else f'a {kind}'}; {expected}")
+            return problem(f"the file is {'empty' if node is None else f'a {kind}'}; {expected}")
         source.values = _plain(loader, node, (), source)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        problem = str(error.problem or error)
-        hint = " (indent with spaces)" if r"'\t'" in problem else ""
-        return fault(f"not valid YAML: {problem}{hint}", mark.line + 1 if mark else 1)
+        said = str(error.problem or error)
+        hint = " (indent with spaces)" if r"'\t'" in said else ""
+        return problem(f"not valid YAML: {said}{hint}", mark.line + 1 if mark else 1)
     except RecursionError:
-        return fault("an alias (*name) stands inside the very thing that it names")
+        return problem("an alias (*name) stands inside the very thing that it names")
     finally:
         loader.dispose()
     return source
@@ -126,8 +126,8 @@ def read_source(file: Path, *, expected: str = RUN_FILE) -> Source:
 def _plain(loader: _Loader, node: yaml.Node, path: Path_, source: Source) -> Any:
     source.lines.setdefault(path, node.start_mark.line + 1)
     if node.tag.removeprefix(_CORE) not in _TAGS:
-        source.faults.append(
-            source.fault(path, f"the tag {node.tag!r} is not read: a run file holds plain values")
+        source.problems.append(
+            source.problem(path, f"the tag {node.tag!r} is not read: a run file holds plain values")
         )
         return None
     if isinstance(node, yaml.MappingNode):
@@ -149,7 +149,7 @@ def _note_duplicates(node: yaml.MappingNode, path: Path_, source: Source) -> Non
     for key_node, _ in _own_keys(node):
         line = key_node.start_mark.line + 1
         if key_node.value in seen:
-            source.faults.append(
+            source.problems.append(
                 Fault(
                     source.file,
                     line,

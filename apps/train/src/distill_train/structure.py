@@ -1,4 +1,4 @@
-"""Plain values into frozen config objects, with every fault of a section at once.
+"""Plain values into frozen config objects, with every problem of a section at once.
 
 cattrs structures the leaves, strictly (7 is no string, 2.7 no int, "no" no bool). Classes are
 walked here, field by field, so that one wrong key does not hide the next; then every validator
@@ -21,7 +21,7 @@ from distill_train.source import Path_
 Report = Callable[[Path_, str], None]
 
 _BROKEN = object()
-"""Stands for a value that has a fault already."""
+"""Stands for a value that has a problem already."""
 
 
 def _strict(kind: type, also: tuple[type, ...] = ()) -> Callable[[Any, Any], Any]:
@@ -52,7 +52,7 @@ def to_plain(value: Any) -> Any:
 
 
 def structure(kind: Any, value: Any, path: Path_, report: Report, *, base: Path) -> Any:
-    """``value`` as a ``kind``; every fault goes to ``report``, and then the result is ``None``.
+    """``value`` as a ``kind``; every problem goes to ``report``, and then the result is ``None``.
 
     Args:
         kind: an attrs class, or any type made of scalars, Literals, dicts, tuples and those.
@@ -138,11 +138,11 @@ def _structure_class(cls: Any, value: Any, path: Path_, report: Report, base: Pa
         return _BROKEN
     attrs.resolve_types(cls)
     fields = {f.name: f for f in attrs.fields(cls) if f.init}
-    faults = 0
+    problems = 0
 
     def note(where: Path_, message: str) -> None:
-        nonlocal faults
-        faults += 1
+        nonlocal problems
+        problems += 1
         report(where, message)
 
     for key in value:
@@ -161,13 +161,13 @@ def _structure_class(cls: Any, value: Any, path: Path_, report: Report, base: Pa
         else:
             got[name] = f.default.factory() if isinstance(f.default, attrs.Factory) else f.default  # type: ignore[arg-type]
     _run_validators(cls, fields, got, path, note)
-    return cls(**got) if not faults else _BROKEN
+    return cls(**got) if not problems else _BROKEN
 
 
 def _run_validators(
     cls: Any, fields: Mapping[str, Any], got: Mapping[str, Any], path: Path_, note: Report
 ) -> None:
-    # A partial instance: rules across fields look at it, and may meet a field that is at fault.
+    # A partial instance: rules across fields look at it, and may meet a field that is at problem.
     instance = cls.__new__(cls)
     for name, value in got.items():
         object.__setattr__(instance, name, value)
@@ -178,7 +178,7 @@ def _run_validators(
         try:
             validator(instance, fields[name], value)
         except AttributeError:
-            # The rule reads a field whose own fault is reported already.
+            # The rule reads a field whose own problem is reported already.
             if len(got) == len(fields):
                 raise
         except (ValueError, TypeError) as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 from attrs import frozen
-from distill_protocols.plugins import FsdpPolicy, LoraSpec
+from distill_protocols import FsdpPolicy, LoraSpec
 
 from distill_train.memory import Planner, RunMemory
 from distill_train.process_rules import strategy_of

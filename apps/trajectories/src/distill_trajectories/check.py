@@ -1,4 +1,4 @@
-"""From a file to a checked request, or to every fault of the file at once. Imports no torch."""
+"""From a file to a checked request, or to every problem of the file at once. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def read_request(file: Path, *, planning: bool = False) -> SampledConfig:
     """Read and check ``file``; its ``section`` is a ``TrajectoriesConfig``.
 
     Args:
-        planning: nothing will be made, so a data folder that is not there yet is no fault.
+        planning: nothing will be made, so a data folder that is not there yet is no problem.
 
     Raises:
-        ConfigError: with every fault that was found, each ``file:line: key: message``.
+        ConfigError: with every problem that was found, each ``file:line: key: message``.
     """
     return read_sampled(file, SECTION, TrajectoriesConfig, _rules, planning=planning)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from attrs import evolve
-from distill_protocols.errors import ConfigError, DistillError
+from distill_protocols import ConfigError, DistillError
 
 from distill_trajectories.check import read_request
 
@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = read_request(args.config, planning=args.dry_run)
     except ConfigError as error:
-        count = len(error.faults)
+        count = len(error.problems)
         print(error, file=sys.stderr)
-        print(f"{count} fault{'s' if count > 1 else ''}; nothing was made.", file=sys.stderr)
+        print(f"{count} problem{'s' if count > 1 else ''}; nothing was made.", file=sys.stderr)
         return EXIT_CONFIG
     if args.limit is not None:
         config = evolve(config, section=evolve(config.section, limit=args.limit))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 
-from distill_conditioning import dataset_facts
+from distill_conditioning import dataset_info
 from distill_train.schema import SampledConfig
 
 from distill_trajectories.config import TrajectoriesConfig
@@ -36,7 +36,7 @@ def _size(config: SampledConfig, own: TrajectoriesConfig) -> list[str]:
     if not Path(config.data.path).exists():
         each = f"; {size / 1e6:,.2f} MB a clip and its caption" if size else ""
         return [f"  the captions' data set is not on this machine yet: {config.data.path}{each}"]
-    samples = own.samples(dataset_facts(config.data.path).samples)
+    samples = own.samples(dataset_info(config.data.path).samples)
     shards = -(-samples // own.samples_per_shard)
     text = f", {samples * size / 1e6:,.1f} MB and captions" if size else ""
     return [f"  {samples:,} clips in {shards:,} shard(s){text}"]

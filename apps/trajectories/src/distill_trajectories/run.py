@@ -163,7 +163,7 @@ class Teacher:
             noise.normal(self.adapter.latent_shape).to(self.device),
             cond.to(self.device),
             neg_cond=self.negative,
-            seen=seen,
+            on_step=seen,
         )
         kept = torch.stack([states[step] for step in self.config.steps], dim=1)
         return self.adapter.denormalize_latents(clean).cpu(), kept

@@ -15,17 +15,22 @@ import torch
 from distill_protocols import (
     Capabilities,
     CapabilityError,
+    CausalRollout,
     Chunk,
     ChunkCall,
     CleanPast,
     Condition,
     ConditioningError,
     ContractError,
+    Discriminating,
+    ExpertRouting,
+    ImageConditioning,
     ModelBundle,
     PredType,
     RoleHandle,
     RowGenerators,
     SamplerSpec,
+    Tangents,
     WeightsError,
 )
 from torch import Tensor
@@ -51,7 +56,7 @@ from distill_adapters_wan.image import (
 from distill_adapters_wan.image_encoder import ImageSide
 from distill_adapters_wan.image_shapes import EMBEDS, LATENTS, ImageKind, image_kind
 from distill_adapters_wan.kv_cache import Place
-from distill_adapters_wan.shape import clip_faults, latent_facts, latent_shape
+from distill_adapters_wan.shape import clip_problems, latent_facts, latent_shape
 
 
 class WanAdapter:
@@ -76,10 +81,12 @@ class WanAdapter:
         self._config = config
         vae_folder = fetch(source, ("vae",)) / "vae"
         facts = latent_facts(vae_folder)
-        self._models = {name: role for name, role in bundle.roles.items() if role.heads is None}
+        self._models = {
+            name: role for name, role in bundle.roles.items() if role.discriminator is None
+        }
         for name, role in self._models.items():
-            for fault in clip_faults(config, facts, _facts_of(role)):
-                raise WeightsError(f"role {name!r} and the VAE of {source}: {fault}")
+            for problem in clip_problems(config, facts, _facts_of(role)):
+                raise WeightsError(f"role {name!r} and the VAE of {source}: {problem}")
         _refuse_mixed(self._models)
         self._latent_shape = latent_shape(config, facts)
         # Not of parameters: those of a role that waits its turn are on the CPU.
@@ -98,6 +105,26 @@ class WanAdapter:
     @property
     def capabilities(self) -> Capabilities:
         return capabilities_of(self._config)
+
+    @property
+    def causal(self) -> CausalRollout | None:
+        return None if self._config.causal is None else self
+
+    @property
+    def experts(self) -> ExpertRouting:
+        return self
+
+    @property
+    def images(self) -> ImageConditioning:
+        return self
+
+    @property
+    def discriminators(self) -> Discriminating:
+        return self
+
+    @property
+    def tangents(self) -> Tangents:
+        return self
 
     # -- noise schedule -----------------------------------------------------------------------
 
@@ -194,7 +221,7 @@ class WanAdapter:
                 f"guidance w = {w:g} of role {role.name!r} without a negative condition; only "
                 "w = 1 (or none) needs none. Give the run a negative prompt or embedding"
             )
-        negative = neg_cond.expand(x_t.shape[0]).over(cond.expand(x_t.shape[0]))
+        negative = neg_cond.expand(x_t.shape[0]).merged_onto(cond.expand(x_t.shape[0]))
         if w == 0:
             return self._velocity(role, x_t, t, negative, caches, negative=True, stock=stock)
         if batched:
@@ -327,7 +354,7 @@ class WanAdapter:
         return expert_of(t, self._boundary(role), role.name)
 
     def _boundary(self, role: RoleHandle) -> float | None:
-        own = role.call_facts.get("boundary_ratio")
+        own = role.call_options.get("boundary_ratio")
         return boundary_of(role.modules, own, self._config.boundary_ratio)
 
     def trained_frames(self, cond: Condition) -> Tensor | None:
@@ -374,7 +401,7 @@ class WanAdapter:
         tensors = {LATENTS: (raw - self._mean.to(raw)) * (1.0 / self._std.to(raw))}
         if self._reads_embeds():
             tensors[EMBEDS] = self._images.encode(images)
-        return Condition(tensors).over(cond)
+        return Condition(tensors).merged_onto(cond)
 
     def _image_kind(self) -> ImageKind:
         """Of the run's models, which are of one kind."""
@@ -454,7 +481,7 @@ class WanAdapter:
         """Hash of text encoder, tokenizer, padding and precision; None if not on this machine."""
         return self._text.fingerprint()
 
-    def text_encoder_kept(self) -> AbstractContextManager[Any]:
+    def keep_encoders_loaded(self) -> AbstractContextManager[Any]:
         """Within: the text encoder stays loaded, for many encodings after each other.
 
         Outside, each encoding reads it and frees it again: no run must hold UMT5-XXL's 11 to
@@ -493,7 +520,7 @@ class WanAdapter:
         neg_cond: Condition | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
-        seen: Callable[[int, Tensor], None] | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Normalised clean latents [B, C, T, H, W]; see ``sampling.sample``.
 
@@ -502,7 +529,7 @@ class WanAdapter:
 
         Raises:
             ContractError: noise of another shape than the run's clips, not one generator a row
-                for a stochastic spec, ``guidance_2`` for a role of one expert, or ``seen`` for a
+                for a stochastic spec, ``guidance_2`` for a role of one expert, or ``on_step`` for a
                 causal role.
         """
         if tuple(noise.shape[1:]) != self._latent_shape:
@@ -511,10 +538,10 @@ class WanAdapter:
                 f"{', '.join(map(str, self._latent_shape))}] for this run's clips"
             )
         if self._causal.of(role) is not None:
-            if seen is not None:
+            if on_step is not None:
                 raise ContractError(
                     f"role {role!r} is causal and samples chunk by chunk, so there is no x_t of a "
-                    "whole clip to be seen. Take it out of pipeline_config.causal.roles"
+                    "whole clip to be on_step. Take it out of pipeline_config.causal.roles"
                 )
             parts = (noise[:, :, chunk.span] for chunk in self.chunks(role, noise.shape[2]))
             made = self.stream(
@@ -523,7 +550,7 @@ class WanAdapter:
             return torch.cat(list(made), dim=2)
         handle = self._bundle[role]
         velocity = self._sampled_velocity(handle, spec, cond, neg_cond, poll)
-        clean = sampling.sample(velocity, spec, noise, generators, seen=seen)
+        clean = sampling.sample(velocity, spec, noise, generators, on_step=on_step)
         return self._with_given(handle, clean, cond)
 
     def rollout(
@@ -533,8 +560,8 @@ class WanAdapter:
         noise: Tensor,
         cond: Condition,
         *,
-        exits: Sequence[int],
-        learns: Sequence[bool] | None = None,
+        exit_steps: Sequence[int],
+        requires_grad: Sequence[bool] | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
     ) -> Tensor:
@@ -542,7 +569,7 @@ class WanAdapter:
 
         Raises:
             ContractError: as ``sample``; a guided spec, as nobody trains two calls; or not one
-                exit and one ``learns`` a chunk.
+                exit and one ``requires_grad`` a chunk.
         """
         if spec.guided:
             raise ContractError(
@@ -550,19 +577,24 @@ class WanAdapter:
                 "two. A method refuses it before; use guidance 1"
             )
         chunks = self.chunks(role, noise.shape[2])
-        learns = [True] * len(chunks) if learns is None else learns
-        if not len(exits) == len(learns) == len(chunks):
+        requires_grad = [True] * len(chunks) if requires_grad is None else requires_grad
+        if not len(exit_steps) == len(requires_grad) == len(chunks):
             raise ContractError(
-                f"{len(exits)} exits and {len(learns)} learns for {len(chunks)} chunks of role "
+                f"{len(exit_steps)} exit_steps and {len(requires_grad)} requires_grad for {len(chunks)} chunks of role "
                 f"{role!r}; there must be one of each a chunk"
             )
         may = torch.is_grad_enabled()
-        learns = [learn and may for learn in learns]
+        requires_grad = [learn and may for learn in requires_grad]
         handle, noise = self._bundle[role], self._checked_noise(noise)
         if self._causal.of(role) is None:
             velocity = self._sampled_velocity(handle, spec, cond, None, poll)
             clean = sampling.sample(
-                velocity, spec, noise, generators, exit_step=exits[0], learns=learns[0]
+                velocity,
+                spec,
+                noise,
+                generators,
+                exit_step=exit_steps[0],
+                requires_grad=requires_grad[0],
             )
             return self._with_given(handle, clean, cond)
         parts = (noise[:, :, chunk.span] for chunk in chunks)
@@ -570,7 +602,12 @@ class WanAdapter:
         self.clear_caches(role, stream=ChunkCall.ROLLOUT)
         try:
             made = sampling.sample_chunks(
-                in_chunks, spec, parts, generators, exits=exits, learns=learns
+                in_chunks,
+                spec,
+                parts,
+                generators,
+                exit_steps=exit_steps,
+                requires_grad=requires_grad,
             )
             return self._with_given(handle, torch.cat(list(made), dim=2), cond)
         finally:
@@ -694,7 +731,7 @@ def _refuse_mixed(roles: Mapping[str, RoleHandle]) -> None:
 
 
 def _image_kind(role: RoleHandle) -> ImageKind:
-    expand = bool(role.call_facts.get("expand_timesteps", False))
+    expand = bool(role.call_options.get("expand_timesteps", False))
     return image_kind(transformer_of(role).config, expand)
 
 

@@ -9,8 +9,8 @@ from attrs import frozen
 from distill_protocols import WeightsError
 
 from distill_adapters_wan.folders import (
-    folder_fault,
     folder_hint,
+    folder_problem,
     is_hub_id,
     locate,
     read_json,
@@ -63,7 +63,7 @@ def architecture(path: str) -> tuple[Mapping[str, Mapping[str, Any]], Calling]:
             boundary_ratio=model.boundary_ratio, expand_timesteps=model.expand_timesteps
         )
     raise WeightsError(
-        folder_fault(path)
+        folder_problem(path)
         or (unknown_hub_id(path) if is_hub_id(path) else f"{path} has no transformer/config.json")
     )
 

@@ -113,7 +113,7 @@ def plan_heads_call(
             modules={HEADS: module},
             trainable=role.trainable,
             precision=role.precision,
-            heads=role.heads,
+            discriminator=role.heads,
         )
         features = {i: torch.empty(latents[0], module.features, *cells) for i in role.heads.blocks}
         for parameter in module.parameters():

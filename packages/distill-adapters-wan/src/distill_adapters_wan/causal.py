@@ -30,7 +30,7 @@ from distill_protocols import (
 from torch import Tensor, nn
 
 from distill_adapters_wan import layout
-from distill_adapters_wan.causal_config import CausalConfig, causal_faults
+from distill_adapters_wan.causal_config import CausalConfig, causal_problems
 from distill_adapters_wan.kv_cache import Caller, KeysAndValues, KvCaches, Past, Place, StoredChunk
 from distill_adapters_wan.layout import Group, Layout, Span
 
@@ -55,7 +55,7 @@ class CausalRoles:
         self._caches = KvCaches()
         names = config.roles if config is not None else ()
         bundle.require_roles(names)
-        models = {name: role for name, role in bundle.roles.items() if role.heads is None}
+        models = {name: role for name, role in bundle.roles.items() if role.discriminator is None}
         for name, role in models.items():
             for key, module in role.modules.items():
                 _prepare(f"{name}.{key}", module, config if name in names else None)
@@ -417,8 +417,8 @@ def _prepare(name: str, module: nn.Module, config: CausalConfig | None) -> None:
                 "made it causal, and it stays so. Load the bundle again"
             )
         return
-    for fault in causal_faults(config, dict(transformer.config)):
-        raise WeightsError(f"{name}: {fault}")
+    for problem in causal_problems(config, dict(transformer.config)):
+        raise WeightsError(f"{name}: {problem}")
     if switch is not None:
         switch.config = config
         return

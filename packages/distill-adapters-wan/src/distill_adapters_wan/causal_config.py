@@ -111,7 +111,7 @@ class CausalConfig:
         return range(self.sink_frames), range(first_frame - (most - self.sink_frames), first_frame)
 
 
-def causal_faults(config: CausalConfig, transformer: Mapping[str, Any]) -> Iterator[str]:
+def causal_problems(config: CausalConfig, transformer: Mapping[str, Any]) -> Iterator[str]:
     """Why a transformer of these numbers cannot be causal so."""
     patch = transformer.get("patch_size", (1, 2, 2))[0]
     longest = transformer.get("rope_max_seq_len", 1024)

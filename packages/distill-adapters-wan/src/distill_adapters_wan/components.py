@@ -20,7 +20,7 @@ from distill_adapters_wan.folders import (
     TRANSFORMERS_STEM,
     fetch,
     locate,
-    text_faults,
+    text_problems,
     weight_files,
 )
 from distill_adapters_wan.loading import load_module
@@ -142,7 +142,7 @@ class TextSide:
         None where they are not (whole) on this machine: nothing is downloaded to be hashed.
         """
         folder = locate(self._source)
-        if folder is None or any(text_faults(folder)):
+        if folder is None or any(text_problems(folder)):
             return None
         digest = hashlib.blake2b(digest_size=16)
         settings = (self._config.max_sequence_length, self._config.text_encoder_precision)
@@ -157,9 +157,9 @@ class TextSide:
 
     def _load(self) -> tuple[Any, Any]:
         folder = fetch(self._source, ("text_encoder", "tokenizer"))
-        for fault in text_faults(folder):
+        for problem in text_problems(folder):
             raise WeightsError(
-                f"{self._source} cannot encode a prompt: {fault}; or store the embeddings (and the "
+                f"{self._source} cannot encode a prompt: {problem}; or store the embeddings (and the "
                 "negative one) in the data set"
             )
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
@@ -183,7 +183,7 @@ def load_text_encoder(folder: Path, dtype: torch.dtype) -> Any:
     if not torch.equal(tokens, shared) or not bool(shared.any()):
         raise WeightsError(
             f"{folder}: encoder.embed_tokens differs from shared after loading (or is all zero); "
-            "they must be one table, or every prompt encodes alike. This is a fault of some "
+            "they must be one table, or every prompt encodes alike. This is a problem of some "
             "transformers 5 builds (PR 43880): install another version"
         )
     return encoder

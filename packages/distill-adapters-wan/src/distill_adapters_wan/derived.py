@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from distill_protocols import DTYPES, Precision, TensorFacts, WeightsError, WeightSource
+from distill_protocols import DTYPES, Precision, TensorInfo, WeightsError, WeightSource
 from torch import Tensor
 
 from distill_adapters_wan.lora import adapter_names, merge
@@ -40,7 +40,7 @@ class MergedWeights(WeightSource):
         self._base = base
         self._adapters = adapters
         self._scale = scale
-        given, theirs = base.facts(), adapters.facts()
+        given, theirs = base.describe(), adapters.describe()
         self._facts = dict(given)
         self._pairs: dict[str, tuple[str, str]] = {}
         for layer, (a, b) in adapter_names(theirs).items():
@@ -53,14 +53,14 @@ class MergedWeights(WeightSource):
                     "trained beside. Name that base"
                 )
             wide = torch.promote_types(given[name].dtype, theirs[b].dtype)
-            self._facts[name] = TensorFacts(size, wide)
+            self._facts[name] = TensorInfo(size, wide)
             self._pairs[name] = (a, b)
 
     @property
     def where(self) -> str:
         return f"{self._adapters.where} merged into {self._base.where}"
 
-    def facts(self) -> Mapping[str, TensorFacts]:
+    def describe(self) -> Mapping[str, TensorInfo]:
         return self._facts
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -90,14 +90,14 @@ class CastWeights(WeightSource):
     def where(self) -> str:
         return self._source.where
 
-    def facts(self) -> Mapping[str, TensorFacts]:
+    def describe(self) -> Mapping[str, TensorInfo]:
         return {
-            name: TensorFacts(facts.size, torch.float32 if stays_wide(name) else self._dtype)
-            for name, facts in self._source.facts().items()
+            name: TensorInfo(facts.size, torch.float32 if stays_wide(name) else self._dtype)
+            for name, facts in self._source.describe().items()
         }
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        facts = self.facts()
+        facts = self.describe()
         found = self._source.read(names)
         return {name: narrowed(t, facts[name].dtype, name) for name, t in found.items()}
 

@@ -19,7 +19,7 @@ from distill_protocols import (
     Precision,
     RoleSpec,
     SamplerSpec,
-    TensorFacts,
+    TensorInfo,
     WeightsError,
     WeightSource,
 )
@@ -29,10 +29,10 @@ from torch import Tensor
 from distill_adapters_wan.architecture import architecture
 from distill_adapters_wan.config import WanPipelineConfig
 from distill_adapters_wan.derived import CastWeights, MergedWeights, narrowed
-from distill_adapters_wan.export_rules import export_faults
+from distill_adapters_wan.export_rules import export_problems
 from distill_adapters_wan.folders import (
     DIFFUSERS_STEM,
-    component_faults,
+    component_problems,
     fetch,
     locate,
     read_json,
@@ -105,7 +105,7 @@ class WanExporter:
         Raises:
             OutputError: ``folder`` holds something else, or cannot be written.
             WeightsError: keys are missing or unexpected, the request cannot be had
-                (``export_faults``), or a component to copy is missing or damaged.
+                (``export_problems``), or a component to copy is missing or damaged.
         """
         folder = Path(folder)
         modules = checked_modules(role, weights, request)
@@ -113,8 +113,8 @@ class WanExporter:
         facts = self._facts(role, request, schedule)
         if request.format == "diffusers":
             source = fetch(self._source, COMPONENTS)
-            for fault in component_faults(source):
-                raise WeightsError(f"{role.name} cannot be exported: {fault}")
+            for problem in component_problems(source):
+                raise WeightsError(f"{role.name} cannot be exported: {problem}")
             with whole_or_nothing(folder, SPEC_FILE) as stage:
                 _write_pipeline(stage, source, role, modules, weights, request, schedule)
                 index = _model_index(role, source, stage, list(modules), self._config)
@@ -184,9 +184,9 @@ def checked_modules(
     Raises:
         WeightsError: ``weights`` are not those of the role, or the request cannot be had.
     """
-    faults = [f"{key}: {message}" for key, message in export_faults(role, request)]
-    if faults:
-        raise WeightsError(f"role {role.name!r} cannot be exported so; {'; '.join(faults)}")
+    problems = [f"{'.'.join(p.path)}: {p.message}" for p in export_problems(role, request)]
+    if problems:
+        raise WeightsError(f"role {role.name!r} cannot be exported so; {'; '.join(problems)}")
     configs, _ = architecture(role.path)
     if set(configs) != set(weights):
         raise WeightsError(
@@ -257,7 +257,7 @@ def _write_pipeline(
 
 def _write_shards(folder: Path, source: WeightSource, names: list[str], most: int) -> None:
     """Under the names, and split as, ``save_pretrained`` does."""
-    facts = source.facts()
+    facts = source.describe()
     split = split_state_dict_into_shards_factory(
         {name: facts[name] for name in names},
         get_storage_size=lambda fact: fact.nbytes,
@@ -338,7 +338,7 @@ def _write_original(
     files = original_files(folder, modules)
     for name, whole in whole_weights(role, weights, request).items():
         ours = {to_original(key): key for key in modules[name].state_dict()}
-        given = whole.facts()
+        given = whole.describe()
         write_safetensors(
             stage / files[name],
             {theirs: given[key] for theirs, key in ours.items()},
@@ -400,7 +400,7 @@ def _write_lora(
             rank = request.lora_rank or 0  # checked: it is there
             found = extract(weights[name], base, rank, precision=request.precision, seed_name=name)
             pairs = found.factors
-            facts["lora"][name] = {"rank": rank, **found.facts()}
+            facts["lora"][name] = {"rank": rank, **found.summary()}
             facts["notes"] += _extraction_notes(role, name, found)
         if not pairs:
             raise WeightsError(
@@ -415,7 +415,7 @@ def _write_lora(
                 for layer, pair in pairs.items()
                 for side, tensor in zip("AB", pair, strict=True)
             }
-            described = {k: TensorFacts(tuple(t.shape), t.dtype) for k, t in tensors.items()}
+            described = {k: TensorInfo(tuple(t.shape), t.dtype) for k, t in tensors.items()}
             write_safetensors(stage / file, described, tensors.__getitem__, _spec_metadata(facts))
 
 
@@ -424,7 +424,7 @@ def adapter_factors(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """By layer, (A, B) of a LoRA role as they are written: alpha / rank is in B."""
     pairs = {}
-    for layer, names in adapter_names(source.facts()).items():
+    for layer, names in adapter_names(source.describe()).items():
         found = source.read(names)
         a, b = (found[name] for name in names)
         if lora.scale != 1:

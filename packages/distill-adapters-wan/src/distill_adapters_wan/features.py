@@ -13,7 +13,7 @@ from typing import Any
 from distill_protocols import ContractError
 from torch import Tensor, nn
 
-from distill_adapters_wan.head_rules import block_fault
+from distill_adapters_wan.head_rules import block_problem
 
 Features = MutableMapping[int, Tensor | None]
 """By block index."""
@@ -58,9 +58,9 @@ def caught(transformer: Any, features: Features, latents: Sequence[int]) -> Iter
 
 
 def _block(transformer: Any, index: int) -> nn.Module:
-    fault = block_fault(index, len(transformer.blocks))
-    if fault is not None:
-        raise ContractError(f"features of {fault}. Ask for one of those")
+    problem = block_problem(index, len(transformer.blocks))
+    if problem is not None:
+        raise ContractError(f"features of {problem}. Ask for one of those")
     return transformer.blocks[index]
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from distill_protocols import Ranks, WeightsError, WeightSource
+from distill_protocols import WeightsError, WeightSource
+from distill_runtime import Ranks
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -42,15 +43,15 @@ def filled(
     whole = {name: t for name, t in state.items() if name not in parts}
     opened: list[WeightSource] = []
     if targets:
-        ranks.each(lambda: opened.append(open_source()) if ranks.first or parts else None)
+        ranks.run_each(lambda: opened.append(open_source()) if ranks.is_first or parts else None)
     for group in in_groups(whole, lambda name: whole[name].nbytes, GROUP_BYTES):
         held = {name: whole[name] for name in group}
-        ranks.each(lambda held=held: _read(held, opened[0]) if ranks.first else None)
-        with ranks.in_time():
+        ranks.run_each(lambda held=held: _read(held, opened[0]) if ranks.is_first else None)
+        with ranks.within_timeout():
             for tensor in held.values():
                 _broadcast(tensor, ranks)
     if parts:
-        ranks.each(lambda: _read_parts(parts, opened[0]))
+        ranks.run_each(lambda: _read_parts(parts, opened[0]))
     return state
 
 

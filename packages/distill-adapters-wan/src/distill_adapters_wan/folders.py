@@ -135,7 +135,7 @@ def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
     return tuple(folder / name for name in sorted(set(shards.values())))
 
 
-def file_fault(file: Path) -> str | None:
+def file_problem(file: Path) -> str | None:
     """What is wrong with a safetensors file, from its header and its length alone."""
     if not file.is_file():
         return f"{file} is missing; the folder's index names it. Download it again"
@@ -161,7 +161,7 @@ def file_fault(file: Path) -> str | None:
     return None
 
 
-def module_faults(folder: Path, stem: str) -> Iterator[str]:
+def module_problems(folder: Path, stem: str) -> Iterator[str]:
     """What is missing or damaged in one module's folder."""
     if not folder.is_dir():
         yield f"{folder} is missing; a Diffusers-format folder has it. Download it again"
@@ -173,15 +173,15 @@ def module_faults(folder: Path, stem: str) -> Iterator[str]:
     except WeightsError as error:
         yield str(error)
         return
-    yield from filter(None, map(file_fault, files))
+    yield from filter(None, map(file_problem, files))
 
 
 def has_weights(folder: Path, stem: str) -> bool:
     """Whether one module can be read whole now."""
-    return not any(module_faults(folder, stem))
+    return not any(module_problems(folder, stem))
 
 
-def pipeline_faults(folder: Path, *, components: bool) -> Iterator[str]:
+def pipeline_problems(folder: Path, *, components: bool) -> Iterator[str]:
     """What is missing or damaged in a pipeline folder; ``components``: look at the VAE too.
 
     A text encoder may be absent (a data set with stored embeddings needs none), but not broken.
@@ -200,23 +200,23 @@ def pipeline_faults(folder: Path, *, components: bool) -> Iterator[str]:
             yield str(error)
             return
     for name in names or ("transformer",):
-        yield from module_faults(folder / name, DIFFUSERS_STEM)
+        yield from module_problems(folder / name, DIFFUSERS_STEM)
     if components:
-        yield from component_faults(folder)
+        yield from component_problems(folder)
 
 
-def component_faults(folder: Path) -> Iterator[str]:
+def component_problems(folder: Path) -> Iterator[str]:
     """What is missing or damaged among VAE, text encoder and tokenizer."""
-    yield from module_faults(folder / "vae", DIFFUSERS_STEM)
+    yield from module_problems(folder / "vae", DIFFUSERS_STEM)
     if (folder / "text_encoder").is_dir():
-        yield from text_faults(folder)
+        yield from text_problems(folder)
     if (folder / "image_encoder").is_dir():
-        yield from image_faults(folder)
+        yield from image_problems(folder)
 
 
-def text_faults(folder: Path) -> Iterator[str]:
+def text_problems(folder: Path) -> Iterator[str]:
     """What is missing or damaged where a prompt shall be encoded."""
-    yield from module_faults(folder / "text_encoder", TRANSFORMERS_STEM)
+    yield from module_problems(folder / "text_encoder", TRANSFORMERS_STEM)
     tokenizer = folder / "tokenizer"
     names = ("tokenizer.json", "spiece.model", "tokenizer.model")
     if not any((tokenizer / name).is_file() for name in names):
@@ -226,15 +226,15 @@ def text_faults(folder: Path) -> Iterator[str]:
         )
 
 
-def image_faults(folder: Path) -> Iterator[str]:
+def image_problems(folder: Path) -> Iterator[str]:
     """What is missing or damaged where a picture shall be encoded (Wan 2.1 image-to-video)."""
-    yield from module_faults(folder / "image_encoder", TRANSFORMERS_STEM)
+    yield from module_problems(folder / "image_encoder", TRANSFORMERS_STEM)
     file = folder / "image_processor" / "preprocessor_config.json"
     if not file.is_file():
         yield f"{file} is missing, and image_encoder/ is of no use without. Download it again"
 
 
-def folder_fault(path: str) -> str | None:
+def folder_problem(path: str) -> str | None:
     """Why ``path`` is neither a folder here nor a hub id."""
     return None if is_hub_id(path) or Path(path).is_dir() else _no_folder(path)
 

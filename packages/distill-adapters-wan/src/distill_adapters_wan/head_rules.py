@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from distill_protocols import HeadSpec
+from distill_protocols import DiscriminatorSpec, Problem
 
 from distill_adapters_wan.lora import DEFAULTS
 
 
-def head_faults(transformer: Mapping[str, Any], heads: HeadSpec) -> Iterator[tuple[str, str]]:
+def head_problems(transformer: Mapping[str, Any], heads: DiscriminatorSpec) -> Iterator[Problem]:
     """Pairs of a key of ``heads`` and a message."""
     there = {**DEFAULTS, **transformer}["num_layers"]
     for index in heads.blocks:
-        if fault := block_fault(index, there):
+        if problem := block_problem(index, there):
             way_out = "The one in the middle, at three quarters and the last are customary"
-            yield "blocks", f"{fault}, counted from 0. {way_out}"
+            yield Problem("blocks", f"{problem}, counted from 0. {way_out}")
 
 
-def block_fault(index: int, blocks: int) -> str | None:
+def block_problem(index: int, blocks: int) -> str | None:
     """Why ``index`` is no block of a transformer of ``blocks``."""
     if 0 <= index < blocks:
         return None

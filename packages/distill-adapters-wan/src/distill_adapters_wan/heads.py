@@ -13,11 +13,11 @@ import torch
 from attrs import frozen
 from distill_protocols import (
     ContractError,
-    HeadSpec,
+    DiscriminatorSpec,
     ModulePlan,
     RoleHandle,
     RoleSpec,
-    TensorFacts,
+    TensorInfo,
     TensorPlan,
     WeightSource,
     derive_seed,
@@ -65,7 +65,7 @@ class Head(nn.Module):
 class Heads(nn.Module):
     """One head for each block of ``spec``, on features of D channels: logits [B, heads]."""
 
-    def __init__(self, features: int, spec: HeadSpec) -> None:
+    def __init__(self, features: int, spec: DiscriminatorSpec) -> None:
         super().__init__()
         self.features = features
         self.blocks = nn.ModuleDict({str(i): Head(features, spec.width) for i in spec.blocks})
@@ -75,7 +75,7 @@ class Heads(nn.Module):
         return torch.stack([h(x) for h, x in zip(heads, features, strict=True)], dim=1)
 
 
-def heads_on_meta(transformer: Mapping[str, Any], spec: HeadSpec) -> Heads:
+def heads_on_meta(transformer: Mapping[str, Any], spec: DiscriminatorSpec) -> Heads:
     """For features of the ``WanTransformer3DModel`` of that configuration."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return Heads(width_of(transformer), spec)
@@ -89,11 +89,11 @@ def width_of(transformer: Mapping[str, Any]) -> int:
 
 def logits(role: RoleHandle, features: Mapping[int, Tensor]) -> Tensor:
     """See ``Discriminating.discriminate``."""
-    if role.heads is None:
+    if role.discriminator is None:
         raise ContractError(
             f"role {role.name!r} is no discriminator but a model; give it heads, or ask another"
         )
-    wanted = role.heads.blocks
+    wanted = role.discriminator.blocks
     if features.keys() != set(wanted):
         raise ContractError(
             f"features of blocks {sorted(features)} for the heads of role {role.name!r}, which are "
@@ -120,8 +120,8 @@ class DrawnHeads(WeightSource):
     def where(self) -> str:
         return f"new heads of role {self.role!r}"
 
-    def facts(self) -> Mapping[str, TensorFacts]:
-        return {name: TensorFacts(tuple(s), torch.float32) for name, s in self.shapes.items()}
+    def describe(self) -> Mapping[str, TensorInfo]:
+        return {name: TensorInfo(tuple(s), torch.float32) for name, s in self.shapes.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self._drawn(name) for name in names}

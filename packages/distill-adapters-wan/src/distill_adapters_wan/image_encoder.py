@@ -10,7 +10,7 @@ from distill_protocols import WeightsError
 from torch import Tensor
 
 from distill_adapters_wan.components import load_encoder
-from distill_adapters_wan.folders import fetch, image_faults, read_json
+from distill_adapters_wan.folders import fetch, image_problems, read_json
 
 
 class ImageSide:
@@ -47,9 +47,9 @@ class ImageSide:
         from transformers import CLIPImageProcessor, CLIPVisionModel
 
         folder = fetch(self._source, ("image_encoder", "image_processor"))
-        for fault in image_faults(folder):
+        for problem in image_problems(folder):
             raise WeightsError(
-                f"{self._source} cannot encode a picture: {fault}; or store image_embeds in the "
+                f"{self._source} cannot encode a picture: {problem}; or store image_embeds in the "
                 "data set"
             )
         encoder = load_encoder(CLIPVisionModel, Path(folder) / "image_encoder", torch.float32)

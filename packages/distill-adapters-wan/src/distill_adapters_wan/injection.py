@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from attrs import frozen
-from distill_protocols import LoraSpec, TensorFacts, WeightsError, WeightSource, derive_seed
+from distill_protocols import LoraSpec, TensorInfo, WeightsError, WeightSource, derive_seed
 from peft import LoraConfig, inject_adapter_in_model
 from peft import __version__ as peft_version
 from peft.tuners.lora import LoraLayer
@@ -63,8 +63,8 @@ class DrawnAdapters(WeightSource):
     def where(self) -> str:
         return f"new adapters of role {self.role!r}"
 
-    def facts(self) -> Mapping[str, TensorFacts]:
-        return {name: TensorFacts(tuple(s), torch.float32) for name, s in self.shapes.items()}
+    def describe(self) -> Mapping[str, TensorInfo]:
+        return {name: TensorInfo(tuple(s), torch.float32) for name, s in self.shapes.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self._drawn(name) for name in names}

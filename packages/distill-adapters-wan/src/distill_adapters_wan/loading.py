@@ -11,18 +11,17 @@ from accelerate import init_empty_weights
 from attrs import asdict, frozen
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from distill_protocols import (
-    ALONE,
     DTYPES,
     CompileSpec,
     LoraSpec,
     ModelBundle,
-    Ranks,
     RoleHandle,
     RoleSpec,
     WeightsError,
     WeightSource,
 )
 from distill_protocols.plugins import EMPTY
+from distill_runtime import ALONE, Ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -30,7 +29,7 @@ from distill_adapters_wan.architecture import Calling, architecture
 from distill_adapters_wan.experts import HIGH, LOW
 from distill_adapters_wan.filling import filled, move_buffers
 from distill_adapters_wan.folders import fetch, read_json, transformer_names
-from distill_adapters_wan.head_rules import head_faults
+from distill_adapters_wan.head_rules import head_problems
 from distill_adapters_wan.heads import HEADS, DrawnHeads, Heads, heads_on_meta
 from distill_adapters_wan.injection import DrawnAdapters, inject
 from distill_adapters_wan.lora import (
@@ -38,7 +37,7 @@ from distill_adapters_wan.lora import (
     adapter_names,
     base_name,
     is_adapter,
-    target_faults,
+    target_problems,
 )
 from distill_adapters_wan.offload import take_turns
 from distill_adapters_wan.shape import unsupported
@@ -86,7 +85,7 @@ def load_bundle(
         if role.heads is not None:
             _check_heads(role, by_name.get(role.heads.on))
     loaded: dict[str, RoleHandle] = {}
-    with Ranks.held(_PATIENCE, error=WeightsError) as ranks:
+    with Ranks.temporary(_PATIENCE, error=WeightsError) as ranks:
         for role in sorted(roles, key=lambda role: role.base is not None):  # a base, then guests
             given = weights.get(role.name, EMPTY)
             if role.heads is not None:
@@ -104,7 +103,7 @@ def load_bundle(
                 ranks=ranks,
                 boundary_ratio=boundary_ratio,
             )
-    take_turns([handle for handle in loaded.values() if handle.heads is None], device)
+    take_turns([handle for handle in loaded.values() if handle.discriminator is None], device)
     return ModelBundle({name: loaded[name] for name in names})
 
 
@@ -151,7 +150,7 @@ def load_role(
         WeightsError: a file or key is missing, unexpected or damaged, or the model is a variant
             that this version does not train. On all ranks, if on one.
     """
-    built = ranks.each(lambda: _built(role, weights, boundary_ratio))
+    built = ranks.run_each(lambda: _built(role, weights, boundary_ratio))
     _check_alike(role, built, ranks)
     modules = {name: part.module for name, part in built.parts.items()}
     handle = RoleHandle(
@@ -160,7 +159,7 @@ def load_role(
         trainable=role.trainable,
         precision=role.precision,
         fsdp_policy=role.fsdp,
-        call_facts=asdict(built.calling),
+        call_options=asdict(built.calling),
         blocks={n: tuple(f"blocks.{i}" for i in range(len(m.blocks))) for n, m in modules.items()},
         offload=role.offload,
         device=torch.device(device),
@@ -210,11 +209,12 @@ def load_heads(
     def built() -> Heads:
         transformers, _ = architecture(role.path)
         main = transformers[HIGH]
-        for key, fault in head_faults(main, spec):
-            raise WeightsError(f"role {role.name!r}: heads.{key}: {fault}")
+        for problem in head_problems(main, spec):
+            where = ".".join(problem.path)
+            raise WeightsError(f"role {role.name!r}: heads.{where}: {problem.message}")
         return heads_on_meta(main, spec)
 
-    module = ranks.each(built)
+    module = ranks.run_each(built)
     handle = RoleHandle(
         name=role.name,
         modules={HEADS: module},
@@ -222,7 +222,7 @@ def load_heads(
         precision=role.precision,
         fsdp_policy=role.fsdp,
         device=torch.device(device),
-        heads=spec,
+        discriminator=spec,
     )
     shard(handle)
     targets = module.state_dict()
@@ -318,7 +318,7 @@ def _check_alike(role: RoleSpec, built: _Built, ranks: Ranks) -> None:
     for part in built.parts.values():
         facts = dict(part.module.config).items()
         numbers |= {f"{part.name}.{k}": str(v) for k, v in facts if not k.startswith("_")}
-    odd = ranks.all_alike(numbers)
+    odd = ranks.ranks_that_differ(numbers)
     if odd:
         raise WeightsError(
             f"{role.path} is another model for rank {', '.join(map(str, odd))} than for rank 0: "
@@ -376,7 +376,7 @@ def _given(
     """Where the base and (if anywhere) the adapters come from."""
     if given is None:
         return module_weights(folder), None
-    layers = adapter_names(given.facts())
+    layers = adapter_names(given.describe())
     if not layers and role.base is not None:
         raise WeightsError(
             f"{given.where} holds whole weights, but those of role {role.name!r} are its base's "
@@ -385,7 +385,7 @@ def _given(
     if not layers:
         return given, None
     if role.lora is None:
-        ranks = sorted({given.facts()[a].size[0] for a, _ in layers.values()})
+        ranks = sorted({given.describe()[a].size[0] for a, _ in layers.values()})
         raise WeightsError(
             f"{given.where} holds LoRA adapters (rank {', '.join(map(str, ranks))}, "
             f"{len(layers)} layers), but role {role.name!r} has no lora, so there is nothing to "
@@ -472,8 +472,8 @@ def _placed(tensor: Tensor) -> Any:
 
 def _with_adapters(role: RoleSpec, module: WanTransformer3DModel, lora: LoraSpec) -> frozenset[str]:
     config = dict(module.config)
-    for fault in target_faults(config, lora):
-        raise WeightsError(f"role {role.name!r}: lora.target_modules: {fault}")
+    for problem in target_problems(config, lora):
+        raise WeightsError(f"role {role.name!r}: lora.target_modules: {problem}")
     return inject(module, adapted_layers(config, lora), lora)
 
 
@@ -545,18 +545,18 @@ def check_keys(source: WeightSource, expected: Mapping[str, Tensor], rule: str) 
 
     The message names what is missing, unexpected and of another shape, and ends with ``rule``.
     """
-    found = {name: facts.size for name, facts in source.facts().items()}
+    found = {name: facts.size for name, facts in source.describe().items()}
     shapes = [
         f"{key} {list(found[key])} instead of {list(value.shape)}"
         for key, value in expected.items()
         if key in found and found[key] != tuple(value.shape)
     ]
-    faults = {
+    problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
         "of another shape": shapes,
     }
-    said = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in faults.items() if keys]
+    said = [f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems.items() if keys]
     if said:
         raise WeightsError(f"{source.where}: the weights do not fit; {'; '.join(said)}. {rule}")
 

@@ -151,7 +151,7 @@ def adapter_parameters(config: Mapping[str, Any], lora: LoraSpec) -> int:
     return sum(lora.rank * sum(size) for size in adapted_layers(config, lora).values())
 
 
-def target_faults(config: Mapping[str, Any], lora: LoraSpec) -> Iterator[str]:
+def target_problems(config: Mapping[str, Any], lora: LoraSpec) -> Iterator[str]:
     """Targets that are the end of no linear layer's name."""
     layers = linear_layers(config)
     for target in lora.target_modules:

@@ -44,7 +44,7 @@ class Extraction:
         whole = sum(norm**2 for norm in self.norms.values())
         return (lost / whole) ** 0.5 if whole else 0.0
 
-    def facts(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """For the log and the file beside the weights."""
         error = self.relative_error
         return {
@@ -106,8 +106,8 @@ def extract(
 def _pairs(
     whole: WeightSource, base: WeightSource
 ) -> Iterator[tuple[str, tuple[int, ...], Tensor, Tensor]]:
-    facts: Mapping[str, Any] = whole.facts()
-    for name in base.facts():
+    facts: Mapping[str, Any] = whole.describe()
+    for name in base.describe():
         new, old = (source.read([name])[name].float() for source in (whole, base))
         yield name, facts[name].size, new, old
 

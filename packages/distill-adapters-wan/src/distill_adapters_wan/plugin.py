@@ -7,37 +7,46 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from distill_protocols import Capabilities, FamilyPlugin, ForeignNames, RoleSpec, WeightsError
+from distill_protocols import (
+    Capabilities,
+    FamilyPlugin,
+    ForeignNames,
+    Problem,
+    RoleSpec,
+    WeightsError,
+    below,
+)
 from distill_protocols.plugins import EMPTY
 
 from distill_adapters_wan import fastvideo_names
 from distill_adapters_wan.architecture import architecture, unknown_hub_id
 from distill_adapters_wan.capabilities import capabilities_of
-from distill_adapters_wan.causal_config import causal_faults
+from distill_adapters_wan.causal_config import causal_problems
 from distill_adapters_wan.config import WanPipelineConfig
 from distill_adapters_wan.experts import HIGH, boundary_of, module_ranges
-from distill_adapters_wan.export_rules import export_faults
+from distill_adapters_wan.export_rules import FORMATS, export_problems
 from distill_adapters_wan.folders import (
     DIFFUSERS_STEM,
-    component_faults,
-    folder_fault,
+    component_problems,
+    folder_problem,
     is_hub_id,
     locate,
-    module_faults,
-    pipeline_faults,
+    module_problems,
+    pipeline_problems,
     read_json,
 )
-from distill_adapters_wan.head_rules import head_faults
+from distill_adapters_wan.head_rules import head_problems
 from distill_adapters_wan.image_shapes import (
     CLIP_TOKENS,
     EMBEDS,
+    TEXT,
     clip_tokens,
     image_kind,
     needed_shapes,
 )
-from distill_adapters_wan.lora import target_faults
+from distill_adapters_wan.lora import target_problems
 from distill_adapters_wan.published import PUBLISHED, LatentFacts
-from distill_adapters_wan.shape import clip_faults, latent_facts, latent_shape, plain, unsupported
+from distill_adapters_wan.shape import clip_problems, latent_facts, latent_shape, plain, unsupported
 
 if TYPE_CHECKING:
     import torch
@@ -53,62 +62,86 @@ if TYPE_CHECKING:
     )
 
 
-class WanFamily(FamilyPlugin):
+class WanFamily(FamilyPlugin[WanPipelineConfig]):
     """Wan 2.1 and 2.2, from text and from a first frame, on diffusers' own modules."""
 
     name: ClassVar[str] = "wan"
+    contract: ClassVar[int] = 2
     help: ClassVar[str] = "Wan 2.1 and 2.2, from Diffusers-format folders or hub ids"
     config_class: ClassVar[type] = WanPipelineConfig
 
     def capabilities(self, config: WanPipelineConfig) -> Capabilities:
         return capabilities_of(config)
 
-    def faults(self, role: RoleSpec, config: WanPipelineConfig) -> Sequence[str]:
+    def role_options(self, config: WanPipelineConfig) -> frozenset[str]:
+        return frozenset(
+            ("activation_checkpointing", "base", "compile", "fsdp", "heads", "lora", "offload")
+        )
+
+    def export_formats(self) -> Mapping[str, str]:
+        return FORMATS
+
+    def components(self, config: WanPipelineConfig) -> str | None:
+        return config.components
+
+    def role_problems(self, role: RoleSpec, config: WanPipelineConfig) -> Iterator[Problem]:
+        """Of its path, its LoRA and its discriminator."""
+        if role.heads is not None:
+            yield from below(self._discriminator_problems(role, config), "heads")
+            return
+        yield from (Problem("path", text) for text in self._path_problems(role, config))
+        yield from below(self._lora_problems(role), "lora")
+
+    def _path_problems(self, role: RoleSpec, config: WanPipelineConfig) -> Sequence[str]:
         """What is missing or damaged, and where clip and model do not fit. Reads no weights.
 
-        A hub id that is not in the local cache is no fault if its numbers are published: the run
+        A hub id that is not in the local cache is no problem if its numbers are published: the run
         can be planned, and ``load`` says what to download.
         """
-        missing = list(_presence_faults(role.path, config))
-        return missing or [*_fit_faults(role.path, config), *_causal_faults(role, config)]
+        missing = list(_presence_problems(role.path, config))
+        return missing or [*_fit_problems(role.path, config), *_causal_problems(role, config)]
 
-    def config_faults(
+    def config_problems(
         self, config: WanPipelineConfig, roles: Collection[str]
-    ) -> Iterator[tuple[str, str]]:
+    ) -> Iterator[Problem]:
         """Causal roles that are none of the run's."""
         if stray := sorted(self.capabilities(config).causal_roles.difference(roles)):
-            yield (
+            yield Problem(
                 "causal.roles",
                 f"there is no role {', '.join(map(repr, stray))}; the run has "
                 f"{', '.join(sorted(roles)) or 'none'}. Name one of those, or leave "
                 "pipeline_config.causal out if no role is causal",
             )
 
-    def lora_faults(self, role: RoleSpec) -> Iterator[tuple[str, str]]:
+    def _lora_problems(self, role: RoleSpec) -> Iterator[Problem]:
         """Targets that name no linear layer of the role's model."""
         if role.lora is None:
             return
-        with suppress(WeightsError):  # no architecture: `faults` says so, of the path
+        with suppress(WeightsError):  # no architecture: `problems` says so, of the path
             transformers, _ = architecture(role.path)
             for config in transformers.values():
-                yield from (("target_modules", text) for text in target_faults(config, role.lora))
+                yield from (
+                    Problem("target_modules", text) for text in target_problems(config, role.lora)
+                )
 
-    def head_faults(self, role: RoleSpec, config: WanPipelineConfig) -> Iterator[tuple[str, str]]:
+    def _discriminator_problems(
+        self, role: RoleSpec, config: WanPipelineConfig
+    ) -> Iterator[Problem]:
         """Blocks that the model does not have, and causal roles."""
         if role.heads is None:
             return
         causal = self.capabilities(config).causal_roles
         for name in sorted(causal & {role.name, role.heads.on}):
-            yield (
+            yield Problem(
                 "on",
                 f"{name!r} is causal (pipeline_config.causal.roles), and a discriminator reads "
                 "whole clips. Put the heads on a role that is not",
             )
-        with suppress(WeightsError):  # no architecture: `faults` says so, of the path
+        with suppress(WeightsError):  # no architecture: `problems` says so, of the path
             transformers, _ = architecture(role.path)
-            yield from head_faults(transformers[HIGH], role.heads)
+            yield from head_problems(transformers[HIGH], role.heads)
 
-    def fit_faults(self, role: RoleSpec, path: str) -> Iterator[str]:
+    def weights_problems(self, role: RoleSpec, path: str) -> Iterator[str]:
         """Numbers that differ, such as how many heads share one width."""
         with suppress(WeightsError):  # no architecture, or gone: names and shapes must do
             theirs, _ = architecture(path)
@@ -129,29 +162,32 @@ class WanFamily(FamilyPlugin):
         facts = _latents(source)
         return facts and latent_shape(config, facts)
 
-    def text_shape(self, config: WanPipelineConfig, *, source: str) -> tuple[int, int] | None:
-        """(max_sequence_length, the transformer's text_dim); None where no number is known."""
-        try:
-            transformers, _ = architecture(source)
-        except WeightsError:
-            return None
-        return config.max_sequence_length, transformers["transformer"].get("text_dim", 4096)
-
-    def image_shapes(
+    def condition_shapes(
         self, config: WanPipelineConfig, *, source: str
     ) -> Mapping[str, tuple[int, ...]]:
-        """``image_latents`` and, for Wan 2.1, ``image_embeds`` of an image-to-video model."""
-        facts = _latents(config.components or source)
+        """``text`` [L, D], and ``image_latents`` and, for Wan 2.1, ``image_embeds`` of an
+        image-to-video model."""
         try:
             transformers, calling = architecture(source)
         except WeightsError:
             return EMPTY
-        if facts is None:
-            return EMPTY
         main = transformers["transformer"]
+        shapes = {TEXT: (config.max_sequence_length, main.get("text_dim", 4096))}
+        latents = _latents(config.components or source)
+        if latents is None:
+            return shapes
         kind = image_kind(main, calling.expand_timesteps)
         tokens = _clip_tokens(config.components or source)
-        return needed_shapes(main, kind, latent_shape(config, facts), tokens)
+        return shapes | needed_shapes(main, kind, latent_shape(config, latents), tokens)
+
+    def needs_image(self, role: RoleSpec, config: WanPipelineConfig) -> bool:
+        if role.heads is not None:
+            return False
+        try:
+            transformers, calling = architecture(role.path)
+        except WeightsError:
+            return False
+        return image_kind(transformers["transformer"], calling.expand_timesteps) == "channels"
 
     def expert_ranges(
         self, role: RoleSpec, config: WanPipelineConfig
@@ -184,7 +220,7 @@ class WanFamily(FamilyPlugin):
             source=role.path if role.heads is None else "drawn from the seed",
             modules=plan_modules(transformers, role),
             present=role.heads is not None
-            or (folder is not None and not _weight_faults(folder, transformers)),
+            or (folder is not None and not _weight_problems(folder, transformers)),
         )
 
     def plan_call(
@@ -195,7 +231,7 @@ class WanFamily(FamilyPlugin):
         source: str,
         batch: int,
         guided: bool = False,
-        judges: bool = False,
+        input_gradient: bool = False,
     ) -> CallPlan | None:
         """The real module on fake tensors, of two and of three blocks; see ``call_memory``.
 
@@ -203,8 +239,8 @@ class WanFamily(FamilyPlugin):
         planned with it: a time for each token then, which takes more.
         """
         latents = self.latent_shape(config, source=source)
-        text = self.text_shape(config, source=role.path)
-        if latents is None or text is None:
+        shapes = self.condition_shapes(config, source=role.path)
+        if latents is None or TEXT not in shapes:
             return None
         from distill_adapters_wan.call_memory import plan_call, plan_heads_call
 
@@ -213,16 +249,16 @@ class WanFamily(FamilyPlugin):
         if role.heads is not None:
             return plan_heads_call(main, role, latents=(batch, *latents))
         rows = 2 * batch if guided and config.cfg_batched else batch
-        picture = self.image_shapes(config, source=role.path).get(EMBEDS)
+        picture = shapes.get(EMBEDS)
         channels = main.get("in_channels", latents[0])
         return plan_call(
             main,
             role,
             latents=(rows, channels, *latents[1:]),
-            text=(rows, *text),
+            text=(rows, *shapes[TEXT]),
             image=picture and (rows, *picture),
             frame_times=image_kind(main, calling.expand_timesteps) == "frame",
-            judges=judges,
+            judges=input_gradient,
         )
 
     def load(
@@ -271,29 +307,29 @@ class WanFamily(FamilyPlugin):
             missing=fastvideo_names.missing,
         )
 
-    def export_faults(self, role: RoleSpec, request: ExportRequest) -> Iterable[tuple[str, str]]:
-        return export_faults(role, request)
+    def export_problems(self, role: RoleSpec, request: ExportRequest) -> Iterable[Problem]:
+        return export_problems(role, request)
 
 
 PLUGIN = WanFamily()
 
 
-def _presence_faults(path: str, config: WanPipelineConfig) -> Iterator[str]:
+def _presence_problems(path: str, config: WanPipelineConfig) -> Iterator[str]:
     for place in filter(None, (path, config.components)):
-        fault = folder_fault(place)
+        problem = folder_problem(place)
         if is_hub_id(place) and place not in PUBLISHED and locate(place) is None:
-            fault = unknown_hub_id(place)
-        if fault:
-            yield fault if place == path else f"pipeline_config.components: {fault}"
+            problem = unknown_hub_id(place)
+        if problem:
+            yield problem if place == path else f"pipeline_config.components: {problem}"
     folder = locate(path)
     if folder is not None and not is_hub_id(path):
-        yield from pipeline_faults(folder, components=config.components is None)
+        yield from pipeline_problems(folder, components=config.components is None)
     components = config.components and locate(config.components)
     if components and not is_hub_id(str(config.components)):
-        yield from component_faults(components)
+        yield from component_problems(components)
 
 
-def _fit_faults(path: str, config: WanPipelineConfig) -> Iterator[str]:
+def _fit_problems(path: str, config: WanPipelineConfig) -> Iterator[str]:
     try:
         transformers, calling = architecture(path)
         variants = list(unsupported(transformers, calling, config.boundary_ratio))
@@ -302,18 +338,18 @@ def _fit_faults(path: str, config: WanPipelineConfig) -> Iterator[str]:
             return
         facts = _latents(config.components or path)
         if facts is not None:
-            yield from clip_faults(config, facts, transformers["transformer"])
+            yield from clip_problems(config, facts, transformers["transformer"])
     except WeightsError as error:
         yield str(error)
 
 
-def _causal_faults(role: RoleSpec, config: WanPipelineConfig) -> Iterator[str]:
+def _causal_problems(role: RoleSpec, config: WanPipelineConfig) -> Iterator[str]:
     if config.causal is None or role.name not in config.causal.roles:
         return
-    with suppress(WeightsError):  # `_fit_faults` says so
+    with suppress(WeightsError):  # `_fit_problems` says so
         transformers, _ = architecture(role.path)
         for transformer in transformers.values():
-            yield from causal_faults(config.causal, transformer)
+            yield from causal_problems(config.causal, transformer)
 
 
 def _latents(source: str) -> LatentFacts | None:
@@ -329,8 +365,8 @@ def _clip_tokens(source: str) -> int:
     return CLIP_TOKENS if file is None or not file.is_file() else clip_tokens(read_json(file))
 
 
-def _weight_faults(folder: Path, transformers: Mapping[str, Any]) -> list[str]:
-    return [f for name in transformers for f in module_faults(folder / name, DIFFUSERS_STEM)]
+def _weight_problems(folder: Path, transformers: Mapping[str, Any]) -> list[str]:
+    return [f for name in transformers for f in module_problems(folder / name, DIFFUSERS_STEM)]
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

@@ -25,8 +25,8 @@ def sample(
     generators: RowGenerators | None = None,
     *,
     exit_step: int | None = None,
-    learns: bool = False,
-    seen: Callable[[int, Tensor], None] | None = None,
+    requires_grad: bool = False,
+    on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Walk ``spec.sigmas()`` down to 0, in fp32, or to the clean latents seen at ``exit_step``.
 
@@ -39,8 +39,8 @@ def sample(
         noise: x at the first sigma [B, C, T, H, W].
         generators: feed the fresh noise, one a row; their device may differ from the latents'.
         exit_step: the last call to make, its x0 the result; None: the last of all.
-        learns: that call is made with gradient. All others never are.
-        seen: called before each call with its step and x there.
+        requires_grad: that call is made with gradient. All others never are.
+        on_step: called before each call with its step and x there.
 
     Raises:
         ContractError: a stochastic spec of more than one step without generators, or with fewer
@@ -59,9 +59,9 @@ def sample(
     x = noise.float()
     for step, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
         at_exit = step == last
-        if seen is not None:
-            seen(step, x)
-        with torch.set_grad_enabled(learns and at_exit):
+        if on_step is not None:
+            on_step(step, x)
+        with torch.set_grad_enabled(requires_grad and at_exit):
             v = velocity(x, (sigma * 1000).expand(x.shape[0])).float()
             if at_exit:
                 return x - sigma * v  # bit for bit what Euler's last step gives
@@ -80,8 +80,8 @@ def sample_chunks(
     noises: Iterable[Tensor],
     generators: RowGenerators | None = None,
     *,
-    exits: Iterable[int] | None = None,
-    learns: Iterable[bool] | None = None,
+    exit_steps: Iterable[int] | None = None,
+    requires_grad: Iterable[bool] | None = None,
 ) -> Iterator[Tensor]:
     """Each chunk's clean latents, by ``spec`` after the chunks before it (Self-Forcing,
     Huang et al. 2025, algorithm 2).
@@ -92,15 +92,15 @@ def sample_chunks(
     Args:
         noises: x of each chunk at the first sigma [B, C, T of the chunk, H, W]; asked for one at a
             time, after the chunk before it was given out.
-        exits, learns: of each chunk, see ``sample``; None: the last step, without gradient.
+        exit_steps, requires_grad: of each chunk, see ``sample``; None: the last step, without gradient.
 
     Raises:
         ContractError: as ``sample``; or context noise (``spec``) without generators.
     """
     first = 0
     clean: Tensor | None = None
-    exit_of = itertools.repeat(None) if exits is None else exits
-    learn_of = itertools.repeat(False) if learns is None else learns
+    exit_of = itertools.repeat(None) if exit_steps is None else exit_steps
+    learn_of = itertools.repeat(False) if requires_grad is None else requires_grad
     for noise, exit_step, learn in zip(noises, exit_of, learn_of):  # noqa: B905 - some are endless
         if clean is not None:
             _store(velocity, clean, first - clean.shape[2], spec.context_noise, generators)
@@ -110,7 +110,7 @@ def sample_chunks(
             noise,
             generators,
             exit_step=exit_step,
-            learns=learn,
+            requires_grad=learn,
         )
         first += noise.shape[2]
         yield clean

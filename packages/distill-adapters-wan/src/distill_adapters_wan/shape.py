@@ -43,7 +43,7 @@ def unsupported(
     boundary_ratio: float | None = None,
 ) -> Iterator[str]:
     """Why this adapter would call the model wrongly; ``boundary_ratio`` is the run's own."""
-    yield from _expert_faults(transformers, calling, boundary_ratio)
+    yield from _expert_problems(transformers, calling, boundary_ratio)
     for name, config in transformers.items():
         taken, given = config.get("in_channels", 16), config.get("out_channels") or 16
         if taken not in (given, 2 * given + MASK_CHANNELS):
@@ -69,7 +69,7 @@ def unsupported(
             )
 
 
-def _expert_faults(
+def _expert_problems(
     transformers: Mapping[str, Mapping[str, Any]], calling: Calling, boundary_ratio: float | None
 ) -> Iterator[str]:
     first, *others = transformers.values()
@@ -103,7 +103,7 @@ def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def clip_faults(
+def clip_problems(
     config: WanPipelineConfig, facts: LatentFacts, transformer: Mapping[str, Any]
 ) -> Iterator[str]:
     """Where the clip of ``config`` does not fit a VAE and a transformer."""

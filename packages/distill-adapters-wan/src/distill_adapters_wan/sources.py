@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from attrs import frozen
-from distill_protocols import TensorFacts, WeightsError, WeightSource
+from distill_protocols import TensorInfo, WeightsError, WeightSource
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -42,7 +42,7 @@ class FileWeights(WeightSource):
 
     def __init__(self, where: str, files: Iterable[Path]) -> None:
         self._where = where
-        self._facts: dict[str, TensorFacts] = {}
+        self._facts: dict[str, TensorInfo] = {}
         self._files: dict[str, Path] = {}
         for file in files:
             for name, facts in _contents(file):
@@ -57,7 +57,7 @@ class FileWeights(WeightSource):
     def where(self) -> str:
         return self._where
 
-    def facts(self) -> Mapping[str, TensorFacts]:
+    def describe(self) -> Mapping[str, TensorInfo]:
         return self._facts
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -87,8 +87,8 @@ class JoinedWeights(WeightSource):
     where: str  # type: ignore[override]
     places: Mapping[str, tuple[WeightSource, str]]
 
-    def facts(self) -> Mapping[str, TensorFacts]:
-        return {name: source.facts()[there] for name, (source, there) in self.places.items()}
+    def describe(self) -> Mapping[str, TensorInfo]:
+        return {name: source.describe()[there] for name, (source, there) in self.places.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         by_source: dict[int, list[str]] = {}
@@ -130,7 +130,7 @@ def read_in_groups(
     source: WeightSource, names: Iterable[str], most: int = GROUP_BYTES
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of ``names``, holding no more than ``most`` bytes (or one tensor) at once."""
-    facts = source.facts()
+    facts = source.describe()
     for group in in_groups(names, lambda name: facts[name].nbytes, most):
         yield from _drained(source.read(group))
 
@@ -157,7 +157,7 @@ def _drained(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield tensors.popitem()
 
 
-def _contents(file: Path) -> Iterator[tuple[str, TensorFacts]]:
+def _contents(file: Path) -> Iterator[tuple[str, TensorInfo]]:
     with _opened(file) as stream:
         for name in stream.keys():  # noqa: SIM118 - safe_open is no mapping
             view = stream.get_slice(name)
@@ -168,7 +168,7 @@ def _contents(file: Path) -> Iterator[tuple[str, TensorFacts]]:
                     "trained from, as quantised numbers mean nothing without their scales. Use "
                     "the model's 16-bit or fp32 files"
                 )
-            yield name, TensorFacts(tuple(view.get_shape()), _DTYPES[stored])
+            yield name, TensorInfo(tuple(view.get_shape()), _DTYPES[stored])
 
 
 def _opened(file: Path) -> Any:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from distill_protocols import ContractError, TensorFacts, WeightsError
-from distill_protocols.safetensors_format import DTYPE_NAMES, file_layout, raw_bytes
+from distill_protocols import ContractError, TensorInfo, WeightsError
+from distill_runtime import DTYPE_NAMES, file_layout, raw_bytes
 from torch import Tensor
 
 
 def write_safetensors(
     file: Path,
-    facts: Mapping[str, TensorFacts],
+    facts: Mapping[str, TensorInfo],
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
@@ -40,10 +40,10 @@ def write_safetensors(
         stream.write(header)
         for name in order:
             tensor = read(name)
-            found = TensorFacts(tuple(tensor.shape), tensor.dtype)
+            found = TensorInfo(tuple(tensor.shape), tensor.dtype)
             if found != facts[name]:
                 raise ContractError(
                     f"{name} is {found}, but its source said {facts[name]}; what is written would "
-                    "not be what the header says. WeightSource.facts and read must agree"
+                    "not be what the header says. WeightSource.describe and read must agree"
                 )
             stream.write(raw_bytes(tensor))

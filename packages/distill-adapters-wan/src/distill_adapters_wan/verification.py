@@ -22,7 +22,7 @@ from distill_protocols import (
     DTYPES,
     ExportRequest,
     RoleSpec,
-    TensorFacts,
+    TensorInfo,
     WeightsError,
     WeightSource,
 )
@@ -175,7 +175,7 @@ def _single_file(
     compared = {}
     for name, whole in whole_weights(role, weights, request).items():
         file, meta = folder / files[name], modules[name]
-        found = FileWeights(str(file), [file]).facts()
+        found = FileWeights(str(file), [file]).describe()
         _check_names(file, found, map(to_original, meta.state_dict()))
         theirs = convert_wan_transformer_to_diffusers(dict.fromkeys(found))
         _check_names(file, theirs, meta.state_dict())
@@ -237,9 +237,9 @@ def _pairs_in(file: Path, meta: WanTransformer3DModel) -> dict[str, tuple[Tensor
     source = FileWeights(str(file), [file])
     layers = linear_layers(dict(meta.config))
     names = {layer: [diffusers_lora_name(layer, side) for side in "AB"] for layer in layers}
-    there = {layer: pair for layer, pair in names.items() if pair[0] in source.facts()}
-    _check_names(file, source.facts(), [name for pair in there.values() for name in pair])
-    found = source.read(source.facts())
+    there = {layer: pair for layer, pair in names.items() if pair[0] in source.describe()}
+    _check_names(file, source.describe(), [name for pair in there.values() for name in pair])
+    found = source.read(source.describe())
     return {layer: (found[a], found[b]) for layer, (a, b) in there.items()}
 
 
@@ -313,8 +313,8 @@ class _Added(WeightSource):
     def where(self) -> str:
         return self._base.where
 
-    def facts(self) -> Mapping[str, TensorFacts]:
-        return self._base.facts()
+    def describe(self) -> Mapping[str, TensorInfo]:
+        return self._base.describe()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         found = {name: tensor.float() for name, tensor in self._base.read(names).items()}
@@ -331,7 +331,7 @@ def _dtype(source: WeightSource, request: ExportRequest) -> torch.dtype:
     """The type to load them as: the request's, or the narrowest that is there."""
     if request.precision is not None:
         return DTYPES[request.precision]
-    kinds = {facts.dtype for name, facts in source.facts().items() if not stays_wide(name)}
+    kinds = {facts.dtype for name, facts in source.describe().items() if not stays_wide(name)}
     return kinds.pop() if len(kinds) == 1 else torch.float32
 
 
@@ -345,10 +345,10 @@ def _compared(
     """Numbers and outputs of ``loaded`` against those of ``source``, bit for bit."""
     # On meta is what the reader never filled; of shards it believes the index, and says nothing.
     state = {name: value for name, value in loaded.state_dict().items() if not value.is_meta}
-    _check_names(where, state, source.facts())
+    _check_names(where, state, source.describe())
     odd = [
         name
-        for name, tensor in read_in_groups(source, source.facts())
+        for name, tensor in read_in_groups(source, source.describe())
         if not _same_bits(state[name], tensor.to(state[name].dtype))
     ]
     _refuse_different(where, odd)
@@ -373,7 +373,7 @@ def _outputs_of(source: WeightSource, meta: WanTransformer3DModel, dtype: torch.
     module = build_from(WanTransformer3DModel, dict(meta.config), source.where)
     state = {
         name: tensor.to(torch.float32 if stays_wide(name) else dtype, copy=True)
-        for name, tensor in read_in_groups(source, source.facts())
+        for name, tensor in read_in_groups(source, source.describe())
     }
     module.load_state_dict(state, strict=True, assign=True)
     return _called(module, _probe(meta, dtype))

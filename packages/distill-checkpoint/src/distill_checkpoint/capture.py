@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from attrs import field, frozen
 from distill_protocols import Callback, CheckpointError, RunState
-from distill_protocols.ranks import Ranks
+from distill_runtime import Ranks
 from torch import Tensor
 
 from distill_checkpoint.files import FileFacts, write_json
@@ -51,14 +51,14 @@ class Snapshot:
             written |= write_tensors(folder / path, share, ranks=ranks)
 
         def rest() -> dict[str, FileFacts]:
-            for path, share in self.own.items() if ranks.first else ():
+            for path, share in self.own.items() if ranks.is_first else ():
                 written.update(write_tensors(folder / path, share))
-            for path, value in self.documents.items() if ranks.first else ():
+            for path, value in self.documents.items() if ranks.is_first else ():
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 written[folder / path] = write_json(folder / path, value)
             return {path.relative_to(folder).as_posix(): facts for path, facts in written.items()}
 
-        return {name: facts for part in ranks.agree(rest) for name, facts in part.items()}
+        return {name: facts for part in ranks.gather_results(rest) for name, facts in part.items()}
 
     def add(self, path: Path, state: Any, *, shared: bool = False) -> None:
         """One thing: its tensors under ``path``, the rest in ``path.json``."""
@@ -92,7 +92,7 @@ def capture(
             "rng": random_state(run),
         }
 
-    by_rank = ranks.agree(look)
+    by_rank = ranks.gather_results(look)
     _refuse_different([state["iteration"] for state in by_rank])
 
     def gather() -> None:
@@ -100,7 +100,7 @@ def capture(
             states = {rank_key(rank): state[name] for rank, state in enumerate(by_rank)}
             snapshot.add(Path(name), states)
 
-    ranks.agree(gather)
+    ranks.gather_results(gather)
     return snapshot
 
 
@@ -110,7 +110,7 @@ def _refuse_different(iterations: list[int]) -> None:
         raise CheckpointError(
             f"ranks save different iterations ({told}); a checkpoint is of one, and this would be "
             "put together of several. Whatever ends an iteration early must do so on all ranks: "
-            "that is a fault of the method or of a callback"
+            "that is a problem of the method or of a callback"
         )
 
 

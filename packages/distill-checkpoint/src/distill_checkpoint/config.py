@@ -7,8 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from attrs import field, frozen
-from distill_protocols.plugins import ExportFormat, ExportRequest
-from distill_protocols.sampler import SamplerSpec
+from distill_protocols import ExportRequest, SamplerSpec
 
 _RESERVED = frozenset(
     {
@@ -44,7 +43,7 @@ class ExportConfig:
     role: str = field()
     folder: str = field()
     ema: bool = False
-    format: ExportFormat = "diffusers"
+    format: str = "diffusers"
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     lora_rank: int | None = field(default=None, validator=_at_least_one)
     verify: bool = False

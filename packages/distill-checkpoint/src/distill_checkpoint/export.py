@@ -87,7 +87,7 @@ class ExportCallback(Callback):
         if not self.exports:
             return
         if run.iteration < run.max_train_steps:
-            if run.ranks.first:
+            if run.ranks.is_first:
                 logger.warning(
                     "nothing exported: the run stopped at iteration %d of %d (%s). Resume it to "
                     "the end, which exports.",

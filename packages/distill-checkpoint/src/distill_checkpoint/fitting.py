@@ -29,14 +29,14 @@ class Fit:
     Attributes:
         load: things that the checkpoint and the run both have, and that do not start anew.
         fresh: things of the run that start as they are.
-        faults: one line a thing that only one of both has, and no rule is about.
+        problems: one line a thing that only one of both has, and no rule is about.
         way_out: the rule that would be, as it is to be written into the run file.
         notes: one line a rule.
     """
 
     load: frozenset[Thing]
     fresh: frozenset[Thing]
-    faults: tuple[str, ...]
+    problems: tuple[str, ...]
     way_out: str
     notes: tuple[str, ...]
 
@@ -74,7 +74,7 @@ def fit(
     return Fit(
         load=frozenset((saved & present) - anew),
         fresh=frozenset((present - saved) | anew),
-        faults=(
+        problems=(
             *_one_sided(only_saved, "is in the checkpoint but not in the run"),
             *_one_sided(only_present, "is in the run but not in the checkpoint"),
         ),

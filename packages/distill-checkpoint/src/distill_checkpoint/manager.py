@@ -13,7 +13,7 @@ from typing import Any
 
 import attrs
 from distill_protocols import Callback, CheckpointError, DistillError, RunState
-from distill_protocols.ranks import Ranks
+from distill_runtime import Ranks
 from torch import Tensor
 
 from distill_checkpoint.background import Background, Buffers
@@ -92,15 +92,15 @@ class CheckpointManager:
         """
         self._background.wait()
         ranks, _ = self._groups()
-        ranks.decide(lambda: clear_leftovers(self.output_dir))
+        ranks.run_on_first(lambda: clear_leftovers(self.output_dir))
         source, iteration = self._source(ranks)
         if self.config.resume != "latest":
-            ranks.decide(lambda: self._refuse_newer_than(iteration))
+            ranks.run_on_first(lambda: self._refuse_newer_than(iteration))
         if source is None:
             return 0
         notes: list[str] = []
-        ranks.agree(lambda: self._load(source, run, callbacks, ranks, notes))
-        if ranks.first:
+        ranks.gather_results(lambda: self._load(source, run, callbacks, ranks, notes))
+        if ranks.is_first:
             for note in notes:
                 logger.warning("resuming %s: %s", source.name, note)
             logger.info("resumed %s: iteration %d is done", source, iteration)
@@ -151,7 +151,7 @@ class CheckpointManager:
         waited = time.perf_counter() - began
         ranks, beside = self._groups()
         target = self.output_dir / folder_name(run.iteration)
-        ranks.agree(lambda: _refuse_spoilt(run))
+        ranks.gather_results(lambda: _refuse_spoilt(run))
         applied = {"changes": attrs.asdict(self.config.changes)}
         try:
             snapshot = capture(run, callbacks, ranks, applied)
@@ -167,7 +167,7 @@ class CheckpointManager:
         self._saved = run.iteration
         stall = time.perf_counter() - began
         run.metrics[STALL] = run.carried[STALL] = stall
-        if ranks.first:
+        if ranks.is_first:
             how = "an asynchronous" if self.config.async_save else "a synchronous"
             logger.info(
                 "iteration %d: %s save held up the training for %.2f s, %.2f s of it for the "
@@ -184,18 +184,20 @@ class CheckpointManager:
         """All ranks together, each its part; rank 0 makes it a checkpoint."""
         began = time.perf_counter()
         try:
-            staging = ranks.decide(lambda: new_staging(target))
+            staging = ranks.run_on_first(lambda: new_staging(target))
             try:
                 files = snapshot.write(staging, ranks)
-                ranks.decide(lambda: _commit(staging, target, snapshot.iteration, files, metrics))
+                ranks.run_on_first(
+                    lambda: _commit(staging, target, snapshot.iteration, files, metrics)
+                )
             except BaseException:
                 # The error under way is the one to hear of, not that of clearing up behind it.
-                if ranks.first:
+                if ranks.is_first:
                     shutil.rmtree(staging, ignore_errors=True)
                 raise
         except (OSError, CheckpointError) as error:
             raise _failed(target, error) from error
-        if ranks.first:
+        if ranks.is_first:
             size = sum(facts.size for facts in files.values())
             seconds = time.perf_counter() - began
             logger.info("saved %s: %.1f MB in %.2f s", target, size / 1e6, seconds)
@@ -208,12 +210,12 @@ class CheckpointManager:
         rule = self.config.keep_best
         if rule is None:
             return {}
-        told = ranks.agree(lambda: _number(run.metrics.get(rule.metric)))
+        told = ranks.gather_results(lambda: _number(run.metrics.get(rule.metric)))
         found = [value for value in told if value is not None]
         if found:
             value = sum(found) / len(found)
             return {rule.metric: value} if math.isfinite(value) else {}
-        if ranks.first and not self._unmeasured_told:
+        if ranks.is_first and not self._unmeasured_told:
             self._unmeasured_told = True
             logger.warning(
                 "%s is no candidate for checkpoint.keep_best, as %s was not measured in that "
@@ -316,12 +318,12 @@ class CheckpointManager:
 
     def _newest_whole(self, ranks: Ranks) -> tuple[Path | None, int]:
         skipped = []
-        for iteration, folder in ranks.decide(lambda: checkpoints(self.output_dir)).items():
+        for iteration, folder in ranks.run_on_first(lambda: checkpoints(self.output_dir)).items():
             found = _verified(folder, ranks)
             if found.manifest is not None and found.manifest.iteration == iteration:
                 return folder, iteration
             reason = found.damage or "its manifest is of another iteration, so it was renamed"
-            if ranks.first:
+            if ranks.is_first:
                 logger.warning("skipped %s: %s", folder, reason)
             skipped.append(f"{folder.name}: {reason}")
         if skipped:
@@ -331,7 +333,7 @@ class CheckpointManager:
                 "asked for: name another checkpoint, or use a new output folder with "
                 "checkpoint.resume: none."
             )
-        if ranks.first:
+        if ranks.is_first:
             logger.info("no checkpoint in %s: this run starts afresh", self.output_dir)
         return None, 0
 
@@ -386,12 +388,12 @@ def _commit(
 
 def _verified(folder: Path, ranks: Ranks) -> Finding:
     """``inspect`` with checksums, the reading shared among the ranks."""
-    found = ranks.decide(lambda: inspect(folder, checksums=False))
+    found = ranks.run_on_first(lambda: inspect(folder, checksums=False))
     if found.manifest is None:
         return found
     files = found.manifest.files
     mine = sorted(files, key=lambda name: -files[name].size)[ranks.rank :: ranks.size]
-    reasons = ranks.agree(lambda: damaged(folder, {name: files[name] for name in mine}))
+    reasons = ranks.gather_results(lambda: damaged(folder, {name: files[name] for name in mine}))
     damage = next((reason for reason in reasons if reason), None)
     return Finding(damage=damage) if damage else found
 

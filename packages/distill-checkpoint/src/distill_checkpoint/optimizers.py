@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from distill_protocols import CheckpointError, TensorFacts
+from distill_protocols import CheckpointError, TensorInfo
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -33,7 +33,7 @@ def optimizer_state(
     }
 
 
-def groups_fault(
+def groups_problem(
     optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], packed: Any, where: str
 ) -> str | None:
     """Why saved state does not fit the optimizer: its groups hold other parameters."""
@@ -67,7 +67,7 @@ def load_optimizer_state(
     names = _names(optimizer, parameters, where)
     numbers = {name: number for number, name in enumerate(names)}
     tensors = {
-        name: _place_for(fact, _owner(name, parameters)) for name, fact in stored.facts.items()
+        name: _place_for(fact, _owner(name, parameters)) for name, fact in stored.infos.items()
     }
     stored.read_into(tensors)
     state = unpack(packed, tensors)
@@ -88,7 +88,7 @@ def _owner(name: str, parameters: Mapping[str, nn.Parameter]) -> nn.Parameter | 
     return parameters.get(name.removeprefix("state/").rpartition("/")[0])
 
 
-def _place_for(fact: TensorFacts, parameter: nn.Parameter | None) -> Tensor:
+def _place_for(fact: TensorInfo, parameter: nn.Parameter | None) -> Tensor:
     """An empty tensor where torch keeps such a moment: on the parameter's device, laid out and
     sharded as it is."""
     if parameter is None:

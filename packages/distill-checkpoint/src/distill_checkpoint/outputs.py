@@ -23,7 +23,7 @@ from distill_protocols import OutputError
 from distill_checkpoint.layout import checkpoints
 
 if TYPE_CHECKING:
-    from distill_protocols import Ranks
+    from distill_runtime import Ranks
 
 MARKER = "run.json"
 
@@ -90,7 +90,7 @@ def claim_output_dir(path: Path | str, *, resume: bool, ranks: Ranks | None = No
         return _claim(folder, resume)
     held: list[Claim] = []
     try:
-        refusal = ranks.decide(lambda: _refusal(folder, resume, held))
+        refusal = ranks.run_on_first(lambda: _refusal(folder, resume, held))
         if refusal:
             raise OutputError(refusal)
         _refuse_unseen(folder, ranks)
@@ -111,7 +111,7 @@ def _refusal(folder: Path, resume: bool, held: list[Claim]) -> str | None:
 
 
 def _refuse_unseen(folder: Path, ranks: Ranks) -> None:
-    seen = ranks.agree(lambda: _seen(folder / MARKER))
+    seen = ranks.gather_results(lambda: _seen(folder / MARKER))
     if not all(seen):
         missing = ", ".join(str(rank) for rank, there in enumerate(seen) if not there)
         raise OutputError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attrs import field, frozen
-from distill_protocols import CheckpointError, TensorFacts, WeightSource
+from distill_protocols import CheckpointError, TensorInfo, WeightSource
 from torch import Tensor
 
 from distill_checkpoint.files import read_json
@@ -96,7 +96,7 @@ class StoredCheckpoint:
         path = part_path(self.folder, "ema", role, key)
         packed = self._files.json(path.relative_to(self.folder).as_posix() + ".json")
         state = unpack(packed, _Names())
-        mine = {name: state[name] for name in live.facts() if name in state}
+        mine = {name: state[name] for name in live.describe() if name in state}
         names = {name: v.stored for name, v in mine.items() if isinstance(v, _Name)}
         scalars = {name: v for name, v in mine.items() if isinstance(v, Tensor)}
         return StoredWeights(where, self._files, StoredTensors(path), names, scalars)
@@ -118,13 +118,13 @@ class StoredWeights(WeightSource):
     _scalars: Mapping[str, Tensor]
     """0-d tensors that stand in JSON."""
 
-    def facts(self) -> Mapping[str, TensorFacts]:
+    def describe(self) -> Mapping[str, TensorInfo]:
         """From the headers."""
-        stored = self._stored.facts
+        stored = self._stored.infos
         if self._names is None and not self._scalars:
             return stored
         own = stored if self._names is None else {n: stored[t] for n, t in self._names.items()}
-        return {**own, **{n: TensorFacts((), value.dtype) for n, value in self._scalars.items()}}
+        return {**own, **{n: TensorInfo((), value.dtype) for n, value in self._scalars.items()}}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors of ``names`` on the CPU; peak memory is theirs.
@@ -155,7 +155,7 @@ class StoredWeights(WeightSource):
         return name if self._names is None else self._names.get(name, name)
 
     def _require(self, names: Sequence[str]) -> None:
-        unknown = sorted(set(names) - self.facts().keys())
+        unknown = sorted(set(names) - self.describe().keys())
         if unknown:
             raise CheckpointError(
                 f"{self.where} has no {', '.join(unknown[:5])}"

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distill_protocols import Callback, CheckpointError, RunState, TensorFacts
-from distill_protocols.ranks import Ranks
+from distill_protocols import Callback, CheckpointError, RunState, TensorInfo
+from distill_runtime import Ranks
 from torch import Tensor
 
 from distill_checkpoint.files import read_json
 from distill_checkpoint.fitting import CALLBACKS, Fit
 from distill_checkpoint.layout import part_path, rank_key, role_folder
-from distill_checkpoint.optimizers import groups_fault, load_optimizer_state
+from distill_checkpoint.optimizers import groups_problem, load_optimizer_state
 from distill_checkpoint.parts import averages, modules, optimizers, schedulers, weights
 from distill_checkpoint.tensors import StoredTensors, read_tensors
 from distill_checkpoint.values import pack, unpack
@@ -26,18 +26,18 @@ def check_fit(folder: Path, run: RunState, fit: Fit) -> None:
     Raises:
         CheckpointError: what was saved and what the run has are not the same (with the names).
     """
-    if fit.faults:
+    if fit.problems:
         raise CheckpointError(
-            f"{folder} does not fit this run: {'; '.join(fit.faults)}. Both must hold the same, "
+            f"{folder} does not fit this run: {'; '.join(fit.problems)}. Both must hold the same, "
             "because a part left out would start afresh without a sign. Resume with the run file "
             "of the saved run (its config.json), or start afresh in a new output folder, or say "
             f"in the run file that it is meant:\n{fit.way_out}"
         )
-    faults = [*_weight_faults(folder, run, fit), *_average_faults(folder, run, fit)]
-    faults += _optimizer_faults(folder, run, fit)
-    if faults:
+    problems = [*_weight_problems(folder, run, fit), *_average_problems(folder, run, fit)]
+    problems += _optimizer_problems(folder, run, fit)
+    if problems:
         raise CheckpointError(
-            f"{folder} does not fit this run: {'; '.join(faults)}. Both must hold the same, or "
+            f"{folder} does not fit this run: {'; '.join(problems)}. Both must hold the same, or "
             "state would go to the wrong place. Resume with the models and optimizer groups of the "
             "saved run (its config.json), or start afresh in a new output folder."
         )
@@ -131,29 +131,29 @@ def _restore_random_state(run: RunState, state: Mapping[str, Any]) -> None:
 # -- does it fit ----------------------------------------------------------------------------------
 
 
-def _weight_faults(folder: Path, run: RunState, fit: Fit) -> list[str]:
-    faults = []
+def _weight_problems(folder: Path, run: RunState, fit: Fit) -> list[str]:
+    problems = []
     for (role, key), handle in modules(run.method.bundle).items():
         if (role, key) in fit.parts("roles"):
-            saved = StoredTensors(role_folder(folder, role, key)).facts
-            faults += _misfits(f"weight of {role}.{key}:", saved, weights(handle, key))
-    return faults
+            saved = StoredTensors(role_folder(folder, role, key)).infos
+            problems += _misfits(f"weight of {role}.{key}:", saved, weights(handle, key))
+    return problems
 
 
-def _average_faults(folder: Path, run: RunState, fit: Fit) -> list[str]:
-    faults = []
+def _average_problems(folder: Path, run: RunState, fit: Fit) -> list[str]:
+    problems = []
     for part, average in averages(run.method.bundle).items():
         if part in fit.parts("ema"):
             where = f"EMA of {'.'.join(part)}:"
             _, mine = pack(average.state_dict(), where)
-            saved = StoredTensors(part_path(folder, "ema", *part)).facts
-            faults += _misfits(where, saved, mine)
-    return faults
+            saved = StoredTensors(part_path(folder, "ema", *part)).infos
+            problems += _misfits(where, saved, mine)
+    return problems
 
 
-def _optimizer_faults(folder: Path, run: RunState, fit: Fit) -> list[str]:
+def _optimizer_problems(folder: Path, run: RunState, fit: Fit) -> list[str]:
     found = [
-        groups_fault(
+        groups_problem(
             optimizer,
             run.method.bundle.roles[role].trained_parameters(key),
             _json(part_path(folder, "optimizers", role, key)),
@@ -162,26 +162,26 @@ def _optimizer_faults(folder: Path, run: RunState, fit: Fit) -> list[str]:
         for (role, key), optimizer in optimizers(run.method.bundle).items()
         if (role, key) in fit.parts("optimizers")
     ]
-    return [fault for fault in found if fault]
+    return [problem for problem in found if problem]
 
 
 def _misfits(
-    where: str, saved: Mapping[str, TensorFacts], present: Mapping[str, Tensor]
+    where: str, saved: Mapping[str, TensorInfo], present: Mapping[str, Tensor]
 ) -> list[str]:
     """A line for what is missing, unknown, or of another shape or dtype; some names of each."""
-    mine = {name: TensorFacts(tuple(v.shape), v.dtype) for name, v in present.items()}
+    mine = {name: TensorInfo(tuple(v.shape), v.dtype) for name, v in present.items()}
     lost, new = sorted(saved.keys() - mine.keys()), sorted(mine.keys() - saved.keys())
-    faults = []
+    problems = []
     if lost:
-        faults.append(f"{where} {_some(lost)} is in the checkpoint but not in the run")
+        problems.append(f"{where} {_some(lost)} is in the checkpoint but not in the run")
     if new:
-        faults.append(f"{where} {_some(new)} is in the run but not in the checkpoint")
+        problems.append(f"{where} {_some(new)} is in the run but not in the checkpoint")
     other = [
         f"{name} is {saved[name]} in the checkpoint and {mine[name]} in the run"
         for name in sorted(saved.keys() & mine.keys())
         if saved[name] != mine[name]
     ]
-    return [*faults, *([f"{where} {_some(other)}"] if other else [])]
+    return [*problems, *([f"{where} {_some(other)}"] if other else [])]
 
 
 def _some(items: Sequence[str], most: int = 4) -> str:

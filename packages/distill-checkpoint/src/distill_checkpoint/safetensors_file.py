@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from distill_protocols import CheckpointError, TensorFacts
-from distill_protocols.safetensors_format import DTYPE_NAMES, file_layout, raw_bytes
+from distill_protocols import CheckpointError, TensorInfo
+from distill_runtime import DTYPE_NAMES, file_layout, raw_bytes
 from torch import Tensor
 
 from distill_checkpoint.files import FileFacts
@@ -28,7 +28,7 @@ _AHEAD = 64 << 20
 
 def write_safetensors(
     path: Path,
-    facts: Mapping[str, TensorFacts],
+    facts: Mapping[str, TensorInfo],
     read: Callable[[str], Tensor],
     *,
     offsets: Mapping[str, Sequence[int]] | None = None,

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping
 
 from attrs import frozen
-from distill_protocols import CheckpointError, TensorFacts, TensorWeights, WeightSource
-from distill_protocols.ranks import Ranks
+from distill_protocols import CheckpointError, TensorInfo, TensorWeights, WeightSource
+from distill_runtime import Ranks
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
@@ -46,8 +46,8 @@ def served(
     if ranks.group is None:
         action(sources)
     else:
-        ranks.agree(
-            lambda: _lead(ranks, sources, action) if ranks.first else _follow(ranks, weights)
+        ranks.gather_results(
+            lambda: _lead(ranks, sources, action) if ranks.is_first else _follow(ranks, weights)
         )
 
 
@@ -63,9 +63,9 @@ class ServedWeights(WeightSource):
     def where(self) -> str:
         return self.weights.where
 
-    def facts(self) -> Mapping[str, TensorFacts]:
+    def describe(self) -> Mapping[str, TensorInfo]:
         """Of whole tensors."""
-        return self.weights.facts()
+        return self.weights.describe()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors of ``names`` on the CPU, put together from the parts of all ranks."""
@@ -75,7 +75,7 @@ class ServedWeights(WeightSource):
         tensor = self.weights.tensors[name].detach()
         if isinstance(tensor, DTensor):
             _next(self._ranks, (self._key, name))
-            with self._ranks.in_time():
+            with self._ranks.within_timeout():
                 tensor = to_whole(tensor)
         return tensor.cpu()
 
@@ -98,7 +98,7 @@ def _lead(
 def _follow(ranks: Ranks, weights: Mapping[str, TensorWeights]) -> None:
     while (request := _next(ranks, None)) is not None:
         key, name = request
-        with ranks.in_time():
+        with ranks.within_timeout():
             to_whole(weights[key].tensors[name].detach())
 
 
@@ -107,6 +107,6 @@ def _next(ranks: Ranks, request: Request) -> Request:
     if ranks.group is None:
         return request
     told = [request]
-    with ranks.in_time():
+    with ranks.within_timeout():
         distributed.broadcast_object_list(told, src=0, group=ranks.group)
     return told[0]

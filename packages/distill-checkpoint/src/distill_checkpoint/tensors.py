@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 from attrs import field, frozen
-from distill_protocols import CheckpointError, TensorFacts
-from distill_protocols.ranks import ALONE, Ranks
+from distill_protocols import CheckpointError, TensorInfo
+from distill_runtime import ALONE, Ranks
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -118,9 +118,9 @@ def write_tensors(
             written |= _write_share(folder, share.items, share.local, files, rank=0)
         return written
     planned = _PlannedWriter(folder, files)
-    ranks.meet()  # torch's errors and time-outs do not say which rank it was
+    ranks.barrier()  # torch's errors and time-outs do not say which rank it was
     try:
-        with ranks.in_time():
+        with ranks.within_timeout():
             save(
                 dict(share.local),
                 storage_writer=planned,
@@ -134,7 +134,7 @@ def write_tensors(
         with _as_checkpoint_error(folder):
             written.update(_write_share(folder, planned.items, share.local, files, rank=ranks.rank))
 
-    ranks.agree(write)
+    ranks.gather_results(write)
     return written
 
 
@@ -155,10 +155,10 @@ class StoredTensors:
 
     folder: Path
     _kept: dict[str, Metadata] = field(init=False, factory=dict)
-    _facts: dict[str, TensorFacts] = field(init=False, factory=dict)
+    _facts: dict[str, TensorInfo] = field(init=False, factory=dict)
 
     @property
-    def facts(self) -> Mapping[str, TensorFacts]:
+    def infos(self) -> Mapping[str, TensorInfo]:
         """By name, whole tensors, however many shards there are.
 
         Raises:
@@ -168,7 +168,7 @@ class StoredTensors:
         if not self._facts:
             self._facts.update(
                 {
-                    name: TensorFacts(tuple(entry.size), entry.properties.dtype)  # type: ignore[union-attr]
+                    name: TensorInfo(tuple(entry.size), entry.properties.dtype)  # type: ignore[union-attr]
                     for name, entry in metadata.state_dict_metadata.items()
                 }
             )
@@ -200,14 +200,14 @@ class StoredTensors:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors of ``names``, whole, on the CPU."""
-        facts = self.facts
+        facts = self.infos
         tensors = {n: torch.empty(facts[n].size, dtype=facts[n].dtype) for n in names}
         self.read_into(tensors)
         return tensors
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """``[start:stop]`` of the first dimension of ``name``, on the CPU; maps nothing else."""
-        facts = self.facts[name]
+        facts = self.infos[name]
         start, stop, _ = slice(start, stop).indices(facts.size[0])
         rows = torch.empty((max(0, stop - start), *facts.size[1:]), dtype=facts.dtype)
         for chunk, file in self._pieces(name):
@@ -245,7 +245,7 @@ class StoredTensors:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Everything that is stored in ``folder``, on the CPU."""
     stored = StoredTensors(folder)
-    return stored.read(stored.facts)
+    return stored.read(stored.infos)
 
 
 class _SharePlanner(DefaultSavePlanner):
@@ -292,7 +292,7 @@ def _write_share(
     written = {}
     for number, parts in sorted(by_file.items()):
         path = folder / shard_name(rank, number, max(files.values()))
-        facts = {p.index.fqn: TensorFacts(tuple(_chunk(p).sizes), _dtype(p)) for p in parts}
+        facts = {p.index.fqn: TensorInfo(tuple(_chunk(p).sizes), _dtype(p)) for p in parts}
         offsets = {p.index.fqn: tuple(_chunk(p).offsets) for p in parts}
         written[path] = write_safetensors(path, facts, local.__getitem__, offsets=offsets)
     return written
@@ -363,7 +363,7 @@ def _file_of(items: Iterable[WriteItem], shard_bytes: int) -> dict[str, int]:
     files: dict[str, int] = {}
     for item in items:
         assert item.tensor_data is not None
-        size = TensorFacts(tuple(item.tensor_data.size), _dtype(item)).nbytes
+        size = TensorInfo(tuple(item.tensor_data.size), _dtype(item)).nbytes
         if filled and filled + size > shard_bytes:
             number, filled = number + 1, 0
         filled += size

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distill_protocols import CheckpointError, TensorFacts, WeightSource
+from distill_protocols import CheckpointError, TensorInfo, WeightSource
 from torch import Tensor
 
 from distill_checkpoint.commit import new_staging, publish
@@ -104,11 +104,11 @@ class _Written:
         self._note(path, write_json(path, value))
 
     def tensors(self, folder: Path, source: WeightSource) -> None:
-        self._tensors(folder, source, source.facts())
+        self._tensors(folder, source, source.describe())
 
     def state(self, path: Path, source: WeightSource) -> None:
         """As a saved average: 0-d tensors in JSON, and the others beside it."""
-        facts = source.facts()
+        facts = source.describe()
         scalars = source.read([name for name, fact in facts.items() if not fact.size])
         others = {name: fact for name, fact in facts.items() if fact.size}
         hollow = {n: torch.empty(f.size, dtype=f.dtype, device="meta") for n, f in others.items()}
@@ -116,9 +116,7 @@ class _Written:
         self.json(path.with_name(f"{path.name}.json"), packed)
         self._tensors(path, source, others)
 
-    def _tensors(
-        self, folder: Path, source: WeightSource, facts: Mapping[str, TensorFacts]
-    ) -> None:
+    def _tensors(self, folder: Path, source: WeightSource, facts: Mapping[str, TensorInfo]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         shards = _shards(facts, self._shard_bytes)
         for number, names in enumerate(shards, start=1):
@@ -130,21 +128,21 @@ class _Written:
         self.facts[path.relative_to(self._root).as_posix()] = facts
 
 
-def _reader(source: WeightSource, facts: Mapping[str, TensorFacts]) -> Any:
+def _reader(source: WeightSource, facts: Mapping[str, TensorInfo]) -> Any:
     def read(name: str) -> Tensor:
         tensor = source.read([name])[name]
-        found = TensorFacts(tuple(tensor.shape), tensor.dtype)
+        found = TensorInfo(tuple(tensor.shape), tensor.dtype)
         if found != facts[name]:
             raise CheckpointError(
                 f"{source.where}: {name} is {found}, and facts() said {facts[name]}; the file "
-                "would not hold what its header says. The source is at fault."
+                "would not hold what its header says. The source is at problem."
             )
         return tensor
 
     return read
 
 
-def _shards(facts: Mapping[str, TensorFacts], most: int) -> list[list[str]]:
+def _shards(facts: Mapping[str, TensorInfo], most: int) -> list[list[str]]:
     shards: list[list[str]] = []
     filled = most
     for name, fact in facts.items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from distill_protocols.lazy import lazy_exports
 
 from distill_conditioning.config import ConditioningConfig, DataConfig
-from distill_conditioning.facts import DatasetFacts, dataset_facts
+from distill_conditioning.facts import DatasetInfo, dataset_info
 from distill_conditioning.index import DatasetIndex, ShardEntry
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ __all__ = [
     "ClipEncoder",
     "ConditioningConfig",
     "DataConfig",
-    "DatasetFacts",
+    "DatasetInfo",
     "DatasetIndex",
     "LatentDataset",
     "LatentLoader",
@@ -47,7 +47,7 @@ __all__ = [
     "ShardWriter",
     "StoredNegative",
     "TrajectoryFolder",
-    "dataset_facts",
+    "dataset_info",
     "preprocess",
 ]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from attrs import field, frozen
-from distill_protocols.errors import DataError
+from distill_protocols import DataError
 
 from distill_conditioning.index import (
     REBUILD,
@@ -24,19 +24,19 @@ _MAKE_TRAJECTORIES = (
 
 
 @frozen(kw_only=True)
-class DatasetFacts:
+class DatasetInfo:
     """What a data set's index, file sizes and metadata tell; no tensor was read.
 
     Attributes:
         index: None where not even the index can be read.
         negative_prompt: the constants' prompt, None where there are none.
-        faults: one line a fault; empty if all files are there and of the right size and shape.
+        problems: one line a problem; empty if all files are there and of the right size and shape.
     """
 
     path: Path
     index: DatasetIndex | None = None
     negative_prompt: str | None = None
-    faults: tuple[str, ...] = field(default=(), converter=tuple)
+    problems: tuple[str, ...] = field(default=(), converter=tuple)
 
     @property
     def has_negative(self) -> bool:
@@ -59,22 +59,21 @@ class DatasetFacts:
         return self.index.latent_shape if self.index else None
 
 
-def dataset_facts(
+def dataset_info(
     path: str | Path,
     *,
     latent_shape: tuple[int, ...] | None = None,
-    text_shape: tuple[int, ...] | None = None,
-    image_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    condition_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     times: tuple[float, ...] = (),
-) -> DatasetFacts:
+) -> DatasetInfo:
     """Look at the data set in ``path``: index, files, sizes, headers, shapes.
 
     Never raises for bad data.
 
     Args:
         latent_shape: (C, T, H, W) that the model takes; None leaves it unchecked.
-        text_shape: (L, D) of the text embeddings that the model takes; None likewise.
-        image_shapes: of one row of what the model reads of a first frame, by name.
+        condition_shapes: of one row of every condition tensor that the model cannot do without,
+            by name.
         times: levels t of a teacher's trajectories that the method reads.
     """
     folder = Path(path)
@@ -82,41 +81,41 @@ def dataset_facts(
         index = read_index(folder)
     except DataError as error:
         hint = f" {_MAKE_TRAJECTORIES}" if times else ""
-        return DatasetFacts(path=folder, faults=(f"{error}{hint}",))
-    faults = [
-        *_file_faults(folder, index),
-        *_shape_faults(folder, index, latent_shape, text_shape),
-        *_image_faults(folder, index, image_shapes),
-        *_trajectory_faults(folder, index, times),
+        return DatasetInfo(path=folder, problems=(f"{error}{hint}",))
+    problems = [
+        *_file_problems(folder, index),
+        *_latent_problems(folder, index, latent_shape),
+        *_condition_problems(folder, index, condition_shapes),
+        *_trajectory_problems(folder, index, times),
     ]
     prompt = None
     if index.constants is not None:
         try:
             prompt = str(read_metadata(folder / index.constants)["negative_prompt"])
         except KeyError:
-            faults.append(f"{folder / index.constants}: names no negative prompt. {REBUILD}")
+            problems.append(f"{folder / index.constants}: names no negative prompt. {REBUILD}")
         except DataError as error:
-            faults.append(str(error))
-    return DatasetFacts(path=folder, index=index, negative_prompt=prompt, faults=faults)
+            problems.append(str(error))
+    return DatasetInfo(path=folder, index=index, negative_prompt=prompt, problems=problems)
 
 
-def _file_faults(folder: Path, index: DatasetIndex) -> list[str]:
-    faults = []
+def _file_problems(folder: Path, index: DatasetIndex) -> list[str]:
+    problems = []
     for shard in index.shards:
         file = folder / shard.file
         if not file.is_file():
-            faults.append(f"{file}: this shard is in the index, but not in the folder. {REBUILD}")
+            problems.append(f"{file}: this shard is in the index, but not in the folder. {REBUILD}")
         elif (size := file.stat().st_size) != shard.bytes:
-            faults.append(
+            problems.append(
                 f"{file}: {size} bytes, but the index says {shard.bytes}, so the shard is "
                 f"truncated or another one. {REBUILD}"
             )
         else:
-            faults += _header_faults(file)
-    return faults
+            problems += _header_problems(file)
+    return problems
 
 
-def _header_faults(file: Path) -> list[str]:
+def _header_problems(file: Path) -> list[str]:
     try:
         read_metadata(file)
     except DataError as error:
@@ -124,44 +123,50 @@ def _header_faults(file: Path) -> list[str]:
     return []
 
 
-def _shape_faults(
-    folder: Path,
-    index: DatasetIndex,
-    latent_shape: tuple[int, ...] | None,
-    text_shape: tuple[int, ...] | None,
+def _latent_problems(
+    folder: Path, index: DatasetIndex, latent_shape: tuple[int, ...] | None
 ) -> list[str]:
-    faults = []
-    if latent_shape is not None and index.latent_shape != tuple(latent_shape):
-        faults.append(
-            f"{folder}: latents are {list(index.latent_shape)} [C, T, H, W], but the model takes "
-            f"{list(latent_shape)}. Preprocess clips of the run's size with the run's VAE, or set "
-            "frames, height and width of the run to those of the data set."
-        )
-    text = index.conditions.get("text")
-    if text_shape is not None and text != tuple(text_shape):
-        faults.append(
-            f"{folder}: text embeddings are {list(text) if text else 'absent'} [L, D], but the "
-            f"model takes {list(text_shape)}: it was trained to attend the padding too, so another "
+    if latent_shape is None or index.latent_shape == tuple(latent_shape):
+        return []
+    return [
+        f"{folder}: latents are {list(index.latent_shape)} [C, T, H, W], but the model takes "
+        f"{list(latent_shape)}. Preprocess clips of the run's size with the run's VAE, or set "
+        "frames, height and width of the run to those of the data set."
+    ]
+
+
+def _condition_problems(
+    folder: Path, index: DatasetIndex, shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    return [
+        _condition_problem(folder, name, index.conditions.get(name), shape)
+        for name, shape in shapes.items()
+        if index.conditions.get(name) != tuple(shape)
+    ]
+
+
+def _condition_problem(
+    folder: Path, name: str, found: tuple[int, ...] | None, shape: tuple[int, ...]
+) -> str:
+    if name == "text":
+        return (
+            f"{folder}: text embeddings are {list(found) if found else 'absent'} [L, D], but the "
+            f"model takes {list(shape)}: it was trained to attend the padding too, so another "
             "L gives other clips, and another D does not fit. Set "
             "pipeline_config.max_sequence_length to the data set's L (where the model allows it), "
             "or preprocess with the text encoder and the length of the run's model."
         )
-    return faults
-
-
-def _image_faults(
-    folder: Path, index: DatasetIndex, shapes: Mapping[str, tuple[int, ...]]
-) -> list[str]:
-    return [
+    return (
         f"{folder}: {name} of the samples is {list(found) if found else 'absent'}, but the model "
         f"reads {list(shape)} of each clip's first frame. Preprocess the clips with the run's "
         "model and size, and first_frames=True"
-        for name, shape in shapes.items()
-        if (found := index.conditions.get(name)) != tuple(shape)
-    ]
+        if name.startswith("image")
+        else f"{folder}: {name} of the samples is {list(found) if found else 'absent'}, but the "
+        f"model reads {list(shape)}. Preprocess the clips with the run's model"
+    )
 
 
-def _trajectory_faults(folder: Path, index: DatasetIndex, times: tuple[float, ...]) -> list[str]:
+def _trajectory_problems(folder: Path, index: DatasetIndex, times: tuple[float, ...]) -> list[str]:
     if not times:
         return []
     if not index.trajectory_times:

@@ -25,7 +25,7 @@ from typing import Any
 
 import attrs
 from attrs import frozen
-from distill_protocols.errors import DataError
+from distill_protocols import DataError
 
 FORMAT = "distill-latents"
 VERSION = 1

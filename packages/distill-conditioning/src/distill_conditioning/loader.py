@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from attrs import evolve
-from distill_protocols import Batch, Condition
-from distill_protocols.errors import ConditioningError, DataError
+from distill_protocols import Batch, Condition, ConditioningError, DataError
 from torch import Tensor
 
 from distill_conditioning.order import drops_condition, epoch_order, rank_positions

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from distill_protocols import Condition, ConditionEncoder
-from distill_protocols.errors import ConditioningError, DataError
+from distill_protocols import (
+    Condition,
+    ConditionEncoder,
+    ConditioningError,
+    DataError,
+    ImageConditioning,
+)
 from torch import Tensor
 
 from distill_conditioning.shards import ShardWriter
@@ -21,16 +25,13 @@ Clip = tuple[str, str, Tensor]
 class ClipEncoder(ConditionEncoder, Protocol):
     """What preprocessing needs of an adapter."""
 
+    @property
+    def images(self) -> ImageConditioning | None:
+        """Asked for only with ``first_frames``."""
+        ...
+
     def encode(self, video: Tensor) -> Tensor:
         """Raw posterior means [B, C, T, H, W] of clips [B, 3, F, H_px, W_px] in [0, 1]."""
-        ...
-
-    def with_image(self, cond: Condition, images: Tensor) -> Condition:
-        """``cond`` and what the model reads of first frames [B, 3, H_px, W_px] in [0, 1]."""
-        ...
-
-    def text_encoder_kept(self) -> AbstractContextManager[Any]:
-        """Within: the text encoder stays loaded from one call to the next."""
         ...
 
 
@@ -55,12 +56,21 @@ def preprocess(
         DataError: a clip of another shape or range, or two of one id.
         ConditioningError: ``writer`` was opened with the fingerprint of another encoder.
     """
-    with encoder.text_encoder_kept():
+    with encoder.keep_encoders_loaded():
         # Compared in here: an encoder that had to be downloaded has a fingerprint from now on.
         _check_writer(writer, encoder.condition_fingerprint())
         if negative_prompt is not None:
             writer.set_negative(negative_prompt, encoder.encode_neg_condition(negative_prompt))
         return _add_clips(clips, encoder, writer, batch_size, first_frames=first_frames)
+
+
+def _with_first_frames(encoder: ClipEncoder, cond: Condition, videos: Tensor) -> Condition:
+    if encoder.images is None:
+        raise ConditioningError(
+            "first_frames is set, but this family reads text alone. Leave it out, or use an "
+            "image-to-video model"
+        )
+    return encoder.images.with_image(cond, videos[:, :, 0])
 
 
 def _check_writer(writer: ShardWriter, fingerprint: str | None) -> None:
@@ -90,7 +100,7 @@ def _add_clips(
             videos = torch.stack([video for _, _, video in batch])
             cond = _encode_captions(encoder, captions)
             if first_frames:
-                cond = encoder.with_image(cond, videos[:, :, 0])
+                cond = _with_first_frames(encoder, cond, videos)
             writer.add(ids, captions, encoder.encode(videos), cond)
     return len(seen)
 

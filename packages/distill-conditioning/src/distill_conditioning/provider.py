@@ -11,9 +11,14 @@ from typing import Protocol
 
 import attrs
 import torch
-from distill_protocols import ALONE, Condition, ConditionEncoder, Ranks
-from distill_protocols.adapter import ImageConditioning
-from distill_protocols.errors import ConditioningError, DataError
+from distill_protocols import (
+    Condition,
+    ConditionEncoder,
+    ConditioningError,
+    DataError,
+    ImageConditioning,
+)
+from distill_runtime import ALONE, Ranks
 from safetensors.torch import save
 from torch import Tensor, distributed
 
@@ -24,8 +29,13 @@ from distill_conditioning.tensor_file import map_tensors, write_tensors
 _log = logging.getLogger(__name__)
 
 
-class PromptEncoder(ConditionEncoder, ImageConditioning, Protocol):
-    """What the provider needs of an adapter; the second part only where prompts bring pictures."""
+class PromptEncoder(ConditionEncoder, Protocol):
+    """What the provider needs of an adapter."""
+
+    @property
+    def images(self) -> ImageConditioning | None:
+        """Asked for only where prompts bring pictures."""
+        ...
 
 
 class CachedConditioning:
@@ -75,7 +85,7 @@ class CachedConditioning:
         self._negative: Condition | None = None
         if dataset is not None:
             what, fingerprint = f"the captions of {dataset.path}", dataset.index.encoder
-            self._ranks.decide(lambda: self._check_encoder(what, fingerprint))
+            self._ranks.run_on_first(lambda: self._check_encoder(what, fingerprint))
 
     def negative(self) -> Condition:
         """The negative condition, one row, fp32.
@@ -108,8 +118,16 @@ class CachedConditioning:
         if images is None:
             return texts.to(self._device)
         what = f"pictures of {list(prompts)}"
-        [cond] = self._from_first(what, lambda: [self._encoder.with_image(texts, images).to("cpu")])
+        [cond] = self._from_first(what, lambda: [self._with_images(texts, images)])
         return cond.to(self._device)
+
+    def _with_images(self, texts: Condition, images: Tensor) -> Condition:
+        if self._encoder.images is None:
+            raise ConditioningError(
+                "there is a first frame, but this family reads text alone; it would have no "
+                "effect. Leave it out, or use an image-to-video model"
+            )
+        return self._encoder.images.with_image(texts, images).to("cpu")
 
     def _encoded(self, prompts: Sequence[str]) -> list[Condition]:
         return self._cache.rows(
@@ -119,7 +137,7 @@ class CachedConditioning:
     def _from_first(self, what: str, find: Callable[[], list[Condition]]) -> list[Condition]:
         """What rank 0 finds, on every rank, on the CPU."""
         ranks = self._ranks
-        others = ranks.all_alike(what)
+        others = ranks.ranks_that_differ(what)
         if others:
             raise ConditioningError(
                 f"rank {', '.join(map(str, others))} and rank 0 ask for different things (here: "
@@ -132,14 +150,14 @@ class CachedConditioning:
             found.extend(find())
             return [{n: (t.shape, t.dtype) for n, t in row.tensors.items()} for row in found]
 
-        facts = ranks.decide(look)
+        facts = ranks.run_on_first(look)
         if not found:
             found = [
                 Condition({n: torch.empty(size, dtype=kind) for n, (size, kind) in row.items()})
                 for row in facts
             ]
         if ranks.group is not None:
-            with ranks.in_time():
+            with ranks.within_timeout():
                 for tensor in (t for row in found for t in row.tensors.values()):
                     distributed.broadcast(tensor.contiguous(), src=0, group=ranks.group)
         return found

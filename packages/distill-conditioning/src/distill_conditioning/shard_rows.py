@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from distill_protocols import Condition
-from distill_protocols.errors import DataError
+from distill_protocols import Condition, DataError
 from torch import Tensor
 
 from distill_conditioning.index import ShardEntry

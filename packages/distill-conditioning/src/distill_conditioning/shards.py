@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Literal
 
 import torch
 from attrs import frozen
-from distill_protocols import Batch, Condition
-from distill_protocols.errors import ConditioningError, DataError
+from distill_protocols import Batch, Condition, ConditioningError, DataError
 from torch import Tensor
 
 from distill_conditioning.config import DataConfig
-from distill_conditioning.facts import dataset_facts
+from distill_conditioning.facts import dataset_info
 from distill_conditioning.index import (
     CONSTANTS_FILE,
     INDEX_FILE,
@@ -235,12 +234,12 @@ class LatentDataset:
     Args:
         config: the folder, and how much of it is verified now.
         latent_shape: (C, T, H, W) that the model takes, None to take what there is.
-        text_shape: (L, D) of the text embeddings that the model takes.
+        condition_shapes: of one row of the condition tensors that the model takes, by name.
         times: levels t of the stored trajectories that are read with each sample, in this order;
             none are read by default, as they are several times the size of the latents.
 
     Raises:
-        DataError: every fault that was found, with the file's name and the way out.
+        DataError: every problem that was found, with the file's name and the way out.
     """
 
     def __init__(
@@ -248,14 +247,17 @@ class LatentDataset:
         config: DataConfig,
         *,
         latent_shape: tuple[int, ...] | None = None,
-        text_shape: tuple[int, ...] | None = None,
+        condition_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
         times: tuple[float, ...] = (),
     ) -> None:
-        facts = dataset_facts(
-            config.path, latent_shape=latent_shape, text_shape=text_shape, times=times
+        facts = dataset_info(
+            config.path,
+            latent_shape=latent_shape,
+            condition_shapes=condition_shapes,
+            times=times,
         )
-        if facts.index is None or facts.faults:
-            raise DataError("\n".join(facts.faults))
+        if facts.index is None or facts.problems:
+            raise DataError("\n".join(facts.problems))
         self.config = config
         self.path = facts.path
         self.index = facts.index

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill_protocols import Condition
-from distill_protocols.errors import DataError
+from distill_protocols import Condition, DataError
 from torch import Tensor
 
 from distill_conditioning.index import (

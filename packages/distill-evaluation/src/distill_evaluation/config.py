@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sized
 from typing import Any
 
 from attrs import Attribute, field, frozen
-from distill_protocols.sampler import SamplerSpec
+from distill_protocols import SamplerSpec
 from distill_protocols.validators import at_least
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import attrs
 import torch
-from distill_protocols.errors import WeightsError
+from distill_protocols import WeightsError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -125,11 +125,11 @@ class Judge:
             config = JudgeConfig(**json.loads((folder / SETTINGS).read_text()))
             network = ClipJudge(config)
             network.load_state_dict(load_file(folder / WEIGHTS))
-        except (TypeError, ValueError, RuntimeError, SafetensorError) as fault:
+        except (TypeError, ValueError, RuntimeError, SafetensorError) as problem:
             raise WeightsError(
-                f"{folder}: {SETTINGS} and {WEIGHTS} do not describe one judge ({fault}); rebuild "
+                f"{folder}: {SETTINGS} and {WEIGHTS} do not describe one judge ({problem}); rebuild "
                 "the folder rather than mend one of the two."
-            ) from fault
+            ) from problem
         return cls(network.eval().requires_grad_(False))
 
     def save(self, folder: Path | str) -> None:

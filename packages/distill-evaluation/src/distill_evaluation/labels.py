@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from distill_protocols.errors import DataError
+from distill_protocols import DataError
 
 Attributes = Mapping[str, Sequence[str]]
 

@@ -5,14 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from distill_protocols.errors import DataError
-from distill_protocols.plugins import CallbackPlugin, PlannedRun, RunParts
+from distill_protocols import CallbackPlugin, DataError, PlannedRun, Problem, RunParts, below
 
 from distill_evaluation.config import ReportConfig
 from distill_evaluation.labels import PromptLabelError, label_prompts, read_prompts
 
 if TYPE_CHECKING:
-    from distill_protocols.callbacks import Callback
+    from distill_protocols import Callback
 
 
 FILES = ("judge.json", "judge.safetensors", "reference.safetensors")
@@ -20,16 +19,17 @@ FILES = ("judge.json", "judge.safetensors", "reference.safetensors")
 
 class ReportPlugin(CallbackPlugin):
     name: ClassVar[str] = "report"
+    contract: ClassVar[int] = 2
     help: ClassVar[str] = (
         "at the end or now and then: Frechet distance, accuracies, speed, contact sheet, MP4"
     )
     config_class: ClassVar[type] = ReportConfig
 
-    def faults(self, config: ReportConfig, run: PlannedRun) -> Iterator[tuple[str, str]]:
+    def problems(self, config: ReportConfig, run: PlannedRun) -> Iterator[Problem]:
         judge, prompts = Path(config.judge), Path(config.prompts)
         missing = [name for name in FILES if not (judge / name).is_file()]
         if missing:
-            yield (
+            yield Problem(
                 "judge",
                 f"{judge} holds no {', '.join(missing)}; a judge's folder holds all three",
             )
@@ -38,32 +38,31 @@ class ReportPlugin(CallbackPlugin):
                 attributes = _attributes(judge)
                 label_prompts(config.sheet_prompts, attributes)
             except PromptLabelError as error:
-                yield "sheet_prompts", str(error)
+                yield Problem("sheet_prompts", str(error))
             except (ValueError, KeyError, TypeError) as error:
-                yield "judge", f"{judge / 'judge.json'} does not describe a judge: {error!r}"
+                yield Problem(
+                    "judge", f"{judge / 'judge.json'} does not describe a judge: {error!r}"
+                )
             else:
                 try:
                     label_prompts(read_prompts(prompts), attributes)
                 except DataError as error:
-                    yield "prompts", str(error)
+                    yield Problem("prompts", str(error))
         if config.every_steps and not any(entry.during for entry in config.entries.values()):
-            yield (
+            yield Problem(
                 "every_steps",
                 f"{config.every_steps}, but every entry says during: false, so there would be "
                 "nothing to measure; leave one of them out, or use every_steps: 0",
             )
         for name, entry in config.entries.items():
-            for key, message in (
-                *run.role_faults(entry.role, ema=entry.ema),
-                *run.sampler_faults(entry.sampler, entry.role),
-            ):
-                yield f"entries.{name}.{key}", message
+            yield from below(run.role_problems(entry.role, ema=entry.ema), "entries", name)
+            yield from below(run.sampler_problems(entry.sampler, entry.role), "entries", name)
 
     def metrics(self, config: ReportConfig) -> Mapping[str, int]:
         try:
             attributes = _attributes(Path(config.judge))
         except (OSError, ValueError, KeyError, TypeError):
-            return {}  # `faults` tells what is wrong with the judge
+            return {}  # `problems` tells what is wrong with the judge
         return dict.fromkeys(config.metric_names(attributes), config.every_steps)
 
     def build(self, config: ReportConfig, parts: RunParts) -> "Callback":

@@ -25,10 +25,10 @@ from distill_protocols import (
     RunParts,
     RunState,
     SamplerSpec,
-    Spread,
     StepRecord,
     StopRequested,
 )
+from distill_runtime import RowPartition
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -131,7 +131,7 @@ class ReportCallback(Callback):
             self._report(run)
         except StopRequested as stop:
             # All files are written after the last sampling: there is none, or the former ones.
-            if run.ranks.first:
+            if run.ranks.is_first:
                 print(f"report: left out, as the run was stopped ({stop})")
 
     # -- inside -------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ class ReportCallback(Callback):
             rows.append(self._row(run, name, entry))
             if entry.sheet:
                 sheets += self._sheet_rows(run, name, entry)
-        run.ranks.decide(lambda: self._show(run, rows, sheets))
+        run.ranks.run_on_first(lambda: self._show(run, rows, sheets))
 
     def _show(self, run: RunState, rows: Sequence[EntryReport], sheets: Sequence[SheetRow]) -> None:
         report = {
@@ -202,8 +202,8 @@ class ReportCallback(Callback):
 
     def _measure(self, run: RunState, name: str, entry: ReportEntry) -> EntryReport:
         spec, each = self._spec(entry), self.config.clips_per_prompt
-        prompts = Spread(run.ranks, len(self.prompts))
-        rows = [prompt * each + clip for prompt in prompts.mine for clip in range(each)]
+        prompts = RowPartition(run.ranks, len(self.prompts))
+        rows = [prompt * each + clip for prompt in prompts.own for clip in range(each)]
         cond = self.parts.conditioning.encode(self.prompts)
         with self._weights_of(entry):
             latents, seconds = self._sample(
@@ -211,10 +211,10 @@ class ReportCallback(Callback):
             )
         clips = self._decoded(latents)
         # By place and not by prompt: one that is done twice, to fill up, is a group of its own.
-        groups = torch.arange(len(prompts.mine)).repeat_interleave(each)
+        groups = torch.arange(len(prompts.own)).repeat_interleave(each)
         features = prompts.gather(self.judge.features(clips).unflatten(0, (-1, each)))
         variances = prompts.gather(group_variances(clips, groups))
-        return run.ranks.decide(
+        return run.ranks.run_on_first(
             lambda: self._entry_report(name, entry, features, variances, seconds / len(rows))
         )
 
@@ -254,11 +254,11 @@ class ReportCallback(Callback):
 
     def _sheet_rows(self, run: RunState, name: str, entry: ReportEntry) -> list[SheetRow]:
         """The one row on rank 0; elsewhere none."""
-        prompts = Spread(run.ranks, len(self.config.sheet_prompts))
+        prompts = RowPartition(run.ranks, len(self.config.sheet_prompts))
         cond = self.parts.conditioning.encode(self.config.sheet_prompts)
         with self._weights_of(entry):
             latents, _ = self._sample(
-                entry, self._spec(entry), cond, prompts.mine, purpose="report.sheet"
+                entry, self._spec(entry), cond, prompts.own, purpose="report.sheet"
             )
         clips = prompts.gather(self._decoded(latents))
         return [] if clips is None else [SheetRow(name, clips)]

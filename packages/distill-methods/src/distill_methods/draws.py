@@ -78,9 +78,9 @@ class Draws:
 
     def expert_ranges(self, *roles: str) -> tuple[Range, ...]:
         """See ``ExpertRouting``; a single range of an adapter that knows no experts."""
-        if not self._adapter.capabilities.supports_expert_routing:
+        if self._adapter.experts is None:
             return ((0.0, TOP),)
-        return self._adapter.expert_ranges(*roles)
+        return self._adapter.experts.expert_ranges(*roles)
 
     def noised(
         self,
@@ -117,6 +117,6 @@ class Draws:
 
     def trained_frames(self, cond: Condition) -> Tensor | None:
         """See ``ImageConditioning``; None where everything is predicted."""
-        if not self._adapter.capabilities.supports_image_condition:
+        if self._adapter.images is None:
             return None
-        return self._adapter.trained_frames(cond)
+        return self._adapter.images.trained_frames(cond)

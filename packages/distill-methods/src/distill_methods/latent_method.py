@@ -3,60 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from distill_protocols import (
     Batch,
     Condition,
     ConditioningProvider,
-    DistillMethod,
     ModelBundle,
     RandomStreams,
     SamplerSpec,
     SampleView,
 )
-from distill_protocols.plugins import RoleNeed
+from distill_runtime import DistillMethod
 from torch import Tensor
 from torch.optim import Optimizer
 
 from distill_methods.contracts import LatentDiffusion
 from distill_methods.draws import Draws
+from distill_methods.latent_config import LatentMethodConfig
 from distill_methods.sampling import sample_views
 
-
-class MethodConfig(Protocol):
-    """What a method's own section must be able to say."""
-
-    @property
-    def student_sampler(self) -> SamplerSpec: ...
-    @property
-    def guided(self) -> bool:
-        """Whether a step or the student's sampler needs a negative condition."""
-        ...
-
-    @property
-    def capabilities(self) -> tuple[str, ...]: ...
-    @property
-    def needs(self) -> tuple[RoleNeed, ...]:
-        """Roles that are called, and whether each is trained."""
-        ...
-
-    def turns(self, iteration: int) -> tuple[str, ...]:
-        """Roles that learn in ``iteration`` (1-based): the whole update schedule."""
-        ...
-
-    def update_share(self, role: str, low: float, high: float) -> float:
-        """See ``MethodPlugin.update_share``."""
-        ...
-
-
-ConfigT = TypeVar("ConfigT", bound=MethodConfig)
+ConfigT = TypeVar("ConfigT", bound=LatentMethodConfig)
 
 
 class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
     """No algorithm: the wiring between a method's config and the contracts.
 
-    Its roles are those of ``config.needs``.
+    Its roles are those of ``config.roles``.
 
     Args:
         conditioning: gives the negative condition, unless nothing is guided.
@@ -77,18 +50,20 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
         conditioning: ConditioningProvider,
         streams: RandomStreams | None = None,
     ) -> None:
-        self.required_roles = tuple(need.name for need in config.needs)
-        self.trained_roles = tuple(need.name for need in config.needs if need.trainable)
-        self.frozen_roles = tuple(need.name for need in config.needs if not need.trainable)
+        self.required_roles = tuple(need.name for need in config.roles)
+        self.trained_roles = tuple(need.name for need in config.roles if need.trainable)
+        self.frozen_roles = tuple(need.name for need in config.roles if not need.trainable)
         bundle.require_roles(
-            self.required_roles, why={need.name: need.reason for need in config.needs}
+            self.required_roles, why={need.name: need.reason for need in config.roles}
         )
         super().__init__(bundle, adapter, streams=streams)
         self.draws = Draws(adapter, self.streams)
         self.check_capabilities(config.capabilities)
         self.config = config
         self.conditioning = conditioning
-        self.negative = conditioning.negative().to(self._device()) if config.guided else None
+        self.negative = (
+            conditioning.negative().to(self._device()) if config.needs_negative else None
+        )
 
     def get_optimizers(self, iteration: int) -> dict[str, Optimizer]:
         """Those of the roles whose turn it is (``config.turns``)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distill_protocols.plugins import RoleNeed
+from distill_protocols import RoleNeed
 
 STUDENT = RoleNeed(name="student", trainable=True, help="the model that learns")
 TEACHER = RoleNeed(name="teacher", trainable=False, help="the fixed model that is copied")
@@ -25,5 +25,5 @@ def discriminator(*on: str) -> RoleNeed:
         name=DISCRIMINATOR,
         trainable=True,
         help="heads that tell the student's clips from the data's",
-        heads_on=on,
+        features_of=on,
     )

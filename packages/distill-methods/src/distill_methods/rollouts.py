@@ -9,10 +9,10 @@ import torch
 from distill_protocols import Batch
 from torch import Tensor
 
-from distill_methods.contracts import LatentDiffusion
+from distill_methods.contracts import LatentDiffusion, chunks_of
 from distill_methods.distribution_matching.matching import Rollout, exit_levels
 from distill_methods.draws import Draws
-from distill_methods.latent_method import MethodConfig
+from distill_methods.latent_config import LatentMethodConfig
 
 Source = Literal["simulate", "data"]
 """Where the student's input comes from: its own sampling from noise (DMD2, section 4.5, backward
@@ -35,7 +35,7 @@ class StudentRollouts:
         self,
         name: str,
         adapter: LatentDiffusion,
-        config: MethodConfig,
+        config: LatentMethodConfig,
         source: Source,
         *,
         draws: Draws,
@@ -69,7 +69,7 @@ class StudentRollouts:
             self._config.student_sampler,
             self._draws.noise_like(batch.latents, f"{purpose}.rollout"),
             batch.cond,
-            exits=(k,) * len(self._adapter.chunks("student")),
+            exit_steps=(k,) * len(chunks_of(self._adapter, "student")),
             generators=self._draws.streams.rows(f"{purpose}.rollout.fresh", size),
             poll=self._poll,
         )

@@ -8,9 +8,10 @@ from typing import Any
 
 from attrs import field, frozen
 from attrs.validators import optional
-from distill_protocols.plugins import PlannedRun, RoleNeed
+from distill_protocols import PlannedRun, Problem, RoleNeed
 from distill_protocols.validators import at_least
 
+from distill_methods.latent_config import LatentMethodConfig
 from distill_methods.roles import CRITIC, DISCRIMINATOR, STUDENT, TEACHER
 
 AWAY = "u + w (c - u) with w < 0 leads away from the prompt"
@@ -50,7 +51,7 @@ def _teachers(_config: Any, _: Any, value: Mapping[str, TeacherTerm]) -> None:
 
 
 @frozen(kw_only=True)
-class TeachersConfig:
+class TeachersConfig(LatentMethodConfig):
     """Base of the configs of methods with frozen teachers.
 
     Attributes:
@@ -88,11 +89,11 @@ class TeachersConfig:
         """Whether a teacher is called with a negative condition."""
         return any(w != 1 for _, ws in self.terms.values() for w in ws)
 
-    def faults(self, run: PlannedRun) -> Iterator[tuple[str, str]]:
-        """See ``MethodPlugin.faults``."""
-        yield from self.teacher_faults(run.single)
+    def problems(self, run: PlannedRun) -> Iterator[Problem]:
+        """See ``MethodConfig.problems``."""
+        yield from self.teacher_problems(run.single)
 
-    def teacher_faults(self, single: Collection[str]) -> Iterator[tuple[str, str]]:
+    def teacher_problems(self, single: Collection[str]) -> Iterator[Problem]:
         """Guidances of experts that no teacher has: pairs of a key and a message.
 
         Args:
@@ -104,10 +105,10 @@ class TeachersConfig:
             n for n, t in self._given.items() if t.guidance_scale is t.guidance_scale_2 is None
         ]
         if low is not None and all(name in single for name in takers):
-            yield key, _never_used(low, " or ".join(map(repr, takers)) or "no teacher")
+            yield Problem(key, _never_used(low, " or ".join(map(repr, takers)) or "no teacher"))
         for name, term in self.teachers.items():
             if term.guidance_scale_2 is not None and name in single:
-                yield (
+                yield Problem(
                     f"teachers.{name}.guidance_scale_2",
                     _never_used(term.guidance_scale_2, repr(name)),
                 )

@@ -37,8 +37,8 @@ class Teachers:
         self._terms = config.terms
         self.names = tuple(config.terms)
         single = [name for name in self.names if len(draws.expert_ranges(name)) == 1]
-        for key, message in config.teacher_faults(single):
-            raise ContractError(f"{key}: {message}")
+        for problem in config.teacher_problems(single):
+            raise ContractError(f"{'.'.join(problem.path)}: {problem.message}")
 
     @torch.no_grad()
     def predict(

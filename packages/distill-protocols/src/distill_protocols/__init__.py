@@ -25,26 +25,32 @@ from distill_protocols.errors import (
     RoleError,
     WeightsError,
 )
+from distill_protocols.exports import Exporter, ExportRequest, ForeignNames
 from distill_protocols.lazy import lazy_exports
+from distill_protocols.method_config import MethodConfig
+from distill_protocols.planned_run import PlannedRun
 from distill_protocols.plugins import (
+    CONTRACT_VERSION,
     CallbackPlugin,
-    CompileSpec,
-    ExportFormat,
-    ExportRequest,
     FamilyPlugin,
-    ForeignNames,
-    FsdpPolicy,
-    HeadSpec,
-    LoraSpec,
+    Group,
     MethodPlugin,
-    PlannedRun,
-    RoleNeed,
-    RoleSpec,
+    Plugin,
     RunParts,
-    load_plugin,
-    plugin_names,
+    TrackerPlugin,
 )
-from distill_protocols.sampler import SamplerSpec, SampleView, shift_sigma
+from distill_protocols.problems import Problem, below
+from distill_protocols.roles import (
+    CompileSpec,
+    DiscriminatorSpec,
+    FsdpPolicy,
+    LoraSpec,
+    Precision,
+    RoleNeed,
+    RoleOptions,
+    RoleSpec,
+)
+from distill_protocols.sampler import DynamicShift, SamplerSpec, SampleView, shift_sigma
 from distill_protocols.stop import StopFlag, StopRequested
 
 if TYPE_CHECKING:
@@ -55,55 +61,41 @@ if TYPE_CHECKING:
         Discriminating,
         DistillAdapter,
         ExpertRouting,
-        Exporter,
         ImageConditioning,
         LatentCodec,
         NoiseSchedule,
+        OptionalContracts,
         Sampler,
         Tangents,
     )
     from distill_protocols.batch import Batch, BatchLoader, Condition, ConditioningProvider
-    from distill_protocols.bundle import (
-        DTYPES,
-        CallPlan,
-        ModelBundle,
-        ModulePlan,
-        Precision,
-        RoleHandle,
-        RolePlan,
-        TensorPlan,
-        WeightAverage,
-    )
+    from distill_protocols.bundle import DTYPES, ModelBundle, RoleHandle, WeightAverage
     from distill_protocols.callbacks import Callback, Checkpointer, RunState, StepRecord, Tracker
-    from distill_protocols.method import DistillMethod, StepResult
+    from distill_protocols.method import StepResult, TrainableMethod
+    from distill_protocols.plans import CallPlan, ModulePlan, RolePlan, TensorPlan
     from distill_protocols.random import RandomStreams, RowGenerators, derive_seed
-    from distill_protocols.ranks import ALONE, Ranks
-    from distill_protocols.spread import Spread
-    from distill_protocols.weights import TensorFacts, TensorWeights, WeightSource
+    from distill_protocols.ranks import RankGroup
+    from distill_protocols.weights import TensorInfo, TensorWeights, WeightSource
 
 _LAZY = {
     **dict.fromkeys(
         ["CausalRollout", "ConditionEncoder", "Denoiser", "Discriminating", "DistillAdapter",
-         "ExpertRouting", "Exporter", "ImageConditioning", "LatentCodec", "NoiseSchedule",
-         "Sampler", "Tangents"],
+         "ExpertRouting", "ImageConditioning", "LatentCodec", "NoiseSchedule",
+         "OptionalContracts", "Sampler", "Tangents"],
         "adapter",
     ),
     **dict.fromkeys(["Batch", "BatchLoader", "Condition", "ConditioningProvider"], "batch"),
-    **dict.fromkeys(
-        ["DTYPES", "CallPlan", "ModelBundle", "ModulePlan", "Precision", "RoleHandle", "RolePlan",
-         "TensorPlan", "WeightAverage"],
-        "bundle",
-    ),
+    **dict.fromkeys(["DTYPES", "ModelBundle", "RoleHandle", "WeightAverage"], "bundle"),
     **dict.fromkeys(["Callback", "Checkpointer", "RunState", "StepRecord", "Tracker"], "callbacks"),
-    **dict.fromkeys(["DistillMethod", "StepResult"], "method"),
+    **dict.fromkeys(["StepResult", "TrainableMethod"], "method"),
+    **dict.fromkeys(["CallPlan", "ModulePlan", "RolePlan", "TensorPlan"], "plans"),
     **dict.fromkeys(["RandomStreams", "RowGenerators", "derive_seed"], "random"),
-    **dict.fromkeys(["ALONE", "Ranks"], "ranks"),
-    "Spread": "spread",
-    **dict.fromkeys(["TensorFacts", "TensorWeights", "WeightSource"], "weights"),
+    "RankGroup": "ranks",
+    **dict.fromkeys(["TensorInfo", "TensorWeights", "WeightSource"], "weights"),
 }  # fmt: skip
 
 __all__ = [
-    "ALONE",
+    "CONTRACT_VERSION",
     "DTYPES",
     "Batch",
     "BatchLoader",
@@ -128,36 +120,41 @@ __all__ = [
     "DataError",
     "Denoiser",
     "Discriminating",
+    "DiscriminatorSpec",
     "DistillAdapter",
     "DistillError",
-    "DistillMethod",
+    "DynamicShift",
     "ExpertRouting",
-    "ExportFormat",
     "ExportRequest",
     "Exporter",
     "FamilyPlugin",
     "ForeignNames",
     "FsdpPolicy",
-    "HeadSpec",
+    "Group",
     "ImageConditioning",
     "LatentCodec",
     "LoraSpec",
+    "MethodConfig",
     "MethodPlugin",
     "ModelBundle",
     "ModulePlan",
     "NoiseSchedule",
     "NonFiniteLossError",
+    "OptionalContracts",
     "OutputError",
     "PlannedRun",
+    "Plugin",
     "PluginError",
     "Precision",
     "PredType",
+    "Problem",
     "RandomStreams",
     "RankError",
-    "Ranks",
+    "RankGroup",
     "RoleError",
     "RoleHandle",
     "RoleNeed",
+    "RoleOptions",
     "RolePlan",
     "RoleSpec",
     "RowGenerators",
@@ -166,22 +163,22 @@ __all__ = [
     "SampleView",
     "Sampler",
     "SamplerSpec",
-    "Spread",
     "StepRecord",
     "StepResult",
     "StopFlag",
     "StopRequested",
     "Tangents",
-    "TensorFacts",
+    "TensorInfo",
     "TensorPlan",
     "TensorWeights",
     "Tracker",
+    "TrackerPlugin",
+    "TrainableMethod",
     "WeightAverage",
     "WeightSource",
     "WeightsError",
+    "below",
     "derive_seed",
-    "load_plugin",
-    "plugin_names",
     "shift_sigma",
 ]  # fmt: skip
 

@@ -8,8 +8,8 @@ float tensor [B] in [0, 1000], t = 1000 sigma, never cast to bf16 or int. Where 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -17,10 +17,8 @@ from torch import Tensor
 from distill_protocols.batch import Condition
 from distill_protocols.capabilities import Capabilities, PredType
 from distill_protocols.causal import Chunk, ChunkCall, CleanPast
-from distill_protocols.plugins import ExportRequest, RoleSpec
 from distill_protocols.random import RowGenerators
 from distill_protocols.sampler import SamplerSpec
-from distill_protocols.weights import WeightSource
 
 
 class NoiseSchedule(Protocol):
@@ -128,6 +126,10 @@ class LatentCodec(Protocol):
         """z std + mean per channel."""
         ...
 
+    def encode(self, video: Tensor) -> Tensor:
+        """Raw (not normalised) latents [B, C, T, H, W] of clips [B, 3, F, H_px, W_px] in [0, 1]."""
+        ...
+
     def decode(self, latents: Tensor) -> Tensor:
         """Clips [B, 3, F, H_px, W_px] in [0, 1] from normalised latents, without gradient."""
         ...
@@ -145,6 +147,13 @@ class ConditionEncoder(Protocol):
         """Hash of the encoder's weights and settings: a cached embedding is valid under it only.
 
         None where the run has no encoder, because all conditions are stored.
+        """
+        ...
+
+    def keep_encoders_loaded(self) -> AbstractContextManager[Any]:
+        """Within: what encodes conditions stays loaded, for many encodings after each other.
+
+        Outside, an encoding may read its encoder and free it again.
         """
         ...
 
@@ -167,6 +176,25 @@ class CausalRollout(Protocol):
         """Forget the past of ``role``: of one stream, or of all."""
         ...
 
+    def stream(
+        self,
+        role: str,
+        spec: SamplerSpec,
+        noises: Iterable[Tensor],
+        cond: Condition,
+        *,
+        neg_cond: Condition | None = None,
+        generators: RowGenerators | None = None,
+        poll: Callable[[], None] | None = None,
+    ) -> Generator[Tensor, None, None]:
+        """Clean latents of a video, chunk by chunk, as ``noises`` are asked for.
+
+        Args:
+            noises: of each chunk [B, C, T of the chunk, H, W] (``chunks``), without an end if need
+                be.
+        """
+        ...
+
 
 class Sampler(Protocol):
     """From noise to clean latents, by one spec."""
@@ -181,7 +209,7 @@ class Sampler(Protocol):
         neg_cond: Condition | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
-        seen: Callable[[int, Tensor], None] | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Normalised clean latents [B, C, T, H, W].
 
@@ -190,7 +218,7 @@ class Sampler(Protocol):
                 neighbours in the batch.
             poll: called before each of the sampler's steps; what it raises ends the sampling
                 (``StopFlag.poll``).
-            seen: called before each step with its number and x_t at ``spec.sigmas()`` of it: of
+            on_step: called before each step with its number and x_t at ``spec.sigmas()`` of it: of
                 step 0 that is ``noise``. What it is given never changes. Only of roles that are
                 not causal: a causal one has no x_t of a whole clip.
         """
@@ -203,8 +231,8 @@ class Sampler(Protocol):
         noise: Tensor,
         cond: Condition,
         *,
-        exits: Sequence[int],
-        learns: Sequence[bool] | None = None,
+        exit_steps: Sequence[int],
+        requires_grad: Sequence[bool] | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
     ) -> Tensor:
@@ -218,9 +246,9 @@ class Sampler(Protocol):
 
         Args:
             noise: T may be another than that of the run's clips where the role is causal.
-            exits: k in 0 .. spec.steps - 1 of each chunk (``CausalRollout.chunks``; one of a role
+            exit_steps: k in 0 .. spec.steps - 1 of each chunk (``CausalRollout.chunks``; one of a role
                 that is not causal). Ranks that share a sharded role must use the same.
-            learns: whether a chunk's exit call is made with gradient, where the caller's mode
+            requires_grad: whether a chunk's exit call is made with gradient, where the caller's mode
                 allows it; None: all of them.
         """
         ...
@@ -269,60 +297,48 @@ class ImageConditioning(Protocol):
         ...
 
 
+class OptionalContracts(Protocol):
+    """What an adapter may support beyond calling and sampling its models.
+
+    Each is None exactly where ``capabilities`` does not state it, so that what a family does not
+    have cannot be called.
+    """
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+    @property
+    def causal(self) -> CausalRollout | None:
+        """Where some role of the run is causal (``supports_kv_cache``)."""
+        ...
+
+    @property
+    def experts(self) -> ExpertRouting | None:
+        """``supports_expert_routing``."""
+        ...
+
+    @property
+    def images(self) -> ImageConditioning | None:
+        """``supports_image_condition``."""
+        ...
+
+    @property
+    def discriminators(self) -> Discriminating | None:
+        """``supports_features``."""
+        ...
+
+    @property
+    def tangents(self) -> Tangents | None:
+        """``supports_jvp``."""
+        ...
+
+
 class DistillAdapter(
     NoiseSchedule,
     Denoiser,
     LatentCodec,
     ConditionEncoder,
-    CausalRollout,
     Sampler,
-    ExpertRouting,
-    ImageConditioning,
+    OptionalContracts,
     Protocol,
 ):
-    """One family's adapter: everything above, and what it supports of it. What it does not
-    support is never asked for."""
-
-    @property
-    def capabilities(self) -> Capabilities: ...
-
-
-class Exporter(Protocol):
-    """Writes one role where other tools can read it."""
-
-    def export(
-        self,
-        role: RoleSpec,
-        weights: Mapping[str, WeightSource],
-        folder: Path,
-        request: ExportRequest,
-    ) -> Mapping[str, Any]:
-        """Write ``folder`` whole or not at all, tensor by tensor.
-
-        Returns facts; ``notes`` among them are lines that a person should read.
-
-        Args:
-            role: where it came from: its path says how it is built, and is the base of a LoRA.
-            weights: by module, whole; or of a LoRA role the adapters alone.
-
-        Raises:
-            OutputError: ``folder`` holds something else, or cannot be written.
-            WeightsError: keys are missing or unexpected, or a component to copy is damaged.
-        """
-        ...
-
-    def verify(
-        self,
-        role: RoleSpec,
-        weights: Mapping[str, WeightSource],
-        folder: Path,
-        request: ExportRequest,
-    ) -> Mapping[str, Any]:
-        """Read ``folder`` with the reader that it is for, and compare with ``weights``.
-
-        Returns what was compared; ``notes`` say it in lines to read.
-
-        Raises:
-            WeightsError: a key is unmatched, or an output differs from that of ``weights``.
-        """
-        ...
+    """One family's adapter: the mandatory contracts, and the optional ones as attributes."""

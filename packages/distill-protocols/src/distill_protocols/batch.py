@@ -45,7 +45,7 @@ class Condition:
             )
         return Condition({k: v.expand(batch, *v.shape[1:]) for k, v in self.tensors.items()})
 
-    def over(self, below: Condition) -> Condition:
+    def merged_onto(self, below: Condition) -> Condition:
         """These tensors, and those of ``below`` under names that are not here.
 
         A negative condition says what replaces what: one of text alone leaves a picture as it is.

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from distill_protocols.errors import RoleError
-from distill_protocols.plugins import EMPTY, FsdpPolicy, HeadSpec
+from distill_protocols.roles import DiscriminatorSpec, FsdpPolicy, Precision
 from distill_protocols.weights import TensorWeights
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -58,16 +56,17 @@ class RoleHandle:
         trainable: a frozen role has no optimizer and takes no gradient, ever.
         precision: compute precision of a call. A trainable role keeps fp32 weights under it.
         fsdp_policy: how it is spread over processes; the trainer's distribution reads it.
-        call_facts: what the family's adapter must know to call the modules and no module says
+        call_options: what the family's adapter must know to call the modules and no module says
             (which of two experts when ...); nobody else reads it.
         blocks: by module, the dotted names of its repeated blocks: what is sharded one at a time
             where the policy names nothing else.
         offload: weights wait in host memory while other roles are called.
-        heads: which features it reads, of a role that is a discriminator; None: it is a model.
+        discriminator: which features it reads, of a role that is a discriminator; None: the role
+            is a model.
         trained: by module, the names of the only parameters that ever move (LoRA: the adapter's);
             None: all of them. The others are what the role's source says, and are not saved.
         device: where calls compute; None: where the weights are.
-        put_away: frees whole weights that were gathered from several processes for a call. Comes
+        release_gathered: frees whole weights that were gathered from several processes for a call. Comes
             before anything reads or changes a parameter from outside of a call, as it would find
             the gathered copy in its place.
         ema, optimizers, schedulers: keyed by module name.
@@ -78,13 +77,13 @@ class RoleHandle:
     trainable: bool = False
     precision: Precision = "fp32"
     fsdp_policy: FsdpPolicy | None = None
-    call_facts: Mapping[str, Any] = field(factory=dict)
+    call_options: Mapping[str, Any] = field(factory=dict)
     blocks: Mapping[str, tuple[str, ...]] = field(factory=dict)
     offload: bool = False
-    heads: HeadSpec | None = None
+    discriminator: DiscriminatorSpec | None = None
     trained: Mapping[str, frozenset[str]] | None = None
     device: torch.device | None = None
-    put_away: Callable[[], None] = lambda: None
+    release_gathered: Callable[[], None] = lambda: None
     ema: dict[str, WeightAverage] = field(factory=dict)
     optimizers: dict[str, Optimizer] = field(factory=dict)
     schedulers: dict[str, LRScheduler] = field(factory=dict)
@@ -103,7 +102,7 @@ class RoleHandle:
                 f"role {self.name!r} is frozen (trainable: false), so it has no optimizer and "
                 "must never get a gradient. Set models.<role>.trainable: true if it shall learn."
             )
-        self.put_away()
+        self.release_gathered()
         for key, module in self.modules.items():
             if self.trained is None:
                 module.requires_grad_(enabled)
@@ -116,7 +115,7 @@ class RoleHandle:
         """The parameters of ``module`` that training moves, by name; none of a frozen role."""
         if not self.trainable:
             return {}
-        self.put_away()
+        self.release_gathered()
         parameters = dict(self.modules[module].named_parameters())
         if self.trained is None:
             return parameters
@@ -128,7 +127,7 @@ class RoleHandle:
         Trained parameters, and persistent buffers. The tensors are the module's own, not copies;
         parameters stay parameters (tied ones under each of their names).
         """
-        self.put_away()
+        self.release_gathered()
         state = self.modules[module].state_dict(keep_vars=True)
         if self.trained is None:
             return state
@@ -163,7 +162,7 @@ class RoleHandle:
                 without being saved.
         """
         for key, module in self.modules.items():
-            self.put_away()
+            self.release_gathered()
             meant = set(self.trained_parameters(key))
             names = {p: name for name, p in module.named_parameters()}
             takes = {name for p, name in names.items() if p.requires_grad}
@@ -200,17 +199,17 @@ class RoleHandle:
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Within: eval mode and no gradient to its weights; after: each part as it was."""
-        self.put_away()
+        self.release_gathered()
         modes = [(p, p.training) for module in self.modules.values() for p in module.modules()]
-        learns = [(p, p.requires_grad) for m in self.modules.values() for p in m.parameters()]
+        flags = [(p, p.requires_grad) for m in self.modules.values() for p in m.parameters()]
         self.set_trainable(False)
         try:
             yield
         finally:
-            self.put_away()
+            self.release_gathered()
             for part, training in modes:
                 part.training = training
-            for parameter, requires_grad in learns:
+            for parameter, requires_grad in flags:
                 parameter.requires_grad_(requires_grad)
 
     @contextlib.contextmanager
@@ -248,7 +247,9 @@ class ModelBundle:
 
     roles: dict[str, RoleHandle]
 
-    def require_roles(self, names: Iterable[str], *, why: Mapping[str, str] = EMPTY) -> None:
+    def require_roles(
+        self, names: Iterable[str], *, why: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         """Raise ``RoleError`` saying which of ``names`` are missing and which roles exist.
 
         Args:
@@ -282,91 +283,3 @@ class ModelBundle:
             for name, role in self.roles.items()
             for key, value in table[kind](role).items()
         }
-
-
-@frozen(kw_only=True)
-class TensorPlan:
-    """One parameter as a role will hold it.
-
-    Attributes:
-        block: dotted name of the repeated block that it belongs to: what is gathered at once
-            where the role is sharded. None: of no block.
-        trained: whether training moves it.
-        adapter: whether LoRA added it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    block: str | None = None
-    trained: bool = False
-    adapter: bool = False
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-
-@frozen(kw_only=True)
-class ModulePlan:
-    """One module as it will be, from the meta device: no weights.
-
-    Attributes:
-        tensors: its parameters, in the module's order.
-        buffers, buffer_bytes: elements and bytes of its buffers.
-    """
-
-    name: str
-    architecture: str
-    tensors: tuple[TensorPlan, ...]
-    buffers: int = 0
-    buffer_bytes: int = 0
-
-    @property
-    def parameters(self) -> int:
-        """How many, without adapters."""
-        return sum(tensor.numel for tensor in self.tensors if not tensor.adapter)
-
-    @property
-    def adapters(self) -> int:
-        """Parameters that LoRA adds to them; they alone train then."""
-        return sum(tensor.numel for tensor in self.tensors if tensor.adapter)
-
-
-@frozen(kw_only=True)
-class RolePlan:
-    """One role as it will be."""
-
-    role: str
-    source: str
-    modules: tuple[ModulePlan, ...]
-    present: bool
-    """Whether the weights are there to be read now."""
-
-    @property
-    def parameters(self) -> int:
-        """Over all modules, without adapters."""
-        return sum(module.parameters for module in self.modules)
-
-    @property
-    def adapters(self) -> int:
-        """Over all modules."""
-        return sum(module.adapters for module in self.modules)
-
-
-@frozen(kw_only=True)
-class CallPlan:
-    """Bytes of one forward call of a role (with its backward pass, where it learns), beside its
-    weights and their gradients.
-
-    Attributes:
-        held: between forward and backward; 0 of a role that does not learn.
-        most: at once, at any moment.
-    """
-
-    held: int
-    most: int

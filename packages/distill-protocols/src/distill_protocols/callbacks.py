@@ -10,9 +10,9 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from distill_protocols.batch import BatchLoader
-from distill_protocols.method import DistillMethod
+from distill_protocols.method import TrainableMethod
 from distill_protocols.random import RandomStreams
-from distill_protocols.ranks import ALONE, Ranks
+from distill_protocols.ranks import RankGroup
 
 
 class Tracker(Protocol):
@@ -50,7 +50,7 @@ class StepRecord:
 class RunState:
     """The run as a callback sees it. Callbacks read it, add metrics, and may ask for a stop."""
 
-    method: DistillMethod[Any]
+    method: TrainableMethod
     loader: BatchLoader
     streams: RandomStreams
     output_dir: Path
@@ -73,14 +73,14 @@ class RunState:
     another process was: all of them call it alike. Before the weights are saved or shown, as on an
     accelerator the trainer itself only looks now and then."""
 
-    ranks: Ranks = ALONE
-    """The processes of the run. What only one shall do (files, trackers) is for ``ranks.first``;
-    what asks the others must be done by all of them alike."""
+    ranks: RankGroup
+    """The processes of the run. What only one shall do (files, trackers) is for
+    ``ranks.is_first``; what asks the others must be done by all of them alike."""
     enter: Callable[[str], None] = field(default=lambda phase: None)
     """Notes what this process does from now on (``run.enter("validation")``): where there are
     several, the others say it of one that they have lost. The trainer enters each hook of a
     callback by itself; whatever takes long may say more. Not from threads."""
-    meet: Callable[[str], None] = field(default=lambda phase: None)
+    check_in_sync: Callable[[str], None] = field(default=lambda phase: None)
     """``enter`` on all processes together, which may be nowhere else. Raises ``RankError`` on each
     that comes if one does not, or is elsewhere."""
 

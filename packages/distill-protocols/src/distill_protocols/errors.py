@@ -3,7 +3,7 @@
 ::
 
     DistillError
-    ├── ConfigError            the run file is wrong; carries every fault of the file
+    ├── ConfigError            the run file is wrong; carries every problem of the file
     ├── ContractError          two parts do not fit together (programmer or plugin author)
     │   ├── RoleError          a role is missing, or trainable where it must be frozen
     │   ├── CapabilityError    the adapter cannot do what the method asks for
@@ -33,11 +33,11 @@ class DistillError(Exception):
 
 
 class ConfigError(DistillError):
-    """The run file is wrong. ``faults`` holds one line per fault, in the order of the file."""
+    """The run file is wrong. ``problems`` holds one line per problem, in the order of the file."""
 
-    def __init__(self, faults: Sequence[str]) -> None:
-        self.faults = tuple(faults)
-        super().__init__("\n".join(self.faults))
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
 
 
 class ContractError(DistillError):

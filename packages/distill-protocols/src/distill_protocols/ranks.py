@@ -1,165 +1,76 @@
-"""Several processes that act as one: what one of them cannot do, none has done."""
+"""Several processes that act as one: the contract."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from datetime import timedelta
-from typing import Any, TypeVar, cast
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
 
-from attrs import frozen
-from torch import distributed
 from torch.distributed import ProcessGroup
-
-from distill_protocols.errors import DistillError, RankError
 
 T = TypeVar("T")
 
 
-@frozen(eq=False, kw_only=True)
-class Ranks:
-    """The processes of a run, in a group of their own, which works beside nccl and other threads.
+class RankGroup(Protocol):
+    """The processes of a run. What one of them cannot do, none has done.
 
-    Attributes:
-        rank: this one; 0 decides.
-        size: how many there are.
-        group: over gloo; None for a process alone.
-        timeout: seconds after which a rank that does not answer is given up.
-        error: what is raised where ranks do not act as one.
-        advice: how such an error's message ends: the way out.
+    All ranks make the same calls in the same order.
     """
 
-    rank: int = 0
-    size: int = 1
-    group: ProcessGroup | None = None
-    timeout: float = 0.0
-    error: type[DistillError] = RankError
-    advice: str = ""
-
-    @classmethod
-    def of_this_run(
-        cls, timeout: float, *, error: type[DistillError] = RankError, advice: str = ""
-    ) -> Ranks:
-        """All ranks call it together; where there is one process, it is alone.
-
-        Args:
-            timeout: seconds after which a rank that does not answer is given up.
-        """
-        if not distributed.is_available() or not distributed.is_initialized():
-            return cls(error=error, advice=advice)
-        if distributed.get_world_size() == 1:
-            return cls(error=error, advice=advice)
-        group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        assert isinstance(group, ProcessGroup)  # it is of all ranks, so this one is a member
-        return cls(
-            rank=distributed.get_rank(),
-            size=distributed.get_world_size(),
-            group=group,
-            timeout=timeout,
-            error=error,
-            advice=advice,
-        )
-
-    @classmethod
-    @contextlib.contextmanager
-    def held(cls, timeout: float, *, error: type[DistillError] = RankError) -> Iterator[Ranks]:
-        """Within: ``of_this_run``; its group is given back at the end."""
-        ranks = cls.of_this_run(timeout, error=error)
-        try:
-            yield ranks
-        finally:
-            if ranks.group is not None:
-                distributed.destroy_process_group(ranks.group)
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def group(self) -> ProcessGroup | None:
+        """Over gloo; None for a process alone."""
+        ...
 
     @property
-    def first(self) -> bool:
-        return self.rank == 0
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which decides and writes."""
+        ...
 
-    def agree(self, action: Callable[[], T]) -> list[T]:
-        """Every rank does ``action``; what came of it, by rank.
-
-        Raises:
-            DistillError: it failed on some rank: the same error on all. Where a rank's own is
-                another error of the framework, that rank raises it.
-        """
-        if self.group is None:
-            return [action()]
-        value: T | None = None
-        error: Exception | None = None
-        try:
-            value = action()
-        except Exception as caught:
-            error = caught
-        told: list[Any] = [None] * self.size
-        self.meet()  # a gather would know only that not all came
-        with self.in_time():
-            distributed.all_gather_object(told, (_said(error), value), group=self.group)
-        failures = [f"rank {rank}: {said}" for rank, (said, _) in enumerate(told) if said]
-        if failures:
-            if isinstance(error, DistillError) and not isinstance(error, self.error):
-                raise error
-            raise self.error("; ".join(failures)) from error
-        return [cast(T, value) for _, value in told]
-
-    def each(self, action: Callable[[], T]) -> T:
-        """Every rank does ``action`` by itself, and keeps what comes of it.
+    def gather_results(self, action: Callable[[], T]) -> list[T]:
+        """Every rank does ``action``; the results by rank.
 
         Raises:
-            DistillError: as ``agree``.
+            DistillError: it failed on some rank: the same error on all.
         """
-        kept: list[T] = []
-        self.agree(lambda: kept.append(action()))
-        return kept[0]
+        ...
 
-    def decide(self, action: Callable[[], T]) -> T:
-        """Rank 0 does ``action``, and all get what came of it.
+    def run_each(self, action: Callable[[], T]) -> T:
+        """Every rank does ``action`` by itself, and keeps its own result.
+
+        Raises:
+            DistillError: as ``gather_results``.
+        """
+        ...
+
+    def run_on_first(self, action: Callable[[], T]) -> T:
+        """Rank 0 does ``action``, and all get its result.
 
         Raises:
             DistillError: it failed: the same error on all.
         """
-        return self.agree(lambda: action() if self.first else cast(T, None))[0]
+        ...
 
-    def meet(self) -> None:
-        """Until all ranks are here.
+    def barrier(self) -> None:
+        """Wait until all ranks are here.
 
         Raises:
             DistillError: some do not come. Rank 0 says which; the others, that it knows.
         """
-        if self.group is not None:
-            with self.in_time():
-                within = timedelta(seconds=self.timeout)
-                distributed.monitored_barrier(self.group, within, wait_all_ranks=True)
+        ...
 
-    def all_alike(self, value: Any) -> list[int]:
-        """The ranks whose ``value`` is not rank 0's (none: all agree); any small value."""
-        values = self.agree(lambda: value)
-        return [rank for rank, theirs in enumerate(values) if theirs != values[0]]
+    def ranks_that_differ(self, value: Any) -> list[int]:
+        """The ranks whose ``value`` (small, picklable) is not rank 0's; empty: all agree."""
+        ...
 
-    @contextlib.contextmanager
-    def in_time(self) -> Iterator[None]:
+    def within_timeout(self) -> AbstractContextManager[None]:
         """Around every wait for other ranks.
 
         Raises:
             DistillError: one of them died, or did not come within the timeout.
         """
-        try:
-            yield
-        except RuntimeError as error:
-            if self.group is None:
-                raise
-            raise self.error(
-                f"rank {self.rank} lost the others ({str(error).splitlines()[0]}): one of them "
-                f"died, or did not answer within {self.timeout:g} s. All ranks act together. Look "
-                "for the first error among their logs, then start all again with "
-                f"checkpoint.resume: latest{self.advice}."
-            ) from error
-
-
-ALONE = Ranks()
-"""A process by itself."""
-
-
-def _said(error: Exception | None) -> str | None:
-    if error is None or isinstance(error, DistillError | OSError):
-        return None if error is None else str(error)
-    return f"{type(error).__name__}: {error}"
+        ...

@@ -6,11 +6,13 @@ No torch here: run files are checked and plans printed without it.
 from __future__ import annotations
 
 import itertools
+import math
 from typing import TypeVar
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
-from distill_protocols.validators import above, at_least
+from distill_protocols.errors import ContractError
+from distill_protocols.validators import above, at_least, within
 
 Number = TypeVar("Number")
 
@@ -23,13 +25,73 @@ def shift_sigma(u: Number, shift: float) -> Number:
     return shift * u / (1 + (shift - 1) * u)  # type: ignore[operator]
 
 
+_TOKENS = "it counts tokens"
+
+
+def _more_tokens(rule: DynamicShift, _: object, value: int) -> None:
+    if not value > rule.base_tokens:
+        raise ValueError(
+            f"{value} must be above base_tokens ({rule.base_tokens}): mu is a straight line "
+            "between the two"
+        )
+
+
+@frozen(kw_only=True)
+class DynamicShift:
+    """A flow shift that depends on how many tokens a clip makes (Flux, LTX-Video, Qwen-Image).
+
+    ``s' = e^mu / (e^mu + 1 / s - 1)``, which is ``S_k`` with ``k = e^mu``; mu is a straight line
+    through (base_tokens, base_mu) and (max_tokens, max_mu), also beyond them. Afterwards ``1 - s'``
+    is scaled so that the last noise level is ``terminal`` (diffusers 0.42
+    ``FlowMatchEulerDiscreteScheduler.time_shift`` and ``stretch_shift_to_terminal``,
+    ``pipelines/ltx/pipeline_ltx.py calculate_shift``).
+
+    Attributes:
+        base_tokens, base_mu: one point of the line.
+        max_tokens, max_mu: the other.
+        terminal: noise level of the last step; left out: whatever the shift makes of it.
+    """
+
+    base_tokens: int = field(default=256, validator=at_least(1, _TOKENS))
+    max_tokens: int = field(default=4096, validator=[at_least(1, _TOKENS), _more_tokens])
+    base_mu: float = 0.5
+    max_mu: float = 1.15
+    terminal: float | None = field(default=None)
+
+    @terminal.validator
+    def _check_terminal(self, attribute: object, value: float | None) -> None:
+        if value is not None:
+            within(0, 1, "it is a noise level")(self, attribute, value)
+
+    def mu(self, tokens: int) -> float:
+        """log of the shift for a clip of ``tokens``."""
+        slope = (self.max_mu - self.base_mu) / (self.max_tokens - self.base_tokens)
+        return self.base_mu + slope * (tokens - self.base_tokens)
+
+    def sigmas(self, steps: int, tokens: int) -> tuple[float, ...]:
+        """Noise level of each of ``steps`` calls, descending in (0, 1]."""
+        shift = math.exp(self.mu(tokens))
+        sigmas = [float(shift_sigma(1 - i / steps, shift)) for i in range(steps)]
+        if self.terminal is None or steps == 1:  # a single step starts at pure noise
+            return tuple(sigmas)
+        scale = (1 - sigmas[-1]) / (1 - self.terminal)
+        return tuple(1 - (1 - sigma) / scale for sigma in sigmas)
+
+
+def _positive_or_rule(spec: object, attribute: object, value: float | DynamicShift) -> None:
+    if not isinstance(value, DynamicShift):
+        reason = "S_k(u) = k u / (1 + (k - 1) u) is a noise level for positive k only"
+        above(0, reason)(spec, attribute, value)
+
+
 @frozen(kw_only=True)
 class SamplerSpec:
     """One way to walk from noise to a clip.
 
     Attributes:
         steps: model calls (before guidance doubles them).
-        shift: flow shift k applied to the uniform grid u = 1, 1 - 1/steps, ...
+        shift: flow shift k applied to the uniform grid u = 1, 1 - 1/steps, ...; or a rule that
+            takes it from the number of tokens (see ``resolved``).
         guidance: w in ``u + w (c - u)``; 1 is conditional, 0 unconditional. (CausVid,
             Self-Forcing and FastVideo's old code write ``c + s (c - u)``, which is w = s + 1.)
         guidance_2: w of the expert for the low noise levels, where a model has two; left out, the
@@ -44,10 +106,7 @@ class SamplerSpec:
     """
 
     steps: int = field(validator=at_least(1, "a clip takes at least one model call"))
-    shift: float = field(
-        default=1.0,
-        validator=above(0, "S_k(u) = k u / (1 + (k - 1) u) is a noise level for positive k only"),
-    )
+    shift: float | DynamicShift = field(default=1.0, validator=_positive_or_rule)
     guidance: float = field(
         default=1.0,
         validator=at_least(0, "u + w (c - u) with w < 0 leads away from the prompt; 1 is plain"),
@@ -96,10 +155,27 @@ class SamplerSpec:
                 "noise (t = 1000 is pure noise)"
             )
 
+    def resolved(self, tokens: int) -> SamplerSpec:
+        """The same for clips of ``tokens`` tokens, with the timesteps that a ``DynamicShift``
+        gives them; unchanged where the shift is a number."""
+        if not isinstance(self.shift, DynamicShift):
+            return self
+        times = tuple(1000 * sigma for sigma in self.shift.sigmas(self.steps, tokens))
+        return evolve(self, shift=1.0, timesteps=times)
+
     def sigmas(self) -> tuple[float, ...]:
-        """Noise level of each model call, descending in (0, 1]; the end (0) is not included."""
+        """Noise level of each model call, descending in (0, 1]; the end (0) is not included.
+
+        Raises:
+            ContractError: the shift depends on the number of tokens, which is not known here.
+        """
         if self.timesteps is not None:
             return tuple(t / 1000 for t in self.timesteps)
+        if isinstance(self.shift, DynamicShift):
+            raise ContractError(
+                "the sampler's shift depends on the number of tokens of a clip, so its noise "
+                "levels are not known yet. Use SamplerSpec.resolved(tokens)"
+            )
         return tuple(float(shift_sigma(1 - i / self.steps, self.shift)) for i in range(self.steps))
 
     @property

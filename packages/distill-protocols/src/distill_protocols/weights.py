@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @frozen
-class TensorFacts:
+class TensorInfo:
     """What a tensor is, without its numbers."""
 
     size: tuple[int, ...]
@@ -39,7 +39,7 @@ class WeightSource(Protocol):
         """What they are the weights of, for messages: a path, ``role student`` ..."""
         ...
 
-    def facts(self) -> Mapping[str, TensorFacts]:
+    def describe(self) -> Mapping[str, TensorInfo]:
         """What there is, under the names of the module's own ``state_dict``. Reads no numbers."""
         ...
 
@@ -63,8 +63,8 @@ class TensorWeights(WeightSource):
     where: str  # type: ignore[override]
     tensors: Mapping[str, Tensor]
 
-    def facts(self) -> Mapping[str, TensorFacts]:
-        return {n: TensorFacts(tuple(t.shape), t.dtype) for n, t in self.tensors.items()}
+    def describe(self) -> Mapping[str, TensorInfo]:
+        return {n: TensorInfo(tuple(t.shape), t.dtype) for n, t in self.tensors.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self.tensors[name].detach().cpu() for name in names}

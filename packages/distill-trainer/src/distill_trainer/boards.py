@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import attrs
 from attrs import frozen
-from distill_protocols import Ranks
+from distill_runtime import Ranks
 from torch import distributed
 from torch.distributed import TCPStore
 
@@ -77,7 +77,7 @@ class Boards:
         """
         timeout = timedelta(seconds=min(_ANSWER_SECONDS, ranks.timeout))
         own = _hosted(timeout) if ranks.rank in (0, ranks.size - 1) else None
-        told = ranks.agree(lambda: (socket.gethostname(), own and own.port))
+        told = ranks.gather_results(lambda: (socket.gethostname(), own and own.port))
         # Names need not be known to a resolver where all are on one machine.
         alone = len({name for name, _ in told}) == 1
         stores = []

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from attrs import Attribute, field, frozen
 from attrs.validators import optional
-from distill_protocols.sampler import SamplerSpec
+from distill_protocols import SamplerSpec
 from distill_protocols.validators import above, at_least, within
 
 TrackerName = Literal["tensorboard", "jsonl", "wandb"]

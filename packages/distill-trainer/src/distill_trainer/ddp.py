@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from distill_protocols import DistillMethod, StepResult
+from distill_protocols import StepResult, TrainableMethod
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,7 +33,7 @@ class DDPTrainStepWrapper:
     All processes make it, and step it, alike.
     """
 
-    def __init__(self, method: DistillMethod[Any]) -> None:
+    def __init__(self, method: TrainableMethod) -> None:
         self._method = method
         self._whole = {
             f"{name}.{key}": whole

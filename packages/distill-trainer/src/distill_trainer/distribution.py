@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from attrs import field, frozen
 from distill_protocols import (
-    ALONE,
-    DistillMethod,
     FsdpPolicy,
     RankError,
-    Ranks,
     RoleError,
     RoleHandle,
     StepResult,
+    TrainableMethod,
 )
+from distill_runtime import ALONE, Ranks
 from torch import Tensor, distributed, nn
 
 from distill_trainer.config import DistributedConfig
@@ -59,7 +58,7 @@ class Distribution:
     ranks: Ranks = ALONE
     strategy: Strategy = "none"
     mesh: DeviceMesh | None = None
-    _running: dict[DistillMethod[Any], _Running] = field(factory=dict, init=False)
+    _running: dict[TrainableMethod, _Running] = field(factory=dict, init=False)
 
     @classmethod
     @contextlib.contextmanager
@@ -81,7 +80,7 @@ class Distribution:
         with contextlib.ExitStack() as stack:
             if size > 1 or strategy in _SHARDS:
                 stack.enter_context(process_group(launch, device, config.timeout_seconds))
-            ranks = stack.enter_context(Ranks.held(config.timeout_seconds))
+            ranks = stack.enter_context(Ranks.temporary(config.timeout_seconds))
             yield cls(
                 config=config,
                 device=device,
@@ -104,7 +103,7 @@ class Distribution:
             RankError: strategy and number of processes do not fit.
             RoleError: a strategy that shards, and nobody has sharded any weight.
         """
-        with Ranks.held(config.timeout_seconds) as ranks:
+        with Ranks.temporary(config.timeout_seconds) as ranks:
             strategy = _strategy(config, ranks.size)
             if strategy in _SHARDS and not any(map(is_shard, weights)):
                 raise RoleError(
@@ -155,7 +154,7 @@ class Distribution:
 
         shard_role(role, policy or FsdpPolicy(), self.mesh)
 
-    def train_step(self, method: DistillMethod[Any]) -> TrainStep:
+    def train_step(self, method: TrainableMethod) -> TrainStep:
         """``method.single_train_step`` such that what averages gradients sees it (DDP's hooks).
 
         All processes call it alike, once before the first ``micro_step`` of a run.
@@ -166,7 +165,7 @@ class Distribution:
         return method.single_train_step if running.ddp is None else running.ddp.single_train_step
 
     @contextlib.contextmanager
-    def micro_step(self, method: DistillMethod[Any], *, last: bool) -> Iterator[None]:
+    def micro_step(self, method: TrainableMethod, *, last: bool) -> Iterator[None]:
         """Around forward and backward of one micro step: gradients are averaged over processes in
         the last one only, and for all micro steps of the iteration."""
         running = self._running[method]
@@ -183,7 +182,7 @@ class Distribution:
             for part, name in running.buffers:
                 distributed.broadcast(buffer_of(part, name), 0)
 
-    def drop_gradients(self, method: DistillMethod[Any]) -> None:
+    def drop_gradients(self, method: TrainableMethod) -> None:
         """Forget an iteration that was left before its last micro step was done."""
         running = self._running[method]
         if running.sharded:
@@ -208,7 +207,7 @@ class _Running:
     buffers: list[tuple[nn.Module, str]]
 
     @classmethod
-    def of(cls, method: DistillMethod[Any], ranks: Ranks) -> _Running:
+    def of(cls, method: TrainableMethod, ranks: Ranks) -> _Running:
         several = ranks.size > 1
         roles = method.bundle.roles.values()
         modules = list(method.model_dict.values())

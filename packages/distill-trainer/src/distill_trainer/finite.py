@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from attrs import frozen
-from distill_protocols import ALONE, NonFiniteLossError, Ranks
+from distill_protocols import NonFiniteLossError
+from distill_runtime import ALONE, Ranks
 from torch import Tensor
 
 
@@ -83,18 +84,18 @@ class FiniteGuard:
         """Look at everything that is kept; one wait for the device.
 
         Raises:
-            NonFiniteLossError: of the first micro step, or its gradient, at fault.
+            NonFiniteLossError: of the first micro step, or its gradient, at problem.
             RankError: so it is on another rank.
         """
         pending, self._pending = self._pending, []
         if not pending:  # so it is on all ranks then
             return
-        fault = _first_fault(pending)
+        problem = _first_problem(pending)
         # Gradients are everybody's: where a loss spoilt them, that rank knows better.
-        own = fault if fault is not None and fault.error is NonFiniteLossError else None
-        self._ranks.agree(lambda: None if own is None else own.raise_if_not_finite())
-        if fault is not None:
-            fault.raise_if_not_finite()
+        own = problem if problem is not None and problem.error is NonFiniteLossError else None
+        self._ranks.gather_results(lambda: None if own is None else own.raise_if_not_finite())
+        if problem is not None:
+            problem.raise_if_not_finite()
 
     def forget(self, iteration: int) -> None:
         """Drop what is kept of an iteration that was taken back: it reached no weight."""
@@ -106,7 +107,7 @@ class FiniteGuard:
         return any(value.device.type != "cpu" for value in values.values())
 
 
-def _first_fault(pending: Sequence[_Watched]) -> _Watched | None:
+def _first_problem(pending: Sequence[_Watched]) -> _Watched | None:
     values = [value for watched in pending for value in watched.values.values()]
     # Not as float32, where a large float64 would be inf.
     if not values or torch.stack([torch.isfinite(value) for value in values]).all():

@@ -11,7 +11,8 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
-from distill_protocols import RankError, Ranks, RunState, StopFlag
+from distill_protocols import RankError, RunState, StopFlag
+from distill_runtime import Ranks
 from torch import distributed
 
 from distill_trainer.boards import Boards, Note
@@ -30,7 +31,7 @@ _SETTLING_SECONDS = 1.0
 
 @contextlib.contextmanager
 def in_step(run: RunState, timeout: float) -> Iterator[Lockstep | None]:
-    """Within: ``run.enter``, ``run.meet`` and the questions of a new ``method.stop`` (the former
+    """Within: ``run.enter``, ``run.check_in_sync`` and the questions of a new ``method.stop`` (the former
     flag is put back after) keep the ranks of the run in step. All ranks must enter.
 
     They ask over a gloo group of their own: such questions come between others' collectives, must
@@ -47,12 +48,12 @@ def in_step(run: RunState, timeout: float) -> Iterator[Lockstep | None]:
     """
     former = run.method.stop
     # A new group waits for all of its ranks, dead ones too: the one that is there tells of these.
-    run.ranks.meet()
-    with Ranks.held(timeout) as ranks:
+    run.ranks.barrier()
+    with Ranks.temporary(timeout) as ranks:
         lockstep = None if ranks.group is None else Lockstep(run, ranks, Boards.of(ranks))
         run.method.stop = StopFlag(lockstep and lockstep.ask)
         if lockstep is not None:
-            run.enter, run.meet = lockstep.enter, lockstep.meet
+            run.enter, run.check_in_sync = lockstep.enter, lockstep.meet
         try:
             yield lockstep
         finally:
@@ -212,7 +213,7 @@ class Lockstep:
     def _causes(
         self, notes: Mapping[int, Note], came: int | None, now: float
     ) -> tuple[str, list[int]]:
-        """(what is known of the others, ranks at fault)."""
+        """(what is known of the others, ranks at problem)."""
         others = {rank: notes[rank] for rank in self._others if rank in notes}
         failed = [rank for rank, note in others.items() if note.error and not note.lost]
         if failed:
@@ -264,10 +265,10 @@ def check_same_run(ranks: Ranks, resolved: Mapping[str, Any]) -> None:
         RankError: they are not the same: on all ranks, which differ from rank 0 and where.
     """
     text = json.dumps(resolved, sort_keys=True)
-    if not ranks.all_alike(blake2b(text.encode()).hexdigest()):
+    if not ranks.ranks_that_differ(blake2b(text.encode()).hexdigest()):
         return
-    runs = [dict(_leaves(run)) for run in ranks.agree(lambda: resolved)]
-    faults = []
+    runs = [dict(_leaves(run)) for run in ranks.gather_results(lambda: resolved)]
+    problems = []
     for rank, run in enumerate(runs):
         keys = [key for key in runs[0] | run if runs[0].get(key) != run.get(key)]
         if keys:
@@ -275,9 +276,9 @@ def check_same_run(ranks: Ranks, resolved: Mapping[str, Any]) -> None:
                 f"{key}: {_value(run, key)} (rank 0: {_value(runs[0], key)})" for key in keys[:5]
             )
             more = f" and {len(keys) - 5} more keys" if len(keys) > 5 else ""
-            faults.append(f"rank {rank} differs from rank 0 in {some}{more}")
+            problems.append(f"rank {rank} differs from rank 0 in {some}{more}")
     raise RankError(
-        f"{'; '.join(faults)}. All ranks must have the same run, because each holds a part of it. "
+        f"{'; '.join(problems)}. All ranks must have the same run, because each holds a part of it. "
         "Start all ranks with the same run file and the same overrides."
     )
 

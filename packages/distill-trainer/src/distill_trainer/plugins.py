@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 from attrs.validators import optional
-from distill_protocols.plugins import CallbackPlugin, PlannedRun, RunParts
+from distill_protocols import CallbackPlugin, PlannedRun, Problem, RunParts
 from distill_protocols.validators import above, at_least
 
 if TYPE_CHECKING:
@@ -111,17 +111,20 @@ class DebugDumpConfig:
 
 class EmaPlugin(CallbackPlugin):
     name = "ema"
+    contract = 2
     help = "keeps an exponential moving average of a role's weights"
     config_class = EmaConfig
 
     def averages(self, config: EmaConfig) -> tuple[str, ...]:
         return config.roles
 
-    def faults(self, config: EmaConfig, run: PlannedRun) -> Iterator[tuple[str, str]]:
+    def problems(self, config: EmaConfig, run: PlannedRun) -> Iterator[Problem]:
         for name in config.roles:
-            yield from (("roles", message) for _, message in run.role_faults(name))
+            yield from (Problem("roles", p.message) for p in run.role_problems(name))
             if name in run.roles and not run.roles[name].trainable:
-                yield "roles", f"{name!r} is frozen: its weights never move, so leave it out"
+                yield Problem(
+                    "roles", f"{name!r} is frozen: its weights never move, so leave it out"
+                )
 
     def build(self, config: EmaConfig, parts: RunParts) -> Callback:
         from distill_trainer.callbacks.ema import EmaCallback
@@ -131,6 +134,7 @@ class EmaPlugin(CallbackPlugin):
 
 class GradClipPlugin(CallbackPlugin):
     name = "grad_clip"
+    contract = 2
     help = "clips gradients, by one norm an optimizer"
     config_class = GradClipConfig
 
@@ -142,6 +146,7 @@ class GradClipPlugin(CallbackPlugin):
 
 class StepTimerPlugin(CallbackPlugin):
     name = "step_timer"
+    contract = 2
     help = "reports seconds an iteration and samples a second"
     config_class = StepTimerConfig
 
@@ -153,6 +158,7 @@ class StepTimerPlugin(CallbackPlugin):
 
 class ProfilerPlugin(CallbackPlugin):
     name = "profiler"
+    contract = 2
     help = "writes a torch.profiler trace of a few iterations"
     config_class = ProfilerConfig
 
@@ -164,6 +170,7 @@ class ProfilerPlugin(CallbackPlugin):
 
 class ParamCountPlugin(CallbackPlugin):
     name = "param_count"
+    contract = 2
     help = "logs how many parameters each role has"
     config_class = ParamCountConfig
 
@@ -175,6 +182,7 @@ class ParamCountPlugin(CallbackPlugin):
 
 class DebugDumpPlugin(CallbackPlugin):
     name = "debug_dump"
+    contract = 2
     help = "writes a step's outputs and losses to disk, now and then or after an error"
     config_class = DebugDumpConfig
 

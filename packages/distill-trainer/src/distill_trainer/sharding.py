@@ -64,7 +64,7 @@ def shard_role(role: RoleHandle, policy: FsdpPolicy, mesh: DeviceMesh) -> None:
         if not isinstance(module, FSDPModule):
             spread(module)
     role.device = device
-    role.put_away = partial(_put_away, tuple(role.modules.values()))
+    role.release_gathered = partial(_put_away, tuple(role.modules.values()))
 
 
 def roots(modules: list[nn.Module]) -> list[FSDPModule]:

@@ -15,15 +15,15 @@ from distill_protocols import (
     Checkpointer,
     ContractError,
     DataError,
-    DistillMethod,
     RandomStreams,
-    Ranks,
     RunState,
     StepRecord,
     StepResult,
     StopRequested,
     Tracker,
+    TrainableMethod,
 )
+from distill_runtime import Ranks
 from torch import Tensor
 
 from distill_trainer.batches import endless
@@ -94,7 +94,7 @@ class DistillTrainer:
             always.append(ProgressCallback(training.log_every))
         self.callbacks = _by_name([*callbacks, *always])
 
-    def run(self, method: DistillMethod[Any], loader: Iterable[Any]) -> TrainResult:
+    def run(self, method: TrainableMethod, loader: Iterable[Any]) -> TrainResult:
         """Train until ``max_train_steps``, or until a callback or a signal asks for a stop.
 
         A stop is seen between micro steps, wherever the method or a callback polls
@@ -122,18 +122,18 @@ class DistillTrainer:
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _distribution(self, method: DistillMethod[Any]) -> AbstractContextManager[Distribution]:
+    def _distribution(self, method: TrainableMethod) -> AbstractContextManager[Distribution]:
         if self.distribution is not None:
             return contextlib.nullcontext(self.distribution)
         weights = [p for module in method.model_dict.values() for p in module.parameters()]
         return Distribution.found(self.training.distributed, weights)
 
     def _run_on(
-        self, distribution: Distribution, method: DistillMethod[Any], loader: Iterable[Any]
+        self, distribution: Distribution, method: TrainableMethod, loader: Iterable[Any]
     ) -> TrainResult:
         training, ranks = self.training, distribution.ranks
         streams = self._streams or method.streams
-        ranks.each(lambda: _check_place(streams, ranks))
+        ranks.run_each(lambda: _check_place(streams, ranks))
         output_dir = Path(training.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         trackers = self._trackers
@@ -146,7 +146,7 @@ class DistillTrainer:
             streams=streams,
             output_dir=output_dir,
             max_train_steps=training.max_train_steps,
-            trackers=tuple(trackers) if distribution.ranks.first else (),
+            trackers=tuple(trackers) if distribution.ranks.is_first else (),
             global_batch_size=training.global_batch_size,
             check_finite=guard.check,
             ranks=distribution.ranks,
@@ -276,7 +276,7 @@ class _Loop:
             self._distribution.drop_gradients(method)
             self._start.back()
             return None
-        run.meet("optimizer step")
+        run.check_in_sync("optimizer step")
         stepped = method.optimizers_schedulers_step(run.iteration)
         method.optimizers_zero_grad(run.iteration)
         run.micro_steps += self._accumulation
@@ -363,7 +363,7 @@ def _check_place(streams: RandomStreams, ranks: Ranks) -> None:
         )
 
 
-def _gradient_norms(method: DistillMethod[Any], iteration: int) -> dict[str, Tensor]:
+def _gradient_norms(method: TrainableMethod, iteration: int) -> dict[str, Tensor]:
     """Total L2 norm by optimizer that steps in ``iteration``, on the device, alike on all ranks."""
     norms = {}
     for key, optimizer in method.get_optimizers(iteration).items():

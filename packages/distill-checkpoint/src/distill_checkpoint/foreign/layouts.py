@@ -194,24 +194,24 @@ def _with_average(
         return role
     if pieces:
         average = renamed(_shards(source / "ema_local_shard", pieces), names)
-        fault = _misfit(average, role.weights)
-        if fault is None:
+        problem = _misfit(average, role.weights)
+        if problem is None:
             if whole.is_file():
                 left.append(f"ema/{whole.name}: again the average of ema_local_shard, not in fp32")
             return evolve(role, ema=average)
         if not whole.is_file():
             raise CheckpointError(
                 f"{source / 'ema_local_shard'}: the {len(pieces)} files {stem}_rank<R>.pt do not "
-                f"make up the average of {role.role}.{role.module}: {fault}. Pieces are joined "
+                f"make up the average of {role.role}.{role.module}: {problem}. Pieces are joined "
                 "along the first dimension, in the order of the ranks (FSDP2's Shard(0)); they "
                 "were cut otherwise, or some are missing. Find the others, or leave averages out"
             )
-        left.append(f"ema_local_shard/{stem}_rank<R>.pt: {fault}; ema/{whole.name} is taken")
+        left.append(f"ema_local_shard/{stem}_rank<R>.pt: {problem}; ema/{whole.name} is taken")
     average = renamed(SafetensorsFile(whole), names)
-    fault = _misfit(average, role.weights)
-    if fault is not None:
+    problem = _misfit(average, role.weights)
+    if problem is not None:
         raise CheckpointError(
-            f"{whole} is not the average of {role.role}.{role.module}: {fault}. They must be of "
+            f"{whole} is not the average of {role.role}.{role.module}: {problem}. They must be of "
             "one model; leave averages out if it is of another"
         )
     return evolve(role, ema=average)
@@ -296,10 +296,10 @@ def _with_callbacks_average(
         left.append(f"{what}: it had not begun, so it is a copy of the first weights")
         return role
     average = renamed(_under(saved, match[0]), names)
-    fault = _misfit(average, role.weights)
-    if fault is not None:
+    problem = _misfit(average, role.weights)
+    if problem is not None:
         raise CheckpointError(
-            f"{saved.where}: {what} is not whole: {fault}. Each rank saved its piece under one "
+            f"{saved.where}: {what} is not whole: {problem}. Each rank saved its piece under one "
             "name, and one rank's alone was kept, so that the others' are lost. Take the weights "
             "without the average"
         )
@@ -339,10 +339,10 @@ def _file(source: Path, names: ForeignNames, ema: bool) -> Found:
             name
         ):  # none, or an empty one: no average
             average = renamed(_mapped(source, held, name), names)
-            fault = _misfit(average, role.weights)
-            if fault is not None:
+            problem = _misfit(average, role.weights)
+            if problem is not None:
                 raise CheckpointError(
-                    f"{source}: {name} is not the average of {theirs}: {fault}. They must be of "
+                    f"{source}: {name} is not the average of {theirs}: {problem}. They must be of "
                     "one model; leave averages out if it is of another"
                 )
             role = evolve(role, ema=average)
@@ -380,8 +380,8 @@ def _moments(saved: DcpCheckpoint, prefix: str, names: ForeignNames) -> WeightSo
 
 def _misfit(average: WeightSource, weights: WeightSource) -> str | None:
     """Why the one cannot be the average of the other."""
-    there = {name: facts.size for name, facts in average.facts().items()}
-    sizes = {name: facts.size for name, facts in weights.facts().items()}
+    there = {name: facts.size for name, facts in average.describe().items()}
+    sizes = {name: facts.size for name, facts in weights.describe().items()}
     if there == sizes:
         return None
     one_sided = sorted(there.keys() ^ sizes.keys())

@@ -98,7 +98,7 @@ def _taken(found: Found, moments: bool) -> Iterator[str]:
             kinds["optimizer moments"] = role.moments
         for kind, source in kinds.items():
             if source is not None:
-                stored = source.facts().values()
+                stored = source.describe().values()
                 size = sum(facts.nbytes for facts in stored) / 1e6
                 yield (
                     f"{role.role}.{role.module}: {kind}, {len(stored)} tensors, {size:.1f} MB, "

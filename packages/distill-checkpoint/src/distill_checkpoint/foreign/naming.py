@@ -15,7 +15,7 @@ def renamed(source: WeightSource, names: ForeignNames) -> WeightSource:
     Raises:
         CheckpointError: names that are unknown, that have one image, or that are missing.
     """
-    theirs = [name for name in source.facts() if not names.unused(name)]
+    theirs = [name for name in source.describe() if not names.unused(name)]
     images: dict[str, str] = {}
     unknown = []
     for name in theirs:

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import torch
 from attrs import frozen
-from distill_protocols import CheckpointError, TensorFacts, WeightSource
+from distill_protocols import CheckpointError, TensorInfo, WeightSource
 from torch import Tensor
 
 from distill_checkpoint.foreign.pt_files import load_bytes, would_run
@@ -77,7 +77,7 @@ class DcpCheckpoint(WeightSource):
     """
 
     folder: Path
-    tensors: Mapping[str, TensorFacts]
+    tensors: Mapping[str, TensorInfo]
     values: frozenset[str]
     _pieces: Mapping[str, tuple[Piece, ...]]
 
@@ -85,7 +85,7 @@ class DcpCheckpoint(WeightSource):
     def where(self) -> str:
         return str(self.folder)
 
-    def facts(self) -> Mapping[str, TensorFacts]:
+    def describe(self) -> Mapping[str, TensorInfo]:
         return self.tensors
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -246,7 +246,7 @@ def _checkpoint(folder: Path, raw: Any) -> DcpCheckpoint:
         for key, info in body["storage_data"].items()
         if (index := _state(key, "MetadataIndex"))
     }
-    tensors: dict[str, TensorFacts] = {}
+    tensors: dict[str, TensorInfo] = {}
     pieces: dict[str, tuple[Piece, ...]] = {}
     for name, entry in entries.items():
         if type(name) is not str:
@@ -255,7 +255,7 @@ def _checkpoint(folder: Path, raw: Any) -> DcpCheckpoint:
             pieces[name] = (Piece((), (), *places[name, ()]),)
             continue
         stored = _state(entry, "TensorStorageMetadata")
-        facts = TensorFacts(_ints(stored["size"]), _dtype(stored["properties"]))
+        facts = TensorInfo(_ints(stored["size"]), _dtype(stored["properties"]))
         boxes = [_box(chunk) for chunk in stored["chunks"]]
         # A rank without a share of a small tensor wrote an empty piece.
         boxes = [box for box in boxes if math.prod(box[1])]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 from attrs import frozen
-from distill_protocols import CheckpointError, TensorFacts, WeightSource
-from distill_protocols.safetensors_format import DTYPE_NAMES
+from distill_protocols import CheckpointError, TensorInfo, WeightSource
+from distill_runtime import DTYPE_NAMES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -34,8 +34,8 @@ class Renamed(WeightSource):
     def where(self) -> str:
         return self.source.where
 
-    def facts(self) -> Mapping[str, TensorFacts]:
-        theirs = self.source.facts()
+    def describe(self) -> Mapping[str, TensorInfo]:
+        theirs = self.source.describe()
         return {name: theirs[there] for name, there in self.names.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -57,11 +57,11 @@ class Joined(WeightSource):
     def where(self) -> str:
         return next(part.where for part in self.parts.values())
 
-    def facts(self) -> Mapping[str, TensorFacts]:
+    def describe(self) -> Mapping[str, TensorInfo]:
         return {
             f"{key}.{name}": facts
             for key, part in self.parts.items()
-            for name, facts in part.facts().items()
+            for name, facts in part.describe().items()
         }
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -87,9 +87,9 @@ class RankShards(WeightSource):
     where: str  # type: ignore[override]
     ranks: Sequence[Mapping[str, Tensor]]
 
-    def facts(self) -> Mapping[str, TensorFacts]:
+    def describe(self) -> Mapping[str, TensorInfo]:
         return {
-            name: TensorFacts(
+            name: TensorInfo(
                 (sum(rank[name].shape[0] for rank in self.ranks), *first.shape[1:])
                 if first.ndim
                 else (),
@@ -121,7 +121,7 @@ class SafetensorsFile(WeightSource):
     def where(self) -> str:
         return str(self.file)
 
-    def facts(self) -> Mapping[str, TensorFacts]:
+    def describe(self) -> Mapping[str, TensorInfo]:
         with _opened(self.file) as stream:
             slices = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
             odd = {part.get_dtype() for part in slices.values()} - _DTYPES.keys()
@@ -132,7 +132,7 @@ class SafetensorsFile(WeightSource):
                     "first. Take the file that it was made from"
                 )
             return {
-                name: TensorFacts(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                name: TensorInfo(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
                 for name, part in slices.items()
             }
 

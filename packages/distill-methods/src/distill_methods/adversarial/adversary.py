@@ -18,7 +18,7 @@ from distill_methods.adversarial.losses import (
     generator_loss,
     with_gradient,
 )
-from distill_methods.contracts import LatentDiffusion
+from distill_methods.contracts import LatentDiffusion, discriminators_of
 from distill_methods.draws import Draws, Noised
 from distill_methods.roles import DISCRIMINATOR
 
@@ -68,7 +68,7 @@ class Adversary:
         on: Sequence[str],
         trains_features: bool = False,
     ) -> None:
-        heads = bundle[DISCRIMINATOR].heads
+        heads = bundle[DISCRIMINATOR].discriminator
         if heads is None or heads.on not in on:
             found = "a model" if heads is None else f"heads on {heads.on!r}"
             raise RoleError(
@@ -86,6 +86,7 @@ class Adversary:
         self._blocks = heads.blocks
         self._bundle = bundle
         self._adapter = adapter
+        self._discriminators = discriminators_of(adapter, name)
         self._options = options
         self._draws = draws
         self._trains_features = trains_features
@@ -150,4 +151,4 @@ class Adversary:
         with torch.set_grad_enabled(torch.is_grad_enabled() and through):
             self._adapter.forward(self.on, x_t, t, cond, features=features)
         found = {index: value for index, value in features.items() if value is not None}
-        return self._adapter.discriminate(DISCRIMINATOR, found)
+        return self._discriminators.discriminate(DISCRIMINATOR, found)

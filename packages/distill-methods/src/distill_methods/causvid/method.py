@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import torch
-from distill_protocols import (
-    Batch,
-    ConditioningProvider,
-    ModelBundle,
-    RandomStreams,
-    StepResult,
-)
+from distill_protocols import Batch, ConditioningProvider, ModelBundle, RandomStreams, StepResult
 
 from distill_methods.causvid.config import CausVidConfig
-from distill_methods.contracts import LatentDiffusion
+from distill_methods.contracts import LatentDiffusion, chunks_of
 from distill_methods.distribution_matching.matching import (
     DistributionMatching,
     Rollout,
@@ -72,7 +66,7 @@ class CausVidMethod(LatentMethod[CausVidConfig]):
         among = exit_levels(
             self.draws, self.config, purpose, iteration, clean=self.config.clean_chunks
         )
-        frames = [chunk.frames for chunk in self.adapter.chunks("student")]
+        frames = [chunk.frames for chunk in chunks_of(self.adapter, "student")]
         drawn = self.streams.rows(f"{purpose}.data_step", len(batch)).integers(
             len(among), (len(frames),)
         )

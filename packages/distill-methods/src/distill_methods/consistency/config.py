@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from attrs import field, frozen
 from attrs.validators import in_, optional
-from distill_protocols import SamplerSpec
-from distill_protocols.plugins import PlannedRun, RoleNeed
+from distill_protocols import PlannedRun, Problem, RoleNeed, SamplerSpec
 from distill_protocols.validators import above, at_least
 
 from distill_methods.distribution_matching.config import unguided
@@ -149,7 +148,7 @@ class ConsistencyConfig(TeachersConfig):
         return self.continuous or self.discrete or Discrete()
 
     @property
-    def needs(self) -> tuple[RoleNeed, ...]:
+    def roles(self) -> tuple[RoleNeed, ...]:
         """Roles that are called."""
         return (STUDENT, *self.teacher_needs)
 
@@ -162,7 +161,7 @@ class ConsistencyConfig(TeachersConfig):
         return ("student",)
 
     @property
-    def guided(self) -> bool:
+    def needs_negative(self) -> bool:
         """Whether a teacher is called with a negative condition."""
         return self.teacher_guided
 
@@ -170,25 +169,25 @@ class ConsistencyConfig(TeachersConfig):
     def capabilities(self) -> tuple[str, ...]:
         """What the adapter must be able to do."""
         jvp = ("supports_jvp",) if self.continuous else ()
-        return ("pred:v", "pred:x0", *jvp, *(("supports_cfg",) if self.guided else ()))
+        return ("pred:v", "pred:x0", *jvp, *(("supports_cfg",) if self.needs_negative else ()))
 
-    def faults(self, run: PlannedRun) -> Iterator[tuple[str, str]]:
-        """See ``MethodPlugin.faults``."""
-        yield from super().faults(run)
-        yield from form_faults(self.form, run)
+    def problems(self, run: PlannedRun) -> Iterator[Problem]:
+        """See ``MethodConfig.problems``."""
+        yield from super().problems(run)
+        yield from form_problems(self.form, run)
 
     def update_share(self, role: str, low: float, high: float) -> float:
-        """See ``MethodPlugin.update_share``."""
+        """See ``MethodConfig.update_share``."""
         return self.form.share_within(low, high)
 
 
-def form_faults(form: Discrete | Continuous, run: PlannedRun) -> Iterator[tuple[str, str]]:
+def form_problems(form: Discrete | Continuous, run: PlannedRun) -> Iterator[Problem]:
     """What of ``form`` cannot be with the models of ``run``: pairs of a key and a message."""
     if isinstance(form, Continuous) and run.experts and STUDENT.name in run.experts:
-        yield "continuous", continuous_fault()
+        yield Problem("continuous", continuous_problem())
 
 
-def continuous_fault() -> str:
+def continuous_problem() -> str:
     """Why a student of two experts cannot learn so."""
     return (
         "'student' has two experts, and the derivative at a t says nothing of the other side of "

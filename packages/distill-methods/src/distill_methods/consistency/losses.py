@@ -9,8 +9,8 @@ import torch
 from distill_protocols import Batch, ContractError
 from torch import Tensor
 
-from distill_methods.consistency.config import Continuous, Discrete, continuous_fault
-from distill_methods.contracts import DifferentiableDiffusion, LatentDiffusion
+from distill_methods.consistency.config import Continuous, Discrete, continuous_problem
+from distill_methods.contracts import LatentDiffusion, tangents_of
 from distill_methods.draws import Draws
 from distill_methods.maths import (
     clean_distance,
@@ -30,7 +30,7 @@ class Consistency(NamedTuple):
 
 def consistency_loss(
     name: str,
-    adapter: DifferentiableDiffusion,
+    adapter: LatentDiffusion,
     form: Discrete | Continuous,
     *,
     draws: Draws,
@@ -133,7 +133,7 @@ class ContinuousConsistency:
     def __init__(
         self,
         name: str,
-        adapter: DifferentiableDiffusion,
+        adapter: LatentDiffusion,
         config: Continuous,
         *,
         draws: Draws,
@@ -141,9 +141,10 @@ class ContinuousConsistency:
         update_of: Callable[[int], int],
     ) -> None:
         if len(draws.expert_ranges("student")) > 1:
-            raise ContractError(continuous_fault())
+            raise ContractError(continuous_problem())
         self._name = name
         self._adapter = adapter
+        self._tangents = tangents_of(adapter, name)
         self._config = config
         self._draws = draws
         self._teachers = teachers
@@ -163,7 +164,7 @@ class ContinuousConsistency:
             # Times s before the call and not after it: 1000 s and s v_T stay small where 16 bits
             # would not hold 1000 times a derivative (sCM, section 5.1).
             sigma = (t / 1000).view(-1, 1, 1, 1, 1)
-            _, change = self._adapter.forward_jvp(
+            _, change = self._tangents.forward_jvp(
                 "student", x_t, t, batch.cond, dx=sigma * teacher, dt=t
             )
             share = self._config.share(self._update_of(iteration))

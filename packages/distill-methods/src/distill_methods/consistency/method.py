@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from distill_protocols import (
-    Batch,
-    ConditioningProvider,
-    ModelBundle,
-    RandomStreams,
-    StepResult,
-)
+from distill_protocols import Batch, ConditioningProvider, ModelBundle, RandomStreams, StepResult
 
 from distill_methods.consistency.config import ConsistencyConfig
 from distill_methods.consistency.losses import consistency_loss
-from distill_methods.contracts import DifferentiableDiffusion
+from distill_methods.contracts import LatentDiffusion
 from distill_methods.latent_method import LatentMethod
 from distill_methods.teaching import Teachers
 
@@ -47,7 +41,7 @@ class ConsistencyMethod(LatentMethod[ConsistencyConfig]):
     def __init__(
         self,
         bundle: ModelBundle,
-        adapter: DifferentiableDiffusion,
+        adapter: LatentDiffusion,
         config: ConsistencyConfig,
         *,
         conditioning: ConditioningProvider,

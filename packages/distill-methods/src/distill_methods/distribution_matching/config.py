@@ -7,8 +7,7 @@ from typing import Any, Literal, get_args
 
 from attrs import field, frozen
 from attrs.validators import in_, optional
-from distill_protocols import SamplerSpec
-from distill_protocols.plugins import RoleNeed
+from distill_protocols import RoleNeed, SamplerSpec
 from distill_protocols.validators import above, at_least, within
 
 from distill_methods.adversarial.config import FDivergence, GanConfig
@@ -145,7 +144,7 @@ class MatchingConfig(TeachersConfig):
         return ("student",) if self.critic_update == "alternate" else ("student", *follow)
 
     @property
-    def needs(self) -> tuple[RoleNeed, ...]:
+    def roles(self) -> tuple[RoleNeed, ...]:
         """Roles that are called."""
         heads = () if self.gan is None else (discriminator(*self.features_of),)
         return (STUDENT, *self.teacher_needs, CRITIC, *heads)
@@ -165,14 +164,14 @@ class MatchingConfig(TeachersConfig):
         return self.real_score_guidance_scale, self.real_score_guidance_scale_2
 
     @property
-    def guided(self) -> bool:
+    def needs_negative(self) -> bool:
         """Whether a teacher is called with a negative condition."""
         return self.teacher_guided
 
     @property
     def capabilities(self) -> tuple[str, ...]:
         """What the adapter must be able to do."""
-        also = {"supports_cfg": self.guided, "supports_features": self.gan is not None}
+        also = {"supports_cfg": self.needs_negative, "supports_features": self.gan is not None}
         return ("pred:v", "pred:x0", *(name for name, needed in also.items() if needed))
 
     @property
@@ -181,7 +180,7 @@ class MatchingConfig(TeachersConfig):
         return TimeSampling(shift=self.score_shift, t_min=self.score_t_min, t_max=self.score_t_max)
 
     def update_share(self, role: str, low: float, high: float) -> float:
-        """See ``MethodPlugin.update_share``."""
+        """See ``MethodConfig.update_share``."""
         if role == STUDENT.name:
             levels = [1000 * sigma for sigma in self.student_sampler.sigmas()]
             return share_of_levels(levels, low, high)

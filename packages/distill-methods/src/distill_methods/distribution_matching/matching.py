@@ -14,7 +14,7 @@ from distill_methods.adversarial.losses import density_ratio, divergence_weight
 from distill_methods.contracts import LatentDiffusion
 from distill_methods.distribution_matching.config import MatchingConfig
 from distill_methods.draws import Draws
-from distill_methods.latent_method import MethodConfig
+from distill_methods.latent_config import LatentMethodConfig
 from distill_methods.maths import dmd_gradient, dmd_loss, dmd_normaliser, velocity_loss
 from distill_methods.teaching import Teachers
 from distill_methods.time_ranges import share_of_levels
@@ -33,7 +33,7 @@ class Rollout(NamedTuple):
     exit_steps: Tensor
     trained: Tensor | None = None
 
-    def facts(self) -> dict[str, Tensor]:
+    def metrics(self) -> dict[str, Tensor]:
         """What to say of it."""
         x0 = self.x0.detach()
         return {
@@ -158,7 +158,7 @@ class DistributionMatching:
             fake = self._adapter.forward("critic", x_t, t, batch.cond, fwd_pred_type="x0")
             real = self._teachers.predict(x_t, t, batch.cond, pred_type="x0")
             gradient = dmd_gradient(x, fake, real, trained)
-            outputs = made.facts() | {
+            outputs = made.metrics() | {
                 "teacher_x0": real,
                 "critic_x0": fake,
                 "dmd_normaliser": dmd_normaliser(x, real, trained).mean(),
@@ -207,7 +207,7 @@ class DistributionMatching:
         trained = self._draws.trained_frames(batch.cond)
         loss = velocity_loss(velocity, target, trained=trained)
         if self._config.gan is None or self._adversary is None:
-            return _Turn(loss, {"critic_loss": loss}, made.facts())
+            return _Turn(loss, {"critic_loss": loss}, made.metrics())
         with torch.no_grad():
             seen = self._draws.noised(
                 made.x0,
@@ -221,12 +221,12 @@ class DistributionMatching:
         return _Turn(
             loss + self._config.gan.discriminator_weight * told,
             {"critic_loss": loss, **terms},
-            made.facts() | said,
+            made.metrics() | said,
         )
 
 
 def exit_levels(
-    draws: Draws, config: MethodConfig, purpose: str, iteration: int, *, clean: bool = False
+    draws: Draws, config: LatentMethodConfig, purpose: str, iteration: int, *, clean: bool = False
 ) -> tuple[int, ...]:
     """Steps of the student's sampler that it may be taken at: those of one expert an iteration.
 

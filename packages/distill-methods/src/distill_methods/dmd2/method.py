@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from distill_protocols import (
-    Batch,
-    ConditioningProvider,
-    ModelBundle,
-    RandomStreams,
-    StepResult,
-)
+from distill_protocols import Batch, ConditioningProvider, ModelBundle, RandomStreams, StepResult
 
 from distill_methods.contracts import LatentDiffusion
 from distill_methods.distribution_matching.matching import DistributionMatching

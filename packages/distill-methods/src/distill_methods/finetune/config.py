@@ -6,16 +6,16 @@ from typing import Literal
 
 from attrs import field, frozen
 from attrs.validators import in_
-from distill_protocols import SamplerSpec
-from distill_protocols.plugins import RoleNeed
+from distill_protocols import RoleNeed, SamplerSpec
 
+from distill_methods.latent_config import LatentMethodConfig
 from distill_methods.roles import STUDENT
 from distill_methods.time_ranges import share
 from distill_methods.time_sampling import TimeSampling
 
 
 @frozen(kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(LatentMethodConfig):
     """Flow matching on data. Condition dropout belongs to the data loader.
 
     Attributes:
@@ -40,7 +40,7 @@ class FinetuneConfig:
     student_sampler: SamplerSpec = field(default=SamplerSpec(steps=50, shift=5.0, guidance=5.0))
 
     @property
-    def needs(self) -> tuple[RoleNeed, ...]:
+    def roles(self) -> tuple[RoleNeed, ...]:
         """Roles that are called."""
         return (STUDENT,)
 
@@ -49,7 +49,7 @@ class FinetuneConfig:
         return ("student",)
 
     @property
-    def guided(self) -> bool:
+    def needs_negative(self) -> bool:
         """Whether the student's sampler needs a negative condition; a step never does."""
         return self.student_sampler.guided
 
@@ -57,7 +57,7 @@ class FinetuneConfig:
     def capabilities(self) -> tuple[str, ...]:
         """What the adapter must be able to do."""
         asked = {
-            "supports_cfg": self.guided,
+            "supports_cfg": self.needs_negative,
             "supports_frame_times": self.times == "per_chunk",
             "supports_teacher_forcing": self.past == "clean",
             f"causal:{STUDENT.name}": self.times == "per_chunk" or self.past == "clean",
@@ -65,5 +65,5 @@ class FinetuneConfig:
         return ("pred:v", *(name for name, needed in asked.items() if needed))
 
     def update_share(self, role: str, low: float, high: float) -> float:
-        """See ``MethodPlugin.update_share``."""
+        """See ``MethodConfig.update_share``."""
         return share(self.time, low, high)

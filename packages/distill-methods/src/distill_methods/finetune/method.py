@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import torch
-from distill_protocols import (
-    Batch,
-    CleanPast,
-    StepResult,
-)
+from distill_protocols import Batch, CleanPast, StepResult
 from torch import Tensor
 
+from distill_methods.contracts import chunks_of
 from distill_methods.finetune.config import FinetuneConfig
 from distill_methods.latent_method import LatentMethod
 from distill_methods.maths import bsmntw_weight, velocity_loss
@@ -42,7 +39,7 @@ class FinetuneMethod(LatentMethod[FinetuneConfig]):
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """The weighted velocity loss of one micro batch."""
         x0 = self.adapter.normalize_latents(batch.latents)
-        chunks = self.adapter.chunks("student") if self.config.times == "per_chunk" else ()
+        chunks = chunks_of(self.adapter, "student") if self.config.times == "per_chunk" else ()
         x_t, noise, t = self.draws.noised(
             x0, "finetune", iteration, self.config.time, "student", chunks=chunks
         )

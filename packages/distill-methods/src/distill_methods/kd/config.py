@@ -6,9 +6,9 @@ from typing import Literal
 
 from attrs import field, frozen
 from attrs.validators import in_
-from distill_protocols import SamplerSpec
-from distill_protocols.plugins import RoleNeed
+from distill_protocols import RoleNeed, SamplerSpec
 
+from distill_methods.latent_config import LatentMethodConfig
 from distill_methods.roles import STUDENT
 from distill_methods.time_ranges import share_of_levels
 
@@ -24,7 +24,7 @@ def _unguided(_config: object, _: object, value: SamplerSpec) -> None:
 
 
 @frozen(kw_only=True)
-class KDConfig:
+class KDConfig(LatentMethodConfig):
     """ODE regression (CausVid, Yin et al. 2025, section 4.3).
 
     Attributes:
@@ -44,7 +44,7 @@ class KDConfig:
     )
 
     @property
-    def needs(self) -> tuple[RoleNeed, ...]:
+    def roles(self) -> tuple[RoleNeed, ...]:
         """Roles that are called: the teacher did its part before."""
         return (STUDENT,)
 
@@ -53,12 +53,7 @@ class KDConfig:
         return ("student",)
 
     @property
-    def guided(self) -> bool:
-        """Nothing is."""
-        return False
-
-    @property
-    def times(self) -> tuple[float, ...]:
+    def trajectory_times(self) -> tuple[float, ...]:
         """Levels t that the student learns at, falling."""
         return tuple(1000 * sigma for sigma in self.student_sampler.sigmas())
 
@@ -69,5 +64,5 @@ class KDConfig:
         return ("pred:x0", *forced)
 
     def update_share(self, role: str, low: float, high: float) -> float:
-        """See ``MethodPlugin.update_share``."""
-        return share_of_levels(self.times, low, high)
+        """See ``MethodConfig.update_share``."""
+        return share_of_levels(self.trajectory_times, low, high)

@@ -19,7 +19,7 @@ from distill_protocols import (
 )
 from torch import Tensor
 
-from distill_methods.contracts import LatentDiffusion
+from distill_methods.contracts import LatentDiffusion, chunks_of
 from distill_methods.kd.config import KDConfig
 from distill_methods.latent_method import LatentMethod
 from distill_methods.maths import regression_loss
@@ -85,12 +85,12 @@ class KDMethod(LatentMethod[KDConfig]):
         streams: RandomStreams | None = None,
     ) -> None:
         super().__init__(bundle, adapter, config, conditioning=conditioning, streams=streams)
-        self._chunks = adapter.chunks("student")
+        self._chunks = chunks_of(adapter, "student")
         # Here once, as copying them in each step would make the host wait for the device.
         lengths = torch.tensor([chunk.frames for chunk in self._chunks])
         chunk_of_frame = torch.arange(len(lengths)).repeat_interleave(lengths)
         self._chunk_of_frame = chunk_of_frame.to(self._device())
-        self._levels = torch.tensor((*config.times, 0.0)).to(self._device())
+        self._levels = torch.tensor((*config.trajectory_times, 0.0)).to(self._device())
         self._choices: dict[Range | None, Choice] = {}
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
@@ -127,13 +127,16 @@ class KDMethod(LatentMethod[KDConfig]):
     def _choice(self, iteration: int) -> Choice:
         """Levels of one expert, where there are two; t = 0 among them where a past may be clean."""
         within = self.draws.range_of(
-            "kd.level", iteration, lambda r: share_of_levels(self.config.times, *r), "student"
+            "kd.level",
+            iteration,
+            lambda r: share_of_levels(self.config.trajectory_times, *r),
+            "student",
         )
         if within not in self._choices:
             mixed = self.config.past == "mixed" and len(self._chunks) > 1
             candidates = [
                 (k, t)
-                for k, t in enumerate((*self.config.times, 0.0))
+                for k, t in enumerate((*self.config.trajectory_times, 0.0))
                 if (within is None or share_of_levels([t], *within)) and (t > 0 or mixed)
             ]
             levels = torch.tensor([k for k, _ in candidates]).to(self._device())
@@ -142,13 +145,13 @@ class KDMethod(LatentMethod[KDConfig]):
         return self._choices[within]
 
     def _states(self, batch: Batch) -> Tensor:
-        wanted = len(self.config.times)
+        wanted = len(self.config.trajectory_times)
         found = batch.trajectory
         if found is None or found.shape[1] != wanted:
             held = "none" if found is None else str(found.shape[1])
             raise ContractError(
                 f"the batch holds {held} states of a trajectory, and the student is sampled at "
                 f"{wanted} levels, each of which it learns at. Open the data set with "
-                "LatentDataset(times=plugin.trajectory_times(config))"
+                "LatentDataset(times=config.trajectory_times)"
             )
         return found

@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from attrs import field, frozen
 from attrs.validators import in_
-from distill_protocols import SamplerSpec
-from distill_protocols.plugins import RoleNeed
+from distill_protocols import RoleNeed, SamplerSpec
 from distill_protocols.validators import at_least
 
 from distill_methods.adversarial.config import DiscriminatorOptions
 from distill_methods.distribution_matching.config import unguided
+from distill_methods.latent_config import LatentMethodConfig
 from distill_methods.roles import DISCRIMINATOR, STUDENT, TEACHER, discriminator
 from distill_methods.time_ranges import share, share_of_levels
 from distill_methods.time_sampling import TimeSampling
@@ -27,7 +27,7 @@ def _discriminator_has_a_turn(config: LaddConfig, _: Any, value: int) -> None:
 
 
 @frozen(kw_only=True)
-class LaddConfig(DiscriminatorOptions):
+class LaddConfig(DiscriminatorOptions, LatentMethodConfig):
     """LADD (Sauer et al. 2024, "Fast High-Resolution Image Synthesis with Latent Adversarial
     Diffusion Distillation").
 
@@ -69,14 +69,9 @@ class LaddConfig(DiscriminatorOptions):
         return (STUDENT.name,) if alone else (STUDENT.name, DISCRIMINATOR)
 
     @property
-    def needs(self) -> tuple[RoleNeed, ...]:
+    def roles(self) -> tuple[RoleNeed, ...]:
         """Roles that are called."""
         return (STUDENT, TEACHER, discriminator(TEACHER.name))
-
-    @property
-    def guided(self) -> bool:
-        """Nothing is: the teacher gives features, and no prediction."""
-        return False
 
     @property
     def capabilities(self) -> tuple[str, ...]:
@@ -84,7 +79,7 @@ class LaddConfig(DiscriminatorOptions):
         return ("pred:v", "pred:x0", "supports_features")
 
     def update_share(self, role: str, low: float, high: float) -> float:
-        """See ``MethodPlugin.update_share``."""
+        """See ``MethodConfig.update_share``."""
         if role == STUDENT.name:
             levels = [1000 * sigma for sigma in self.student_sampler.sigmas()]
             return share_of_levels(levels, low, high)

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import torch
-from distill_protocols import (
-    Batch,
-    ConditioningProvider,
-    ModelBundle,
-    RandomStreams,
-    StepResult,
-)
+from distill_protocols import Batch, ConditioningProvider, ModelBundle, RandomStreams, StepResult
 from torch import Tensor
 
 from distill_methods.adversarial.adversary import Adversary
@@ -90,14 +84,14 @@ class LaddMethod(LatentMethod[LaddConfig]):
             loss, terms, said = self._adversary.learn(real, noised, batch.cond)
             total.append(loss)
             losses.update(terms)
-            outputs.update(made.facts() | said)
+            outputs.update(made.metrics() | said)
         if "student" in turns:
             made = self._rollout(batch, "student", iteration)
             noised = self._noised(made, "student", iteration)
             judged = self._adversary.judge(made.x0, noised, batch.cond)
             total.append(judged.loss)
             losses["gan_generator_loss"] = judged.loss
-            outputs.update(made.facts() | {"gan_fake_logit": judged.logits.mean()})
+            outputs.update(made.metrics() | {"gan_fake_logit": judged.logits.mean()})
         return StepResult({"total_loss": torch.stack(total).sum(), **losses}, outputs)
 
     def _noised(self, made: Rollout, turn: str, iteration: int) -> Noised:

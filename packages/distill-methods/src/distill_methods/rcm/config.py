@@ -7,10 +7,10 @@ from typing import Literal
 
 from attrs import field, frozen
 from attrs.validators import in_
-from distill_protocols.plugins import PlannedRun
+from distill_protocols import PlannedRun, Problem
 from distill_protocols.validators import at_least
 
-from distill_methods.consistency.config import Continuous, Discrete, form_faults, one_of_the_two
+from distill_methods.consistency.config import Continuous, Discrete, form_problems, one_of_the_two
 from distill_methods.distribution_matching.config import MatchingConfig
 from distill_methods.roles import STUDENT
 
@@ -53,13 +53,13 @@ class RCMConfig(MatchingConfig):
         jvp = ("supports_jvp",) if isinstance(self.form, Continuous) else ()
         return (*super().capabilities, *jvp)
 
-    def faults(self, run: PlannedRun) -> Iterator[tuple[str, str]]:
-        """See ``MethodPlugin.faults``."""
-        yield from super().faults(run)
-        yield from form_faults(self.form, run)
+    def problems(self, run: PlannedRun) -> Iterator[Problem]:
+        """See ``MethodConfig.problems``."""
+        yield from super().problems(run)
+        yield from form_problems(self.form, run)
 
     def update_share(self, role: str, low: float, high: float) -> float:
-        """See ``MethodPlugin.update_share``."""
+        """See ``MethodConfig.update_share``."""
         own = super().update_share(role, low, high)
         if role != STUDENT.name:
             return own

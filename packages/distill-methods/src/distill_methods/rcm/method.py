@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from distill_protocols import (
-    Batch,
-    ConditioningProvider,
-    ModelBundle,
-    RandomStreams,
-    StepResult,
-)
+from distill_protocols import Batch, ConditioningProvider, ModelBundle, RandomStreams, StepResult
 
 from distill_methods.consistency.losses import consistency_loss
-from distill_methods.contracts import DifferentiableDiffusion
+from distill_methods.contracts import LatentDiffusion
 from distill_methods.distribution_matching.matching import DistributionMatching
 from distill_methods.latent_method import LatentMethod
 from distill_methods.rcm.config import RCMConfig
@@ -55,7 +49,7 @@ class RCMMethod(LatentMethod[RCMConfig]):
     def __init__(
         self,
         bundle: ModelBundle,
-        adapter: DifferentiableDiffusion,
+        adapter: LatentDiffusion,
         config: RCMConfig,
         *,
         conditioning: ConditioningProvider,

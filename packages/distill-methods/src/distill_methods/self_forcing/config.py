@@ -64,7 +64,7 @@ class SelfForcingConfig(MatchingConfig):
         return (*super().capabilities, "supports_kv_cache", f"causal:{STUDENT.name}")
 
     def update_share(self, role: str, low: float, high: float) -> float:
-        """See ``MethodPlugin.update_share``."""
+        """See ``MethodConfig.update_share``."""
         if role == STUDENT.name and self.last_step_only:
             return share_of_levels([1000 * self.student_sampler.sigmas()[-1]], low, high)
         return super().update_share(role, low, high)

@@ -14,7 +14,7 @@ from distill_protocols import (
 )
 from torch import Tensor
 
-from distill_methods.contracts import LatentDiffusion
+from distill_methods.contracts import LatentDiffusion, causal_of
 from distill_methods.distribution_matching.matching import (
     DistributionMatching,
     Rollout,
@@ -79,7 +79,8 @@ class SelfForcingMethod(LatentMethod[SelfForcingConfig]):
         self._matching = DistributionMatching(
             "self_forcing", bundle, adapter, config, draws=self.draws, negative=self.negative
         )
-        self._lengths = _lengths(config, adapter, adapter.latent_shape[1])
+        self._causal = causal_of(adapter, "self_forcing")
+        self._lengths = _lengths(config, self._causal, adapter.latent_shape[1])
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """``dmd_loss`` in the student's turn, ``critic_loss`` in the critic's, and their sum."""
@@ -91,7 +92,7 @@ class SelfForcingMethod(LatentMethod[SelfForcingConfig]):
         purpose, size = f"self_forcing.{turn}", len(batch)
         channels, clip, height, width = self.adapter.latent_shape
         frames = self._lengths[self.draws.shared_integer(f"{purpose}.length", len(self._lengths))]
-        chunks = self.adapter.chunks("student", frames)
+        chunks = self._causal.chunks("student", frames)
         exits = self._exits(purpose, iteration, len(chunks))
         learned = _learned_frames(self.config, clip)
         device = batch.latents.device
@@ -103,8 +104,8 @@ class SelfForcingMethod(LatentMethod[SelfForcingConfig]):
             self.config.student_sampler,
             noise,
             batch.cond,
-            exits=exits,
-            learns=[chunk.first >= frames - learned for chunk in chunks],
+            exit_steps=exits,
+            requires_grad=[chunk.first >= frames - learned for chunk in chunks],
             generators=self.streams.rows(f"{purpose}.rollout.fresh", size),
             poll=self.stop.poll,
         )
@@ -130,14 +131,14 @@ def _learned_frames(config: SelfForcingConfig, clip: int) -> int:
     return clip if config.gradient_frames is None else min(config.gradient_frames, clip)
 
 
-def _lengths(config: SelfForcingConfig, adapter: CausalRollout, clip: int) -> tuple[int, ...]:
+def _lengths(config: SelfForcingConfig, causal: CausalRollout, clip: int) -> tuple[int, ...]:
     """Latent frames that a rollout may have."""
     lengths: tuple[int, ...] = (clip,)
     if config.rollout_frames is not None:
         low, high = config.rollout_frames
-        whole = [chunk.stop for chunk in adapter.chunks("student", high)]
+        whole = [chunk.stop for chunk in causal.chunks("student", high)]
         # The last may be shorter than a chunk, and then no video ends there.
-        if adapter.chunks("student", high + 1)[len(whole) - 1].stop > high:
+        if causal.chunks("student", high + 1)[len(whole) - 1].stop > high:
             whole.pop()
         lengths = tuple(frames for frames in whole if max(low, clip) <= frames)
         if low < clip or not lengths:
@@ -147,7 +148,7 @@ def _lengths(config: SelfForcingConfig, adapter: CausalRollout, clip: int) -> tu
                 f"{clip} latent frames, because the scores judge a whole clip. Give numbers that "
                 "hold one, or leave it out"
             )
-    last = max(adapter.chunks("student", frames)[-1].frames for frames in lengths)
+    last = max(causal.chunks("student", frames)[-1].frames for frames in lengths)
     if last > _learned_frames(config, clip):
         raise ContractError(
             f"gradient_frames {config.gradient_frames} is less than the {last} latent frames of "

@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 from attrs import field, frozen
 from attrs.validators import in_, optional
-from distill_protocols import SamplerSpec
-from distill_protocols.plugins import RoleNeed
+from distill_protocols import RoleNeed, SamplerSpec
 from distill_protocols.validators import at_least
 
 from distill_methods.roles import STUDENT
@@ -56,7 +55,7 @@ class TeacherOnlyConfig(TeachersConfig):
     )
 
     @property
-    def needs(self) -> tuple[RoleNeed, ...]:
+    def roles(self) -> tuple[RoleNeed, ...]:
         """Roles that are called."""
         return (STUDENT, *self.teacher_needs)
 
@@ -69,15 +68,15 @@ class TeacherOnlyConfig(TeachersConfig):
         return ("student",)
 
     @property
-    def guided(self) -> bool:
+    def needs_negative(self) -> bool:
         """Whether a step or the student's sampler needs a negative condition."""
         return self.teacher_guided or self.student_sampler.guided
 
     @property
     def capabilities(self) -> tuple[str, ...]:
         """What the adapter must be able to do."""
-        return ("pred:v", *(("supports_cfg",) if self.guided else ()))
+        return ("pred:v", *(("supports_cfg",) if self.needs_negative else ()))
 
     def update_share(self, role: str, low: float, high: float) -> float:
-        """See ``MethodPlugin.update_share``."""
+        """See ``MethodConfig.update_share``."""
         return share(self.time, low, high)

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import torch
-from distill_protocols import (
-    Batch,
-    ConditioningProvider,
-    ModelBundle,
-    RandomStreams,
-    StepResult,
-)
+from distill_protocols import Batch, ConditioningProvider, ModelBundle, RandomStreams, StepResult
 from torch import Tensor
 
-from distill_methods.contracts import LatentDiffusion
+from distill_methods.contracts import LatentDiffusion, chunks_of
 from distill_methods.latent_method import LatentMethod
 from distill_methods.maths import clean_weight, velocity_loss
 from distill_methods.teacher_only.config import TeacherOnlyConfig
@@ -86,7 +80,7 @@ class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
                 spec,
                 self.draws.noise_like(batch.latents, "teacher_only.rollout"),
                 batch.cond,
-                exits=(spec.steps - 1,) * len(self.adapter.chunks("student")),
+                exit_steps=(spec.steps - 1,) * len(chunks_of(self.adapter, "student")),
                 generators=self.streams.rows("teacher_only.rollout.fresh", len(batch)),
                 poll=self.stop.poll,
             )

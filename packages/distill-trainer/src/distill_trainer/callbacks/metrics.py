@@ -45,10 +45,10 @@ class MetricsCallback(Callback):
     def _log(self, run: RunState) -> None:
         kept, self._kept = self._kept, {}
         # On all ranks alike, even if this one has nothing to say.
-        run.meet("mean over ranks")
+        run.check_in_sync("mean over ranks")
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
-        for told in run.ranks.agree(lambda: _sums(kept)):
+        for told in run.ranks.gather_results(lambda: _sums(kept)):
             for name, (total, count) in told.items():
                 sums[name] = sums.get(name, 0.0) + total
                 counts[name] = counts.get(name, 0) + count

@@ -26,7 +26,7 @@ class ProfilerCallback(Callback):
         self._first = 0
 
     def on_step_start(self, run: RunState) -> None:
-        if run.iteration == self.config.start and (run.ranks.first or self.config.all_ranks):
+        if run.iteration == self.config.start and (run.ranks.is_first or self.config.all_ranks):
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)

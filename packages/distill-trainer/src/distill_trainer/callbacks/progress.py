@@ -44,7 +44,7 @@ class ProgressCallback(Callback):
         self._began: tuple[float, int] | None = None
 
     def on_step_start(self, run: RunState) -> None:
-        if self._began is None and run.ranks.first:
+        if self._began is None and run.ranks.is_first:
             # Here rather than at on_train_start: only now is a resume over.
             done = run.iteration - 1
             self._began = (time.monotonic(), done)
@@ -58,7 +58,7 @@ class ProgressCallback(Callback):
         self._losses |= step.losses
         terms = ""
         if step.iteration % self.log_every == 0 or step.iteration == run.max_train_steps:
-            shown = self._bar is not None or (run.ranks.first and self._line_is_due(run))
+            shown = self._bar is not None or (run.ranks.is_first and self._line_is_due(run))
             # Only rank 0 knows whether a line is due, so the others always say theirs.
             if shown or run.ranks.size > 1:
                 terms = self._terms(run)
@@ -71,7 +71,7 @@ class ProgressCallback(Callback):
 
     def on_train_end(self, run: RunState) -> None:
         self._close()
-        if run.stop_reason is not None and run.ranks.first:
+        if run.stop_reason is not None and run.ranks.is_first:
             print(
                 f"stopped after iteration {run.iteration} of {run.max_train_steps}: "
                 f"{run.stop_reason}",
@@ -90,8 +90,8 @@ class ProgressCallback(Callback):
         # total_loss is a sum of other terms, or another role's on each turn: shown only alone.
         names = [name for name in self._losses if name != "total_loss"] or list(self._losses)
         values = to_floats([self._losses[name] for name in names])
-        run.meet("progress")
-        told = run.ranks.agree(lambda: dict(zip(names, values, strict=True)))
+        run.check_in_sync("progress")
+        told = run.ranks.gather_results(lambda: dict(zip(names, values, strict=True)))
         kept: dict[str, list[float]] = {}
         for rank in told:
             for name, value in rank.items():

@@ -15,9 +15,9 @@ from distill_protocols import (
     DataError,
     RunState,
     SampleView,
-    Spread,
     StepRecord,
 )
+from distill_runtime import RowPartition
 from PIL import Image
 from torch import Tensor, nn
 
@@ -76,21 +76,21 @@ class ValidationCallback(Callback):
     def _look(self, run: RunState, iteration: int) -> None:
         run.check_finite()
         self._last = iteration
-        spread = Spread(run.ranks, len(self.config.prompts))
+        spread = RowPartition(run.ranks, len(self.config.prompts))
         clips: dict[str, Tensor] = {}
         for view in self._views:
             # For methods that sample without polling. Nothing is written before all have come.
             run.method.stop.poll()
             clips |= self._sample(run, view, spread)
-        run.ranks.decide(lambda: self._show(run, iteration, clips))
+        run.ranks.run_on_first(lambda: self._show(run, iteration, clips))
 
-    def _sample(self, run: RunState, view: SampleView, spread: Spread) -> dict[str, Tensor]:
+    def _sample(self, run: RunState, view: SampleView, spread: RowPartition) -> dict[str, Tensor]:
         """Of all prompts on rank 0; elsewhere nothing."""
         assert self._cond is not None, "on_train_start has not run"
-        cond = self._cond[torch.tensor(spread.mine)]
+        cond = self._cond[torch.tensor(spread.own)]
         with torch.no_grad(), _eval_mode(run.method.model_dict.values()):
             clips = run.method.sample_for_logging(
-                [view], cond, seed=self.config.seed, rows=spread.mine
+                [view], cond, seed=self.config.seed, rows=spread.own
             )
         whole = {name: spread.gather(clip.float()) for name, clip in clips.items()}
         return {name: clip for name, clip in whole.items() if clip is not None}

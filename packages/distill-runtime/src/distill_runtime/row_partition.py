@@ -1,17 +1,16 @@
-"""Work that can be cut into rows, spread over the processes of a run."""
+"""Work that can be cut into rows, divided among the processes of a run."""
 
 from __future__ import annotations
 
 import math
 
 from attrs import frozen
+from distill_protocols import RankGroup
 from torch import Tensor, distributed
-
-from distill_protocols.ranks import Ranks
 
 
 @frozen(eq=False)
-class Spread:
+class RowPartition:
     """``count`` rows over ``ranks``: each takes as many, side by side, in the order of the ranks.
 
     As many, since a sharded model gathers in each of its calls, so that all ranks must make the
@@ -22,11 +21,11 @@ class Spread:
         count: at least 1.
     """
 
-    ranks: Ranks
+    ranks: RankGroup
     count: int
 
     @property
-    def mine(self) -> list[int]:
+    def own(self) -> list[int]:
         """The places of this rank's rows among all."""
         each = math.ceil(self.count / self.ranks.size)
         first = self.ranks.rank * each
@@ -38,18 +37,18 @@ class Spread:
         All ranks call it together.
 
         Args:
-            rows: what came of ``mine``: [len(mine), ...], of one shape and type on all ranks.
+            rows: the results of ``own``: [len(own), ...], of one shape and type on all ranks.
 
         Raises:
             RankError: a rank died, or did not come within the timeout.
         """
-        own = rows.detach().cpu().contiguous()
+        sent = rows.detach().cpu().contiguous()
         if self.ranks.group is None:
-            return own
+            return sent
         whole, parts = None, None
-        if self.ranks.first:
-            whole = own.new_empty((self.ranks.size * len(own), *own.shape[1:]))
+        if self.ranks.is_first:
+            whole = sent.new_empty((self.ranks.size * len(sent), *sent.shape[1:]))
             parts = list(whole.chunk(self.ranks.size))  # views: each is received in its place
-        with self.ranks.in_time():
-            distributed.gather(own, parts, group=self.ranks.group, group_dst=0)
+        with self.ranks.within_timeout():
+            distributed.gather(sent, parts, group=self.ranks.group, group_dst=0)
         return None if whole is None else whole[: self.count]

@@ -1,0 +1,66 @@
+"""What a method's config says of the method, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from attrs import frozen
+
+from distill_protocols.planned_run import PlannedRun
+from distill_protocols.problems import Problem
+from distill_protocols.roles import RoleNeed
+from distill_protocols.sampler import SamplerSpec
+
+
+@frozen(kw_only=True, slots=False)  # so that a config may have a second base
+class MethodConfig:
+    """Base of the config classes of methods: the only description of a method.
+
+    The run file plans and checks by it before torch is imported, and the method itself takes
+    roles, update schedule and capabilities from it. A subclass is a frozen attrs class; it states
+    ``roles`` and ``turns``, and a default of ``student_sampler`` where its student can be sampled.
+
+    Attributes:
+        student_sampler: how the student is sampled in validation and export; None: the method
+            cannot sample it.
+    """
+
+    student_sampler: SamplerSpec | None = None
+
+    @property
+    def roles(self) -> tuple[RoleNeed, ...]:
+        """Roles that are called, and whether each is trained; any other role of a run is an
+        error."""
+        raise NotImplementedError
+
+    def turns(self, iteration: int) -> tuple[str, ...]:
+        """Roles whose optimizers step in ``iteration`` (1-based): the whole update schedule."""
+        raise NotImplementedError
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What the adapter must be able to do (``Capabilities.missing``)."""
+        return ()
+
+    @property
+    def needs_negative(self) -> bool:
+        """Whether a step, or sampling the student, calls a model with guidance, so that a
+        negative condition must exist."""
+        return False
+
+    @property
+    def trajectory_times(self) -> tuple[float, ...]:
+        """Levels t of a teacher's trajectory that every batch must hold (``Batch.trajectory``, in
+        this order); empty: none is read."""
+        return ()
+
+    def update_share(self, role: str, low: float, high: float) -> float:
+        """The share of ``role``'s updates that are made at t in [low, high) (1000 is in the last
+        range): how often one of its experts can be expected to step. 1 without a better answer:
+        a schedule is then as long as if that expert took all of the role's steps."""
+        return 1.0
+
+    def problems(self, run: PlannedRun) -> Iterable[Problem]:
+        """Rules between these options and the run's models; paths are keys of
+        ``method_config``."""
+        return ()

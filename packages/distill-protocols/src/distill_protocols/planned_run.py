@@ -1,0 +1,88 @@
+"""A run as it stands in its file, for rules across sections. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from attrs import frozen
+
+from distill_protocols.problems import Problem
+from distill_protocols.roles import RoleSpec
+from distill_protocols.sampler import SamplerSpec
+
+
+@frozen(kw_only=True)
+class PlannedRun:
+    """A run as it stands in its file: what rules of methods and callbacks may look at, without
+    torch.
+
+    Attributes:
+        roles: by name.
+        unread: names of roles that stand in the file, but have problems of their own.
+        averaged: roles of which some callback keeps an average.
+        student_sampler: the method's own, where it states one.
+        has_negative: whether there will be a negative condition.
+        experts: names of the roles that have more than one expert; None: not known.
+        pictured: names of the roles that cannot be called without a first frame, and get none.
+    """
+
+    roles: Mapping[str, RoleSpec]
+    unread: frozenset[str] = frozenset()
+    averaged: frozenset[str] = frozenset()
+    student_sampler: SamplerSpec | None = None
+    has_negative: bool = True
+    experts: frozenset[str] | None = None
+    pictured: frozenset[str] = frozenset()
+
+    @property
+    def single(self) -> frozenset[str]:
+        """Names of the roles that have one expert; none where it is not known."""
+        return frozenset() if self.experts is None else frozenset(self.roles) - self.experts
+
+    def role_problems(self, role: str, *, ema: bool = False) -> Iterator[Problem]:
+        """What is wrong with naming ``role`` (and its average): pairs of key and message."""
+        if role in self.unread:
+            return
+        if role not in self.roles:
+            has = ", ".join(self.roles) or "none"
+            yield Problem("role", f"there is no role {role!r} (this run has: {has})")
+        elif ema and role not in self.averaged:
+            kept = ", ".join(sorted(self.averaged)) or "no callback keeps one"
+            yield Problem(
+                "ema",
+                f"no average of {role!r} is kept; add it to callbacks.ema.roles ({kept}), or use "
+                "ema: false",
+            )
+
+    def sampler_problems(
+        self, sampler: SamplerSpec | None, role: str | None = None
+    ) -> Iterator[Problem]:
+        """What is wrong with sampling so, and with sampling ``role`` so."""
+        spec = sampler or self.student_sampler
+        if spec is None:
+            yield Problem("sampler", "missing, and the method states no way to sample its student")
+            return
+        if role is not None and role in self.roles and self.roles[role].heads is not None:
+            yield Problem(
+                "role", f"{role!r} is a discriminator, which makes no clips. Name another role"
+            )
+        if role in self.pictured:
+            yield Problem(
+                "role",
+                f"{role!r} is an image-to-video model, and prompts alone bring no first frame to "
+                "sample it from. In validation, name one a prompt (validation.images); elsewhere "
+                "leave this out, and look at the export through its own pipeline",
+            )
+        if spec.guidance_2 is not None and role in self.single:
+            yield Problem(
+                "sampler.guidance_2",
+                f"{spec.guidance_2:g} is of a second expert, and {role!r} has one, which would "
+                "never have it. Leave it out",
+            )
+        if spec.guided and not self.has_negative:
+            w = next(w for w in spec.guidances if w != 1)
+            yield Problem(
+                "sampler.guidance",
+                f"{w:g} needs a negative condition, u + w (c - u), and there is none; "
+                "write conditioning.negative_prompt, or use guidance: 1",
+            )

@@ -1,0 +1,94 @@
+"""What the packages of the framework share at run time.
+
+Names that need torch are imported on first use: run files are checked before torch is there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from distill_protocols.lazy import lazy_exports
+
+from distill_runtime.files import (
+    FileInfo,
+    files_below,
+    make_readable,
+    publish_folder,
+    remove_folder,
+    replace_file,
+    replace_folder,
+    sha256_of_file,
+    sync_file,
+    sync_folder,
+    sync_tree,
+)
+from distill_runtime.json_files import (
+    UnreadableFileError,
+    json_text,
+    parse_json,
+    read_json,
+    read_json_object,
+)
+from distill_runtime.plugins import GROUPS, load_plugin, plugin_names
+
+if TYPE_CHECKING:
+    from distill_runtime.method import DistillMethod
+    from distill_runtime.processes import device_type, sigterm_as_interrupt
+    from distill_runtime.ranks import ALONE, Ranks
+    from distill_runtime.row_partition import RowPartition
+    from distill_runtime.safetensors_files import (
+        DTYPE_NAMES,
+        SafetensorsHeader,
+        file_layout,
+        raw_bytes,
+        read_header,
+        write_safetensors,
+    )
+
+_LAZY = {
+    "DistillMethod": "method",
+    **dict.fromkeys(["device_type", "sigterm_as_interrupt"], "processes"),
+    **dict.fromkeys(["ALONE", "Ranks"], "ranks"),
+    "RowPartition": "row_partition",
+    **dict.fromkeys(
+        ["DTYPE_NAMES", "SafetensorsHeader", "file_layout", "raw_bytes", "read_header",
+         "write_safetensors"],
+        "safetensors_files",
+    ),
+}  # fmt: skip
+
+__all__ = [
+    "ALONE",
+    "DTYPE_NAMES",
+    "GROUPS",
+    "DistillMethod",
+    "FileInfo",
+    "Ranks",
+    "RowPartition",
+    "SafetensorsHeader",
+    "UnreadableFileError",
+    "device_type",
+    "file_layout",
+    "files_below",
+    "json_text",
+    "load_plugin",
+    "make_readable",
+    "parse_json",
+    "plugin_names",
+    "publish_folder",
+    "raw_bytes",
+    "read_header",
+    "read_json",
+    "read_json_object",
+    "remove_folder",
+    "replace_file",
+    "replace_folder",
+    "sha256_of_file",
+    "sigterm_as_interrupt",
+    "sync_file",
+    "sync_folder",
+    "sync_tree",
+    "write_safetensors",
+]
+
+__getattr__ = lazy_exports(__name__, _LAZY)
