@@ -385,7 +385,7 @@ def test_verify_sees_a_changed_configuration_and_another_sampler(full, tmp_path)
         full.verify(tmp_path / "absent")
 
 
-# -- problems of a request --------------------------------------------------------------------------
+# -- problems of a request -----------------------------------------------------------------------
 
 
 def problems(role, **request):

@@ -30,7 +30,7 @@ class Jitter:
     """How far, in pixels, a clip may start from the one that crosses the middle of the canvas.
 
     Across the motion the wide +-6 is what makes the data hard: one caption then covers 13 tracks, a
-    model that averages over them draws a smear, and that smear is the problem which distillation has
+    model that averages over them draws a smear, and that smear is the fault which distillation has
     to mend. Along the motion +-2 is all the room there is: 20 pixels of digit and 8 of travel in
     32.
     """

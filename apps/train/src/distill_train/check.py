@@ -658,8 +658,8 @@ class _Check:
             self._problem(("training", "output_dir"), f"{training.output_dir} is a file; a run "
                         "writes many, into a folder of its own")  # fmt: skip
         if training is not None and data is not None and training.output_dir == data.path:
-            self._problem(("training", "output_dir"), f"{data.path} is the data set's folder; a run "
-                        "writes into a folder of its own")  # fmt: skip
+            self._problem(("training", "output_dir"), f"{data.path} is the data set's folder; a "
+                        "run writes into a folder of its own")  # fmt: skip
         resume = checkpoint.resume if checkpoint is not None else "none"
         if resume not in ("none", "latest") and not Path(resume).is_dir():
             self._problem(("checkpoint", "resume"), f"there is no folder {resume}; write latest, "

@@ -146,7 +146,7 @@ def _rank() -> int:
 def _let_the_first_speak() -> None:
     """One process a machine says what is wrong with the file (on another machine it may be another
     file), and by its end all others end: torchrun sees to that. They must not end before it, or
-    they would take it along, unheard; one whose first process finds no problem speaks in the end."""
+    they would take it along, unheard; one whose first process finds nothing speaks in the end."""
     if int(os.environ.get("LOCAL_RANK", "0")) != 0:
         time.sleep(_FIRST_SPEAKS_SECONDS)
 

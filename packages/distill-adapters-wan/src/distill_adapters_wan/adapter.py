@@ -580,8 +580,8 @@ class WanAdapter:
         requires_grad = [True] * len(chunks) if requires_grad is None else requires_grad
         if not len(exit_steps) == len(requires_grad) == len(chunks):
             raise ContractError(
-                f"{len(exit_steps)} exit_steps and {len(requires_grad)} requires_grad for {len(chunks)} chunks of role "
-                f"{role!r}; there must be one of each a chunk"
+                f"{len(exit_steps)} exit_steps and {len(requires_grad)} requires_grad for "
+                f"{len(chunks)} chunks of role {role!r}; there must be one of each a chunk"
             )
         may = torch.is_grad_enabled()
         requires_grad = [learn and may for learn in requires_grad]

@@ -159,8 +159,8 @@ class TextSide:
         folder = fetch(self._source, ("text_encoder", "tokenizer"))
         for problem in text_problems(folder):
             raise WeightsError(
-                f"{self._source} cannot encode a prompt: {problem}; or store the embeddings (and the "
-                "negative one) in the data set"
+                f"{self._source} cannot encode a prompt: {problem}; or store the embeddings (and "
+                "the negative one) in the data set"
             )
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
         encoder = load_text_encoder(

@@ -98,7 +98,9 @@ def _base_problems(
 ) -> Iterator[Problem]:
     folder = locate(role.path)
     problems = [] if folder is None else [
-        problem for name in transformers for problem in module_problems(folder / name, DIFFUSERS_STEM)
+        problem
+        for name in transformers
+        for problem in module_problems(folder / name, DIFFUSERS_STEM)
     ]  # fmt: skip
     if folder is None:
         problems = [f"{role.path} is not on this machine"]

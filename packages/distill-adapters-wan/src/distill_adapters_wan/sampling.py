@@ -92,7 +92,8 @@ def sample_chunks(
     Args:
         noises: x of each chunk at the first sigma [B, C, T of the chunk, H, W]; asked for one at a
             time, after the chunk before it was given out.
-        exit_steps, requires_grad: of each chunk, see ``sample``; None: the last step, without gradient.
+        exit_steps, requires_grad: of each chunk, see ``sample``; None: the last step, without
+            gradient.
 
     Raises:
         ContractError: as ``sample``; or context noise (``spec``) without generators.

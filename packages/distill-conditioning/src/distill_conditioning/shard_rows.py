@@ -93,7 +93,7 @@ def _digest(row: Condition) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(row.tensors.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.digest()
 
 

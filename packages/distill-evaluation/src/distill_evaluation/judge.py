@@ -127,8 +127,8 @@ class Judge:
             network.load_state_dict(load_file(folder / WEIGHTS))
         except (TypeError, ValueError, RuntimeError, SafetensorError) as problem:
             raise WeightsError(
-                f"{folder}: {SETTINGS} and {WEIGHTS} do not describe one judge ({problem}); rebuild "
-                "the folder rather than mend one of the two."
+                f"{folder}: {SETTINGS} and {WEIGHTS} do not describe one judge ({problem}); "
+                "rebuild the folder rather than mend one of the two."
             ) from problem
         return cls(network.eval().requires_grad_(False))
 

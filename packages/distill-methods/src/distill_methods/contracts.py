@@ -1,7 +1,7 @@
 """What the methods of this package ask of an adapter: no text encoder.
 
-What a family may not have (causal roles, experts, pictures, discriminators, tangents) is an attribute of
-``OptionalContracts`` that is None then.
+What a family may not have (causal roles, experts, pictures, discriminators, tangents) is an
+attribute of ``OptionalContracts`` that is None then.
 """
 
 from __future__ import annotations

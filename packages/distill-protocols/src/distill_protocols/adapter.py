@@ -246,10 +246,10 @@ class Sampler(Protocol):
 
         Args:
             noise: T may be another than that of the run's clips where the role is causal.
-            exit_steps: k in 0 .. spec.steps - 1 of each chunk (``CausalRollout.chunks``; one of a role
-                that is not causal). Ranks that share a sharded role must use the same.
-            requires_grad: whether a chunk's exit call is made with gradient, where the caller's mode
-                allows it; None: all of them.
+            exit_steps: k in 0 .. spec.steps - 1 of each chunk (``CausalRollout.chunks``; one of a
+                role that is not causal). Ranks that share a sharded role must use the same.
+            requires_grad: whether a chunk's exit call is made with gradient, where the caller's
+                mode allows it; None: all of them.
         """
         ...
 

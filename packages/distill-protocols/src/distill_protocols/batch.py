@@ -15,6 +15,10 @@ from torch import Tensor
 from distill_protocols.errors import DataError
 
 
+def _copied(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return dict(tensors)
+
+
 @frozen(eq=False)
 class Condition:
     """Conditioning tensors by name, each with the batch first: ``{"text": [B, L, D]}``.
@@ -22,7 +26,7 @@ class Condition:
     Which names there are is the adapter's business; image-to-video adds names, not classes.
     """
 
-    tensors: Mapping[str, Tensor] = field(converter=dict)
+    tensors: Mapping[str, Tensor] = field(converter=_copied)
 
     def __len__(self) -> int:
         return next(iter(self.tensors.values())).shape[0] if self.tensors else 0

@@ -31,8 +31,8 @@ _SETTLING_SECONDS = 1.0
 
 @contextlib.contextmanager
 def in_step(run: RunState, timeout: float) -> Iterator[Lockstep | None]:
-    """Within: ``run.enter``, ``run.check_in_sync`` and the questions of a new ``method.stop`` (the former
-    flag is put back after) keep the ranks of the run in step. All ranks must enter.
+    """Within: ``run.enter``, ``run.check_in_sync`` and the questions of a new ``method.stop``
+    (the former flag is put back after) keep the ranks of the run in step. All ranks must enter.
 
     They ask over a gloo group of their own: such questions come between others' collectives, must
     not wait for an accelerator, and must not be taken for someone else's message.
@@ -278,8 +278,8 @@ def check_same_run(ranks: Ranks, resolved: Mapping[str, Any]) -> None:
             more = f" and {len(keys) - 5} more keys" if len(keys) > 5 else ""
             problems.append(f"rank {rank} differs from rank 0 in {some}{more}")
     raise RankError(
-        f"{'; '.join(problems)}. All ranks must have the same run, because each holds a part of it. "
-        "Start all ranks with the same run file and the same overrides."
+        f"{'; '.join(problems)}. All ranks must have the same run, because each holds a part of "
+        "it. Start all ranks with the same run file and the same overrides."
     )
 
 
