@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import attrs
 import pytest
@@ -38,7 +40,7 @@ def test_just_8k_plus_1_frames(frames):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("num_frames", 120, "113 or 121"),
         ("num_frames", 0, "1 or 9"),
@@ -49,13 +51,13 @@ def test_just_8k_plus_1_frames(frames):
         ("frame_rate", float("nan"), "above 0"),
         ("max_sequence_length", 0, "at least 1"),
         ("text_encoder_precision", "fp16", "fp16"),
-        ("decode_timestep", 50, r"within \[0, 1\]: it is a noise level"),
+        ("decode_timestep", 50, r"within \[0, 1\]: it is the noise level"),
         ("decode_noise_scale", -0.1, r"within \[0, 1\]"),
         ("guidance_rescale", 1.5, r"within \[0, 1\]"),
     ],
 )
-def test_refused_values(key, value, told):
-    with pytest.raises(ValueError, match=told):
+def test_refused_values(key, value, message):
+    with pytest.raises(ValueError, match=message):
         LTXPipelineConfig(**{**CLIP, key: value})
 
 
@@ -69,3 +71,9 @@ def test_the_package_imports_no_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_example_of_the_readme():
+    readme = Path(__file__).parents[2] / "packages" / "distill-adapters-ltx" / "README.md"
+    (example,) = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})

@@ -73,7 +73,7 @@ def test_original_names_are_those_that_diffusers_converts(hub_id):
 
 
 def test_linear_layers_of_blocks_have_one_name():
-    """So a LoRA of them is read by ComfyUI with another prefix, and diffusers takes either."""
+    """ComfyUI and diffusers therefore read the same LoRA under different prefixes."""
     for name in shapes("Lightricks/LTX-Video"):
         if name.startswith("transformer_blocks.") and ".norm_" not in name:
             assert to_original(name) == name
@@ -81,7 +81,7 @@ def test_linear_layers_of_blocks_have_one_name():
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_single_file_is_read_with_the_folder_of_the_transformer(folder_of, tmp_path, prefix):
-    """Without ``config`` diffusers would ask the hub for that of the 2B model."""
+    """Without ``config`` diffusers would ask the hub for the 2B model's."""
     folder = folder_of("0.9.0") / "transformer"
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     file = tmp_path / "ltx.safetensors"

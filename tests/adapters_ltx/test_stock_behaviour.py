@@ -91,8 +91,8 @@ def call(transformer, mask, embeds, t=(640.0, 250.0)):
         )[0]
 
 
-def test_what_stands_at_masked_places_is_never_read(stock):
-    """So stored embeddings may be zero there; but without the mask a call would be another."""
+def test_embeddings_of_masked_tokens_have_no_effect(stock):
+    """Stored embeddings may therefore be zero there. The mask itself must be stored."""
     transformer = stock().transformer
     embeds = torch.randn(2, 8, 16, generator=seeded(3))
     mask = torch.arange(8) < torch.tensor([[5], [2]])
@@ -129,7 +129,7 @@ def test_the_length_of_the_padding_matters_to_one_pipeline_alone(stock):
 
 @torch.no_grad()
 def test_a_time_for_each_token(stock):
-    """As image-to-video gives it; with one time for all it is the same, but for rounding."""
+    """Image-to-video passes [B, L]. Equal times give the result of [B], up to rounding."""
     transformer = stock().transformer
     embeds = torch.randn(2, 8, 16, generator=seeded(3))
     one = call(transformer, None, embeds)
@@ -140,16 +140,16 @@ def test_a_time_for_each_token(stock):
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 16.17])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
 def test_a_static_scheduler_makes_the_sigmas_of_a_sampler_with_that_shift(steps, shift):
-    """LTXPipeline gives it linspace(1, 1 / N, N). At times one fp32 step aside, so a sampler that
-    is to be met bit for bit takes the scheduler's numbers."""
+    """LTXPipeline passes linspace(1, 1 / N, N). Some sigmas differ by one fp32 step, so an export
+    that must agree bit for bit samples with the scheduler's own numbers."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(steps, sigmas=np.linspace(1.0, 1 / steps, steps))
-    meant = torch.tensor([*SamplerSpec(steps=steps, shift=shift).sigmas(), 0.0])
-    assert torch.allclose(scheduler.sigmas, meant, rtol=0, atol=2e-7)
+    expected = torch.tensor([*SamplerSpec(steps=steps, shift=shift).sigmas(), 0.0])
+    assert torch.allclose(scheduler.sigmas, expected, rtol=0, atol=2e-7)
 
 
 def test_shift_terminal_breaks_a_single_step(stock):
-    """1 - sigma is 0 there, and the stretch divides by it: an export of one step leaves it out."""
+    """It divides by 1 - sigma = 0, so the scheduler of a one-step export must not have it."""
     pipeline = stock("0.9.0")
     with pytest.warns(RuntimeWarning, match="invalid value"), pytest.raises(IndexError):
         pipeline(prompt="a", **CLIP, num_inference_steps=1, output_type="latent")
@@ -159,7 +159,7 @@ def test_shift_terminal_breaks_a_single_step(stock):
 
 
 def test_ltx_pipeline_takes_no_timesteps(stock):
-    """It hands sigmas on in any case, so its argument ``timesteps`` cannot be used."""
+    """It passes its own sigmas in any case, so the argument ``timesteps`` always fails."""
     with pytest.raises(ValueError, match="Only one of `timesteps` or `sigmas`"):
         stock()(prompt="a", **CLIP, timesteps=[1000, 700])
 
@@ -189,8 +189,8 @@ def test_checkpointed_gradients_are_the_same(folder_of):
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
 
-def test_nothing_stays_wide(folder_of):
-    """No module is kept in fp32, as some of Wan's are, and no buffer tells the device."""
+def test_no_module_stays_in_fp32(folder_of):
+    """Some of Wan's modules do. There is no buffer either, whose device one could ask for."""
     transformer = LTXVideoTransformer3DModel.from_pretrained(
         folder_of("0.9.0") / "transformer", dtype=torch.bfloat16
     )

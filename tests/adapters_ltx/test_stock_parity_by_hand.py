@@ -1,6 +1,6 @@
-"""The stock pipelines' latents and clips, made step by step: how an adapter must call the models.
+"""The latents and clips of the stock pipelines, computed step by step without them.
 
-All is equal to the last bit, on the CPU in fp32.
+This says how an adapter must call the models. On the CPU in fp32 every bit agrees.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TEXT = {"prompt": PROMPTS, "negative_prompt": NEGATIVES, "max_sequence_length": 
 
 
 def encode(pipeline, prompts, *, mask_padding):
-    """Embeddings [B, L, D] and mask [B, L] (bool, true where there is text)."""
+    """Encode prompts to embeddings [B, L, D] and a mask [B, L], True at text."""
     tokens = pipeline.tokenizer(
         prompts,
         padding="max_length",
@@ -38,7 +38,7 @@ def encode(pipeline, prompts, *, mask_padding):
 
 
 def dynamic_sigmas(steps, tokens):
-    """The noise level of each call and the end, 0 (scheduler of 0.9.0 and 0.9.1)."""
+    """Compute sigma of each call and the final 0, as the scheduler of 0.9.0 and 0.9.1 does."""
     mu = 0.95 + (2.05 - 0.95) / (4096 - 1024) * (tokens - 1024)
     grid = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
     shifted = math.exp(mu) / (math.exp(mu) + (1 / grid - 1))
@@ -48,13 +48,13 @@ def dynamic_sigmas(steps, tokens):
 
 
 def static_sigmas(steps):
-    """Those of 0.9.5, where shift is 1 and nothing is stretched."""
+    """Compute the sigmas of 0.9.5: shift 1, and no stretch to a last sigma."""
     grid = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
     return torch.cat([torch.from_numpy(grid), torch.zeros(1)])
 
 
 def linear_quadratic_sigmas(steps, threshold=0.025):
-    """Those of LTXConditionPipeline: half of the steps at or above 1 - 0.025, then a parabola."""
+    """Compute LTXConditionPipeline's: half of the steps from 1 to 0.975, then a parabola."""
     linear = steps // 2
     rest = steps - linear
     first = [i * threshold / linear for i in range(linear)]
@@ -66,7 +66,7 @@ def linear_quadratic_sigmas(steps, threshold=0.025):
 
 
 def walk(pipeline, noise, sigmas, text, positions, *, rescale=0.0):
-    """x after each step [B, L, D]; one call of 2B, the negative prompts first."""
+    """Yield x [B, L, D] after each step; guidance in one call of 2B, negative prompts first."""
     positive, negative = text
     embeds = torch.cat([negative[0], positive[0]])
     mask = torch.cat([negative[1], positive[1]])
@@ -89,7 +89,7 @@ def walk(pipeline, noise, sigmas, text, positions, *, rescale=0.0):
 
 
 def decode(vae, latents, decode_timestep, decode_noise_scale, generator):
-    """Clips [B, F, H, W, 3] in [0, 1], as ``output_type="np"``."""
+    """Decode to clips [B, F, H, W, 3] in [0, 1], as ``output_type="np"`` does."""
     raw = denormalize(latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor)
     time = None
     if vae.config.timestep_conditioning:
@@ -109,7 +109,7 @@ def even(causal=False):
 
 
 def sampled(pipeline, **given):
-    """Packed latents after each step, and what the call returns."""
+    """Call the pipeline; return the packed latents after each step, and its frames."""
     seen = []
 
     def keep(_pipeline, _step, _t, tensors):
@@ -177,7 +177,7 @@ def test_the_noise_that_ltx_pipeline_draws(stock):
 @pytest.mark.parametrize("timesteps", [None, [1000, 993.7, 900.5, 725]])
 @torch.no_grad()
 def test_every_step_of_ltx_condition_pipeline(stock, timesteps):
-    """Other positions, a masked text encoder, and times that the call may name."""
+    """It has other positions, masks the text encoder's padding, and accepts timesteps."""
     pipeline = stock("0.9.7")
     given = {"num_inference_steps": STEPS} if timesteps is None else {"timesteps": timesteps}
     generator = torch.Generator().manual_seed(0)  # at full strength it ignores ``latents``
@@ -194,7 +194,7 @@ def test_every_step_of_ltx_condition_pipeline(stock, timesteps):
 
 @torch.no_grad()
 def test_two_calls_for_guidance_round_otherwise(stock):
-    """So an export is met bit for bit by one call of 2B alone."""
+    """Only one call of 2B agrees bit for bit with an exported pipeline."""
     pipeline = stock()
     text = [encode(pipeline, side, mask_padding=False) for side in (PROMPTS, NEGATIVES)]
     x, positions = pack(draw()), even()

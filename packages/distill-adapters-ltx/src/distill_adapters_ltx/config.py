@@ -11,8 +11,8 @@ from distill_protocols.validators import above, at_least, within
 from distill_adapters_ltx.published import PUBLISHED, STRIDE_HW, STRIDE_T
 
 _DECODE_TIME = (
-    "it is a noise level, from 0 (clean) to 1 (noise), at which the decoder takes its last "
-    "denoising step; 0.05 is Lightricks' own"
+    "it is the noise level, from 0 (clean) to 1 (noise), that the decoder removes while it "
+    "decodes; Lightricks uses 0.05"
 )
 
 
@@ -24,31 +24,32 @@ class LTXPipelineConfig:
         num_frames: frames of a clip, 8k + 1: the VAE keeps the first and folds each further eight.
         height: pixels; divisible by 32, which is what the VAE makes one latent cell of.
         width: pixels; likewise.
-        frame_rate: frames a second. LTX reads time in seconds, so another rate is another input
-            of the model: use the data set's, and sample at the same (Diffusers' default: 25).
-        max_sequence_length: tokens that a prompt is padded to, and cut at. It must be the data
-            set's: ``LTXPipeline`` lets the text encoder attend the padding, so that the embedding
-            of a prompt depends on it. 128 is ``LTXPipeline``'s, 256 ``LTXConditionPipeline``'s.
+        frame_rate: frames per second. LTX's positions are in seconds, so the model reads it: use
+            the frame rate of the data set, also for sampling. 25 is the default of diffusers.
+        max_sequence_length: number of tokens that a prompt is padded or cut to. It must equal the
+            data set's, because ``LTXPipeline`` lets the text encoder attend to the padding: the
+            embedding of a prompt depends on it. ``LTXPipeline`` uses 128, ``LTXConditionPipeline``
+            256.
         components: Diffusers folder (or a published hub id) that VAE, text encoder and tokenizer
             come from; default: the path of the first role.
         text_encoder_precision: of the T5 weights while prompts are encoded (T5-XXL's encoder:
             19 GB in fp32, 10 GB in bf16).
-        decode_timestep: noise level that a decoder with a time is told (VAEs since 0.9.1). Others
-            do not read it.
-        decode_noise_scale: share of noise that is mixed into the latents for such a decoder,
+        decode_timestep: noise level that a timestep-conditioned decoder is called with (VAEs from
+            0.9.1 on; the VAE of 0.9.0 does not read it).
+        decode_noise_scale: share s of noise in the latents that such a decoder gets,
             ``(1 - s) z + s noise``.
-        cfg_batched: guidance in one forward of 2B instead of two of B: faster, more memory. For
-            training; sampling makes one, as ``LTXPipeline`` does.
+        cfg_batched: guidance in one call of batch 2B instead of two of B: faster, but it takes more
+            memory. This is for training; sampling always makes one call, as ``LTXPipeline`` does.
         guidance_rescale: phi of Lin et al. 2024 ("Common Diffusion Noise Schedules and Sample Steps
-            are Flawed", section 3.4): pulls the spread of a guided prediction back to that of the
-            conditional one; 0 leaves it as it is.
+            are Flawed", section 3.4), which scales a guided prediction to the standard deviation of
+            the conditional one. 0 switches it off.
     """
 
     num_frames: int = field()
     height: int = field()
     width: int = field()
     frame_rate: float = field(
-        default=25.0, validator=above(0, "it is how many frames make a second; 24 to 30 is usual")
+        default=25.0, validator=above(0, "it is the number of frames per second; 24 to 30 is usual")
     )
     max_sequence_length: int = field(
         default=128, validator=at_least(1, "a prompt has at least the token that ends it")
@@ -63,8 +64,8 @@ class LTXPipelineConfig:
         validator=within(
             0,
             1,
-            "it is the share of noise in what is decoded, and at 1 nothing of the clip is left; "
-            "0.025 is Lightricks' own",
+            "it is the share of noise in the latents that are decoded, and at 1 nothing of the "
+            "clip is left; Lightricks uses 0.025",
         ),
     )
     cfg_batched: bool = True
@@ -73,8 +74,8 @@ class LTXPipelineConfig:
         validator=within(
             0,
             1,
-            "it mixes the guided prediction (0) with the rescaled one (1); 0.7 is customary where "
-            "a strong guidance overexposes",
+            "it mixes the guided prediction (0) with the rescaled one (1); 0.7 is customary "
+            "against overexposure by strong guidance",
         ),
     )
 

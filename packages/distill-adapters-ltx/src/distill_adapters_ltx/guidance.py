@@ -1,4 +1,4 @@
-"""What LTX's pipelines do to a guided prediction."""
+"""Guidance rescaling, which LTX's pipelines apply to a guided prediction."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Raw latents of the VAE as what the transformer was trained on, and back.
+"""Normalisation of latents: from the VAE to the transformer, and back.
 
 Mean and standard deviation are buffers of ``AutoencoderKLLTXVideo`` (``latents_mean`` and
 ``latents_std`` of its weights file, not of its configuration); the factor is its configuration's
 ``scaling_factor``, 1 in all published models.
 
-``LTXImageToVideoPipeline`` and ``LTXConditionPipeline`` leave the factor out where they encode, and
-read it where they decode.
+``LTXImageToVideoPipeline`` and ``LTXConditionPipeline`` apply the factor when they decode, but not
+when they encode. This matters to no published model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def normalize(raw: Tensor, mean: Tensor, std: Tensor, scaling_factor: float = 1.0) -> Tensor:
-    """``(raw - mean) scaling_factor / std``, in the order of ``LTXPipeline``, bit for bit.
+    """Compute ``(raw - mean) scaling_factor / std``, bit for bit as ``LTXPipeline`` does.
 
     Args:
         raw: [B, C, T, H, W] as the VAE makes them.
@@ -25,7 +25,7 @@ def normalize(raw: Tensor, mean: Tensor, std: Tensor, scaling_factor: float = 1.
 
 
 def denormalize(latents: Tensor, mean: Tensor, std: Tensor, scaling_factor: float = 1.0) -> Tensor:
-    """``latents std / scaling_factor + mean``, the inverse of ``normalize``."""
+    """Compute ``latents std / scaling_factor + mean``, bit for bit as ``LTXPipeline`` does."""
     return latents * _per_channel(std, latents) / scaling_factor + _per_channel(mean, latents)
 
 

@@ -14,7 +14,7 @@ def pack(latents: Tensor, *, patch_t: int = 1, patch_hw: int = 1) -> Tensor:
     """Cut latents [B, C, T, H, W] into tokens [B, L, D].
 
     A token holds ``patch_t`` x ``patch_hw`` x ``patch_hw`` cells, D = C patch_t patch_hw^2 with
-    the channel slowest. With patches of one cell it is a view.
+    the channel slowest. With patches of one cell the result is a view.
 
     Raises:
         ValueError: T, H or W is not divisible by its patch.

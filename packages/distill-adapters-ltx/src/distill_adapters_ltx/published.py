@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from typing import Any
 
 LATENT_CHANNELS = 128
-"""Of a latent cell, in all published VAEs."""
+"""Channels of a latent cell, in all published VAEs."""
 STRIDE_T = 8
-"""Frames that a latent frame spans; the first frame stands alone."""
+"""Frames in a latent frame; the first latent frame is one frame."""
 STRIDE_HW = 32
-"""Pixels that a latent cell spans, in height and in width."""
+"""Pixels in a latent cell, in height and in width."""
 
 _COMMON: Mapping[str, Any] = {
     "in_channels": LATENT_CHANNELS,
