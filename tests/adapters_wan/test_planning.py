@@ -103,7 +103,7 @@ def test_a_frozen_call_that_a_discriminator_reads_takes_what_is_planned(
         name="student", path=str(pipeline_template), trainable=False, precision="bf16",
         activation_checkpointing=checkpointing,
     )  # fmt: skip
-    plan = PLUGIN.plan_call(spec, CLIP, source=spec.path, batch=3, judges=True)
+    plan = PLUGIN.plan_call(spec, CLIP, source=spec.path, batch=3, input_gradient=True)
     x_t, text = inputs(spec, 3)
     found = watch(loaded(spec), x_t.requires_grad_(), text)
     assert plan.most == pytest.approx(found.most, rel=0.02)

@@ -123,7 +123,8 @@ def test_a_call_of_the_real_size(hub_id, on_meta):
     shape = LATENTS.get(hub_id, (16, 21, 60, 104))
     assert adapter.latent_shape == shape
     assert PLUGIN.latent_shape(config_of(hub_id), source=hub_id) == shape
-    wanted = PLUGIN.image_shapes(config_of(hub_id), source=hub_id)
+    wanted = dict(PLUGIN.condition_shapes(config_of(hub_id), source=hub_id))
+    assert wanted.pop("text") == (512, 4096)
     assert ("image_latents" in wanted) == ("I2V-" in hub_id and "TI2V" not in hub_id)
     assert ("image_embeds" in wanted) == ("Wan2.1-I2V" in hub_id)
     with torch.device("meta"):

@@ -149,7 +149,7 @@ class Lazy:
         self.fails_at = fails_at
         self.asked: list[int] = []
 
-    def facts(self):
+    def describe(self):
         return TensorWeights("", self.tensors).describe()
 
     def read(self, names):
@@ -237,8 +237,8 @@ def test_a_migration_writes_over_nothing(tmp_path):
 
 def test_a_source_that_lies_is_found(tmp_path):
     source = Lazy({"a": torch.ones(2)})
-    source.facts = lambda: {"a": TensorInfo((3,), torch.float32)}
-    with pytest.raises(CheckpointError, match=r"a is \[2\] float32, and facts\(\) said \[3\]"):
+    source.describe = lambda: {"a": TensorInfo((3,), torch.float32)}
+    with pytest.raises(CheckpointError, match=r"a is \[2\] float32, and describe\(\) said \[3\]"):
         write(tmp_path / "checkpoint-000001", source)
     assert list(tmp_path.iterdir()) == []
 

@@ -134,7 +134,7 @@ def _reader(source: WeightSource, facts: Mapping[str, TensorInfo]) -> Any:
         found = TensorInfo(tuple(tensor.shape), tensor.dtype)
         if found != facts[name]:
             raise CheckpointError(
-                f"{source.where}: {name} is {found}, and facts() said {facts[name]}; the file "
+                f"{source.where}: {name} is {found}, and describe() said {facts[name]}; the file "
                 "would not hold what its header says. The source is at problem."
             )
         return tensor
