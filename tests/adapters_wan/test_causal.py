@@ -13,7 +13,8 @@ import pytest
 import torch
 from causal_reference import ReferenceProcessor, chunk_lists, seen_beside_clean, seen_in_clip
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from distill_adapters_wan import PLUGIN, CausalConfig, WanPipelineConfig, flow
+from distill_adapters_wan import PLUGIN, CausalConfig, WanPipelineConfig
+from distill_diffusers.calls import flow
 from distill_protocols import (
     CapabilityError,
     ChunkCall,

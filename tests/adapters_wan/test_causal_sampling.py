@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 from attrs import evolve
-from distill_adapters_wan import PLUGIN, CausalConfig, WanPipelineConfig, sampling
+from distill_adapters_wan import PLUGIN, CausalConfig, WanPipelineConfig
+from distill_diffusers.sampling import sampler as sampling
 from distill_protocols import (
     ChunkCall,
     CleanPast,

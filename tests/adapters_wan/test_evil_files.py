@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
-from distill_adapters_wan.components import load_text_encoder
+from distill_diffusers.components.encoders import load_text_encoder
 from distill_protocols import DistillError, RoleSpec, WeightsError
 from foreign_files import Evil
 

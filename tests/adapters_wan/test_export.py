@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
 from distill_adapters_wan import PLUGIN, WanPipelineConfig, stock_schedule
-from distill_adapters_wan.scheduler import stretched_sigmas
+from distill_diffusers.sampling.scheduler import stretched_sigmas
 from distill_protocols import (
     DTYPES,
     ExportRequest,
@@ -302,7 +302,7 @@ def test_a_failed_export_leaves_nothing(export, tmp_path, monkeypatch, request_)
         assert any(file.stat().st_size > 64 for file in stage.rglob("*.safetensors"))
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("distill_adapters_wan.staging._settle", full)
+    monkeypatch.setattr("distill_diffusers.export.staging._settle", full)
     with pytest.raises(OutputError, match="No space"):
         write(tmp_path / "s", **request_)
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distill_adapters_wan import flow
+from distill_diffusers.calls import flow
 from hypothesis import given
 from hypothesis import strategies as st
 

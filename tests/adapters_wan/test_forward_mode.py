@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distill_adapters_wan import PLUGIN, CausalConfig, WanPipelineConfig, forward_mode
+from distill_adapters_wan import PLUGIN, CausalConfig, WanPipelineConfig
+from distill_diffusers.calls import forward_mode
 from distill_protocols import Condition, LoraSpec, RoleSpec
 from wan_variants import VARIANTS
 

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 from distill_adapters_wan import PLUGIN
-from distill_adapters_wan.injection import DrawnAdapters
-from distill_adapters_wan.sources import (
+from distill_diffusers.roles.injection import DrawnAdapters
+from distill_diffusers.weights.sources import (
     FileWeights,
     JoinedWeights,
     folder_weights,

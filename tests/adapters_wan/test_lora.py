@@ -9,7 +9,7 @@ import attrs
 import pytest
 import torch
 from distill_adapters_wan import PLUGIN, PUBLISHED
-from distill_adapters_wan.lora import (
+from distill_diffusers.roles.lora import (
     DEFAULT_TARGETS,
     adapted_layers,
     adapter_names,
@@ -283,7 +283,7 @@ def test_lora_problems_need_no_weights_and_no_folder(pipeline_template, config):
 
 
 def test_adapters_of_another_version_of_peft_are_refused(pipeline_template, config, monkeypatch):
-    from distill_adapters_wan import injection
+    from distill_diffusers.roles import injection
 
     monkeypatch.setattr(injection, "ADAPTER", "other")
     with pytest.raises(WeightsError, match=r"peft .* gave \d+ adapter parameters"):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from distill_adapters_wan import PLUGIN, WanPipelineConfig, adapter
-from distill_adapters_wan.call_memory import plan_call, watch
-from distill_adapters_wan.calls import predicted
+from distill_diffusers.calls.precision import predicted
+from distill_diffusers.planning.calls import plan_call, watch
 from distill_protocols import Condition, FsdpPolicy, LoraSpec, RoleHandle, RoleSpec, WeightsError
 from torch import Tensor
 from wan_variants import VARIANTS

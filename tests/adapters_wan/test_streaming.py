@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from distill_adapters_wan.streaming import write_safetensors
+from distill_diffusers.export.streaming import write_safetensors
 from distill_protocols import ContractError, TensorInfo, WeightsError
 from hypothesis import given, settings
 from hypothesis import strategies as st

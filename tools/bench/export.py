@@ -67,8 +67,8 @@ def built(folder: Path, layers: int) -> dict[str, int]:
     import torch
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
     from distill_adapters_wan import PUBLISHED
-    from distill_adapters_wan.lora import adapted_layers, names_of
-    from distill_adapters_wan.streaming import write_safetensors
+    from distill_diffusers.export.streaming import write_safetensors
+    from distill_diffusers.roles.lora import adapted_layers, names_of
     from distill_protocols import LoraSpec, TensorInfo
 
     (published,) = PUBLISHED["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"].transformers.values()
@@ -106,9 +106,9 @@ def built(folder: Path, layers: int) -> dict[str, int]:
 
 def measured(folder: Path, kind: str, request: dict[str, object]) -> dict[str, float]:
     """One export in this process: seconds, and bytes above what was there before it."""
-    import distill_adapters_wan.verification  # noqa: F401 - everything, so that imports do not count
+    import distill_diffusers.export.verification  # noqa: F401 - everything, so that imports do not count
     from distill_adapters_wan import PLUGIN, WanPipelineConfig
-    from distill_adapters_wan.sources import FileWeights
+    from distill_diffusers.weights.sources import FileWeights
     from distill_protocols import ExportRequest, LoraSpec, RoleSpec, SamplerSpec
 
     lora = LoraSpec(rank=RANK) if kind == "lora" else None

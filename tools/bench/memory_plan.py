@@ -193,7 +193,7 @@ def _process(rank: int, size: int, file: str, strategy: str) -> None:
 
 
 def _watched(_: int, file: str) -> None:
-    from distill_adapters_wan.call_memory import watch
+    from distill_diffusers.planning.calls import watch
 
     torch.set_num_threads(1)
     config = read_config(Path(file))

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING
 
 from distill_protocols.lazy import lazy_exports
 
-from distill_adapters_wan.causal_config import CausalConfig
+from distill_adapters_wan.causal.roles.config import CausalConfig
 from distill_adapters_wan.config import WanPipelineConfig
 from distill_adapters_wan.plugin import PLUGIN, WanFamily
 from distill_adapters_wan.published import PUBLISHED, LatentFacts, PublishedModel
 
 if TYPE_CHECKING:
+    from distill_diffusers.export.exporter import WanExporter
+
     from distill_adapters_wan.adapter import WanAdapter
-    from distill_adapters_wan.export import WanExporter
-    from distill_adapters_wan.loading import load_bundle, load_module, load_role
-    from distill_adapters_wan.scheduler import StockSchedule, stock_schedule
 
 _LAZY = {
     "WanAdapter": "adapter",

@@ -12,6 +12,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from distill_diffusers.calls import flow
+from distill_diffusers.calls.features import Features, caught
+from distill_diffusers.calls.forward_mode import derivative
+from distill_diffusers.calls.precision import predicted, transformer_of
+from distill_diffusers.components.encoders import TextSide, VideoCodec
+from distill_diffusers.folders import fetch, read_json
+from distill_diffusers.roles.discriminator import logits
+from distill_diffusers.sampling import sampler as sampling
 from distill_protocols import (
     Capabilities,
     CapabilityError,
@@ -35,27 +43,20 @@ from distill_protocols import (
 )
 from torch import Tensor
 
-from distill_adapters_wan import flow, sampling
-from distill_adapters_wan.calls import predicted, transformer_of
 from distill_adapters_wan.capabilities import capabilities_of
-from distill_adapters_wan.causal import CausalRoles, PreparedCall, token_times
-from distill_adapters_wan.components import TextSide, VideoCodec
+from distill_adapters_wan.causal.roles import CausalRoles, PreparedCall, token_times
+from distill_adapters_wan.causal.roles.kv_cache import Place
 from distill_adapters_wan.config import WanPipelineConfig
 from distill_adapters_wan.experts import LOW, boundary_of, expert_of, ranges
-from distill_adapters_wan.features import Features, caught
-from distill_adapters_wan.folders import fetch, read_json
-from distill_adapters_wan.forward_mode import derivative
-from distill_adapters_wan.heads import logits
-from distill_adapters_wan.image import (
+from distill_adapters_wan.images.conditions import (
     beside_channels,
     embeds_of,
     first_frame_given,
     frame_times,
     latents_of,
 )
-from distill_adapters_wan.image_encoder import ImageSide
-from distill_adapters_wan.image_shapes import EMBEDS, LATENTS, ImageKind, image_kind
-from distill_adapters_wan.kv_cache import Place
+from distill_adapters_wan.images.encoder import ImageSide
+from distill_adapters_wan.images.shapes import EMBEDS, LATENTS, ImageKind, image_kind
 from distill_adapters_wan.shape import clip_problems, latent_facts, latent_shape
 
 
@@ -63,7 +64,7 @@ class WanAdapter:
     """``DistillAdapter``, ``ExpertRouting`` and ``ImageConditioning`` of Wan 2.1 and 2.2.
 
     A condition is ``{"text": [B, L, D]}`` and, of a model that reads a first frame, what
-    ``distill_adapters_wan.image`` says.
+    ``distill_adapters_wan.images.conditions`` says.
 
     Args:
         bundle: roles, each with a module ``transformer``, and ``transformer_2`` where it has two

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attrs import frozen
-from distill_protocols import WeightsError
-
-from distill_adapters_wan.folders import (
+from distill_diffusers.folders import (
     folder_hint,
     folder_problem,
     is_hub_id,
@@ -16,6 +14,8 @@ from distill_adapters_wan.folders import (
     read_json,
     transformer_names,
 )
+from distill_protocols import WeightsError
+
 from distill_adapters_wan.published import PUBLISHED
 
 TRAIN_STEPS = 1000.0

@@ -7,6 +7,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from distill_diffusers.export.rules import FORMATS, export_problems
+from distill_diffusers.folders import (
+    DIFFUSERS_STEM,
+    component_problems,
+    folder_problem,
+    is_hub_id,
+    locate,
+    module_problems,
+    pipeline_problems,
+    read_json,
+)
+from distill_diffusers.roles.discriminator_rules import head_problems
+from distill_diffusers.roles.lora import target_problems
 from distill_protocols import (
     Capabilities,
     FamilyPlugin,
@@ -18,25 +31,12 @@ from distill_protocols import (
 )
 from distill_protocols.plugins import EMPTY
 
-from distill_adapters_wan import fastvideo_names
 from distill_adapters_wan.architecture import architecture, unknown_hub_id
 from distill_adapters_wan.capabilities import capabilities_of
-from distill_adapters_wan.causal_config import causal_problems
+from distill_adapters_wan.causal.roles.config import causal_problems
 from distill_adapters_wan.config import WanPipelineConfig
 from distill_adapters_wan.experts import HIGH, boundary_of, module_ranges
-from distill_adapters_wan.export_rules import FORMATS, export_problems
-from distill_adapters_wan.folders import (
-    DIFFUSERS_STEM,
-    component_problems,
-    folder_problem,
-    is_hub_id,
-    locate,
-    module_problems,
-    pipeline_problems,
-    read_json,
-)
-from distill_adapters_wan.head_rules import head_problems
-from distill_adapters_wan.image_shapes import (
+from distill_adapters_wan.images.shapes import (
     CLIP_TOKENS,
     EMBEDS,
     TEXT,
@@ -44,7 +44,7 @@ from distill_adapters_wan.image_shapes import (
     image_kind,
     needed_shapes,
 )
-from distill_adapters_wan.lora import target_problems
+from distill_adapters_wan.names import fastvideo as fastvideo_names
 from distill_adapters_wan.published import PUBLISHED, LatentFacts
 from distill_adapters_wan.shape import clip_problems, latent_facts, latent_shape, plain, unsupported
 
@@ -209,9 +209,8 @@ class WanFamily(FamilyPlugin[WanPipelineConfig]):
         Raises:
             WeightsError: nothing says how the model is built.
         """
+        from distill_diffusers.planning.modules import plan_modules
         from distill_protocols import RolePlan
-
-        from distill_adapters_wan.planning import plan_modules
 
         transformers, _ = architecture(role.path)
         folder = locate(role.path)
@@ -242,7 +241,7 @@ class WanFamily(FamilyPlugin[WanPipelineConfig]):
         shapes = self.condition_shapes(config, source=role.path)
         if latents is None or TEXT not in shapes:
             return None
-        from distill_adapters_wan.call_memory import plan_call, plan_heads_call
+        from distill_diffusers.planning.calls import plan_call, plan_heads_call
 
         transformers, calling = architecture(role.path)
         main = transformers[HIGH]
@@ -271,7 +270,7 @@ class WanFamily(FamilyPlugin[WanPipelineConfig]):
         weights: Mapping[str, Mapping[str, WeightSource]] = EMPTY,
         shard: Callable[[RoleHandle], None] = lambda role: None,
     ) -> ModelBundle:
-        from distill_adapters_wan.loading import load_bundle
+        from distill_diffusers.roles.loading import load_bundle
 
         return load_bundle(
             roles,
@@ -283,7 +282,7 @@ class WanFamily(FamilyPlugin[WanPipelineConfig]):
         )
 
     def weights(self, path: str) -> Mapping[str, WeightSource]:
-        from distill_adapters_wan.sources import folder_weights
+        from distill_diffusers.weights.sources import folder_weights
 
         return folder_weights(path)
 
@@ -295,7 +294,7 @@ class WanFamily(FamilyPlugin[WanPipelineConfig]):
         return WanAdapter(bundle, config, source=source)
 
     def exporter(self, config: WanPipelineConfig, *, source: str) -> Exporter:
-        from distill_adapters_wan.export import WanExporter
+        from distill_diffusers.export.exporter import WanExporter
 
         return WanExporter(config, source=source)
 

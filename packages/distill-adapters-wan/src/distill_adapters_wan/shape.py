@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from distill_diffusers.folders import read_json
+
 from distill_adapters_wan.architecture import Calling
 from distill_adapters_wan.config import WanPipelineConfig
-from distill_adapters_wan.folders import read_json
 from distill_adapters_wan.published import LatentFacts
 
 MASK_CHANNELS = 4

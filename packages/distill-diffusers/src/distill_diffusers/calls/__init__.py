@@ -1,0 +1,1 @@
+"""One call of a transformer: conversions, guidance, precision, features, derivatives."""

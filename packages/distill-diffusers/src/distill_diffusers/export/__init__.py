@@ -1,0 +1,1 @@
+"""A role written where other tools read it, and read back."""

@@ -1,0 +1,1 @@
+"""From noise to clean latents, and the stock scheduler that repeats it."""
