@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from distill_protocols.lazy import lazy_exports
 
-from distill_adapters_wan.causal.roles.config import CausalConfig
+from distill_adapters_wan.causal.config import CausalConfig
 from distill_adapters_wan.config import WanPipelineConfig
 from distill_adapters_wan.plugin import PLUGIN, WanFamily
 from distill_adapters_wan.published import PUBLISHED, LatentFacts, PublishedModel

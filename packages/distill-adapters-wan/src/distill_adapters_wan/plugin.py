@@ -33,7 +33,7 @@ from distill_protocols.plugins import EMPTY
 
 from distill_adapters_wan.architecture import architecture, unknown_hub_id
 from distill_adapters_wan.capabilities import capabilities_of
-from distill_adapters_wan.causal.roles.config import causal_problems
+from distill_adapters_wan.causal.config import causal_problems
 from distill_adapters_wan.config import WanPipelineConfig
 from distill_adapters_wan.experts import HIGH, boundary_of, module_ranges
 from distill_adapters_wan.images.shapes import (

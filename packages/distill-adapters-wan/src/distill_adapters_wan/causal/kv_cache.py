@@ -11,7 +11,7 @@ from attrs import evolve, frozen
 from distill_protocols import Chunk, ContractError
 from torch import Tensor
 
-from distill_adapters_wan.causal.roles.config import CausalConfig
+from distill_adapters_wan.causal.config import CausalConfig
 
 KeysAndValues = tuple[Tensor, Tensor]
 """K before its rotation and V of one layer, [B, tokens, heads, head width] each, detached."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from attrs import frozen
 from distill_protocols import Chunk
 
-from distill_adapters_wan.causal.roles.config import CausalConfig
+from distill_adapters_wan.causal.config import CausalConfig
 
 
 @frozen

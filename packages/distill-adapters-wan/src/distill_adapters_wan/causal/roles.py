@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from distill_adapters_wan.causal import layout
 from distill_adapters_wan.causal.layout import Group, Layout, Span
-from distill_adapters_wan.causal.roles.config import CausalConfig, causal_problems
-from distill_adapters_wan.causal.roles.kv_cache import (
+from distill_adapters_wan.causal.config import CausalConfig, causal_problems
+from distill_adapters_wan.causal.kv_cache import (
     Caller,
     KeysAndValues,
     KvCaches,
