@@ -12,8 +12,8 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
-from distill_adapters_wan import PLUGIN, WanPipelineConfig, stock_schedule
-from distill_diffusers.sampling.scheduler import stretched_sigmas
+from distill_adapters_wan import PLUGIN, WanPipelineConfig
+from distill_diffusers.sampling.scheduler import stock_schedule, stretched_sigmas
 from distill_protocols import (
     DTYPES,
     ExportRequest,

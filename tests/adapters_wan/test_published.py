@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import math
 
-import attrs
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from distill_adapters_wan import PLUGIN, PUBLISHED, WanAdapter, WanPipelineConfig
-from distill_adapters_wan.architecture import architecture
 from distill_protocols import Condition, LoraSpec, ModelBundle, RoleHandle, RoleSpec
 
 EXPECTED = {
@@ -87,13 +85,13 @@ def on_meta(tmp_path_factory):
     """(adapter, role) of one published model: modules on meta, a VAE's configuration on disk."""
 
     def make(hub_id):
-        transformers, calling = architecture(hub_id)
+        model = PLUGIN.describe(hub_id)
         with torch.device("meta"):
             modules = {
                 name: WanTransformer3DModel.from_config(dict(numbers))
-                for name, numbers in transformers.items()
+                for name, numbers in model.transformers.items()
             }
-        role = RoleHandle(name="student", modules=modules, call_options=attrs.asdict(calling))
+        role = RoleHandle(name="student", modules=modules, call_options=model.call_options)
         facts = PUBLISHED[hub_id].latents
         folder = tmp_path_factory.mktemp("published")
         (folder / "vae").mkdir()

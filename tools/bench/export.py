@@ -66,7 +66,8 @@ def built(folder: Path, layers: int) -> dict[str, int]:
     """``base`` and ``role``, pipeline folders, and ``adapters.safetensors``."""
     import torch
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-    from distill_adapters_wan import PUBLISHED
+    from distill_adapters_wan import PUBLISHED, WAN
+    from distill_diffusers.architecture import inspect_model
     from distill_diffusers.export.streaming import write_safetensors
     from distill_diffusers.roles.lora import adapted_layers, names_of
     from distill_protocols import LoraSpec, TensorInfo
@@ -90,7 +91,7 @@ def built(folder: Path, layers: int) -> dict[str, int]:
         meta.save_config(folder / part / "transformer")
         file = folder / part / "transformer" / "diffusion_pytorch_model.safetensors"
         write_safetensors(file, facts, drawn)
-    sizes = adapted_layers(config, LoraSpec(rank=RANK))
+    sizes = adapted_layers(inspect_model(WAN, config), LoraSpec(rank=RANK))
     adapters = {}
     for layer, (taken, given) in sizes.items():
         a, b = names_of(layer)

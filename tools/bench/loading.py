@@ -130,9 +130,9 @@ def measured(folder: Path, case: str, size: int) -> dict[str, float]:
     """One load in this process: seconds, and bytes above what was there before it."""
     import time
 
-    import distill_diffusers.roles.loading
     import torch
-    from distill_adapters_wan import PLUGIN, WanPipelineConfig
+    from distill_adapters_wan import PLUGIN, WAN, WanPipelineConfig
+    from distill_diffusers.architecture import transformer_class
     from distill_diffusers.weights import filling
     from distill_protocols import LoraSpec, RoleHandle, RoleSpec
     from torch import distributed
@@ -166,7 +166,7 @@ def measured(folder: Path, case: str, size: int) -> dict[str, float]:
         return PLUGIN.load(roles, config, device=cpu, **way)
 
     def naive() -> object:
-        model_class = distill_diffusers.roles.loading.WanTransformer3DModel
+        model_class = transformer_class(WAN)
         path = folder / "base" / "transformer"
         from safetensors.torch import load_file
 

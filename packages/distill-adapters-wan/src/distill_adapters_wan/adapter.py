@@ -44,8 +44,8 @@ from distill_protocols import (
 from torch import Tensor
 
 from distill_adapters_wan.capabilities import capabilities_of
-from distill_adapters_wan.causal.roles import CausalRoles, PreparedCall, token_times
 from distill_adapters_wan.causal.kv_cache import Place
+from distill_adapters_wan.causal.roles import CausalRoles, PreparedCall, token_times
 from distill_adapters_wan.config import WanPipelineConfig
 from distill_adapters_wan.experts import LOW, boundary_of, expert_of, ranges
 from distill_adapters_wan.images.conditions import (

@@ -11,9 +11,8 @@ import struct
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from distill_diffusers.kinds import TRAIN_STEPS
 from distill_protocols import ContractError
-
-from distill_adapters_wan.architecture import TRAIN_STEPS
 
 if TYPE_CHECKING:
     from torch import Tensor

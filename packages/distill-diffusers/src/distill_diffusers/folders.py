@@ -1,14 +1,15 @@
-"""Diffusers-format folders and hub ids, looked at without torch: what is there and what is not.
+"""Diffusers-format folders and hub ids, examined without torch: what is there and what is not.
 
 ::
 
     model_index.json
     transformer/    config.json, diffusion_pytorch_model.safetensors (or shards and their index)
+    transformer_2/  likewise, where the model has two experts
     vae/            likewise
-    transformer_2/  likewise                                       the second expert of Wan 2.2 A14B
     text_encoder/   config.json, model.safetensors (or shards)    only to encode new prompts
     tokenizer/      tokenizer.json, spiece.model ...               likewise
-    image_encoder/  config.json, model.safetensors (or shards)    only to encode new pictures (2.1)
+    text_encoder_2/, tokenizer_2/ ...                              likewise, of further encoders
+    image_encoder/  config.json, model.safetensors (or shards)    only to encode new images
     image_processor/  preprocessor_config.json                     likewise
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def cached_snapshot(hub_id: str) -> Path | None:
 
 
 def locate(path: str) -> Path | None:
-    """Where ``path``, a folder or a hub id, is on this machine."""
+    """The folder of ``path``, a folder or a hub id, on this machine; None where there is none."""
     if is_hub_id(path):
         return cached_snapshot(path)
     return Path(path) if Path(path).is_dir() else None
@@ -104,14 +105,14 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def transformer_names(folder: Path) -> tuple[str, ...]:
-    """Module names of a pipeline folder's transformers, from its index.
+def transformer_names(folder: Path, modules: Sequence[str]) -> tuple[str, ...]:
+    """Those of ``modules`` that the index of a pipeline folder has.
 
     Raises:
         WeightsError: no index, or a damaged one.
     """
     index = read_json(folder / "model_index.json")
-    return tuple(n for n in ("transformer", "transformer_2") if (index.get(n) or [None])[0])
+    return tuple(name for name in modules if (index.get(name) or [None])[0])
 
 
 def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
@@ -136,7 +137,7 @@ def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
 
 
 def file_problem(file: Path) -> str | None:
-    """What is wrong with a safetensors file, from its header and its length alone."""
+    """Say what is wrong with a safetensors file, from its header and its length alone."""
     if not file.is_file():
         return f"{file} is missing; the folder's index names it. Download it again"
     size = file.stat().st_size
@@ -181,53 +182,61 @@ def has_weights(folder: Path, stem: str) -> bool:
     return not any(module_problems(folder, stem))
 
 
-def pipeline_problems(folder: Path, *, components: bool) -> Iterator[str]:
-    """What is missing or damaged in a pipeline folder; ``components``: look at the VAE too.
+def pipeline_problems(folder: Path, modules: Sequence[str], *, components: bool) -> Iterator[str]:
+    """What is missing or damaged in a pipeline folder.
 
     A text encoder may be absent (a data set with stored embeddings needs none), but not broken.
+
+    Args:
+        modules: names that its transformers may have (``ModelKind.modules``).
+        components: examine VAE and encoders too.
     """
     index = folder / "model_index.json"
     names: tuple[str, ...] = ()
     if not index.is_file():
         yield (
-            f"{index} is missing, so {folder} is no Diffusers-format pipeline folder. The "
-            "original Wan format is another one: use the model's ...-Diffusers repository"
+            f"{index} is missing, so {folder} is no Diffusers-format pipeline folder. The format "
+            "of a model's original code is another one: use its Diffusers-format repository"
         )
     else:
         try:
-            names = transformer_names(folder)
+            names = transformer_names(folder, modules)
         except WeightsError as error:
             yield str(error)
             return
-    for name in names or ("transformer",):
+    for name in names or modules[:1]:
         yield from module_problems(folder / name, DIFFUSERS_STEM)
     if components:
         yield from component_problems(folder)
 
 
 def component_problems(folder: Path) -> Iterator[str]:
-    """What is missing or damaged among VAE, text encoder and tokenizer."""
+    """What is missing or damaged among VAE, encoders, tokenizers and image processor."""
     yield from module_problems(folder / "vae", DIFFUSERS_STEM)
-    if (folder / "text_encoder").is_dir():
-        yield from text_problems(folder)
+    for encoder in sorted(folder.glob("text_encoder*")):
+        yield from text_problems(folder, encoder.name.removeprefix("text_encoder"))
     if (folder / "image_encoder").is_dir():
         yield from image_problems(folder)
 
 
-def text_problems(folder: Path) -> Iterator[str]:
-    """What is missing or damaged where a prompt shall be encoded."""
-    yield from module_problems(folder / "text_encoder", TRANSFORMERS_STEM)
-    tokenizer = folder / "tokenizer"
-    names = ("tokenizer.json", "spiece.model", "tokenizer.model")
+def text_problems(folder: Path, suffix: str = "") -> Iterator[str]:
+    """What is missing or damaged where a prompt is to be encoded.
+
+    Args:
+        suffix: ``"_2"``, ``"_3"`` of a further encoder and its tokenizer.
+    """
+    yield from module_problems(folder / f"text_encoder{suffix}", TRANSFORMERS_STEM)
+    tokenizer = folder / f"tokenizer{suffix}"
+    names = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
     if not any((tokenizer / name).is_file() for name in names):
         yield (
-            f"{tokenizer} holds none of {', '.join(names)}, and text_encoder/ beside it is "
-            "of no use without. Download it again"
+            f"{tokenizer} holds none of {', '.join(names)}, and text_encoder{suffix}/ beside it "
+            "is of no use without. Download it again"
         )
 
 
 def image_problems(folder: Path) -> Iterator[str]:
-    """What is missing or damaged where a picture shall be encoded (Wan 2.1 image-to-video)."""
+    """What is missing or damaged where an image is to be encoded."""
     yield from module_problems(folder / "image_encoder", TRANSFORMERS_STEM)
     file = folder / "image_processor" / "preprocessor_config.json"
     if not file.is_file():
@@ -244,7 +253,7 @@ def _no_folder(path: str) -> str:
     nearest = f" (the nearest that exists is {known[0]})" if known and os.path.isabs(path) else ""
     return (
         f"{path} is no folder{nearest} and no hub id; it must be a Diffusers-format folder or a "
-        f"hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers{folder_hint(path)}"
+        f"hub id, owner/name{folder_hint(path)}"
     )
 
 

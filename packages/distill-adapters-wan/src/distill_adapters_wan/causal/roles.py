@@ -30,7 +30,6 @@ from distill_protocols import (
 from torch import Tensor, nn
 
 from distill_adapters_wan.causal import layout
-from distill_adapters_wan.causal.layout import Group, Layout, Span
 from distill_adapters_wan.causal.config import CausalConfig, causal_problems
 from distill_adapters_wan.causal.kv_cache import (
     Caller,
@@ -40,6 +39,7 @@ from distill_adapters_wan.causal.kv_cache import (
     Place,
     StoredChunk,
 )
+from distill_adapters_wan.causal.layout import Group, Layout, Span
 
 _ARGUMENT = "causal"
 

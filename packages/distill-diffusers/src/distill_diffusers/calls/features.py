@@ -13,7 +13,7 @@ from typing import Any
 from distill_protocols import ContractError
 from torch import Tensor, nn
 
-from distill_diffusers.roles.discriminator_rules import block_problem
+from distill_diffusers.roles.discriminator import block_problem
 
 Features = MutableMapping[int, Tensor | None]
 """By block index."""

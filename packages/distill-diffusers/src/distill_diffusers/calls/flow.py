@@ -8,9 +8,10 @@ an input is fp64.
 from __future__ import annotations
 
 import torch
-from distill_adapters_wan.architecture import TRAIN_STEPS
 from distill_protocols import PredType
 from torch import Tensor
+
+from distill_diffusers.kinds import TRAIN_STEPS
 
 
 def sigma_of(t: Tensor, like: Tensor) -> Tensor:

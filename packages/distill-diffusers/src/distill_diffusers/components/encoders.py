@@ -23,7 +23,7 @@ from distill_diffusers.folders import (
     text_problems,
     weight_files,
 )
-from distill_diffusers.roles.loading import load_module
+from distill_diffusers.weights.modules import load_module
 
 _SAMPLED = 64
 _CHUNK = 1 << 16

@@ -12,10 +12,11 @@ import diffusers
 import torch
 from attrs import asdict
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from distill_adapters_wan.architecture import architecture
 from distill_adapters_wan.config import WanPipelineConfig
 from distill_adapters_wan.images.shapes import image_kind
+from distill_adapters_wan.kind import WAN
 from distill_adapters_wan.names.original import to_original
+from distill_adapters_wan.published import PUBLISHED
 from distill_protocols import (
     DTYPES,
     ExportRequest,
@@ -30,6 +31,8 @@ from distill_protocols import (
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
+from distill_diffusers.architecture import inspect_model, kept_in_fp32
+from distill_diffusers.descriptions import describe_model
 from distill_diffusers.export.rules import export_problems
 from distill_diffusers.export.staging import whole_or_nothing
 from distill_diffusers.export.streaming import write_safetensors
@@ -40,11 +43,11 @@ from distill_diffusers.folders import (
     locate,
     read_json,
 )
-from distill_diffusers.roles.loading import build_from, check_keys
 from distill_diffusers.roles.lora import adapted_layers, adapter_names, names_of
 from distill_diffusers.sampling.scheduler import StockSchedule, stock_schedule
-from distill_diffusers.weights.derived import CastWeights, MergedWeights, narrowed
+from distill_diffusers.weights.derived import CastWeights, MergedWeights, round_to
 from distill_diffusers.weights.extraction import Extraction, extract
+from distill_diffusers.weights.modules import build_from, check_keys
 from distill_diffusers.weights.sources import folder_weights
 
 SPEC_FILE = "sampler_spec.json"
@@ -187,7 +190,7 @@ def checked_modules(
     problems = [f"{'.'.join(p.path)}: {p.message}" for p in export_problems(role, request)]
     if problems:
         raise WeightsError(f"role {role.name!r} cannot be exported so; {'; '.join(problems)}")
-    configs, _ = architecture(role.path)
+    configs = describe_model(WAN, role.path, PUBLISHED).transformers
     if set(configs) != set(weights):
         raise WeightsError(
             f"role {role.name!r} has weights of {', '.join(weights) or 'nothing'}, and "
@@ -211,7 +214,7 @@ def checked_modules(
 
 def _adapter_shapes(lora: LoraSpec, config: Mapping[str, Any]) -> dict[str, Tensor]:
     shapes = {}
-    for layer, (taken, given) in adapted_layers(config, lora).items():
+    for layer, (taken, given) in adapted_layers(inspect_model(WAN, config), lora).items():
         a, b = names_of(layer)
         shapes[a] = torch.empty(lora.rank, taken, device="meta")
         shapes[b] = torch.empty(given, lora.rank, device="meta")
@@ -224,10 +227,11 @@ def whole_weights(
     """By module, as they are written in whole: a LoRA merged into its base, then rounded."""
     sources: dict[str, WeightSource] = dict(weights)
     if role.lora is not None:
-        base = folder_weights(role.path)
+        base = folder_weights(role.path, WAN.modules)
         sources = {k: MergedWeights(base[k], v, role.lora.scale) for k, v in sources.items()}
     if request.precision is not None:
-        sources = {k: CastWeights(v, request.precision) for k, v in sources.items()}
+        kept = kept_in_fp32(WAN)
+        sources = {k: CastWeights(v, request.precision, kept) for k, v in sources.items()}
     return sources
 
 
@@ -396,7 +400,7 @@ def _write_lora(
             pairs = adapter_factors(role.lora, weights[name], request.precision)
             facts["lora"][name] = {"rank": role.lora.rank, "layers": len(pairs)}
         else:
-            base = folder_weights(role.path)[name]
+            base = folder_weights(role.path, WAN.modules)[name]
             rank = request.lora_rank or 0  # checked: it is there
             found = extract(weights[name], base, rank, precision=request.precision, seed_name=name)
             pairs = found.factors
@@ -431,7 +435,7 @@ def adapter_factors(
             b = b.float() * lora.scale
         if precision is not None:
             dtype = DTYPES[precision]
-            a, b = (narrowed(x, dtype, n) for x, n in zip((a, b), names, strict=True))
+            a, b = (round_to(x, dtype, n) for x, n in zip((a, b), names, strict=True))
         pairs[layer] = (a, b.to(a.dtype))
     return pairs
 
@@ -499,8 +503,8 @@ def _guidance_notes(spec: SamplerSpec) -> Iterator[str]:
 
 
 def _image_notes(role: RoleSpec, request: ExportRequest) -> Iterator[str]:
-    transformers, calling = architecture(role.path)
-    kind = image_kind(transformers["transformer"], calling.expand_timesteps)
+    model = describe_model(WAN, role.path, PUBLISHED)
+    kind = image_kind(model.main, model.call_options["expand_timesteps"])
     if kind == "channels":
         yield "pass the first frame as `image`, of the clip's size"
     elif kind == "frame" and request.format == "diffusers":

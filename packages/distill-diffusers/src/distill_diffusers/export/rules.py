@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from distill_adapters_wan.architecture import architecture
+from distill_adapters_wan.kind import WAN
+from distill_adapters_wan.published import PUBLISHED
 from distill_protocols import ExportRequest, Problem, RoleSpec, WeightsError
 
+from distill_diffusers.descriptions import describe_model
 from distill_diffusers.folders import DIFFUSERS_STEM, locate, module_problems
-from distill_diffusers.roles.lora import linear_layers
 
 FORMATS = {
     "diffusers": "a pipeline folder",
@@ -42,7 +43,7 @@ def export_problems(role: RoleSpec, request: ExportRequest) -> Iterator[Problem]
         )
     transformers: Mapping[str, Mapping[str, Any]] = {}
     with suppress(WeightsError):  # the role's own problem, told by FamilyPlugin.problems
-        transformers, _ = architecture(role.path)
+        transformers = describe_model(WAN, role.path, PUBLISHED).transformers
     if request.sampler.guidance_2 is not None and len(transformers) == 1:
         yield Problem(
             "sampler",
@@ -83,7 +84,9 @@ def _rank_problems(
     elif rank < 1:
         yield Problem("lora_rank", f"{rank} must be at least 1: it counts the columns of B")
     else:
-        layers = [linear_layers(config) for config in transformers.values()]
+        from distill_diffusers.architecture import inspect_model
+
+        layers = [inspect_model(WAN, config).linear_layers for config in transformers.values()]
         most = max((min(size) for sizes in layers for size in sizes.values()), default=rank)
         if rank > most:
             yield Problem(

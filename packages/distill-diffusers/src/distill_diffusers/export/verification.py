@@ -18,6 +18,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
 from diffusers.utils import logging as diffusers_logging
+from distill_adapters_wan.kind import WAN
 from distill_adapters_wan.names.original import to_diffusers, to_original
 from distill_adapters_wan.shape import TEXT_TOKENS
 from distill_protocols import (
@@ -31,6 +32,7 @@ from distill_protocols import (
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
+from distill_diffusers.architecture import inspect_model, is_kept_in_fp32, kept_in_fp32
 from distill_diffusers.export.exporter import (
     adapter_factors,
     checked_modules,
@@ -40,10 +42,9 @@ from distill_diffusers.export.exporter import (
     whole_weights,
 )
 from distill_diffusers.folders import fetch, read_json
-from distill_diffusers.roles.loading import build_from
-from distill_diffusers.roles.lora import linear_layers
 from distill_diffusers.sampling.scheduler import stock_schedule
-from distill_diffusers.weights.derived import CastWeights, stays_wide
+from distill_diffusers.weights.derived import CastWeights
+from distill_diffusers.weights.modules import build_from
 from distill_diffusers.weights.sources import FileWeights, folder_weights, read_in_groups
 
 LORA_TOLERANCE = 1e-4
@@ -200,7 +201,7 @@ def _lora(
     request: ExportRequest,
     modules: Mapping[str, WanTransformer3DModel],
 ) -> dict[str, Any]:
-    base = folder_weights(role.path)
+    base = folder_weights(role.path, WAN.modules)
     source = fetch(role.path, tuple(modules))
     compared = {}
     for name, meta in modules.items():
@@ -226,7 +227,9 @@ def _lora(
             )
         compared[name] = {"layers": len(pairs), "largest_difference": difference}
         if role.lora is None:
-            whole = _outputs_of(CastWeights(weights[name], "fp32"), meta, torch.float32)
+            whole = _outputs_of(
+                CastWeights(weights[name], "fp32", kept_in_fp32(WAN)), meta, torch.float32
+            )
             off = (merged - whole).square().mean() / whole.square().mean()
             compared[name]["relative_difference_to_role"] = float(off.sqrt())
     return compared
@@ -235,7 +238,7 @@ def _lora(
 def _pairs_in(file: Path, meta: WanTransformer3DModel) -> dict[str, tuple[Tensor, Tensor]]:
     """By layer, the (A, B) of ``file``, every key of which must be one."""
     source = FileWeights(str(file), [file])
-    layers = linear_layers(dict(meta.config))
+    layers = inspect_model(WAN, dict(meta.config)).linear_layers
     names = {layer: [diffusers_lora_name(layer, side) for side in "AB"] for layer in layers}
     there = {layer: pair for layer, pair in names.items() if pair[0] in source.describe()}
     _check_names(file, source.describe(), [name for pair in there.values() for name in pair])
@@ -331,7 +334,10 @@ def _dtype(source: WeightSource, request: ExportRequest) -> torch.dtype:
     """The type to load them as: the request's, or the narrowest that is there."""
     if request.precision is not None:
         return DTYPES[request.precision]
-    kinds = {facts.dtype for name, facts in source.describe().items() if not stays_wide(name)}
+    kept = kept_in_fp32(WAN)
+    kinds = {
+        facts.dtype for name, facts in source.describe().items() if not is_kept_in_fp32(name, kept)
+    }
     return kinds.pop() if len(kinds) == 1 else torch.float32
 
 
@@ -371,8 +377,9 @@ def _compared(
 def _outputs_of(source: WeightSource, meta: WanTransformer3DModel, dtype: torch.dtype) -> Tensor:
     """Of a module that is put together from ``source``, through no reader of diffusers."""
     module = build_from(WanTransformer3DModel, dict(meta.config), source.where)
+    kept = kept_in_fp32(WAN)
     state = {
-        name: tensor.to(torch.float32 if stays_wide(name) else dtype, copy=True)
+        name: tensor.to(torch.float32 if is_kept_in_fp32(name, kept) else dtype, copy=True)
         for name, tensor in read_in_groups(source, source.describe())
     }
     module.load_state_dict(state, strict=True, assign=True)

@@ -5,68 +5,76 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from attrs import frozen
-from distill_adapters_wan.causal.roles import token_times
 from distill_protocols import DTYPES, CallPlan, RoleHandle, RoleSpec
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from distill_diffusers.calls.precision import predicted, transformer_of
-from distill_diffusers.planning.modules import on_meta, stored_dtype
-from distill_diffusers.roles.discriminator import HEADS, heads_on_meta, logits
+from distill_diffusers.architecture import build_on_meta, inspect_model
+from distill_diffusers.kinds import ModelKind
+from distill_diffusers.planning.modules import stored_dtype
+from distill_diffusers.roles import attention
+from distill_diffusers.roles.discriminator import HEADS, build_heads, logits
 from distill_diffusers.roles.injection import inject
-from distill_diffusers.roles.lora import DEFAULTS, adapted_layers
+from distill_diffusers.roles.lora import adapted_layers
+
+LATENTS = "latents"
+"""The input of a call that may take a gradient."""
+
+ModelCall: TypeAlias = Callable[[RoleHandle, Mapping[str, Tensor]], Tensor]
+"""Calls the first module of a role on inputs by name, as the family's adapter does, and gives its
+output. The inputs are all that such a call has beside weights: ``latents`` first."""
 
 
 @frozen(kw_only=True)
 class CallBytes:
     """Bytes that are alive beside weights and their gradients.
 
-    The first three grow by the same for each further block; ``else_`` does not.
+    The first three grow by the same for each further block; ``outside`` does not.
 
     Attributes:
         held: between forward and backward.
         forward: most at once, from the last block on.
         backward: most at once, to the end of the last block's.
-        else_: most at once before and after these.
+        outside: most at once before and after these.
     """
 
     held: int
     forward: int
     backward: int
-    else_: int
+    outside: int
 
     @property
     def most(self) -> int:
-        return max(self.forward, self.backward, self.else_)
+        """The most at once, at any moment."""
+        return max(self.forward, self.backward, self.outside)
 
-    def plus(self, longer: CallBytes, times: int) -> CallBytes:
-        """With ``times`` more blocks, where ``longer`` has one more than this."""
+    def with_more_blocks(self, longer: CallBytes, count: int) -> CallBytes:
+        """Extrapolate to ``count`` more blocks, where ``longer`` has one more than this."""
         return CallBytes(
-            held=self.held + times * (longer.held - self.held),
-            forward=self.forward + times * (longer.forward - self.forward),
-            backward=self.backward + times * (longer.backward - self.backward),
-            else_=self.else_,
+            held=self.held + count * (longer.held - self.held),
+            forward=self.forward + count * (longer.forward - self.forward),
+            backward=self.backward + count * (longer.backward - self.backward),
+            outside=self.outside,
         )
 
 
 def plan_call(
+    kind: ModelKind,
     config: Mapping[str, Any],
     role: RoleSpec,
+    call: ModelCall,
+    shapes: Mapping[str, Sequence[int]],
     *,
-    latents: Sequence[int],
-    text: Sequence[int],
-    image: Sequence[int] | None = None,
-    frame_times: bool = False,
-    judges: bool = False,
+    input_gradient: bool = False,
 ) -> CallPlan:
-    """From models of two and of three blocks, as each further block adds the same.
+    """Plan a call from models of two and of three blocks, as each further block adds the same.
 
     Not of one, which is the first and the last block at once: its input comes from the embedding,
     and takes no gradient in a LoRA role.
@@ -77,37 +85,35 @@ def plan_call(
 
     Args:
         config: of the transformer; of two experts either, as one is called at a time.
-        latents: [B, C, T, H, W] of the call, with the channels that bring a picture.
-        text: [B, L, D] of the call.
-        image: [B, tokens, D] of a picture's embedding, where the model reads one.
-        frame_times: whether each frame has a t of its own, as where one of them is given.
-        judges: whether the call is differentiated by its latents, though the role does not learn.
+        call: how the family calls it.
+        shapes: of all inputs of the call, batch included.
+        input_gradient: whether the call is differentiated by its latents, though the role is not
+            trained.
     """
-    shapes = _Shapes(
-        latents=latents, text=text, image=image, frame_times=frame_times, judges=judges
-    )
-    blocks = config.get("num_layers", DEFAULTS["num_layers"])
-    found = measured({**config, "num_layers": min(blocks, 2)}, role, shapes)
+    blocks = inspect_model(kind, config).config[kind.depth]
+    plan = _plan_of(kind, config, min(blocks, 2), role, call, shapes, input_gradient)
     if blocks > 2:
-        three = measured({**config, "num_layers": 3}, role, shapes)
-        found = found.plus(three, blocks - 2)
-    return CallPlan(held=found.held if role.trainable else 0, most=found.most)
+        three = _plan_of(kind, config, 3, role, call, shapes, input_gradient)
+        plan = plan.with_more_blocks(three, blocks - 2)
+    return CallPlan(held=plan.held if role.trainable else 0, most=plan.most)
 
 
-def plan_heads_call(
-    config: Mapping[str, Any], role: RoleSpec, *, latents: Sequence[int]
+def plan_discriminator_call(
+    kind: ModelKind, config: Mapping[str, Any], role: RoleSpec, *, batch: int, cells: Sequence[int]
 ) -> CallPlan:
-    """Of a discriminator, on the features of one call of the transformer of ``config``.
+    """Plan a call of a discriminator on the features of one call of the transformer of ``config``.
 
     Args:
-        latents: [B, C, T, H, W] of that call.
+        batch: clips.
+        cells: (T, H, W) of a clip in tokens.
     """
     assert role.heads is not None
-    module = heads_on_meta(config, role.heads)
-    patches = {**DEFAULTS, **config}["patch_size"]
-    cells = [n // p for n, p in zip(latents[2:], patches, strict=True)]
+    module = build_heads(inspect_model(kind, config).width, role.heads)
     with FakeTensorMode():
-        _fill_with_fakes(module, role)
+        gathered = role.fsdp.mixed_precision if role.fsdp else None
+        for name, parameter in list(module.named_parameters()):
+            fake = torch.empty(parameter.shape, dtype=DTYPES[gathered or "fp32"])
+            _replace(module, name, nn.Parameter(fake))
         handle = RoleHandle(
             name=role.name,
             modules={HEADS: module},
@@ -115,86 +121,85 @@ def plan_heads_call(
             precision=role.precision,
             discriminator=role.heads,
         )
-        features = {i: torch.empty(latents[0], module.features, *cells) for i in role.heads.blocks}
+        features = {i: torch.empty(batch, module.features, *cells) for i in role.heads.blocks}
         for parameter in module.parameters():
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        alive = _Alive([*module.parameters(), *features.values()])
+        alive = _LiveBytes([*module.parameters(), *features.values()])
         with alive, torch.set_grad_enabled(role.trainable):
             loss = logits(handle, features).square().mean()
             held = alive.now
             if role.trainable:
                 loss.backward()
-    return CallPlan(held=held if role.trainable else 0, most=alive.lap())
+    return CallPlan(held=held if role.trainable else 0, most=alive.take_peak())
 
 
-@frozen(kw_only=True)
-class _Shapes:
-    """See ``plan_call``."""
-
-    latents: Sequence[int]
-    text: Sequence[int]
-    image: Sequence[int] | None = None
-    frame_times: bool = False
-    judges: bool = False
-
-
-def measured(config: Mapping[str, Any], role: RoleSpec, shapes: _Shapes) -> CallBytes:
-    """Of the whole model of ``config``, block by block; see ``plan_call``."""
-    module = on_meta(config, role.path)
+def _plan_of(
+    kind: ModelKind,
+    config: Mapping[str, Any],
+    blocks: int,
+    role: RoleSpec,
+    call: ModelCall,
+    shapes: Mapping[str, Sequence[int]],
+    input_gradient: bool,
+) -> CallBytes:
+    """Measure a call of a model of so many blocks on fake tensors; see ``plan_call``."""
+    config = {**config, kind.depth: blocks}
+    architecture = inspect_model(kind, config)
+    module = build_on_meta(kind, config)
+    name = kind.modules[0]
     trained = None
     if role.lora is not None:
-        trained = inject(module, adapted_layers(dict(module.config), role.lora), role.lora)
-    if (role.trainable or shapes.judges) and role.activation_checkpointing:
+        trained = {name: inject(module, adapted_layers(architecture, role.lora), role.lora)}
+    if (role.trainable or input_gradient) and role.activation_checkpointing:
         module.enable_gradient_checkpointing()
+    if role.attention_backend == "_native_math":
+        # The one kernel that keeps a matrix of tokens by tokens; the others take what flash does.
+        attention.set_backend(module, role.attention_backend)
     with FakeTensorMode():
-        _fill_with_fakes(module, role)
+        _fill_with_fakes(kind, module, role, architecture.kept_in_fp32)
         handle = RoleHandle(
             name=role.name,
-            modules={"transformer": module},
+            modules={name: module},
             trainable=role.trainable,
             precision=role.precision,
-            trained=None if trained is None else {"transformer": trained},
+            blocks={name: architecture.blocks},
+            trained=trained,
         )
-        return watch(
-            handle,
-            torch.empty(tuple(shapes.latents), requires_grad=shapes.judges),
-            torch.empty(tuple(shapes.text)),
-            None if shapes.image is None else torch.empty(tuple(shapes.image)),
-            frame_times=shapes.frame_times,
-        )
+        inputs = {key: torch.empty(tuple(shape)) for key, shape in shapes.items()}
+        inputs[LATENTS].requires_grad_(input_gradient)
+        return measure_call(handle, call, inputs)
 
 
-def _fill_with_fakes(module: nn.Module, role: RoleSpec) -> None:
-    """Weights of the types that a call sees."""
+def _fill_with_fakes(
+    kind: ModelKind, module: nn.Module, role: RoleSpec, kept_in_fp32: frozenset[str]
+) -> None:
+    """Give a module fake weights of the types that a call sees."""
     gathered = role.fsdp.mixed_precision if role.fsdp else None
+    stored_like, _, _ = kind.stored_like.rpartition(".")
     for name, old in list(module.named_parameters()):
-        # The adapter looks at how this one is stored to choose the precision of a call.
-        if gathered is None or name.startswith("patch_embedding."):
-            dtype = stored_dtype(name, role)
+        # The adapter chooses the precision of a call by how this layer is stored.
+        if gathered is None or name.rpartition(".")[0] == stored_like:
+            dtype = stored_dtype(name, role, kept_in_fp32)
         else:
             dtype = DTYPES[gathered]
-        layer, _, end = name.rpartition(".")
-        new = nn.Parameter(torch.empty(old.shape, dtype=dtype))
-        module.get_submodule(layer).register_parameter(end, new)
+        _replace(module, name, nn.Parameter(torch.empty(old.shape, dtype=dtype)))
     for name, old in list(module.named_buffers()):
         layer, _, end = name.rpartition(".")
         module.get_submodule(layer).register_buffer(end, torch.empty(old.shape, dtype=old.dtype))
 
 
-def watch(
-    role: RoleHandle,
-    x_t: Tensor,
-    text: Tensor,
-    image: Tensor | None = None,
-    *,
-    frame_times: bool = False,
-) -> CallBytes:
-    """One call of ``role``, fake or real, with its backward pass if it learns or ``x_t`` takes a
-    gradient."""
-    module = transformer_of(role)
-    t = torch.ones((len(x_t), x_t.shape[2]) if frame_times else len(x_t))
-    given = [value for value in (x_t, text, t, image) if value is not None]
-    alive = _Alive([*module.parameters(), *module.buffers(), *given])
+def _replace(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    layer, _, end = name.rpartition(".")
+    module.get_submodule(layer).register_parameter(end, parameter)
+
+
+def measure_call(role: RoleHandle, call: ModelCall, inputs: Mapping[str, Tensor]) -> CallBytes:
+    """Measure one call of ``role``, fake or real, on the CPU.
+
+    With its backward pass, if the role is trained or the latents take a gradient.
+    """
+    name, module = next(iter(role.modules.items()))
+    alive = _LiveBytes([*module.parameters(), *module.buffers(), *inputs.values()])
     hooks: list[Any] = [
         # Gradients are counted elsewhere; here each goes as soon as it is there.
         p.register_post_accumulate_grad_hook(_drop_gradient)
@@ -204,31 +209,32 @@ def watch(
     before: list[int] = []
     backward: list[int] = []
 
-    def entered(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def enter_last_block(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if before:
-            return  # once more, for the backward pass
-        before.append(alive.lap())
-        if args[0].requires_grad:
-            args[0].register_hook(lambda _: backward.append(alive.lap()))
+            return  # once more, for the backward pass of a checkpointed block
+        before.append(alive.take_peak())
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: backward.append(alive.take_peak()))
 
-    hooks.append(transformer_of(role).blocks[-1].register_forward_pre_hook(entered))
-    differentiated = role.trainable or x_t.requires_grad
-    with alive, _quiet(), torch.set_grad_enabled(differentiated):
-        times = token_times(module, x_t, t)
-        loss = predicted(role, x_t, times, text, image).float().square().mean()
-        held, forward = alive.now, alive.lap()
-        if differentiated:
+    last = module.get_submodule(role.blocks[name][-1])
+    hooks.append(last.register_forward_pre_hook(enter_last_block, with_kwargs=True))
+    is_differentiated = role.trainable or inputs[LATENTS].requires_grad
+    with alive, _without_fusion_warnings(), torch.set_grad_enabled(is_differentiated):
+        loss = call(role, inputs).float().square().mean()
+        held, forward = alive.now, alive.take_peak()
+        if is_differentiated:
             loss.backward()
     for hook in hooks:
         hook.remove()
-    rest = max(*before, alive.lap())
-    return CallBytes(held=held, forward=forward, backward=max(backward, default=rest), else_=rest)
+    rest = max(*before, alive.take_peak())
+    return CallBytes(held=held, forward=forward, backward=max(backward, default=rest), outside=rest)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's word that the norm of q and k is not fused for mixed types: it is as meant,
-    and a run would say it too."""
+def _without_fusion_warnings() -> Iterator[None]:
+    """Silence torch's warning that the norm of q and k is not fused for mixed types: it is as
+    meant, and a run gives it too."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         yield
@@ -238,8 +244,8 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-class _Alive(TorchDispatchMode):
-    """Counts bytes of the storages that operations make and nobody has let go.
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that operations made and that are still alive.
 
     Args:
         known: tensors that are not counted.
@@ -248,7 +254,7 @@ class _Alive(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = 0
-        self._most = 0
+        self._peak = 0
         self._seen: dict[int, Any] = {t.untyped_storage()._cdata: None for t in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -264,15 +270,15 @@ class _Alive(TorchDispatchMode):
         if key in self._seen:
             return
 
-        def gone(_: Any) -> None:
+        def free(_: Any) -> None:
             self._seen.pop(key, None)
             self.now -= size
 
-        self._seen[key] = weakref.ref(storage, gone)
+        self._seen[key] = weakref.ref(storage, free)
         self.now += size
-        self._most = max(self._most, self.now)
+        self._peak = max(self._peak, self.now)
 
-    def lap(self) -> int:
-        """Most at once since the last call of this."""
-        most, self._most = self._most, self.now
-        return most
+    def take_peak(self) -> int:
+        """Give the most bytes at once since the last call of this method."""
+        peak, self._peak = self._peak, self.now
+        return peak

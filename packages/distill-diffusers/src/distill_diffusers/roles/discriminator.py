@@ -6,8 +6,7 @@ Letters: B batch, D width of the transformer, T, H and W a clip in patches.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from attrs import frozen
@@ -15,6 +14,7 @@ from distill_protocols import (
     ContractError,
     DiscriminatorSpec,
     ModulePlan,
+    Problem,
     RoleHandle,
     RoleSpec,
     TensorInfo,
@@ -24,20 +24,18 @@ from distill_protocols import (
 )
 from torch import Tensor, nn
 
-from distill_diffusers.roles.lora import DEFAULTS
-
 HEADS = "heads"
 """The one module of such a role."""
-_A_GROUP = 16
-"""Channels that are normalised together, where the width allows it: one by itself would always
-be 0 on a clip of a single patch."""
+_GROUP_CHANNELS = 16
+"""Channels that are normalised together, where the width allows it: a single one would always be 0
+on a clip of a single patch."""
 
 
 class Head(nn.Module):
-    """[B, D, T, H, W] -> one logit a clip [B].
+    """Turn hidden states [B, D, T, H, W] of one block into one logit a clip [B].
 
     Tokens are brought to one scale first, as single channels of a DiT's hidden states are a
-    hundred times the others. Then they are narrowed, seen with their neighbours in space and time
+    hundred times the others. Then they are narrowed, mixed with their neighbours in space and time
     twice, and the logits of what is left are averaged. Norms are of one sample: no logit depends
     on a clip's neighbours in the batch. All in fp32: of clips as small as a kernel, oneDNN's bf16
     convolution (torch 2.15, on the CPU) gives gradients that are not finite.
@@ -45,7 +43,7 @@ class Head(nn.Module):
 
     def __init__(self, features: int, width: int) -> None:
         super().__init__()
-        groups = math.gcd(width, max(1, width // _A_GROUP))
+        groups = math.gcd(width, max(1, width // _GROUP_CHANNELS))
         self.features = features
         self.narrow = nn.Conv3d(features, width, 1)
         self.near = nn.Conv3d(width, width, 3, stride=(1, 2, 2), padding=1)
@@ -63,7 +61,7 @@ class Head(nn.Module):
 
 
 class Heads(nn.Module):
-    """One head for each block of ``spec``, on features of D channels: logits [B, heads]."""
+    """One head for each block of ``spec``, on features of D channels; gives logits [B, heads]."""
 
     def __init__(self, features: int, spec: DiscriminatorSpec) -> None:
         super().__init__()
@@ -75,36 +73,45 @@ class Heads(nn.Module):
         return torch.stack([h(x) for h, x in zip(heads, features, strict=True)], dim=1)
 
 
-def heads_on_meta(transformer: Mapping[str, Any], spec: DiscriminatorSpec) -> Heads:
-    """For features of the ``WanTransformer3DModel`` of that configuration."""
+def build_heads(width: int, spec: DiscriminatorSpec) -> Heads:
+    """Build heads for features of D = ``width`` channels, on the meta device."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return Heads(width_of(transformer), spec)
+        return Heads(width, spec)
 
 
-def width_of(transformer: Mapping[str, Any]) -> int:
-    """D."""
-    numbers = {**DEFAULTS, **transformer}
-    return numbers["num_attention_heads"] * numbers["attention_head_dim"]
+def block_problems(spec: DiscriminatorSpec, count: int) -> Iterator[Problem]:
+    """Report blocks of ``spec`` that a model of ``count`` blocks does not have."""
+    for index in spec.blocks:
+        if problem := block_problem(index, count):
+            way_out = "The one in the middle, at three quarters and the last are customary"
+            yield Problem("blocks", f"{problem}, counted from 0. {way_out}")
+
+
+def block_problem(index: int, blocks: int) -> str | None:
+    """Say why ``index`` is no block of a transformer of ``blocks``; None where it is one."""
+    if 0 <= index < blocks:
+        return None
+    return f"block {index} must be within 0 .. {blocks - 1}, as the model has {blocks} blocks"
 
 
 def logits(role: RoleHandle, features: Mapping[int, Tensor]) -> Tensor:
-    """See ``Discriminating.discriminate``."""
+    """Compute logits [B, heads] of features by block; see ``Discriminating.discriminate``."""
     if role.discriminator is None:
         raise ContractError(
             f"role {role.name!r} is no discriminator but a model; give it heads, or ask another"
         )
-    wanted = role.discriminator.blocks
-    if features.keys() != set(wanted):
+    blocks = role.discriminator.blocks
+    if features.keys() != set(blocks):
         raise ContractError(
             f"features of blocks {sorted(features)} for the heads of role {role.name!r}, which are "
-            f"on {list(wanted)}; a head learns what one block gives. Ask forward for those"
+            f"on {list(blocks)}; a head learns what one block gives. Ask forward for those"
         )
-    return role.modules[HEADS]([features[index] for index in wanted])
+    return role.modules[HEADS]([features[index] for index in blocks])
 
 
 @frozen(eq=False)
-class DrawnHeads(WeightSource):
-    """Where heads start, in fp32: as torch draws convolutions, norms at 1 and 0.
+class InitialHeads(WeightSource):
+    """The first values of heads, in fp32: as torch draws convolutions, norms at 1 and 0.
 
     Each tensor is a function of seed, role and its own name.
 
@@ -124,9 +131,9 @@ class DrawnHeads(WeightSource):
         return {name: TensorInfo(tuple(s), torch.float32) for name, s in self.shapes.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self._drawn(name) for name in names}
+        return {name: self._draw(name) for name in names}
 
-    def _drawn(self, name: str) -> Tensor:
+    def _draw(self, name: str) -> Tensor:
         layer, _, end = name.rpartition(".")
         if layer.endswith("_norm"):
             return torch.full(self.shapes[name], float(end == "weight"))
@@ -137,8 +144,8 @@ class DrawnHeads(WeightSource):
         return torch.empty(self.shapes[name]).uniform_(-bound, bound, generator=generator)
 
 
-def plan_heads(transformer: Mapping[str, Any], role: RoleSpec) -> ModulePlan:
-    """Parameters of a role of heads, as they are loaded."""
+def plan_heads(width: int, role: RoleSpec) -> ModulePlan:
+    """List the parameters of a discriminator on features of D = ``width`` channels."""
     assert role.heads is not None
     blocks = ", ".join(map(str, role.heads.blocks))
     return ModulePlan(
@@ -148,6 +155,6 @@ def plan_heads(transformer: Mapping[str, Any], role: RoleSpec) -> ModulePlan:
             TensorPlan(
                 name=name, shape=tuple(value.shape), dtype=torch.float32, trained=role.trainable
             )
-            for name, value in heads_on_meta(transformer, role.heads).named_parameters()
+            for name, value in build_heads(width, role.heads).named_parameters()
         ),
     )

@@ -7,105 +7,110 @@ from typing import Any
 
 import torch
 from attrs import define, frozen
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.models.modeling_utils import ModelMixin
 from distill_protocols import RoleHandle
 from torch import Tensor, nn
 
 
-def take_turns(roles: Iterable[RoleHandle], device: torch.device) -> None:
-    """Let the roles with ``offload``, which are frozen, be on ``device`` by turns, one at a time.
+def offload_between_calls(roles: Iterable[RoleHandle], device: torch.device) -> None:
+    """Keep on ``device`` only one of the roles with ``offload`` at a time; they are frozen.
 
-    One comes when it is called, and goes when any other role is called or the backward pass of
-    one begins: between guidance's two calls, or a sampler's many, it stays. Its weights never
-    change, so what comes is a copy and what goes is dropped: nothing is moved back. To a GPU the
-    copies are made from pinned memory.
+    A role is loaded when it is called, and unloaded when any other role is called or the backward
+    pass of another begins: between guidance's two calls, or a sampler's many, it stays. Its weights
+    never change, so a copy is loaded and dropped again: nothing is moved back. To a GPU the copies
+    are made from pinned memory.
 
-    A call under gradients needs no care. What comes are new parameters, not new data for the old
-    ones, and the graph holds those that its backward pass needs: they live just until then.
+    A call under gradients needs no care. What is loaded are new parameters, not new data for the
+    old ones, and the graph keeps those that its backward pass needs: they live just until then.
     (accelerate's hook exchanges the data under the graph, and copies back; diffusers' group
-    offloading lets go of a block after its forward pass.)
+    offloading drops a block after its forward pass.)
 
-    On the CPU the same copies are made and dropped, of no use but to try it.
+    On the CPU the same copies are made and dropped, which is of no use but to test it.
     """
     roles = list(roles)
     if not any(role.offload for role in roles):
         return
-    turns = _Turns()
+    switch = _Switch()
     for role in roles:
-        for module in role.modules.values():
+        for key, module in role.modules.items():
             if role.offload:
-                turns.begin_with(module, _Waiting.of(module, device))
+                blocks = [module.get_submodule(name) for name in role.blocks.get(key, ())]
+                switch.load_for(module, blocks, _HostWeights.of(module, device))
             else:
-                turns.end_with(module)
+                switch.unload_for(module)
 
 
 @frozen(eq=False)
-class _Waiting:
-    """A module's weights at home."""
+class _HostWeights:
+    """The weights of a module in host memory."""
 
     device: torch.device
     weights: tuple[tuple[nn.Module, str, nn.Parameter], ...]
     """(owner, name in it, parameter on the CPU)."""
 
     @classmethod
-    def of(cls, module: nn.Module, device: torch.device) -> _Waiting:
+    def of(cls, module: nn.Module, device: torch.device) -> _HostWeights:
         weights = tuple(
-            (owner, name, _pinned(parameter) if device.type == "cuda" else parameter)
+            (owner, name, _pin(parameter) if device.type == "cuda" else parameter)
             for owner in module.modules()
             for name, parameter in owner.named_parameters(recurse=False)
         )
         return cls(device, weights)
 
-    def come(self) -> None:
+    def load(self) -> None:
+        """Put copies on the device into the module."""
         for owner, name, parameter in self.weights:
             copy = parameter.detach().to(self.device, non_blocking=True, copy=True)
             setattr(owner, name, nn.Parameter(copy, requires_grad=False))
 
-    def go(self) -> None:
+    def unload(self) -> None:
+        """Put the parameters in host memory back; the copies are freed."""
         for owner, name, parameter in self.weights:
             setattr(owner, name, parameter)
 
 
 @define(eq=False)
-class _Turns:
-    """Whose turn it is."""
+class _Switch:
+    """Loads the weights of whichever module is called, and unloads those of the one before."""
 
-    _on: _Waiting | None = None
+    _loaded: _HostWeights | None = None
 
-    def begin_with(self, module: nn.Module, waiting: _Waiting) -> None:
-        """Its calls bring ``waiting``."""
-        module.register_forward_pre_hook(self._turn_to(waiting))
-        if isinstance(module, WanTransformer3DModel) and module.is_gradient_checkpointing:
+    def load_for(
+        self, module: nn.Module, blocks: Iterable[nn.Module], weights: _HostWeights
+    ) -> None:
+        """Load ``weights`` when ``module`` is called."""
+        module.register_forward_pre_hook(self._switch_to(weights))
+        if isinstance(module, ModelMixin) and module.is_gradient_checkpointing:
             # The backward pass calls blocks again, and not through the module.
-            for block in module.blocks:
-                block.register_forward_pre_hook(self._turn_to(waiting))
+            for block in blocks:
+                block.register_forward_pre_hook(self._switch_to(weights))
 
-    def end_with(self, module: nn.Module) -> None:
-        """Its calls, and their backward passes, send home whoever is on."""
-        module.register_forward_pre_hook(self._turn_to(None))
-        module.register_forward_hook(self._watch)
+    def unload_for(self, module: nn.Module) -> None:
+        """Unload what is loaded when ``module`` is called, or its backward pass begins."""
+        module.register_forward_pre_hook(self._switch_to(None))
+        module.register_forward_hook(self._unload_in_backward)
 
-    def _turn_to(self, waiting: _Waiting | None) -> Any:
+    def _switch_to(self, weights: _HostWeights | None) -> Any:
         @torch.compiler.disable
-        def turn(*_: Any) -> None:
-            if self._on is not waiting:
-                self._end()
-                if waiting is not None:
-                    waiting.come()
-                self._on = waiting
+        def switch(*_: Any) -> None:
+            if self._loaded is not weights:
+                self._unload()
+                if weights is not None:
+                    weights.load()
+                self._loaded = weights
 
-        return turn
+        return switch
 
-    def _watch(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _unload_in_backward(self, module: nn.Module, args: Any, output: Any) -> None:
         for value in output if isinstance(output, tuple) else output.to_tuple():
             if isinstance(value, Tensor) and value.requires_grad:
-                value.register_hook(lambda gradient: self._end())
+                value.register_hook(lambda gradient: self._unload())
 
-    def _end(self) -> None:
-        if self._on is not None:
-            self._on.go()
-            self._on = None
+    def _unload(self) -> None:
+        if self._loaded is not None:
+            self._loaded.unload()
+            self._loaded = None
 
 
-def _pinned(parameter: nn.Parameter) -> nn.Parameter:
+def _pin(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().pin_memory(), requires_grad=False)

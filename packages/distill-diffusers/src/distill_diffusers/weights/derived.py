@@ -5,21 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from distill_protocols import DTYPES, Precision, TensorInfo, WeightsError, WeightSource
 from torch import Tensor
 
+from distill_diffusers.architecture import is_kept_in_fp32
 from distill_diffusers.roles.lora import adapter_names, merge
-
-_KEPT_WIDE = frozenset(WanTransformer3DModel._keep_in_fp32_modules or ())
-
-
-def stays_wide(name: str) -> bool:
-    """Whether diffusers keeps a parameter in fp32 when the rest has 16 bits.
-
-    Time embedding, the block norms and the scale/shift tables; 16 bits harm these.
-    """
-    return not _KEPT_WIDE.isdisjoint(name.split("."))
 
 
 class MergedWeights(WeightSource):
@@ -40,20 +30,20 @@ class MergedWeights(WeightSource):
         self._base = base
         self._adapters = adapters
         self._scale = scale
-        given, theirs = base.describe(), adapters.describe()
-        self._facts = dict(given)
+        weights, factors = base.describe(), adapters.describe()
+        self._infos = dict(weights)
         self._pairs: dict[str, tuple[str, str]] = {}
-        for layer, (a, b) in adapter_names(theirs).items():
+        for layer, (a, b) in adapter_names(factors).items():
             name = f"{layer}.weight"
-            size = (theirs[b].size[0], theirs[a].size[1])
-            if name not in given or given[name].size != size:
+            size = (factors[b].size[0], factors[a].size[1])
+            if name not in weights or weights[name].size != size:
                 raise WeightsError(
                     f"{adapters.where} adapts {name} {list(size)}, and {base.where} has "
-                    f"{given.get(name, 'no such weight')}; a LoRA fits only the base that it was "
+                    f"{weights.get(name, 'no such weight')}; a LoRA fits only the base that it was "
                     "trained beside. Name that base"
                 )
-            wide = torch.promote_types(given[name].dtype, theirs[b].dtype)
-            self._facts[name] = TensorInfo(size, wide)
+            wide = torch.promote_types(weights[name].dtype, factors[b].dtype)
+            self._infos[name] = TensorInfo(size, wide)
             self._pairs[name] = (a, b)
 
     @property
@@ -61,30 +51,36 @@ class MergedWeights(WeightSource):
         return f"{self._adapters.where} merged into {self._base.where}"
 
     def describe(self) -> Mapping[str, TensorInfo]:
-        return self._facts
+        return self._infos
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         names = list(names)
-        found = self._base.read(names)
+        weights = self._base.read(names)
         for name in names:
             if name in self._pairs:
                 a, b = self._pairs[name]
                 pair = self._adapters.read((a, b))
-                merged = merge(found[name], pair[a], pair[b], self._scale)
-                found[name] = merged.to(self._facts[name].dtype)
-        return found
+                merged = merge(weights[name], pair[a], pair[b], self._scale)
+                weights[name] = merged.to(self._infos[name].dtype)
+        return weights
 
 
 class CastWeights(WeightSource):
-    """Another precision: fp32, or 16 bits where these do no harm (see ``stays_wide``).
+    """Another precision: fp32, or 16 bits where these do no harm.
 
     ``from_pretrained(torch_dtype=...)`` of what is written so gives, bit for bit, what it gives of
     the weights before: it rounds the same ones and keeps the same ones.
+
+    Args:
+        kept_in_fp32: parts of the names of those that stay in fp32 (``architecture.kept_in_fp32``).
     """
 
-    def __init__(self, source: WeightSource, precision: Precision) -> None:
+    def __init__(
+        self, source: WeightSource, precision: Precision, kept_in_fp32: frozenset[str]
+    ) -> None:
         self._source = source
         self._dtype = DTYPES[precision]
+        self._kept_in_fp32 = kept_in_fp32
 
     @property
     def where(self) -> str:
@@ -92,26 +88,29 @@ class CastWeights(WeightSource):
 
     def describe(self) -> Mapping[str, TensorInfo]:
         return {
-            name: TensorInfo(facts.size, torch.float32 if stays_wide(name) else self._dtype)
-            for name, facts in self._source.describe().items()
+            name: TensorInfo(
+                info.size,
+                torch.float32 if is_kept_in_fp32(name, self._kept_in_fp32) else self._dtype,
+            )
+            for name, info in self._source.describe().items()
         }
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        facts = self.describe()
-        found = self._source.read(names)
-        return {name: narrowed(t, facts[name].dtype, name) for name, t in found.items()}
+        infos = self.describe()
+        tensors = self._source.read(names)
+        return {name: round_to(t, infos[name].dtype, name) for name, t in tensors.items()}
 
 
-def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """``tensor`` as ``dtype``.
+def round_to(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Round ``tensor`` to ``dtype``.
 
     Raises:
         WeightsError: a finite number is too large for it (fp16 ends at 65504).
     """
-    cast = tensor.to(dtype)
-    if dtype == torch.float16 and bool((cast.isinf() & tensor.isfinite()).any()):
+    rounded = tensor.to(dtype)
+    if dtype == torch.float16 and bool((rounded.isinf() & tensor.isfinite()).any()):
         raise WeightsError(
             f"{name} holds {tensor.abs().max().item():g}, and fp16 ends at 65504: it would become "
             "infinite, and every clip black. Export in bf16 or fp32"
         )
-    return cast
+    return rounded

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from attrs import field, frozen
 from distill_protocols import DTYPES, Precision, WeightSource, derive_seed
 from torch import Tensor
 
-from distill_diffusers.weights.derived import narrowed
+from distill_diffusers.weights.derived import round_to
 
 _EXACT = 1024
 """Smaller side of a matrix up to which the SVD is the full one (seconds on a CPU); of a layer of
@@ -20,7 +20,7 @@ _OVERSAMPLING, _POWER_ITERATIONS = 16, 6
 
 @frozen(eq=False, kw_only=True)
 class Extraction:
-    """What ``extract`` found.
+    """Low-rank adapters and how much of the difference they hold.
 
     Attributes:
         factors: by layer, A [rank, in] and B [out, rank] with a factor of 1 before ``B A``. A
@@ -71,7 +71,7 @@ def extract(
     precision: Precision | None = None,
     seed_name: str = "",
 ) -> Extraction:
-    """The best rank-``rank`` adapter of every linear layer (Eckart & Young 1936).
+    """Compute the best rank-``rank`` adapter of every linear layer (Eckart & Young 1936).
 
     Reads both sources tensor by tensor and computes in fp32. Layers whose smaller side is above
     1024 are taken by randomised subspace iteration (Halko et al. 2011, algorithm 5.1) from a
@@ -82,7 +82,7 @@ def extract(
         precision: of the factors; None: fp32.
         seed_name: which module this is, for the generator.
     """
-    found = Extraction()
+    extraction = Extraction()
     for name, size, new, old in _pairs(whole, base):
         delta = new - old
         norm = float(torch.linalg.vector_norm(delta))
@@ -91,29 +91,33 @@ def extract(
         change = norm / max(float(torch.linalg.vector_norm(x)) for x in (old, new))
         layer = name.removesuffix(".weight")
         if len(size) != 2 or layer == name:
-            found.not_held[name] = change
+            extraction.not_held[name] = change
             continue
         a, b = (
-            narrowed(factor, DTYPES[precision or "fp32"], f"the adapter of {layer}")
+            round_to(factor, DTYPES[precision or "fp32"], f"the adapter of {layer}")
             for factor in factors(delta, rank, seed=derive_seed(0, "svd", seed_name, layer))
         )
-        found.factors[layer] = (a, b)
-        found.errors[layer] = float(torch.linalg.vector_norm(delta - b.float() @ a.float())) / norm
-        found.norms[layer], found.changes[layer] = norm, change
-    return found
+        extraction.factors[layer] = (a, b)
+        extraction.errors[layer] = (
+            float(torch.linalg.vector_norm(delta - b.float() @ a.float())) / norm
+        )
+        extraction.norms[layer], extraction.changes[layer] = norm, change
+    return extraction
 
 
 def _pairs(
     whole: WeightSource, base: WeightSource
 ) -> Iterator[tuple[str, tuple[int, ...], Tensor, Tensor]]:
-    facts: Mapping[str, Any] = whole.describe()
+    infos = whole.describe()
     for name in base.describe():
         new, old = (source.read([name])[name].float() for source in (whole, base))
-        yield name, facts[name].size, new, old
+        yield name, infos[name].size, new, old
 
 
 def factors(delta: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """(A [rank, in], B [out, rank]) nearest to ``delta`` [out, in]; zeros beyond its full rank.
+    """Factorise ``delta`` [out, in] into the nearest (A [rank, in], B [out, rank]).
+
+    Rows and columns beyond its full rank are zero.
 
     All layers get one rank, because readers infer one scale from it. The singular values are
     shared out by their roots, so that neither factor is small in 16 bits.

@@ -1,4 +1,4 @@
-"""Weights into modules on the meta device: on each process what it holds, and no more.
+"""Put weights into modules on the meta device: on each process what it holds, and no more.
 
 A parameter that is a ``DTensor`` is held in parts: each process reads its own. Any other is held
 whole by all processes: the first reads it and the others receive it, so that storage is read once
@@ -19,80 +19,83 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from distill_diffusers.weights.sources import GROUP_BYTES, in_groups
 
 
-def filled(
+def fill(
     targets: Mapping[str, Tensor],
     open_source: Callable[[], WeightSource],
     *,
     ranks: Ranks,
-    home: Callable[[Tensor], torch.device],
+    device_of: Callable[[Tensor], torch.device],
 ) -> dict[str, Tensor]:
-    """Tensors like ``targets``, which may be on meta, with the numbers of a source.
+    """Make tensors like ``targets``, which may be on meta, with the numbers of a source.
 
     Args:
         targets: names, shapes, types and placements; alike on all ranks.
         open_source: gives what has just those names and shapes. It is asked for on the first rank,
             and on another only if that holds parts.
         ranks: all of them call this together.
-        home: where each is held.
+        device_of: gives the device that each is kept on.
 
     Raises:
         WeightsError: it cannot be read, by any of the ranks; the same error on all.
     """
-    state = {name: torch.empty_like(t, device=home(t)) for name, t in targets.items()}
-    parts = {name: t for name, t in state.items() if isinstance(t, DTensor)}
-    whole = {name: t for name, t in state.items() if name not in parts}
+    state = {name: torch.empty_like(t, device=device_of(t)) for name, t in targets.items()}
+    shards = {name: t for name, t in state.items() if isinstance(t, DTensor)}
+    full = {name: t for name, t in state.items() if name not in shards}
     opened: list[WeightSource] = []
     if targets:
-        ranks.run_each(lambda: opened.append(open_source()) if ranks.is_first or parts else None)
-    for group in in_groups(whole, lambda name: whole[name].nbytes, GROUP_BYTES):
-        held = {name: whole[name] for name in group}
-        ranks.run_each(lambda held=held: _read(held, opened[0]) if ranks.is_first else None)
+        ranks.run_each(lambda: opened.append(open_source()) if ranks.is_first or shards else None)
+    for group in in_groups(full, lambda name: full[name].nbytes, GROUP_BYTES):
+        tensors = {name: full[name] for name in group}
+        ranks.run_each(
+            lambda tensors=tensors: _read(tensors, opened[0]) if ranks.is_first else None
+        )
+        # All ranks broadcast the same tensors in the same order, or the group hangs.
         with ranks.within_timeout():
-            for tensor in held.values():
+            for tensor in tensors.values():
                 _broadcast(tensor, ranks)
-    if parts:
-        ranks.run_each(lambda: _read_parts(parts, opened[0]))
+    if shards:
+        ranks.run_each(lambda: _read_shards(shards, opened[0]))
     return state
 
 
 def move_buffers(module: nn.Module, device: torch.device | str) -> None:
-    """Not ``module.to``: that would move parameters that wait on the CPU, too."""
+    """Move buffers alone: ``module.to`` would move parameters that wait on the CPU, too."""
     for part in module.modules():
         for name, buffer in list(part.named_buffers(recurse=False)):
             setattr(part, name, buffer.to(device))
 
 
-def _read(held: Mapping[str, Tensor], source: WeightSource) -> None:
-    found = source.read(held)
-    for name, tensor in held.items():
-        tensor.copy_(found.pop(name))  # a copy: what is read may still be the mapped file
+def _read(tensors: Mapping[str, Tensor], source: WeightSource) -> None:
+    weights = source.read(tensors)
+    for name, tensor in tensors.items():
+        tensor.copy_(weights.pop(name))  # a copy: what is read may still be the mapped file
 
 
 def _broadcast(tensor: Tensor, ranks: Ranks) -> None:
     if ranks.group is None:
         return
-    sent = tensor.cpu()  # gloo's; the tensor itself where that is its home
+    sent = tensor.cpu()  # gloo sends host memory; of a CPU tensor it is the tensor itself
     distributed.broadcast(sent, 0, group=ranks.group)
     if sent is not tensor:
         tensor.copy_(sent)
 
 
-def _read_parts(parts: Mapping[str, DTensor], source: WeightSource) -> None:
-    for name, tensor in parts.items():
+def _read_shards(shards: Mapping[str, DTensor], source: WeightSource) -> None:
+    """Read this rank's own part of each tensor, and of the file no other rows than those."""
+    for name, tensor in shards.items():
         local = tensor.to_local()
-        if local.numel():
-            local.copy_(_part(name, _box(name, tensor), source))
+        if not local.numel():
+            continue
+        box = _local_box(name, tensor)
+        if not box:
+            local.copy_(source.read([name])[name])
+            continue
+        rows, *columns = box
+        local.copy_(source.read_rows(name, rows.start, rows.stop)[(slice(None), *columns)])
 
 
-def _part(name: str, box: tuple[slice, ...], source: WeightSource) -> Tensor:
-    if not box:
-        return source.read([name])[name]
-    rows, *columns = box
-    return source.read_rows(name, rows.start, rows.stop)[(slice(None), *columns)]
-
-
-def _box(name: str, tensor: DTensor) -> tuple[slice, ...]:
-    """What of the whole tensor is this rank's."""
+def _local_box(name: str, tensor: DTensor) -> tuple[slice, ...]:
+    """The part of the full tensor that is this rank's, one slice a dimension."""
     odd = [p for p in tensor.placements if type(p) not in (Shard, Replicate)]
     if odd:
         raise WeightsError(

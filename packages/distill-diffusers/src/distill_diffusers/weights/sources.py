@@ -30,7 +30,7 @@ GROUP_BYTES = 64 * 1024**2
 
 
 class FileWeights(WeightSource):
-    """A ``WeightSource`` over the safetensors files of one module, sharded or not.
+    """The weights in the safetensors files of one module, sharded or not.
 
     Args:
         where: what they are the weights of, for messages.
@@ -42,37 +42,37 @@ class FileWeights(WeightSource):
 
     def __init__(self, where: str, files: Iterable[Path]) -> None:
         self._where = where
-        self._facts: dict[str, TensorInfo] = {}
+        self._infos: dict[str, TensorInfo] = {}
         self._files: dict[str, Path] = {}
         for file in files:
-            for name, facts in _contents(file):
+            for name, info in _contents(file):
                 if name in self._files:
                     raise WeightsError(
                         f"{name} is in {self._files[name]} and in {file.name}; which one counts "
                         "cannot be told. Remove the shard that the index does not name"
                     )
-                self._facts[name], self._files[name] = facts, file
+                self._infos[name], self._files[name] = info, file
 
     @property
     def where(self) -> str:
         return self._where
 
     def describe(self) -> Mapping[str, TensorInfo]:
-        return self._facts
+        return self._infos
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self._files[name], []).append(name)
-        found = {}
+        tensors = {}
         for file, keys in by_file.items():
-            with _opened(file) as stream:
-                found.update({key: stream.get_tensor(key) for key in keys})
-        return found
+            with _open(file) as stream:
+                tensors.update({key: stream.get_tensor(key) for key in keys})
+        return tensors
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Maps the file; what is not in these rows is not read."""
-        with _opened(self._files[name]) as stream:
+        with _open(self._files[name]) as stream:
             return stream.get_slice(name)[start:stop]
 
 
@@ -94,31 +94,34 @@ class JoinedWeights(WeightSource):
         by_source: dict[int, list[str]] = {}
         for name in names:
             by_source.setdefault(id(self.places[name][0]), []).append(name)
-        found = {}
+        tensors = {}
         for own in by_source.values():
             source = self.places[own[0]][0]
             read = source.read([self.places[name][1] for name in own])
-            found.update({name: read.pop(self.places[name][1]) for name in own})
-        return found
+            tensors.update({name: read.pop(self.places[name][1]) for name in own})
+        return tensors
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         source, there = self.places[name]
         return source.read_rows(there, start, stop)
 
 
-def folder_weights(path: str) -> dict[str, WeightSource]:
-    """The transformers of a Diffusers-format folder or hub id, by module name.
+def folder_weights(path: str, modules: tuple[str, ...]) -> dict[str, WeightSource]:
+    """The weights of the transformers of a Diffusers-format folder or hub id, by module name.
+
+    Args:
+        modules: names that its transformers may have (``ModelKind.modules``).
 
     Raises:
         WeightsError: there are none, or they are damaged.
     """
-    # Both, as only the index says whether there is a second; absent ones are simply not fetched.
-    folder = fetch(path, ("transformer", "transformer_2"))
-    return {name: module_weights(folder / name) for name in transformer_names(folder)}
+    # All, as only the index says which there are; absent ones are simply not fetched.
+    folder = fetch(path, modules)
+    return {name: module_weights(folder / name) for name in transformer_names(folder, modules)}
 
 
 def module_weights(folder: Path) -> FileWeights:
-    """Those of one module's folder.
+    """The weights of one module's folder.
 
     Raises:
         WeightsError: there are none, or they are damaged.
@@ -129,16 +132,18 @@ def module_weights(folder: Path) -> FileWeights:
 def read_in_groups(
     source: WeightSource, names: Iterable[str], most: int = GROUP_BYTES
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of ``names``, holding no more than ``most`` bytes (or one tensor) at once."""
-    facts = source.describe()
-    for group in in_groups(names, lambda name: facts[name].nbytes, most):
-        yield from _drained(source.read(group))
+    """Read every tensor of ``names``, with no more than ``most`` bytes (or one tensor) at once."""
+    infos = source.describe()
+    for group in in_groups(names, lambda name: infos[name].nbytes, most):
+        tensors = source.read(group)
+        while tensors:  # each is let go of before the next is given
+            yield tensors.popitem()
 
 
 def in_groups(
     names: Iterable[str], nbytes: Callable[[str], int], most: int = GROUP_BYTES
 ) -> Iterator[list[str]]:
-    """``names`` in lists of no more than ``most`` bytes, or one name."""
+    """Divide ``names`` into lists of no more than ``most`` bytes, or one name."""
     group: list[str] = []
     size = 0
     for name in names:
@@ -151,14 +156,8 @@ def in_groups(
         yield group
 
 
-def _drained(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Each once, and then let go of."""
-    while tensors:
-        yield tensors.popitem()
-
-
 def _contents(file: Path) -> Iterator[tuple[str, TensorInfo]]:
-    with _opened(file) as stream:
+    with _open(file) as stream:
         for name in stream.keys():  # noqa: SIM118 - safe_open is no mapping
             view = stream.get_slice(name)
             stored = view.get_dtype()
@@ -171,7 +170,7 @@ def _contents(file: Path) -> Iterator[tuple[str, TensorInfo]]:
             yield name, TensorInfo(tuple(view.get_shape()), _DTYPES[stored])
 
 
-def _opened(file: Path) -> Any:
+def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
