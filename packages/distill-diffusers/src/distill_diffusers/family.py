@@ -18,10 +18,10 @@ module on the meta device and ``ModelKind`` tell; a family adds what is true of 
         def adapter(self, bundle, config, *, source): ...    # how the models are called
         def exporter(self, config, *, source): ...
 
-and, where they apply, ``unsupported``, ``fit_problems``, ``call_shapes``, ``tokens`` and the hooks of
-``FamilyPlugin`` (experts, first frames, names in other codes). Modules that import torch are imported
-inside of the methods that need them: a run file without LoRA and discriminators is checked
-without torch.
+and, where they apply, ``unsupported``, ``fit_problems``, ``call_shapes``, ``tokens`` and the hooks
+of ``FamilyPlugin`` (experts, first frames, names in other codes). Modules that import torch are
+imported inside of the methods that need them: a run file without LoRA and discriminators is
+checked without torch.
 """
 
 from __future__ import annotations

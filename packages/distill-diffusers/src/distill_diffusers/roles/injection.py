@@ -42,9 +42,9 @@ def inject(module: nn.Module, layers: Iterable[str], lora: LoraSpec) -> frozense
     if injected != expected:
         odd = sorted(injected ^ expected)
         raise WeightsError(
-            f"peft {peft_version} gave {len(injected)} adapter parameters where {len(expected)} were "
-            f"asked for; the difference begins with {', '.join(odd[:4])}. Install a version of "
-            "peft that this package's bounds allow"
+            f"peft {peft_version} gave {len(injected)} adapter parameters where {len(expected)} "
+            f"were asked for; the difference begins with {', '.join(odd[:4])}. Install a version "
+            "of peft that this package's bounds allow"
         )
     return injected
 

@@ -511,16 +511,17 @@ def _shared(
     role: RoleSpec, module: str, targets: Mapping[str, Tensor], base: RoleHandle
 ) -> dict[str, Tensor]:
     """Give the base's own tensors under this role's names; of a sharded base its parts."""
-    theirs = base.modules[module].state_dict()
-    shared = {n: theirs[base_name(n)] for n in targets if not is_adapter(n)}
+    weights = base.modules[module].state_dict()
+    shared = {n: weights[base_name(n)] for n in targets if not is_adapter(n)}
     odd = [
         name for name, tensor in shared.items() if _placement(tensor) != _placement(targets[name])
     ]
     if odd:
+        own, theirs = _placement(targets[odd[0]]), _placement(shared[odd[0]])
         raise WeightsError(
             f"role {role.name!r} is spread over processes otherwise than its base {base.name!r} "
-            f"({odd[0]}: {_placement(targets[odd[0]])} and {_placement(shared[odd[0]])}), so they cannot "
-            "hold one set of weights. Shard both by one policy, or neither"
+            f"({odd[0]}: {own} and {theirs}), so they cannot hold one set of weights. Shard both "
+            "by one policy, or neither"
         )
     return shared
 
