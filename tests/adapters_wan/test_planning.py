@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from distill_adapters_wan import PLUGIN, WanPipelineConfig, adapter
-from distill_diffusers.calls.precision import predicted
+from distill_adapters_wan.calling import call_transformer
 from distill_diffusers.planning.calls import plan_call, watch
 from distill_protocols import Condition, FsdpPolicy, LoraSpec, RoleHandle, RoleSpec, WeightsError
 from torch import Tensor
@@ -124,9 +124,9 @@ def test_a_call_of_every_variant_takes_what_is_planned(name, folder_of, monkeypa
 
     def call(role: RoleHandle, *given: Any, **options: Any) -> Tensor:
         calls.append(given)
-        return predicted(role, *given, **options)
+        return call_transformer(role, *given, **options)
 
-    monkeypatch.setattr(adapter, "predicted", call)
+    monkeypatch.setattr(adapter, "call_transformer", call)
     cond = Condition({"text": torch.randn(2, config.max_sequence_length, 16)})
     if VARIANTS[name].image:
         cond = wan.with_image(cond, torch.rand(2, 3, config.height, config.width))
@@ -156,7 +156,7 @@ def test_what_is_held_is_what_autograd_saved(folder, kind):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = predicted(handle, x_t, torch.ones(2), text).float().square().mean()
+        loss = call_transformer(handle, x_t, torch.ones(2), text).float().square().mean()
     assert plan.held == pytest.approx(sum(saved.values()), rel=0.03)
     del loss
 

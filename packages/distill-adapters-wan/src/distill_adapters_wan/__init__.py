@@ -15,13 +15,12 @@ from distill_adapters_wan.plugin import PLUGIN, WanFamily
 from distill_adapters_wan.published import PUBLISHED, LatentFacts, PublishedModel
 
 if TYPE_CHECKING:
-    from distill_diffusers.export.exporter import WanExporter
-
     from distill_adapters_wan.adapter import WanAdapter
+    from distill_adapters_wan.export.exporter import WanExporter
 
 _LAZY = {
     "WanAdapter": "adapter",
-    "WanExporter": "export",
+    "WanExporter": "export.exporter",
     "load_bundle": "loading",
     "load_module": "loading",
     "load_role": "loading",

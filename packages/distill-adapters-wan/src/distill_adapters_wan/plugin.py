@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from distill_diffusers.export.rules import FORMATS, export_problems
 from distill_diffusers.folders import (
     DIFFUSERS_STEM,
     component_problems,
@@ -36,6 +35,7 @@ from distill_adapters_wan.capabilities import capabilities_of
 from distill_adapters_wan.causal.config import causal_problems
 from distill_adapters_wan.config import WanPipelineConfig
 from distill_adapters_wan.experts import HIGH, boundary_of, module_ranges
+from distill_adapters_wan.export.rules import FORMATS, export_problems
 from distill_adapters_wan.images.shapes import (
     CLIP_TOKENS,
     EMBEDS,
@@ -294,7 +294,7 @@ class WanFamily(FamilyPlugin[WanPipelineConfig]):
         return WanAdapter(bundle, config, source=source)
 
     def exporter(self, config: WanPipelineConfig, *, source: str) -> Exporter:
-        from distill_diffusers.export.exporter import WanExporter
+        from distill_adapters_wan.export.exporter import WanExporter
 
         return WanExporter(config, source=source)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from attrs import frozen
+from distill_adapters_wan.calling import call_transformer, transformer_of
 from distill_adapters_wan.causal.roles import token_times
 from distill_protocols import DTYPES, CallPlan, RoleHandle, RoleSpec
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from distill_diffusers.calls.precision import predicted, transformer_of
 from distill_diffusers.planning.modules import on_meta, stored_dtype
 from distill_diffusers.roles.discriminator import HEADS, heads_on_meta, logits
 from distill_diffusers.roles.injection import inject
@@ -215,7 +215,7 @@ def watch(
     differentiated = role.trainable or x_t.requires_grad
     with alive, _quiet(), torch.set_grad_enabled(differentiated):
         times = token_times(module, x_t, t)
-        loss = predicted(role, x_t, times, text, image).float().square().mean()
+        loss = call_transformer(role, x_t, times, text, image).float().square().mean()
         held, forward = alive.now, alive.lap()
         if differentiated:
             loss.backward()
