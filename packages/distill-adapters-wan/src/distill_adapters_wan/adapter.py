@@ -204,7 +204,7 @@ class WanAdapter(FlowMatchingAdapter):
         """See ``FlowMatchingAdapter.feature_layout``."""
         patch = transformer_of(role, module).config["patch_size"]
         patches = [size // p for size, p in zip(x_t.shape[2:], patch, strict=True)]
-        return FeatureLayout(blocks=WAN.block_lists[0], patches=patches)
+        return FeatureLayout(blocks="blocks", patches=patches)
 
     def check_features(self, role: RoleHandle, w: float) -> None:
         """See ``FlowMatchingAdapter.check_features``; a causal role has none either."""
