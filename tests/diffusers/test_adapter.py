@@ -254,6 +254,7 @@ def test_features_are_what_the_blocks_give(family, request):
     assert found is not None
     assert torch.equal(found, expected)
     found.square().sum().backward()
+    assert x_t.grad is not None
     assert x_t.grad.abs().max() > 0
     with pytest.raises(ContractError, match="block 2"):
         adapter.forward("teacher", x_t, TIMES, cond, features={2: None})
@@ -278,7 +279,7 @@ def test_a_derivative_is_the_limit_of_differences(family, request):
 def test_sampling_is_the_stock_schedulers(sd3):
     """By an Euler loop as StableDiffusion3Pipeline has it."""
     noise, cond = normal(2, 4, 1, 4, 6), sd3_cond(2)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
     x = noise
     for t in scheduler.timesteps:

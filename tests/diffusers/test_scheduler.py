@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from diffusers.pipelines.ltx.pipeline_ltx import retrieve_timesteps
@@ -23,6 +25,7 @@ def test_ltx_pipeline_makes_the_samplers_timesteps(spec):
     """As ``LTXPipeline.__call__`` asks for them, mu included, which a static shift ignores."""
     schedule = stock_schedule(spec, UniformGrid())
     sigmas = np.linspace(1.0, 1 / spec.steps, spec.steps)
+    timesteps: Any
     timesteps, steps = retrieve_timesteps(
         schedule.scheduler(), spec.steps, "cpu", None, sigmas=sigmas, mu=0.9
     )
