@@ -266,7 +266,7 @@ def test_other_roles_stay_as_diffusers_made_them(causal):
     assert not torch.allclose(one[:, :, 0], two[:, :, 0], atol=1e-3)
     assert adapter.chunks("teacher")[0].frames == 7
     for caches in (ChunkCall(first_frame=0), CleanPast(latents=x)):
-        with pytest.raises(CapabilityError, match=r"teacher.*causal\.roles"):
+        with pytest.raises(CapabilityError, match=r"teacher.*CausalConfig\.roles"):
             adapter.forward("teacher", x, t, cond, caches=caches)
 
 

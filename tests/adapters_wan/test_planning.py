@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from distill_adapters_wan import PLUGIN, WAN, WanPipelineConfig, adapter
-from distill_diffusers.calls.precision import predicted
+from distill_adapters_wan.calling import call_transformer
 from distill_diffusers.planning.calls import measure_call, plan_call
 from distill_protocols import Condition, FsdpPolicy, LoraSpec, RoleHandle, RoleSpec, WeightsError
 from torch import Tensor
@@ -129,9 +129,9 @@ def test_a_call_of_every_variant_takes_what_is_planned(name, folder_of, monkeypa
 
     def call(role: RoleHandle, *given: Any, **options: Any) -> Tensor:
         calls.append(given)
-        return predicted(role, *given, **options)
+        return call_transformer(role, *given, **options)
 
-    monkeypatch.setattr(adapter, "predicted", call)
+    monkeypatch.setattr(adapter, "call_transformer", call)
     cond = Condition({"text": torch.randn(2, config.max_sequence_length, 16)})
     if VARIANTS[name].image:
         cond = wan.with_image(cond, torch.rand(2, 3, config.height, config.width))
@@ -140,7 +140,7 @@ def test_a_call_of_every_variant_takes_what_is_planned(name, folder_of, monkeypa
     values = {"latents": hidden, "t": times, "text": text}
     found = measure_call(
         bundle["student"],
-        lambda role, x: predicted(role, x["latents"], x["t"], x["text"], x.get("image")),
+        lambda role, x: call_transformer(role, x["latents"], x["t"], x["text"], x.get("image")),
         values if image is None else {**values, "image": image},
     )
     assert plan.most == pytest.approx(found.most, rel=0.02)

@@ -17,8 +17,9 @@ from distill_adapters_wan.published import PUBLISHED
 
 if TYPE_CHECKING:
     from distill_adapters_wan.adapter import WanAdapter
+    from distill_adapters_wan.export.exporter import WanExporter
 
-_LAZY = {"WanAdapter": "adapter"}
+_LAZY = {"WanAdapter": "adapter", "WanExporter": "export.exporter"}
 
 __all__ = [
     "PLUGIN",
@@ -26,6 +27,7 @@ __all__ = [
     "WAN",
     "CausalConfig",
     "WanAdapter",
+    "WanExporter",
     "WanFamily",
     "WanPipelineConfig",
 ]

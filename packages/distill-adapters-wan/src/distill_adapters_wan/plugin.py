@@ -102,6 +102,9 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
         is_causal = role.name in self.capabilities(config).causal_roles
         return () if is_causal else super().attention_backends(role, config)
 
+    def export_formats(self) -> Mapping[str, str]:
+        return {**super().export_formats(), "comfyui": "one file under the model's original names"}
+
     # -- shapes and numbers, without weights --------------------------------------------------
 
     def latent_info(self, vae: Mapping[str, Any]) -> LatentInfo:
@@ -168,13 +171,12 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
         return shapes | {name: condition[name] for name in (EMBEDS,) if name in condition}
 
     def call_model(self, role: RoleHandle, inputs: Mapping[str, Tensor]) -> Tensor:
-        from distill_diffusers.calls.precision import predicted, transformer_of
-
+        from distill_adapters_wan.calling import call_transformer, transformer_of
         from distill_adapters_wan.causal.roles import token_times
 
         latents = inputs["latents"]
         times = token_times(transformer_of(role), latents, inputs["t"])
-        return predicted(role, latents, times, inputs[TEXT], inputs.get(EMBEDS))
+        return call_transformer(role, latents, times, inputs[TEXT], inputs.get(EMBEDS))
 
     # -- parts of a run -----------------------------------------------------------------------
 
@@ -186,9 +188,9 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
         return WanAdapter(bundle, config, source=source)
 
     def exporter(self, config: WanPipelineConfig, *, source: str) -> Exporter:
-        from distill_diffusers.export.exporter import WanExporter
+        from distill_adapters_wan.export.exporter import WanExporter
 
-        return WanExporter(config, source=source)
+        return WanExporter(self, config, source=source)
 
     def foreign_names(self) -> ForeignNames:
         """Give FastVideo's, Self-Forcing's and the original Wan's names."""

@@ -251,7 +251,21 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
                     )
 
     def export_problems(self, role: RoleSpec, request: ExportRequest) -> Iterable[Problem]:
-        return export_problems(role, request)
+        configs: Iterable[Mapping[str, Any]] = ()
+        modules: Collection[str] = ()
+        with suppress(WeightsError):  # nothing says how it is built: a problem of the role's path
+            transformers = self.describe(role.path).transformers
+            configs, modules = transformers.values(), transformers.keys()
+
+        def max_rank() -> int | None:
+            from distill_diffusers.architecture import inspect_model
+
+            layers = [inspect_model(self.kind, config).linear_layers for config in configs]
+            return max((min(size) for sizes in layers for size in sizes.values()), default=None)
+
+        return export_problems(
+            role, request, formats=self.export_formats(), modules=modules, max_rank=max_rank
+        )
 
     # -- shapes and numbers, without weights --------------------------------------------------
 

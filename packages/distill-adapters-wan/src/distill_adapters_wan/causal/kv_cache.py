@@ -1,7 +1,7 @@
 """Keys and values of chunks that are past.
 
-What is stored is never written to again: a chunk that is added or leaves makes a new ``Past``.
-So whoever holds one (activation checkpointing, until its backward pass) sees what its own call saw.
+What is stored is never written to again: a chunk that is added or dropped makes a new ``Past``.
+So activation checkpointing, which keeps one until its backward pass, recomputes what was computed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KeysAndValues = tuple[Tensor, Tensor]
 
 @frozen(kw_only=True)
 class Place:
-    """Whose past it is.
+    """Which past it is.
 
     Attributes:
         role: name of the role.
@@ -40,7 +40,7 @@ class Place:
 
 @frozen(eq=False)
 class StoredChunk:
-    """What one chunk left, layer by layer."""
+    """What one chunk stored, layer by layer."""
 
     chunk: Chunk
     layers: tuple[KeysAndValues, ...]
@@ -53,41 +53,45 @@ class Caller:
     Attributes:
         shape: batch, height and width of the latents.
         device: theirs.
-        given: the condition's own tensors, kept alive so that others cannot take their addresses.
+        tensors: the condition's own tensors, kept alive so that others cannot take their addresses.
         versions: how often each had been written to.
     """
 
     shape: tuple[int, int, int]
     device: torch.device
-    given: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]
 
     @classmethod
-    def of(cls, x_t: Tensor, given: tuple[Tensor, ...]) -> Caller:
+    def of(cls, x_t: Tensor, tensors: tuple[Tensor, ...]) -> Caller:
         batch, _, _, height, width = x_t.shape
-        versions = tuple(0 if one.is_inference() else one._version for one in given)
-        return cls(shape=(batch, height, width), device=x_t.device, given=given, versions=versions)
+        versions = tuple(0 if one.is_inference() else one._version for one in tensors)
+        return cls(
+            shape=(batch, height, width), device=x_t.device, tensors=tensors, versions=versions
+        )
 
     def differs(self, other: Caller) -> str | None:
-        """What is not the same; None if all is."""
+        """Describe what is not the same; None if all is."""
         if self.shape != other.shape:
             return f"(batch, height, width) was {self.shape} and is {other.shape}"
         if self.device != other.device:
             return f"the device was {self.device} and is {other.device}"
-        if list(map(_facts, self.given)) == list(map(_facts, other.given)):
+        if list(map(_identity, self.tensors)) == list(map(_identity, other.tensors)):
             return None if self.versions == other.versions else "the condition was written to"
         # Values are compared (a device sync) only for a condition that was copied.
-        if len(self.given) != len(other.given) or not all(map(_same, self.given, other.given)):
+        if len(self.tensors) != len(other.tensors) or not all(
+            map(_is_same, self.tensors, other.tensors)
+        ):
             return "the condition is another one"
         return None
 
 
 @frozen(eq=False, kw_only=True)
 class Past:
-    """What the chunks to come see.
+    """What later chunks attend to.
 
     Attributes:
-        stored: chunks in order; those that left the window are gone.
+        stored: chunks in order, without those that left the window.
         next_frame: where the next chunk begins.
     """
 
@@ -97,18 +101,18 @@ class Past:
 
     @property
     def frames(self) -> int:
-        """How many are kept."""
+        """How many frames are kept."""
         return sum(s.chunk.frames for s in self.stored)
 
     def layer(self, index: int) -> list[KeysAndValues]:
-        """One layer's keys and values, chunk by chunk."""
+        """Return one layer's keys and values, chunk by chunk."""
         return [s.layers[index] for s in self.stored]
 
     def with_chunk(self, added: StoredChunk, config: CausalConfig) -> Past:
-        """After ``added``, without what no later chunk sees."""
+        """Return the past after ``added``, without chunks that no later one attends to."""
         next_frame = added.chunk.stop
-        seen = config.past(next_frame)
-        kept = (s for s in (*self.stored, added) if any(s.chunk.first in r for r in seen))
+        attended = config.past(next_frame)
+        kept = (s for s in (*self.stored, added) if any(s.chunk.first in r for r in attended))
         return evolve(self, stored=tuple(kept), next_frame=next_frame)
 
 
@@ -119,11 +123,11 @@ class KvCaches:
         self._pasts: dict[Place, Past] = {}
 
     def past(self, place: Place, chunk: Chunk, caller: Caller) -> Past:
-        """What ``chunk`` sees.
+        """Return what ``chunk`` attends to.
 
         Raises:
-            ContractError: the past does not end where the chunk begins, or another batch, size or
-                condition left it.
+            ContractError: the past does not end where the chunk begins, or it is that of
+                another batch, size or condition.
         """
         past = self._pasts.get(place, Past(caller=caller))
         if past.next_frame != chunk.first:
@@ -142,7 +146,7 @@ class KvCaches:
         return past
 
     def keep(self, place: Place, past: Past) -> None:
-        """Put ``past`` in the place of what was there."""
+        """Store ``past`` in the place of the former one."""
         self._pasts[place] = past
 
     def clear(self, role: str, stream: str | None = None) -> None:
@@ -152,7 +156,7 @@ class KvCaches:
                 self._pasts.pop(place, None)
 
     def sizes(self) -> dict[Place, int]:
-        """Bytes that each past holds."""
+        """Count the bytes of each past."""
         return {
             place: sum(
                 t.untyped_storage().nbytes()
@@ -162,9 +166,9 @@ class KvCaches:
         }  # fmt: skip
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _is_same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other.to(one))
 
 
-def _facts(tensor: Tensor) -> tuple[object, ...]:
+def _identity(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device

@@ -18,7 +18,7 @@ from distill_adapters_wan.causal.config import CausalConfig
 
 @frozen
 class Span:
-    """Key frames ``start .. stop - 1`` of a call, ``shift`` positions later than they stand."""
+    """Key frames ``start .. stop - 1`` of a call, rotated ``shift`` positions beyond their own."""
 
     start: int
     stop: int
@@ -27,7 +27,7 @@ class Span:
 
 @frozen
 class Group:
-    """Frames ``start .. stop - 1`` of the model's input: as queries they see the same keys."""
+    """Frames ``start .. stop - 1`` of the model's input, whose queries attend to the same keys."""
 
     start: int
     stop: int
@@ -39,10 +39,10 @@ class Layout:
     """One call's attention.
 
     Attributes:
-        past: key frames that come from the cache, before those of the model's input.
+        past: number of key frames from the cache, before those of the model's input.
         positions: temporal position of each key frame: ranges, after one another. The last ones
             are those of the queries.
-        groups: queries in order, all of them.
+        groups: all queries, in order.
     """
 
     past: int
@@ -51,13 +51,13 @@ class Layout:
 
     @property
     def longest(self) -> int:
-        """How many positions the rotary table must have."""
+        """Number of positions that the rotary table must have."""
         return max(r.stop for r in self.positions)
 
 
 @functools.lru_cache(maxsize=256)
 def whole_clip(config: CausalConfig, frames: int) -> Layout:
-    """Block-causal: each chunk of a clip sees itself and its past."""
+    """Lay out block-causal attention: each chunk of a clip sees itself and its past."""
     groups = tuple(
         Group(c.first, c.stop, _joined([*_past(config, c), Span(c.first, c.stop)]))
         for c in config.chunks(frames)
@@ -67,18 +67,18 @@ def whole_clip(config: CausalConfig, frames: int) -> Layout:
 
 @functools.lru_cache(maxsize=256)
 def one_chunk(past: int, frames: int) -> Layout:
-    """A chunk after a cached past: it sees all of it.
+    """Lay out a chunk after a cached past, all of which it sees.
 
     Positions count within what is cached, so they do not grow with the video, and a sink stands
     right before the window.
     """
-    seen = past + frames
-    return Layout(past, (range(seen),), (Group(0, frames, (Span(0, seen),)),))
+    keys = past + frames
+    return Layout(past, (range(keys),), (Group(0, frames, (Span(0, keys),)),))
 
 
 @functools.lru_cache(maxsize=256)
 def clean_past(config: CausalConfig, frames: int) -> Layout:
-    """[clean; noisy]: noisy chunks see clean pasts and themselves, clean ones are block-causal.
+    """Lay out [clean; noisy]: noisy chunks see clean pasts and themselves, clean ones block-causal.
 
     A frame has the same position in both halves.
     """
@@ -101,7 +101,7 @@ def _past(config: CausalConfig, chunk: Chunk) -> Iterator[Span]:
 
 
 def _joined(spans: list[Span]) -> tuple[Span, ...]:
-    """Neighbours as one span: what is one slice needs no copy."""
+    """Join neighbouring spans: keys of one slice need no copy."""
     joined = [spans[0]]
     for span in spans[1:]:
         last = joined[-1]

@@ -1,11 +1,14 @@
 """Block-causal attention on diffusers' own WanTransformer3DModel, without a copy of it.
 
-Three things are put on a causal role's transformer: a pre-hook that takes what a call is about
-(``causal=``, an argument), hooks on its ``rope`` that give each block, in the place of rotary
-tables, a ``BlockContext``, and an attention processor on each block's self-attention, which reads
-it. What a block computes is thereby a function of its arguments alone: when activation
-checkpointing calls it again, later, on another thread, after the caches went on, it sees what it
-saw. Nor does FSDP cast rotary tables to 16 bits on the way.
+Three things are put on a causal role's transformer:
+
+- a pre-hook, which takes the argument ``causal=`` (a ``CausalCall``) out of a call;
+- hooks on its ``rope``, which give each block a ``BlockContext`` in the place of rotary tables;
+- an attention processor on each block's self-attention, which reads that context.
+
+What a block computes is thereby a function of its arguments alone. Activation checkpointing may
+call it again later, on another thread, after the caches have changed, and it computes the same.
+It also keeps FSDP from casting the rotary tables to 16 bits on the way.
 """
 
 from __future__ import annotations
@@ -48,12 +51,12 @@ class CausalRoles:
     """The causal roles of an adapter and their caches.
 
     Args:
-        config: None: no role is causal.
+        config: which roles are causal, and how; None: none is.
 
     Raises:
-        RoleError: a causal role that the bundle has not.
+        RoleError: a causal role that the bundle does not have.
         WeightsError: a transformer that cannot be causal.
-        ContractError: a role that an adapter made causal before and that is not so here.
+        ContractError: an earlier adapter made a role causal that is not causal here.
     """
 
     def __init__(self, bundle: ModelBundle, config: CausalConfig | None) -> None:
@@ -67,14 +70,14 @@ class CausalRoles:
             for key, module in role.modules.items():
                 _prepare(f"{name}.{key}", module, config if name in names else None)
 
-    def of(self, role: str) -> CausalConfig | None:
-        """What makes ``role`` causal; None: it sees whole clips."""
+    def config_of(self, role: str) -> CausalConfig | None:
+        """Return how ``role`` is causal; None: it sees whole clips."""
         return self._config if self._config and role in self._config.roles else None
 
     def chunks(self, role: str, frames: int) -> tuple[Chunk, ...]:
-        """See ``CausalRollout.chunks``."""
+        """Divide a video of ``frames``; see ``CausalRollout.chunks``."""
         self._bundle.require_roles([role])
-        config = self.of(role)
+        config = self.config_of(role)
         return (Chunk(0, frames),) if config is None else config.chunks(frames)
 
     def clear(self, role: str, stream: str | None = None) -> None:
@@ -83,31 +86,30 @@ class CausalRoles:
         self._caches.clear(role, stream)
 
     def cached_bytes(self, role: str) -> int:
-        """What the caches of ``role`` hold."""
+        """Count the bytes that the caches of ``role`` hold."""
         return sum(size for place, size in self._caches.sizes().items() if place.role == role)
 
-    def prepared(
+    def prepare(
         self,
         place: Place,
         x_t: Tensor,
         t: Tensor,
         cond: tuple[Tensor, ...],
         caches: ChunkCall | CleanPast | None,
-        *,
         transformer: WanTransformer3DModel,
     ) -> PreparedCall:
-        """What a call on ``x_t`` [B, C, T, H, W] at ``t`` [B] or [B, T] really is.
+        """Turn a call on ``x_t`` [B, C, T, H, W] at ``t`` [B] or [B, T] into one of the model.
 
         Args:
             place: its ``stream`` is that of ``caches``.
-            cond: the condition's own tensors, before any copy.
+            cond: the condition's own tensors, before any copy: they say whose past it is.
 
         Raises:
             CapabilityError: ``caches`` for a role that is not causal.
             ContractError: a chunk that does not follow what is cached, or more frames than the
                 model has positions.
         """
-        config = self.of(place.role)
+        config = self.config_of(place.role)
         if config is None:
             if caches is not None:
                 raise _not_causal(place.role, caches)
@@ -128,25 +130,26 @@ class CausalRoles:
         x_t: Tensor,
         t: Tensor,
         cond: tuple[Tensor, ...],
-        asked: ChunkCall,
+        request: ChunkCall,
         config: CausalConfig,
         layer_count: int,
     ) -> PreparedCall:
-        chunk = _checked_chunk(config, asked.first_frame, x_t.shape[2])
+        chunk = _checked_chunk(config, request.first_frame, x_t.shape[2])
         past = self._caches.past(place, chunk, Caller.of(x_t, cond))
         call = CausalCall(layout.one_chunk(past.frames, chunk.frames), past)
-        places = (range(chunk.first, chunk.stop),)
-        if not asked.store:
-            return PreparedCall(x_t, t, call, places=places)
+        frames = (range(chunk.first, chunk.stop),)
+        if not request.store:
+            return PreparedCall(x_t, t, call, frames=frames)
         call.kept = {}
 
         def keep(v: Tensor) -> Tensor:
-            kept, call.kept = call.kept or {}, None  # a recomputed forward stores nothing
+            # None from here on: when checkpointing recomputes this forward, it stores nothing.
+            kept, call.kept = call.kept or {}, None
             layers = tuple(kept[i] for i in range(layer_count))
             self._caches.keep(place, past.with_chunk(StoredChunk(chunk, layers), config))
             return v
 
-        return PreparedCall(x_t, t, call, keep, places=places)
+        return PreparedCall(x_t, t, call, keep, frames=frames)
 
 
 # -- one call -------------------------------------------------------------------------------------
@@ -154,11 +157,12 @@ class CausalRoles:
 
 @define(eq=False)
 class CausalCall:
-    """What one model call is about.
+    """What the self-attention of one model call sees.
 
     Attributes:
+        layout: which frames each chunk attends to, and at which positions.
         past: keys and values of earlier chunks; never changes.
-        kept: where this call's own go, by layer; None: nowhere.
+        kept: where this call's own keys and values go, by layer; None: they are not kept.
     """
 
     layout: Layout
@@ -168,7 +172,7 @@ class CausalCall:
 
 @frozen(eq=False)
 class BlockContext:
-    """What each block gets in the place of rotary tables.
+    """What each block gets in the place of rotary tables: the call, and the tables themselves.
 
     Attributes:
         table: cosines and sines by position and token of a frame, [positions, tokens, 1, width].
@@ -179,11 +183,11 @@ class BlockContext:
 
     @property
     def tokens(self) -> int:
-        """Of one frame."""
+        """Tokens of one frame."""
         return self.table[0].shape[1]
 
     def rows(self, positions: Sequence[range], shift: int = 0) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [1, tokens of all positions, 1, width]."""
+        """Take cosines and sines [1, tokens of all positions, 1, width] out of the table."""
         cos, sin = (
             torch.cat([t[p.start + shift : p.stop + shift] for p in positions])
             if len(positions) > 1
@@ -195,32 +199,32 @@ class BlockContext:
 
 @frozen(eq=False)
 class PreparedCall:
-    """A model call with what ``caches`` makes of it.
+    """A model call as the transformer receives it.
 
     Attributes:
-        x_t, t: what the model is given: twice as many frames beside a clean past.
+        x_t, t: what the model reads: twice as many frames beside a clean past.
         call: goes to the transformer as an argument (``arguments``); None: not a causal role.
-        finish: takes the model's output and gives that for the frames asked for; to be called
-            once the model has run.
-        places: which frames of the video those of ``x_t`` are.
+        finish: to be called with the model's output; keeps what shall be past, and returns the
+            output for the frames asked for.
+        frames: which frames of the video those of ``x_t`` are.
     """
 
     x_t: Tensor
     t: Tensor
     call: CausalCall | None = None
     finish: Callable[[Tensor], Tensor] = lambda v: v
-    places: tuple[range, ...] = field(
+    frames: tuple[range, ...] = field(
         default=Factory(lambda call: (range(call.x_t.shape[2]),), takes_self=True), kw_only=True
     )
 
     @property
     def arguments(self) -> dict[str, CausalCall]:
-        """Further keyword arguments of the transformer."""
+        """Keyword arguments of the transformer beside the stock ones."""
         return {} if self.call is None else {_ARGUMENT: self.call}
 
 
 def token_times(transformer: WanTransformer3DModel, x_t: Tensor, t: Tensor) -> Tensor:
-    """t [B] as it is; [B, T] as one time a token, [B, T * tokens of a frame].
+    """Return t [B] as it is, and [B, T] as one time a token, [B, T * tokens of a frame].
 
     Raises:
         ContractError: [B, T], but the model folds several frames into a token.
@@ -245,12 +249,14 @@ def _beside_clean(x_t: Tensor, t: Tensor, clean: CleanPast, config: CausalConfig
     batch, _, frames, _, _ = x_t.shape
     clean_t = torch.zeros_like(t) if clean.t is None else clean.t.to(t)
     times = [one if one.dim() == 2 else one[:, None].expand(batch, frames) for one in (clean_t, t)]
+    # One call of twice the length: the clean clip, then the noisy one, whose chunks see the clean
+    # chunks before them. Only the noisy half of the output is a prediction.
     return PreparedCall(
         torch.cat([clean.latents.detach().to(x_t), x_t], dim=2),
         torch.cat(times, dim=1),
         CausalCall(layout.clean_past(config, frames)),
         lambda v: v[:, :, frames:],
-        places=(range(frames), range(frames)),
+        frames=(range(frames), range(frames)),
     )
 
 
@@ -259,8 +265,8 @@ def _check_positions(prepared: PreparedCall, transformer: WanTransformer3DModel)
     if prepared.call is not None and prepared.call.layout.longest > has:
         raise ContractError(
             f"frame {prepared.call.layout.longest - 1} needs a position beyond the model's {has} "
-            "(rope_max_seq_len). Set pipeline_config.causal.window_frames: positions are then "
-            "those within the window"
+            "(rope_max_seq_len). Give CausalConfig window_frames: positions are then those within "
+            "the window"
         )
 
 
@@ -280,7 +286,7 @@ def _checked_chunk(config: CausalConfig, first_frame: int, frames: int) -> Chunk
 def _not_causal(role: str, caches: ChunkCall | CleanPast) -> CapabilityError:
     return CapabilityError(
         f"forward of role {role!r} was given {type(caches).__name__}, but this role sees whole "
-        "clips. Name it in pipeline_config.causal.roles, or call it without caches"
+        "clips. Name it in CausalConfig.roles, or call it without caches"
     )
 
 
@@ -289,37 +295,41 @@ def _not_causal(role: str, caches: ChunkCall | CleanPast) -> CapabilityError:
 
 @define(eq=False)
 class CausalSwitch:
-    """Takes a call's argument at the transformer's door and hands it to the blocks.
+    """Hooks that take a call's argument from the transformer and hand it to its blocks.
 
-    Between these hooks, within one call on one thread, it holds the argument by thread.
+    Between these hooks, which run after each other within one call on one thread, the argument is
+    kept under that thread: several threads may call the same transformer.
     """
 
     config: CausalConfig
-    _entered: dict[int, CausalCall | None] = field(factory=dict, init=False)
+    _calls: dict[int, CausalCall | None] = field(factory=dict, init=False)
 
-    def enter(
+    def take_argument(
         self, module: WanTransformer3DModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Pre-hook of the transformer."""
+        """Take ``causal=`` out of the arguments; a pre-hook of the transformer."""
         rest = dict(kwargs)
-        self._entered[threading.get_ident()] = rest.pop(_ARGUMENT, None)
+        self._calls[threading.get_ident()] = rest.pop(_ARGUMENT, None)
         return args, rest
 
-    def ask(self, rope: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        """Pre-hook of its ``rope``, which reads a shape, and gives tables of frames 0, 1, ...:
-        for as many as this call has positions. With nothing said, a clip is a whole one."""
+    def lengthen_tables(self, rope: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        """Have ``rope`` make tables for as many frames as this call has positions; a pre-hook.
+
+        It reads nothing but the shape of its input. A call without an argument is one on a whole
+        clip.
+        """
         (x,) = args
         thread = threading.get_ident()
-        call = self._entered.get(thread) or CausalCall(layout.whole_clip(self.config, x.shape[2]))
-        self._entered[thread] = call
+        call = self._calls.get(thread) or CausalCall(layout.whole_clip(self.config, x.shape[2]))
+        self._calls[thread] = call
         return (x[:, :1, :1].expand(-1, -1, call.layout.longest, -1, -1),)
 
-    def give(
+    def replace_tables(
         self, rope: nn.Module, args: tuple[Tensor], tables: tuple[Tensor, Tensor]
     ) -> BlockContext:
-        """Hook of its ``rope``: what the blocks get."""
-        call = self._entered.pop(threading.get_ident())
-        assert call is not None  # `ask` put one there
+        """Give the blocks a ``BlockContext`` in the place of the tables; a hook of ``rope``."""
+        call = self._calls.pop(threading.get_ident())
+        assert call is not None  # lengthen_tables put one there
         cos, sin = (t.view(call.layout.longest, -1, 1, t.shape[-1]) for t in tables)
         return BlockContext(call, (cos, sin))
 
@@ -342,7 +352,7 @@ class CausalAttnProcessor:
         attention_mask: Tensor | None = None,
         rotary_emb: Any = None,
     ) -> Tensor:
-        """[B, tokens, width] to the same."""
+        """Attend: [B, tokens, width] to the same shape."""
         if not isinstance(rotary_emb, BlockContext):
             raise ContractError(
                 f"block {self.layer} of a causal transformer got {type(rotary_emb).__name__} where "
@@ -353,6 +363,7 @@ class CausalAttnProcessor:
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
         key = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
         value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        # Before the rotation: a chunk's position changes as the window moves on, its keys do not.
         if call.kept is not None:
             call.kept[self.layer] = (key.detach(), value.detach())
         if call.past is not None and call.past.stored:
@@ -363,20 +374,26 @@ class CausalAttnProcessor:
 
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, context: BlockContext) -> Tensor:
-    """[B, tokens, heads, width]; keys not rotated yet."""
-    plan, tokens = context.call.layout, context.tokens
-    cos, sin = context.rows(plan.positions)
+    """Attend group by group; all [B, tokens, heads, width], keys not rotated yet.
+
+    Queries of one chunk see the same keys, so each group is one dense product over those keys, for
+    which fused kernels exist; a mask over all keys would rule them out (see ``layout``).
+    """
+    attention, tokens = context.call.layout, context.tokens
+    cos, sin = context.rows(attention.positions)
     rotated = _rotated(key, cos, sin)
-    own = plan.past * tokens
+    # Keys of the cached past come first; queries are of this call's own frames alone.
+    own = attention.past * tokens
     query = _rotated(query, cos[:, own:], sin[:, own:])
 
     def key_span(span: Span) -> Tensor:
         part = slice(span.start * tokens, span.stop * tokens)
         if not span.shift:
             return rotated[:, part]
-        # Only sinks move, and of those the position is the index (see ``layout``).
-        moved = context.rows([range(span.start, span.stop)], span.shift)
-        return _rotated(key[:, part], *moved)
+        # Only sinks are shifted, to stand right before the window, and a sink's position without
+        # the shift is its index. It is rotated anew, from the key before rotation.
+        shifted = context.rows([range(span.start, span.stop)], span.shift)
+        return _rotated(key[:, part], *shifted)
 
     def attend(group: Group) -> Tensor:
         return _scaled_dot_product(
@@ -385,11 +402,14 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, context: BlockContext) 
             _cat([value[:, s.start * tokens : s.stop * tokens] for s in group.keys]),
         )
 
-    return _cat([attend(group) for group in plan.groups])
+    return _cat([attend(group) for group in attention.groups])
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs, as diffusers' processor computes it."""
+    """Rotate neighbouring pairs (RoPE, Su et al. 2021, eq. 34), as diffusers' processor does.
+
+    The tables hold each cosine and sine twice, once for either of a pair, so every second is read.
+    """
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     out = torch.empty_like(x)
@@ -408,20 +428,20 @@ def _cat(parts: list[Tensor]) -> Tensor:
 
 
 def _prepare(name: str, module: nn.Module, config: CausalConfig | None) -> None:
-    """Make a role's module causal, or see that it is not."""
+    """Make a role's module causal, or check that it is not."""
     if not isinstance(module, WanTransformer3DModel):
         if config is None:
             return
         raise WeightsError(
             f"{name} is a {type(module).__name__}; only Wan's transformers can be causal. Take the "
-            "role out of pipeline_config.causal.roles"
+            "role out of CausalConfig.roles"
         )
     transformer, switch = module, _switch_of(module)
     if config is None:
         if switch is not None:
             raise ContractError(
-                f"{name} is not of a role in pipeline_config.causal.roles, but an earlier adapter "
-                "made it causal, and it stays so. Load the bundle again"
+                f"{name} is of a role that is not causal, but an earlier adapter made it causal, "
+                "and it stays so. Load the bundle again"
             )
         return
     for problem in causal_problems(config, dict(transformer.config)):
@@ -430,9 +450,9 @@ def _prepare(name: str, module: nn.Module, config: CausalConfig | None) -> None:
         switch.config = config
         return
     switch = CausalSwitch(config)
-    transformer.register_forward_pre_hook(switch.enter, with_kwargs=True)
-    transformer.rope.register_forward_pre_hook(switch.ask)
-    transformer.rope.register_forward_hook(switch.give)
+    transformer.register_forward_pre_hook(switch.take_argument, with_kwargs=True)
+    transformer.rope.register_forward_pre_hook(switch.lengthen_tables)
+    transformer.rope.register_forward_hook(switch.replace_tables)
     for layer, attention in enumerate(_self_attentions(transformer)):
         attention.set_processor(CausalAttnProcessor(layer, switch))
 

@@ -27,22 +27,24 @@ from torch import Tensor
 from distill_adapters_wan.images.shapes import EMBEDS, LATENTS, ImageKind
 from distill_adapters_wan.shape import MASK_CHANNELS
 
-Places = tuple[range, ...]
-"""Frames of the video that a call's frames are, in their order: of a chunk its own, beside a clean
+Frames = tuple[range, ...]
+"""Which frames of the video a call's frames are, in their order: of a chunk its own, beside a clean
 past all of them twice."""
 
 
-def latents_of(cond: Condition, kind: ImageKind, x_t: Tensor, places: Places) -> Tensor | None:
-    """The picture's latents for ``x_t`` [B, C, T, H, W], on its device; None where none is read.
+def read_image_latents(
+    cond: Condition, kind: ImageKind, x_t: Tensor, frames: Frames
+) -> Tensor | None:
+    """Return the picture's latents for ``x_t`` [B, C, T, H, W]; None where none are read.
 
-    Of ``channels`` [B, C, T, H, W], those of the frames at ``places``; of ``frame`` [B, C, 1, H,
+    Of ``channels`` [B, C, T, H, W], those of the frames at ``frames``; of ``frame`` [B, C, 1, H,
     W], if the first frame is among them.
 
     Raises:
         ConditioningError: they are missing, not wanted, or of another shape than ``kind`` takes.
     """
-    found = cond.tensors.get(LATENTS)
-    if found is None:
+    latents = cond.tensors.get(LATENTS)
+    if latents is None:
         if kind == "channels":
             raise ConditioningError(
                 f"the condition holds {sorted(cond.tensors)}, but this image-to-video model reads "
@@ -56,68 +58,69 @@ def latents_of(cond: Condition, kind: ImageKind, x_t: Tensor, places: Places) ->
             "have no effect. Leave it out, or use an image-to-video model"
         )
     _, channels, _, height, width = x_t.shape
-    last = max(place.stop for place in places)
-    frames = 1 if kind == "frame" else max(last, found.shape[2])
-    wanted = (channels, frames, height, width)
-    if tuple(found.shape[1:]) != wanted:
+    last = max(span.stop for span in frames)
+    length = 1 if kind == "frame" else max(last, latents.shape[2])
+    expected = (channels, length, height, width)
+    if tuple(latents.shape[1:]) != expected:
         raise ConditioningError(
-            f"{LATENTS} are {list(found.shape)}, they must be [B, {', '.join(map(str, wanted))}] "
-            "for clips of this run and this model. Make them again with adapter.with_image; a "
-            "video that is longer than they are cannot be made from them"
+            f"{LATENTS} are {list(latents.shape)}, they must be "
+            f"[B, {', '.join(map(str, expected))}] for clips of this run and this model. "
+            "Make them again with adapter.with_image; a video that is longer than they are cannot "
+            "be made from them"
         )
     if kind == "frame":
-        return found.to(x_t.device, x_t.dtype) if _starts(places) else None
-    parts = [found[:, :, place.start : place.stop] for place in places]
+        return latents.to(x_t.device, x_t.dtype) if _first_frames(frames) else None
+    parts = [latents[:, :, span.start : span.stop] for span in frames]
     return torch.cat(parts, dim=2).to(x_t.device, x_t.dtype)
 
 
-def embeds_of(cond: Condition, config: Mapping[str, Any], like: Tensor) -> Tensor | None:
-    """``image_embeds`` in the type and on the device of ``like``; None where none are read.
+def read_image_embeds(cond: Condition, config: Mapping[str, Any], like: Tensor) -> Tensor | None:
+    """Return ``image_embeds`` in the type and on the device of ``like``; None if none are read.
 
     Raises:
         ConditioningError: missing, not wanted, or of another width.
     """
-    width, found = config.get("image_dim"), cond.tensors.get(EMBEDS)
-    if width is None and found is None:
+    width, embeds = config.get("image_dim"), cond.tensors.get(EMBEDS)
+    if width is None and embeds is None:
         return None
-    if width is None or found is None or found.ndim != 3 or found.shape[2] != width:
+    if width is None or embeds is None or embeds.ndim != 3 or embeds.shape[2] != width:
         raise ConditioningError(
-            f"{EMBEDS} are {'missing' if found is None else list(found.shape)}, and the model "
+            f"{EMBEDS} are {'missing' if embeds is None else list(embeds.shape)}, and the model "
             f"reads {'none' if width is None else f'[B, tokens, {width}]'}; Wan 2.1 reads CLIP's "
             "of the first frame, Wan 2.2 none. Make the condition with this model's "
             "adapter.with_image"
         )
-    return found.to(like.device, like.dtype)
+    return embeds.to(like.device, like.dtype)
 
 
-def beside_channels(x_t: Tensor, image: Tensor, places: Places) -> Tensor:
-    """``cat[x_t, mask, image]`` [B, 2 C + 4, T, H, W]."""
+def append_image_channels(x_t: Tensor, image: Tensor, frames: Frames) -> Tensor:
+    """Return ``cat[x_t, mask, image]`` [B, 2 C + 4, T, H, W]."""
     mask = x_t.new_zeros(x_t.shape[0], MASK_CHANNELS, *x_t.shape[2:])
-    for first in _starts(places):
+    for first in _first_frames(frames):
         mask[:, :, first] = 1
     return torch.cat([x_t, mask, image], dim=1)
 
 
-def first_frame_given(x: Tensor, image: Tensor, places: Places) -> Tensor:
-    """``x`` [B, C, T, H, W] with ``image`` [B, C, 1, H, W] wherever the first frame is."""
+def insert_first_frame(x: Tensor, image: Tensor, frames: Frames) -> Tensor:
+    """Put ``image`` [B, C, 1, H, W] in ``x`` [B, C, T, H, W] wherever the first frame is."""
     parts = list(x.split(1, dim=2))
-    for first in _starts(places):
+    for first in _first_frames(frames):
         parts[first] = image.to(x.dtype).expand_as(parts[first])
     return torch.cat(parts, dim=2)
 
 
-def frame_times(t: Tensor, places: Places, *, given: bool) -> Tensor:
-    """``t`` [B] or [B, T] for each frame [B, T]; 0 in the first where it is ``given``."""
-    frames = sum(map(len, places))
-    times = t if t.dim() == 2 else t[:, None].expand(-1, frames)
-    if not given:
+def frame_times(t: Tensor, frames: Frames, *, first_is_given: bool) -> Tensor:
+    """Expand ``t`` [B] or [B, T] to each frame [B, T], with 0 for a first frame that is given."""
+    length = sum(map(len, frames))
+    times = t if t.dim() == 2 else t[:, None].expand(-1, length)
+    if not first_is_given:
         return times
-    predicted = torch.ones(frames, device=t.device)
-    predicted[list(_starts(places))] = 0
-    return times * predicted
+    is_predicted = torch.ones(length, device=t.device)
+    is_predicted[list(_first_frames(frames))] = 0
+    return times * is_predicted
 
 
-def _starts(places: Places) -> tuple[int, ...]:
-    """Where the video's first frame is."""
-    flat = [frame for place in places for frame in place]
+def _first_frames(frames: Frames) -> tuple[int, ...]:
+    """List where among a call's frames the video's first is."""
+    flat = [frame for span in frames for frame in span]
     return tuple(i for i, frame in enumerate(flat) if frame == 0)

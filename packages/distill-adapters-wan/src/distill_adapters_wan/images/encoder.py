@@ -1,4 +1,4 @@
-"""CLIP and its image processor, which Wan 2.1 image-to-video reads a first frame through."""
+"""CLIP and its image processor, through which Wan 2.1 image-to-video reads a first frame."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from distill_protocols import WeightsError
 from torch import Tensor
 
 
-class ImageSide:
-    """Pictures to embeddings. In memory only while it encodes.
+class ImageEncoder:
+    """CLIP's vision model: pictures to embeddings. In memory only while it encodes.
 
     Args:
         source: Diffusers folder or hub id.
@@ -26,7 +26,7 @@ class ImageSide:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Last hidden states but one [B, 257, D] fp32 of pictures [B, 3, H, W] in [0, 1].
+        """Encode pictures [B, 3, H, W] in [0, 1] to the last hidden state but one [B, 257, D].
 
         As ``WanImageToVideoPipeline.encode_image`` of the same pictures in 8 bits, which frames of
         a video are. One at a time, as the pipeline does.
@@ -42,7 +42,7 @@ class ImageSide:
         return torch.cat(rows)
 
     def _load(self) -> tuple[Any, Any]:
-        # On first use: without torchvision, transformers 5 has a word to say when it is imported.
+        # On first use: without torchvision, transformers 5 prints a warning when it is imported.
         from transformers import CLIPImageProcessor, CLIPVisionModel
 
         folder = fetch(self._source, ("image_encoder", "image_processor"))
@@ -52,6 +52,6 @@ class ImageSide:
                 "data set"
             )
         encoder = load_encoder(CLIPVisionModel, Path(folder) / "image_encoder", torch.float32)
-        # Of its numbers alone: a processor's folder may name code of its own.
-        numbers = read_json(folder / "image_processor" / "preprocessor_config.json")
-        return CLIPImageProcessor.from_dict(numbers), encoder.to(self._device)
+        # From its settings alone: a processor's folder may name code of its own.
+        settings = read_json(folder / "image_processor" / "preprocessor_config.json")
+        return CLIPImageProcessor.from_dict(settings), encoder.to(self._device)

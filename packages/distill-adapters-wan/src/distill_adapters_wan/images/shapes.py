@@ -1,4 +1,4 @@
-"""Names and shapes of what a model reads of a first frame. No torch: run files are checked so."""
+"""Names and shapes of what a model reads of a first frame. No torch: run files are checked here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLIP_TOKENS = 257
 
 
 def image_kind(transformer: Mapping[str, Any], expand_timesteps: bool) -> ImageKind:
-    """Of a model that ``shape.unsupported`` has nothing against."""
+    """Tell how a model that ``shape.unsupported`` accepts takes a first frame."""
     if transformer.get("in_channels", 16) != (transformer.get("out_channels") or 16):
         return "channels"
     return "frame" if expand_timesteps else "none"
@@ -26,7 +26,7 @@ def needed_shapes(
     latent_shape: tuple[int, int, int, int],
     tokens: int = CLIP_TOKENS,
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of one row of what the model cannot do without; a ``frame`` may be left out."""
+    """Return shapes of one row of what the model cannot do without; a ``frame`` may be missing."""
     if kind != "channels":
         return {}
     shapes: dict[str, tuple[int, ...]] = {LATENTS: latent_shape}
@@ -36,5 +36,5 @@ def needed_shapes(
 
 
 def clip_tokens(vision: Mapping[str, Any]) -> int:
-    """Tokens of an image encoder, from its configuration (left out: transformers' defaults)."""
+    """Count the tokens of an image encoder by its configuration (transformers' defaults else)."""
     return (vision.get("image_size", 224) // vision.get("patch_size", 32)) ** 2 + 1

@@ -15,7 +15,12 @@ from distill_diffusers.kinds import TRAIN_STEPS
 
 
 def sigma_of(t: Tensor, like: Tensor) -> Tensor:
-    """s = t / 1000, ready to multiply ``like``: [B, 1, 1, 1, 1], or [B, 1, T, 1, 1]."""
+    """Return s = t / 1000, shaped to multiply ``like``: [B, 1, 1, 1, 1], or [B, 1, T, 1, 1].
+
+    Raises:
+        TypeError: t is of 16 bits or an integer.
+        ValueError: t is neither [B] nor [B, T].
+    """
     if not t.is_floating_point() or t.dtype in (torch.float16, torch.bfloat16):
         raise TypeError(
             f"t has dtype {t.dtype}, it must be float32 or float64: 16 bits and integers round "
@@ -32,14 +37,14 @@ def sigma_of(t: Tensor, like: Tensor) -> Tensor:
 
 
 def add_noise(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t: exactly ``x0`` at t = 0 and exactly ``noise`` at t = 1000."""
+    """Mix x_t: exactly ``x0`` at t = 0 and exactly ``noise`` at t = 1000."""
     x0, noise = _wide(x0), _wide(noise)
     sigma = sigma_of(t, x0)
     return (1 - sigma) * x0 + sigma * noise
 
 
 def target(x0: Tensor, noise: Tensor, t: Tensor, pred_type: PredType = "v") -> Tensor:
-    """What a model that predicts ``pred_type`` should return at (x0, noise, t)."""
+    """Return what a model that predicts ``pred_type`` should give at (x0, noise, t)."""
     x0, noise = _wide(x0), _wide(noise)
     sigma_of(t, x0)
     if pred_type == "v":
@@ -48,7 +53,7 @@ def target(x0: Tensor, noise: Tensor, t: Tensor, pred_type: PredType = "v") -> T
 
 
 def pred_to_x0(pred: Tensor, x_t: Tensor, t: Tensor, pred_type: PredType = "v") -> Tensor:
-    """Clean latents from a prediction.
+    """Compute clean latents from a prediction.
 
     ``x0 = x_t - s v``; ``x0 = (x_t - s eps) / (1 - s)``, which has no answer at t = 1000, where x_t
     is the noise itself.
@@ -62,12 +67,12 @@ def pred_to_x0(pred: Tensor, x_t: Tensor, t: Tensor, pred_type: PredType = "v") 
         return pred
     if pred_type == "v":
         return x_t - sigma * pred
-    _refuse(sigma == 1, "eps to x0", "t = 1000", "x_t is the noise and holds nothing of x0")
+    _refuse_where(sigma == 1, "eps to x0", "t = 1000", "x_t is the noise and holds nothing of x0")
     return (x_t - sigma * pred) / (1 - sigma)
 
 
 def pred_to_v(pred: Tensor, x_t: Tensor, t: Tensor, pred_type: PredType = "x0") -> Tensor:
-    """Velocity from a prediction: ``(x_t - x0) / s``, or ``(eps - x_t) / (1 - s)``.
+    """Compute the velocity from a prediction: ``(x_t - x0) / s``, or ``(eps - x_t) / (1 - s)``.
 
     Nothing is clamped: a clamped sigma would return a wrong velocity without a word.
 
@@ -79,14 +84,14 @@ def pred_to_v(pred: Tensor, x_t: Tensor, t: Tensor, pred_type: PredType = "x0") 
     if pred_type == "v":
         return pred
     if pred_type == "x0":
-        _refuse(sigma == 0, "x0 to v", "t = 0", "x_t is x0 whatever the velocity")
+        _refuse_where(sigma == 0, "x0 to v", "t = 0", "x_t is x0 whatever the velocity")
         return (x_t - pred) / sigma
-    _refuse(sigma == 1, "eps to v", "t = 1000", "x_t is eps whatever the velocity")
+    _refuse_where(sigma == 1, "eps to v", "t = 1000", "x_t is eps whatever the velocity")
     return (pred - x_t) / (1 - sigma)
 
 
 def v_to_pred(v: Tensor, x_t: Tensor, t: Tensor, pred_type: PredType) -> Tensor:
-    """The same prediction as ``pred_type``: ``x0 = x_t - s v``, ``eps = x_t + (1 - s) v``."""
+    """Convert v to ``pred_type``: ``x0 = x_t - s v``, ``eps = x_t + (1 - s) v``."""
     v, x_t = _wide(v), _wide(x_t)
     sigma = sigma_of(t, x_t)
     if pred_type == "v":
@@ -95,7 +100,7 @@ def v_to_pred(v: Tensor, x_t: Tensor, t: Tensor, pred_type: PredType) -> Tensor:
 
 
 def guide(cond: Tensor, uncond: Tensor, w: float) -> Tensor:
-    """Classifier-free guidance ``u + w (c - u)`` (Ho & Salimans 2022, in the Imagen form)."""
+    """Combine by classifier-free guidance: ``u + w (c - u)`` (Ho & Salimans 2022, as in Imagen)."""
     cond, uncond = _wide(cond), _wide(uncond)
     return uncond + w * (cond - uncond)
 
@@ -104,6 +109,6 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _refuse(where: Tensor, what: str, at: str, why: str) -> None:
-    if bool(where.any()):
+def _refuse_where(mask: Tensor, what: str, at: str, why: str) -> None:
+    if bool(mask.any()):
         raise ValueError(f"{what} at {at} has no answer: {why}. Keep t away from that end")

@@ -1,1 +1,1 @@
-"""A role written where other tools read it, and read back."""
+"""Export: one role written where other tools read it, and read back by them."""

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
 
-from distill_adapters_wan.kind import WAN
-from distill_adapters_wan.published import PUBLISHED
-from distill_protocols import ExportRequest, Problem, RoleSpec, WeightsError
+from distill_protocols import ExportRequest, Problem, RoleSpec
 
-from distill_diffusers.descriptions import describe_model
 from distill_diffusers.folders import DIFFUSERS_STEM, locate, module_problems
 
-FORMATS = {
-    "diffusers": "a pipeline folder",
-    "comfyui": "one file under the model's original names",
-    "lora": "low-rank adapters alone",
-}
+FORMATS = {"diffusers": "a pipeline folder", "lora": "low-rank adapters alone"}
+"""Those that ``PipelineExporter`` writes of every family."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
-def export_problems(role: RoleSpec, request: ExportRequest) -> Iterator[Problem]:
-    """Pairs of a key of ``request`` and a message."""
+def export_problems(
+    role: RoleSpec,
+    request: ExportRequest,
+    *,
+    formats: Collection[str],
+    modules: Collection[str],
+    max_rank: Callable[[], int | None],
+) -> Iterator[Problem]:
+    """Yield what is wrong with ``request`` for ``role``; paths are fields of the request.
+
+    Args:
+        formats: that the family writes.
+        modules: names of the role's transformers; none where its architecture is not known.
+        max_rank: full rank of the model's largest linear layer; None where it is not known. Called
+            only where a request names a rank.
+    """
     if role.heads is not None:
         yield Problem(
             "role",
@@ -30,8 +36,8 @@ def export_problems(role: RoleSpec, request: ExportRequest) -> Iterator[Problem]
             "start another run's from there with init_from",
         )
         return
-    if request.format not in FORMATS:
-        yield Problem("format", f"{request.format!r} is none of {', '.join(FORMATS)}")
+    if request.format not in formats:
+        yield Problem("format", f"{request.format!r} is none of {', '.join(formats)}")
         return
     if request.precision is not None and request.precision not in PRECISIONS:
         yield Problem("precision", f"{request.precision!r} is none of {', '.join(PRECISIONS)}")
@@ -41,24 +47,21 @@ def export_problems(role: RoleSpec, request: ExportRequest) -> Iterator[Problem]
             f"{request.max_shard_bytes} must be at least 1: it is the size of a weight file in "
             "bytes; 5000000000 is customary",
         )
-    transformers: Mapping[str, Mapping[str, Any]] = {}
-    with suppress(WeightsError):  # the role's own problem, told by FamilyPlugin.problems
-        transformers = describe_model(WAN, role.path, PUBLISHED).transformers
-    if request.sampler.guidance_2 is not None and len(transformers) == 1:
+    if request.sampler.guidance_2 is not None and len(modules) == 1:
         yield Problem(
             "sampler",
             f"guidance_2 {request.sampler.guidance_2:g} is of a second expert, and {role.path} has "
             "one transformer, which would never have it. Leave it out",
         )
-    yield from _rank_problems(role, request, transformers)
+    yield from _rank_problems(role, request, max_rank)
     if role.lora is not None and request.format != "lora":
-        yield from _base_problems("merged into", role, transformers)
+        yield from _base_problems("merged into", role, modules)
     elif role.lora is None and request.format == "lora":
-        yield from _base_problems("taken as the difference to", role, transformers)
+        yield from _base_problems("taken as the difference to", role, modules)
 
 
 def _rank_problems(
-    role: RoleSpec, request: ExportRequest, transformers: Mapping[str, Mapping[str, Any]]
+    role: RoleSpec, request: ExportRequest, max_rank: Callable[[], int | None]
 ) -> Iterator[Problem]:
     rank = request.lora_rank
     if rank is None:
@@ -84,11 +87,8 @@ def _rank_problems(
     elif rank < 1:
         yield Problem("lora_rank", f"{rank} must be at least 1: it counts the columns of B")
     else:
-        from distill_diffusers.architecture import inspect_model
-
-        layers = [inspect_model(WAN, config).linear_layers for config in transformers.values()]
-        most = max((min(size) for sizes in layers for size in sizes.values()), default=rank)
-        if rank > most:
+        most = max_rank()
+        if most is not None and rank > most:
             yield Problem(
                 "lora_rank",
                 f"{rank} is above {most}, the full rank of the largest layer of {role.path}: the "
@@ -96,18 +96,17 @@ def _rank_problems(
             )
 
 
-def _base_problems(
-    what: str, role: RoleSpec, transformers: Mapping[str, Mapping[str, Any]]
-) -> Iterator[Problem]:
+def _base_problems(use: str, role: RoleSpec, modules: Collection[str]) -> Iterator[Problem]:
     folder = locate(role.path)
-    problems = [] if folder is None else [
-        problem
-        for name in transformers
-        for problem in module_problems(folder / name, DIFFUSERS_STEM)
-    ]  # fmt: skip
     if folder is None:
         problems = [f"{role.path} is not on this machine"]
+    else:
+        problems = [
+            problem
+            for name in modules
+            for problem in module_problems(folder / name, DIFFUSERS_STEM)
+        ]
     for problem in problems:
         yield Problem(
-            "format", f"role {role.name!r} must be {what} the weights of its path, but {problem}"
+            "format", f"role {role.name!r} must be {use} the weights of its path, but {problem}"
         )

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from diffusers.pipelines.wan.pipeline_wan import WanPipeline
-from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
 from diffusers.utils import logging as diffusers_logging
-from distill_adapters_wan.kind import WAN
-from distill_adapters_wan.names.original import to_diffusers, to_original
-from distill_adapters_wan.shape import TEXT_TOKENS
 from distill_protocols import (
     DTYPES,
     ExportRequest,
@@ -30,19 +23,17 @@ from distill_protocols import (
     WeightSource,
 )
 from peft import get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
-from distill_diffusers.architecture import inspect_model, is_kept_in_fp32, kept_in_fp32
+from distill_diffusers.architecture import is_kept_in_fp32, kept_in_fp32
 from distill_diffusers.export.exporter import (
+    Export,
+    PipelineExporter,
     adapter_factors,
-    checked_modules,
-    diffusers_lora_name,
-    lora_files,
-    original_files,
-    whole_weights,
+    single_files,
 )
 from distill_diffusers.folders import fetch, read_json
-from distill_diffusers.sampling.scheduler import stock_schedule
+from distill_diffusers.kinds import class_name, load_class
 from distill_diffusers.weights.derived import CastWeights
 from distill_diffusers.weights.modules import build_from
 from distill_diffusers.weights.sources import FileWeights, folder_weights, read_in_groups
@@ -51,28 +42,18 @@ LORA_TOLERANCE = 1e-4
 """Largest difference of outputs through adapters from outputs of merged weights, as a part of the
 outputs' rms. ``W x + B A x`` and ``(W + B A) x`` round differently: about 1e-6 a layer in fp32."""
 NEAREST_TOLERANCE = 0.05
-"""Of ``_check_nearest``: room for factors in 16 bits. In fp32 rounding alone is between them, of a
+"""Of ``_check_nearest``, for factors in 16 bits. In fp32 rounding alone is between them, of a
 randomised SVD as well, which projects the difference on its directions."""
-_TEXT_TOKENS_ALONE, _IMAGE_TOKENS = 8, 257
 
 
 def verify(
+    exporter: PipelineExporter,
     role: RoleSpec,
     weights: Mapping[str, WeightSource],
     folder: Path,
     request: ExportRequest,
 ) -> dict[str, Any]:
-    """Read ``folder`` and compare.
-
-    One module is in memory at a time (of a LoRA, its base twice).
-
-    - ``diffusers``: ``from_pretrained``; no unmatched key, every number and the outputs equal bit
-      for bit, the scheduler's timesteps those that were written.
-    - ``comfyui``: every key has its name in the original code, ``from_single_file`` leaves none
-      over, every number and the outputs equal bit for bit.
-    - ``lora``: ``load_lora_weights`` on the base, from both files; every adapter number equal bit
-      for bit (extracted ones: nearest to the role's difference to its base), the outputs those of
-      the merged weights within ``LORA_TOLERANCE``.
+    """Read ``folder`` and compare, with one module in memory at a time (of a LoRA, its base twice).
 
     Returns:
         by module, how many tensors were compared and the largest difference of outputs; in
@@ -83,227 +64,245 @@ def verify(
     """
     if not folder.is_dir():
         raise WeightsError(f"{folder} is no folder, so there is no export to verify")
-    modules = checked_modules(role, weights, request)
-    check = {"diffusers": _pipeline, "comfyui": _single_file, "lora": _lora}[request.format]
+    export = exporter.prepare(role, weights, folder.name, request)
     # diffusers' loaders draw from the global generator (peft's first A); nothing of it may stay.
-    with torch.random.fork_rng(devices=[]), _quietly():
-        found = check(role, weights, folder, request, modules)
-    notes = [_said(request.format, name, facts) for name, facts in found.items()]
-    return {"format": request.format, "notes": notes, **found}
+    with torch.random.fork_rng(devices=[]), _without_messages():
+        modules = exporter.formats()[request.format].verify(export, folder)
+    notes = [_note(request.format, name, numbers) for name, numbers in modules.items()]
+    return {"format": request.format, "notes": notes, **modules}
 
 
-def _said(form: str, name: str, facts: Mapping[str, Any]) -> str:
-    if form != "lora":
-        return f"{name}: no key unmatched, {facts['tensors']} tensors and the outputs equal"
+def _note(format_name: str, module: str, numbers: Mapping[str, Any]) -> str:
+    if format_name != "lora":
+        return f"{module}: no key unmatched, {numbers['tensors']} tensors and the outputs equal"
     return (
-        f"{name}: no key unmatched, adapters of {facts['layers']} layers equal, outputs within "
-        f"{facts['largest_difference']:.1g} of their rms of the merged weights'"
+        f"{module}: no key unmatched, adapters of {numbers['layers']} layers equal, outputs within "
+        f"{numbers['largest_difference']:.1g} of their rms of the merged weights'"
     )
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without diffusers' bar of read weights, which would write over the training's own, and its
-    warning that weights are cast, which is what these are read as fp32 for."""
-    shown, level = diffusers_logging.is_progress_bar_enabled(), diffusers_logging.get_verbosity()
+def _without_messages() -> Iterator[None]:
+    """Hide diffusers' bar of read weights, which would write over the training's own, and its
+    warning that weights are cast: they are read as fp32 for that."""
+    enabled, level = diffusers_logging.is_progress_bar_enabled(), diffusers_logging.get_verbosity()
     diffusers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
     try:
         yield
     finally:
         diffusers_logging.set_verbosity(level)
-        if shown:
+        if enabled:
             diffusers_logging.enable_progress_bar()
 
 
-# -- Diffusers ------------------------------------------------------------------------------------
+# -- diffusers ------------------------------------------------------------------------------------
 
 
-def _pipeline(
-    role: RoleSpec,
-    weights: Mapping[str, WeightSource],
-    folder: Path,
-    request: ExportRequest,
-    modules: Mapping[str, WanTransformer3DModel],
-) -> dict[str, Any]:
-    compared = {}
-    for name, whole in whole_weights(role, weights, request).items():
-        dtype = _dtype(whole, request)
-        loaded, info = _loaded(WanTransformer3DModel, folder, name, torch_dtype=dtype)
+def verify_pipeline(exporter: PipelineExporter, export: Export, folder: Path) -> dict[str, Any]:
+    """Load by ``from_pretrained``: no key unmatched, every number and the outputs equal bit for
+    bit, and the scheduler's timesteps those that were written."""
+    transformer = load_class(exporter.kind.transformer)
+    numbers = {}
+    for name, full in export.full_weights().items():
+        dtype = _dtype(full, export)
+        loaded, info = _from_pretrained(transformer, folder, name, torch_dtype=dtype)
         _refuse_unmatched(folder / name, info)
-        compared[name] = _compared(loaded, whole, modules[name], dtype, folder / name)
-    _check_components(folder, request)
-    return compared
+        numbers[name] = compare(exporter, loaded, full, export.modules[name], dtype, folder / name)
+    _check_components(exporter, export, folder)
+    return numbers
 
 
-def _loaded(module_class: Any, folder: Path, name: str, **given: Any) -> tuple[Any, Any]:
+def _from_pretrained(
+    module_class: Any, folder: Path, name: str, **options: Any
+) -> tuple[Any, Mapping[str, Any]]:
     return module_class.from_pretrained(
-        folder, subfolder=name, use_safetensors=True, output_loading_info=True, **given
+        folder, subfolder=name, use_safetensors=True, output_loading_info=True, **options
     )
 
 
-def _check_components(folder: Path, request: ExportRequest) -> None:
-    """The rest of the pipeline, but for the text encoder: that is a copy, and large."""
-    _, info = _loaded(AutoencoderKLWan, folder, "vae")
+def _check_components(exporter: PipelineExporter, export: Export, folder: Path) -> None:
+    """Check the rest of the pipeline but for text encoders: these are copies, and large."""
+    _, info = _from_pretrained(load_class(exporter.kind.vae), folder, "vae")
     _refuse_unmatched(folder / "vae", info)
-    known = {kind.__name__: kind for kind in (WanPipeline, WanImageToVideoPipeline)}
+    classes = {class_name(name): name for name in exporter.kind.pipelines}
     index = read_json(folder / "model_index.json")
-    modules = [name for name, kind in index.items() if isinstance(kind, list)]
-    parts: dict[str, Any] = dict.fromkeys(set(modules) - {"scheduler"})
-    pipeline: Any = known[index["_class_name"]].from_pretrained(
-        folder, use_safetensors=True, **parts
+    modules = [name for name, entry in index.items() if isinstance(entry, list)]
+    omitted: dict[str, Any] = dict.fromkeys(set(modules) - {"scheduler"})
+    pipeline = load_class(classes[index["_class_name"]]).from_pretrained(
+        folder, use_safetensors=True, **omitted
     )
-    pipeline.scheduler.set_timesteps(request.sampler.steps)
-    made, meant = pipeline.scheduler.timesteps.tolist(), stock_schedule(request.sampler).timesteps
-    if made != list(meant):
+    exporter.grid.set_timesteps(pipeline.scheduler, export.request.sampler.steps)
+    made = pipeline.scheduler.timesteps.tolist()
+    if made != list(export.schedule.timesteps):
         raise WeightsError(
-            f"{folder}/scheduler makes timesteps {made}, and the request's are {list(meant)}; it "
-            "is the export of another sampler. Export again"
+            f"{folder}/scheduler makes timesteps {made}, and the request's are "
+            f"{list(export.schedule.timesteps)}; it is the export of another sampler. Export again"
         )
 
 
-# -- ComfyUI --------------------------------------------------------------------------------------
+# -- single files ---------------------------------------------------------------------------------
 
 
-def _single_file(
-    role: RoleSpec,
-    weights: Mapping[str, WeightSource],
+def verify_single_files(
+    exporter: PipelineExporter,
+    export: Export,
     folder: Path,
-    request: ExportRequest,
-    modules: Mapping[str, WanTransformer3DModel],
+    to_original: Callable[[str], str],
+    to_diffusers: Iterable[Callable[[Iterable[str]], Iterable[str]]],
 ) -> dict[str, Any]:
-    files = original_files(folder.name, modules)
-    compared = {}
-    for name, whole in whole_weights(role, weights, request).items():
-        file, meta = folder / files[name], modules[name]
-        found = FileWeights(str(file), [file]).describe()
-        _check_names(file, found, map(to_original, meta.state_dict()))
-        theirs = convert_wan_transformer_to_diffusers(dict.fromkeys(found))
-        _check_names(file, theirs, meta.state_dict())
-        _check_names(file, map(to_diffusers, found), meta.state_dict())
+    """Load by ``from_single_file``: every name is the original code's, none is left over, every
+    number and the outputs equal bit for bit.
+
+    Args:
+        to_diffusers: readers' translations of all names of a file, each of which must give ours.
+    """
+    transformer = load_class(exporter.kind.transformer)
+    files = single_files(export)
+    numbers = {}
+    for name, full in export.full_weights().items():
+        file, meta = folder / files[name], export.modules[name]
+        stored = FileWeights(str(file), [file]).describe()
+        check_names(file, stored, map(to_original, meta.state_dict()))
+        for translate in to_diffusers:
+            check_names(file, translate(stored), meta.state_dict())
         with tempfile.TemporaryDirectory() as config:
-            meta.save_config(config)
+            _save_config(meta, config)
             # fp32: from_single_file would round what from_pretrained keeps wide.
-            loaded = WanTransformer3DModel.from_single_file(
+            loaded = transformer.from_single_file(
                 str(file), config=config, torch_dtype=torch.float32
             )
-        compared[name] = _compared(loaded, whole, meta, torch.float32, file)
-    return compared
+        numbers[name] = compare(exporter, loaded, full, meta, torch.float32, file)
+    return numbers
+
+
+def _save_config(module: Any, folder: str) -> None:
+    module.save_config(folder)
 
 
 # -- LoRA -----------------------------------------------------------------------------------------
 
 
-def _lora(
-    role: RoleSpec,
-    weights: Mapping[str, WeightSource],
-    folder: Path,
-    request: ExportRequest,
-    modules: Mapping[str, WanTransformer3DModel],
-) -> dict[str, Any]:
-    base = folder_weights(role.path, WAN.modules)
-    source = fetch(role.path, tuple(modules))
-    compared = {}
-    for name, meta in modules.items():
-        ours, comfy = (folder / file for file in lora_files(folder.name, name))
-        pairs = _pairs_in(ours, meta)
+def verify_lora(exporter: PipelineExporter, export: Export, folder: Path) -> dict[str, Any]:
+    """Load by ``load_lora_weights`` on the base, from each file: every adapter number equal bit for
+    bit (extracted ones: nearest to the role's difference to its base), the outputs those of the
+    merged weights within ``LORA_TOLERANCE``."""
+    role, request = export.role, export.request
+    base = folder_weights(role.path, exporter.kind.modules)
+    source = fetch(role.path, tuple(export.modules))
+    numbers = {}
+    for name, meta in export.modules.items():
+        files = {folder / file: names for file, names in exporter.lora_files(export, name).items()}
+        first, *others = files
+        pairs = _read_pairs(first, meta, files[first])
         if role.lora is not None:
-            _check_equal(ours, pairs, adapter_factors(role.lora, weights[name], request.precision))
+            expected = adapter_factors(role.lora, export.weights[name], request.precision)
+            _check_equal(first, pairs, expected)
         else:
-            _check_nearest(ours, pairs, weights[name], base[name])
-        first, second = (
-            _with_lora(source, name, file, pairs, _probe(meta, torch.float32))
-            for file in (ours, comfy)
-        )
-        if not torch.equal(first, second):
-            raise WeightsError(f"{ours} and {comfy} give different outputs; export again")
-        merged = _outputs_of(_Added(base[name], pairs), meta, torch.float32)
-        difference = float((first - merged).abs().max() / merged.square().mean().sqrt())
+            _check_nearest(first, pairs, export.weights[name], base[name])
+        probe = exporter.probe(meta, torch.float32)
+        outputs = _outputs_with_lora(exporter, source, name, first, pairs, probe)
+        for other in others:
+            theirs = _outputs_with_lora(exporter, source, name, other, pairs, probe)
+            if not torch.equal(outputs, theirs):
+                raise WeightsError(f"{first} and {other} give different outputs; export again")
+        merged = _outputs_of(exporter, _Added(base[name], pairs), meta, torch.float32)
+        difference = float((outputs - merged).abs().max() / merged.square().mean().sqrt())
         if not difference <= LORA_TOLERANCE:  # nan is not
             raise WeightsError(
-                f"{ours} through load_lora_weights differs from the weights merged by hand by "
+                f"{first} through load_lora_weights differs from the weights merged by hand by "
                 f"{difference:.3g} of the outputs' rms, more than {LORA_TOLERANCE:g}; this peft or "
                 "diffusers scales or places adapters otherwise"
             )
-        compared[name] = {"layers": len(pairs), "largest_difference": difference}
+        numbers[name] = {"layers": len(pairs), "largest_difference": difference}
         if role.lora is None:
-            whole = _outputs_of(
-                CastWeights(weights[name], "fp32", kept_in_fp32(WAN)), meta, torch.float32
-            )
-            off = (merged - whole).square().mean() / whole.square().mean()
-            compared[name]["relative_difference_to_role"] = float(off.sqrt())
-    return compared
+            full = CastWeights(export.weights[name], "fp32", frozenset())
+            expected = _outputs_of(exporter, full, meta, torch.float32)
+            error = (merged - expected).square().mean() / expected.square().mean()
+            numbers[name]["relative_difference_to_role"] = float(error.sqrt())
+    return numbers
 
 
-def _pairs_in(file: Path, meta: WanTransformer3DModel) -> dict[str, tuple[Tensor, Tensor]]:
-    """By layer, the (A, B) of ``file``, every key of which must be one."""
+def _read_pairs(
+    file: Path, meta: nn.Module, layer_name: Callable[[str, str], str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Read (A, B) by layer; every name in ``file`` must be one of them."""
     source = FileWeights(str(file), [file])
-    layers = inspect_model(WAN, dict(meta.config)).linear_layers
-    names = {layer: [diffusers_lora_name(layer, side) for side in "AB"] for layer in layers}
-    there = {layer: pair for layer, pair in names.items() if pair[0] in source.describe()}
-    _check_names(file, source.describe(), [name for pair in there.values() for name in pair])
-    found = source.read(source.describe())
-    return {layer: (found[a], found[b]) for layer, (a, b) in there.items()}
+    layers = [name for name, part in meta.named_modules() if isinstance(part, nn.Linear)]
+    names = {layer: [layer_name(layer, side) for side in "AB"] for layer in layers}
+    adapted = {layer: pair for layer, pair in names.items() if pair[0] in source.describe()}
+    check_names(file, source.describe(), [name for pair in adapted.values() for name in pair])
+    factors = source.read(source.describe())
+    return {layer: (factors[a], factors[b]) for layer, (a, b) in adapted.items()}
 
 
 def _check_equal(
     file: Path,
-    found: Mapping[str, tuple[Tensor, Tensor]],
-    meant: Mapping[str, tuple[Tensor, Tensor]],
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    expected: Mapping[str, tuple[Tensor, Tensor]],
 ) -> None:
-    _check_names(file, found, meant)
-    odd = [
+    check_names(file, pairs, expected)
+    different = [
         layer
-        for layer, pair in meant.items()
-        if not all(_same_bits(x, y) for x, y in zip(found[layer], pair, strict=True))
+        for layer, pair in expected.items()
+        if not all(_has_same_bits(x, y) for x, y in zip(pairs[layer], pair, strict=True))
     ]
-    _refuse_different(file, odd)
+    _refuse_different(file, different)
 
 
 def _check_nearest(
     file: Path,
     pairs: Mapping[str, tuple[Tensor, Tensor]],
-    whole: WeightSource,
+    full: WeightSource,
     base: WeightSource,
 ) -> None:
-    """The best ``B A`` is the difference D itself in some directions and zero in the others, so
-    ``<D, B A> = |B A|^2``: of the difference of other weights, or of another scale, it is not."""
-    odd = []
+    """Check that each ``B A`` is nearest to the difference D of two weights.
+
+    The best ``B A`` equals D in some directions and is zero in the others, so ``<D, B A> =
+    |B A|^2``. Of the difference of other weights, or of another scale, it is not.
+    """
+    different = []
     for layer, (a, b) in pairs.items():
         key = f"{layer}.weight"
-        difference = whole.read([key])[key].float() - base.read([key])[key].float()
+        difference = full.read([key])[key].float() - base.read([key])[key].float()
         product = b.float() @ a.float()
         size = float(product.square().sum())
         if not abs(float((difference * product).sum()) - size) <= NEAREST_TOLERANCE * size:
-            odd.append(layer)
-    _refuse_different(file, odd)
+            different.append(layer)
+    _refuse_different(file, different)
 
 
-def _with_lora(
+def _outputs_with_lora(
+    exporter: PipelineExporter,
     source: Path,
     name: str,
     file: Path,
     pairs: Mapping[str, tuple[Tensor, Tensor]],
     probe: Mapping[str, Tensor],
 ) -> Tensor:
-    """Outputs of the base after stock ``load_lora_weights`` of ``file``."""
-    parts: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-    transformer = WanTransformer3DModel.from_pretrained(
+    """Call the base after stock ``load_lora_weights`` of ``file``."""
+    pipeline_class = load_class(exporter.kind.pipelines[0])
+    transformer = load_class(exporter.kind.transformer).from_pretrained(
         source, subfolder=name, torch_dtype=torch.float32, use_safetensors=True
     )
-    pipeline: Any = WanPipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), **parts
-    )
+    # Nothing but the transformer takes part: the others that the pipeline asks for are None.
+    parameters = inspect.signature(pipeline_class.__init__).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.name != "self"]
+    parts: dict[str, Any] = dict.fromkeys(required)
+    parts |= {"transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler()}
+    pipeline = pipeline_class(**parts)
     pipeline.load_lora_weights(file.parent, weight_name=file.name)
-    held = get_peft_model_state_dict(transformer, adapter_name="default_0")
-    meant = {
+    loaded = get_peft_model_state_dict(transformer, adapter_name="default_0")
+    expected = {
         f"{layer}.lora_{side}.weight": tensor
         for layer, pair in pairs.items()
         for side, tensor in zip("AB", pair, strict=True)
     }
-    _check_names(file, held, meant)
-    _refuse_different(file, [k for k, v in meant.items() if not _same_bits(held[k], v.float())])
-    return _called(transformer, probe)
+    check_names(file, loaded, expected)
+    _refuse_different(
+        file, [k for k, v in expected.items() if not _has_same_bits(loaded[k], v.float())]
+    )
+    return _call(transformer, probe)
 
 
 class _Added(WeightSource):
@@ -320,53 +319,57 @@ class _Added(WeightSource):
         return self._base.describe()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        found = {name: tensor.float() for name, tensor in self._base.read(names).items()}
-        for name in found:
+        tensors = {name: tensor.float() for name, tensor in self._base.read(names).items()}
+        for name in tensors:
             if pair := self._pairs.get(name.removesuffix(".weight")):
-                found[name] = found[name] + pair[1].float() @ pair[0].float()
-        return found
+                tensors[name] = tensors[name] + pair[1].float() @ pair[0].float()
+        return tensors
 
 
 # -- comparing ------------------------------------------------------------------------------------
 
 
-def _dtype(source: WeightSource, request: ExportRequest) -> torch.dtype:
-    """The type to load them as: the request's, or the narrowest that is there."""
-    if request.precision is not None:
-        return DTYPES[request.precision]
-    kept = kept_in_fp32(WAN)
-    kinds = {
-        facts.dtype for name, facts in source.describe().items() if not is_kept_in_fp32(name, kept)
-    }
-    return kinds.pop() if len(kinds) == 1 else torch.float32
+def _dtype(source: WeightSource, export: Export) -> torch.dtype:
+    """Choose the type to load as: the request's, or the only one that is stored, or fp32."""
+    if export.request.precision is not None:
+        return DTYPES[export.request.precision]
+    kept = kept_in_fp32(export.kind)
+    infos = source.describe().items()
+    stored = {info.dtype for name, info in infos if not is_kept_in_fp32(name, kept)}
+    return stored.pop() if len(stored) == 1 else torch.float32
 
 
-def _compared(
+def compare(
+    exporter: PipelineExporter,
     loaded: Any,
     source: WeightSource,
-    meta: WanTransformer3DModel,
+    meta: nn.Module,
     dtype: torch.dtype,
     where: Path,
 ) -> dict[str, Any]:
-    """Numbers and outputs of ``loaded`` against those of ``source``, bit for bit."""
-    # On meta is what the reader never filled; of shards it believes the index, and says nothing.
+    """Compare numbers and outputs of ``loaded`` with those of ``source``, bit for bit.
+
+    Raises:
+        WeightsError: names, numbers or outputs differ.
+    """
+    # On meta is what the reader never filled; of shards it believes the index, and reports nothing.
     state = {name: value for name, value in loaded.state_dict().items() if not value.is_meta}
-    _check_names(where, state, source.describe())
-    odd = [
+    check_names(where, state, source.describe())
+    different = [
         name
         for name, tensor in read_in_groups(source, source.describe())
-        if not _same_bits(state[name], tensor.to(state[name].dtype))
+        if not _has_same_bits(state[name], tensor.to(state[name].dtype))
     ]
-    _refuse_different(where, odd)
+    _refuse_different(where, different)
     count = len(state)
     for parameter in loaded.parameters():
-        # Out of the mapped file: where a number lies must not count here (see streaming).
+        # Out of the mapped file, where a matrix product may round otherwise by where numbers lie.
         parameter.data = parameter.data.clone()
-    found = _called(loaded, _probe(meta, dtype))
+    outputs = _call(loaded, exporter.probe(meta, dtype))
     del loaded, state  # one module at a time
-    meant = _outputs_of(source, meta, dtype)
-    difference = float((found.float() - meant.float()).abs().max())
-    if not _same_bits(found, meant):
+    expected = _outputs_of(exporter, source, meta, dtype)
+    difference = float((outputs.float() - expected.float()).abs().max())
+    if not _has_same_bits(outputs, expected):
         raise WeightsError(
             f"{where}: all {count} tensors are equal, but outputs differ by up to "
             f"{difference:.3g}; the reader builds another model of them. Is config.json the role's?"
@@ -374,70 +377,59 @@ def _compared(
     return {"tensors": count, "largest_difference": difference}
 
 
-def _outputs_of(source: WeightSource, meta: WanTransformer3DModel, dtype: torch.dtype) -> Tensor:
-    """Of a module that is put together from ``source``, through no reader of diffusers."""
-    module = build_from(WanTransformer3DModel, dict(meta.config), source.where)
-    kept = kept_in_fp32(WAN)
+def _outputs_of(
+    exporter: PipelineExporter, source: WeightSource, meta: Any, dtype: torch.dtype
+) -> Tensor:
+    """Call a module that is put together from ``source``, through no reader of diffusers."""
+    module = build_from(load_class(exporter.kind.transformer), dict(meta.config), source.where)
+    kept = kept_in_fp32(exporter.kind)
     state = {
         name: tensor.to(torch.float32 if is_kept_in_fp32(name, kept) else dtype, copy=True)
         for name, tensor in read_in_groups(source, source.describe())
     }
     module.load_state_dict(state, strict=True, assign=True)
-    return _called(module, _probe(meta, dtype))
+    return _call(module, exporter.probe(meta, dtype))
 
 
 @torch.no_grad()
-def _called(module: Any, probe: Mapping[str, Tensor]) -> Tensor:
+def _call(module: nn.Module, probe: Mapping[str, Tensor]) -> Tensor:
     return module.eval()(**probe, return_dict=False)[0]
 
 
-def _probe(meta: WanTransformer3DModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Seeded inputs of four tokens."""
-    facts: Any = meta.config
-    draw = torch.Generator().manual_seed(0)
-    frames, height, width = facts.patch_size
-    size = (1, facts.in_channels, frames, 2 * height, 2 * width)
-    tokens = _TEXT_TOKENS_ALONE if facts.image_dim is None else TEXT_TOKENS
-    probe = {
-        "hidden_states": torch.randn(size, generator=draw).to(dtype),
-        "timestep": torch.tensor([640.0]),
-        "encoder_hidden_states": torch.randn(1, tokens, facts.text_dim, generator=draw).to(dtype),
-    }
-    if facts.image_dim is not None:
-        image = torch.randn(1, _IMAGE_TOKENS, facts.image_dim, generator=draw)
-        probe["encoder_hidden_states_image"] = image.to(dtype)
-    return probe
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether all bits agree (of not-a-numbers, too)."""
+def _has_same_bits(one: Tensor, other: Tensor) -> bool:
+    """Tell whether all bits agree, also those of not-a-numbers."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     flat = (x.detach().contiguous().reshape(-1).view(torch.uint8) for x in (one, other))
     return torch.equal(*flat)
 
 
-def _refuse_unmatched(where: Path, info: Any) -> None:
+def _refuse_unmatched(where: Path, info: Mapping[str, Any]) -> None:
     unmatched = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if unmatched:
         raise WeightsError(f"{where}: diffusers leaves keys unmatched: {unmatched}; export again")
 
 
-def _check_names(where: Path, found: Iterable[str], meant: Iterable[str]) -> None:
-    found, meant = set(found), set(meant)
-    if found != meant:
+def check_names(where: Path, names: Iterable[str], expected: Iterable[str]) -> None:
+    """Refuse a file whose names are not exactly those expected.
+
+    Raises:
+        WeightsError: with the first of them.
+    """
+    names, expected = set(names), set(expected)
+    if names != expected:
         raise WeightsError(
-            f"{where}: {_some(meant - found)} missing, {_some(found - meant)} unexpected; a key "
-            "that its reader does not know is dropped without a word. Export again"
+            f"{where}: {_some(expected - names)} missing, {_some(names - expected)} unexpected; a "
+            "key that its reader does not know is dropped without a warning. Export again"
         )
 
 
 def _refuse_different(where: Path, names: Iterable[str]) -> None:
-    odd = set(names)
-    if odd:
+    different = set(names)
+    if different:
         raise WeightsError(
-            f"{where}: {len(odd)} tensors are not those of the role: {_some(odd)}; it is the "
-            "export of other weights, or damaged. Export again"
+            f"{where}: {len(different)} tensors are not those of the role: {_some(different)}; it "
+            "is the export of other weights, or damaged. Export again"
         )
 
 

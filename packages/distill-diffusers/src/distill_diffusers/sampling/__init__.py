@@ -1,1 +1,1 @@
-"""From noise to clean latents, and the stock scheduler that repeats it."""
+"""Sampling: from noise to clean latents, and the stock scheduler that repeats it."""

@@ -1,4 +1,4 @@
-"""From noise to clean latents, by one SamplerSpec."""
+"""The sampler: from noise to clean latents by one SamplerSpec, as pure functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B, C, T, H, W], t [B]) -> v [B, C, T, H, W], guidance included."""
 
 ChunkVelocity = Callable[[Tensor, Tensor, int, bool], Tensor]
-"""(x_t, t, first frame, store) -> v of a chunk after its past; ``store`` makes it past itself."""
+"""(x_t, t, first frame, store) -> v of a chunk after its past; ``store``: it becomes past for those
+that follow."""
 
 
 def sample(
@@ -28,7 +29,7 @@ def sample(
     requires_grad: bool = False,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Walk ``spec.sigmas()`` down to 0, in fp32, or to the clean latents seen at ``exit_step``.
+    """Walk ``spec.sigmas()`` down to 0, in fp32, or return the x0 that ``exit_step`` predicts.
 
     ODE: Euler, ``x <- x + (s' - s) v``. Stochastic: ``x0 = x - s v``, then ``(1 - s') x0 + s' eps``
     with fresh noise (Song et al. 2023, algorithm 1; DMD2, Yin et al. 2024, section 4.4). The order
@@ -43,8 +44,8 @@ def sample(
         on_step: called before each call with its step and x there.
 
     Raises:
-        ContractError: a stochastic spec of more than one step without generators, or with fewer
-            or more than rows; an exit step that the spec has not.
+        ContractError: a stochastic spec of more than one step without one generator a row, or an
+            exit step that the spec does not have.
     """
     last = spec.steps - 1 if exit_step is None else exit_step
     if not 0 <= last < spec.steps:
@@ -54,7 +55,7 @@ def sample(
         )
     if spec.stochastic and spec.steps > 1:
         why = f"a stochastic sampler of {spec.steps} steps draws noise at each"
-        generators = _one_a_row(generators, why, noise)
+        generators = _checked_generators(generators, why, noise)
     sigmas = torch.tensor([*spec.sigmas(), 0.0], dtype=torch.float32, device=noise.device)
     x = noise.float()
     for step, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
@@ -68,7 +69,7 @@ def sample(
             if not spec.stochastic:
                 x = x + (after - sigma) * v
                 continue
-            assert generators is not None  # _one_a_row
+            assert generators is not None  # _checked_generators raises otherwise
             fresh = generators.normal(x.shape[1:]).to(x.device)
             x = (1 - after) * (x - sigma * v) + after * fresh
     raise AssertionError("a spec has at least one step")
@@ -83,16 +84,15 @@ def sample_chunks(
     exit_steps: Iterable[int] | None = None,
     requires_grad: Iterable[bool] | None = None,
 ) -> Iterator[Tensor]:
-    """Each chunk's clean latents, by ``spec`` after the chunks before it (Self-Forcing,
+    """Sample chunk after chunk by ``spec``, each on the past of those before it (Self-Forcing,
     Huang et al. 2025, algorithm 2).
 
-    A chunk becomes past by one more call, on the latents that it ended at; of the last chunk there
-    is none.
+    A chunk becomes past by one more call, on its clean latents. The last chunk needs no such call.
 
     Args:
-        noises: x of each chunk at the first sigma [B, C, T of the chunk, H, W]; asked for one at a
-            time, after the chunk before it was given out.
-        exit_steps, requires_grad: of each chunk, see ``sample``; None: the last step, without
+        noises: x of each chunk at the first sigma [B, C, T of the chunk, H, W]; the next is asked
+            for only after the chunk before it was yielded.
+        exit_steps, requires_grad: for each chunk, see ``sample``; None: the last step, without
             gradient.
 
     Raises:
@@ -100,40 +100,41 @@ def sample_chunks(
     """
     first = 0
     clean: Tensor | None = None
-    exit_of = itertools.repeat(None) if exit_steps is None else exit_steps
-    learn_of = itertools.repeat(False) if requires_grad is None else requires_grad
-    for noise, exit_step, learn in zip(noises, exit_of, learn_of):  # noqa: B905 - some are endless
+    exits = itertools.repeat(None) if exit_steps is None else exit_steps
+    gradients = itertools.repeat(False) if requires_grad is None else requires_grad
+    for noise, exit_step, gradient in zip(noises, exits, gradients):  # noqa: B905 - some are endless
         if clean is not None:
-            _store(velocity, clean, first - clean.shape[2], spec.context_noise, generators)
+            _store_past(velocity, clean, first - clean.shape[2], spec.context_noise, generators)
         clean = sample(
             lambda x, t, at=first: velocity(x, t, at, False),
             spec,
             noise,
             generators,
             exit_step=exit_step,
-            requires_grad=learn,
+            requires_grad=gradient,
         )
         first += noise.shape[2]
         yield clean
 
 
 @torch.no_grad()
-def _store(
+def _store_past(
     velocity: ChunkVelocity,
     clean: Tensor,
     first: int,
     context_noise: float,
     generators: RowGenerators | None,
 ) -> None:
+    # The past is what inference will see of a chunk: clean latents, or those at t = context_noise.
     clean = clean.detach()
     t = torch.full((clean.shape[0],), context_noise, dtype=torch.float32, device=clean.device)
     if context_noise > 0:
-        checked = _one_a_row(generators, f"context noise {context_noise} is drawn", clean)
+        checked = _checked_generators(generators, f"context noise {context_noise} is drawn", clean)
         clean = flow.add_noise(clean, checked.normal(clean.shape[1:]).to(clean.device), t)
     velocity(clean, t, first, True)
 
 
-def _one_a_row(generators: RowGenerators | None, why: str, noise: Tensor) -> RowGenerators:
+def _checked_generators(generators: RowGenerators | None, why: str, noise: Tensor) -> RowGenerators:
     if generators is None:
         raise ContractError(
             f"{why}, so it needs generators: the global one would make a clip depend on whatever "

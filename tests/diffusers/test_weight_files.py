@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from distill_diffusers.export.streaming import write_safetensors
+from distill_diffusers.export.files import write_weights
 from distill_protocols import ContractError, TensorInfo, WeightsError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,7 +44,7 @@ def header_of(file):
 @given(tensors(), st.dictionaries(NAMES.filter(lambda n: n != "format"), st.text(max_size=9)))
 def test_the_reader_finds_every_tensor_bit_for_bit(tmp_path_factory, given_tensors, metadata):
     file = tmp_path_factory.mktemp("w") / "w.safetensors"
-    write_safetensors(file, facts_of(given_tensors), given_tensors.__getitem__, metadata)
+    write_weights(file, facts_of(given_tensors), given_tensors.__getitem__, metadata)
     with safe_open(file, framework="pt") as stream:
         assert stream.metadata() == {"format": "pt", **metadata}
         assert set(stream.keys()) == set(given_tensors)
@@ -64,7 +64,7 @@ def test_the_reader_finds_every_tensor_bit_for_bit(tmp_path_factory, given_tenso
 def test_tensors_begin_where_memory_does(tmp_path_factory, given_tensors):
     """At multiples of 64 bytes, as long as the sizes allow, and at whole numbers always."""
     file = tmp_path_factory.mktemp("w") / "w.safetensors"
-    write_safetensors(file, facts_of(given_tensors), given_tensors.__getitem__)
+    write_weights(file, facts_of(given_tensors), given_tensors.__getitem__)
     header, start = header_of(file)
     assert start % 64 == 0
     for name, tensor in given_tensors.items():
@@ -87,7 +87,7 @@ def test_one_tensor_is_held_at_a_time(tmp_path):
         alive.append(weakref.ref(tensor))
         return tensor
 
-    write_safetensors(tmp_path / "w.safetensors", facts, read)
+    write_weights(tmp_path / "w.safetensors", facts, read)
     found = load_file(tmp_path / "w.safetensors")
     assert [int(found[f"t{i}"][0, 0]) for i in range(5)] == [0, 1, 2, 3, 4]
 
@@ -101,7 +101,7 @@ def test_a_view_is_written_as_it_reads(tmp_path):
         "e": whole[:1].expand(3, 6),
         "p": whole.requires_grad_(),
     }
-    write_safetensors(tmp_path / "w.safetensors", facts_of(views), views.__getitem__)
+    write_weights(tmp_path / "w.safetensors", facts_of(views), views.__getitem__)
     found = load_file(tmp_path / "w.safetensors")
     assert all(torch.equal(found[name], view) for name, view in views.items())
 
@@ -109,8 +109,14 @@ def test_a_view_is_written_as_it_reads(tmp_path):
 def test_what_the_header_does_not_say_is_refused(tmp_path):
     facts = {"a": TensorInfo((2,), torch.float32)}
     with pytest.raises(ContractError, match=r"a is \[3\] float32"):
-        write_safetensors(tmp_path / "w", facts, lambda name: torch.zeros(3))
+        write_weights(tmp_path / "shape", facts, lambda name: torch.zeros(3))
     with pytest.raises(ContractError, match="bfloat16"):
-        write_safetensors(tmp_path / "w", facts, lambda name: torch.zeros(2, dtype=torch.bfloat16))
-    with pytest.raises(WeightsError, match="int64"):
-        write_safetensors(tmp_path / "w", {"a": TensorInfo((2,), torch.int64)}, None)
+        write_weights(tmp_path / "dtype", facts, lambda name: torch.zeros(2, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn])
+def test_numbers_that_no_model_here_has_are_refused(tmp_path, dtype):
+    infos = {"a": TensorInfo((2,), dtype)}
+    with pytest.raises(WeightsError, match=str(dtype).removeprefix("torch.")):
+        write_weights(tmp_path / "w", infos, lambda name: torch.zeros(2, dtype=dtype))
+    assert not (tmp_path / "w").exists()
