@@ -7,7 +7,8 @@ import itertools
 import attrs
 import pytest
 import torch
-from distill_adapters_wan import flow, sampling
+from distill_diffusers.calls import flow
+from distill_diffusers.sampling import sampler as sampling
 from distill_protocols import (
     CapabilityError,
     Condition,
@@ -281,7 +282,7 @@ def test_a_missing_text_encoder_is_told_when_it_is_needed(make_adapter, pipeline
 def test_a_fingerprint_is_never_worth_a_download(make_adapter, pipeline_template, monkeypatch):
     """Nor is half an encoder hashed: its cache entry would be believed."""
     import huggingface_hub
-    from distill_adapters_wan.components import TextSide
+    from distill_adapters_wan.text import wan_encoders
 
     asked = []
 
@@ -291,8 +292,8 @@ def test_a_fingerprint_is_never_worth_a_download(make_adapter, pipeline_template
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     config = make_adapter(teacher=(False, "fp32"))[0]._config
-    side = TextSide("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", config, device=torch.device("cpu"))
-    assert side.fingerprint() is None
+    encoders = wan_encoders("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", config, device=torch.device("cpu"))
+    assert encoders.fingerprint() is None
     assert asked == [True]
 
 
@@ -300,17 +301,17 @@ def test_the_text_encoder_is_freed_after_each_call_and_kept_within(make_adapter,
     import gc
     import weakref
 
-    from distill_adapters_wan import components
+    from distill_diffusers.components import encoders as components
 
     loaded = []
-    real = components.load_text_encoder
+    real = components.load_encoder
 
     def load(*args):
         encoder = real(*args)
         loaded.append(weakref.ref(encoder))
         return encoder
 
-    monkeypatch.setattr(components, "load_text_encoder", load)
+    monkeypatch.setattr(components, "load_encoder", load)
     adapter, _ = make_adapter(teacher=(False, "fp32"))
     adapter.encode_condition(["a seven"])
     gc.collect()

@@ -13,7 +13,8 @@ import pytest
 import torch
 from causal_reference import ReferenceProcessor, chunk_lists, seen_beside_clean, seen_in_clip
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from distill_adapters_wan import PLUGIN, CausalConfig, WanPipelineConfig, flow
+from distill_adapters_wan import PLUGIN, CausalConfig, WanPipelineConfig
+from distill_diffusers.calls import flow
 from distill_protocols import (
     CapabilityError,
     ChunkCall,
@@ -265,7 +266,7 @@ def test_other_roles_stay_as_diffusers_made_them(causal):
     assert not torch.allclose(one[:, :, 0], two[:, :, 0], atol=1e-3)
     assert adapter.chunks("teacher")[0].frames == 7
     for caches in (ChunkCall(first_frame=0), CleanPast(latents=x)):
-        with pytest.raises(CapabilityError, match=r"teacher.*causal\.roles"):
+        with pytest.raises(CapabilityError, match=r"teacher.*CausalConfig\.roles"):
             adapter.forward("teacher", x, t, cond, caches=caches)
 
 

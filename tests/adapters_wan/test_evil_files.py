@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
-from distill_adapters_wan.components import load_text_encoder
+from distill_diffusers.components.encoders import load_encoder
 from distill_protocols import DistillError, RoleSpec, WeightsError
 from foreign_files import Evil
+from transformers import UMT5EncoderModel
 
 STEMS = {
     "transformer": "diffusion_pytorch_model",
@@ -98,7 +99,7 @@ def test_the_text_encoder_takes_no_harmless_bin_either(pipeline, monkeypatch):
     torch.save(weights, folder / "pytorch_model.bin")
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was opened"))
     with pytest.raises(WeightsError, match=r"model\.safetensors"):
-        load_text_encoder(folder, torch.float32)
+        load_encoder(UMT5EncoderModel, folder, torch.float32)
 
 
 def test_a_tokenizers_own_code_is_not_run(pipeline, evil):

@@ -12,8 +12,8 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
-from distill_adapters_wan import PLUGIN, WanPipelineConfig, stock_schedule
-from distill_adapters_wan.scheduler import stretched_sigmas
+from distill_adapters_wan import PLUGIN, WanPipelineConfig
+from distill_diffusers.sampling.scheduler import SchedulerGrid, stock_schedule
 from distill_protocols import (
     DTYPES,
     ExportRequest,
@@ -302,7 +302,7 @@ def test_a_failed_export_leaves_nothing(export, tmp_path, monkeypatch, request_)
         assert any(file.stat().st_size > 64 for file in stage.rglob("*.safetensors"))
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("distill_adapters_wan.staging._settle", full)
+    monkeypatch.setattr("distill_runtime.files.make_readable", full)
     with pytest.raises(OutputError, match="No space"):
         write(tmp_path / "s", **request_)
     assert list(tmp_path.iterdir()) == []
@@ -317,7 +317,7 @@ def test_an_older_export_is_put_back_when_the_new_one_cannot_take_its_place(
     real = Path.rename
 
     def rename(self, target):
-        if ".partial-" in self.name and not self.name.endswith(".old"):
+        if self.name.endswith(".part"):
             raise OSError(28, "No space left on device")
         return real(self, target)
 
@@ -387,7 +387,7 @@ def test_customary_grids_are_met_bit_for_bit(shift):
 def test_the_schedulers_arithmetic_is_known_to_the_last_bit(steps, shift, terminal):
     made = FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=terminal)
     made.set_timesteps(steps)
-    ours = torch.tensor(stretched_sigmas(steps, shift, terminal), dtype=torch.float32)
+    ours = torch.tensor(SchedulerGrid().sigmas(steps, shift, terminal), dtype=torch.float32)
     assert torch.equal(made.sigmas[:-1], ours)
 
 

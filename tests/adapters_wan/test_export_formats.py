@@ -9,8 +9,8 @@ import attrs
 import pytest
 import torch
 from distill_adapters_wan import PLUGIN
-from distill_adapters_wan.low_rank import extract, factors
-from distill_adapters_wan.original_names import to_original
+from distill_adapters_wan.names.original import to_original
+from distill_diffusers.weights.extraction import extract, factors
 from distill_protocols import (
     ExportRequest,
     LoraSpec,
@@ -161,7 +161,7 @@ def test_a_lora_role_is_merged_into_its_base(lora, tmp_path, format):
     """Against peft's own merge, bit for bit."""
     import copy
 
-    from distill_adapters_wan.lora import base_name
+    from distill_diffusers.roles.lora import base_name
     from peft.tuners.lora import LoraLayer
 
     lora.export(tmp_path / "s", format=format)

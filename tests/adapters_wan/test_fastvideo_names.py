@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from distill_adapters_wan.fastvideo_names import (
+from distill_adapters_wan.names.fastvideo import (
     from_diffusers,
     is_diffusers,
     migrated,
@@ -15,7 +15,7 @@ from distill_adapters_wan.fastvideo_names import (
     to_diffusers,
     unused,
 )
-from distill_adapters_wan.original_names import to_original
+from distill_adapters_wan.names.original import to_original
 from distill_adapters_wan.published import PUBLISHED
 from hypothesis import given
 from hypothesis import strategies as st
@@ -197,5 +197,5 @@ def test_whatever_is_missing_is_named(data):
 
 
 def test_it_needs_no_torch():
-    code = "import sys, distill_adapters_wan.fastvideo_names; assert 'torch' not in sys.modules"
+    code = "import sys, distill_adapters_wan.names.fastvideo; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attrs import evolve
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
-from distill_adapters_wan.causal_config import CausalConfig
+from distill_adapters_wan.causal.config import CausalConfig
 from distill_protocols import (
     CapabilityError,
     CompileSpec,

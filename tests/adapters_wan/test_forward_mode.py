@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distill_adapters_wan import PLUGIN, CausalConfig, WanPipelineConfig, forward_mode
+from distill_adapters_wan import PLUGIN, CausalConfig, WanPipelineConfig
+from distill_diffusers.calls import forward_mode
 from distill_protocols import Condition, LoraSpec, RoleSpec
 from wan_variants import VARIANTS
 
@@ -78,7 +79,7 @@ def test_attention_by_parts_is_the_whole(make, monkeypatch):
     x, t, cond, dx, dt = inputs(adapter)
     whole = adapter.forward_jvp("student", x, t, cond, dx=dx, dt=dt)
     # 18 tokens of two clips and two heads: five queries at a time.
-    monkeypatch.setattr(forward_mode, "_SCORES", 5 * 2 * 2 * 18)
+    monkeypatch.setattr(forward_mode, "_MAX_SCORES", 5 * 2 * 2 * 18)
     parts = adapter.forward_jvp("student", x, t, cond, dx=dx, dt=dt)
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from distill_adapters_wan import PLUGIN
-from distill_adapters_wan.injection import DrawnAdapters
-from distill_adapters_wan.sources import (
+from distill_adapters_wan import PLUGIN, WAN
+from distill_diffusers.roles.injection import InitialAdapters
+from distill_diffusers.weights.sources import (
     FileWeights,
     JoinedWeights,
     folder_weights,
@@ -217,7 +217,7 @@ def test_weights_that_are_not_there_or_damaged(pipeline, tmp_path):
     file = pipeline / "transformer/diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(WeightsError, match=str(file)):
-        folder_weights(str(pipeline))
+        folder_weights(str(pipeline), WAN.modules)
     (pipeline / "model_index.json").unlink()
     with pytest.raises(WeightsError, match=r"model_index\.json"):
         PLUGIN.weights(str(pipeline))
@@ -261,10 +261,10 @@ def test_loading_draws_nothing_from_the_global_generator(pipeline, config):
 def test_rows_of_a_tensor_are_those_of_the_whole(pipeline_template, one, other):
     """Of files by slices, of any other source by cutting."""
     start, stop = sorted((one, other))
-    file = folder_weights(str(pipeline_template))["transformer"]
+    file = folder_weights(str(pipeline_template), WAN.modules)["transformer"]
     names = ["patch_embedding.weight", "patch_embedding.bias"]
     memory = TensorWeights("w", file.read(names[1:]))
-    drawn = DrawnAdapters("r", "m", {"x.lora_A.default.weight": torch.Size((24, 3))}, seed=1)
+    drawn = InitialAdapters("r", "m", {"x.lora_A.default.weight": torch.Size((24, 3))}, seed=1)
     places = {"a": (file, names[0]), "b": (memory, names[1]), "c": (drawn, *drawn.shapes)}
     joined = JoinedWeights("w", places)
     assert joined.describe()["a"] == file.describe()[names[0]]

@@ -8,15 +8,13 @@ from collections.abc import Mapping
 import attrs
 import pytest
 import torch
-from distill_adapters_wan import PLUGIN, PUBLISHED
-from distill_adapters_wan.lora import (
-    DEFAULT_TARGETS,
+from distill_adapters_wan import PLUGIN, PUBLISHED, WAN
+from distill_diffusers.architecture import inspect_model
+from distill_diffusers.roles.lora import (
     adapted_layers,
     adapter_names,
-    adapter_parameters,
     base_name,
     is_adapter,
-    linear_layers,
     merge,
     names_of,
 )
@@ -27,7 +25,7 @@ from torch import nn
 
 CPU = torch.device("cpu")
 LORA = LoraSpec(rank=2)
-ENDS = (*DEFAULT_TARGETS, "attn1.to_q", "blocks.1.ffn.net.2", "time_proj", "linear_1", "proj_out")
+ENDS = (*WAN.lora_targets, "attn1.to_q", "blocks.1.ffn.net.2", "time_proj", "linear_1", "proj_out")
 specs = st.builds(
     LoraSpec,
     rank=st.integers(1, 6),
@@ -95,14 +93,16 @@ def test_a_lora_role_starts_as_the_frozen_role(pipeline_template, config, lora, 
 @given(lora=specs, precision=precisions)
 def test_trained_are_the_adapters_and_nothing_else(pipeline_template, config, lora, precision):
     handle = load(role(pipeline_template, lora, precision=precision), config)
-    layers = adapted_layers(config_of(handle), lora)
+    layers = adapted_layers(inspect_model(WAN, config_of(handle)), lora)
     expected = {name for layer in layers for name in names_of(layer)}
     assert handle.trained == {"transformer": expected}
     assert set(handle.moving_state("transformer")) == expected
     trained = handle.trained_parameters("transformer")
     assert {n for n, p in module(handle).named_parameters() if p.requires_grad} == expected
     assert {p.dtype for p in trained.values()} == {torch.float32}
-    assert sum(p.numel() for p in trained.values()) == adapter_parameters(config_of(handle), lora)
+    assert sum(p.numel() for p in trained.values()) == sum(
+        lora.rank * sum(size) for size in layers.values()
+    )
     plan = PLUGIN.plan(role(pipeline_template, lora), config).modules[0]
     assert plan.adapters == sum(p.numel() for p in trained.values())
     assert plan.parameters == sum(
@@ -142,25 +142,6 @@ def test_merged_is_what_peft_merges_and_what_the_module_gives(pipeline_template,
             module(handle).get_submodule(layer).merge(safe_merge=True)
             base = module(handle).get_submodule(f"{layer}.base_layer")
             assert torch.equal(base.weight, plain.get_submodule(layer).weight)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_merge_into_sixteen_bits_is_rounded_once(dtype):
-    generator = torch.Generator().manual_seed(0)
-    weight, a, b = (torch.randn(s, generator=generator) for s in ((8, 6), (2, 6), (8, 2)))
-    merged = merge(weight.to(dtype), a, b, 0.5)
-    assert merged.dtype == torch.float32
-    exact = weight.to(dtype).double() + 0.5 * b.double() @ a.double()
-    assert torch.allclose(merged.double(), exact, atol=1e-6)
-
-
-def test_names():
-    found = adapter_names(["z.bias", *names_of("b"), *names_of("blocks.0.attn1.to_q")])
-    assert found == {layer: names_of(layer) for layer in ("b", "blocks.0.attn1.to_q")}
-    assert base_name("blocks.0.attn1.to_q.base_layer.weight") == "blocks.0.attn1.to_q.weight"
-    assert base_name("proj_out.bias") == "proj_out.bias"
-    with pytest.raises(WeightsError, match=r"b\.lora_B\.default\.weight missing"):
-        adapter_names(names_of("b")[:1])
 
 
 def test_the_start_is_a_function_of_seed_role_and_name(pipeline_template, config):
@@ -228,29 +209,16 @@ def test_gradients_reach_adapters_alone_and_are_those_of_fp32(
             assert (own - gradient).norm() <= tolerance * (gradient.norm() + floor), name
 
 
-@pytest.mark.parametrize("image", [False, True])
-def test_layers_are_those_of_the_real_model(image):
-    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-
-    numbers = [config for p in PUBLISHED.values() for config in p.transformers.values()]
-    if image:
-        numbers = [{"image_dim": 20, "added_kv_proj_dim": 24, "num_layers": 2}, {"num_layers": 1}]
-    for config in numbers:
-        with torch.device("meta"):
-            model = WanTransformer3DModel.from_config(dict(config))
-        real = {
-            name: (layer.in_features, layer.out_features)
-            for name, layer in model.named_modules()
-            if isinstance(layer, nn.Linear)
-        }
-        assert linear_layers(config) == real
-
-
-def test_default_targets_are_every_linear_layer_of_a_block():
-    config = PUBLISHED["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"].transformers["transformer"]
-    layers = adapted_layers(config, LoraSpec(rank=1))
-    assert set(layers) == {n for n in linear_layers(config) if n.startswith("blocks.")}
-    assert len(layers) == 30 * 10
+def test_default_targets_are_every_linear_layer_of_a_block_but_those_of_pictures():
+    config = PUBLISHED["Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"].transformers["transformer"]
+    architecture = inspect_model(WAN, config)
+    layers = adapted_layers(architecture, LoraSpec(rank=1))
+    assert set(layers) == {
+        name
+        for name in architecture.linear_layers
+        if name.startswith("blocks.") and ".add_" not in name
+    }
+    assert len(layers) == 40 * 10
 
 
 @pytest.mark.parametrize(
@@ -283,7 +251,7 @@ def test_lora_problems_need_no_weights_and_no_folder(pipeline_template, config):
 
 
 def test_adapters_of_another_version_of_peft_are_refused(pipeline_template, config, monkeypatch):
-    from distill_adapters_wan import injection
+    from distill_diffusers.roles import injection
 
     monkeypatch.setattr(injection, "ADAPTER", "other")
     with pytest.raises(WeightsError, match=r"peft .* gave \d+ adapter parameters"):
@@ -337,7 +305,7 @@ def test_whole_weights_become_the_base(pipeline_template, config):
         ),
         (LoraSpec(rank=2, target_modules=("to_q",)), r"unexpected: .*to_k\.lora_A"),
         (
-            LoraSpec(rank=2, target_modules=(*DEFAULT_TARGETS, "proj_out")),
+            LoraSpec(rank=2, target_modules=(*WAN.lora_targets, "proj_out")),
             r"2 missing: proj_out\.lora_A\.default\.weight",
         ),
         (None, r"rank 2, 20 layers.*no lora.*merged"),

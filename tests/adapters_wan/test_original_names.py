@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from distill_adapters_wan import PUBLISHED
-from distill_adapters_wan.original_names import to_diffusers, to_original
+from distill_adapters_wan.names.original import to_diffusers, to_original
 from distill_protocols import WeightsError
 
 ORIGINAL = json.loads((Path(__file__).parent / "original_wan_names.json").read_text())["models"]

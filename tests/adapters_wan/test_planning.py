@@ -10,9 +10,9 @@ import attrs
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-from distill_adapters_wan import PLUGIN, WanPipelineConfig, adapter
-from distill_adapters_wan.call_memory import plan_call, watch
-from distill_adapters_wan.calls import predicted
+from distill_adapters_wan import PLUGIN, WAN, WanPipelineConfig, adapter
+from distill_adapters_wan.calling import call_transformer
+from distill_diffusers.planning.calls import measure_call, plan_call
 from distill_protocols import Condition, FsdpPolicy, LoraSpec, RoleHandle, RoleSpec, WeightsError
 from torch import Tensor
 from wan_variants import VARIANTS
@@ -58,11 +58,15 @@ def loaded(spec: RoleSpec) -> RoleHandle:
     return handle
 
 
-def inputs(spec: RoleSpec, batch: int) -> tuple[Tensor, Tensor]:
+def inputs(spec: RoleSpec, batch: int) -> dict[str, Tensor]:
     latents = PLUGIN.latent_shape(CLIP, source=spec.path)
     text = PLUGIN.condition_shapes(CLIP, source=spec.path)["text"]
     assert latents is not None
-    return torch.randn(batch, *latents), torch.randn(batch, *text)
+    return {
+        "latents": torch.randn(batch, *latents),
+        "t": torch.ones(batch),
+        "text": torch.randn(batch, *text),
+    }
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -89,7 +93,7 @@ def test_a_call_takes_what_is_planned(folder, pipeline_template, kind):
     batch = 3 if folder == pipeline_template else 1
     plan = PLUGIN.plan_call(spec, CLIP, source=spec.path, batch=batch)
     assert plan is not None
-    found = watch(loaded(spec), *inputs(spec, batch))
+    found = measure_call(loaded(spec), PLUGIN.call_model, inputs(spec, batch))
     assert plan.most == pytest.approx(found.most, rel=0.02)
     assert plan.held == pytest.approx(found.held if spec.trainable else 0, rel=0.02)
 
@@ -104,8 +108,9 @@ def test_a_frozen_call_that_a_discriminator_reads_takes_what_is_planned(
         activation_checkpointing=checkpointing,
     )  # fmt: skip
     plan = PLUGIN.plan_call(spec, CLIP, source=spec.path, batch=3, input_gradient=True)
-    x_t, text = inputs(spec, 3)
-    found = watch(loaded(spec), x_t.requires_grad_(), text)
+    values = inputs(spec, 3)
+    values["latents"].requires_grad_()
+    found = measure_call(loaded(spec), PLUGIN.call_model, values)
     assert plan.most == pytest.approx(found.most, rel=0.02)
     assert plan.held == 0
     assert plan.most > PLUGIN.plan_call(spec, CLIP, source=spec.path, batch=3).most
@@ -124,15 +129,20 @@ def test_a_call_of_every_variant_takes_what_is_planned(name, folder_of, monkeypa
 
     def call(role: RoleHandle, *given: Any, **options: Any) -> Tensor:
         calls.append(given)
-        return predicted(role, *given, **options)
+        return call_transformer(role, *given, **options)
 
-    monkeypatch.setattr(adapter, "predicted", call)
+    monkeypatch.setattr(adapter, "call_transformer", call)
     cond = Condition({"text": torch.randn(2, config.max_sequence_length, 16)})
     if VARIANTS[name].image:
         cond = wan.with_image(cond, torch.rand(2, 3, config.height, config.width))
     wan.forward("student", torch.randn(2, *wan.latent_shape), torch.full((2,), 950.0), cond)
     ((hidden, times, text, image),) = calls
-    found = watch(bundle["student"], hidden, text, image, frame_times=times.dim() == 2)
+    values = {"latents": hidden, "t": times, "text": text}
+    found = measure_call(
+        bundle["student"],
+        lambda role, x: call_transformer(role, x["latents"], x["t"], x["text"], x.get("image")),
+        values if image is None else {**values, "image": image},
+    )
     assert plan.most == pytest.approx(found.most, rel=0.02)
     assert plan.held == pytest.approx(found.held, rel=0.02)
 
@@ -143,10 +153,10 @@ def test_what_is_held_is_what_autograd_saved(folder, kind):
     spec = role(folder, kind)
     plan = PLUGIN.plan_call(spec, CLIP, source=spec.path, batch=2)
     assert plan is not None
-    handle, (x_t, text) = loaded(spec), inputs(spec, 2)
+    handle, values = loaded(spec), inputs(spec, 2)
     module = handle.modules["transformer"]
     known = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    known |= {x_t.untyped_storage().data_ptr(), text.untyped_storage().data_ptr()}
+    known |= {value.untyped_storage().data_ptr() for value in values.values()}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -156,7 +166,7 @@ def test_what_is_held_is_what_autograd_saved(folder, kind):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = predicted(handle, x_t, torch.ones(2), text).float().square().mean()
+        loss = PLUGIN.call_model(handle, values).float().square().mean()
     assert plan.held == pytest.approx(sum(saved.values()), rel=0.03)
     del loss
 
@@ -164,8 +174,11 @@ def test_what_is_held_is_what_autograd_saved(folder, kind):
 def test_attention_needs_no_matrix_of_tokens_by_tokens(folder):
     spec = role(folder, "trained")
     config = json.loads((folder / "transformer" / "config.json").read_text())
-    short = plan_call(config, spec, latents=(1, 4, 2, 8, 8), text=(1, 8, 16))
-    long = plan_call(config, spec, latents=(1, 4, 2, 32, 32), text=(1, 8, 16))
+    rest = {"t": (1,), "text": (1, 8, 16)}
+    short, long = (
+        plan_call(WAN, config, spec, PLUGIN.call_model, {"latents": (1, 4, 2, n, n), **rest})
+        for n in (8, 32)
+    )
     assert long.held < 16.5 * short.held  # sixteen times the tokens, not their square
 
 

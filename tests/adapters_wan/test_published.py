@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import math
 
-import attrs
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from distill_adapters_wan import PLUGIN, PUBLISHED, WanAdapter, WanPipelineConfig
-from distill_adapters_wan.architecture import architecture
 from distill_protocols import Condition, LoraSpec, ModelBundle, RoleHandle, RoleSpec
 
 EXPECTED = {
@@ -87,13 +85,13 @@ def on_meta(tmp_path_factory):
     """(adapter, role) of one published model: modules on meta, a VAE's configuration on disk."""
 
     def make(hub_id):
-        transformers, calling = architecture(hub_id)
+        model = PLUGIN.describe(hub_id)
         with torch.device("meta"):
             modules = {
                 name: WanTransformer3DModel.from_config(dict(numbers))
-                for name, numbers in transformers.items()
+                for name, numbers in model.transformers.items()
             }
-        role = RoleHandle(name="student", modules=modules, call_options=attrs.asdict(calling))
+        role = RoleHandle(name="student", modules=modules, call_options=model.call_options)
         facts = PUBLISHED[hub_id].latents
         folder = tmp_path_factory.mktemp("published")
         (folder / "vae").mkdir()
@@ -123,13 +121,12 @@ def test_a_call_of_the_real_size(hub_id, on_meta):
     shape = LATENTS.get(hub_id, (16, 21, 60, 104))
     assert adapter.latent_shape == shape
     assert PLUGIN.latent_shape(config_of(hub_id), source=hub_id) == shape
-    wanted = dict(PLUGIN.condition_shapes(config_of(hub_id), source=hub_id))
-    assert wanted.pop("text") == (512, 4096)
+    wanted = PLUGIN.condition_shapes(config_of(hub_id), source=hub_id)
+    assert wanted["text"] == (512, 4096)
     assert ("image_latents" in wanted) == ("I2V-" in hub_id and "TI2V" not in hub_id)
     assert ("image_embeds" in wanted) == ("Wan2.1-I2V" in hub_id)
     with torch.device("meta"):
-        cond = {"text": torch.empty(1, 512, 4096)}
-        cond |= {name: torch.empty(1, *size) for name, size in wanted.items()}
+        cond = {name: torch.empty(1, *size) for name, size in wanted.items()}
         x_t = torch.empty(1, *shape)
         first = torch.empty(1, shape[0], 1, *shape[2:])
     tokens, calls, hooks = math.prod(shape[1:]) // 4, [], []
@@ -143,7 +140,7 @@ def test_a_call_of_the_real_size(hub_id, on_meta):
     assert [name for name, _ in calls] == list(role.modules)
     given = calls[0][1]["hidden_states"]
     assert given.shape[1] == PUBLISHED[hub_id].transformers["transformer"]["in_channels"]
-    if PUBLISHED[hub_id].expand_timesteps:
+    if PUBLISHED[hub_id].call_options.get("expand_timesteps"):
         pictured = Condition({**cond, "image_latents": first})
         v = adapter.forward("student", x_t, torch.tensor([500.0]), pictured)
         assert v.shape == x_t.shape

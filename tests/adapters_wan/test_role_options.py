@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import wan_ranks as wan
-from distill_adapters_wan import PLUGIN
+from distill_adapters_wan import PLUGIN, CausalConfig, WanPipelineConfig
 from distill_protocols import CompileSpec, LoraSpec, WeightsError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -260,3 +260,36 @@ def test_a_guest_is_exported_like_any_lora(pipeline_template, tmp_path):
         exporter.verify(role, weights, folder, request)
         files.append((folder / "pytorch_lora_weights.safetensors").read_bytes())
     assert files[0] == files[1]
+
+
+def test_an_attention_backend_is_that_of_its_role_and_torch_s_own_changes_no_number(
+    pipeline_template,
+):
+    plain = spec(pipeline_template, trainable=True)
+    native = spec(pipeline_template, trainable=True, attention_backend="native")
+    expected = wan.gradients(pipeline_template, [plain])
+    assert wan.gradients(pipeline_template, [native]) == expected
+
+
+@pytest.mark.parametrize(
+    ("backend", "causal", "message"),
+    [
+        ("native", False, None),
+        ("fast", False, "diffusers knows no attention backend 'fast'"),
+        ("native", True, "has no effect on a causal role"),
+    ],
+)
+def test_attention_backends_that_are_refused(pipeline_template, backend, causal, message):
+    config = WanPipelineConfig(
+        num_frames=5,
+        height=32,
+        width=48,
+        max_sequence_length=6,
+        causal=CausalConfig(roles=("student",), chunk_frames=1) if causal else None,
+    )
+    role = spec(pipeline_template, "student", attention_backend=backend)
+    problems = list(PLUGIN.role_problems(role, config))
+    assert [(p.path, message in p.message) for p in problems] == (
+        [] if message is None else [(("attention_backend",), True)]
+    )
+    assert (backend in PLUGIN.attention_backends(role, config)) == (message is None)

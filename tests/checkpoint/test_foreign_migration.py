@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from distill_adapters_wan import PLUGIN
-from distill_adapters_wan.fastvideo_names import from_diffusers
-from distill_adapters_wan.original_names import to_original
+from distill_adapters_wan.names.fastvideo import from_diffusers
+from distill_adapters_wan.names.original import to_original
 from distill_checkpoint import StoredCheckpoint, migrate
 from distill_checkpoint.files import files_below
 from distill_protocols import CheckpointError, OutputError

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from distill_adapters_wan import PLUGIN, WanPipelineConfig, flow
+from distill_adapters_wan import PLUGIN, WanPipelineConfig
+from distill_diffusers.calls import flow
 from distill_methods import FinetuneConfig, FinetuneMethod
 from distill_protocols import Batch, Condition, ConfigError, RandomStreams, RoleSpec, SamplerSpec
 from distill_train.check import read_config

@@ -66,10 +66,11 @@ def built(folder: Path, layers: int) -> dict[str, int]:
     """``base`` and ``role``, pipeline folders, and ``adapters.safetensors``."""
     import torch
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-    from distill_adapters_wan import PUBLISHED
-    from distill_adapters_wan.lora import adapted_layers, names_of
-    from distill_adapters_wan.streaming import write_safetensors
+    from distill_adapters_wan import PUBLISHED, WAN
+    from distill_diffusers.architecture import inspect_model
+    from distill_diffusers.roles.lora import adapted_layers, names_of
     from distill_protocols import LoraSpec, TensorInfo
+    from distill_runtime import write_safetensors
 
     (published,) = PUBLISHED["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"].transformers.values()
     config = {**published, "num_layers": layers}
@@ -90,7 +91,7 @@ def built(folder: Path, layers: int) -> dict[str, int]:
         meta.save_config(folder / part / "transformer")
         file = folder / part / "transformer" / "diffusion_pytorch_model.safetensors"
         write_safetensors(file, facts, drawn)
-    sizes = adapted_layers(config, LoraSpec(rank=RANK))
+    sizes = adapted_layers(inspect_model(WAN, config), LoraSpec(rank=RANK))
     adapters = {}
     for layer, (taken, given) in sizes.items():
         a, b = names_of(layer)
@@ -106,9 +107,9 @@ def built(folder: Path, layers: int) -> dict[str, int]:
 
 def measured(folder: Path, kind: str, request: dict[str, object]) -> dict[str, float]:
     """One export in this process: seconds, and bytes above what was there before it."""
-    import distill_adapters_wan.verification  # noqa: F401 - everything, so that imports do not count
+    import distill_diffusers.export.verification  # noqa: F401 - everything, so that imports do not count
     from distill_adapters_wan import PLUGIN, WanPipelineConfig
-    from distill_adapters_wan.sources import FileWeights
+    from distill_diffusers.weights.sources import FileWeights
     from distill_protocols import ExportRequest, LoraSpec, RoleSpec, SamplerSpec
 
     lora = LoraSpec(rank=RANK) if kind == "lora" else None

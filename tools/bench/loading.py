@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    CONTEXT.set_forkserver_preload(["distill_adapters_wan.loading", "torch._dynamo", "export"])
+    CONTEXT.set_forkserver_preload(["distill_diffusers.roles.loading", "torch._dynamo", "export"])
     with tempfile.TemporaryDirectory() as name:
         facts = built(Path(name), given.layers)
         print(f"{facts['parameters'] / 1e6:.0f}M parameters, {facts['bytes'] / 1e9:.2f} GB in fp32")
@@ -130,9 +130,10 @@ def measured(folder: Path, case: str, size: int) -> dict[str, float]:
     """One load in this process: seconds, and bytes above what was there before it."""
     import time
 
-    import distill_adapters_wan.loading
     import torch
-    from distill_adapters_wan import PLUGIN, WanPipelineConfig, filling
+    from distill_adapters_wan import PLUGIN, WAN, WanPipelineConfig
+    from distill_diffusers.architecture import transformer_class
+    from distill_diffusers.weights import filling
     from distill_protocols import LoraSpec, RoleHandle, RoleSpec
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
@@ -165,7 +166,7 @@ def measured(folder: Path, case: str, size: int) -> dict[str, float]:
         return PLUGIN.load(roles, config, device=cpu, **way)
 
     def naive() -> object:
-        model_class = distill_adapters_wan.loading.WanTransformer3DModel
+        model_class = transformer_class(WAN)
         path = folder / "base" / "transformer"
         from safetensors.torch import load_file
 

@@ -193,14 +193,15 @@ def _process(rank: int, size: int, file: str, strategy: str) -> None:
 
 
 def _watched(_: int, file: str) -> None:
-    from distill_adapters_wan.call_memory import watch
+    from distill_diffusers.planning.calls import measure_call
 
     torch.set_num_threads(1)
     config = read_config(Path(file))
     spec = config.roles["student"].spec
     bundle = config.family_plugin.load([spec], config.pipeline, device=torch.device("cpu"))
     x_t, _, text = inputs(config, "student")
-    found = watch(bundle["student"], x_t, text)
+    values = {"latents": x_t, "t": torch.ones(len(x_t)), "text": text}
+    found = measure_call(bundle["student"], config.family_plugin.call_model, values)
     plan = config.family_plugin.plan_call(spec, config.pipeline, source=config.source, batch=1)
     assert plan is not None
     measured = {"held": found.held, "most": found.most}

@@ -9,42 +9,27 @@ from typing import TYPE_CHECKING
 
 from distill_protocols.lazy import lazy_exports
 
-from distill_adapters_wan.causal_config import CausalConfig
+from distill_adapters_wan.causal.config import CausalConfig
 from distill_adapters_wan.config import WanPipelineConfig
+from distill_adapters_wan.kind import WAN
 from distill_adapters_wan.plugin import PLUGIN, WanFamily
-from distill_adapters_wan.published import PUBLISHED, LatentFacts, PublishedModel
+from distill_adapters_wan.published import PUBLISHED
 
 if TYPE_CHECKING:
     from distill_adapters_wan.adapter import WanAdapter
-    from distill_adapters_wan.export import WanExporter
-    from distill_adapters_wan.loading import load_bundle, load_module, load_role
-    from distill_adapters_wan.scheduler import StockSchedule, stock_schedule
+    from distill_adapters_wan.export.exporter import WanExporter
 
-_LAZY = {
-    "WanAdapter": "adapter",
-    "WanExporter": "export",
-    "load_bundle": "loading",
-    "load_module": "loading",
-    "load_role": "loading",
-    "StockSchedule": "scheduler",
-    "stock_schedule": "scheduler",
-}
+_LAZY = {"WanAdapter": "adapter", "WanExporter": "export.exporter"}
 
 __all__ = [
     "PLUGIN",
     "PUBLISHED",
+    "WAN",
     "CausalConfig",
-    "LatentFacts",
-    "PublishedModel",
-    "StockSchedule",
     "WanAdapter",
     "WanExporter",
     "WanFamily",
     "WanPipelineConfig",
-    "load_bundle",
-    "load_module",
-    "load_role",
-    "stock_schedule",
 ]
 
 __getattr__ = lazy_exports(__name__, _LAZY)

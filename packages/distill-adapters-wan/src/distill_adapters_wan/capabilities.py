@@ -19,7 +19,7 @@ CAPABILITIES = Capabilities(
 
 
 def capabilities_of(config: WanPipelineConfig) -> Capabilities:
-    """Those of a run with this ``pipeline_config``."""
+    """Give the capabilities of a run with this ``config``."""
     if config.causal is None:
         return CAPABILITIES
     return evolve(

@@ -7,7 +7,7 @@ from typing import Literal
 from attrs import field, frozen
 from attrs.validators import ge, in_
 
-from distill_adapters_wan.causal_config import CausalConfig
+from distill_adapters_wan.causal.config import CausalConfig
 from distill_adapters_wan.published import PUBLISHED
 
 

@@ -1,7 +1,7 @@
 """Which of two experts is called at which t (Wan 2.2 A14B). No torch is imported here.
 
 ``transformer`` is for high noise, ``t >= boundary``, and ``transformer_2`` for low noise below it,
-with the boundary in units of t, after any shift: the time that a call itself is made with.
+with the boundary in units of t after any shift, which is the time that the call itself gets.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import struct
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from distill_diffusers.kinds import TRAIN_STEPS
 from distill_protocols import ContractError
-
-from distill_adapters_wan.architecture import TRAIN_STEPS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +23,7 @@ HIGH, LOW = "transformer", "transformer_2"
 def boundary_of(
     modules: Collection[str], own: float | None, override: float | None
 ) -> float | None:
-    """t at and above which HIGH is called; None for a single transformer.
+    """Return the t at and above which HIGH is called; None for a single transformer.
 
     Args:
         own: ``boundary_ratio`` of the model's index.
@@ -33,18 +32,18 @@ def boundary_of(
     ratio = own if override is None else override
     if LOW not in modules or ratio is None:
         return None
-    # As fp32, which t is compared with it in: then it is the same bound for whoever compares.
+    # Rounded to fp32, the type of t: a comparison in fp64 elsewhere then has the same outcome.
     return struct.unpack("f", struct.pack("f", ratio * TRAIN_STEPS))[0]
 
 
 def ranges(boundaries: Iterable[float]) -> tuple[tuple[float, float], ...]:
-    """Rising [low, high) that fill [0, 1000] and have an end at each boundary."""
+    """Return rising [low, high) that fill [0, 1000] and have an end at each boundary."""
     ends = sorted({0.0, *boundaries, TRAIN_STEPS})
     return tuple(itertools.pairwise(ends))
 
 
 def module_ranges(boundary: float | None) -> Mapping[str, tuple[float, float]]:
-    """By module, its own [low, high); empty for a single transformer."""
+    """Return each module's own [low, high); empty for a single transformer."""
     if boundary is None:
         return {}
     low, high = ranges([boundary])
@@ -52,14 +51,14 @@ def module_ranges(boundary: float | None) -> Mapping[str, tuple[float, float]]:
 
 
 def expert_of(t: Tensor, boundary: float | None, role: str) -> str:
-    """The module for a call at ``t`` [B].
+    """Choose the module for a call at ``t`` [B].
 
     The comparison is WanPipeline's: in the type of t, equality to the high noise one.
 
     Raises:
         ContractError: ``t`` lies on both sides. The call is not cut in two: in a run of several
-            processes each must call the same modules, and in one accumulation round the gradient
-            shall be one expert's.
+            processes each must call the same modules, and the gradient of one accumulation round
+            must be one expert's.
     """
     if boundary is None:
         return HIGH

@@ -9,38 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from attrs import frozen
-
-
-@frozen(kw_only=True)
-class LatentFacts:
-    """What a VAE makes of pixels.
-
-    Attributes:
-        channels: z_dim.
-        stride_t, stride_hw: pixels a latent cell spans; the first frame stands alone in time.
-    """
-
-    channels: int
-    stride_t: int
-    stride_hw: int
-
-
-@frozen(kw_only=True)
-class PublishedModel:
-    """One published pipeline.
-
-    Attributes:
-        transformers: module name -> keyword arguments of ``WanTransformer3DModel``.
-        boundary_ratio: sigma from which on ``transformer`` is called, and ``transformer_2`` below.
-        expand_timesteps: TI2V-5B's per-token timesteps.
-    """
-
-    transformers: Mapping[str, Mapping[str, Any]]
-    latents: LatentFacts
-    boundary_ratio: float | None = None
-    expand_timesteps: bool = False
-
+from distill_diffusers.descriptions import LatentInfo, PublishedModel
 
 _COMMON: Mapping[str, Any] = {
     "patch_size": (1, 2, 2),
@@ -66,8 +35,8 @@ _DENSE_5B = {
     "in_channels": 48,
     "out_channels": 48,
 }
-_VAE_21 = LatentFacts(channels=16, stride_t=4, stride_hw=8)
-_VAE_22 = LatentFacts(channels=48, stride_t=4, stride_hw=16)
+_VAE_21 = LatentInfo(channels=16, stride_t=4, stride_hw=8)
+_VAE_22 = LatentInfo(channels=48, stride_t=4, stride_hw=16)
 
 PUBLISHED: Mapping[str, PublishedModel] = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": PublishedModel(
@@ -85,15 +54,17 @@ PUBLISHED: Mapping[str, PublishedModel] = {
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": PublishedModel(
         transformers={"transformer": _LARGE, "transformer_2": _LARGE},
         latents=_VAE_21,
-        boundary_ratio=0.875,
+        call_options={"boundary_ratio": 0.875},
     ),
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": PublishedModel(
         transformers={"transformer": _IMAGE_22, "transformer_2": _IMAGE_22},
         latents=_VAE_21,
-        boundary_ratio=0.900,
+        call_options={"boundary_ratio": 0.900},
     ),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": PublishedModel(
-        transformers={"transformer": _DENSE_5B}, latents=_VAE_22, expand_timesteps=True
+        transformers={"transformer": _DENSE_5B},
+        latents=_VAE_22,
+        call_options={"expand_timesteps": True},
     ),
 }
 """Hub id -> numbers."""

@@ -67,8 +67,8 @@ class RoleHandle:
             None: all of them. The others are what the role's source says, and are not saved.
         device: where calls compute; None: where the weights are.
         release_gathered: frees whole weights that were gathered from several processes for a
-            call. Comes before anything reads or changes a parameter from outside of a call, as it
-            would find the gathered copy in its place.
+            call. It comes before anything reads or changes a parameter from outside of a call,
+            which would find the gathered copy in its place.
         ema, optimizers, schedulers: keyed by module name.
     """
 

@@ -1,0 +1,55 @@
+"""One call of a Wan transformer in the precision of its role, by the adapter and by plans.
+
+Letters: B batch, C channels, T latent frames, H and W latent height and width, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from distill_diffusers.calls.precision import call_in_precision
+from distill_protocols import RoleHandle
+from distill_protocols.plugins import EMPTY
+from torch import Tensor
+
+from distill_adapters_wan.experts import HIGH
+from distill_adapters_wan.kind import WAN
+
+
+def transformer_of(role: RoleHandle, module: str = HIGH) -> WanTransformer3DModel:
+    """Return the role's transformer, or of two experts the one of this name."""
+    return cast(WanTransformer3DModel, role.modules[module])
+
+
+def call_transformer(
+    role: RoleHandle,
+    hidden: Tensor,
+    times: Tensor,
+    text: Tensor,
+    image: Tensor | None = None,
+    *,
+    module: str = HIGH,
+    arguments: Mapping[str, Any] = EMPTY,
+) -> Tensor:
+    """Return v [B, C, T, H, W] in the precision of the call.
+
+    Args:
+        hidden: x_t [B, C, T, H, W], with the channels of a picture for a model that reads one so.
+        times: [B], or one a token.
+        text: [B, L, D].
+        image: a picture's embedding [B, tokens, D], for a model that reads one.
+        module: the expert.
+        arguments: further ones of the transformer.
+    """
+    with call_in_precision(role, module, WAN, hidden.device) as dtype:
+        (v,) = transformer_of(role, module)(
+            hidden_states=hidden.to(dtype),
+            timestep=times.float(),
+            encoder_hidden_states=text.to(dtype),
+            encoder_hidden_states_image=None if image is None else image.to(dtype),
+            return_dict=False,
+            **arguments,
+        )
+    return v

@@ -1,0 +1,1 @@
+"""A first frame as a condition."""

@@ -1,0 +1,57 @@
+"""CLIP and its image processor, through which Wan 2.1 image-to-video reads a first frame."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from distill_diffusers.components.encoders import load_encoder
+from distill_diffusers.folders import fetch, image_problems, read_json
+from distill_protocols import WeightsError
+from torch import Tensor
+
+
+class ImageEncoder:
+    """CLIP's vision model: pictures to embeddings. In memory only while it encodes.
+
+    Args:
+        source: Diffusers folder or hub id.
+        device: where the encoder runs, in fp32.
+    """
+
+    def __init__(self, source: str, *, device: torch.device) -> None:
+        self._source = source
+        self._device = device
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode pictures [B, 3, H, W] in [0, 1] to the last hidden state but one [B, 257, D].
+
+        As ``WanImageToVideoPipeline.encode_image`` of the same pictures in 8 bits, which frames of
+        a video are. One at a time, as the pipeline does.
+        """
+        processor, encoder = self._load()
+        rows = [
+            encoder(
+                **processor(images=image, return_tensors="pt").to(self._device),
+                output_hidden_states=True,
+            ).hidden_states[-2]
+            for image in (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+        ]
+        return torch.cat(rows)
+
+    def _load(self) -> tuple[Any, Any]:
+        # On first use: without torchvision, transformers 5 prints a warning when it is imported.
+        from transformers import CLIPImageProcessor, CLIPVisionModel
+
+        folder = fetch(self._source, ("image_encoder", "image_processor"))
+        for problem in image_problems(folder):
+            raise WeightsError(
+                f"{self._source} cannot encode a picture: {problem}; or store image_embeds in the "
+                "data set"
+            )
+        encoder = load_encoder(CLIPVisionModel, Path(folder) / "image_encoder", torch.float32)
+        # From its settings alone: a processor's folder may name code of its own.
+        settings = read_json(folder / "image_processor" / "preprocessor_config.json")
+        return CLIPImageProcessor.from_dict(settings), encoder.to(self._device)

@@ -1,0 +1,40 @@
+"""Names and shapes of what a model reads of a first frame. No torch: run files are checked here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+ImageKind = Literal["none", "channels", "frame"]
+"""How a model takes a first frame: not at all, as further channels, as the frame itself."""
+
+TEXT, LATENTS, EMBEDS = "text", "image_latents", "image_embeds"
+CLIP_TOKENS = 257
+"""16 x 16 patches of 224 pixels, and the class token."""
+
+
+def image_kind(transformer: Mapping[str, Any], expand_timesteps: bool) -> ImageKind:
+    """Tell how a model that ``shape.unsupported`` accepts takes a first frame."""
+    if transformer.get("in_channels", 16) != (transformer.get("out_channels") or 16):
+        return "channels"
+    return "frame" if expand_timesteps else "none"
+
+
+def needed_shapes(
+    transformer: Mapping[str, Any],
+    kind: ImageKind,
+    latent_shape: tuple[int, int, int, int],
+    tokens: int = CLIP_TOKENS,
+) -> dict[str, tuple[int, ...]]:
+    """Return shapes of one row of what the model cannot do without; a ``frame`` may be missing."""
+    if kind != "channels":
+        return {}
+    shapes: dict[str, tuple[int, ...]] = {LATENTS: latent_shape}
+    if transformer.get("image_dim") is not None:
+        shapes[EMBEDS] = (tokens, transformer["image_dim"])
+    return shapes
+
+
+def clip_tokens(vision: Mapping[str, Any]) -> int:
+    """Count the tokens of an image encoder by its configuration (transformers' defaults else)."""
+    return (vision.get("image_size", 224) // vision.get("patch_size", 32)) ** 2 + 1

@@ -1,0 +1,1 @@
+"""Names of Wan's weights in other codes."""

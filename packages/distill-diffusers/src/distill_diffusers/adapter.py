@@ -1,0 +1,625 @@
+"""The adapter that every flow-matching model on diffusers inherits from.
+
+A family writes one class on ``FlowMatchingAdapter``. It must say
+
+- how its transformer is called: ``predict_velocity``;
+- how its prompts become conditions: ``encode_condition``;
+- in its constructor: the model kind, the shape of a clip's latents and their statistics, the VAE
+  and the encoders.
+
+Everything else (noise, guidance, hidden states, derivatives, sampling, rollouts, latents) is here,
+and each step that some model does otherwise is a method of its own to override:
+``combine_guidance`` (norm-rescaled, CFG-zero), ``guided_velocity`` (guidance as an input),
+``choose_module`` (experts), ``feature_layout`` (where hidden states are), ``insert_given_frames``
+(a first frame that is not predicted), ``denormalize_latents``.
+
+Letters: B batch, C channels, T latent frames, H and W latent height and width, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import ClassVar
+
+import torch
+from attrs import frozen
+from distill_protocols import (
+    Capabilities,
+    CapabilityError,
+    CausalRollout,
+    ChunkCall,
+    CleanPast,
+    Condition,
+    ConditioningError,
+    ContractError,
+    Discriminating,
+    ExpertRouting,
+    ImageConditioning,
+    ModelBundle,
+    PredType,
+    RoleHandle,
+    RowGenerators,
+    SamplerSpec,
+    Tangents,
+)
+from torch import Tensor
+
+from distill_diffusers.calls import flow
+from distill_diffusers.calls.features import FeatureLayout, Features, collect_features
+from distill_diffusers.calls.forward_mode import derivative
+from distill_diffusers.components.codec import VideoCodec
+from distill_diffusers.components.encoders import TextEncoders
+from distill_diffusers.kinds import ModelKind
+from distill_diffusers.roles.discriminator import logits
+from distill_diffusers.sampling import sampler
+
+
+@frozen(kw_only=True, eq=False)
+class VelocityCall:
+    """What a family may need to know of a call beside its tensors.
+
+    Attributes:
+        caches: see ``Denoiser.forward``; only of a family with causal roles.
+        is_negative: the condition is the negative one of guidance.
+        like_pipeline: the call is one of the sampler, whose clips an exported model must repeat
+            bit for bit: where two computations are equal but for rounding, the pipeline's is due.
+    """
+
+    caches: ChunkCall | CleanPast | None = None
+    is_negative: bool = False
+    like_pipeline: bool = False
+
+
+@frozen(kw_only=True, eq=False)
+class LatentStatistics:
+    """Mean and standard deviation of raw latents, each [1, C, 1, 1, 1] fp32.
+
+    A VAE with a scaling factor f alone has mean 0 and std 1 / f; one that shifts by m too has mean
+    m (SD 3: ``(z - shift_factor) * scaling_factor``).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of_channels(cls, mean: Sequence[float], std: Sequence[float]) -> LatentStatistics:
+        """Build them from one number a channel."""
+        shape = (1, -1, 1, 1, 1)
+        return cls(mean=torch.tensor(mean).view(shape), std=torch.tensor(std).view(shape))
+
+    def to(self, device: torch.device) -> LatentStatistics:
+        """The same on ``device``."""
+        return LatentStatistics(mean=self.mean.to(device), std=self.std.to(device))
+
+
+class FlowMatchingAdapter(abc.ABC):
+    """``DistillAdapter`` of a flow-matching model on diffusers; see the module's text.
+
+    Args:
+        bundle: the run's roles. Each model has the modules that ``kind`` names; a discriminator
+            has heads.
+        kind: the transformer's class and where its parts are.
+        capabilities: what this run's adapter supports.
+        latent_shape: (C, T, H, W) of one clip; T = 1 for an image model.
+        statistics: of raw latents.
+        codec: the VAE.
+        encoders: what turns prompts into conditions; None: all conditions are stored.
+        batch_guidance: guidance in one call of 2B instead of two of B: faster, more memory. In
+            training alone; sampling does as the family's pipeline (``pipeline_batches_guidance``).
+    """
+
+    pipeline_batches_guidance: ClassVar[bool] = False
+    """Whether the family's pipeline guides in one call of 2B, so that a sampler does it too: a call
+    of 2B rounds otherwise than two of B, and an export must give the same clip bit for bit."""
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        *,
+        kind: ModelKind,
+        capabilities: Capabilities,
+        latent_shape: tuple[int, int, int, int],
+        statistics: LatentStatistics,
+        codec: VideoCodec,
+        encoders: TextEncoders | None,
+        batch_guidance: bool = True,
+    ) -> None:
+        self._bundle = bundle
+        self._kind = kind
+        self._capabilities = capabilities
+        self._latent_shape = latent_shape
+        self._statistics = statistics.to(device_of(bundle))
+        self._codec = codec
+        self._encoders = encoders
+        self._batch_guidance = batch_guidance
+
+    # -- what a family says -------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def predict_velocity(
+        self,
+        role: RoleHandle,
+        module: str,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition,
+        call: VelocityCall,
+    ) -> Tensor:
+        """Call ``module`` of ``role`` and return v [B, C, T, H, W] in fp32, without guidance.
+
+        A family checks the condition's tensors, brings latents to its transformer's layout, calls
+        it within ``call_in_precision``, and brings the output back.
+
+        Args:
+            x_t: [B, C, T, H, W].
+            t: [B] (or [B, T] where the family supports it) in [0, 1000], on the device of ``x_t``.
+            cond: of B rows; on any device.
+
+        Raises:
+            ConditioningError: a tensor of ``cond`` is missing or of another shape than the model
+                reads. The message says which shape it should have, and why.
+        """
+
+    @abc.abstractmethod
+    def encode_condition(self, raw_cond: Sequence[str]) -> Condition:
+        """Encode prompts as the family's pipeline does, fp32, one row a prompt."""
+
+    def encode_neg_condition(self, raw_neg_cond: str) -> Condition:
+        """Encode one negative prompt: one row."""
+        return self.encode_condition([raw_neg_cond])
+
+    def choose_module(self, role: RoleHandle, t: Tensor) -> str:
+        """Choose which module of ``role`` a call at ``t`` goes to; by default the kind's first."""
+        return self._kind.modules[0]
+
+    def feature_layout(self, role: RoleHandle, module: str, x_t: Tensor) -> FeatureLayout:
+        """Say where hidden states are; needed of a family with ``supports_features``."""
+        raise NotImplementedError(
+            f"{type(self).__name__} declares supports_features, so it must override feature_layout"
+        )
+
+    def combine_guidance(
+        self, cond: Tensor, uncond: Tensor, w: float, x_t: Tensor, t: Tensor
+    ) -> Tensor:
+        """Combine two velocities by guidance w; by default ``u + w (c - u)``, in fp32."""
+        return flow.guide(cond, uncond, w)
+
+    def insert_given_frames(
+        self, role: RoleHandle, x: Tensor, cond: Condition, first_frame: int = 0
+    ) -> Tensor:
+        """Replace frames of clean latents that ``cond`` gives; by default there are none.
+
+        Args:
+            x: frames ``first_frame ..`` of a clip [B, C, T, H, W].
+        """
+        return x
+
+    # -- optional contracts -------------------------------------------------------------------
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this run's adapter supports."""
+        return self._capabilities
+
+    @property
+    def causal(self) -> CausalRollout | None:
+        """None: a family with causal roles overrides it."""
+        return None
+
+    @property
+    def experts(self) -> ExpertRouting | None:
+        """None: a family with several modules a role overrides it."""
+        return None
+
+    @property
+    def images(self) -> ImageConditioning | None:
+        """None: a family whose models read pictures overrides it."""
+        return None
+
+    @property
+    def discriminators(self) -> Discriminating | None:
+        """This adapter, where hidden states can be read."""
+        return self if self._capabilities.supports_features else None
+
+    @property
+    def tangents(self) -> Tangents | None:
+        """This adapter, where calls can be differentiated in forward mode."""
+        return self if self._capabilities.supports_jvp else None
+
+    # -- noise schedule -----------------------------------------------------------------------
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """See ``flow.add_noise``."""
+        return flow.add_noise(x0, noise, t)
+
+    def pred_to_x0(self, pred: Tensor, x_t: Tensor, t: Tensor, pred_type: PredType = "v") -> Tensor:
+        """See ``flow.pred_to_x0``."""
+        return flow.pred_to_x0(pred, x_t, t, pred_type)
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor, pred_type: PredType = "v") -> Tensor:
+        """See ``flow.target``."""
+        return flow.target(x0, noise, t, pred_type)
+
+    # -- model calls --------------------------------------------------------------------------
+
+    def forward(
+        self,
+        role: str,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition,
+        *,
+        fwd_pred_type: PredType = "v",
+        neg_cond: Condition | None = None,
+        cfg: float | None = None,
+        caches: ChunkCall | CleanPast | None = None,
+        features: Features | None = None,
+    ) -> Tensor:
+        """Predict ``fwd_pred_type`` with ``role``: [B, C, T, H, W], fp32.
+
+        ``cfg`` of None or 1 calls the model on ``cond`` alone, 0 on ``neg_cond`` alone. Any other
+        takes two calls, or one of 2B (``batch_guidance``; never with a ``ChunkCall``, whose two
+        conditions have a past each). A tensor that ``neg_cond`` does not have, such as a picture,
+        is that of ``cond``.
+
+        Which of several modules is called depends on ``t``: that costs nothing on the CPU, and on
+        another device the host waits for it. A frame that ``cond`` gives is returned as it was
+        given in x0; in v and eps it means nothing.
+
+        Raises:
+            ConditioningError: guidance without ``neg_cond``, or a condition of a wrong shape.
+            CapabilityError: ``features``, ``caches`` or a ``t`` for each frame that the family or
+                the role does not support; ``features`` with guidance.
+            ContractError: ``features`` of a block that is not there, ``t`` of several modules, or
+                a chunk that does not follow what is cached.
+        """
+        flow.sigma_of(t, x_t)  # refuses t that is rounded or of another shape
+        handle = self._bundle[role]
+        w = 1.0 if cfg is None else cfg
+        self._check_call(handle, t, caches)
+        if features is not None:
+            self.check_features(handle, w)
+        v = self.guided_velocity(
+            handle,
+            x_t,
+            t,
+            cond,
+            neg_cond,
+            w,
+            call=VelocityCall(caches=caches),
+            batched=self._batch_guidance and not isinstance(caches, ChunkCall),
+            features=features,
+        )
+        pred = flow.v_to_pred(v, x_t, t.to(x_t.device), fwd_pred_type).float()
+        if fwd_pred_type != "x0":
+            return pred
+        first_frame = caches.first_frame if isinstance(caches, ChunkCall) else 0
+        return self.insert_given_frames(handle, pred, cond, first_frame)
+
+    def forward_jvp(
+        self, role: str, x_t: Tensor, t: Tensor, cond: Condition, *, dx: Tensor, dt: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Tangents``; attention runs without a fused kernel (``forward_mode``).
+
+        A frame that ``cond`` gives does not move, whatever ``dx`` says.
+        """
+        flow.sigma_of(t, x_t)
+        handle = self._bundle[role]
+        self._check_call(handle, t, None)
+        return derivative(
+            lambda x, time: self.velocity(handle, x, time, cond, VelocityCall()),
+            x_t,
+            t.to(x_t.device),
+            dx,
+            dt,
+        )
+
+    def discriminate(self, role: str, features: Mapping[int, Tensor]) -> Tensor:
+        """See ``Discriminating.discriminate``."""
+        return logits(self._bundle[role], features)
+
+    def guided_velocity(
+        self,
+        role: RoleHandle,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition,
+        neg_cond: Condition | None,
+        w: float,
+        *,
+        call: VelocityCall,
+        batched: bool = False,
+        features: Features | None = None,
+    ) -> Tensor:
+        """Return v with guidance w, from one call or two.
+
+        A family whose transformer takes w as an input overrides it.
+
+        Args:
+            batched: make one call of 2B of the two.
+        """
+        if w == 1:
+            return self.velocity(role, x_t, t, cond, call, features=features)
+        if neg_cond is None:
+            raise ConditioningError(
+                f"guidance w = {w:g} of role {role.name!r} without a negative condition; only "
+                "w = 1 (or none) needs none. Give the run a negative prompt or embedding"
+            )
+        rows = x_t.shape[0]
+        negative = neg_cond.expand(rows).merged_onto(cond.expand(rows))
+        negative_call = VelocityCall(
+            caches=call.caches, is_negative=True, like_pipeline=call.like_pipeline
+        )
+        if w == 0:
+            return self.velocity(role, x_t, t, negative, negative_call)
+        if batched:
+            both = Condition.cat([cond.expand(rows), negative])
+            if isinstance(call.caches, CleanPast):
+                call = VelocityCall(caches=call.caches.repeated(2))
+            pair = self.velocity(role, torch.cat([x_t, x_t]), torch.cat([t, t]), both, call)
+            conditional, unconditional = pair.chunk(2)
+        else:
+            conditional = self.velocity(role, x_t, t, cond, call)
+            unconditional = self.velocity(role, x_t, t, negative, negative_call)
+        return self.combine_guidance(conditional, unconditional, w, x_t, t)
+
+    def velocity(
+        self,
+        role: RoleHandle,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition,
+        call: VelocityCall,
+        *,
+        features: Features | None = None,
+    ) -> Tensor:
+        """Return v of one model call in fp32, and fill ``features`` if there are any."""
+        module = self.choose_module(role, t)
+        cond, t = cond.expand(x_t.shape[0]), t.to(x_t.device)
+        collecting: AbstractContextManager[None] = contextlib.nullcontext()
+        if features is not None:
+            layout = self.feature_layout(role, module, x_t)
+            collecting = collect_features(role.modules[module], features, layout)
+        with collecting:
+            return self.predict_velocity(role, module, x_t, t, cond, call)
+
+    def check_features(self, role: RoleHandle, w: float) -> None:
+        """Refuse to collect hidden states where they are not those of one call on a whole clip.
+
+        Raises:
+            CapabilityError: guidance, or a family without ``supports_features``.
+        """
+        self._capabilities.require(["supports_features"], by=f"features of role {role.name!r}")
+        if w != 1:
+            raise CapabilityError(
+                f"features of role {role.name!r} with guidance w = {w:g}: it makes two calls, and "
+                "which of the two is meant is not known. Ask for them in a call without guidance"
+            )
+
+    def _check_call(
+        self, role: RoleHandle, t: Tensor, caches: ChunkCall | CleanPast | None
+    ) -> None:
+        if t.dim() == 2:
+            self._capabilities.require(["supports_frame_times"], by="t of shape [B, T]")
+        if caches is not None and self.causal is None:
+            raise CapabilityError(
+                f"forward of role {role.name!r} was given caches ({type(caches).__name__}), but "
+                "this role sees whole clips. Make the role causal, or call it without caches"
+            )
+
+    # -- sampling -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        role: str,
+        spec: SamplerSpec,
+        noise: Tensor,
+        cond: Condition,
+        *,
+        neg_cond: Condition | None = None,
+        generators: RowGenerators | None = None,
+        poll: Callable[[], None] | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Sample normalised clean latents [B, C, T, H, W]; see ``sampler.sample``.
+
+        Raises:
+            ContractError: noise of another shape than the run's clips, not one generator a row
+                for a stochastic spec, or ``guidance_2`` for a role of one module.
+        """
+        self.check_clip_noise(noise)
+        handle = self._bundle[role]
+        velocity = self._sampler_velocity(handle, spec, cond, neg_cond, poll)
+        clean = sampler.sample(velocity, spec, noise, generators, on_step=on_step)
+        return self.insert_given_frames(handle, clean, cond)
+
+    def rollout(
+        self,
+        role: str,
+        spec: SamplerSpec,
+        noise: Tensor,
+        cond: Condition,
+        *,
+        exit_steps: Sequence[int],
+        requires_grad: Sequence[bool] | None = None,
+        generators: RowGenerators | None = None,
+        poll: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """See ``Sampler.rollout``.
+
+        Raises:
+            ContractError: as ``sample``; a guided spec; or not one exit step and one
+                ``requires_grad``, as the whole clip is one chunk.
+        """
+        gradients = checked_rollout(role, spec, exit_steps, requires_grad, chunks=1)
+        handle, noise = self._bundle[role], self.checked_noise(noise)
+        velocity = self._sampler_velocity(handle, spec, cond, None, poll)
+        clean = sampler.sample(
+            velocity,
+            spec,
+            noise,
+            generators,
+            exit_step=exit_steps[0],
+            requires_grad=gradients[0],
+        )
+        return self.insert_given_frames(handle, clean, cond)
+
+    def check_clip_noise(self, noise: Tensor) -> None:
+        """Refuse noise that is not of the run's clips.
+
+        Raises:
+            ContractError: another shape.
+        """
+        if tuple(noise.shape[1:]) != self._latent_shape:
+            raise ContractError(
+                f"noise is {list(noise.shape)}, it must be [B, "
+                f"{', '.join(map(str, self._latent_shape))}] for this run's clips"
+            )
+
+    def checked_noise(self, noise: Tensor) -> Tensor:
+        """Return ``noise`` if it is of the run's clips, but for its number of frames.
+
+        Raises:
+            ContractError: other channels, or another height or width.
+        """
+        channels, _, height, width = self._latent_shape
+        if noise.dim() != 5 or (noise.shape[1], *noise.shape[3:]) != (channels, height, width):
+            raise ContractError(
+                f"noise is {list(noise.shape)}, it must be [B, {channels}, T, {height}, "
+                f"{width}] for this run's clips"
+            )
+        return noise
+
+    def sampler_guidance(self, role: RoleHandle, spec: SamplerSpec, t: Tensor) -> float:
+        """Choose w of a sampler's call at ``t``: ``guidance_2`` from the second module on."""
+        return spec.guidances[self.choose_module(role, t) != self._kind.modules[0]]
+
+    def check_sampler(self, role: RoleHandle, spec: SamplerSpec) -> None:
+        """Refuse a spec that has no meaning for ``role``.
+
+        Raises:
+            ContractError: ``guidance_2`` for a role of one module.
+        """
+        if spec.guidance_2 is not None and len(role.modules) == 1:
+            raise ContractError(
+                f"the sampler has guidance_2 {spec.guidance_2:g}, and role {role.name!r} has one "
+                "expert that it would never reach. Leave it out"
+            )
+
+    def _sampler_velocity(
+        self,
+        handle: RoleHandle,
+        spec: SamplerSpec,
+        cond: Condition,
+        neg_cond: Condition | None,
+        poll: Callable[[], None] | None,
+    ) -> sampler.Velocity:
+        self.check_sampler(handle, spec)
+        call = VelocityCall(like_pipeline=True)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            if poll is not None:
+                poll()
+            w = self.sampler_guidance(handle, spec, t)
+            batched = self.pipeline_batches_guidance
+            return self.guided_velocity(handle, x, t, cond, neg_cond, w, call=call, batched=batched)
+
+        return velocity
+
+    # -- latents and pixels -------------------------------------------------------------------
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of one clip of this run."""
+        return self._latent_shape
+
+    def to_model_layout(self, latents: Tensor) -> Tensor:
+        """Bring [B, C, T, H, W] to what the transformer takes; by default it is that already."""
+        return latents
+
+    def from_model_layout(self, latents: Tensor) -> Tensor:
+        """Bring the transformer's output back to [B, C, T, H, W]."""
+        return latents
+
+    def normalize_latents(self, latents: Tensor) -> Tensor:
+        """(z - mean) / std per channel, with the VAE's own statistics."""
+        wide = latents if latents.dtype == torch.float64 else latents.float()
+        return (wide - self._statistics.mean.to(wide)) / self._statistics.std.to(wide)
+
+    def denormalize_latents(self, latents: Tensor) -> Tensor:
+        """z std + mean per channel, in WanPipeline's order of operations.
+
+        A family whose pipeline computes it in another order overrides it, so that clips are the
+        same bit for bit.
+        """
+        wide = latents if latents.dtype == torch.float64 else latents.float()
+        return wide / (1.0 / self._statistics.std.to(wide)) + self._statistics.mean.to(wide)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Encode clips [B, 3, F, H_px, W_px] in [0, 1] to raw (not normalised) latents."""
+        return self._codec.encode(video)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode normalised latents to clips [B, 3, F, H_px, W_px] in [0, 1], without gradient."""
+        return self._codec.decode(self.denormalize_latents(latents.detach()))
+
+    # -- conditions ---------------------------------------------------------------------------
+
+    def condition_fingerprint(self) -> str | None:
+        """Hash encoders, tokenizers and settings; None if there are none on this machine."""
+        return None if self._encoders is None else self._encoders.fingerprint()
+
+    def keep_encoders_loaded(self) -> AbstractContextManager[None]:
+        """Keep encoders in memory within, for many encodings after each other.
+
+        Outside, each encoding reads its encoder and frees it again: no run must hold 11 to 23 GB
+        of UMT5-XXL beside its models because it encoded one prompt.
+        """
+        return contextlib.nullcontext() if self._encoders is None else self._encoders.keep_loaded()
+
+    def free_components(self) -> None:
+        """Drop the VAE from memory; the next use reads it again."""
+        self._codec.free()
+
+
+def checked_rollout(
+    role: str,
+    spec: SamplerSpec,
+    exit_steps: Sequence[int],
+    requires_grad: Sequence[bool] | None,
+    *,
+    chunks: int,
+) -> list[bool]:
+    """Return for each chunk whether its exit call is made with gradient.
+
+    Raises:
+        ContractError: a guided spec, or not one exit step and one ``requires_grad`` a chunk.
+    """
+    if spec.guided:
+        raise ContractError(
+            f"a rollout with guidance {spec.guidances}: it would learn through one call of "
+            "two. A method refuses it before; use guidance 1"
+        )
+    gradients = [True] * chunks if requires_grad is None else list(requires_grad)
+    if not len(exit_steps) == len(gradients) == chunks:
+        raise ContractError(
+            f"{len(exit_steps)} exit_steps and {len(gradients)} requires_grad for "
+            f"{chunks} chunks of role {role!r}; there must be one of each a chunk"
+        )
+    return [gradient and torch.is_grad_enabled() for gradient in gradients]
+
+
+def device_of(bundle: ModelBundle) -> torch.device:
+    """Find where the models of a run compute.
+
+    Not where their parameters are: those of an offloaded role are on the CPU between calls, while
+    buffers stay.
+    """
+    modules = [module for role in bundle.roles.values() for module in role.modules.values()]
+    buffers = (buffer.device for module in modules for buffer in module.buffers())
+    calls = (role.call_device for role in bundle.roles.values())
+    return next(buffers, next(calls, torch.device("cpu")))

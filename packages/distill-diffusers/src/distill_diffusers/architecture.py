@@ -1,0 +1,185 @@
+"""What a model class makes of a configuration: blocks, layers and sizes, from the meta device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import frozen
+from distill_protocols import WeightsError
+from torch import nn
+
+from distill_diffusers.kinds import ModelKind, class_name, load_class
+from distill_diffusers.roles.lora import has_suffix
+
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
+
+
+@frozen(kw_only=True)
+class Architecture:
+    """A transformer without weights. Names are dotted, as in ``named_modules``.
+
+    Attributes:
+        class_name: of the transformer.
+        config: the full configuration: what was given, and the class's defaults.
+        parameters: shapes of the parameters, in the module's order.
+        buffers: elements of all buffers.
+        buffer_bytes: their bytes.
+        module_lists: all module lists with their lengths.
+        block_lists: those of them that hold the repeated blocks of the transformer.
+        linear_layers: (in, out) of every linear layer, in the module's order.
+        lora_layers: names of the linear layers that get an adapter by default.
+        kept_in_fp32: parts of parameters' names that diffusers keeps in fp32 when the rest has 16
+            bits (see ``is_kept_in_fp32``).
+        width: channels of a token between two blocks.
+    """
+
+    class_name: str
+    config: Mapping[str, Any]
+    parameters: Mapping[str, tuple[int, ...]]
+    buffers: int
+    buffer_bytes: int
+    module_lists: Mapping[str, int]
+    block_lists: tuple[str, ...]
+    linear_layers: Mapping[str, tuple[int, int]]
+    lora_layers: tuple[str, ...]
+    kept_in_fp32: frozenset[str]
+    width: int
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of all repeated blocks, in the order in which they are called."""
+        return self.entries(*self.block_lists)
+
+    def entries(self, *lists: str) -> tuple[str, ...]:
+        """Names of the entries of module lists."""
+        return tuple(f"{name}.{i}" for name in lists for i in range(self.module_lists[name]))
+
+
+def inspect_model(kind: ModelKind, config: Mapping[str, Any]) -> Architecture:
+    """Build the transformer of ``config`` on the meta device and read off what it is made of.
+
+    The same class and configuration are built once in a process.
+
+    Raises:
+        WeightsError: the configuration builds no such transformer, or no repeated blocks are
+            found in it.
+    """
+    written = json.dumps(dict(config), sort_keys=True)
+    return _inspect(kind.transformer, kind.block_lists, kind.lora_targets, written)
+
+
+def transformer_class(kind: ModelKind) -> type[ModelMixin]:
+    """The class of the trained module."""
+    return load_class(kind.transformer)
+
+
+def build_on_meta(kind: ModelKind, config: Mapping[str, Any]) -> ModelMixin:
+    """Build the transformer of ``config`` with parameters and buffers on the meta device.
+
+    Raises:
+        WeightsError: it builds none.
+    """
+    return _on_meta(kind.transformer, config)
+
+
+def kept_in_fp32(kind: ModelKind) -> frozenset[str]:
+    """Parts of parameters' names that diffusers keeps in fp32 when the rest has 16 bits."""
+    return frozenset(transformer_class(kind)._keep_in_fp32_modules or ())
+
+
+def is_kept_in_fp32(name: str, parts: frozenset[str]) -> bool:
+    """Whether a parameter stays in fp32 when the rest has 16 bits, by diffusers' own rule.
+
+    Of Wan these are time embedding, block norms and scale/shift tables; 16 bits harm them.
+    """
+    return not parts.isdisjoint(name.split("."))
+
+
+def find_block_lists(module: ModelMixin) -> tuple[str, ...]:
+    """Names of the module lists that hold the transformer's repeated blocks.
+
+    They are those right below the model whose entries are of one class; where the class says
+    which of its parts repeat (``_repeated_blocks``), of one of these.
+
+    Raises:
+        WeightsError: there are none.
+    """
+    repeated = set(module._repeated_blocks or ())
+    found = tuple(
+        name
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList)
+        and len({type(entry) for entry in child}) == 1
+        and (not repeated or type(child[0]).__name__ in repeated)
+    )
+    if not found:
+        raise WeightsError(
+            f"no list of repeated blocks is found in {type(module).__name__}, so nothing of it "
+            "could be sharded, compiled or read one at a time. Name its lists in "
+            "ModelKind.block_lists"
+        )
+    return found
+
+
+def patch_size(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(T, H, W) in latent cells that make one token, from a full configuration.
+
+    diffusers writes either all three, or one for height and width beside ``patch_size_t``.
+    """
+    size = config["patch_size"]
+    if isinstance(size, int):
+        return config.get("patch_size_t") or 1, size, size
+    frames, height, width = size
+    return frames, height, width
+
+
+@lru_cache(maxsize=32)
+def _inspect(
+    transformer: str, block_lists: tuple[str, ...], lora_targets: tuple[str, ...], config: str
+) -> Architecture:
+    module = _on_meta(transformer, json.loads(config))
+    block_lists = block_lists or find_block_lists(module)
+    lists = {n: len(m) for n, m in module.named_modules() if isinstance(m, nn.ModuleList)}
+    linear = {
+        name: (layer.in_features, layer.out_features)
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+    within = [name for name in linear if name.startswith(tuple(f"{n}." for n in block_lists))]
+    first = f"{block_lists[0]}.0."
+    return Architecture(
+        class_name=class_name(transformer),
+        config=dict(module.config),
+        parameters={name: tuple(p.shape) for name, p in module.named_parameters()},
+        buffers=sum(b.numel() for b in module.buffers()),
+        buffer_bytes=sum(b.nbytes for b in module.buffers()),
+        module_lists=lists,
+        block_lists=block_lists,
+        linear_layers=linear,
+        lora_layers=tuple(
+            name
+            for name in (linear if lora_targets else within)
+            if not lora_targets or any(has_suffix(name, target) for target in lora_targets)
+        ),
+        kept_in_fp32=frozenset(module._keep_in_fp32_modules or ()),
+        # A transformer block ends with the projection of its MLP back to the residual stream.
+        width=[size for name, size in linear.items() if name.startswith(first)][-1][1],
+    )
+
+
+def _on_meta(transformer: str, config: Mapping[str, Any]) -> ModelMixin:
+    model_class: type[ModelMixin] = load_class(transformer)
+    try:
+        with torch.device("meta"):
+            # From ConfigMixin, which every model class of diffusers has beside ModelMixin.
+            return model_class.from_config(dict(config))  # type: ignore[attr-defined]
+    except (TypeError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"the configuration builds no {class_name(transformer)} ({error}); it belongs to "
+            "another model"
+        ) from error

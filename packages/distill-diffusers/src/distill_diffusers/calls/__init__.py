@@ -1,0 +1,1 @@
+"""One call of a transformer: conversions, precision, hidden states of blocks, derivatives."""

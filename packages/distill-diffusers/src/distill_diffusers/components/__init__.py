@@ -1,0 +1,1 @@
+"""VAE and encoders of a pipeline folder, loaded while they are needed."""

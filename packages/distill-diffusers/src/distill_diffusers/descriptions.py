@@ -1,0 +1,147 @@
+"""How the model of a path is built and called, from its folder or from published numbers.
+
+Nothing here imports torch or reads weights: run files are checked against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from attrs import field, frozen
+from distill_protocols import WeightsError
+
+from distill_diffusers.folders import (
+    folder_hint,
+    folder_problem,
+    is_hub_id,
+    locate,
+    read_json,
+    transformer_names,
+)
+from distill_diffusers.kinds import ModelKind
+
+
+@frozen(kw_only=True)
+class LatentInfo:
+    """What a VAE makes of pixels.
+
+    Attributes:
+        channels: of a latent cell.
+        stride_t: frames of pixels that a latent frame holds; the first frame stands alone. 1 for
+            images.
+        stride_hw: pixels that a latent cell spans in height and in width.
+    """
+
+    channels: int
+    stride_t: int = 1
+    stride_hw: int = 8
+
+    def shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of the latents of one clip, given in pixels."""
+        frames = (num_frames - 1) // self.stride_t + 1
+        return self.channels, frames, height // self.stride_hw, width // self.stride_hw
+
+
+@frozen(kw_only=True)
+class PublishedModel:
+    """The numbers of one published pipeline, so that a run can be planned before it is downloaded.
+
+    Attributes:
+        transformers: by module name, the arguments of the transformer class that differ from its
+            defaults.
+        latents: what its VAE makes of pixels.
+        call_options: those of ``ModelKind.call_options`` that differ from their defaults.
+    """
+
+    transformers: Mapping[str, Mapping[str, Any]]
+    latents: LatentInfo
+    call_options: Mapping[str, Any] = field(default=MappingProxyType({}))
+
+
+@frozen(kw_only=True)
+class ModelDescription:
+    """How the transformers of one pipeline are built and called.
+
+    Attributes:
+        transformers: configurations by module name, in the order of ``ModelKind.modules``.
+        call_options: a value for each of ``ModelKind.call_options``.
+    """
+
+    transformers: Mapping[str, Mapping[str, Any]]
+    call_options: Mapping[str, Any]
+
+    @property
+    def main(self) -> Mapping[str, Any]:
+        """The configuration of the first transformer; experts are built alike."""
+        return next(iter(self.transformers.values()))
+
+
+def describe_model(
+    kind: ModelKind, path: str, published: Mapping[str, PublishedModel]
+) -> ModelDescription:
+    """Read the configurations of a folder or a cached hub id, else take the published numbers.
+
+    Raises:
+        WeightsError: nothing says how the model is built.
+    """
+    folder = locate(path)
+    if folder is not None and (folder / "model_index.json").is_file():
+        index = read_json(folder / "model_index.json")
+        names = transformer_names(folder, kind.modules)
+        if kind.modules[0] not in names:
+            raise WeightsError(
+                f"{folder / 'model_index.json'} names no {kind.modules[0]}, and every model of "
+                "this family has one. Download the folder again"
+            )
+        if all((folder / name / "config.json").is_file() for name in names):
+            options = {
+                name: default if index.get(name) is None else index[name]
+                for name, default in kind.call_options.items()
+            }
+            configs = {name: read_json(folder / name / "config.json") for name in names}
+            return ModelDescription(transformers=configs, call_options=options)
+    if path in published:
+        model = published[path]
+        return ModelDescription(
+            transformers=model.transformers,
+            call_options={**kind.call_options, **model.call_options},
+        )
+    raise WeightsError(
+        folder_problem(path)
+        or (
+            unknown_hub_id(path, published)
+            if is_hub_id(path)
+            else f"{path} has no {kind.modules[0]}/config.json"
+        )
+    )
+
+
+def unknown_hub_id(path: str, published: Mapping[str, PublishedModel]) -> str:
+    """Say why nothing is known of a hub id that is neither in the local cache nor published."""
+    diffusers_id = f"{path}-Diffusers"
+    if diffusers_id in published:
+        return f"{path} holds the model's original format; did you mean {diffusers_id}?"
+    return (
+        f"{path} is not in the local Hugging Face cache, and its architecture is not among those "
+        f"that ship with this package ({', '.join(published)}), so nothing can be planned. "
+        f"Download it first: hf download {path}{folder_hint(path)}"
+    )
+
+
+def differing_entries(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """``"key a instead of b"`` for each entry that both configurations have, and differently.
+
+    Entries whose names begin with ``_`` are about the file and not compared.
+    """
+    return [
+        f"{key} {theirs[key]} instead of {ours[key]}"
+        for key in sorted(theirs.keys() & ours.keys())
+        if not key.startswith("_") and as_json(theirs[key]) != as_json(ours[key])
+    ]
+
+
+def as_json(value: Any) -> Any:
+    """Turn a tuple into the list that JSON makes of it, so that both compare equal."""
+    return list(value) if isinstance(value, tuple) else value

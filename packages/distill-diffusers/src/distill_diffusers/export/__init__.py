@@ -1,0 +1,1 @@
+"""Export: one role written where other tools read it, and read back by them."""

@@ -1,0 +1,542 @@
+"""The exporter that every family on diffusers inherits from.
+
+``PipelineExporter`` writes a role as a pipeline folder (``diffusers``) and as low-rank adapters
+(``lora``), tensor by tensor. A family says how its pipeline is called and what a person should
+know (``call_arguments``, ``notes``, ``index_entries``), and adds formats of its own (``formats``).
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+from attrs import asdict, field, frozen
+from distill_protocols import (
+    DTYPES,
+    ExportRequest,
+    LoraSpec,
+    Precision,
+    RoleSpec,
+    TensorInfo,
+    WeightsError,
+    WeightSource,
+)
+from torch import Tensor, nn
+
+from distill_diffusers.architecture import (
+    Architecture,
+    build_on_meta,
+    inspect_model,
+    kept_in_fp32,
+)
+from distill_diffusers.export.files import (
+    SPEC_FILE,
+    replace_export,
+    write_json,
+    write_module,
+    write_weights,
+)
+from distill_diffusers.folders import component_problems, fetch, locate, read_json
+from distill_diffusers.kinds import ModelKind, class_name
+from distill_diffusers.roles.lora import adapted_layers, adapter_names, names_of
+from distill_diffusers.sampling.scheduler import (
+    SchedulerGrid,
+    StepGrid,
+    StockSchedule,
+    stock_schedule,
+)
+from distill_diffusers.weights.derived import CastWeights, MergedWeights, round_to
+from distill_diffusers.weights.extraction import Extraction, extract
+from distill_diffusers.weights.modules import check_keys
+from distill_diffusers.weights.sources import folder_weights
+
+if TYPE_CHECKING:
+    from distill_diffusers.family import DiffusersFamily
+
+LORA_STEM = "pytorch_lora_weights"
+"""The file name that ``load_lora_weights(folder)`` looks for."""
+TOLERABLE_DEVIATION = 0.5
+"""Units of t; one step of the 1000 that models are trained on is 1."""
+
+LayerName = Callable[[str, str], str]
+"""(layer, ``A`` or ``B``) -> the name of that factor in a LoRA file."""
+
+
+@frozen(kw_only=True, eq=False)
+class Export:
+    """One export that is being written or verified.
+
+    Attributes:
+        name: of the folder.
+        kind: class of the transformers.
+        modules: the role's transformers, on the meta device.
+        weights: of the role, by module: whole, or adapters alone.
+        schedule: the stock scheduler for ``request.sampler``.
+        record: what ``sampler_spec.json`` says whatever the format is.
+    """
+
+    name: str
+    kind: ModelKind
+    role: RoleSpec
+    request: ExportRequest
+    modules: Mapping[str, nn.Module]
+    weights: Mapping[str, WeightSource]
+    schedule: StockSchedule
+    record: Mapping[str, Any]
+
+    def full_weights(self) -> dict[str, WeightSource]:
+        """Return full weights by module: a LoRA merged into its base, then rounded."""
+        sources: dict[str, WeightSource] = dict(self.weights)
+        if self.role.lora is not None:
+            base, scale = folder_weights(self.role.path, self.kind.modules), self.role.lora.scale
+            sources = {k: MergedWeights(base[k], v, scale) for k, v in sources.items()}
+        if self.request.precision is not None:
+            kept = kept_in_fp32(self.kind)
+            precision = self.request.precision
+            sources = {k: CastWeights(v, precision, kept) for k, v in sources.items()}
+        return sources
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Header entries of a weight file that may be copied without ``sampler_spec.json``.
+
+        ComfyUI reads an entry ``config``, so there must be none of that name.
+        """
+        names = ("role", "weights", "sampler", "timesteps", "call")
+        return {"sampler_spec": json.dumps({name: self.record[name] for name in names})}
+
+    def suffix(self, module: str) -> str:
+        """End of the file names of a module: empty for the first."""
+        return "" if module == next(iter(self.modules)) else f"-{module}"
+
+
+@frozen(kw_only=True)
+class Written:
+    """What a format adds to the record of an export.
+
+    Attributes:
+        notes: lines that a person should read.
+        entries: further entries of ``sampler_spec.json``.
+    """
+
+    notes: tuple[str, ...] = ()
+    entries: Mapping[str, Any] = field(factory=dict)
+
+
+@frozen(kw_only=True)
+class ExportFormat:
+    """How one format is written and read back.
+
+    Attributes:
+        write: fills an empty folder.
+        verify: reads the folder with the reader that it is for; raises WeightsError where
+            something differs, and returns numbers by module (see ``verification``).
+    """
+
+    write: Callable[[Export, Path], Written]
+    verify: Callable[[Export, Path], Mapping[str, Any]]
+
+
+class PipelineExporter(abc.ABC):
+    """``Exporter`` of a family on diffusers.
+
+    Args:
+        family: says how the models of a path are built and which requests cannot be had.
+        source: Diffusers folder or hub id that the other components are copied from.
+        grid: what the pipeline's scheduler starts from; None: ``SchedulerGrid``.
+    """
+
+    components: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
+    """Folders that are copied from ``source``, those of them that it has."""
+
+    def __init__(
+        self, family: DiffusersFamily[Any], *, source: str, grid: StepGrid | None = None
+    ) -> None:
+        self.family = family
+        self.kind = family.kind
+        self.grid = grid or SchedulerGrid()
+        self._source = source
+
+    # -- what a family says -------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def call_arguments(self, role: RoleSpec, request: ExportRequest) -> Mapping[str, Any]:
+        """Return what the stock pipeline is called with, beside the prompt, to sample alike."""
+
+    @abc.abstractmethod
+    def probe(self, module: nn.Module, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """Draw seeded inputs of a few tokens for a transformer, by argument name.
+
+        Verification calls the exported and the expected transformer with them.
+        """
+
+    def formats(self) -> Mapping[str, ExportFormat]:
+        """Return the formats by name; a family adds its own to these two."""
+        from distill_diffusers.export import verification
+
+        return {
+            "diffusers": ExportFormat(
+                write=self._write_pipeline,
+                verify=lambda export, folder: verification.verify_pipeline(self, export, folder),
+            ),
+            "lora": ExportFormat(
+                write=self._write_lora,
+                verify=lambda export, folder: verification.verify_lora(self, export, folder),
+            ),
+        }
+
+    def lora_files(self, export: Export, module: str) -> Mapping[str, LayerName]:
+        """Return the files of a module's adapters: file name -> how layers are named in it.
+
+        The first must be the one that ``load_lora_weights`` of the pipeline reads.
+        """
+        return {f"{LORA_STEM}{export.suffix(module)}.safetensors": diffusers_lora_name}
+
+    def record_entries(self, role: RoleSpec) -> Mapping[str, Any]:
+        """Return the family's own entries of ``sampler_spec.json``."""
+        return {}
+
+    def index_entries(
+        self, own_index: Mapping[str, Any], modules: Collection[str]
+    ) -> Mapping[str, Any]:
+        """Return entries of ``model_index.json`` that depend on the transformers.
+
+        By default the pipeline's class alone; the other components come from ``source``, which may
+        be the folder of another pipeline.
+
+        Args:
+            own_index: that of the role's path; empty where it has none.
+            modules: names of the role's transformers.
+        """
+        return {key: own_index[key] for key in ("_class_name",) if key in own_index}
+
+    def notes(
+        self, role: RoleSpec, request: ExportRequest, schedule: StockSchedule
+    ) -> Iterator[str]:
+        """Yield what a person should know of any export of a role."""
+        if role.precision != "fp32":
+            yield (
+                f"the role computes in {role.precision} in training; stock code computes in "
+                f"whatever type it loads the weights as, so clips agree but for {role.precision} "
+                "rounding"
+            )
+        yield from self.sampler_notes(role, request, schedule)
+
+    def sampler_notes(
+        self, role: RoleSpec, request: ExportRequest, schedule: StockSchedule
+    ) -> Iterator[str]:
+        """Yield where the stock pipeline cannot sample as the request says."""
+        if schedule.deviation > TOLERABLE_DEVIATION:
+            yield (
+                f"stock timesteps differ from the sampler's by up to {schedule.deviation:.2f} of "
+                "1000: FlowMatchEulerDiscreteScheduler cannot make them; `timesteps` holds the "
+                "exact ones"
+            )
+        yield from self.pipeline_notes(role, request)
+        if request.format == "lora":
+            yield (
+                "a LoRA file holds no scheduler: give the base's pipeline "
+                "FlowMatchEulerDiscreteScheduler.from_config(`scheduler`) to sample as `sampler` "
+                "says"
+            )
+
+    def pipeline_notes(self, role: RoleSpec, request: ExportRequest) -> Iterator[str]:
+        """Yield what a person should know of the family's pipeline: guidance, first frames."""
+        yield from ()
+
+    # -- Exporter -----------------------------------------------------------------------------
+
+    def export(
+        self,
+        role: RoleSpec,
+        weights: Mapping[str, WeightSource],
+        folder: Path,
+        request: ExportRequest,
+    ) -> Mapping[str, Any]:
+        """Write ``folder`` whole or not at all, with a few tensors in memory at a time.
+
+        - ``diffusers``: ``Pipeline.from_pretrained(folder)(prompt, **record["call"])`` samples as
+          ``request.sampler`` says; ``record["notes"]`` tells where stock code cannot.
+        - ``lora``: ``pytorch_lora_weights.safetensors`` for ``load_lora_weights(folder)``.
+          alpha / rank is multiplied into B, so that readers that look for alpha in different
+          places (or nowhere) agree.
+
+        An older export in ``folder`` is replaced; anything else there is left alone.
+
+        Returns:
+            what ``sampler_spec.json`` says: sampler, timesteps, files, notes ...
+
+        Raises:
+            OutputError: ``folder`` holds something else, or cannot be written.
+            WeightsError: keys are missing or unexpected, the request cannot be had
+                (``family.export_problems``), or a component to copy is missing or damaged.
+        """
+        folder = Path(folder)
+        export = self.prepare(role, weights, folder.name, request)
+        if request.format == "diffusers":
+            for problem in component_problems(fetch(self._source, self.components)):
+                raise WeightsError(f"{role.name} cannot be exported: {problem}")
+        with replace_export(folder) as stage:
+            written = self.formats()[request.format].write(export, stage)
+            files = sorted(stage.rglob("*.safetensors"))
+            record = {
+                **export.record,
+                "notes": [*export.record["notes"], *written.notes],
+                **written.entries,
+                "files": {str(file.relative_to(stage)): file.stat().st_size for file in files},
+            }
+            write_json(stage / SPEC_FILE, record)
+        return record
+
+    def verify(
+        self,
+        role: RoleSpec,
+        weights: Mapping[str, WeightSource],
+        folder: Path,
+        request: ExportRequest,
+    ) -> Mapping[str, Any]:
+        """Read ``folder`` and compare every name, every number and the outputs.
+
+        Returns:
+            by module, how many tensors were compared and the largest difference of outputs; in
+            ``notes`` the same as lines to read.
+
+        Raises:
+            WeightsError: with the names of what is unmatched or differs.
+        """
+        from distill_diffusers.export.verification import verify
+
+        return verify(self, role, weights, Path(folder), request)
+
+    def prepare(
+        self,
+        role: RoleSpec,
+        weights: Mapping[str, WeightSource],
+        name: str,
+        request: ExportRequest,
+    ) -> Export:
+        """Compare every name and shape of ``weights`` with the role's transformers.
+
+        Raises:
+            WeightsError: ``weights`` are not those of the role, or the request cannot be had.
+        """
+        found = self.family.export_problems(role, request)
+        if problems := [f"{'.'.join(p.path)}: {p.message}" for p in found]:
+            raise WeightsError(f"role {role.name!r} cannot be exported so; {'; '.join(problems)}")
+        schedule = stock_schedule(request.sampler, self.grid)
+        return Export(
+            name=name,
+            kind=self.kind,
+            role=role,
+            request=request,
+            modules=self._checked_modules(role, weights),
+            weights=weights,
+            schedule=schedule,
+            record=self._record(role, request, schedule),
+        )
+
+    def _checked_modules(
+        self, role: RoleSpec, weights: Mapping[str, WeightSource]
+    ) -> dict[str, nn.Module]:
+        configs = self.family.describe(role.path).transformers
+        if set(configs) != set(weights):
+            raise WeightsError(
+                f"role {role.name!r} has weights of {', '.join(weights) or 'nothing'}, and "
+                f"{role.path} is built of {', '.join(configs)}; an export needs just these. Name "
+                "the path that the role was trained from"
+            )
+        modules: dict[str, nn.Module] = {}
+        for name, config in configs.items():
+            modules[name] = build_on_meta(self.kind, config)
+            state: Mapping[str, Tensor] = modules[name].state_dict()
+            if role.lora is not None:
+                state = _adapter_shapes(role.lora, inspect_model(self.kind, config))
+            check_keys(
+                weights[name],
+                state,
+                "A missing key would be random in whatever reads the export. Name the path (and "
+                "the lora) that the role was trained with",
+            )
+        return modules
+
+    def _record(
+        self, role: RoleSpec, request: ExportRequest, schedule: StockSchedule
+    ) -> dict[str, Any]:
+        return {
+            "role": role.name,
+            "path": role.path,
+            "weights": request.weights,
+            "format": request.format,
+            "precision": request.precision,
+            "sampler": asdict(request.sampler),
+            "timesteps": [1000 * sigma for sigma in request.sampler.sigmas()],
+            "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", **schedule.config},
+            **self.record_entries(role),
+            "stock_timesteps": list(schedule.timesteps),
+            "timestep_deviation": schedule.deviation,
+            "call": dict(self.call_arguments(role, request)),
+            "notes": list(self.notes(role, request, schedule)),
+        }
+
+    # -- diffusers ----------------------------------------------------------------------------
+
+    def _write_pipeline(self, export: Export, stage: Path) -> Written:
+        source = fetch(self._source, self.components)
+        for name, full in export.full_weights().items():
+            module: Any = export.modules[name]
+            module.save_config(stage / name)
+            names = list(module.state_dict())
+            write_module(stage / name, full, names, export.request.max_shard_bytes)
+        export.schedule.scheduler().save_pretrained(stage / "scheduler")
+        for name in self.components:
+            if (source / name).is_dir():
+                # Links are followed: a hub cache is all links, and an export must stand alone.
+                shutil.copytree(source / name, stage / name, symlinks=False)
+        for file in stage.glob("tokenizer*/tokenizer_config.json"):
+            _name_tokenizer(file)
+        index = self._model_index(export.role, source, stage, list(export.modules))
+        write_json(stage / "model_index.json", index)
+        return Written()
+
+    def _model_index(
+        self, role: RoleSpec, source: Path, stage: Path, modules: list[str]
+    ) -> dict[str, Any]:
+        """Compose the source's index with our scheduler, the role's transformers, and only what
+        is there."""
+        index = read_json(source / "model_index.json")
+        own = locate(role.path)
+        own_index: Mapping[str, Any] = {}
+        if own is not None and (own / "model_index.json").is_file():
+            own_index = read_json(own / "model_index.json")
+        index |= self.index_entries(own_index, modules)
+        classes = {name: entry for name, entry in index.items() if isinstance(entry, list)}
+        classes["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+        classes |= {name: ["diffusers", class_name(self.kind.transformer)] for name in modules}
+        for name, entry in classes.items():
+            if entry[1] == _NEW_TOKENIZER:
+                classes[name] = ["transformers", _OLD_TOKENIZER]
+            if not (stage / name).is_dir():
+                classes[name] = [None, None]
+        return {**index, **classes, "_diffusers_version": diffusers.__version__}
+
+    # -- LoRA ---------------------------------------------------------------------------------
+
+    def _write_lora(self, export: Export, stage: Path) -> Written:
+        role, request = export.role, export.request
+        notes: list[str] = []
+        summaries: dict[str, Any] = {}
+        for name in export.modules:
+            if role.lora is not None:
+                pairs = adapter_factors(role.lora, export.weights[name], request.precision)
+                summaries[name] = {"rank": role.lora.rank, "layers": len(pairs)}
+            else:
+                base = folder_weights(role.path, self.kind.modules)[name]
+                rank = request.lora_rank or 0  # problems() refuses a request without it
+                extraction = extract(
+                    export.weights[name], base, rank, precision=request.precision, seed_name=name
+                )
+                pairs = extraction.factors
+                summaries[name] = {"rank": rank, **extraction.summary()}
+                notes += _extraction_notes(role, name, extraction)
+            if not pairs:
+                raise WeightsError(
+                    f"role {role.name!r}, {name}: no linear layer differs from {role.path}, so "
+                    "there is nothing to make a LoRA of. Was it trained, and from this path?"
+                )
+            for file, layer_name in self.lora_files(export, name).items():
+                tensors = {
+                    layer_name(layer, side): tensor
+                    for layer, pair in pairs.items()
+                    for side, tensor in zip("AB", pair, strict=True)
+                }
+                infos = {k: TensorInfo(tuple(t.shape), t.dtype) for k, t in tensors.items()}
+                write_weights(stage / file, infos, tensors.__getitem__, export.metadata)
+        return Written(notes=tuple(notes), entries={"lora": summaries})
+
+
+def single_files(export: Export) -> dict[str, str]:
+    """Return by module the file name of its single-file export: ``<folder>.safetensors``."""
+    return {name: f"{export.name}{export.suffix(name)}.safetensors" for name in export.modules}
+
+
+def write_single_files(export: Export, stage: Path, to_original: Callable[[str], str]) -> None:
+    """Write each module's full weights to one file, under the names that ``to_original`` gives."""
+    files = single_files(export)
+    for name, full in export.full_weights().items():
+        ours = {to_original(key): key for key in export.modules[name].state_dict()}
+        infos = full.describe()
+
+        def read(
+            original: str, names: Mapping[str, str] = ours, source: WeightSource = full
+        ) -> Tensor:
+            return source.read([names[original]])[names[original]]
+
+        write_weights(
+            stage / files[name],
+            {original: infos[key] for original, key in ours.items()},
+            read,
+            export.metadata,
+        )
+
+
+def diffusers_lora_name(layer: str, side: str) -> str:
+    """Name a factor as ``save_lora_weights`` of the pipelines does, of any module."""
+    return f"transformer.{layer}.lora_{side}.weight"
+
+
+def adapter_factors(
+    lora: LoraSpec, source: WeightSource, precision: Precision | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return by layer (A, B) of a LoRA role as they are written: alpha / rank is in B."""
+    pairs = {}
+    for layer, names in adapter_names(source.describe()).items():
+        factors = source.read(names)
+        a, b = (factors[name] for name in names)
+        if lora.scale != 1:
+            b = b.float() * lora.scale
+        if precision is not None:
+            dtype = DTYPES[precision]
+            a, b = (round_to(x, dtype, n) for x, n in zip((a, b), names, strict=True))
+        pairs[layer] = (a, b.to(a.dtype))
+    return pairs
+
+
+def _adapter_shapes(lora: LoraSpec, architecture: Architecture) -> dict[str, Tensor]:
+    shapes = {}
+    for layer, (inputs, outputs) in adapted_layers(architecture, lora).items():
+        a, b = names_of(layer)
+        shapes[a] = torch.empty(lora.rank, inputs, device="meta")
+        shapes[b] = torch.empty(outputs, lora.rank, device="meta")
+    return shapes
+
+
+def _extraction_notes(role: RoleSpec, module: str, extraction: Extraction) -> Iterator[str]:
+    yield (
+        f"{module}: the LoRA is an approximation of the difference to {role.path}, off by "
+        f"{extraction.relative_error:.3g} of it (Frobenius norm over {len(extraction.factors)} "
+        "layers; lora.<module>.by_layer has each)"
+    )
+    if extraction.not_held:
+        worst = max(extraction.not_held, key=extraction.not_held.__getitem__)
+        yield (
+            f"{module}: {len(extraction.not_held)} tensors that changed are no linear layers "
+            "(biases, norms, scale/shift tables, patch embedding), so no LoRA holds them and the "
+            f"base's stay: most of all {worst}, by {extraction.not_held[worst]:.3g} of its norm "
+            "(lora.<module>.not_held has each)"
+        )
+
+
+_NEW_TOKENIZER, _OLD_TOKENIZER = "TokenizersBackend", "PreTrainedTokenizerFast"
+
+
+def _name_tokenizer(file: Path) -> None:
+    """Rename the class that transformers 5 writes and 4 does not have; 5 reads the old name too."""
+    config = read_json(file)
+    if config.get("tokenizer_class") == _NEW_TOKENIZER:
+        write_json(file, {**config, "tokenizer_class": _OLD_TOKENIZER})

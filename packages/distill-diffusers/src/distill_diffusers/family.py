@@ -1,0 +1,416 @@
+"""A model family on diffusers, as an app sees it before torch is imported.
+
+``DiffusersFamily`` is the base class of a family's plugin. It answers everything that a folder, a
+module on the meta device and ``ModelKind`` tell; a family adds what is true of it alone::
+
+    class LtxFamily(DiffusersFamily[LtxConfig]):
+        name = "ltx"
+        contract = 2
+        help = "LTX-Video, from Diffusers-format folders or hub ids"
+        config_class = LtxConfig
+        kind = LTX              # a ModelKind
+        published = PUBLISHED   # hub id -> PublishedModel
+
+        def capabilities(self, config): ...       # what the adapter supports
+        def latent_info(self, vae): ...           # what vae/config.json says of the latents
+        def condition_shapes(self, config, *, source): ...   # one row of each condition tensor
+        def call_model(self, role, inputs): ...   # one call of the transformer, to plan its memory
+        def adapter(self, bundle, config, *, source): ...    # how the models are called
+        def exporter(self, config, *, source): ...
+
+and, where they apply, ``unsupported``, ``fit_problems``, ``call_shapes``, ``tokens`` and the hooks
+of ``FamilyPlugin`` (experts, first frames, names in other codes). Modules that import torch are
+imported inside of the methods that need them: a run file without LoRA and discriminators is
+checked without torch.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+from distill_protocols import FamilyPlugin, Problem, RoleSpec, WeightsError, below
+from distill_protocols.plugins import EMPTY
+
+from distill_diffusers.descriptions import (
+    LatentInfo,
+    ModelDescription,
+    PublishedModel,
+    describe_model,
+    differing_entries,
+    unknown_hub_id,
+)
+from distill_diffusers.export.rules import FORMATS, export_problems
+from distill_diffusers.folders import (
+    DIFFUSERS_STEM,
+    component_problems,
+    folder_problem,
+    has_weights,
+    is_hub_id,
+    locate,
+    pipeline_problems,
+    read_json,
+)
+from distill_diffusers.kinds import ModelKind
+
+if TYPE_CHECKING:
+    import torch
+    from distill_protocols import (
+        CallPlan,
+        ExportRequest,
+        ModelBundle,
+        RoleHandle,
+        RolePlan,
+        WeightSource,
+    )
+    from torch import Tensor
+
+    from distill_diffusers.architecture import Architecture
+
+
+class DiffusersConfig(Protocol):
+    """What the shared code reads of a family's section of a run file."""
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of pixels of a clip; 1 of an image model."""
+        ...
+
+    @property
+    def height(self) -> int:
+        """Pixels."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Pixels."""
+        ...
+
+    @property
+    def components(self) -> str | None:
+        """Folder or hub id of VAE, encoders and tokenizers; None: the path of the first role."""
+        ...
+
+    @property
+    def cfg_batched(self) -> bool:
+        """Whether a guided call in training is one of twice the batch."""
+        ...
+
+
+ConfigT = TypeVar("ConfigT", bound=DiffusersConfig)
+
+ROLE_OPTIONS = frozenset(
+    (
+        "activation_checkpointing",
+        "attention_backend",
+        "base",
+        "compile",
+        "fsdp",
+        "heads",
+        "lora",
+        "offload",
+    )
+)
+"""The options of a role that ``RoleLoader`` honours for every model class."""
+
+
+class DiffusersFamily(FamilyPlugin[ConfigT]):
+    """Base class of the plugins of families on diffusers; see the module.
+
+    Attributes:
+        kind: the model class.
+        published: hub id -> numbers of a published pipeline, so that a run of it can be checked
+            and planned before it is downloaded.
+    """
+
+    kind: ClassVar[ModelKind]
+    published: ClassVar[Mapping[str, PublishedModel]] = EMPTY
+
+    # -- hooks: what a family says of its own -------------------------------------------------
+
+    @abstractmethod
+    def latent_info(self, vae: Mapping[str, Any]) -> LatentInfo:
+        """Read off ``vae/config.json`` what the VAE makes of pixels."""
+
+    @abstractmethod
+    def call_model(self, role: RoleHandle, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Call the transformer of ``role`` as the adapter does, and give its output.
+
+        It is called on fake tensors to plan the memory of a call. ``role`` has no call options.
+
+        Args:
+            inputs: by name, with the shapes of ``call_shapes``.
+        """
+
+    def unsupported(self, model: ModelDescription, config: ConfigT) -> Iterable[str]:
+        """Say why the adapter would call ``model`` wrongly. Such a model is never loaded."""
+        return ()
+
+    def fit_problems(
+        self, role: RoleSpec, config: ConfigT, model: ModelDescription
+    ) -> Iterable[str]:
+        """Say why ``model``, the supported model of ``role``, does not fit the clips of ``config``
+        or the VAE (``self.latents``)."""
+        return ()
+
+    def call_shapes(
+        self, role: RoleSpec, config: ConfigT, latents: tuple[int, int, int, int]
+    ) -> Mapping[str, tuple[int, ...]] | None:
+        """Give the shapes of one row of all inputs of a call, by name; None where not known.
+
+        By default ``latents`` [C, T, H, W], ``t`` [] and the tensors of the condition.
+        """
+        return {"latents": latents, "t": (), **self.condition_shapes(config, source=role.path)}
+
+    def tokens(
+        self, architecture: Architecture, latents: tuple[int, int, int, int]
+    ) -> tuple[int, int, int]:
+        """Give (T, H, W) of a clip in tokens of the transformer; by default from its patch size."""
+        from distill_diffusers.architecture import patch_size
+
+        _, *cells = latents
+        frames, height, width = (
+            n // p for n, p in zip(cells, patch_size(architecture.config), strict=True)
+        )
+        return frames, height, width
+
+    def attention_problem(self, role: RoleSpec, config: ConfigT) -> str | None:
+        """Say why ``role.attention_backend`` cannot be had for the role; None where it can."""
+        from distill_diffusers.roles.attention import backend_problem
+
+        return None if role.attention_backend is None else backend_problem(role.attention_backend)
+
+    # -- what it can do -----------------------------------------------------------------------
+
+    def role_options(self, config: ConfigT) -> Collection[str]:
+        return ROLE_OPTIONS
+
+    def attention_backends(self, role: RoleSpec, config: ConfigT) -> Collection[str]:
+        """Give the kernels that diffusers knows and that run with the installed packages."""
+        from distill_diffusers.roles.attention import available_backends
+
+        return available_backends()
+
+    def export_formats(self) -> Mapping[str, str]:
+        return FORMATS
+
+    def components(self, config: ConfigT) -> str | None:
+        return config.components
+
+    # -- what is wrong with a run -------------------------------------------------------------
+
+    def role_problems(self, role: RoleSpec, config: ConfigT) -> Iterator[Problem]:
+        """Report problems of a role's path, its LoRA, its discriminator and its attention.
+
+        A hub id that is not in the local cache is no problem if its numbers are published: the run
+        can be planned, and ``load`` says what to download.
+        """
+        if role.heads is not None:
+            yield from below(self.discriminator_problems(role, config), "heads")
+            return
+        yield from (Problem("path", text) for text in self._path_problems(role, config))
+        yield from below(self._lora_problems(role), "lora")
+        if role.attention_backend is not None and (text := self.attention_problem(role, config)):
+            yield Problem("attention_backend", text)
+
+    def discriminator_problems(self, role: RoleSpec, config: ConfigT) -> Iterator[Problem]:
+        """Report blocks that the model does not have; paths are keys of ``heads``."""
+        assert role.heads is not None
+        with suppress(WeightsError):  # nothing says how it is built: a problem of the other role
+            from distill_diffusers.architecture import inspect_model
+            from distill_diffusers.roles.discriminator import block_problems
+
+            architecture = inspect_model(self.kind, self.describe(role.path).main)
+            yield from block_problems(role.heads, len(architecture.blocks))
+
+    def config_problems(self, config: ConfigT, roles: Collection[str]) -> Iterator[Problem]:
+        """Report what is wrong with the folder that the components come from."""
+        path = config.components
+        if path is None:
+            return
+        if problem := self._location_problem(path):
+            yield Problem("components", problem)
+        folder = locate(path)
+        if folder is not None and not is_hub_id(path):
+            yield from (Problem("components", text) for text in component_problems(folder))
+
+    def weights_problems(self, role: RoleSpec, path: str) -> Iterator[str]:
+        """Report entries of the configurations that differ, such as how many heads share one
+        width."""
+        with suppress(WeightsError):  # no configuration: names and shapes of the weights must do
+            theirs = self.describe(path).transformers
+            ours = self.describe(role.path).transformers
+            for name in theirs.keys() & ours.keys():
+                if differ := differing_entries(theirs[name], ours[name]):
+                    yield (
+                        f"{path} is another model than {role.path}: {name} has "
+                        f"{'; '.join(differ)}. Its weights may fit, and would be called wrongly. "
+                        "Name the path of the same model"
+                    )
+
+    def export_problems(self, role: RoleSpec, request: ExportRequest) -> Iterable[Problem]:
+        configs: Iterable[Mapping[str, Any]] = ()
+        modules: Collection[str] = ()
+        with suppress(WeightsError):  # nothing says how it is built: a problem of the role's path
+            transformers = self.describe(role.path).transformers
+            configs, modules = transformers.values(), transformers.keys()
+
+        def max_rank() -> int | None:
+            from distill_diffusers.architecture import inspect_model
+
+            layers = [inspect_model(self.kind, config).linear_layers for config in configs]
+            return max((min(size) for sizes in layers for size in sizes.values()), default=None)
+
+        return export_problems(
+            role, request, formats=self.export_formats(), modules=modules, max_rank=max_rank
+        )
+
+    # -- shapes and numbers, without weights --------------------------------------------------
+
+    def describe(self, path: str) -> ModelDescription:
+        """Describe the model of a folder or hub id.
+
+        Raises:
+            WeightsError: nothing says how it is built.
+        """
+        return describe_model(self.kind, path, self.published)
+
+    def latents(self, source: str) -> LatentInfo | None:
+        """Say what the VAE of a folder or hub id makes of pixels; None where it is not known."""
+        folder = locate(source)
+        if folder is not None and (folder / "vae" / "config.json").is_file():
+            return self.latent_info(read_json(folder / "vae" / "config.json"))
+        return self.published[source].latents if source in self.published else None
+
+    def latent_shape(self, config: ConfigT, *, source: str) -> tuple[int, int, int, int] | None:
+        """Give (C, T, H, W) from the numbers of ``source``'s VAE."""
+        info = self.latents(source)
+        return info and info.shape(config.num_frames, config.height, config.width)
+
+    def plan(self, role: RoleSpec, config: ConfigT) -> RolePlan:
+        """Plan modules and sizes, from the meta device.
+
+        Raises:
+            WeightsError: nothing says how the model is built.
+        """
+        from distill_protocols import RolePlan
+
+        from distill_diffusers.planning.modules import plan_modules
+
+        model = self.describe(role.path)
+        folder = locate(role.path)
+        is_present = folder is not None and all(
+            has_weights(folder / name, DIFFUSERS_STEM) for name in model.transformers
+        )
+        return RolePlan(
+            role=role.name,
+            source=role.path if role.heads is None else "drawn from the seed",
+            modules=plan_modules(self.kind, model, role),
+            present=is_present or role.heads is not None,
+        )
+
+    def plan_call(
+        self,
+        role: RoleSpec,
+        config: ConfigT,
+        *,
+        source: str,
+        batch: int,
+        guided: bool = False,
+        input_gradient: bool = False,
+    ) -> CallPlan | None:
+        """Plan a call by the real module on fake tensors, of two and of three blocks.
+
+        Of two experts it is either's call.
+        """
+        latents = self.latent_shape(config, source=source)
+        if latents is None:
+            return None
+        from distill_diffusers.architecture import inspect_model
+        from distill_diffusers.planning.calls import plan_call, plan_discriminator_call
+
+        main = self.describe(role.path).main
+        if role.heads is not None:
+            cells = self.tokens(inspect_model(self.kind, main), latents)
+            return plan_discriminator_call(self.kind, main, role, batch=batch, cells=cells)
+        shapes = self.call_shapes(role, config, latents)
+        if shapes is None:
+            return None
+        rows = 2 * batch if guided and config.cfg_batched else batch
+        return plan_call(
+            self.kind,
+            main,
+            role,
+            self.call_model,
+            {name: (rows, *shape) for name, shape in shapes.items()},
+            input_gradient=input_gradient,
+        )
+
+    # -- parts of a run -----------------------------------------------------------------------
+
+    def load(
+        self,
+        roles: Sequence[RoleSpec],
+        config: ConfigT,
+        *,
+        device: torch.device,
+        seed: int = 0,
+        weights: Mapping[str, Mapping[str, WeightSource]] = EMPTY,
+        shard: Callable[[RoleHandle], None] = lambda role: None,
+    ) -> ModelBundle:
+        from distill_diffusers.roles.loading import RoleLoader
+
+        def describe(path: str) -> ModelDescription:
+            model = self.describe(path)
+            for reason in self.unsupported(model, config):
+                raise WeightsError(f"{path} cannot be used: {reason}")
+            return model
+
+        return RoleLoader(kind=self.kind, describe=describe).load_bundle(
+            roles, device=device, seed=seed, weights=weights, shard=shard
+        )
+
+    def weights(self, path: str) -> Mapping[str, WeightSource]:
+        from distill_diffusers.weights.sources import folder_weights
+
+        return folder_weights(path, self.kind.modules)
+
+    # -- helpers ------------------------------------------------------------------------------
+
+    def _path_problems(self, role: RoleSpec, config: ConfigT) -> Iterable[str]:
+        """Report what is missing or damaged, and where clip and model do not fit."""
+        path = role.path
+        missing = [problem] if (problem := self._location_problem(path)) else []
+        folder = locate(path)
+        if folder is not None and not is_hub_id(path):
+            with_components = config.components is None
+            missing += pipeline_problems(folder, self.kind.modules, components=with_components)
+        if missing:
+            return missing
+        try:
+            model = self.describe(path)
+            reasons = [f"{path}: {reason}" for reason in self.unsupported(model, config)]
+            return reasons or list(self.fit_problems(role, config, model))
+        except WeightsError as error:
+            return [str(error)]
+
+    def _location_problem(self, path: str) -> str | None:
+        """Say why nothing is known of ``path``."""
+        if is_hub_id(path) and path not in self.published and locate(path) is None:
+            return unknown_hub_id(path, self.published)
+        return folder_problem(path)
+
+    def _lora_problems(self, role: RoleSpec) -> Iterator[Problem]:
+        """Report targets that name no linear layer of the role's model."""
+        if role.lora is None or not role.lora.target_modules:
+            return
+        with suppress(WeightsError):  # nothing says how it is built: a problem of the path
+            from distill_diffusers.architecture import inspect_model
+            from distill_diffusers.roles.lora import target_problems
+
+            for config in self.describe(role.path).transformers.values():
+                architecture = inspect_model(self.kind, config)
+                for text in target_problems(architecture, role.lora, self.kind.foreign_layers):
+                    yield Problem("target_modules", text)

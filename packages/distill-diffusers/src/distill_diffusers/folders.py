@@ -1,0 +1,262 @@
+"""Diffusers-format folders and hub ids, examined without torch: what is there and what is not.
+
+::
+
+    model_index.json
+    transformer/    config.json, diffusion_pytorch_model.safetensors (or shards and their index)
+    transformer_2/  likewise, where the model has two experts
+    vae/            likewise
+    text_encoder/   config.json, model.safetensors (or shards)    only to encode new prompts
+    tokenizer/      tokenizer.json, spiece.model ...               likewise
+    text_encoder_2/, tokenizer_2/ ...                              likewise, of further encoders
+    image_encoder/  config.json, model.safetensors (or shards)    only to encode new images
+    image_processor/  preprocessor_config.json                     likewise
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from distill_protocols import WeightsError
+
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+TRANSFORMERS_STEM = "model"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether ``path`` reads as ``owner/name``; folders are absolute, so no folder does."""
+    if not _HUB_ID.fullmatch(path):
+        return False
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(path)
+    except HFValidationError:  # such as models/wan--x: the cache's own names have the two dashes
+        return False
+    return True
+
+
+def cached_snapshot(hub_id: str) -> Path | None:
+    """The folder of ``hub_id`` in the local Hugging Face cache, if it was ever downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def locate(path: str) -> Path | None:
+    """The folder of ``path``, a folder or a hub id, on this machine; None where there is none."""
+    if is_hub_id(path):
+        return cached_snapshot(path)
+    return Path(path) if Path(path).is_dir() else None
+
+
+def fetch(path: str, subfolders: tuple[str, ...]) -> Path:
+    """The local folder of ``path``; a hub id is downloaded (only ``subfolders``) where it may be.
+
+    Raises:
+        WeightsError: no such folder, or the download cannot be had; says how to get it.
+    """
+    if not is_hub_id(path):
+        if not Path(path).is_dir():
+            raise WeightsError(_no_folder(path))
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["model_index.json", *[f"{name}/*" for name in subfolders]]
+    try:
+        return Path(snapshot_download(path, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises from six unrelated trees
+        raise WeightsError(
+            f"{path}: {', '.join(subfolders)} must be read, but the local Hugging Face cache does "
+            f"not hold it and it cannot be downloaded ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). Download it where there is a network, `hf download "
+            f"{path} --local-dir <folder>`, and name that folder; unset HF_HUB_OFFLINE if set"
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        WeightsError: missing or damaged, naming the file.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WeightsError(
+            f"{file} is missing or unreadable ({error.strerror}); a Diffusers-format folder has "
+            "it. Download the model again, or point to another folder"
+        ) from error
+    except ValueError as error:
+        raise WeightsError(f"{file} is no JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{file} holds no JSON object; download it again")
+    return value
+
+
+def transformer_names(folder: Path, modules: Sequence[str]) -> tuple[str, ...]:
+    """Those of ``modules`` that the index of a pipeline folder has.
+
+    Raises:
+        WeightsError: no index, or a damaged one.
+    """
+    index = read_json(folder / "model_index.json")
+    return tuple(name for name in modules if (index.get(name) or [None])[0])
+
+
+def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
+    """The safetensors files of one module, from its index where it is sharded.
+
+    Raises:
+        WeightsError: neither a weight file nor an index, or a damaged index.
+    """
+    whole = folder / f"{stem}.safetensors"
+    if whole.is_file():
+        return (whole,)
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        raise WeightsError(
+            f"{whole} is missing, and so is {index.name}: without either there are no weights. "
+            "Download the folder again (a .bin file must be converted to safetensors first)"
+        )
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise WeightsError(f"{index} has no weight_map, so no shard is known; download it again")
+    return tuple(folder / name for name in sorted(set(shards.values())))
+
+
+def file_problem(file: Path) -> str | None:
+    """Say what is wrong with a safetensors file, from its header and its length alone."""
+    if not file.is_file():
+        return f"{file} is missing; the folder's index names it. Download it again"
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > max(0, size - 8):
+            return (
+                f"{file} is no whole safetensors file ({size} bytes): cut short, or a Git LFS "
+                "pointer. Download it again"
+            )
+        try:
+            header = json.loads(stream.read(length))
+            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"{file} has a damaged safetensors header. Download it again"
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        return (
+            f"{file} has {size} bytes where its header says {expected}: it was cut short or "
+            "overwritten. Download it again"
+        )
+    return None
+
+
+def module_problems(folder: Path, stem: str) -> Iterator[str]:
+    """What is missing or damaged in one module's folder."""
+    if not folder.is_dir():
+        yield f"{folder} is missing; a Diffusers-format folder has it. Download it again"
+        return
+    if not (folder / "config.json").is_file():
+        yield f"{folder / 'config.json'} is missing; it says how to build the module"
+    try:
+        files = weight_files(folder, stem)
+    except WeightsError as error:
+        yield str(error)
+        return
+    yield from filter(None, map(file_problem, files))
+
+
+def has_weights(folder: Path, stem: str) -> bool:
+    """Whether one module can be read whole now."""
+    return not any(module_problems(folder, stem))
+
+
+def pipeline_problems(folder: Path, modules: Sequence[str], *, components: bool) -> Iterator[str]:
+    """What is missing or damaged in a pipeline folder.
+
+    A text encoder may be absent (a data set with stored embeddings needs none), but not broken.
+
+    Args:
+        modules: names that its transformers may have (``ModelKind.modules``).
+        components: examine VAE and encoders too.
+    """
+    index = folder / "model_index.json"
+    names: tuple[str, ...] = ()
+    if not index.is_file():
+        yield (
+            f"{index} is missing, so {folder} is no Diffusers-format pipeline folder. The format "
+            "of a model's original code is another one: use its Diffusers-format repository"
+        )
+    else:
+        try:
+            names = transformer_names(folder, modules)
+        except WeightsError as error:
+            yield str(error)
+            return
+    for name in names or modules[:1]:
+        yield from module_problems(folder / name, DIFFUSERS_STEM)
+    if components:
+        yield from component_problems(folder)
+
+
+def component_problems(folder: Path) -> Iterator[str]:
+    """What is missing or damaged among VAE, encoders, tokenizers and image processor."""
+    yield from module_problems(folder / "vae", DIFFUSERS_STEM)
+    for encoder in sorted(folder.glob("text_encoder*")):
+        yield from text_problems(folder, encoder.name.removeprefix("text_encoder"))
+    if (folder / "image_encoder").is_dir():
+        yield from image_problems(folder)
+
+
+def text_problems(folder: Path, suffix: str = "") -> Iterator[str]:
+    """What is missing or damaged where a prompt is to be encoded.
+
+    Args:
+        suffix: ``"_2"``, ``"_3"`` of a further encoder and its tokenizer.
+    """
+    yield from module_problems(folder / f"text_encoder{suffix}", TRANSFORMERS_STEM)
+    tokenizer = folder / f"tokenizer{suffix}"
+    names = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
+    if not any((tokenizer / name).is_file() for name in names):
+        yield (
+            f"{tokenizer} holds none of {', '.join(names)}, and text_encoder{suffix}/ beside it "
+            "is of no use without. Download it again"
+        )
+
+
+def image_problems(folder: Path) -> Iterator[str]:
+    """What is missing or damaged where an image is to be encoded."""
+    yield from module_problems(folder / "image_encoder", TRANSFORMERS_STEM)
+    file = folder / "image_processor" / "preprocessor_config.json"
+    if not file.is_file():
+        yield f"{file} is missing, and image_encoder/ is of no use without. Download it again"
+
+
+def folder_problem(path: str) -> str | None:
+    """Why ``path`` is neither a folder here nor a hub id."""
+    return None if is_hub_id(path) or Path(path).is_dir() else _no_folder(path)
+
+
+def _no_folder(path: str) -> str:
+    known = [parent for parent in Path(path).parents if parent.is_dir()]
+    nearest = f" (the nearest that exists is {known[0]})" if known and os.path.isabs(path) else ""
+    return (
+        f"{path} is no folder{nearest} and no hub id; it must be a Diffusers-format folder or a "
+        f"hub id, owner/name{folder_hint(path)}"
+    )
+
+
+def folder_hint(path: str) -> str:
+    """For a path that reads as a hub id: somebody may have forgotten ``./``."""
+    return f"; for a folder write ./{path}" if _HUB_ID.fullmatch(path) else ""

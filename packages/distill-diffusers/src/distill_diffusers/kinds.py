@@ -1,0 +1,62 @@
+"""What the shared code needs to know of a model class, as one value a class. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any
+
+from attrs import field, frozen
+
+TRAIN_STEPS = 1000.0
+"""t at pure noise, of every family."""
+
+
+@frozen(kw_only=True)
+class ModelKind:
+    """A transformer class of diffusers and the pipeline folders that it stands in.
+
+    Classes are named as ``module:Class`` and imported when they are needed: the module itself and
+    not diffusers' pipeline package, which takes several times as long.
+
+    Attributes:
+        transformer: the class of the trained module.
+        vae: the class of the folder's VAE.
+        pipelines: classes that ``model_index.json`` may name, the first where it names none.
+        modules: names of the transformers in a folder; the first is always there, the others
+            where the index has them (experts).
+        call_options: entries of ``model_index.json`` that say how the transformers are called,
+            with their values where the index has none. They become ``RoleHandle.call_options``.
+        stored_like: name of a parameter that no LoRA is ever put on and that is stored in the
+            precision of the role: which precision a call has is read off it.
+        lora_targets: ends of the names of the linear layers that get an adapter by default; empty:
+            every linear layer within the blocks.
+        block_lists: names of the module lists whose entries are sharded, compiled, checkpointed
+            and read one at a time; empty: found on the meta module (``find_block_lists``).
+        depth: entry of the transformer's configuration that says how many blocks the first of
+            the block lists has.
+        foreign_layers: names of layers in other codes -> theirs here, for hints.
+    """
+
+    transformer: str
+    vae: str
+    pipelines: tuple[str, ...]
+    modules: tuple[str, ...] = ("transformer",)
+    call_options: Mapping[str, Any] = field(default=MappingProxyType({}))
+    stored_like: str
+    lora_targets: tuple[str, ...] = ()
+    block_lists: tuple[str, ...] = ()
+    depth: str = "num_layers"
+    foreign_layers: Mapping[str, str] = field(default=MappingProxyType({}))
+
+
+def load_class(name: str) -> type[Any]:
+    """The class ``module:Class``."""
+    module, _, attribute = name.partition(":")
+    return vars(import_module(module))[attribute]
+
+
+def class_name(name: str) -> str:
+    """``Class`` of ``module:Class``."""
+    return name.partition(":")[2]

@@ -1,0 +1,1 @@
+"""Sizes and memory of models that need not exist."""

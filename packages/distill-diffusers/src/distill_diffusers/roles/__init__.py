@@ -1,0 +1,1 @@
+"""Roles: loaded, adapted, shared, moved away, compiled."""

@@ -1,0 +1,50 @@
+"""The attention kernel of one role, by diffusers' names.
+
+diffusers has a registry of kernels and a function that sets one for a model
+(``ModelMixin.set_attention_backend``). That function also makes it the kernel of every other model
+that has none of its own, which is put back here: a role's option is that role's alone.
+"""
+
+from __future__ import annotations
+
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.modeling_utils import ModelMixin
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the kernels that run with the packages that are installed.
+
+    Some of them need a GPU, which the machine that checks a run may not have: that is not asked.
+    """
+    return tuple(name.value for name in AttentionBackendName if backend_problem(name.value) is None)
+
+
+def backend_problem(name: str) -> str | None:
+    """Say why there is no kernel ``name``, or what it needs; None where it can be set."""
+    try:
+        backend = AttentionBackendName(name)
+    except ValueError:
+        names = ", ".join(available_backends())
+        return f"diffusers knows no attention backend {name!r}; here it can be {names}"
+    try:
+        attention_dispatch._check_attention_backend_requirements(backend)
+    except RuntimeError as error:
+        return f"attention backend {name!r} cannot run here: {error}"
+    # diffusers checks these two only where it calls them.
+    needs = {
+        AttentionBackendName.XFORMERS: (attention_dispatch._CAN_USE_XFORMERS_ATTN, "xformers"),
+        AttentionBackendName._NATIVE_XLA: (attention_dispatch._CAN_USE_XLA_ATTN, "torch_xla"),
+    }
+    is_there, package = needs.get(backend, (True, ""))
+    return None if is_there else f"attention backend {name!r} needs {package}; install it"
+
+
+def set_backend(module: ModelMixin, name: str) -> None:
+    """Let all attention layers of ``module``, and of no other model, use the kernel ``name``."""
+    registry = attention_dispatch._AttentionBackendRegistry
+    active, _ = registry.get_active_backend()
+    try:
+        module.set_attention_backend(name)
+    finally:
+        registry.set_active_backend(active)

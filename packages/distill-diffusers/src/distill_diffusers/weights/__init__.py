@@ -1,0 +1,1 @@
+"""Where weights come from and go to: files, other weights, meta modules."""

@@ -1,0 +1,93 @@
+"""Several text encoders of one pipeline folder, side by side."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import wan_variants
+from distill_diffusers.components import encoders as components
+from distill_diffusers.components.encoders import TextEncoderPart, TextEncoders
+from distill_protocols import WeightsError
+
+UMT5 = "transformers.models.umt5.modeling_umt5:UMT5EncoderModel"
+SECOND = TextEncoderPart(model=UMT5, encoder="text_encoder_2", tokenizer="tokenizer_2")
+PARTS = (TextEncoderPart(model=UMT5), SECOND)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    folder = wan_variants.template(tmp_path_factory.mktemp("encoders") / "pipeline")
+    for name in ("text_encoder", "tokenizer"):
+        shutil.copytree(folder / name, folder / f"{name}_2")
+    return folder
+
+
+@pytest.fixture
+def folder(template, tmp_path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "pipeline"))
+
+
+def encoders_of(folder: Path, *, settings: tuple[object, ...] = (8,)) -> TextEncoders:
+    return TextEncoders(str(folder), PARTS, settings=settings, device=torch.device("cpu"))
+
+
+def test_all_stay_loaded_within_and_none_outside(folder, monkeypatch):
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+    real = components.load_encoder
+
+    def load(*args):
+        encoder = real(*args)
+        loaded.append(weakref.ref(encoder))
+        return encoder
+
+    monkeypatch.setattr(components, "load_encoder", load)
+    encoders = encoders_of(folder)
+
+    def use(*names: str) -> None:
+        for name in names:
+            with encoders.loaded(name) as part:
+                tokens = part.tokenizer(["seven"], return_tensors="pt")
+                part.encoder(tokens.input_ids)
+
+    use("text_encoder")
+    gc.collect()
+    assert [encoder() for encoder in loaded] == [None]
+    with encoders.keep_loaded(), encoders.keep_loaded():
+        use("text_encoder", "text_encoder_2", "text_encoder", "text_encoder_2")
+        assert len(loaded) == 3
+        assert all(encoder() is not None for encoder in loaded[1:])
+    gc.collect()
+    assert [encoder() for encoder in loaded] == [None] * 3
+
+
+def test_a_fingerprint_is_of_all_encoders_and_settings(folder):
+    first = encoders_of(folder).fingerprint()
+    assert first is not None
+    assert encoders_of(folder).fingerprint() == first
+    assert encoders_of(folder, settings=(9,)).fingerprint() != first
+    config = folder / "text_encoder_2" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert encoders_of(folder).fingerprint() != first
+    shutil.rmtree(folder / "tokenizer_2")
+    assert encoders_of(folder).fingerprint() is None
+
+
+def test_an_encoder_that_is_missing_or_wrong_is_refused(folder):
+    def check(encoder: torch.nn.Module, where: Path) -> None:
+        raise WeightsError(f"{where.name} encodes wrongly")
+
+    part = TextEncoderPart(model=UMT5, check=check)
+    checked = TextEncoders(str(folder), [part], device=torch.device("cpu"))
+    with pytest.raises(WeightsError, match="text_encoder encodes wrongly"), checked.loaded():
+        pass
+    (folder / "text_encoder_2" / "model.safetensors").unlink()
+    with (
+        pytest.raises(WeightsError, match=r"text_encoder_2.*store the embeddings"),
+        encoders_of(folder).loaded("text_encoder_2"),
+    ):
+        pass
