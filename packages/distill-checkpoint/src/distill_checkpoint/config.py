@@ -6,7 +6,7 @@ import os
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from attrs import field, frozen
+from attrs import Attribute, field, frozen
 from distill_protocols import ExportRequest, SamplerSpec
 
 _RESERVED = frozenset(
@@ -18,7 +18,7 @@ _RESERVED = frozenset(
 """Names in an output folder that a run, its trackers and callbacks write themselves."""
 
 
-def _at_least_one(instance: Any, attribute: Any, value: int | None) -> None:
+def _at_least_one(_: object, attribute: Attribute[Any], value: int | None) -> None:
     if value is not None and value < 1:
         raise ValueError(
             f"{value} must be at least 1: it counts. Leave {attribute.name} out for its default."
@@ -88,7 +88,7 @@ _CHANGEABLE = ("roles", "optimizers", "ema", "callbacks")
 """What ``ChangesConfig`` may name: ``roles.critic``, ``callbacks.report`` ..."""
 
 
-def _entries(instance: Any, attribute: Any, value: tuple[str, ...]) -> None:
+def _check_entries(_: object, attribute: object, value: tuple[str, ...]) -> None:
     for entry in value:
         kind, dot, name = entry.partition(".")
         if kind not in _CHANGEABLE or not dot or not name:
@@ -116,8 +116,8 @@ class ChangesConfig:
         dropped: in the checkpoint only; is not loaded.
     """
 
-    added: tuple[str, ...] = field(default=(), validator=_entries)
-    dropped: tuple[str, ...] = field(default=(), validator=_entries)
+    added: tuple[str, ...] = field(default=(), validator=_check_entries)
+    dropped: tuple[str, ...] = field(default=(), validator=_check_entries)
 
 
 @frozen(kw_only=True)
