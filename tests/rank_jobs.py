@@ -17,8 +17,8 @@ from distill_checkpoint import (
     ExportConfig,
     KeepBestConfig,
     claim_output_dir,
-    outputs,
-    serving,
+    export,
+    output_folder,
 )
 from distill_conditioning import (
     CachedConditioning,
@@ -123,7 +123,7 @@ def keep(folder: Path, scores_of_ranks: Sequence[Mapping[int, float]], sharded: 
 
 def claim(folders: Sequence[Path], resume: bool, after: str) -> str:
     """Each rank claims its own of ``folders``; the first says whether it holds the lock."""
-    outputs.VISIBLE_AFTER = 0.2
+    output_folder.VISIBLE_AFTER = 0.2
     ranks = Ranks.of_this_run(TIMEOUT)
     try:
         held = claim_output_dir(folders[rank()], resume=resume, ranks=ranks)
@@ -204,18 +204,18 @@ def train_and_export(folder: Path, strategy: str, problem: str = "") -> Any:
     )
     config = CheckpointConfig(timeout_seconds=TIMEOUT)
     alive, most = weakref.WeakSet[torch.Tensor](), [0]
-    to_whole, count = serving.to_whole, [0]
+    to_full, count = export.to_full, [0]
 
     def watched(tensor: torch.Tensor) -> torch.Tensor:
         most[0] = max(most[0], len(alive))
-        whole = to_whole(tensor)
-        alive.add(whole)
+        full = to_full(tensor)
+        alive.add(full)
         count[0] += 1
         if problem == "kill" and rank() == 1 and count[0] == 3:
             die()
-        return whole
+        return full
 
-    serving.to_whole = watched
+    export.to_full = watched
     return said(
         lambda: (run.train(folder, 3, CheckpointManager(config, folder, {})), most[0], count[0])[1:]
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from distill_checkpoint import CheckpointConfig, CheckpointManager
-from distill_checkpoint.capture import Snapshot
+from distill_checkpoint.snapshot import Snapshot
 from distill_checkpoint.tensors import write_tensors
 from distill_protocols import Callback, CheckpointError, RankError, RunState, StepRecord
 from tiny_run import Run, Shape, new_run
@@ -288,7 +288,7 @@ def _spoilt_shard() -> None:
     def refuse(_: Any) -> None:
         raise CheckpointError("inf in a shard")
 
-    manager._refuse_spoilt = refuse  # type: ignore[assignment]
+    manager._refuse_non_finite = refuse  # type: ignore[assignment]
 
 
 def _no_space_left() -> None:

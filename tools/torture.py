@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from distill_checkpoint.layout import checkpoints
+from distill_checkpoint import checkpoints
 from distill_checkpoint.manifest import inspect
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -65,7 +65,7 @@ def test_the_way_out_in_the_error_is_the_rule_that_works(then, now):
             run = resumed(folder, now)
         except CheckpointError as error:
             text = str(error)
-            rules = yaml.safe_load(text[text.index("checkpoint:\n") :])["checkpoint"]["changes"]
+            rules = yaml.safe_load(text[text.index("changes:\n") :])["changes"]
             run = resumed(folder, now, **{key: tuple(value) for key, value in rules.items()})
             assert then != now
         before, after = first.everything(), run.everything()
@@ -91,7 +91,7 @@ def test_a_dropped_role_leaves_nothing_behind(started, tmp_path, caplog):
         "student.transformer", "student.transformer_2", "critic.transformer",
     }  # fmt: skip
     assert lines(caplog, "roles.reward") == [
-        "resuming checkpoint-000004: roles.reward is dropped (checkpoint.changes): nothing of it "
+        "resuming checkpoint-000004: roles.reward is dropped (changes): nothing of it "
         "is loaded (optimizer of transformer; weights of transformer; schedule of transformer)"
     ]
     # The next one, saved without it, fits too: the rule has nothing to do any more.
@@ -162,7 +162,7 @@ def test_another_scale_of_adapters_is_refused_and_the_same_is_not(started, tmp_p
     with pytest.raises(CheckpointError, match="is 1 in the checkpoint and 4 now") as refused:
         resumed(tmp_path, Shape(), file=lora(4, 16.0))
     text = str(refused.value)
-    rules = yaml.safe_load(text[text.index("checkpoint:\n") :])["checkpoint"]["changes"]
+    rules = yaml.safe_load(text[text.index("changes:\n") :])["changes"]
     rules = {key: tuple(value) for key, value in rules.items()}
     anew = resumed(tmp_path, Shape(), file=lora(4, 16.0), **rules).everything()["weights"]
     assert any(str(anew[key]) != str(first[key]) for key in first if key.startswith("student"))

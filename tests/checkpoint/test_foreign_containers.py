@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from distill_checkpoint.files import files_below
-from distill_checkpoint.foreign.pt_files import load_pt
+from distill_checkpoint.foreign.files import load_pt
 from distill_checkpoint.foreign.safe_dcp import open_dcp
 from distill_protocols import CheckpointError
+from distill_runtime import files_below
 from foreign_files import Evil, save_dcp, save_dcp_sharded
 from hypothesis import given
 from hypothesis import strategies as st

@@ -13,8 +13,8 @@ from distill_adapters_wan import PLUGIN
 from distill_adapters_wan.names.fastvideo import from_diffusers
 from distill_adapters_wan.names.original import to_original
 from distill_checkpoint import StoredCheckpoint, migrate
-from distill_checkpoint.files import files_below
 from distill_protocols import CheckpointError, OutputError
+from distill_runtime import files_below
 from foreign_files import (
     Evil,
     Weights,

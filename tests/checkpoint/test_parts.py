@@ -22,10 +22,8 @@ from distill_checkpoint import (
     KeepBestConfig,
     claim_output_dir,
 )
-from distill_checkpoint.files import FileFacts, sha256
-from distill_checkpoint.layout import checkpoints, safe
+from distill_checkpoint.layout import as_file_name, checkpoints, superseded
 from distill_checkpoint.manifest import inspect
-from distill_checkpoint.retention import superseded
 from distill_checkpoint.tensors import read_tensors, write_tensors
 from distill_checkpoint.values import pack, unpack
 from distill_protocols import (
@@ -36,6 +34,7 @@ from distill_protocols import (
     RoleSpec,
     SamplerSpec,
 )
+from distill_runtime import FileInfo, sha256_of_file
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_run import Shape, new_run
@@ -86,7 +85,7 @@ def test_changes_name_what_a_run_can_gain_or_lose(entry):
 
 
 def test_a_change_said_twice():
-    with pytest.raises(ValueError, match=r"roles\.a stands there twice"):
+    with pytest.raises(ValueError, match=r"roles\.a is listed twice"):
         ChangesConfig(dropped=("roles.a", "roles.a"))
 
 
@@ -156,7 +155,7 @@ def test_checksums_are_those_of_the_files(tmp_path):
     found |= {f"large{i}": torch.rand(2_000_000) for i in range(10)}
     written = write_tensors(tmp_path / "t", found)
     assert written == {
-        path: FileFacts(size=path.stat().st_size, sha256=sha256(path))
+        path: FileInfo(size=path.stat().st_size, sha256=sha256_of_file(path))
         for path in (tmp_path / "t").iterdir()
     }
     assert same(found, read_tensors(tmp_path / "t"))
@@ -175,9 +174,9 @@ awkward = st.text(st.sampled_from("ab./\\%\0 é"), max_size=4) | st.text(max_siz
 
 @given(awkward, awkward)
 def test_names_are_different_single_file_names(a, b):
-    assert (safe(a) == safe(b)) == (a == b)
-    assert safe(a) not in ("", ".", "..")
-    assert not set(safe(a)) & set("/.\\\0")
+    assert (as_file_name(a) == as_file_name(b)) == (a == b)
+    assert as_file_name(a) not in ("", ".", "..")
+    assert not set(as_file_name(a)) & set("/.\\\0")
 
 
 # -- retention ------------------------------------------------------------------------------------
@@ -280,7 +279,7 @@ def test_the_best_stay(tmp_path, caplog):
     assert list(checkpoints(tmp_path)) == [7, 4, 3]
     told = [r.getMessage() for r in caplog.records if "no candidate" in r.getMessage()]
     assert len(told) == 1
-    assert told[0].startswith("checkpoint-000006 is no candidate for checkpoint.keep_best, as rep")
+    assert told[0].startswith("checkpoint-000006 is no candidate for keep_best, as rep")
     assert "grad_norm/" in told[0]
 
 
@@ -379,7 +378,7 @@ def test_a_full_disk_leaves_no_folder_behind(tmp_path, monkeypatch):
     def dump(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("distill_checkpoint.outputs.json.dump", dump)
+    monkeypatch.setattr("distill_checkpoint.output_folder.json.dump", dump)
     with pytest.raises(OutputError, match="No space left"):
         claim_output_dir(tmp_path / "a" / "b", resume=False)
     assert list(tmp_path.iterdir()) == []

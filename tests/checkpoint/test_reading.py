@@ -79,7 +79,7 @@ def test_opening_and_listing_read_no_numbers(saved, monkeypatch):
     ("role", "ema", "message"),
     [
         ("studnet", False, r"no role 'studnet' \(roles: student, critic\)"),
-        ("teacher", False, r"no role 'teacher' .* a frozen one is what its models"),
+        ("teacher", False, r"no role 'teacher' .* a frozen one is what its own path"),
         ("critic", True, r"no EMA of 'critic', transformer \(EMA of: student\)"),
     ],
 )
@@ -238,7 +238,7 @@ def test_a_migration_writes_over_nothing(tmp_path):
 def test_a_source_that_lies_is_found(tmp_path):
     source = Lazy({"a": torch.ones(2)})
     source.describe = lambda: {"a": TensorInfo((3,), torch.float32)}
-    with pytest.raises(CheckpointError, match=r"a is \[2\] float32, and describe\(\) said \[3\]"):
+    with pytest.raises(CheckpointError, match=r"a is \[2\] float32, but its source said \[3\]"):
         write(tmp_path / "checkpoint-000001", source)
     assert list(tmp_path.iterdir()) == []
 

@@ -196,7 +196,7 @@ def test_a_second_run_over_the_first_is_refused_and_the_first_stays(tiny, tmp_pa
     assert main(["--config", str(config)]) == EXIT_FAILED
     message = capsys.readouterr().err
     assert "already holds another run" in message
-    assert "checkpoint.resume: latest" in message
+    assert "resume: latest" in message
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
 
 

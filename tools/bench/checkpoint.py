@@ -29,9 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from distill_checkpoint import CheckpointConfig, CheckpointManager
-from distill_checkpoint.capture import capture
-from distill_checkpoint.files import sha256
+from distill_checkpoint import ChangesConfig, CheckpointConfig, CheckpointManager
+from distill_checkpoint.snapshot import capture
 from distill_protocols import (
     Callback,
     ModelBundle,
@@ -41,7 +40,7 @@ from distill_protocols import (
     StepRecord,
     StepResult,
 )
-from distill_runtime import ALONE, DistillMethod
+from distill_runtime import ALONE, DistillMethod, sha256_of_file
 from distill_trainer import (
     DistillTrainer,
     EmaCallback,
@@ -162,7 +161,8 @@ def read_raw(folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
 def against_raw(root: Path, parameters: int, repeats: int) -> None:
     run = train(root / "train", parameters, 2, None)
     tensors = {
-        str(path): dict(share.local) for path, share in capture(run, {}, ALONE, {}).shared.items()
+        str(path): dict(shard.local)
+        for path, shard in capture(run, {}, ALONE, ChangesConfig()).shared.items()
     }
     size = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
     print(f"1. {parameters:,} parameters: weights, two moments, EMA: {size / MB:,.0f} MB")
@@ -205,7 +205,9 @@ def one_round(
         times[name] = seconds(action)
     times = {name: times[name] for name, _, _ in writes}
     files = sorted(ours.rglob("*.safetensors"))
-    times["sha256 of the files, one by one"] = seconds(lambda: [sha256(path) for path in files])
+    times["sha256 of the files, one by one"] = seconds(
+        lambda: [sha256_of_file(path) for path in files]
+    )
     times["read: raw safetensors"] = seconds(lambda: read_raw(raw, tensors))
     again = CheckpointManager(CheckpointConfig(resume="latest"), ours, {})
     times[LOAD] = seconds(lambda: again.resume(run, {}))

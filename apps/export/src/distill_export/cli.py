@@ -8,9 +8,7 @@ import math
 import sys
 from pathlib import Path
 
-from distill_checkpoint.layout import checkpoints
-from distill_checkpoint.listing import newest_checkpoint, role_problems
-from distill_checkpoint.manifest import is_checkpoint
+from distill_checkpoint import checkpoints, is_checkpoint, newest_checkpoint, role_problems
 from distill_protocols import CheckpointError, ConfigError, DistillError, ExportRequest, RoleSpec
 from distill_train.check import read_models
 from distill_train.schema import ModelsConfig

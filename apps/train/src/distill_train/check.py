@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attrs import define, evolve, field
-from distill_checkpoint.config import CheckpointConfig
-from distill_checkpoint.layout import checkpoints
-from distill_checkpoint.listing import role_problems
-from distill_checkpoint.manifest import is_checkpoint
+from distill_checkpoint import CheckpointConfig, checkpoints, is_checkpoint, role_problems
 from distill_conditioning.config import ConditioningConfig, DataConfig
 from distill_conditioning.facts import DatasetInfo, dataset_info
 from distill_protocols import (

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from attrs import field, frozen
-from distill_checkpoint.config import CheckpointConfig
-from distill_checkpoint.layout import checkpoints
+from distill_checkpoint import CheckpointConfig, checkpoints
 from distill_conditioning.config import ConditioningConfig, DataConfig
 from distill_protocols import (
     CallbackPlugin,

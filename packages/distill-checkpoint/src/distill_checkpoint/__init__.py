@@ -15,23 +15,26 @@ from distill_checkpoint.config import (
     ExportConfig,
     KeepBestConfig,
 )
-from distill_checkpoint.manifest import is_checkpoint
-from distill_checkpoint.outputs import Claim, claim_output_dir
+from distill_checkpoint.layout import checkpoints
+from distill_checkpoint.manifest import is_checkpoint, newest_checkpoint, role_problems
+from distill_checkpoint.output_folder import Claim, claim_output_dir
 
 if TYPE_CHECKING:
-    from distill_checkpoint.export import ExportCallback
-    from distill_checkpoint.foreign.migration import MigrationFacts, migrate
+    from distill_checkpoint.export import ExportCallback, gather_on_rank0
+    from distill_checkpoint.foreign.migration import MigrationReport, migrate
     from distill_checkpoint.manager import CheckpointManager
-    from distill_checkpoint.reading import StoredCheckpoint
-    from distill_checkpoint.writing import write_weights_checkpoint
+    from distill_checkpoint.tensors import ranks_that_save
+    from distill_checkpoint.weights import StoredCheckpoint, write_weights_checkpoint
 
 _LAZY = {
     "CheckpointManager": "manager",
     "ExportCallback": "export",
-    "MigrationFacts": "foreign.migration",
-    "StoredCheckpoint": "reading",
+    "MigrationReport": "foreign.migration",
+    "StoredCheckpoint": "weights",
+    "gather_on_rank0": "export",
     "migrate": "foreign.migration",
-    "write_weights_checkpoint": "writing",
+    "ranks_that_save": "tensors",
+    "write_weights_checkpoint": "weights",
 }
 
 __all__ = [
@@ -42,11 +45,16 @@ __all__ = [
     "ExportCallback",
     "ExportConfig",
     "KeepBestConfig",
-    "MigrationFacts",
+    "MigrationReport",
     "StoredCheckpoint",
+    "checkpoints",
     "claim_output_dir",
+    "gather_on_rank0",
     "is_checkpoint",
     "migrate",
+    "newest_checkpoint",
+    "ranks_that_save",
+    "role_problems",
     "write_weights_checkpoint",
 ]
 

@@ -1,4 +1,4 @@
-"""The run file's ``checkpoint`` section. No torch here: run files are checked without it."""
+"""When to save, what to keep, what to export. No torch here: run files are checked without it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from attrs import field, frozen
+from attrs import Attribute, field, frozen
 from distill_protocols import ExportRequest, SamplerSpec
 
 _RESERVED = frozenset(
@@ -18,7 +18,7 @@ _RESERVED = frozenset(
 """Names in an output folder that a run, its trackers and callbacks write themselves."""
 
 
-def _at_least_one(instance: Any, attribute: Any, value: int | None) -> None:
+def _at_least_one(_: object, attribute: Attribute[Any], value: int | None) -> None:
     if value is not None and value < 1:
         raise ValueError(
             f"{value} must be at least 1: it counts. Leave {attribute.name} out for its default."
@@ -30,7 +30,7 @@ class ExportConfig:
     """One role to write where other tools read it, when the run is complete.
 
     Attributes:
-        role: a role under ``models``.
+        role: a role of the run.
         folder: where to write it, relative to the output folder, e.g. ``export/student``.
         ema: export the role's EMA weights instead of the live ones.
         format: ``diffusers`` (a pipeline folder), ``comfyui`` (one file under the model's original
@@ -49,7 +49,7 @@ class ExportConfig:
     verify: bool = False
 
     def request(self, sampler: SamplerSpec) -> ExportRequest:
-        """What the family's exporter is asked for."""
+        """Make the request to the family's exporter."""
         return ExportRequest(
             sampler=sampler,
             weights="ema" if self.ema else "live",
@@ -61,7 +61,7 @@ class ExportConfig:
     @role.validator
     def _check_role(self, attribute: object, value: str) -> None:
         if not value:
-            raise ValueError("an export must name its role; name one that stands under `models:`")
+            raise ValueError("an export must name its role; name one of the run")
 
     @folder.validator
     def _check_folder(self, attribute: object, value: str) -> None:
@@ -84,31 +84,31 @@ class ExportConfig:
             )
 
 
-KINDS = ("roles", "optimizers", "ema", "callbacks")
-"""What ``checkpoint.changes`` may name: ``roles.critic``, ``callbacks.report`` ..."""
+_CHANGEABLE = ("roles", "optimizers", "ema", "callbacks")
+"""What ``ChangesConfig`` may name: ``roles.critic``, ``callbacks.report`` ..."""
 
 
-def _entries(instance: Any, attribute: Any, value: tuple[str, ...]) -> None:
+def _check_entries(_: object, attribute: object, value: tuple[str, ...]) -> None:
     for entry in value:
         kind, dot, name = entry.partition(".")
-        if kind not in KINDS or not dot or not name:
+        if kind not in _CHANGEABLE or not dot or not name:
             raise ValueError(
-                f"{entry!r} must be one of {', '.join(f'{kind}.<name>' for kind in KINDS)}, "
+                f"{entry!r} must be one of {', '.join(f'{kind}.<name>' for kind in _CHANGEABLE)}, "
                 "because that is what a run can gain or lose; for example 'roles.critic' or "
                 "'callbacks.report'"
             )
     twice = sorted({entry for entry in value if value.count(entry) > 1})
     if twice:
-        raise ValueError(f"{', '.join(twice)} stands there twice; once is enough")
+        raise ValueError(f"{', '.join(twice)} is listed twice; once is enough")
 
 
 @frozen(kw_only=True)
 class ChangesConfig:
-    """What a resumed run has more or less than the checkpoint, said so that it is no accident.
+    """What a resumed run has more or less than the checkpoint, listed so that it is no accident.
 
     An entry is ``roles.<role>`` (its modules, optimizers, schedules and averages),
-    ``optimizers.<role>`` (with its schedules), ``ema.<role>`` or ``callbacks.<name>``. What
-    stands in both lists is in both, and starts anew: ``optimizers.student`` with new settings.
+    ``optimizers.<role>`` (with its schedules), ``ema.<role>`` or ``callbacks.<name>``. What is
+    in both lists starts anew: ``optimizers.student`` with new settings.
     That happens once: checkpoints that were saved under these rules are taken as they are.
 
     Attributes:
@@ -116,8 +116,8 @@ class ChangesConfig:
         dropped: in the checkpoint only; is not loaded.
     """
 
-    added: tuple[str, ...] = field(default=(), validator=_entries)
-    dropped: tuple[str, ...] = field(default=(), validator=_entries)
+    added: tuple[str, ...] = field(default=(), validator=_check_entries)
+    dropped: tuple[str, ...] = field(default=(), validator=_check_entries)
 
 
 @frozen(kw_only=True)

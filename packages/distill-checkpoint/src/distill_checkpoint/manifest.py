@@ -1,27 +1,46 @@
-"""The manifest: written last, it says what a whole checkpoint holds."""
+"""What a checkpoint says of itself, and whether the folder agrees. No torch here.
+
+``manifest.json`` is written last: names, sizes and sha256 of every other file, so that a folder
+that agrees with it is whole. ``loop.json`` lists which state there is. Either may be damaged in any
+manner, by a disk or by hand, and none of it may end in another error than "it is not whole".
+"""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from attrs import field, frozen
+from distill_protocols import Problem
+from distill_runtime import (
+    FileInfo,
+    UnreadableFileError,
+    files_below,
+    json_text,
+    read_json_object,
+    sha256_of_file,
+    write_new_file,
+)
 
-from distill_checkpoint.files import FileFacts, files_below, read_json, sha256, write_json
+from distill_checkpoint.layout import CONFIG, LOOP, MANIFEST, ModuleKey, checkpoints
 
-NAME = "manifest.json"
 FORMAT = "distill-checkpoint"
 VERSION = 2
+
+KINDS = ("roles", "optimizers", "schedulers", "ema")
+"""The kinds of state that modules of roles have, as ``loop.json`` and the folders call them."""
 
 
 @frozen(kw_only=True)
 class Manifest:
-    """What a checkpoint holds.
+    """The files of a whole checkpoint.
 
     Attributes:
         iteration: the last finished iteration.
@@ -30,17 +49,93 @@ class Manifest:
     """
 
     iteration: int
-    files: Mapping[str, FileFacts]
+    files: Mapping[str, FileInfo]
     metrics: Mapping[str, float] = field(factory=dict)
+
+
+@frozen(kw_only=True)
+class Contents:
+    """Which state a checkpoint holds: ``loop.json``.
+
+    Attributes:
+        iteration: the last finished iteration.
+        modules: by kind of ``KINDS``, the modules that have such state.
+        callbacks: by name, whether the callback has state.
+        origin: what the weights were migrated from; None: a run saved them, and can go on.
+        ranks: how many saved it.
+        micro_steps: forward and backward passes so far; None in a checkpoint of weights alone.
+        added, dropped: the ``ChangesConfig`` under which it was saved.
+    """
+
+    iteration: int
+    modules: Mapping[str, tuple[ModuleKey, ...]]
+    callbacks: Mapping[str, bool]
+    origin: str | None
+    ranks: int
+    micro_steps: int | None = None
+    added: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Contents:
+        """Read them from the folder of a checkpoint.
+
+        Raises:
+            UnreadableFileError: ``loop.json`` is missing, damaged, or does not say it all.
+        """
+        value = read_json_object(checkpoint / LOOP)
+        try:
+            changes = value.get("changes", {"added": (), "dropped": ()})
+            return cls(
+                iteration=_count(value["iteration"]),
+                modules={kind: tuple(map(_module_key, value[kind])) for kind in KINDS},
+                callbacks={str(name): bool(has) for name, has in value["callbacks"].items()},
+                origin=None if value["origin"] is None else str(value["origin"]),
+                ranks=_count(value["ranks"]),
+                micro_steps=_count(value["micro_steps"]) if "micro_steps" in value else None,
+                added=tuple(map(str, changes["added"])),
+                dropped=tuple(map(str, changes["dropped"])),
+            )
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UnreadableFileError(
+                f"{checkpoint / LOOP} is damaged ({type(error).__name__}: {error})"
+            ) from error
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that ``loop.json`` holds."""
+        of_a_run = {
+            "micro_steps": self.micro_steps,
+            "changes": {"added": list(self.added), "dropped": list(self.dropped)},
+        }
+        return {
+            "iteration": self.iteration,
+            "origin": self.origin,
+            **(of_a_run if self.origin is None else {}),
+            "ranks": self.ranks,
+            **{kind: [list(key) for key in self.modules.get(kind, ())] for kind in KINDS},
+            "callbacks": dict(self.callbacks),
+        }
+
+    def by_role(self, kind: str) -> dict[str, tuple[str, ...]]:
+        """The modules that have state of ``kind``, by role."""
+        roles: dict[str, tuple[str, ...]] = {}
+        for role, module in self.modules[kind]:
+            roles[role] = (*roles.get(role, ()), module)
+        return roles
+
+
+def write_json(path: Path, value: Any) -> FileInfo:
+    """Write a new JSON file of a checkpoint; its bytes are on the disk when this returns."""
+    return write_new_file(path, json_text(value, indent=1).encode())
 
 
 def write_manifest(
     folder: Path,
     iteration: int,
-    files: Mapping[str, FileFacts],
+    files: Mapping[str, FileInfo],
     metrics: Mapping[str, float] | None = None,
-) -> Manifest:
-    """Write down what ``folder`` holds.
+) -> None:
+    """Write down which files ``folder`` holds.
 
     Args:
         files: as they were when they were written: a checksum of what was meant to be there, not
@@ -53,69 +148,65 @@ def write_manifest(
         "metrics": dict(metrics or {}),
         "files": {n: {"size": f.size, "sha256": f.sha256} for n, f in sorted(files.items())},
     }
-    write_json(folder / NAME, {**body, "digest": _digest(body)})
-    return _manifest(body)
+    write_json(folder / MANIFEST, {**body, "digest": _digest(body)})
 
 
-def is_checkpoint(path: Path | str) -> bool:
-    """Whether ``path`` is a checkpoint folder of this package, whole or damaged."""
-    folder = Path(path)
-    if (folder / NAME).is_file():
-        try:
-            raw = read_json(folder / NAME)
-        except (OSError, ValueError):
-            return (folder / "loop.json").is_file()
-        return isinstance(raw, dict) and raw.get("format") == FORMAT
-    return (folder / "loop.json").is_file()
+# -- is it whole ----------------------------------------------------------------------------------
 
 
 @frozen(kw_only=True)
-class Finding:
-    """What ``inspect`` found: a manifest that the folder agrees with, or why there is none."""
+class Inspection:
+    """The result of ``inspect``: a manifest that the folder agrees with, or why there is none."""
 
     manifest: Manifest | None = None
     damage: str | None = None
 
 
-def inspect(folder: Path, *, checksums: bool) -> Finding:
+def inspect(folder: Path, *, checksums: bool) -> Inspection:
     """Compare ``folder`` with its manifest. Never raises for a bad folder.
 
     Args:
         checksums: read every file and compare its sha256 too; else only names and sizes.
     """
     try:
-        manifest = _read(folder)
-        _compare(folder, manifest)
-    except _NotWholeError as error:
-        return Finding(damage=str(error))
+        manifest = _read_manifest(folder)
+        _compare_names_and_sizes(folder, manifest)
+    except (_NotWholeError, UnreadableFileError) as error:
+        return Inspection(damage=str(error))
     except OSError as error:
-        return Finding(damage=f"it cannot be read ({error})")
-    damage = damaged(folder, manifest.files) if checksums else None
-    return Finding(damage=damage) if damage else Finding(manifest=manifest)
+        return Inspection(damage=f"it cannot be read ({error})")
+    except RecursionError:  # of the digest: reading it goes a little deeper than writing it again
+        return Inspection(damage=f"{MANIFEST} is nested too deeply")
+    damage = find_damage(folder, manifest.files) if checksums else None
+    return Inspection(damage=damage) if damage else Inspection(manifest=manifest)
 
 
-def damaged(folder: Path, files: Mapping[str, FileFacts]) -> str | None:
-    """Why not every byte of ``files`` in ``folder`` is as it was written; None: all are."""
+def find_damage(folder: Path, files: Mapping[str, FileInfo]) -> str | None:
+    """Compare every byte of ``files`` in ``folder`` with its sha256.
 
-    def look(name: str) -> str | None:
+    Returns:
+        Which file is not as it was written; None: all are.
+    """
+
+    def compare(name: str) -> str | None:
         try:
-            if sha256(folder / name) == files[name].sha256:
+            if sha256_of_file(folder / name) == files[name].sha256:
                 return None
         except OSError as error:
             return f"{name} cannot be read ({error})"
         return f"{name} is damaged (its sha256 is not the one written)"
 
-    # Hashing lets go of the interpreter lock.
+    # Hashing releases the interpreter lock.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return next((reason for reason in pool.map(look, files) if reason), None)
+        return next((reason for reason in pool.map(compare, files) if reason), None)
 
 
 class _NotWholeError(Exception):
     """Carries the reason from where it is found to ``inspect``."""
 
 
-def _compare(folder: Path, manifest: Manifest) -> None:
-    present = set(files_below(folder)) - {NAME}
+def _compare_names_and_sizes(folder: Path, manifest: Manifest) -> None:
+    present = set(files_below(folder)) - {MANIFEST}
     missing = sorted(set(manifest.files) - present)
     if missing:
         raise _NotWholeError(f"{', '.join(missing)} is missing")
@@ -123,38 +214,114 @@ def _compare(folder: Path, manifest: Manifest) -> None:
     stray = sorted(name for name in present - set(manifest.files) if name.endswith(".safetensors"))
     if stray:
         raise _NotWholeError(f"{', '.join(stray)} is not in its manifest")
-    for name, facts in manifest.files.items():
+    for name, info in manifest.files.items():
         size = (folder / name).stat().st_size
-        if size != facts.size:
-            raise _NotWholeError(f"{name} has {size} bytes where {facts.size} were written")
+        if size != info.size:
+            raise _NotWholeError(f"{name} has {size} bytes where {info.size} were written")
 
 
-def _read(folder: Path) -> Manifest:
-    try:
-        raw = read_json(folder / NAME)
-    except (FileNotFoundError, NotADirectoryError):
-        raise _NotWholeError(f"it has no {NAME}, which is written last") from None
-    except ValueError as error:
-        raise _NotWholeError(f"{NAME} is damaged ({error})") from error
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise _NotWholeError(f"{NAME} is not a manifest of {FORMAT}")
-    body = {key: value for key, value in raw.items() if key != "digest"}
-    if raw.get("digest") != _digest(body):
-        raise _NotWholeError(f"{NAME} is damaged (its digest is not the one written)")
-    if raw["version"] != VERSION:
+def _read_manifest(folder: Path) -> Manifest:
+    if not (folder / MANIFEST).is_file():
+        raise _NotWholeError(f"it has no {MANIFEST}, which is written last")
+    value = read_json_object(folder / MANIFEST)
+    if value.get("format") != FORMAT:
+        raise _NotWholeError(f"{MANIFEST} is not a manifest of {FORMAT}")
+    body = {key: item for key, item in value.items() if key != "digest"}
+    if value.get("digest") != _digest(body):
+        raise _NotWholeError(f"{MANIFEST} is damaged (its digest is not the one written)")
+    if value.get("version") != VERSION:
         raise _NotWholeError(
-            f"its format is version {raw['version']}, and this release reads version {VERSION}"
+            f"its format is version {value.get('version')}, and this release reads version "
+            f"{VERSION}"
         )
-    return _manifest(body)
-
-
-def _manifest(body: Mapping[str, Any]) -> Manifest:
-    return Manifest(
-        iteration=body["iteration"],
-        files={name: FileFacts(**facts) for name, facts in body["files"].items()},
-        metrics=body["metrics"],
-    )
+    # The digest tells what a disk did to it, and not what a person or another program wrote.
+    try:
+        return Manifest(
+            iteration=_count(body["iteration"]),
+            files={
+                name: FileInfo(size=_count(entry["size"]), sha256=str(entry["sha256"]))
+                for name, entry in body["files"].items()
+            },
+            metrics={name: _number(value) for name, value in body["metrics"].items()},
+        )
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _NotWholeError(f"{MANIFEST} is damaged ({type(error).__name__}: {error})") from error
 
 
 def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no finite number")
+    return float(value)
+
+
+def _module_key(value: Any) -> ModuleKey:
+    role, module = value
+    if type(role) is not str or type(module) is not str:
+        raise ValueError(f"{value!r} is no role and module")
+    return role, module
+
+
+# -- questions that apps ask before torch is there ------------------------------------------------
+
+
+def is_checkpoint(path: Path | str) -> bool:
+    """Whether ``path`` is a checkpoint folder of this package, whole or damaged."""
+    folder = Path(path)
+    if (folder / MANIFEST).is_file():
+        try:
+            return read_json_object(folder / MANIFEST).get("format") == FORMAT
+        except UnreadableFileError:
+            pass
+    return (folder / LOOP).is_file()
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """Find the newest checkpoint in a run's output folder, whole or damaged."""
+    return next((path for path in checkpoints(output_dir).values() if is_checkpoint(path)), None)
+
+
+def role_problems(checkpoint: Path, role: str, *, ema: bool) -> Iterator[Problem]:
+    """Yield what is wrong with taking ``role`` (or its average) out of ``checkpoint``.
+
+    The paths of the problems are ``path``, ``role`` and ``ema``.
+    """
+    try:
+        contents = Contents.read(checkpoint)
+    except UnreadableFileError as error:
+        yield Problem("path", f"{checkpoint} cannot be read, as {error}; name another checkpoint")
+        return
+    roles, averaged = contents.by_role("roles"), contents.by_role("ema")
+    if role not in roles:
+        near = difflib.get_close_matches(role, roles, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        yield Problem(
+            "role",
+            f"there is no trained role {role!r} in {checkpoint}{hint} (it holds: "
+            f"{', '.join(roles) or 'none'}); frozen roles are not saved, they are what their own "
+            "path says",
+        )
+    elif ema and role not in averaged:
+        yield Problem(
+            "ema",
+            f"{checkpoint} holds no average of {role!r} (of: {', '.join(averaged) or 'none'}); "
+            "take the live weights",
+        )
+
+
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """The resolved run file of the run that saved ``checkpoint``.
+
+    Raises:
+        UnreadableFileError: ``config.json`` is missing or damaged.
+    """
+    return read_json_object(checkpoint / CONFIG)

@@ -17,7 +17,9 @@ from distill_checkpoint.values import unpack
 def optimizer_state(
     optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], where: str
 ) -> dict[str, Any]:
-    """``{"state": {fqn: {...}}, "param_groups": [{..., "params": [fqn, ...]}]}``.
+    """Take an optimizer's ``state_dict``, with names of parameters in place of torch's numbers.
+
+    ``{"state": {name: {...}}, "param_groups": [{..., "params": [name, ...]}]}``
 
     Raises:
         CheckpointError: the optimizer updates something that is not in ``parameters``.
@@ -36,7 +38,11 @@ def optimizer_state(
 def groups_problem(
     optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], packed: Any, where: str
 ) -> str | None:
-    """Why saved state does not fit the optimizer: its groups hold other parameters."""
+    """Compare the parameters of saved groups with those of the optimizer's.
+
+    Returns:
+        Why the saved state does not fit; None: it does.
+    """
     names = _names(optimizer, parameters, where)
     saved = [group["params"] for group in packed["param_groups"]]
     present = [
@@ -58,7 +64,7 @@ def load_optimizer_state(
     stored: StoredTensors,
     where: str,
 ) -> None:
-    """Put back what ``optimizer_state`` gave, exactly, reading each moment to where it will stay.
+    """Load the state of ``optimizer_state`` exactly, reading each moment to where it will stay.
 
     Args:
         packed: its JSON (see ``values.py``).
@@ -66,9 +72,11 @@ def load_optimizer_state(
     """
     names = _names(optimizer, parameters, where)
     numbers = {name: number for number, name in enumerate(names)}
-    tensors = {
-        name: _place_for(fact, _owner(name, parameters)) for name, fact in stored.infos.items()
-    }
+    tensors = {}
+    for name, info in stored.infos.items():
+        # A moment is stored as "state/<parameter>/<key>".
+        parameter = parameters.get(name.removeprefix("state/").rpartition("/")[0])
+        tensors[name] = _empty_moment(info, parameter)
     stored.read_into(tensors)
     state = unpack(packed, tensors)
     optimizer.load_state_dict(
@@ -83,19 +91,14 @@ def load_optimizer_state(
     _restore_dtypes(optimizer, names, state["state"])
 
 
-def _owner(name: str, parameters: Mapping[str, nn.Parameter]) -> nn.Parameter | None:
-    """Of the moment stored as ``state/<parameter>/<key>``."""
-    return parameters.get(name.removeprefix("state/").rpartition("/")[0])
-
-
-def _place_for(fact: TensorInfo, parameter: nn.Parameter | None) -> Tensor:
+def _empty_moment(info: TensorInfo, parameter: nn.Parameter | None) -> Tensor:
     """An empty tensor where torch keeps such a moment: on the parameter's device, laid out and
-    sharded as it is."""
+    sharded as it is, so that nothing is gathered or moved afterwards."""
     if parameter is None:
-        return torch.empty(fact.size, dtype=fact.dtype)
-    if tuple(parameter.shape) == fact.size:
-        return torch.empty_like(parameter.detach(), dtype=fact.dtype)
-    return torch.empty(fact.size, dtype=fact.dtype, device=parameter.device)
+        return torch.empty(info.size, dtype=info.dtype)
+    if tuple(parameter.shape) == info.size:
+        return torch.empty_like(parameter.detach(), dtype=info.dtype)
+    return torch.empty(info.size, dtype=info.dtype, device=parameter.device)
 
 
 def _restore_dtypes(optimizer: Optimizer, names: list[str], state: Mapping[str, Any]) -> None:
@@ -111,15 +114,15 @@ def _restore_dtypes(optimizer: Optimizer, names: list[str], state: Mapping[str, 
 def _names(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], where: str) -> list[str]:
     """The parameters' names in the order of torch's numbers: group by group."""
     names = {parameter: name for name, parameter in parameters.items()}
-    moved = [p for group in optimizer.param_groups for p in group["params"]]
-    foreign = sum(parameter not in names for parameter in moved)
-    if foreign:
+    updated = [p for group in optimizer.param_groups for p in group["params"]]
+    unnamed = sum(parameter not in names for parameter in updated)
+    if unnamed:
         raise CheckpointError(
-            f"optimizer {where} updates {foreign} parameter(s) that are not among those that its "
+            f"optimizer {where} updates {unnamed} parameter(s) that are not among those that its "
             "module trains, so they have no name to be saved under. A module's optimizer must "
             "update that module's trained parameters only."
         )
-    return [names[parameter] for parameter in moved]
+    return [names[parameter] for parameter in updated]
 
 
 def _difference(saved: list[list[str]], present: list[list[str]]) -> str:

@@ -1,13 +1,19 @@
-"""Tensors in safetensors files, through torch.distributed.checkpoint.
+"""Tensors in safetensors files, planned and put together by torch.distributed.checkpoint (DCP).
 
-Its safetensors storage with ``save_distributed=True`` writes only ``shard-*-model-*.safetensors``:
-no ``.metadata`` (the default storage's is a pickle) and no index; names, shapes and each shard's
-offsets stand in the safetensors headers. So any number of ranks can read what any other wrote.
+The files are those of DCP's safetensors storage with ``save_distributed=True``:
+``shard-*-model-*.safetensors`` and neither a ``.metadata`` (the default storage's is a pickle) nor
+an index. Names, shapes and the place of each shard in its tensor are in the safetensors headers, so
+any number of ranks can read what any other number wrote.
+
+DCP plans who writes what, so that replicas are written once, and which part of which file fills
+which part of a tensor. Writing and reading of the bytes is done here: DCP's writer builds a file in
+memory first and takes no checksum, and its reader maps whole files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,9 +21,18 @@ from pathlib import Path
 
 import torch
 from attrs import field, frozen
-from distill_protocols import CheckpointError, TensorInfo
-from distill_runtime import ALONE, Ranks
-from safetensors import SafetensorError, safe_open
+from distill_protocols import CheckpointError, ContractError, TensorInfo
+from distill_runtime import (
+    ALONE,
+    DTYPES,
+    FileInfo,
+    Ranks,
+    UnreadableFileError,
+    parse_json,
+    read_header,
+    write_safetensors,
+)
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import (
@@ -29,7 +44,14 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
@@ -44,228 +66,158 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from distill_checkpoint.files import FileFacts
-from distill_checkpoint.safetensors_file import write_safetensors
-
 SHARD_BYTES = 512 * 1024**2
 """Largest file, unless one tensor is larger: a reader maps a file at a time, and checks whole files
 for damage before it takes a tensor of them."""
 
-
 MAPPED_BYTES = 32 * 1024**2
 """How much of a file is copied before it is unmapped."""
 
+_SHARDING = "DCP_SHARDING_INFO"
+_OFFSETS = "saved_offsets"
+
+
+def ranks_that_save(timeout: float) -> Ranks:
+    """Make a group for what is written and read, beside that of the training.
+
+    All ranks call it together.
+
+    Args:
+        timeout: seconds after which a rank that does not answer is given up.
+    """
+    return Ranks.of_this_run(
+        timeout,
+        error=CheckpointError,
+        advice="; for slow storage, raise timeout_seconds",
+    )
+
+
+# -- tensors of this rank -------------------------------------------------------------------------
+
 
 @frozen(eq=False)
-class Share:
-    """This rank's part of named tensors: a plain one whole, of a DTensor its own shard.
+class LocalShard:
+    """What this rank has of named tensors: of a DTensor its own shard, any other in full.
 
     Attributes:
         local: by name, plain tensors.
-        items: what of the whole each of them is, as torch.distributed.checkpoint says it.
+        items: what part of the full tensor each of them is, as DCP describes it.
     """
 
     local: Mapping[str, Tensor]
     items: tuple[WriteItem, ...]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Share:
-        """Not copies: they change as training goes on."""
+    def of(cls, tensors: Mapping[str, Tensor]) -> LocalShard:
+        """Take the shards of ``tensors``. They are not copied, so training still changes them."""
         detached = {name: tensor.detach() for name, tensor in tensors.items()}
         plan = create_default_local_save_plan(detached, is_coordinator=True)
         return cls({name: to_local(tensor) for name, tensor in detached.items()}, tuple(plan.items))
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """A DTensor's own shard; any other as it is."""
+    """A DTensor's own shard; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def to_whole(tensor: Tensor) -> Tensor:
-    """All of a DTensor, for which every rank of its mesh must ask; any other as it is."""
+def to_full(tensor: Tensor) -> Tensor:
+    """Gather a DTensor, for which every rank of its mesh must call it; any other as it is."""
     if not isinstance(tensor, DTensor):
         return tensor
-    # Parts that wait in host memory are sent from where the mesh's devices are.
+    # The mesh's backend (nccl) sends from its own devices only; shards may be in host memory.
     moved = tensor.to(tensor.device_mesh.device_type)
     assert isinstance(moved, DTensor)
     return moved.full_tensor()
 
 
+# -- writing --------------------------------------------------------------------------------------
+
+
 def write_tensors(
     folder: Path,
-    tensors: Share | Mapping[str, Tensor],
+    tensors: LocalShard | Mapping[str, Tensor],
     *,
     ranks: Ranks = ALONE,
     shard_bytes: int = SHARD_BYTES,
-) -> dict[Path, FileFacts]:
-    """Write tensors into the new ``folder``, fsynced; says which files this rank wrote.
+) -> dict[Path, FileInfo]:
+    """Write tensors into the new ``folder``; their bytes are on the disk when this returns.
 
     Args:
-        ranks: all of them call this together: shards go out from their owners, and what every
-            rank has alike from one of them.
+        ranks: all of them call this together: shards are written by their owners, and what every
+            rank has alike by one of them.
+
+    Returns:
+        The files that this rank wrote.
 
     Raises:
         CheckpointError: it did not work (disk full ...) on some rank, with the reason.
     """
-    share = tensors if isinstance(tensors, Share) else Share.of(tensors)
-    if not share.local:  # on every rank, as they hold the same names
+    shard = tensors if isinstance(tensors, LocalShard) else LocalShard.of(tensors)
+    if not shard.local:  # on every rank, as they hold the same names
         return {}
-    files = _file_of(share.items, shard_bytes)
-    written: dict[Path, FileFacts] = {}
+    files = _file_numbers(shard.items, shard_bytes)
     if ranks.group is None:
         with _as_checkpoint_error(folder):
             folder.mkdir(parents=True)
-            written |= _write_share(folder, share.items, share.local, files, rank=0)
-        return written
+            return _write_items(folder, shard.items, shard.local, files, rank=0)
     planned = _PlannedWriter(folder, files)
-    ranks.barrier()  # torch's errors and time-outs do not say which rank it was
+    # `save` is a chain of collectives in torch, whose errors and time-outs do not say which rank
+    # it was that did not come; the barrier does.
+    ranks.barrier()
     try:
         with ranks.within_timeout():
             save(
-                dict(share.local),
+                dict(shard.local),
                 storage_writer=planned,
-                planner=_SharePlanner(share),
+                planner=_ShardPlanner(shard),
                 process_group=ranks.group,
             )
     except CheckpointException as error:  # a BaseException: `except Exception` misses it
-        raise CheckpointError(f"{folder}: could not be written: {_cause(error)}") from error
+        raise CheckpointError(f"{folder}: could not be written: {_first_cause(error)}") from error
+
+    written: dict[Path, FileInfo] = {}
 
     def write() -> None:
         with _as_checkpoint_error(folder):
-            written.update(_write_share(folder, planned.items, share.local, files, rank=ranks.rank))
+            written.update(_write_items(folder, planned.items, shard.local, files, rank=ranks.rank))
 
+    # Not within `save`: a full disk on one rank is then an error of the framework on all.
     ranks.gather_results(write)
     return written
 
 
-@contextlib.contextmanager
-def _as_checkpoint_error(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{folder}: could not be written: {error}") from error
+def shard_name(rank: int, number: int, count: int) -> str:
+    """As DCP names file ``number`` of ``count`` of one rank; ranks count from 0 here."""
+    return f"shard-{rank + 1:05d}-model-{number:05d}-of-{count:05d}.safetensors"
 
 
-@frozen(eq=False)
-class StoredTensors:
-    """What lies in one folder; a folder that is not there holds nothing.
+def sharding_metadata(offsets: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """What DCP puts into the header of a file, to put shards together again.
 
-    Headers are read once, on first use; numbers when asked for.
+    Args:
+        offsets: by name, where the tensor in the file begins in the full one.
     """
-
-    folder: Path
-    _kept: dict[str, Metadata] = field(init=False, factory=dict)
-    _facts: dict[str, TensorInfo] = field(init=False, factory=dict)
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """By name, whole tensors, however many shards there are.
-
-        Raises:
-            CheckpointError: a header cannot be read.
-        """
-        metadata = self._metadata
-        if not self._facts:
-            self._facts.update(
-                {
-                    name: TensorInfo(tuple(entry.size), entry.properties.dtype)  # type: ignore[union-attr]
-                    for name, entry in metadata.state_dict_metadata.items()
-                }
-            )
-        return self._facts
-
-    def files_of(self, names: Iterable[str]) -> set[Path]:
-        """The files that hold any part of ``names``."""
-        return {Path(file) for name in names for _, file in self._pieces(name)}
-
-    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill ``tensors`` in place with what is stored under their names; of a DTensor its shard.
-
-        Memory: no more than theirs, as files are mapped and copied from.
-
-        Raises:
-            CheckpointError: a name is not there, or of another size.
-        """
-        if not tensors:
-            return
-        reader = _Reader(self.folder, self._metadata)
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        detached = {name: tensor.detach() for name, tensor in tensors.items()}
-        try:
-            with _quiet(), torch.no_grad():
-                # Each rank reads what it needs: there is nothing to agree on.
-                load(detached, storage_reader=reader, planner=planner, no_dist=True)
-        except CheckpointException as error:
-            raise CheckpointError(f"{self.folder}: could not be read: {_cause(error)}") from error
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors of ``names``, whole, on the CPU."""
-        facts = self.infos
-        tensors = {n: torch.empty(facts[n].size, dtype=facts[n].dtype) for n in names}
-        self.read_into(tensors)
-        return tensors
-
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """``[start:stop]`` of the first dimension of ``name``, on the CPU; maps nothing else."""
-        facts = self.infos[name]
-        start, stop, _ = slice(start, stop).indices(facts.size[0])
-        rows = torch.empty((max(0, stop - start), *facts.size[1:]), dtype=facts.dtype)
-        for chunk, file in self._pieces(name):
-            offset = chunk.offsets[0]
-            first, last = max(start, offset), min(stop, offset + chunk.sizes[0])
-            if first < last:
-                ends = zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)
-                box = (slice(first - start, last - start), *(slice(o, o + s) for o, s in ends))
-                with safe_open(file, framework="pt") as stream:
-                    rows[box] = stream.get_slice(name)[first - offset : last - offset]
-        return rows
-
-    def _pieces(self, name: str) -> Iterator[tuple[ChunkStorageMetadata, str]]:
-        """Where each part of ``name`` lies."""
-        for chunk in self._metadata.state_dict_metadata[name].chunks:  # type: ignore[union-attr]
-            info = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-            yield chunk, info.relative_path
-
-    @property
-    def _metadata(self) -> Metadata:
-        if "metadata" not in self._kept:
-            if not self.folder.is_dir():
-                return Metadata(state_dict_metadata={}, storage_data={})
-            try:
-                reader = HuggingFaceStorageReader(str(self.folder))
-                self._kept["metadata"] = reader.read_metadata()
-            except (OSError, SafetensorError, ValueError, LookupError) as error:
-                raise CheckpointError(
-                    f"{self.folder}: a header cannot be read ({type(error).__name__}: {error}), so "
-                    "the file is damaged. Use another checkpoint."
-                ) from error
-        return self._kept["metadata"]
+    places = {name: {_OFFSETS: list(place)} for name, place in offsets.items()}
+    return {"DCP_VERSION": "1.0", _SHARDING: json.dumps(places)}
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Everything that is stored in ``folder``, on the CPU."""
-    stored = StoredTensors(folder)
-    return stored.read(stored.infos)
+class _ShardPlanner(DefaultSavePlanner):
+    """Plans a ``LocalShard`` that may be a copy: the shards of a DTensor without the DTensor."""
 
-
-class _SharePlanner(DefaultSavePlanner):
-    """Plans a ``Share`` that may be a copy: the shards of a DTensor without the DTensor."""
-
-    def __init__(self, share: Share) -> None:
+    def __init__(self, shard: LocalShard) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._share = share
+        self._shard = shard
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan(list(self._share.items))
+        self.plan = SavePlan(list(self._shard.items))
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self._share.local[index.fqn]
+        return self._shard.local[index.fqn]
 
 
 class _PlannedWriter(HuggingFaceStorageWriter):
-    """Takes torch's plan of who writes what, and leaves the writing to us: torch's builds a file in
-    memory first, and takes no checksum."""
+    """Takes DCP's plan of who writes what, and writes nothing itself."""
 
     def __init__(self, folder: Path, files: Mapping[str, int]) -> None:
         super().__init__(str(folder), fqn_to_index_mapping=dict(files), save_distributed=True)
@@ -278,109 +230,262 @@ class _PlannedWriter(HuggingFaceStorageWriter):
         return done
 
 
-def _write_share(
+def _write_items(
     folder: Path,
     items: Iterable[WriteItem],
     local: Mapping[str, Tensor],
     files: Mapping[str, int],
     *,
     rank: int,
-) -> dict[Path, FileFacts]:
+) -> dict[Path, FileInfo]:
+    """Write this rank's ``items``, each into the file that ``files`` names."""
     by_file: dict[int, list[WriteItem]] = {}
     for item in items:
         by_file.setdefault(files[item.index.fqn], []).append(item)
     written = {}
     for number, parts in sorted(by_file.items()):
+        infos, offsets = {}, {}
+        for part in parts:
+            assert part.tensor_data is not None  # None is for what is no tensor
+            chunk = part.tensor_data.chunk
+            infos[part.index.fqn] = TensorInfo(
+                tuple(chunk.sizes), part.tensor_data.properties.dtype
+            )
+            offsets[part.index.fqn] = tuple(chunk.offsets)
         path = folder / shard_name(rank, number, max(files.values()))
-        facts = {p.index.fqn: TensorInfo(tuple(_chunk(p).sizes), _dtype(p)) for p in parts}
-        offsets = {p.index.fqn: tuple(_chunk(p).offsets) for p in parts}
-        written[path] = write_safetensors(path, facts, local.__getitem__, offsets=offsets)
+        written[path] = write_safetensors(
+            path, infos, local.__getitem__, metadata=sharding_metadata(offsets)
+        )
     return written
 
 
-def shard_name(rank: int, number: int, count: int) -> str:
-    """As torch names file ``number`` of ``count`` of one rank; ranks count from 0 here."""
-    return f"shard-{rank + 1:05d}-model-{number:05d}-of-{count:05d}.safetensors"
+def _file_numbers(items: Iterable[WriteItem], shard_bytes: int) -> dict[str, int]:
+    """Number the file of each tensor, from 1; a file holds ``shard_bytes`` at most, or one tensor.
+
+    By the sizes of full tensors, so that all ranks come to the same numbers.
+    """
+    number, filled = 1, 0
+    files: dict[str, int] = {}
+    for item in items:
+        assert item.tensor_data is not None
+        info = TensorInfo(tuple(item.tensor_data.size), item.tensor_data.properties.dtype)
+        if filled and filled + info.nbytes > shard_bytes:
+            number, filled = number + 1, 0
+        filled += info.nbytes
+        files[item.index.fqn] = number
+    return files
 
 
-def _chunk(item: WriteItem) -> ChunkStorageMetadata:
-    assert item.tensor_data is not None  # it is for what is no tensor only
-    return item.tensor_data.chunk
+@contextlib.contextmanager
+def _as_checkpoint_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ContractError) as error:
+        raise CheckpointError(f"{folder}: could not be written: {error}") from error
 
 
-def _dtype(item: WriteItem) -> torch.dtype:
-    assert item.tensor_data is not None
-    return item.tensor_data.properties.dtype
+def _first_cause(error: CheckpointException) -> str:
+    """The first failing rank's own error, without torch's traceback in the message."""
+    rank, (cause, _) = next(iter(sorted(error.failures.items())))
+    who = f"rank {rank}: " if len(error.failures) > 1 or rank else ""
+    return f"{who}{type(cause).__name__}: {cause}"
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+@frozen
+class _Piece:
+    """A part of a tensor, which is a tensor of that name in one file."""
+
+    file: Path
+    offsets: tuple[int, ...]
+    info: TensorInfo
+
+
+@frozen(eq=False)
+class StoredTensors:
+    """The tensors in one folder; a folder that is not there holds none.
+
+    Headers are read once, on first use; numbers when asked for.
+    """
+
+    folder: Path
+    _headers: dict[str, list[_Piece]] = field(init=False, factory=dict)
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """By name, full tensors, however many shards there are.
+
+        Raises:
+            CheckpointError: a header cannot be read.
+        """
+        return {name: _full_info(pieces) for name, pieces in self._pieces().items()}
+
+    def files_of(self, names: Iterable[str]) -> set[Path]:
+        """The files that hold any part of ``names``."""
+        return {piece.file for name in names for piece in self._pieces()[name]}
+
+    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill ``tensors`` in place with what is stored under their names; of a DTensor its shard.
+
+        Memory: no more than theirs, as files are mapped and copied from.
+
+        Raises:
+            CheckpointError: a name is not there, or of another size.
+        """
+        if not tensors:
+            return
+        reader = _Reader(self.folder, self._pieces())
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        detached = {name: tensor.detach() for name, tensor in tensors.items()}
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                # It warns that one process loads alone, which is so by intent: each rank reads what
+                # it needs of files that all of them see, so there is nothing to agree on.
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                load(detached, storage_reader=reader, planner=planner, no_dist=True)
+        except CheckpointException as error:
+            cause = _first_cause(error)
+            raise CheckpointError(f"{self.folder}: could not be read: {cause}") from error
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The full tensors of ``names`` on the CPU."""
+        infos = self.infos
+        tensors = {n: torch.empty(infos[n].size, dtype=infos[n].dtype) for n in names}
+        self.read_into(tensors)
+        return tensors
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """``[start:stop]`` of the first dimension of ``name``, on the CPU; maps nothing else."""
+        pieces = self._pieces()[name]
+        info = _full_info(pieces)
+        start, stop, _ = slice(start, stop).indices(info.size[0])
+        rows = torch.empty((max(0, stop - start), *info.size[1:]), dtype=info.dtype)
+        for piece in pieces:
+            (offset, *offsets), (length, *lengths) = piece.offsets, piece.info.size
+            first, last = max(start, offset), min(stop, offset + length)
+            if first < last:
+                ends = zip(offsets, lengths, strict=True)
+                box = (slice(first - start, last - start), *(slice(o, o + n) for o, n in ends))
+                with safe_open(piece.file, framework="pt") as stream:
+                    rows[box] = stream.get_slice(name)[first - offset : last - offset]
+        return rows
+
+    def _pieces(self) -> Mapping[str, list[_Piece]]:
+        if not self._headers and self.folder.is_dir():
+            pieces: dict[str, list[_Piece]] = {}
+            try:
+                for file in sorted(self.folder.glob("*.safetensors")):
+                    for name, piece in _read_pieces(file):
+                        first = pieces.setdefault(name, [piece])[0]
+                        if first is not piece:
+                            pieces[name].append(piece)
+                        if _kind(first) != _kind(piece):
+                            raise UnreadableFileError(
+                                f"{name} is {piece.info} in {file} and {first.info} in {first.file}"
+                            )
+            except (OSError, UnreadableFileError) as error:
+                raise CheckpointError(
+                    f"{self.folder}: a header cannot be read ({error}), so the file is damaged. "
+                    "Use another checkpoint."
+                ) from error
+            self._headers.update(pieces)
+        return self._headers
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Everything that is stored in ``folder``, in full, on the CPU."""
+    stored = StoredTensors(folder)
+    return stored.read(stored.infos)
+
+
+def _kind(piece: _Piece) -> tuple[torch.dtype, int]:
+    return piece.info.dtype, len(piece.info.size)
+
+
+def _full_info(pieces: list[_Piece]) -> TensorInfo:
+    ends = [
+        [start + length for start, length in zip(piece.offsets, piece.info.size, strict=True)]
+        for piece in pieces
+    ]
+    return TensorInfo(tuple(map(max, zip(*ends, strict=True))), pieces[0].info.dtype)
+
+
+def _read_pieces(file: Path) -> Iterator[tuple[str, _Piece]]:
+    """The tensors of one file, and where they are in the full ones. Reads the header alone."""
+    header = read_header(file)
+    sharding = header.metadata.get(_SHARDING)
+    places = None if sharding is None else parse_json(sharding, f"the sharding in {file}")
+    for name, (dtype, shape, _, _) in header.tensors.items():
+        try:
+            offsets = (0,) * len(shape) if places is None else tuple(places[name][_OFFSETS])
+            if len(offsets) != len(shape) or any(type(o) is not int or o < 0 for o in offsets):
+                raise ValueError(f"{offsets} is no place of a tensor of {list(shape)}")
+            yield name, _Piece(file, offsets, TensorInfo(shape, DTYPES[dtype]))
+        except (LookupError, TypeError, ValueError) as error:
+            raise UnreadableFileError(
+                f"{file} has a damaged entry {name} ({type(error).__name__}: {error})"
+            ) from error
 
 
 class _Reader(HuggingFaceStorageReader):
     """Reads with headers that were read before, and maps no more of a file than it copies next."""
 
-    def __init__(self, folder: Path, metadata: Metadata) -> None:
+    def __init__(self, folder: Path, pieces: Mapping[str, list[_Piece]]) -> None:
         super().__init__(str(folder))
-        self._known = metadata
+        self._files = {
+            MetadataIndex(name, torch.Size(piece.offsets)): piece.file
+            for name, parts in pieces.items()
+            for piece in parts
+        }
+        self._metadata = Metadata(
+            state_dict_metadata={
+                name: TensorStorageMetadata(
+                    properties=TensorProperties(dtype=parts[0].info.dtype),
+                    size=torch.Size(_full_info(parts).size),
+                    chunks=[
+                        ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.info.size))
+                        for p in parts
+                    ],
+                )
+                for name, parts in pieces.items()
+            },
+            storage_data=self._files,
+            storage_meta=StorageMeta(),
+        )
 
     def read_metadata(self) -> Metadata:
-        return self._known
+        return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        by_file: dict[str, deque[ReadItem]] = {}
+        by_file: dict[Path, deque[ReadItem]] = {}
         for item in plan.items:
-            path = self._known.storage_data[item.storage_index].relative_path
-            by_file.setdefault(path, deque()).append(item)
-        for path, items in by_file.items():
+            by_file.setdefault(self._files[item.storage_index], deque()).append(item)
+        for file, items in by_file.items():
             while items:
-                _read_some(path, items, planner)
+                _copy_some(file, items, planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
 
-def _read_some(path: str, items: deque[ReadItem], planner: LoadPlanner) -> None:
-    """Take and copy the first ``MAPPED_BYTES`` of ``items``, or one. Then the file is unmapped:
-    pages of it that were touched count as this process's memory until then."""
+def _copy_some(file: Path, items: deque[ReadItem], planner: LoadPlanner) -> None:
+    """Take and copy the first ``MAPPED_BYTES`` of ``items``, or one.
+
+    Then the file is unmapped: pages of it that were touched count as this process's memory until
+    then, so that a resume would need twice the memory of the run.
+    """
     copied = 0
-    with safe_open(path, framework="pt") as file:
+    with safe_open(file, framework="pt") as stream:
         while items and copied < MAPPED_BYTES:
             item = items.popleft()
             ends = zip(item.storage_offsets, item.lengths, strict=True)
-            part = tuple(slice(begin, begin + length) for begin, length in ends)
-            value = file.get_slice(item.storage_index.fqn)[part]
+            box = tuple(slice(begin, begin + length) for begin, length in ends)
+            value = stream.get_slice(item.storage_index.fqn)[box]
             target = planner.resolve_tensor(item).detach()
             if target.size() != value.size():
                 raise CheckpointError(f"{item.storage_index.fqn} is not the size that it was")
             target.copy_(value)
             planner.commit_tensor(item, target)
             copied += value.nbytes
-
-
-def _file_of(items: Iterable[WriteItem], shard_bytes: int) -> dict[str, int]:
-    """name -> number of its file, from 1; a file holds at most ``shard_bytes``, or one tensor.
-
-    By the sizes of whole tensors, so that all ranks come to the same numbers.
-    """
-    number, filled = 1, 0
-    files: dict[str, int] = {}
-    for item in items:
-        assert item.tensor_data is not None
-        size = TensorInfo(tuple(item.tensor_data.size), _dtype(item)).nbytes
-        if filled and filled + size > shard_bytes:
-            number, filled = number + 1, 0
-        filled += size
-        files[item.index.fqn] = number
-    return files
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # It warns that one process saves alone, which is so by intent.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _cause(error: CheckpointException) -> str:
-    """The first failing rank's own error, without torch's traceback in the message."""
-    rank, (cause, _) = next(iter(sorted(error.failures.items())))
-    who = f"rank {rank}: " if len(error.failures) > 1 or rank else ""
-    return f"{who}{type(cause).__name__}: {cause}"

@@ -1,4 +1,4 @@
-"""State as JSON plus tensors: what pickle is used for elsewhere, without its power to run code.
+"""State as JSON plus tensors, for what others use pickle, which can run code.
 
 JSON has no tensors, tuples, nan, or keys other than strings. Each of these becomes an object with
 one key that begins with ``$``:
@@ -24,7 +24,7 @@ import torch
 from distill_protocols import CheckpointError
 from torch import Tensor
 
-from distill_checkpoint.tensors import to_whole
+from distill_checkpoint.tensors import to_full
 
 _SCALAR_DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -93,7 +93,7 @@ def _pack(value: Any, where: str, path: tuple[str, ...], tensors: dict[str, Tens
 def _pack_tensor(value: Tensor, name: str, tensors: dict[str, Tensor]) -> Any:
     dtype = str(value.dtype).removeprefix("torch.")
     if value.ndim == 0 and dtype in _SCALAR_DTYPES:
-        return {"$scalar": [dtype, _pack(to_whole(value).item(), name, (), tensors)]}
+        return {"$scalar": [dtype, _pack(to_full(value).item(), name, (), tensors)]}
     # {"a/b": t} and {"a": {"b": t}} would be called the same.
     unique, twin = name, 1
     while unique in tensors:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from distill_protocols.lazy import lazy_exports
 
 from distill_runtime.files import (
+    DELETED_PREFIX,
     FileInfo,
     files_below,
     make_readable,
@@ -21,6 +22,7 @@ from distill_runtime.files import (
     sync_file,
     sync_folder,
     sync_tree,
+    write_new_file,
 )
 from distill_runtime.json_files import (
     UnreadableFileError,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from distill_runtime.row_partition import RowPartition
     from distill_runtime.safetensors_files import (
         DTYPE_NAMES,
+        DTYPES,
         SafetensorsHeader,
         file_layout,
         raw_bytes,
@@ -51,7 +54,7 @@ _LAZY = {
     **dict.fromkeys(["ALONE", "Ranks"], "ranks"),
     "RowPartition": "row_partition",
     **dict.fromkeys(
-        ["DTYPE_NAMES", "SafetensorsHeader", "file_layout", "raw_bytes", "read_header",
+        ["DTYPES", "DTYPE_NAMES", "SafetensorsHeader", "file_layout", "raw_bytes", "read_header",
          "write_safetensors"],
         "safetensors_files",
     ),
@@ -59,6 +62,8 @@ _LAZY = {
 
 __all__ = [
     "ALONE",
+    "DELETED_PREFIX",
+    "DTYPES",
     "DTYPE_NAMES",
     "GROUPS",
     "DistillMethod",
@@ -88,6 +93,7 @@ __all__ = [
     "sync_file",
     "sync_folder",
     "sync_tree",
+    "write_new_file",
     "write_safetensors",
 ]
 

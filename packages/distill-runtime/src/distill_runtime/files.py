@@ -16,6 +16,9 @@ from uuid import uuid4
 
 from attrs import frozen
 
+DELETED_PREFIX = ".deleted-"
+"""What ``remove_folder`` puts before a name; a process that is killed meanwhile leaves it there."""
+
 
 @frozen(kw_only=True)
 class FileInfo:
@@ -23,6 +26,22 @@ class FileInfo:
 
     size: int
     sha256: str
+
+
+def write_new_file(path: Path, content: bytes) -> FileInfo:
+    """Write a file that must not be there yet; its bytes are on the disk when this returns.
+
+    Not atomic: meant for files in a folder that nobody reads before it is published. The checksum
+    is that of ``content``, not of what a disk may have made of it.
+
+    Raises:
+        FileExistsError: there is one of that name.
+    """
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileInfo(size=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 @contextlib.contextmanager
@@ -67,7 +86,9 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def publish_folder(stage: Path, target: Path, *, aside: Path | None = None) -> None:
+def publish_folder(
+    stage: Path, target: Path, *, aside: Path | None = None, files_are_synced: bool = False
+) -> None:
     """Rename ``stage`` to ``target``; a folder of that name gives way.
 
     On the disk when this returns.
@@ -75,10 +96,13 @@ def publish_folder(stage: Path, target: Path, *, aside: Path | None = None) -> N
     Args:
         aside: name that the former ``target`` has until it is removed; a process that is killed
             between the two renames leaves it there.
+        files_are_synced: whoever wrote the files has put their bytes on the disk, so that only
+            their names are still to be.
     """
-    for path in stage.rglob("*"):
-        if path.is_file():
-            sync_file(path)
+    if not files_are_synced:
+        for path in stage.rglob("*"):
+            if path.is_file():
+                sync_file(path)
     sync_tree(stage)
     aside = aside or stage.with_name(f"{stage.name}.old")
     if target.exists():
@@ -96,7 +120,7 @@ def publish_folder(stage: Path, target: Path, *, aside: Path | None = None) -> N
 
 def remove_folder(folder: Path) -> None:
     """Delete ``folder`` under a dot name, so that nobody ever sees it half deleted."""
-    doomed = folder.with_name(f".deleted-{folder.name}")
+    doomed = folder.with_name(f"{DELETED_PREFIX}{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed)

@@ -39,7 +39,8 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
 }  # fmt: skip
 """What the format can hold, by its own names."""
 
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+"""The other direction: what a header says -> torch's."""
 
 ALIGNMENT = 64
 
@@ -129,7 +130,7 @@ def read_header(file: Path) -> SafetensorsHeader:
             tensors={name: _entry(entry) for name, entry in value.items()},
             metadata={str(key): str(text) for key, text in metadata.items()},
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UnreadableFileError(f"{file} has a damaged safetensors header") from error
     expected = 8 + length + max((end for *_, end in header.tensors.values()), default=0)
     if size != expected:
@@ -145,7 +146,7 @@ def _entry(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     shape = tuple(int(n) for n in entry["shape"])
     if not 0 <= begin <= end or any(n < 0 for n in shape):
         raise ValueError("negative sizes")
-    kind = _DTYPES.get(str(entry["dtype"]))
+    kind = DTYPES.get(str(entry["dtype"]))
     if kind is not None and math.prod(shape) * kind.itemsize != end - begin:
         raise ValueError("a shape that is not as long as its bytes")
     return str(entry["dtype"]), shape, begin, end

@@ -1,4 +1,6 @@
-"""What FastVideo and Self-Forcing leave on a disk, found and described; no tensor is read here.
+"""The layouts in which FastVideo and Self-Forcing save, recognised by their files.
+
+No tensor is read here.
 
 ::
 
@@ -17,7 +19,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,12 +27,20 @@ from typing import Any
 
 from attrs import evolve, frozen
 from distill_protocols import CheckpointError, ForeignNames, TensorWeights, WeightSource
+from distill_runtime import UnreadableFileError, read_json
 from torch import Tensor
 
-from distill_checkpoint.foreign.naming import renamed, some
-from distill_checkpoint.foreign.pt_files import load_pt, tensors_of
+from distill_checkpoint.foreign.files import (
+    Joined,
+    RankShards,
+    Renamed,
+    SafetensorsFile,
+    as_tensors,
+    first_of,
+    load_pt,
+    rename_strictly,
+)
 from distill_checkpoint.foreign.safe_dcp import DcpCheckpoint, is_dcp, open_dcp
-from distill_checkpoint.foreign.sources import Joined, RankShards, Renamed, SafetensorsFile
 
 THEIR_ROLES: Mapping[str, str] = {
     "generator": "student",
@@ -65,8 +74,8 @@ class MigratedRole:
 
 
 @frozen(kw_only=True)
-class Found:
-    """What a folder or a file holds.
+class ForeignCheckpoint:
+    """What can be taken from a folder or a file of another framework.
 
     Attributes:
         layout: which of those above.
@@ -83,8 +92,10 @@ class Found:
     config: Any = None
 
 
-def find(source: Path, names: ForeignNames, *, ema: bool = True) -> Found:
-    """Recognise ``source`` and describe what is in it.
+def describe_checkpoint(
+    source: Path, names: ForeignNames, *, ema: bool = True
+) -> ForeignCheckpoint:
+    """Recognise the layout of ``source`` and describe what is in it.
 
     Args:
         names: the family's.
@@ -95,145 +106,149 @@ def find(source: Path, names: ForeignNames, *, ema: bool = True) -> Found:
             does not know, whose averages do not fit, or that would run code.
     """
     if source.is_file():
-        return _file(source, names, ema)
+        return _one_file(source, names, ema)
     for layout, holds, describe in _LAYOUTS:
         if holds(source):
-            found = describe(source, names, ema)
-            if not found.roles:
+            checkpoint = describe(source, names, ema)
+            if not checkpoint.roles:
                 raise CheckpointError(
-                    f"{source} is a {layout} without a single weight: {'; '.join(found.left)}. "
-                    "Name a checkpoint that was saved in training"
+                    f"{source} is a {layout} without a single weight: "
+                    f"{'; '.join(checkpoint.left)}. Name a checkpoint that was saved in training"
                 )
-            return found
-    raise _unknown(source)
+            return checkpoint
+    raise _unknown_layout(source)
 
 
 # -- legacy ---------------------------------------------------------------------------------------
 
 
-def _distill(source: Path, names: ForeignNames, ema: bool) -> Found:
+def _legacy_distillation(source: Path, names: ForeignNames, ema: bool) -> ForeignCheckpoint:
     roles: list[MigratedRole] = []
     left: list[str] = []
     for folder in _dcp_below(source / _DISTRIBUTED):
-        base, module = _split(folder.name)
+        base, module = _role_and_module(folder.name)
         if base not in THEIR_ROLES:
             kept = " (random state)" if folder.name == "shared" else ""
             left.append(f"{_DISTRIBUTED}/{folder.name}{kept}: no role")
             continue
         saved = open_dcp(folder)
-        weights = _under(saved, "model.")
+        weights = _below_prefix(saved, "model.")
         if not weights.names:
             left.append(f"{_DISTRIBUTED}/{folder.name}: no weights in it, as it was not trained")
             continue
         role = MigratedRole(
             role=THEIR_ROLES[base],
             module=module,
-            weights=renamed(weights, names),
+            weights=rename_strictly(weights, names),
             moments=_moments(saved, "optimizer.state.", names),
         )
         roles.append(_with_average(role, source, folder.name, names, ema, left))
-        left += _rest(saved, ("model.", "optimizer.state."), f"{_DISTRIBUTED}/{folder.name}")
+        left += _entries_left(
+            saved, ("model.", "optimizer.state."), f"{_DISTRIBUTED}/{folder.name}"
+        )
     left += [f"{f.name}: again the weights of {_DISTRIBUTED}" for f in _inference_folders(source)]
-    return _found("a legacy distillation checkpoint", source, roles, left)
+    return _describe("a legacy distillation checkpoint", source, roles, left)
 
 
-def _finetune(source: Path, names: ForeignNames, ema: bool) -> Found:
+def _legacy_finetuning(source: Path, names: ForeignNames, ema: bool) -> ForeignCheckpoint:
     saved = open_dcp(source / _DISTRIBUTED)
-    weights = _under(saved, "model.")
-    left = _rest(saved, ("model.", "optimizer.state."), _DISTRIBUTED)
+    weights = _below_prefix(saved, "model.")
+    left = _entries_left(saved, ("model.", "optimizer.state."), _DISTRIBUTED)
     if not weights.names:
-        return _found("a legacy finetuning checkpoint", source, [], left)
+        return _describe("a legacy finetuning checkpoint", source, [], left)
     role = MigratedRole(
         role=THEIR_ROLES["generator"],
         module="transformer",
-        weights=renamed(weights, names),
+        weights=rename_strictly(weights, names),
         moments=_moments(saved, "optimizer.state.", names),
     )
     if (source / "transformer").is_dir():
         left.append(f"transformer: again the weights of {_DISTRIBUTED}")
-    return _found("a legacy finetuning checkpoint", source, [role], left)
+    return _describe("a legacy finetuning checkpoint", source, [role], left)
 
 
-def _weights_only(source: Path, names: ForeignNames, ema: bool) -> Found:
+def _weights_only(source: Path, names: ForeignNames, ema: bool) -> ForeignCheckpoint:
     roles = []
     left: list[str] = []
     for folder in _inference_folders(source):
         name = folder.name.removesuffix("_inference_transformer")
-        base, module = _split(name)
+        base, module = _role_and_module(name)
         role = MigratedRole(
             role=THEIR_ROLES[base],
             module=module,
-            weights=renamed(SafetensorsFile(folder / _WEIGHTS), names),
+            weights=rename_strictly(SafetensorsFile(folder / _WEIGHTS), names),
         )
         roles.append(_with_average(role, source, name, names, ema, left))
-    return _found("a weights-only checkpoint", source, roles, left)
+    return _describe("a weights-only checkpoint", source, roles, left)
 
 
-def _one_transformer(source: Path, names: ForeignNames, ema: bool) -> Found:
+def _one_transformer(source: Path, names: ForeignNames, ema: bool) -> ForeignCheckpoint:
     role = MigratedRole(
         role=THEIR_ROLES["generator"],
         module="transformer_2" if _SECOND.fullmatch(source.name) else "transformer",
-        weights=renamed(SafetensorsFile(source / _WEIGHTS), names),
+        weights=rename_strictly(SafetensorsFile(source / _WEIGHTS), names),
     )
-    return _found("a transformer's folder", source, [role], [])
+    return _describe("a transformer's folder", source, [role], [])
 
 
 def _with_average(
     role: MigratedRole, source: Path, name: str, names: ForeignNames, ema: bool, left: list[str]
 ) -> MigratedRole:
-    """``role`` with the average of ``name``: the fp32 pieces of all ranks if they make it up, or
-    else the whole file, which is in the model's own dtype."""
-    base, number = _split(name)
+    """Add the average of ``name`` to ``role``: the fp32 pieces of all ranks if they make it up, or
+    else the one file, which is in the model's own dtype."""
+    base, number = _role_and_module(name)
     stem = f"{base}_ema" + ("_2" if number == "transformer_2" else "")
     pieces = _rank_files(source / "ema_local_shard", stem)
-    whole = source / "ema" / f"{stem}.safetensors"
-    if not pieces and not whole.is_file():
+    one_file = source / "ema" / f"{stem}.safetensors"
+    if not pieces and not one_file.is_file():
         return role
     if not ema:
         left.append(f"the average of {role.role}.{role.module}: not asked for")
         return role
     if pieces:
-        average = renamed(_shards(source / "ema_local_shard", pieces), names)
-        problem = _misfit(average, role.weights)
+        average = rename_strictly(_shards(source / "ema_local_shard", pieces), names)
+        problem = _mismatch(average, role.weights)
         if problem is None:
-            if whole.is_file():
-                left.append(f"ema/{whole.name}: again the average of ema_local_shard, not in fp32")
+            if one_file.is_file():
+                left.append(
+                    f"ema/{one_file.name}: again the average of ema_local_shard, not in fp32"
+                )
             return evolve(role, ema=average)
-        if not whole.is_file():
+        if not one_file.is_file():
             raise CheckpointError(
                 f"{source / 'ema_local_shard'}: the {len(pieces)} files {stem}_rank<R>.pt do not "
                 f"make up the average of {role.role}.{role.module}: {problem}. Pieces are joined "
                 "along the first dimension, in the order of the ranks (FSDP2's Shard(0)); they "
                 "were cut otherwise, or some are missing. Find the others, or leave averages out"
             )
-        left.append(f"ema_local_shard/{stem}_rank<R>.pt: {problem}; ema/{whole.name} is taken")
-    average = renamed(SafetensorsFile(whole), names)
-    problem = _misfit(average, role.weights)
+        left.append(f"ema_local_shard/{stem}_rank<R>.pt: {problem}; ema/{one_file.name} is taken")
+    average = rename_strictly(SafetensorsFile(one_file), names)
+    problem = _mismatch(average, role.weights)
     if problem is not None:
         raise CheckpointError(
-            f"{whole} is not the average of {role.role}.{role.module}: {problem}. They must be of "
-            "one model; leave averages out if it is of another"
+            f"{one_file} is not the average of {role.role}.{role.module}: {problem}. They must be "
+            "of one model; leave averages out if it is of another"
         )
     return evolve(role, ema=average)
 
 
 def _rank_files(folder: Path, stem: str) -> list[Path]:
-    """The files of ranks 0, 1, 2 ... in this order."""
-    found = {
+    """List the files of ranks 0, 1, 2 ... in this order."""
+    by_rank = {
         int(match[1]): path
         for path in (folder.iterdir() if folder.is_dir() else ())
         if (match := re.fullmatch(rf"{re.escape(stem)}_rank(\d+)\.pt", path.name))
     }
-    if sorted(found) != list(range(len(found))):
+    if sorted(by_rank) != list(range(len(by_rank))):
         raise CheckpointError(
-            f"{folder}: there are files {stem}_rank<R>.pt of ranks {sorted(found)} only, and every "
-            "rank holds a piece of each weight. Copy the others too, or leave averages out"
+            f"{folder}: there are files {stem}_rank<R>.pt of ranks {sorted(by_rank)} only, and "
+            "every rank holds a piece of each weight. Copy the others too, or leave averages out"
         )
-    return [found[rank] for rank in sorted(found)]
+    return [by_rank[rank] for rank in sorted(by_rank)]
 
 
 def _shards(folder: Path, files: Sequence[Path]) -> WeightSource:
-    ranks: list[Mapping[str, Tensor]] = [tensors_of(load_pt(file), str(file)) for file in files]
+    ranks: list[Mapping[str, Tensor]] = [as_tensors(load_pt(file), str(file)) for file in files]
     for file, rank in zip(files, ranks, strict=True):
         if rank.keys() != ranks[0].keys():
             raise CheckpointError(
@@ -249,9 +264,9 @@ _ROLE = re.compile(r"roles\.([^.]+)\.([^.]+)\.")
 _AVERAGE = re.compile(r"callbacks\.([^.]+)\.([^.]+)_ema\.")
 
 
-def _newer(source: Path, names: ForeignNames, ema: bool) -> Found:
+def _newer(source: Path, names: ForeignNames, ema: bool) -> ForeignCheckpoint:
     saved = open_dcp(source / "dcp")
-    facts = _json(source / "metadata.json")
+    metadata = _metadata_json(source / "metadata.json")
     averages = {m[2]: m for n in saved.tensors if (m := _AVERAGE.match(n))}
     taken = ["roles."]
     left: list[str] = []
@@ -262,7 +277,7 @@ def _newer(source: Path, names: ForeignNames, ema: bool) -> Found:
         role = MigratedRole(
             role=name,
             module=module,
-            weights=renamed(_under(saved, prefix), names),
+            weights=rename_strictly(_below_prefix(saved, prefix), names),
             moments=_moments(saved, f"{state}{module}.", names),
         )
         taken.append(state)
@@ -271,12 +286,13 @@ def _newer(source: Path, names: ForeignNames, ema: bool) -> Found:
             taken.append(averages[name][0])
             role = _with_callbacks_average(role, saved, averages[name], names, ema, left)
         roles.append(role)
-    left += _rest(saved, taken, "dcp")
+    left += _entries_left(saved, taken, "dcp")
     left += [f"{path.name}: random state" for path in sorted(source.glob("rng_state*.pt"))]
-    found = _found("a newer checkpoint", source, roles, left)
-    step = facts.get("step")
-    known = isinstance(step, int) and step >= 0
-    return evolve(found, iteration=step if known else found.iteration, config=facts.get("config"))
+    checkpoint = _describe("a newer checkpoint", source, roles, left)
+    step = metadata.get("step")
+    if type(step) is int and step >= 0:
+        checkpoint = evolve(checkpoint, iteration=step)
+    return evolve(checkpoint, config=metadata.get("config"))
 
 
 def _with_callbacks_average(
@@ -295,8 +311,8 @@ def _with_callbacks_average(
     if begun in saved.values and saved.read_value(begun) is False:
         left.append(f"{what}: it had not begun, so it is a copy of the first weights")
         return role
-    average = renamed(_under(saved, match[0]), names)
-    problem = _misfit(average, role.weights)
+    average = rename_strictly(_below_prefix(saved, match[0]), names)
+    problem = _mismatch(average, role.weights)
     if problem is not None:
         raise CheckpointError(
             f"{saved.where}: {what} is not whole: {problem}. Each rank saved its piece under one "
@@ -309,37 +325,36 @@ def _with_callbacks_average(
 # -- one file -------------------------------------------------------------------------------------
 
 
-def _file(source: Path, names: ForeignNames, ema: bool) -> Found:
-    held = load_pt(source)
-    if not isinstance(held, Mapping):
+def _one_file(source: Path, names: ForeignNames, ema: bool) -> ForeignCheckpoint:
+    content = load_pt(source)
+    if not isinstance(content, Mapping):
         raise CheckpointError(
-            f"{source} holds a {type(held).__name__}, where a mapping with "
+            f"{source} holds a {type(content).__name__}, where a mapping with "
             f"{', '.join(THEIR_ROLES)} or a state dict must be; save it as such"
         )
-    if not any(name in held for name in THEIR_ROLES):
-        if not held or any(type(value) is not Tensor for value in held.values()):
+    if not any(name in content for name in THEIR_ROLES):
+        if not content or any(type(value) is not Tensor for value in content.values()):
             raise CheckpointError(
-                f"{source} has {some([str(key) for key in held]) or 'nothing'} at its top, and "
-                f"none of {', '.join(THEIR_ROLES)}, nor is it a state dict alone: there are no "
+                f"{source} has {first_of([str(key) for key in content]) or 'nothing'} at its top, "
+                f"and none of {', '.join(THEIR_ROLES)}, nor is it a state dict alone: there are no "
                 "weights to take. Save it as torch.save({'generator': state_dict}, ...)"
             )
-        held = {"generator": held}
+        content = {"generator": content}
     roles: list[MigratedRole] = []
     left: list[str] = []
-    for theirs in [name for name in THEIR_ROLES if name in held]:
+    for theirs in [name for name in THEIR_ROLES if name in content]:
         role = MigratedRole(
             role=THEIR_ROLES[theirs],
             module="transformer",
-            weights=renamed(_mapped(source, held, theirs), names),
+            weights=rename_strictly(_tensors_of(source, content, theirs), names),
         )
         name = f"{theirs}_ema"
-        if name in held and not ema:
+        if name in content and not ema:
             left.append(f"{name}: not asked for")
-        elif isinstance(held.get(name), Tensor) or held.get(
-            name
-        ):  # none, or an empty one: no average
-            average = renamed(_mapped(source, held, name), names)
-            problem = _misfit(average, role.weights)
+        # A file without an average may have None or {} in its place.
+        elif isinstance(content.get(name), Tensor) or content.get(name):
+            average = rename_strictly(_tensors_of(source, content, name), names)
+            problem = _mismatch(average, role.weights)
             if problem is not None:
                 raise CheckpointError(
                     f"{source}: {name} is not the average of {theirs}: {problem}. They must be of "
@@ -348,19 +363,19 @@ def _file(source: Path, names: ForeignNames, ema: bool) -> Found:
             role = evolve(role, ema=average)
         roles.append(role)
     known = {*THEIR_ROLES, *(f"{name}_ema" for name in THEIR_ROLES)}
-    left += [f"{key}: no weights of a role" for key in held if key not in known]
-    return _found("a file", source, roles, left)
+    left += [f"{key}: no weights of a role" for key in content if key not in known]
+    return _describe("a file", source, roles, left)
 
 
-def _mapped(source: Path, held: Mapping[str, Any], name: str) -> WeightSource:
+def _tensors_of(source: Path, content: Mapping[str, Any], name: str) -> WeightSource:
     where = f"{source} ({name})"
-    return TensorWeights(where, tensors_of(held[name], where))
+    return TensorWeights(where, as_tensors(content[name], where))
 
 
 # -- what they share ------------------------------------------------------------------------------
 
 
-def _under(saved: DcpCheckpoint, prefix: str, suffix: str = "") -> Renamed:
+def _below_prefix(saved: DcpCheckpoint, prefix: str, suffix: str = "") -> Renamed:
     """The tensors ``<prefix><name><suffix>`` by ``name``."""
     return Renamed(
         saved,
@@ -373,25 +388,25 @@ def _under(saved: DcpCheckpoint, prefix: str, suffix: str = "") -> Renamed:
 
 
 def _moments(saved: DcpCheckpoint, prefix: str, names: ForeignNames) -> WeightSource | None:
-    found = {kind: _under(saved, prefix, f".{kind}") for kind in _MOMENTS}
-    parts = {kind: renamed(part, names) for kind, part in found.items() if part.names}
+    by_kind = {kind: _below_prefix(saved, prefix, f".{kind}") for kind in _MOMENTS}
+    parts = {kind: rename_strictly(part, names) for kind, part in by_kind.items() if part.names}
     return Joined(parts) if parts else None
 
 
-def _misfit(average: WeightSource, weights: WeightSource) -> str | None:
-    """Why the one cannot be the average of the other."""
-    there = {name: facts.size for name, facts in average.describe().items()}
-    sizes = {name: facts.size for name, facts in weights.describe().items()}
-    if there == sizes:
+def _mismatch(average: WeightSource, weights: WeightSource) -> str | None:
+    """Tell why ``average`` cannot be that of ``weights``; None: it can."""
+    averaged = {name: info.size for name, info in average.describe().items()}
+    sizes = {name: info.size for name, info in weights.describe().items()}
+    if averaged == sizes:
         return None
-    one_sided = sorted(there.keys() ^ sizes.keys())
+    one_sided = sorted(averaged.keys() ^ sizes.keys())
     if one_sided:
-        return f"only one of the two has {some(one_sided)}"
-    name = next(name for name in sizes if there[name] != sizes[name])
-    return f"{name} is {list(there[name])} in it and {list(sizes[name])} in the weights"
+        return f"only one of the two has {first_of(one_sided)}"
+    name = next(name for name in sizes if averaged[name] != sizes[name])
+    return f"{name} is {list(averaged[name])} in it and {list(sizes[name])} in the weights"
 
 
-def _rest(saved: DcpCheckpoint, taken: Iterable[str], where: str) -> list[str]:
+def _entries_left(saved: DcpCheckpoint, taken: Iterable[str], where: str) -> list[str]:
     """A line for each group of entries that is not taken."""
     prefixes = tuple(taken)
     counts = Counter(
@@ -402,7 +417,7 @@ def _rest(saved: DcpCheckpoint, taken: Iterable[str], where: str) -> list[str]:
     return [f"{where}: {group} ({count} entries)" for group, count in counts.items()]
 
 
-def _split(name: str) -> tuple[str, str]:
+def _role_and_module(name: str) -> tuple[str, str]:
     """``generator_2`` -> (``generator``, ``transformer_2``)."""
     base = name.removesuffix("_2")
     return base, "transformer" if base == name else "transformer_2"
@@ -421,9 +436,11 @@ def _inference_folders(source: Path) -> list[Path]:
     ]
 
 
-def _found(layout: str, source: Path, roles: Sequence[MigratedRole], left: list[str]) -> Found:
+def _describe(
+    layout: str, source: Path, roles: Sequence[MigratedRole], left: list[str]
+) -> ForeignCheckpoint:
     number = re.search(r"checkpoint-(\d+)", source.resolve().name)
-    return Found(
+    return ForeignCheckpoint(
         layout=layout,
         iteration=int(number[1]) if number else 0,
         roles=tuple(roles),
@@ -431,16 +448,16 @@ def _found(layout: str, source: Path, roles: Sequence[MigratedRole], left: list[
     )
 
 
-def _json(file: Path) -> Mapping[str, Any]:
+def _metadata_json(file: Path) -> Mapping[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is no JSON ({error}); copy the checkpoint again") from error
+        value = read_json(file)
+    except UnreadableFileError as error:
+        raise CheckpointError(f"{error}; copy the checkpoint again") from error
     return value if isinstance(value, dict) else {}
 
 
 _LAYOUTS: Sequence[
-    tuple[str, Callable[[Path], bool], Callable[[Path, ForeignNames, bool], Found]]
+    tuple[str, Callable[[Path], bool], Callable[[Path, ForeignNames, bool], ForeignCheckpoint]]
 ] = (
     (
         "newer checkpoint (metadata.json, dcp/.metadata)",
@@ -450,12 +467,12 @@ _LAYOUTS: Sequence[
     (
         f"legacy finetuning checkpoint ({_DISTRIBUTED}/.metadata)",
         lambda path: is_dcp(path / _DISTRIBUTED),
-        _finetune,
+        _legacy_finetuning,
     ),
     (
         f"legacy distillation checkpoint ({_DISTRIBUTED}/{{{','.join(THEIR_ROLES)}}}/.metadata)",
         lambda path: (path / _DISTRIBUTED).is_dir() and any(_dcp_below(path / _DISTRIBUTED)),
-        _distill,
+        _legacy_distillation,
     ),
     (
         f"weights-only checkpoint (generator_inference_transformer/{_WEIGHTS})",
@@ -470,7 +487,7 @@ _LAYOUTS: Sequence[
 )
 
 
-def _unknown(source: Path) -> CheckpointError:
+def _unknown_layout(source: Path) -> CheckpointError:
     if not source.exists():
         return CheckpointError(f"{source} does not exist; name a checkpoint's folder or a .pt file")
     present = [path.name for path in sorted(source.iterdir())]
@@ -478,7 +495,7 @@ def _unknown(source: Path) -> CheckpointError:
     hint = f"one of the checkpoints in it, such as {source / inside[-1]}" if inside else ""
     looked = "; ".join(layout for layout, _, _ in _LAYOUTS)
     return CheckpointError(
-        f"{source} holds {some(present) or 'nothing'}, which is no layout that can be migrated. "
-        f"Looked for: {looked}; or a .pt file with {', '.join(THEIR_ROLES)}. Name "
+        f"{source} holds {first_of(present) or 'nothing'}, which is no layout that can be "
+        f"migrated. Looked for: {looked}; or a .pt file with {', '.join(THEIR_ROLES)}. Name "
         f"{hint or 'the folder of one checkpoint'}"
     )

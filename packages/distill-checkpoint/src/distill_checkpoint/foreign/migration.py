@@ -9,15 +9,15 @@ from pathlib import Path
 from attrs import frozen
 from distill_protocols import ForeignNames, OutputError
 
-from distill_checkpoint.foreign.layouts import Found, find
-from distill_checkpoint.writing import write_weights_checkpoint
+from distill_checkpoint.foreign.layouts import ForeignCheckpoint, describe_checkpoint
+from distill_checkpoint.weights import write_weights_checkpoint
 
 logger = logging.getLogger(__name__)
 
 
 @frozen(kw_only=True)
-class MigrationFacts:
-    """What was done.
+class MigrationReport:
+    """What a migration has done.
 
     Attributes:
         layout: what the source was, to be read after "it is".
@@ -39,7 +39,7 @@ def migrate(
     names: ForeignNames,
     ema: bool = True,
     moments: bool = False,
-) -> MigrationFacts:
+) -> MigrationReport:
     """Turn a checkpoint of FastVideo or an initial student of Self-Forcing into one of ours.
 
     The result holds weights, and averages where there are any: it can be taken up as another run's
@@ -65,48 +65,45 @@ def migrate(
             f"{target} exists already, and a migration overwrites nothing. Name a new folder, or "
             "move that one away"
         )
-    found = find(source, names, ema=ema)
-    parts = {(role.role, role.module): role for role in found.roles}
+    checkpoint = describe_checkpoint(source, names, ema=ema)
+    roles = {(role.role, role.module): role for role in checkpoint.roles}
+    kept_moments = {key: role.moments for key, role in roles.items() if role.moments is not None}
     write_weights_checkpoint(
         target,
-        iteration=found.iteration,
-        roles={part: role.weights for part, role in parts.items()},
-        ema={part: role.ema for part, role in parts.items() if role.ema is not None},
-        moments={part: role.moments for part, role in parts.items() if role.moments is not None}
-        if moments
-        else None,
-        config={"layout": found.layout, "source": str(source), "config": found.config},
-        origin=f"{source} ({found.layout})",
+        iteration=checkpoint.iteration,
+        roles={key: role.weights for key, role in roles.items()},
+        ema={key: role.ema for key, role in roles.items() if role.ema is not None},
+        moments=kept_moments if moments else None,
+        config={"layout": checkpoint.layout, "source": str(source), "config": checkpoint.config},
+        origin=f"{source} ({checkpoint.layout})",
     )
-    facts = MigrationFacts(
-        layout=found.layout,
-        iteration=found.iteration,
-        taken=tuple(_taken(found, moments)),
-        left=(*([] if moments else _moments_left(found)), *found.left),
+    moments_left = [
+        f"{role}.{module}: optimizer moments (no run can go on from them)"
+        for role, module in ([] if moments else kept_moments)
+    ]
+    report = MigrationReport(
+        layout=checkpoint.layout,
+        iteration=checkpoint.iteration,
+        taken=tuple(_taken(checkpoint, moments)),
+        left=(*moments_left, *checkpoint.left),
     )
-    for line in facts.taken:
+    for line in report.taken:
         logger.info("taken: %s", line)
-    for line in facts.left:
+    for line in report.left:
         logger.info("left: %s", line)
-    return facts
+    return report
 
 
-def _taken(found: Found, moments: bool) -> Iterator[str]:
-    for role in found.roles:
+def _taken(checkpoint: ForeignCheckpoint, moments: bool) -> Iterator[str]:
+    for role in checkpoint.roles:
         kinds = {"weights": role.weights, "average": role.ema}
         if moments:
             kinds["optimizer moments"] = role.moments
         for kind, source in kinds.items():
             if source is not None:
-                stored = source.describe().values()
-                size = sum(facts.nbytes for facts in stored) / 1e6
+                infos = source.describe().values()
+                size = sum(info.nbytes for info in infos) / 1e6
                 yield (
-                    f"{role.role}.{role.module}: {kind}, {len(stored)} tensors, {size:.1f} MB, "
+                    f"{role.role}.{role.module}: {kind}, {len(infos)} tensors, {size:.1f} MB, "
                     f"from {source.where}"
                 )
-
-
-def _moments_left(found: Found) -> Iterator[str]:
-    for role in found.roles:
-        if role.moments is not None:
-            yield f"{role.role}.{role.module}: optimizer moments (no run can go on from them)"

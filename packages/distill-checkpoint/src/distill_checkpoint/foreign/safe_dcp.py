@@ -8,7 +8,7 @@
 torch unpickles the one freely, and values that are no tensors too. Here ``.metadata`` is
 interpreted with stand-ins: each of the few names that a Metadata consists of is an inert record,
 made anew for each file, every other name is refused, so that nothing of torch is called or touched.
-Pieces are read one by one, as ``.pt`` files are (``pt_files``).
+Pieces are read one by one, as ``.pt`` files are (``files.load_bytes``).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from attrs import frozen
 from distill_protocols import CheckpointError, TensorInfo, WeightSource
 from torch import Tensor
 
-from distill_checkpoint.foreign.pt_files import load_bytes, would_run
+from distill_checkpoint.foreign.files import load_bytes, would_run
 
 METADATA = ".metadata"
 
@@ -106,20 +106,20 @@ class DcpCheckpoint(WeightSource):
         return self._load(name, self._pieces[name][0])
 
     def _tensor(self, name: str) -> Tensor:
-        facts = self.tensors[name]
-        whole = torch.empty(facts.size, dtype=facts.dtype)
+        info = self.tensors[name]
+        tensor = torch.empty(info.size, dtype=info.dtype)
         for piece in self._pieces[name]:
             part = self._load(name, piece)
-            found = (tuple(part.shape), part.dtype) if type(part) is Tensor else type(part).__name__
-            if found != (piece.sizes, facts.dtype):
+            kind = (tuple(part.shape), part.dtype) if type(part) is Tensor else type(part).__name__
+            if kind != (piece.sizes, info.dtype):
                 raise CheckpointError(
                     f"{self.folder / piece.file}: the piece of {name} at {list(piece.offsets)} is "
-                    f"{found}, where {METADATA} says {(piece.sizes, facts.dtype)}; one of the two "
+                    f"{kind}, where {METADATA} says {(piece.sizes, info.dtype)}; one of the two "
                     "files is of another checkpoint. Copy the folder again"
                 )
             box = zip(piece.offsets, piece.sizes, strict=True)
-            whole[tuple(slice(start, start + size) for start, size in box)] = part
-        return whole
+            tensor[tuple(slice(start, start + size) for start, size in box)] = part
+        return tensor
 
     def _load(self, name: str, piece: Piece) -> Any:
         file = self.folder / piece.file
@@ -144,17 +144,17 @@ def is_dcp(folder: Path) -> bool:
 
 
 def open_dcp(folder: Path) -> DcpCheckpoint:
-    """Look at a folder, without reading a tensor.
+    """Describe a folder, without reading a tensor.
 
     Raises:
         CheckpointError: ``.metadata`` is missing, damaged, or names something that a Metadata does
             not consist of; or the pieces do not make up the tensors.
     """
     file = folder / METADATA
-    raw = _unpickled(file)
+    raw = _read_metadata(file)
     try:
-        return _checkpoint(folder, raw)
-    except (_OddError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return _interpret(folder, raw)
+    except (_MalformedError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{file} does not describe a checkpoint of torch.distributed.checkpoint: "
             f"{error}. It is damaged, or of a release with another format; copy the folder again, "
@@ -195,7 +195,7 @@ class _ForbiddenError(Exception):
 class _MetadataUnpickler(pickle.Unpickler):
     def __init__(self, content: bytes) -> None:
         super().__init__(io.BytesIO(content))
-        self._made: dict[tuple[str, str], type[_Record]] = {}
+        self._classes: dict[tuple[str, str], type[_Record]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         key = (module, name)
@@ -203,12 +203,12 @@ class _MetadataUnpickler(pickle.Unpickler):
             return _PLAIN[key]
         if key not in _RECORDS:
             raise _ForbiddenError(f"{module}.{name}")
-        if key not in self._made:
-            self._made[key] = type(name, (_Record,), {})
-        return self._made[key]
+        if key not in self._classes:
+            self._classes[key] = type(name, (_Record,), {})
+        return self._classes[key]
 
 
-def _unpickled(file: Path) -> Any:
+def _read_metadata(file: Path) -> Any:
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -230,19 +230,19 @@ def _unpickled(file: Path) -> Any:
 # -- what it says ---------------------------------------------------------------------------------
 
 
-class _OddError(Exception):
+class _MalformedError(Exception):
     """A record is not what it should be."""
 
 
-def _odd(what: str) -> NoReturn:
-    raise _OddError(what)
+def _malformed(what: str) -> NoReturn:
+    raise _MalformedError(what)
 
 
-def _checkpoint(folder: Path, raw: Any) -> DcpCheckpoint:
+def _interpret(folder: Path, raw: Any) -> DcpCheckpoint:
     body = _state(raw, "Metadata")
     entries = body["state_dict_metadata"]
-    places = {
-        (index["fqn"], _ints(index.get("offset") or ())): _place(info)
+    locations = {
+        (index["fqn"], _ints(index.get("offset") or ())): _location(info)
         for key, info in body["storage_data"].items()
         if (index := _state(key, "MetadataIndex"))
     }
@@ -250,18 +250,18 @@ def _checkpoint(folder: Path, raw: Any) -> DcpCheckpoint:
     pieces: dict[str, tuple[Piece, ...]] = {}
     for name, entry in entries.items():
         if type(name) is not str:
-            _odd(f"the name {name!r} is no string")
+            _malformed(f"the name {name!r} is no string")
         if _kind(entry) == "BytesStorageMetadata":
-            pieces[name] = (Piece((), (), *places[name, ()]),)
+            pieces[name] = (Piece((), (), *locations[name, ()]),)
             continue
         stored = _state(entry, "TensorStorageMetadata")
-        facts = TensorInfo(_ints(stored["size"]), _dtype(stored["properties"]))
+        info = TensorInfo(_ints(stored["size"]), _dtype(stored["properties"]))
         boxes = [_box(chunk) for chunk in stored["chunks"]]
         # A rank without a share of a small tensor wrote an empty piece.
         boxes = [box for box in boxes if math.prod(box[1])]
-        _check_cover(name, facts.size, boxes)
-        tensors[name] = facts
-        pieces[name] = tuple(Piece(*box, *places[name, box[0]]) for box in boxes)
+        _check_cover(name, info.size, boxes)
+        tensors[name] = info
+        pieces[name] = tuple(Piece(*box, *locations[name, box[0]]) for box in boxes)
     return DcpCheckpoint(folder, tensors, frozenset(entries) - frozenset(tensors), pieces)
 
 
@@ -271,30 +271,32 @@ def _kind(record: Any) -> str:
 
 def _state(record: Any, kind: str) -> dict[str, Any]:
     if _kind(record) != kind or not isinstance(record.state, dict | None):
-        _odd(f"there is a {_kind(record) or type(record).__name__} where a {kind} must be")
+        _malformed(f"there is a {_kind(record) or type(record).__name__} where a {kind} must be")
     return record.state or {}
 
 
 def _ints(value: Any) -> tuple[int, ...]:
     if type(value) is not tuple or any(type(item) is not int or item < 0 for item in value):
-        _odd(f"{value!r} is no tuple of sizes")
+        _malformed(f"{value!r} is no tuple of sizes")
     return value
 
 
 def _dtype(properties: Any) -> torch.dtype:
     if _kind(properties) != "TensorProperties" or type(properties.state) is not tuple:
-        _odd("a tensor has no properties")
+        _malformed("a tensor has no properties")
     dtype = properties.state[0]
-    return dtype if type(dtype) is torch.dtype else _odd(f"{dtype!r} is no dtype")
+    return dtype if type(dtype) is torch.dtype else _malformed(f"{dtype!r} is no dtype")
 
 
-def _place(info: Any) -> tuple[str, int, int]:
+def _location(info: Any) -> tuple[str, int, int]:
     body = _state(info, "_StorageInfo")
     if body.get("transform_descriptors"):
-        _odd(f"its pieces are transformed ({body['transform_descriptors']}), compressed perhaps")
+        _malformed(
+            f"its pieces are transformed ({body['transform_descriptors']}), compressed perhaps"
+        )
     file = body["relative_path"]
     if type(file) is not str or Path(file).name != file:
-        _odd(f"it names the file {file!r}, which is not one of its own folder")
+        _malformed(f"it names the file {file!r}, which is not one of its own folder")
     start, length = _ints((body["offset"], body["length"]))
     return file, start, length
 
@@ -311,7 +313,7 @@ def _check_cover(
     for offsets, sizes in boxes:
         ends = [start + length for start, length in zip(offsets, sizes, strict=True)]
         if len(ends) != len(size) or any(end > full for end, full in zip(ends, size, strict=True)):
-            _odd(f"a piece of {name} at {list(offsets)} sticks out of its {list(size)}")
+            _malformed(f"a piece of {name} at {list(offsets)} sticks out of its {list(size)}")
     ordered = sorted(boxes)
     for index, (offsets, sizes) in enumerate(ordered):
         for other, others in ordered[index + 1 :]:
@@ -321,6 +323,6 @@ def _check_cover(
                 start < there + extent and there < start + length
                 for start, length, there, extent in zip(offsets, sizes, other, others, strict=True)
             ):
-                _odd(f"pieces of {name} at {list(offsets)} and {list(other)} overlap")
+                _malformed(f"pieces of {name} at {list(offsets)} and {list(other)} overlap")
     if sum(math.prod(sizes) for _, sizes in boxes) != math.prod(size):
-        _odd(f"the pieces of {name} do not make up its {list(size)}")
+        _malformed(f"the pieces of {name} do not make up its {list(size)}")

@@ -15,10 +15,11 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from attrs import frozen
 from distill_protocols import OutputError
+from distill_runtime import UnreadableFileError, parse_json
 
 from distill_checkpoint.layout import checkpoints
 
@@ -60,8 +61,8 @@ class Claim:
         Takes the marker away if this claim made it, and the folder if nothing else is in it; a
         folder with checkpoints stays as it is.
         """
-        held = self._file is not None and not self._file.closed
-        if held and self._made_marker and not checkpoints(self.folder):
+        is_ours = self._file is not None and not self._file.closed
+        if is_ours and self._made_marker and not checkpoints(self.folder):
             (self.folder / MARKER).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty: what is in it is not ours to delete
                 self.folder.rmdir()
@@ -88,41 +89,44 @@ def claim_output_dir(path: Path | str, *, resume: bool, ranks: Ranks | None = No
     folder = Path(os.path.abspath(path))
     if ranks is None or ranks.group is None:
         return _claim(folder, resume)
-    held: list[Claim] = []
+    claims: list[Claim] = []  # of rank 0 alone
+
+    def claim_or_refuse() -> str | None:
+        try:
+            claims.append(_claim(folder, resume))
+        except OutputError as error:
+            return str(error)
+        return None
+
     try:
-        refusal = ranks.run_on_first(lambda: _refusal(folder, resume, held))
+        # The message travels, and not the error: raised on rank 0 alone it would be an error of
+        # the ranks on all others, and an OutputError on none of them.
+        refusal = ranks.run_on_first(claim_or_refuse)
         if refusal:
             raise OutputError(refusal)
-        _refuse_unseen(folder, ranks)
+        _refuse_unshared(folder, ranks)
     except BaseException:
-        for claim in held:
+        for claim in claims:
             claim.release()
         raise
-    return held[0] if held else Claim(folder, None, False)
+    return claims[0] if claims else Claim(folder, None, False)
 
 
-def _refusal(folder: Path, resume: bool, held: list[Claim]) -> str | None:
-    """Why the claim, which is added to ``held``, cannot be had."""
-    try:
-        held.append(_claim(folder, resume))
-    except OutputError as error:
-        return str(error)
-    return None
-
-
-def _refuse_unseen(folder: Path, ranks: Ranks) -> None:
-    seen = ranks.gather_results(lambda: _seen(folder / MARKER))
-    if not all(seen):
-        missing = ", ".join(str(rank) for rank, there in enumerate(seen) if not there)
+def _refuse_unshared(folder: Path, ranks: Ranks) -> None:
+    """Refuse a folder in which not every rank sees the marker that rank 0 has just made."""
+    sees_marker = ranks.gather_results(lambda: _appears(folder / MARKER))
+    if not all(sees_marker):
+        missing = ", ".join(str(rank) for rank, sees in enumerate(sees_marker) if not sees)
         raise OutputError(
             f"{folder} on rank 0 is not the {folder} of rank {missing}, where its {MARKER} has not "
             f"come up within {VISIBLE_AFTER:g} s; all ranks write their parts of a checkpoint into "
-            "one folder, or no checkpoint would be whole. Choose an output_dir on storage that all "
-            "hosts share."
+            "one folder, or no checkpoint would be whole. Choose an output folder on storage that "
+            "all hosts share."
         )
 
 
-def _seen(marker: Path) -> bool:
+def _appears(marker: Path) -> bool:
+    """Wait until ``marker`` is there; False if it does not come up in time."""
     deadline = time.monotonic() + VISIBLE_AFTER
     while not marker.exists():
         if time.monotonic() > deadline:
@@ -135,41 +139,37 @@ def _claim(folder: Path, resume: bool) -> Claim:
     with _as_output_error(folder), _removed_on_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"is there room and permission?")
-        # A marker that is held comes first: "resume" is no advice while the run is alive.
+            probe.write(b"is there space and permission?")
+        # A marker that is locked comes first: "resume" is no advice while the run is alive.
         if not resume and checkpoints(folder) and not (folder / MARKER).exists():
             raise _taken(folder, next(iter(checkpoints(folder).values())).name)
         return _mark(folder, resume)
 
 
 def _mark(folder: Path, resume: bool) -> Claim:
-    file, made = _open_marker(folder / MARKER)
+    marker = folder / MARKER
+    try:
+        # "x": of two runs that start at once in one folder, one makes it.
+        file, is_new = marker.open("x+", encoding="utf-8"), True
+    except FileExistsError:
+        file, is_new = marker.open("r+", encoding="utf-8"), False
     try:
         _lock(file, folder)
         _refuse_unlinked(file, folder)
-        if not made and not resume:
+        if not is_new and not resume:
             raise _taken(folder, MARKER)
         _write_marker(file)
     except BaseException as error:
-        # A marker that another process holds by now is that process's.
-        if made and not isinstance(error, OutputError):
-            (folder / MARKER).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # a full disk is heard of again on closing
+        # A marker that another process has locked by now is that process's.
+        if is_new and not isinstance(error, OutputError):
+            marker.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a full disk raises again on closing
             file.close()
         raise
-    claim = Claim(folder, file, made)
-    # A claim that nobody closed ends with the run that held it.
+    claim = Claim(folder, file, is_new)
+    # A claim that nobody closed ends with the last reference to it.
     weakref.finalize(claim, file.close)
     return claim
-
-
-def _open_marker(marker: Path) -> tuple[IO[str], bool]:
-    """The marker, and whether it was made now."""
-    try:
-        # "x": of two runs that start at once in one folder, one makes it.
-        return marker.open("x+", encoding="utf-8"), True
-    except FileExistsError:
-        return marker.open("r+", encoding="utf-8"), False
 
 
 def _lock(file: IO[str], folder: Path) -> None:
@@ -179,7 +179,7 @@ def _lock(file: IO[str], folder: Path) -> None:
         raise OutputError(
             f"{folder}: another process is running there ({_holder(file)}); two runs in one "
             "folder would overwrite each other's logs and checkpoints. Wait for it or stop it, "
-            "or choose another output_dir."
+            "or choose another output folder."
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
@@ -202,34 +202,39 @@ def _refuse_unlinked(file: IO[str], folder: Path) -> None:
 
 
 def _holder(file: IO[str]) -> str:
-    try:
-        facts = json.load(file)
-        return f"pid {facts['pid']} on {facts['host']}"
-    except (ValueError, LookupError, TypeError):
+    record = _read_marker(file)
+    if "pid" not in record or "host" not in record:
         return "pid unknown"  # it has not written it yet
+    return f"pid {record['pid']} on {record['host']}"
+
+
+def _read_marker(file: IO[str]) -> dict[str, Any]:
+    """What the marker says; nothing, where it is new or was torn by a full disk."""
+    try:
+        value = parse_json(file.read(), MARKER)
+    except (UnreadableFileError, UnicodeDecodeError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _write_marker(file: IO[str]) -> None:
-    try:
-        facts = json.load(file)
-    except ValueError:  # new, or torn by a full disk
-        facts = {}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    facts = {"format": "distill-run", "version": 1, "started": now} | facts
-    facts |= {"pid": os.getpid(), "host": socket.gethostname()}
+    record = {"format": "distill-run", "version": 1, "started": now} | _read_marker(file)
+    record |= {"pid": os.getpid(), "host": socket.gethostname()}
     file.seek(0)
-    json.dump(facts, file)
+    json.dump(record, file)
     file.truncate()
     file.flush()
 
 
 def _taken(folder: Path, evidence: str) -> OutputError:
-    begun = "" if checkpoints(folder) else ", which has left no checkpoint"
-    afresh = "" if checkpoints(folder) else ", and starts afresh in the same folder"
+    has_checkpoints = bool(checkpoints(folder))
+    state = "" if has_checkpoints else ", which has left no checkpoint"
+    afresh = "" if has_checkpoints else ", and starts afresh in the same folder"
     return OutputError(
-        f"{folder} already holds another run ({evidence}){begun}; two runs in one folder would "
-        "overwrite each other's logs and checkpoints. Go on with it (checkpoint.resume: latest"
-        f"{afresh}), or choose another output_dir, or move that folder away."
+        f"{folder} already holds another run ({evidence}){state}; two runs in one folder would "
+        f"overwrite each other's logs and checkpoints. Go on with it (resume: latest{afresh}), or "
+        "choose another folder, or move that one away."
     )
 
 
@@ -240,19 +245,19 @@ def _as_output_error(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"{folder} cannot be used as output folder: {error.strerror or error}. A run keeps "
-            "checkpoints and logs there, so it must be a folder with write permission and room; "
-            "mend that, or choose another output_dir."
+            "checkpoints and logs there, so it must be a folder with write permission and "
+            "free space; mend that, or choose another folder."
         ) from error
 
 
 @contextlib.contextmanager
 def _removed_on_error(folder: Path) -> Iterator[None]:
-    """Take back the folders that the block made, if it raises."""
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    """Remove the folders that the block makes, if it raises."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     try:
         yield
     except BaseException:
-        for parent in made:
+        for parent in missing:
             with contextlib.suppress(OSError):  # not made, or another run is in it by now
                 parent.rmdir()
         raise

@@ -1,0 +1,189 @@
+"""Files and folders of the runtime: whole or not at all, and read without trust."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from distill_protocols import ContractError, TensorInfo
+from distill_runtime import (
+    DELETED_PREFIX,
+    FileInfo,
+    UnreadableFileError,
+    publish_folder,
+    read_header,
+    read_json,
+    remove_folder,
+    sha256_of_file,
+    write_new_file,
+    write_safetensors,
+)
+from safetensors.torch import load_file
+
+NESTED = b"[" * 200_000
+
+
+def test_a_new_file_is_described_as_it_is(tmp_path):
+    info = write_new_file(tmp_path / "a.json", b"{}\n")
+    assert info == FileInfo(size=3, sha256=hashlib.sha256(b"{}\n").hexdigest())
+    assert sha256_of_file(tmp_path / "a.json") == info.sha256
+    with pytest.raises(FileExistsError):
+        write_new_file(tmp_path / "a.json", b"[]\n")
+    assert (tmp_path / "a.json").read_bytes() == b"{}\n"
+
+
+def test_a_new_file_waits_for_the_disk(tmp_path, monkeypatch):
+    def fsync(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space"):
+        write_new_file(tmp_path / "a", b"x")
+
+
+@pytest.mark.parametrize("files_are_synced", [True, False])
+def test_a_published_folder_takes_the_place_of_another(tmp_path, monkeypatch, files_are_synced):
+    synced: list[Path] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real(descriptor)
+
+    stage, target, aside = tmp_path / "stage", tmp_path / "target", tmp_path / ".aside"
+    for folder, content in ((stage, "new"), (target, "old")):
+        (folder / "in").mkdir(parents=True)
+        (folder / "in" / "file").write_text(content)
+    monkeypatch.setattr(os, "fsync", fsync)
+    publish_folder(stage, target, aside=aside, files_are_synced=files_are_synced)
+    assert (target / "in" / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    files = [] if files_are_synced else [stage / "in" / "file"]
+    # The names in a folder before the folder's own, and the new name last.
+    assert synced == [*files, stage / "in", stage, tmp_path]
+
+
+def test_a_publication_that_is_killed_leaves_the_former_folder_aside(tmp_path, monkeypatch):
+    stage, target, aside = tmp_path / "stage", tmp_path / "target", tmp_path / ".aside"
+    stage.mkdir()
+    target.mkdir()
+    (target / "kept").write_text("")
+    real = Path.rename
+
+    def rename(path: Path, to: Path) -> Path:
+        if path == stage:
+            raise KeyboardInterrupt  # as a kill: nothing is cleared up behind it
+        return real(path, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        publish_folder(stage, target, aside=aside)
+    assert (aside / "kept").exists()
+    assert not target.exists()
+
+
+def test_a_folder_is_removed_under_a_dot_name(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    remove_folder(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == [f"{DELETED_PREFIX}a"]
+
+
+# -- read without trust ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (NESTED, "nested too deeply"),
+        (b'{"a": ' + NESTED, "nested too deeply"),
+        (b"{", "is no JSON"),
+        (b"\xff\xfe{", "is no JSON"),
+        (b"1" * 5000, "is no JSON"),  # more digits than Python turns into a number
+    ],
+)
+def test_json_that_is_none(tmp_path, content, message):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UnreadableFileError, match=message):
+        read_json(tmp_path / "a.json")
+
+
+def test_json_that_is_too_large_is_not_read(tmp_path):
+    (tmp_path / "a.json").write_text("[]" * 10)
+    with pytest.raises(UnreadableFileError, match="20 bytes; more than 19"):
+        read_json(tmp_path / "a.json", max_bytes=19)
+
+
+def header_file(path: Path, header: bytes, numbers: bytes = b"") -> Path:
+    path.write_bytes(len(header).to_bytes(8, "little") + header + numbers)
+    return path
+
+
+def entry(**changes: object) -> bytes:
+    good = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    return json.dumps({"a": {**good, **changes}}).encode()
+
+
+def test_a_header_is_read(tmp_path):
+    header = read_header(header_file(tmp_path / "a", entry(), bytes(8)))
+    assert header.tensors == {"a": ("F32", (2,), 0, 8)}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        NESTED,
+        b"[]",
+        b"3",
+        b'{"a": []}',
+        b'{"__metadata__": 3}',
+        entry(shape=None),
+        entry(shape=[float("inf")]),
+        entry(shape=[-2]),
+        entry(shape=[10**30]),
+        entry(data_offsets=[0, float("inf")]),
+        entry(data_offsets=[float("nan"), 8]),
+        entry(data_offsets=[8, 0]),
+        entry(data_offsets=[0]),
+    ],
+)
+def test_a_damaged_header_is_one_error(tmp_path, header):
+    with pytest.raises(UnreadableFileError):
+        read_header(header_file(tmp_path / "a", header, bytes(8)))
+
+
+@pytest.mark.parametrize("size", [0, 7, 12])
+def test_a_file_cut_short_has_no_header(tmp_path, size):
+    path = header_file(tmp_path / "a", entry(), bytes(8))
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UnreadableFileError, match="no whole safetensors file"):
+        read_header(path)
+
+
+# -- written tensor by tensor ---------------------------------------------------------------------
+
+
+def test_a_safetensors_file_is_described_as_it_is(tmp_path):
+    tensors = {"a": torch.rand(3, 5), "b": torch.ones(7, dtype=torch.bfloat16), "c": torch.rand(0)}
+    infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    file = tmp_path / "a.safetensors"
+    info = write_safetensors(file, infos, tensors.__getitem__, metadata={"by": "a test"})
+    assert info == FileInfo(size=file.stat().st_size, sha256=sha256_of_file(file))
+    assert read_header(file).metadata == {"format": "pt", "by": "a test"}
+    loaded = load_file(file)
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+def test_a_source_that_is_not_what_it_describes(tmp_path):
+    with pytest.raises(ContractError, match="but its source said"):
+        write_safetensors(
+            tmp_path / "a", {"a": TensorInfo((3,), torch.float32)}, lambda name: torch.ones(2)
+        )
+    with pytest.raises(ContractError, match=r"no type for torch\.complex64"):
+        write_safetensors(
+            tmp_path / "b", {"a": TensorInfo((3,), torch.complex64)}, lambda name: torch.ones(3)
+        )
