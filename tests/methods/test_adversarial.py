@@ -13,14 +13,15 @@ from distill_methods.adversarial.config import FDivergence
 from distill_methods.adversarial.losses import (
     accuracy,
     approximate_r1,
+    attach_gradient,
     density_ratio,
     discriminator_loss,
     divergence_weight,
     generator_loss,
-    with_gradient,
 )
-from distill_methods.draws import Draws
+from distill_methods.context import MethodContext
 from distill_methods.maths import dmd_gradient
+from distill_methods.noise_sampler import NoiseSampler
 from distill_protocols import CapabilityError, RandomStreams, RoleError, SamplerSpec
 from hypothesis import given
 from hypothesis import strategies as st
@@ -143,7 +144,7 @@ def test_the_ratio_of_two_gaussians_is_read_off_an_optimal_discriminator():
 def test_a_gradient_that_is_given_and_a_value_that_is():
     x = torch.randn(2, 3, requires_grad=True)
     gradient = torch.randn(2, 3)
-    loss = with_gradient(x, gradient, torch.tensor(0.7))
+    loss = attach_gradient(torch.tensor(0.7), x, gradient)
     assert loss.item() == pytest.approx(0.7)
     loss.backward()
     assert torch.equal(x.grad, gradient)
@@ -246,21 +247,29 @@ def test_the_discriminators_turn_by_hand():
 
 def test_frames_that_stay_out_of_the_loss_get_no_derivative():
     bundle = toy_bundle(heads_on="teacher", **SEEDS)
-    draws = Draws(ToyAdapter(bundle), RandomStreams(0))
-    adversary = Adversary(
-        "x", bundle, ToyAdapter(bundle), GanConfig(), draws=draws, on=("teacher",)
+    adapter = ToyAdapter(bundle)
+    noise = NoiseSampler(adapter, RandomStreams(0))
+    context = MethodContext(
+        name="x",
+        bundle=bundle,
+        adapter=adapter,
+        noise=noise,
+        negative=None,
+        device=torch.device("cpu"),
+        poll=lambda: None,
     )
-    batch, trained = toy_batch(2), torch.ones(1, 1, LATENT_SHAPE[1], 1, 1)
-    trained[:, :, 0] = 0
-    found = []
-    for mask in (None, trained):
+    adversary = Adversary(context, GanConfig(), on=("teacher",))
+    batch, loss_mask = toy_batch(2), torch.ones(1, 1, LATENT_SHAPE[1], 1, 1)
+    loss_mask[:, :, 0] = 0
+    gradient_of = []
+    for mask in (None, loss_mask):
         x = batch.latents.clone().requires_grad_()
-        noised = draws.noised(x.detach(), "x.t", 1, TimeSampling(t_max=500))
-        draws.streams.load_state_dict(RandomStreams(0).state_dict())
-        adversary.judge(x, noised, batch.cond, trained=mask).loss.backward()
-        found.append(x.grad)
-    assert found[0][:, :, 0].abs().max() > 0
-    assert torch.equal(found[1], found[0] * trained)
+        noised = noise.add_noise(x.detach(), "x.t", 1, TimeSampling(t_max=500))
+        noise.streams.load_state_dict(RandomStreams(0).state_dict())
+        adversary.generator_loss(x, noised, batch.cond, loss_mask=mask).loss.backward()
+        gradient_of.append(x.grad)
+    assert gradient_of[0][:, :, 0].abs().max() > 0
+    assert torch.equal(gradient_of[1], gradient_of[0] * loss_mask)
 
 
 def test_the_gan_may_have_a_t_of_its_own():

@@ -15,7 +15,7 @@ from distill_methods import (
     TeacherTerm,
     TimeSampling,
 )
-from distill_methods.maths import clean_distance, normalised_tangent
+from distill_methods.maths import normalised_tangent, x0_distance
 from distill_protocols import (
     CapabilityError,
     ContractError,
@@ -116,7 +116,7 @@ def test_at_the_end_of_the_grid_the_target_is_the_teachers_own_point():
 def test_huber_of_small_differences_keeps_its_digits():
     """sqrt(d^2 + c^2) - c in fp32 has none left at d = 1e-6 c; d^2 / 2c is right to 1e-12."""
     d = torch.full((1, 1), 1e-6)
-    value = clean_distance(d, torch.zeros_like(d), huber_c=1.0)
+    value = x0_distance(d, torch.zeros_like(d), huber_c=1.0)
     assert float(value) == pytest.approx(0.5e-12, rel=1e-5)
 
 
@@ -285,8 +285,13 @@ def test_the_tangent_is_scms_in_trigflow():
 
 def test_at_the_beginning_of_the_warmup_it_is_the_teachers_velocity():
     """And at its end all of the derivative: the shares are those of the update."""
-    assert [Continuous(tangent_warmup=4).share(n) for n in (1, 2, 4, 9)] == [0.25, 0.5, 1.0, 1.0]
-    assert NOW.share(1) == 1.0
+    assert [Continuous(tangent_warmup=4).warmup_at(n) for n in (1, 2, 4, 9)] == [
+        0.25,
+        0.5,
+        1.0,
+        1.0,
+    ]
+    assert NOW.warmup_at(1) == 1.0
     method = build(continuous=Continuous(tangent_warmup=10**9), guidance_scale=1.0)
     batch = toy_batch(3)
     got = method.single_train_step(batch, 1)
@@ -316,7 +321,7 @@ def test_frames_that_the_condition_gives_count_for_nothing():
     a, b = torch.randn(2, *LATENT_SHAPE), torch.randn(2, *LATENT_SHAPE)
     for c in (None, 0.01):
         torch.testing.assert_close(
-            clean_distance(a, b, c, trained), clean_distance(a[:, :, 1:], b[:, :, 1:], c)
+            x0_distance(a, b, c, trained), x0_distance(a[:, :, 1:], b[:, :, 1:], c)
         )
 
 

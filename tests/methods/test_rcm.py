@@ -13,8 +13,8 @@ from distill_methods import (
     RCMConfig,
     RCMMethod,
 )
-from distill_methods.consistency.losses import consistency_loss
-from distill_methods.teaching import Teachers
+from distill_methods.consistency.losses import build_consistency_loss
+from distill_methods.teachers.ensemble import Teachers
 from distill_protocols import PlannedRun, RandomStreams, RoleError, RoleSpec, SamplerSpec
 from toy_adapter import ToyAdapter, ToyConditioning, gradients, rows, toy_batch, toy_bundle
 
@@ -59,18 +59,10 @@ def test_the_student_gets_both_gradients_with_their_weights(form, weight: float)
     first.backward()
     of_matching = gradients(alone.bundle)["student"]
     other = build(**form)
-    loss = consistency_loss(
-        "rcm.consistency",
-        other.adapter,
+    loss = build_consistency_loss(
+        other.context.named("rcm.consistency"),
         other.config.form,
-        draws=other.draws,
-        teachers=Teachers(
-            other.adapter,
-            ConsistencyConfig(guidance_scale=2.0),
-            draws=other.draws,
-            negative=other.negative,
-        ),
-        device=torch.device("cpu"),
+        teachers=Teachers(other.context, ConsistencyConfig(guidance_scale=2.0)),
         update_of=lambda _: 1,
     )(batch, 2).loss
     torch.testing.assert_close(loss, got.loss_map["consistency_loss"])
@@ -124,7 +116,7 @@ def test_accumulation_of_four_is_one_batch_of_four(form):
 def test_the_warmup_counts_the_students_updates():
     method = build(generator_update_interval=5, continuous=Continuous(tangent_warmup=4))
     turns = [i for i in range(1, 31) if "student" in method.config.turns(i)]
-    shares = [method.config.form.share(method.config.student_updates(i)) for i in turns]
+    shares = [method.config.form.warmup_at(method.config.student_updates(i)) for i in turns]
     assert shares == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 

@@ -186,8 +186,8 @@ def test_a_guidance_that_is_never_used_is_a_fault_of_the_file(options, run, keys
 @pytest.mark.parametrize(("teachers", "message"), [
     ({"a": 0.5, "b": 0.6}, r"a 0.5, b 0.6\) add up to 1.1 and must to 1"),
     ({"a": float("nan")}, "add up to nan"),
-    ({"student": 1.0}, "'student' has a place of its own"),
-    ({"critic": 1.0}, "'critic' has a place of its own"),
+    ({"student": 1.0}, "'student' is a role that the method itself gives"),
+    ({"critic": 1.0}, "'critic' is a role that the method itself gives"),
 ])  # fmt: skip
 @pytest.mark.parametrize("config", [DMD2Config, TeacherOnlyConfig])
 def test_teachers_that_cannot_be(config, teachers, message):
