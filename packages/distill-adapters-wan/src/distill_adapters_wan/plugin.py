@@ -65,9 +65,9 @@ if TYPE_CHECKING:
 class WanFamily(FamilyPlugin[WanPipelineConfig]):
     """Wan 2.1 and 2.2, from text and from a first frame, on diffusers' own modules."""
 
-    name: ClassVar[str] = "wan"
-    contract: ClassVar[int] = 2
-    help: ClassVar[str] = "Wan 2.1 and 2.2, from Diffusers-format folders or hub ids"
+    name = "wan"
+    contract = 2
+    help = "Wan 2.1 and 2.2, from Diffusers-format folders or hub ids"
     config_class: ClassVar[type] = WanPipelineConfig
 
     def capabilities(self, config: WanPipelineConfig) -> Capabilities:
