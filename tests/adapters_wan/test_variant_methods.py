@@ -25,14 +25,14 @@ from distill_protocols import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from method_cases import SHAPE, Worlds, gradients, turns
+from method_cases import SHAPE, Setups, gradients, turns
 
 KINDS = ["finetune", "teacher_only", "kd", "dmd2 alternate data"]
 
 
 @pytest.fixture(scope="module")
 def worlds(folder_of):
-    return Worlds(folder_of)
+    return Setups(folder_of)
 
 
 # -- a GAN beside any distribution matching -------------------------------------------------------

@@ -161,7 +161,7 @@ def test_gradients_reach_only_the_roles_of_the_turn(cadence: str, on: str, train
     method = dmd2(on=on, critic_update=cadence, gan={"train_features": train_features})
     for iteration in (1, 2):
         method.single_train_step(toy_batch(2), iteration).loss_map["total_loss"].backward()
-        reached = {name for name, found in gradients(method.bundle).items() if found}
+        reached = {name for name, grads in gradients(method.bundle).items() if grads}
         assert reached == set(method.config.turns(iteration))
         for name, role in method.bundle.roles.items():
             assert all(p.requires_grad == (name != "teacher")
@@ -203,8 +203,8 @@ def test_the_students_turn_by_hand():
     t = (1000 * 5 * u / (1 + 4 * u)).clamp(20, 980)
     noise = streams.rows("dmd2.student.noise", 3).normal(LATENT_SHAPE)
     x_t = (1 - over(t / 1000)) * x + over(t / 1000) * noise
-    judged = nets["discriminator"](nets["teacher"].features(x_t, t, text))
-    loss = torch.log1p(torch.exp(-judged)).mean()
+    logits_fake = nets["discriminator"](nets["teacher"].features(x_t, t, text))
+    loss = torch.log1p(torch.exp(-logits_fake)).mean()
     torch.testing.assert_close(result.loss_map["gan_generator_loss"], loss.detach())
     loss.backward()
     for ours, dmd, parameter in zip(got, of_dmd, nets["student"].parameters(), strict=True):
@@ -401,7 +401,7 @@ def test_ladds_turns(update: str):
     method = ladd(generator_update_interval=3, discriminator_update=update)
     for iteration in range(1, 7):
         method.single_train_step(toy_batch(2), iteration).loss_map["total_loss"].backward()
-        reached = {name for name, found in gradients(method.bundle).items() if found}
+        reached = {name for name, grads in gradients(method.bundle).items() if grads}
         student = iteration % 3 == 0
         also = {"discriminator"} if update == "every_step" else set()
         assert reached == ({"student"} | also if student else {"discriminator"})

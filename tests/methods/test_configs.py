@@ -100,13 +100,13 @@ def test_plugins_state_roles_capabilities_and_guidance():
 
 
 def test_what_asks_for_a_causal_student():
-    for config, asked in [
+    for config, needed in [
         (SelfForcingConfig(), {"causal:student", "supports_kv_cache"}),
         (CausVidConfig(), {"causal:student", "supports_frame_times"}),
         (FinetuneConfig(times="per_chunk"), {"causal:student", "supports_frame_times"}),
         (FinetuneConfig(past="clean"), {"causal:student", "supports_teacher_forcing"}),
     ]:
-        assert asked <= set(config.capabilities)
+        assert needed <= set(config.capabilities)
     assert "causal:student" not in FinetuneConfig().capabilities
 
 

@@ -50,8 +50,8 @@ def test_the_student_gets_both_gradients_with_their_weights(form, weight: float)
     together, batch = build(consistency_weight=weight, **form), toy_batch(3)
     got = together.single_train_step(batch, 2)
     got.loss_map["total_loss"].backward()
-    found = gradients(together.bundle)
-    assert {name for name, g in found.items() if g} == {"student"}
+    grads = gradients(together.bundle)
+    assert {name for name, g in grads.items() if g} == {"student"}
 
     alone = build(consistency_weight=weight, **form)
     first = alone.single_train_step(batch, 2).loss_map["dmd_loss"]
@@ -68,7 +68,7 @@ def test_the_student_gets_both_gradients_with_their_weights(form, weight: float)
     torch.testing.assert_close(loss, got.loss_map["consistency_loss"])
     loss.backward()
     of_consistency = gradients(other.bundle)["student"]
-    for ours, a, b in zip(found["student"], of_matching, of_consistency, strict=True):
+    for ours, a, b in zip(grads["student"], of_matching, of_consistency, strict=True):
         torch.testing.assert_close(ours, a + weight * b, rtol=1e-4, atol=1e-7)
         assert b.abs().max() > 0
     expected = got.loss_map["dmd_loss"] + weight * loss
@@ -126,7 +126,7 @@ def test_what_it_needs():
     assert isinstance(config.form, Continuous)
     assert "supports_jvp" in config.capabilities
     assert "supports_jvp" not in RCMConfig(discrete=Discrete()).capabilities
-    with pytest.raises(ValueError, match="stands beside discrete"):
+    with pytest.raises(ValueError, match="both stated"):
         RCMConfig(discrete=Discrete(), continuous=Continuous())
     with pytest.raises(ValueError, match="led away from consistency"):
         RCMConfig(consistency_weight=-1.0)

@@ -48,8 +48,8 @@ def dmd_normaliser(x: Tensor, real_x0: Tensor, loss_mask: Tensor | None = None) 
 def dmd_gradient(
     x: Tensor, fake_x0: Tensor, real_x0: Tensor, loss_mask: Tensor | None = None
 ) -> Tensor:
-    """Return ``g = nan_to_num((f - r) / mean |x - r|)``: the direction that leads the student's
-    clips away from the data (DMD, Yin et al. 2024, eq. 7 and 8; tianweiy/DMD2 ``sd_guidance.py``).
+    """Return ``g = nan_to_num((f - r) / mean |x - r|)``: the direction from the data to the
+    student's clips (DMD, Yin et al. 2024, eq. 7 and 8; tianweiy/DMD2 ``sd_guidance.py``).
 
     Args:
         x: the student's clean latents.
@@ -73,7 +73,7 @@ def dmd_loss(x: Tensor, gradient: Tensor, loss_mask: Tensor | None = None) -> Te
     """Return ``0.5 mean((x - stop(x - g))^2)``, a scalar with ``dL/dx = g / numel``
     (tianweiy/DMD2).
 
-    Its value is ``mean g^2 / 2`` and says little about quality.
+    Its value is ``mean g^2 / 2`` and does not measure quality.
     """
     x = _widen(x)
     # The stop-gradient makes x - g a constant target, so that the derivative of the square is
@@ -94,7 +94,7 @@ def velocity_loss(
     """Return ``mean w |v - v_target|^2`` (flow matching, Lipman et al. 2023, eq. 14).
 
     It is taken on v itself: going v -> x0 in bf16 and back adds an RMS error of 0.084 at sigma
-    0.02, because the way back divides by sigma.
+    0.02, because the conversion back divides by sigma.
 
     Args:
         weight: one factor a sample, [B], or a frame, [B, T]; None means 1.

@@ -42,7 +42,8 @@ def is_the_only_form(config: HasForms, _attribute: object, value: Continuous | N
     """Validate ``continuous``: ``discrete`` is not stated beside it."""
     if value is not None and config.discrete is not None:
         raise ValueError(
-            "stands beside discrete, and a student is trained by one of the two. Leave one out"
+            "discrete and continuous are both stated, and a student is trained by one of them. "
+            "Leave one out"
         )
 
 

@@ -37,8 +37,8 @@ class LaddConfig(DiscriminatorOptions, LatentMethodConfig):
             (FastGen). every_step: in all N.
         rollout: data: the student's input is a noised clip of the data set (the paper, FastGen).
             simulate: it comes from the student's own sampling from noise.
-        time: the t at which clips are noised before the teacher sees them. Low ones make the
-            discriminator look at details, high ones at the composition (the paper, section 3).
+        time: the t at which clips are noised before the teacher sees them. At low t the
+            discriminator sees details, at high t the composition (the paper, section 3).
         student_sampler: how the student is sampled, in the rollout as in validation and in the
             export. Its guidance must be 1.
     """
