@@ -1,4 +1,4 @@
-"""What the parts of a method have in common."""
+"""The context that the parts of a method share."""
 
 from __future__ import annotations
 

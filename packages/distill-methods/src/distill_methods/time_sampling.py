@@ -1,4 +1,4 @@
-"""How noise levels t are distributed in training, and how likely a range of them is.
+"""Distributions of the noise level t in training, and the probability of a range of t.
 
 No torch here: run files are checked without it.
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 class TurnResult(NamedTuple):
-    """What one role's turn adds to a step: to the total loss, its single losses without weights,
-    and outputs for logs."""
+    """The part of a step that one role's turn adds: to the total loss, its single losses without
+    their weights, and outputs for logs."""
 
     total_loss: Tensor
     losses: dict[str, Tensor]

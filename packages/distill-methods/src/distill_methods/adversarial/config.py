@@ -30,7 +30,7 @@ def _has_an_effect(config: DiscriminatorOptions, attribute: Attribute[float], va
 
 @frozen(kw_only=True)
 class DiscriminatorOptions:
-    """How a discriminator is trained.
+    """Options of a discriminator's loss.
 
     Attributes:
         r1_weight: weight of the approximate R1 penalty ``mean |D(x_t) - D(x_t + sigma n)|^2`` on

@@ -23,5 +23,5 @@ class CausVidConfig(MatchingConfig):
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the adapter must be able to do."""
+        """Capabilities that the adapter must have."""
         return (*super().capabilities, "supports_frame_times", f"causal:{STUDENT.name}")

@@ -174,7 +174,7 @@ class ConsistencyConfig(TeachersConfig):
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the adapter must be able to do."""
+        """Capabilities that the adapter must have."""
         jvp = ("supports_jvp",) if self.continuous else ()
         return ("pred:v", "pred:x0", *jvp, *(("supports_cfg",) if self.needs_negative else ()))
 

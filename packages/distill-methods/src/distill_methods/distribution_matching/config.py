@@ -171,7 +171,7 @@ class MatchingConfig(TeachersConfig):
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the adapter must be able to do."""
+        """Capabilities that the adapter must have."""
         optional_names = {
             "supports_cfg": self.needs_negative,
             "supports_features": self.gan is not None,

@@ -49,7 +49,7 @@ class FinetuneConfig(LatentMethodConfig):
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the adapter must be able to do."""
+        """Capabilities that the adapter must have."""
         optional_names = {
             "supports_cfg": self.needs_negative,
             "supports_frame_times": self.times == "per_chunk",

@@ -56,7 +56,7 @@ class KDConfig(LatentMethodConfig):
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the adapter must be able to do."""
+        """Capabilities that the adapter must have."""
         if self.past == "clean":
             return ("pred:x0", "supports_teacher_forcing", f"causal:{STUDENT.name}")
         return ("pred:x0",)

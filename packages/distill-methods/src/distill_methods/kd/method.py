@@ -27,7 +27,7 @@ from distill_methods.time_sampling import TimeRange, fraction_within
 
 
 class StudentInput(NamedTuple):
-    """What the student is called with, and how it counts.
+    """The arguments of the student's call, and its weight in the loss.
 
     Attributes:
         x_t: [B, C, T, H, W].

@@ -72,7 +72,7 @@ class LaddConfig(DiscriminatorOptions, LatentMethodConfig):
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the adapter must be able to do."""
+        """Capabilities that the adapter must have."""
         return ("pred:v", "pred:x0", "supports_features")
 
     def update_share(self, role: str, low: float, high: float) -> float:

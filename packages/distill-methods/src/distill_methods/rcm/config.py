@@ -53,7 +53,7 @@ class RCMConfig(MatchingConfig):
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the adapter must be able to do."""
+        """Capabilities that the adapter must have."""
         jvp = ("supports_jvp",) if isinstance(self.form, Continuous) else ()
         return (*super().capabilities, *jvp)
 

@@ -58,7 +58,7 @@ class SelfForcingConfig(MatchingConfig):
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the adapter must be able to do."""
+        """Capabilities that the adapter must have."""
         return (*super().capabilities, "supports_kv_cache", f"causal:{STUDENT.name}")
 
     def update_share(self, role: str, low: float, high: float) -> float:

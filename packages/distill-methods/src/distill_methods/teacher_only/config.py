@@ -74,7 +74,7 @@ class TeacherOnlyConfig(TeachersConfig):
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the adapter must be able to do."""
+        """Capabilities that the adapter must have."""
         return ("pred:v", *(("supports_cfg",) if self.needs_negative else ()))
 
     def update_share(self, role: str, low: float, high: float) -> float:

@@ -28,7 +28,7 @@ class ExpertGuidance(NamedTuple):
 
 
 class WeightedTeacher(NamedTuple):
-    """How one teacher counts in the sum, and how it is called."""
+    """Weight of one teacher in the sum, and the guidance that it is called with."""
 
     weight: float
     guidance: ExpertGuidance
