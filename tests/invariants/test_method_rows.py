@@ -188,7 +188,7 @@ def data_of(config: object, size: int, seed: int) -> Batch:
 def build(config: object, seed: int, rank: int, ranks: int) -> DistillMethod:
     names = [need.name for need in config.roles]
     on = "critic" if "critic" in names else "teacher"
-    bundle = toy_bundle(features_of=on, **{name: seed for seed, name in enumerate(names, start=1)})
+    bundle = toy_bundle(heads_on=on, **{name: seed for seed, name in enumerate(names, start=1)})
     return METHODS[type(config)](
         bundle,
         Watched(bundle, CAUSAL, stored=isinstance(config, KDConfig)),
