@@ -1,4 +1,4 @@
-"""Every method once, and every kind of Wan that it is held against: a new method is a row here."""
+"""Every method once, and every kind of Wan that it is tested with: a new method is a row here."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class MethodCase:
         experts: it takes a student of two experts.
         losses: of the student, each at a t of its own: an iteration may reach both of two experts.
         matches: it matches distributions: a critic equal to the teacher leaves it nothing to learn.
-        one_exit: options with which no choice is made a micro batch, for comparing cuts of one.
+        one_exit: options under which no choice is drawn for each micro batch, so that divisions of
+            a batch can be compared.
     """
 
     method: Callable[..., DistillMethod[Any]]
@@ -88,8 +89,8 @@ def _dmd2(**options: Any) -> MethodCase:
     )
 
 
-def _causal(method: Any, config: Any, **facts: Any) -> MethodCase:
-    return MethodCase(method=method, config=config, students=("causal",), **facts)
+def _causal(method: Any, config: Any, **options: Any) -> MethodCase:
+    return MethodCase(method=method, config=config, students=("causal",), **options)
 
 
 CASES: dict[str, MethodCase] = {
@@ -154,13 +155,13 @@ CASES: dict[str, MethodCase] = {
 }  # fmt: skip
 
 PLACES = [
-    (case, variant, student)
-    for case, made in CASES.items()
+    (name, variant, student)
+    for name, case in CASES.items()
     for variant, kind in VARIANTS.items()
-    if made.experts or kind.experts == 1
-    for student in made.students
+    if case.experts or kind.experts == 1
+    for student in case.students
 ]
-"""All combinations that can be."""
+"""All combinations that are possible."""
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -180,16 +181,16 @@ class Conditioning:
         raise NotImplementedError
 
 
-class Worlds:
+class Setups:
     """Adapter and bundle of each variant and kind of student: loaded once, and never trained."""
 
     def __init__(self, folder_of: Callable[[str], str]) -> None:
         self._folder_of = folder_of
-        self._made: dict[tuple[str, str], tuple[Any, ModelBundle]] = {}
+        self._loaded: dict[tuple[str, str], tuple[Any, ModelBundle]] = {}
 
     def __call__(self, variant: str, student: str) -> tuple[Any, ModelBundle]:
         key = (variant, student)
-        if key not in self._made:
+        if key not in self._loaded:
             config, path = VARIANTS[variant].config, self._folder_of(variant)
             if student == "causal":
                 config = evolve(config, causal=CausalConfig(roles=("student",), chunk_frames=1))
@@ -203,8 +204,8 @@ class Worlds:
             for seed, module in enumerate(bundle.by_module("modules").values()):
                 for parameter in module.parameters():
                     parameter.data.add_(normal(*parameter.shape, seed=seed), alpha=0.02)
-            self._made[key] = PLUGIN.adapter(bundle, config, source=path), bundle
-        return self._made[key]
+            self._loaded[key] = PLUGIN.adapter(bundle, config, source=path), bundle
+        return self._loaded[key]
 
     def build(
         self,
@@ -222,11 +223,11 @@ class Worlds:
             role.ema.clear()
             if role.trainable:
                 build_optimizers(role, OptimizerConfig(lr=1e-4), horizon=50)
-        made = CASES[case]
-        return made.method(
+        row = CASES[case]
+        return row.method(
             bundle,
             adapter,
-            evolve(made.config, **options),
+            evolve(row.config, **options),
             conditioning=Conditioning(VARIANTS[variant].config.max_sequence_length),
             streams=streams or RandomStreams(seed),
         )

@@ -6,8 +6,7 @@ It counts its calls, so that tests can ask who was called, at which t, and with 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
 from attrs import define, evolve, field, frozen
@@ -15,10 +14,15 @@ from distill_protocols import (
     Batch,
     Capabilities,
     Chunk,
+    ChunkCall,
+    CleanPast,
     Condition,
     ConditioningError,
     DiscriminatorSpec,
+    ExpertRouting,
+    ImageConditioning,
     ModelBundle,
+    PredType,
     RoleHandle,
     RowGenerators,
     SamplerSpec,
@@ -104,11 +108,11 @@ class ToyAdapter:
     latent_shape: tuple[int, int, int, int] = LATENT_SHAPE
 
     @property
-    def experts(self) -> Any:
+    def experts(self) -> ExpertRouting | None:
         return None
 
     @property
-    def images(self) -> Any:
+    def images(self) -> ImageConditioning | None:
         return None
 
     @property
@@ -127,11 +131,11 @@ class ToyAdapter:
         s = _over_pixels(t)
         return (1 - s) * x0 + s * noise
 
-    def pred_to_x0(self, pred: Tensor, x_t: Tensor, t: Tensor, pred_type: str = "v") -> Tensor:
+    def pred_to_x0(self, pred: Tensor, x_t: Tensor, t: Tensor, pred_type: PredType = "v") -> Tensor:
         assert pred_type == "v"
         return x_t - _over_pixels(t) * pred
 
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor, pred_type: str = "v") -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor, pred_type: PredType = "v") -> Tensor:
         assert pred_type == "v"
         return noise - x0
 
@@ -142,11 +146,11 @@ class ToyAdapter:
         t: Tensor,
         cond: Condition,
         *,
-        fwd_pred_type: str = "v",
+        fwd_pred_type: PredType = "v",
         neg_cond: Condition | None = None,
         cfg: float | None = None,
-        caches: Any = None,
-        features: Any = None,
+        caches: ChunkCall | CleanPast | None = None,
+        features: MutableMapping[int, Tensor | None] | None = None,
     ) -> Tensor:
         by_frame = self.capabilities.supports_frame_times and t.shape == (len(x_t), x_t.shape[2])
         assert by_frame or t.shape == (len(x_t),)
@@ -251,11 +255,11 @@ class ToyAdapter:
     ) -> Tensor:
         chunks = self.chunks(role, noise.shape[2])
         parts = zip(chunks, exit_steps, requires_grad or [True] * len(exit_steps), strict=True)
-        made = [
+        clips = [
             self._rolled(role, spec, noise[:, :, chunk.span], cond, k, learn, generators, poll)
             for chunk, k, learn in parts
         ]
-        return torch.cat(made, dim=2)
+        return torch.cat(clips, dim=2)
 
     def _rolled(
         self,

@@ -13,8 +13,8 @@ from distill_methods import (
     GanConfig,
     TimeSampling,
 )
-from distill_methods.maths import sample_timesteps, timesteps_within
-from distill_methods.time_ranges import below, share
+from distill_methods.maths import sample_timesteps, sample_timesteps_within
+from distill_methods.time_sampling import probability_below, probability_within
 from distill_protocols import (
     Batch,
     Condition,
@@ -25,14 +25,14 @@ from distill_protocols import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from method_cases import SHAPE, Worlds, gradients, turns
+from method_cases import SHAPE, Setups, gradients, turns
 
 KINDS = ["finetune", "teacher_only", "kd", "dmd2 alternate data"]
 
 
 @pytest.fixture(scope="module")
 def worlds(folder_of):
-    return Worlds(folder_of)
+    return Setups(folder_of)
 
 
 # -- a GAN beside any distribution matching -------------------------------------------------------
@@ -111,18 +111,18 @@ distributions = st.builds(
 def test_times_within_ranges_are_the_distribution_itself(time, boundary):
     """Drawn by range with the shares as chances, quantiles are those of drawing at once."""
     cut = [(0.0, boundary), (boundary, 1000.0)]
-    shares = [share(time, *within) for within in cut]
+    shares = [probability_within(time, *within) for within in cut]
     assert sum(shares) == pytest.approx(1)
     straight = sample_timesteps(time, RowGenerators([torch.Generator().manual_seed(0)] * 4000))
     high = (straight >= boundary).double().mean()
     assert float(high) == pytest.approx(shares[1], abs=5 * math.sqrt(0.25 / 4000))
-    assert below(time, boundary) == pytest.approx(shares[0])
+    assert probability_below(time, boundary) == pytest.approx(shares[0])
     # All quantiles of the distribution, range by range, are those of one whole range.
-    whole = timesteps_within((torch.arange(50_000) + 0.5) / 50_000, time, (0.0, 1000.0))
+    whole = sample_timesteps_within((torch.arange(50_000) + 0.5) / 50_000, time, (0.0, 1000.0))
     for within, part_of in zip(cut, shares, strict=True):
         if part_of < 0.02:
             continue
-        t = timesteps_within(torch.linspace(0, 0.999999, 500), time, within)
+        t = sample_timesteps_within(torch.linspace(0, 0.999999, 500), time, within)
         assert t.dtype == torch.float32
         assert bool((t >= within[0]).all())
         assert bool((t < within[1]).all()) or within[1] == 1000
@@ -137,8 +137,8 @@ def test_times_within_ranges_are_the_distribution_itself(time, boundary):
 def test_times_never_reach_the_next_range(time, boundary):
     """Though fp32 would round the last of them onto its lower end."""
     last = torch.tensor([1 - 1e-15], dtype=torch.float64)
-    assert float(timesteps_within(last, time, (0.0, boundary))) < boundary
-    assert float(timesteps_within(0 * last, time, (boundary, 1000.0))) >= boundary
+    assert float(sample_timesteps_within(last, time, (0.0, boundary))) < boundary
+    assert float(sample_timesteps_within(0 * last, time, (boundary, 1000.0))) >= boundary
 
 
 def test_which_expert_learns_is_drawn_by_its_share(worlds):
@@ -146,20 +146,25 @@ def test_which_expert_learns_is_drawn_by_its_share(worlds):
     count = 3000
     config = FinetuneConfig(time=TimeSampling(shift=8.0))
     method = worlds.build("finetune", "t2v-experts", "bidirectional")
-    share_of = lambda r: share(config.time, *r)  # noqa: E731
-    drawn = [method.draws.range_of("x", i, share_of, "student") for i in range(1, count + 1)]
+
+    def probability(time_range):
+        return probability_within(config.time, *time_range)
+
+    drawn = [method.noise.sample_range("x", i, probability, "student") for i in range(1, count + 1)]
     expected = config.update_share("student", 875.0, 1000.0)
     assert expected == pytest.approx(0.5333, abs=1e-3)  # 1 - u with 8 u / (1 + 7 u) = .875
     found = sum(low == 875.0 for low, _ in drawn) / count
     assert found == pytest.approx(expected, abs=4 * math.sqrt(0.25 / count))
     again = worlds.build("finetune", "t2v-experts", "bidirectional")
-    assert drawn[:9] == [again.draws.range_of("x", i, share_of, "student") for i in range(1, 10)]
+    assert drawn[:9] == [
+        again.noise.sample_range("x", i, probability, "student") for i in range(1, 10)
+    ]
 
 
 def test_published_shares():
     """P(high) at .875 for shifts 5, 8 and 12, and a four-step student's single low step."""
     for shift, percent in ((5.0, 42), (8.0, 53), (12.0, 63)):
-        assert round(100 * share(TimeSampling(shift=shift), 875, 1000)) == percent
+        assert round(100 * probability_within(TimeSampling(shift=shift), 875, 1000)) == percent
     config = DMD2Config(student_sampler=SamplerSpec(steps=4, shift=12.0, stochastic=True))
     assert config.update_share("student", 0, 875) == 0.25
     assert config.update_share("student", 875, 1000) == 0.75

@@ -113,7 +113,10 @@ def test_several_teachers_are_roles_of_the_file(values, write):
         ("student", True), ("teacher", False), ("critic", True), ("poor", False),
     ]  # fmt: skip
     assert config.resolved["method_config"]["teachers"]["poor"]["weight"] == -0.25
-    assert dict(config.method.terms) == {"teacher": (1.25, (2.0, 2.0)), "poor": (-0.25, (1.5, 1.5))}
+    assert dict(config.method.weighted_teachers) == {
+        "teacher": (1.25, (2.0, 2.0)),
+        "poor": (-0.25, (1.5, 1.5)),
+    }
     assert "poor" in describe(config)
 
 

@@ -25,7 +25,7 @@ from distill_trainer import DistillTrainer, EmaCallback, TrainingConfig
 from distill_trainer.plugins import EmaConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_cases import CASES, PLACES, Worlds, gradients, part, turns
+from method_cases import CASES, PLACES, Setups, gradients, part, turns
 
 places = st.sampled_from(PLACES)
 seeds = st.integers(0, 2**31)
@@ -33,18 +33,18 @@ seeds = st.integers(0, 2**31)
 
 @pytest.fixture(scope="module")
 def worlds(folder_of):
-    return Worlds(folder_of)
+    return Setups(folder_of)
 
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    base, made = tmp_path_factory.mktemp("variants"), {}
+    base, folders = tmp_path_factory.mktemp("variants"), {}
     template = wan_variants.template(base / "template")
 
     def folder(name):
-        if name not in made:
-            made[name] = wan_variants.build(name, template, base / name)
-        return str(made[name])
+        if name not in folders:
+            folders[name] = wan_variants.build(name, template, base / name)
+        return str(folders[name])
 
     return folder
 
@@ -53,7 +53,7 @@ class Calls:
     """Within: (role, module, t) of every call of a transformer."""
 
     def __init__(self, method):
-        self._modules, self.made = method.model_dict, []
+        self._modules, self.calls = method.model_dict, []
 
     def __enter__(self):
         self._hooks = [
@@ -61,7 +61,7 @@ class Calls:
             for key, module in self._modules.items()
             if hasattr(module, "patch_embedding")
         ]
-        return self.made
+        return self.calls
 
     def __exit__(self, *_):
         for hook in self._hooks:
@@ -69,7 +69,7 @@ class Calls:
 
     def _noted(self, key):
         def note(module, args, kwargs):
-            self.made.append((*key.split("."), kwargs["timestep"].flatten().tolist()))
+            self.calls.append((*key.split("."), kwargs["timestep"].flatten().tolist()))
 
         return note
 
@@ -80,15 +80,15 @@ def copies(modules):
 
 
 def check_gradients(worlds, place, size, seed, iteration):
-    method, given = worlds.build(*place, seed=seed), worlds.batch(place[1], size)
-    method.single_train_step(given, iteration).loss_map["total_loss"].backward()
-    found = gradients(method)
+    method, batch = worlds.build(*place, seed=seed), worlds.batch(place[1], size)
+    method.single_train_step(batch, iteration).loss_map["total_loss"].backward()
+    grads = gradients(method)
     method.optimizers_zero_grad(iteration)
-    reached = Counter(key.split(".")[0] for key in found)
+    reached = Counter(key.split(".")[0] for key in grads)
     assert reached.keys() == turns(method, iteration)
     for role, modules in reached.items():
         assert modules <= (CASES[place[0]].losses if role == "student" else 1)
-    assert all(bool(value.any()) and bool(value.isfinite().all()) for value in found.values())
+    assert all(bool(value.any()) and bool(value.isfinite().all()) for value in grads.values())
 
 
 @given(place=places, size=st.sampled_from([1, 2, 3]), seed=seeds, iteration=st.integers(1, 4))
@@ -112,7 +112,7 @@ matching = st.sampled_from([place for place in PLACES if CASES[place[0]].matches
 @given(place=matching, seed=seeds, size=st.sampled_from([1, 2]))
 def test_3_a_critic_equal_to_the_teacher_leaves_the_student_where_it_is(worlds, place, seed, size):
     """Its gradient is 0 to rounding: 1e-4 of what it is against another critic."""
-    given, (_, bundle) = worlds.batch(place[1], size), worlds(*place[1:])
+    batch, (_, bundle) = worlds.batch(place[1], size), worlds(*place[1:])
     critic, teacher = bundle["critic"].modules, bundle["teacher"].modules
     norms, kept = [], copies(critic)
     try:
@@ -121,9 +121,9 @@ def test_3_a_critic_equal_to_the_teacher_leaves_the_student_where_it_is(worlds, 
                 for key, module in critic.items():
                     module.load_state_dict(teacher[key].state_dict())
             step = worlds.build(*place, seed=seed, real_score_guidance_scale=1.0)
-            step.single_train_step(given, 2).loss_map["total_loss"].backward()
-            found = gradients(step)
-            norms.append(sum(v.norm() for k, v in found.items() if k.startswith("student.")))
+            step.single_train_step(batch, 2).loss_map["total_loss"].backward()
+            grads = gradients(step)
+            norms.append(sum(v.norm() for k, v in grads.items() if k.startswith("student.")))
             step.optimizers_zero_grad(2)
     finally:
         for key, module in critic.items():
@@ -165,7 +165,7 @@ def test_11_schedules_optimizers_and_averages_of_an_expert_count_alike(
     options = {}
     if CASES[place[0]].matches:
         options = {"generator_update_interval": interval, "critic_update": "every_step"}
-    method, given = worlds.build(*place, seed=seed, **options), worlds.batch(place[1], 1)
+    method, batch = worlds.build(*place, seed=seed, **options), worlds.batch(place[1], 1)
     before = copies(method.model_dict)
     training = TrainingConfig(
         output_dir=str(tmp_path_factory.mktemp("run")), max_train_steps=4,
@@ -174,7 +174,7 @@ def test_11_schedules_optimizers_and_averages_of_an_expert_count_alike(
     roles = tuple(sorted({role for i in range(1, 5) for role in turns(method, i)}))
     averages = EmaCallback(EmaConfig(roles=roles, decay=0.5))
     try:
-        result = DistillTrainer(training, callbacks=[averages], trackers=[]).run(method, [given])
+        result = DistillTrainer(training, callbacks=[averages], trackers=[]).run(method, [batch])
         for role in roles:
             handle = method.bundle[role]
             counts = {key: result.updates[f"{role}.{key}"] for key in handle.modules}
@@ -204,14 +204,14 @@ def test_9_10_ranks_make_the_same_calls_each_of_one_expert_with_noise_of_their_o
     for rank in range(2):
         streams = RandomStreams(seed, rank=rank, world_size=2)
         method = worlds.build(*place, streams=streams)
-        with Calls(method) as made:
+        with Calls(method) as calls:
             result = method.single_train_step(worlds.batch(place[1], size), iteration)
-        seen.append([(role, module) for role, module, _ in made])
+        seen.append([(role, module) for role, module, _ in calls])
         shown.append(result.outputs["student_x0"])
         adapter = method.adapter
         if "experts" in place[1]:
             boundary = 1000 * {"t2v-experts": 0.875, "i2v-experts": 0.9}[place[1]]
-            for role, module, times in made:
+            for role, module, times in calls:
                 if place[2] == "causal" and role == "student":
                     # What is clean (or nearly so) is past, for whichever expert.
                     context = method.config.student_sampler.context_noise
@@ -240,11 +240,9 @@ kinds = st.sampled_from(sorted({place[1:] for place in PLACES}))
 @torch.no_grad()
 @given(kind=kinds, spec=specs, guidances=st.sampled_from([(1, None), (2, None), (0, None), (2, 1)]),
        seed=seeds, size=st.sampled_from([1, 2]))  # fmt: skip
-def test_one_sampler_serves_rollouts_looks_and_validation(
-    worlds, kind, spec, guidances, seed, size
-):
-    """A rollout to the last step is the sampler, a look is the sampler's clip, bit for bit; and
-    guided, it is the walk by hand (1e-5)."""
+def test_one_sampler_serves_rollouts_and_validation(worlds, kind, spec, guidances, seed, size):
+    """A rollout to the last step is the sampler, and a validation clip is the sampler's, bit for
+    bit; guided, it is the walk by hand (1e-5)."""
     (adapter, _), (variant, student) = worlds(*kind), kind
     high, low = guidances
     if low is not None and "experts" not in variant:

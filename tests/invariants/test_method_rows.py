@@ -208,7 +208,7 @@ def train(
     draws, numbers = [], []
     for iteration in ITERATIONS:
         data = data_of(config, together * cut.micro_steps, seed=iteration)
-        found: list[list[Tensor]] = [[] for _ in range(len(data))]
+        pairs_of: list[list[Tensor]] = [[] for _ in range(len(data))]
         losses = []
         for step in range(cut.micro_steps):
             for rank, method in enumerate(methods):
@@ -220,8 +220,8 @@ def train(
                 losses.append(loss.detach())
                 for noise, t in method.adapter.drawn:
                     for place, *pair in zip(places, noise, t, strict=True):
-                        found[place] += pair
-        draws += found
+                        pairs_of[place] += pair
+        draws += pairs_of
         numbers.append({"loss": torch.stack(losses).sum()})
         for method in methods:
             for name, values in gradients(method.bundle).items():

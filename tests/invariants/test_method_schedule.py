@@ -72,7 +72,7 @@ def test_the_plan_is_what_really_steps(config: MatchingConfig, accumulation: int
         for _ in range(accumulation):
             loss = method.single_train_step(toy_batch(1), iteration).loss_map["total_loss"]
             (loss / accumulation).backward()
-        assert {name for name, found in gradients(method.bundle).items() if found} == set(turns)
+        assert {name for name, grads in gradients(method.bundle).items() if grads} == set(turns)
         stepped = method.optimizers_schedulers_step(iteration)
         assert stepped == tuple(f"{role}.transformer" for role in turns)
         method.optimizers_zero_grad(iteration)

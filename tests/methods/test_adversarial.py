@@ -13,14 +13,15 @@ from distill_methods.adversarial.config import FDivergence
 from distill_methods.adversarial.losses import (
     accuracy,
     approximate_r1,
+    attach_gradient,
     density_ratio,
     discriminator_loss,
     divergence_weight,
     generator_loss,
-    with_gradient,
 )
-from distill_methods.draws import Draws
+from distill_methods.context import MethodContext
 from distill_methods.maths import dmd_gradient
+from distill_methods.noise_sampler import NoiseSampler
 from distill_protocols import CapabilityError, RandomStreams, RoleError, SamplerSpec
 from hypothesis import given
 from hypothesis import strategies as st
@@ -143,7 +144,7 @@ def test_the_ratio_of_two_gaussians_is_read_off_an_optimal_discriminator():
 def test_a_gradient_that_is_given_and_a_value_that_is():
     x = torch.randn(2, 3, requires_grad=True)
     gradient = torch.randn(2, 3)
-    loss = with_gradient(x, gradient, torch.tensor(0.7))
+    loss = attach_gradient(torch.tensor(0.7), x, gradient)
     assert loss.item() == pytest.approx(0.7)
     loss.backward()
     assert torch.equal(x.grad, gradient)
@@ -160,7 +161,7 @@ def test_gradients_reach_only_the_roles_of_the_turn(cadence: str, on: str, train
     method = dmd2(on=on, critic_update=cadence, gan={"train_features": train_features})
     for iteration in (1, 2):
         method.single_train_step(toy_batch(2), iteration).loss_map["total_loss"].backward()
-        reached = {name for name, found in gradients(method.bundle).items() if found}
+        reached = {name for name, grads in gradients(method.bundle).items() if grads}
         assert reached == set(method.config.turns(iteration))
         for name, role in method.bundle.roles.items():
             assert all(p.requires_grad == (name != "teacher")
@@ -202,8 +203,8 @@ def test_the_students_turn_by_hand():
     t = (1000 * 5 * u / (1 + 4 * u)).clamp(20, 980)
     noise = streams.rows("dmd2.student.noise", 3).normal(LATENT_SHAPE)
     x_t = (1 - over(t / 1000)) * x + over(t / 1000) * noise
-    judged = nets["discriminator"](nets["teacher"].features(x_t, t, text))
-    loss = torch.log1p(torch.exp(-judged)).mean()
+    logits_fake = nets["discriminator"](nets["teacher"].features(x_t, t, text))
+    loss = torch.log1p(torch.exp(-logits_fake)).mean()
     torch.testing.assert_close(result.loss_map["gan_generator_loss"], loss.detach())
     loss.backward()
     for ours, dmd, parameter in zip(got, of_dmd, nets["student"].parameters(), strict=True):
@@ -246,21 +247,29 @@ def test_the_discriminators_turn_by_hand():
 
 def test_frames_that_stay_out_of_the_loss_get_no_derivative():
     bundle = toy_bundle(heads_on="teacher", **SEEDS)
-    draws = Draws(ToyAdapter(bundle), RandomStreams(0))
-    adversary = Adversary(
-        "x", bundle, ToyAdapter(bundle), GanConfig(), draws=draws, on=("teacher",)
+    adapter = ToyAdapter(bundle)
+    noise = NoiseSampler(adapter, RandomStreams(0))
+    context = MethodContext(
+        name="x",
+        bundle=bundle,
+        adapter=adapter,
+        noise=noise,
+        negative=None,
+        device=torch.device("cpu"),
+        poll=lambda: None,
     )
-    batch, trained = toy_batch(2), torch.ones(1, 1, LATENT_SHAPE[1], 1, 1)
-    trained[:, :, 0] = 0
-    found = []
-    for mask in (None, trained):
+    adversary = Adversary(context, GanConfig(), on=("teacher",))
+    batch, loss_mask = toy_batch(2), torch.ones(1, 1, LATENT_SHAPE[1], 1, 1)
+    loss_mask[:, :, 0] = 0
+    gradient_of = []
+    for mask in (None, loss_mask):
         x = batch.latents.clone().requires_grad_()
-        noised = draws.noised(x.detach(), "x.t", 1, TimeSampling(t_max=500))
-        draws.streams.load_state_dict(RandomStreams(0).state_dict())
-        adversary.judge(x, noised, batch.cond, trained=mask).loss.backward()
-        found.append(x.grad)
-    assert found[0][:, :, 0].abs().max() > 0
-    assert torch.equal(found[1], found[0] * trained)
+        noised = noise.add_noise(x.detach(), "x.t", 1, TimeSampling(t_max=500))
+        noise.streams.load_state_dict(RandomStreams(0).state_dict())
+        adversary.generator_loss(x, noised, batch.cond, loss_mask=mask).loss.backward()
+        gradient_of.append(x.grad)
+    assert gradient_of[0][:, :, 0].abs().max() > 0
+    assert torch.equal(gradient_of[1], gradient_of[0] * loss_mask)
 
 
 def test_the_gan_may_have_a_t_of_its_own():
@@ -392,7 +401,7 @@ def test_ladds_turns(update: str):
     method = ladd(generator_update_interval=3, discriminator_update=update)
     for iteration in range(1, 7):
         method.single_train_step(toy_batch(2), iteration).loss_map["total_loss"].backward()
-        reached = {name for name, found in gradients(method.bundle).items() if found}
+        reached = {name for name, grads in gradients(method.bundle).items() if grads}
         student = iteration % 3 == 0
         also = {"discriminator"} if update == "every_step" else set()
         assert reached == ({"student"} | also if student else {"discriminator"})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
+from typing import get_args
 
 import pytest
 from distill_methods import (
@@ -14,11 +16,22 @@ from distill_methods import (
     TeacherOnlyConfig,
     TimeSampling,
 )
-from distill_methods.plugins import causvid, dmd2, finetune, kd, self_forcing, teacher_only
-from distill_protocols import SamplerSpec
+from distill_methods.latent_method import LatentMethod
+from distill_methods.plugins import (
+    causvid,
+    consistency,
+    dmd2,
+    finetune,
+    kd,
+    ladd,
+    rcm,
+    self_forcing,
+    teacher_only,
+)
+from distill_protocols import MethodPlugin, SamplerSpec
 from distill_runtime import load_plugin
 
-FAULTS = [
+WRONG_OPTIONS = [
     (DMD2Config, {"generator_update_interval": 0}, "0 must be at least 1.*never be updated"),
     (DMD2Config, {"generator_update_interval": 1}, "the critic no iteration.*every_step"),
     (DMD2Config, {"critic_update": "never"}, "'alternate', 'every_step'.*got 'never'"),
@@ -52,7 +65,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("config", "options", "message"), FAULTS)
+@pytest.mark.parametrize(("config", "options", "message"), WRONG_OPTIONS)
 def test_a_wrong_option_says_why(config: type, options: dict, message: str):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         config(**options)
@@ -87,22 +100,40 @@ def test_plugins_state_roles_capabilities_and_guidance():
 
 
 def test_what_asks_for_a_causal_student():
-    for config, asked in [
+    for config, needed in [
         (SelfForcingConfig(), {"causal:student", "supports_kv_cache"}),
         (CausVidConfig(), {"causal:student", "supports_frame_times"}),
         (FinetuneConfig(times="per_chunk"), {"causal:student", "supports_frame_times"}),
         (FinetuneConfig(past="clean"), {"causal:student", "supports_teacher_forcing"}),
     ]:
-        assert asked <= set(config.capabilities)
+        assert needed <= set(config.capabilities)
     assert "causal:student" not in FinetuneConfig().capabilities
 
 
-PLUGINS = [dmd2, teacher_only, finetune, self_forcing, causvid, kd]
+PLUGINS = [
+    causvid, consistency, dmd2, finetune, kd, ladd, rcm, self_forcing, teacher_only,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.name)
-def test_plugins_are_found_by_name(plugin):
+def test_plugins_are_found_by_name(plugin: MethodPlugin):
     assert load_plugin("distill.methods", plugin.name) is plugin
+
+
+@pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.name)
+def test_a_plugin_names_the_method_of_its_config(plugin: MethodPlugin):
+    """The name of the class is a string, which no type checker reads."""
+    module, name = plugin.implementation.split(":")
+    method_class = getattr(import_module(module), name)
+    assert method_class.name == plugin.name
+    (base,) = method_class.__orig_bases__
+    assert get_args(base) == (plugin.config_class,)
+
+
+def test_no_method_inherits_from_another():
+    for plugin in PLUGINS:
+        module, name = plugin.implementation.split(":")
+        assert getattr(import_module(module), name).__bases__ == (LatentMethod,)
 
 
 def test_plugins_and_configs_import_no_torch():

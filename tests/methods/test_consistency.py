@@ -15,7 +15,7 @@ from distill_methods import (
     TeacherTerm,
     TimeSampling,
 )
-from distill_methods.maths import clean_distance, normalised_tangent
+from distill_methods.maths import normalised_tangent, x0_distance
 from distill_protocols import (
     CapabilityError,
     ContractError,
@@ -77,7 +77,7 @@ def test_a_pair_against_an_independent_formula(loss: str, skip: int):
     batch = toy_batch(6)
     got = method.single_train_step(batch, 1)
     got.loss_map["total_loss"].backward()
-    found = gradients(method.bundle)
+    grads = gradients(method.bundle)
 
     streams, text = RandomStreams(0), batch.cond.tensors["text"]
     student, teacher = nets(method)
@@ -95,8 +95,8 @@ def test_a_pair_against_an_independent_formula(loss: str, skip: int):
     torch.testing.assert_close(got.loss_map["total_loss"], expected.mean(), rtol=1e-4, atol=0)
     torch.testing.assert_close(got.outputs["target_x0"], target, rtol=1e-5, atol=1e-6)
     expected.mean().backward()
-    assert not found["teacher"]
-    for ours, theirs in zip(found["student"], gradients(method.bundle)["student"], strict=True):
+    assert not grads["teacher"]
+    for ours, theirs in zip(grads["student"], gradients(method.bundle)["student"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-7)
 
 
@@ -116,7 +116,7 @@ def test_at_the_end_of_the_grid_the_target_is_the_teachers_own_point():
 def test_huber_of_small_differences_keeps_its_digits():
     """sqrt(d^2 + c^2) - c in fp32 has none left at d = 1e-6 c; d^2 / 2c is right to 1e-12."""
     d = torch.full((1, 1), 1e-6)
-    value = clean_distance(d, torch.zeros_like(d), huber_c=1.0)
+    value = x0_distance(d, torch.zeros_like(d), huber_c=1.0)
     assert float(value) == pytest.approx(0.5e-12, rel=1e-5)
 
 
@@ -259,7 +259,7 @@ def test_the_tangent_is_scms_in_trigflow():
     batch = toy_batch(5)
     got = method.single_train_step(batch, 1)
     got.loss_map["total_loss"].backward()
-    found = [g.double() for g in gradients(bundle)["student"]]
+    grads = [g.double() for g in gradients(bundle)["student"]]
 
     streams = RandomStreams(0)
     student, teacher = (net.double() for net in nets(method))
@@ -279,14 +279,19 @@ def test_the_tangent_is_scms_in_trigflow():
     torch.testing.assert_close(got.loss_map["total_loss"].double(), expected, rtol=1e-4, atol=0)
     expected.backward()
     assert not gradients(bundle)["teacher"]
-    for ours, theirs in zip(found, gradients(bundle)["student"], strict=True):
+    for ours, theirs in zip(grads, gradients(bundle)["student"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-6)
 
 
 def test_at_the_beginning_of_the_warmup_it_is_the_teachers_velocity():
     """And at its end all of the derivative: the shares are those of the update."""
-    assert [Continuous(tangent_warmup=4).share(n) for n in (1, 2, 4, 9)] == [0.25, 0.5, 1.0, 1.0]
-    assert NOW.share(1) == 1.0
+    assert [Continuous(tangent_warmup=4).warmup_at(n) for n in (1, 2, 4, 9)] == [
+        0.25,
+        0.5,
+        1.0,
+        1.0,
+    ]
+    assert NOW.warmup_at(1) == 1.0
     method = build(continuous=Continuous(tangent_warmup=10**9), guidance_scale=1.0)
     batch = toy_batch(3)
     got = method.single_train_step(batch, 1)
@@ -301,22 +306,22 @@ def test_a_derivative_that_is_not_finite_leaves_its_sample_out():
     g = torch.randn(3, *LATENT_SHAPE)
     alone = normalised_tangent(g[:1], 0.1)
     g[1, 0, 0, 0, 0], g[2, 0, 0, 0, 0] = float("nan"), float("inf")
-    found = normalised_tangent(g, 0.1)
-    torch.testing.assert_close(found[:1], alone)
-    assert not found[1:].any()
+    direction = normalised_tangent(g, 0.1)
+    torch.testing.assert_close(direction[:1], alone)
+    assert not direction[1:].any()
     assert float(alone.square().mean()) == pytest.approx(1.0, rel=0.05)
 
 
 def test_frames_that_the_condition_gives_count_for_nothing():
     g = torch.randn(2, *LATENT_SHAPE)
     trained = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1, 1)
-    found = normalised_tangent(g, 0.1, trained)
-    assert not found[:, :, 0].any()
-    torch.testing.assert_close(found[:, :, 1:], normalised_tangent(g[:, :, 1:], 0.1))
+    direction = normalised_tangent(g, 0.1, trained)
+    assert not direction[:, :, 0].any()
+    torch.testing.assert_close(direction[:, :, 1:], normalised_tangent(g[:, :, 1:], 0.1))
     a, b = torch.randn(2, *LATENT_SHAPE), torch.randn(2, *LATENT_SHAPE)
     for c in (None, 0.01):
         torch.testing.assert_close(
-            clean_distance(a, b, c, trained), clean_distance(a[:, :, 1:], b[:, :, 1:], c)
+            x0_distance(a, b, c, trained), x0_distance(a[:, :, 1:], b[:, :, 1:], c)
         )
 
 
@@ -369,7 +374,7 @@ def test_a_run_resumed_from_its_streams_goes_on_bit_for_bit(make):
     (Discrete, {"shift": 0.0}, "0.0 must be above 0"),
     (Continuous, {"tangent_warmup": -1}, "-1 must be at least 0"),
     (Continuous, {"tangent_c": 0.0}, "0.0 must be above 0"),
-    (ConsistencyConfig, {"discrete": Discrete(), "continuous": NOW}, "stands beside discrete"),
+    (ConsistencyConfig, {"discrete": Discrete(), "continuous": NOW}, "both stated"),
     (ConsistencyConfig, {"guidance_scale": -1.0}, "away from the prompt"),
     (ConsistencyConfig, {"student_sampler": SamplerSpec(steps=4, guidance=3.0)}, "3.0 must be 1"),
 ])  # fmt: skip

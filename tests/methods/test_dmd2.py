@@ -66,7 +66,7 @@ def test_gradients_reach_only_the_roles_of_the_turn(cadence: str, rollout: str):
     method = build(critic_update=cadence, rollout=rollout, generator_update_interval=3)
     for iteration in range(1, 7):
         method.single_train_step(toy_batch(2), iteration).loss_map["total_loss"].backward()
-        reached = {name for name, found in gradients(method.bundle).items() if found}
+        reached = {name for name, grads in gradients(method.bundle).items() if grads}
         student = iteration % 3 == 0
         expected = {"student"} if student else {"critic"}
         assert reached == (expected | {"critic"} if cadence == "every_step" else expected)
@@ -82,13 +82,13 @@ def test_two_losses_in_one_backward_do_not_mix(rollout: str):
     options = {"rollout": rollout, "generator_update_interval": 1, "critic_update": "every_step"}
     joint = build(**options)
     joint.single_train_step(toy_batch(2), 1).loss_map["total_loss"].backward()
-    found = gradients(joint.bundle)
+    grads = gradients(joint.bundle)
     for role, loss in (("student", "dmd_loss"), ("critic", "critic_loss")):
         alone = build(**options)
         alone.single_train_step(toy_batch(2), 1).loss_map[loss].backward()
         expected = gradients(alone.bundle)
         assert [name for name, values in expected.items() if values] == [role]
-        for ours, theirs in zip(found[role], expected[role], strict=True):
+        for ours, theirs in zip(grads[role], expected[role], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
@@ -313,7 +313,7 @@ def test_outputs_name_what_a_person_needs_to_judge_a_collapse():
 @pytest.mark.parametrize(("cadence", "rollout"), CADENCES)
 @pytest.mark.parametrize("iteration", [1, 2])
 def test_accumulation_of_four_is_one_batch_of_four(cadence: str, rollout: str, iteration: int):
-    """Micro batches draw, in order, the numbers that one batch would; k is held at one step."""
+    """Micro batches draw, in order, the numbers that one batch would; k is always the one step."""
     spec = SamplerSpec(steps=1, shift=3.0, stochastic=True)
     options = {
         "student_sampler": spec,

@@ -12,7 +12,7 @@ from distill_methods.maths import (
     dmd_gradient,
     dmd_loss,
     dmd_normaliser,
-    per_frame,
+    repeat_per_frame,
     sample_timesteps,
     velocity_loss,
 )
@@ -78,7 +78,7 @@ def test_a_weight_a_frame_that_is_the_samples_own_is_its_weight():
 
 def test_what_a_chunk_has_is_for_each_of_its_frames():
     values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    assert per_frame(values, [1, 3, 2]).tolist() == [[1, 2, 2, 2, 3, 3], [4, 5, 5, 5, 6, 6]]
+    assert repeat_per_frame(values, [1, 3, 2]).tolist() == [[1, 2, 2, 2, 3, 3], [4, 5, 5, 5, 6, 6]]
 
 
 def test_velocity_loss_of_bf16_predictions_is_taken_in_fp32():

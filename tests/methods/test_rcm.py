@@ -13,8 +13,8 @@ from distill_methods import (
     RCMConfig,
     RCMMethod,
 )
-from distill_methods.consistency.losses import consistency_loss
-from distill_methods.teaching import Teachers
+from distill_methods.consistency.losses import build_consistency_loss
+from distill_methods.teachers.ensemble import Teachers
 from distill_protocols import PlannedRun, RandomStreams, RoleError, RoleSpec, SamplerSpec
 from toy_adapter import ToyAdapter, ToyConditioning, gradients, rows, toy_batch, toy_bundle
 
@@ -50,8 +50,8 @@ def test_the_student_gets_both_gradients_with_their_weights(form, weight: float)
     together, batch = build(consistency_weight=weight, **form), toy_batch(3)
     got = together.single_train_step(batch, 2)
     got.loss_map["total_loss"].backward()
-    found = gradients(together.bundle)
-    assert {name for name, g in found.items() if g} == {"student"}
+    grads = gradients(together.bundle)
+    assert {name for name, g in grads.items() if g} == {"student"}
 
     alone = build(consistency_weight=weight, **form)
     first = alone.single_train_step(batch, 2).loss_map["dmd_loss"]
@@ -59,24 +59,16 @@ def test_the_student_gets_both_gradients_with_their_weights(form, weight: float)
     first.backward()
     of_matching = gradients(alone.bundle)["student"]
     other = build(**form)
-    loss = consistency_loss(
-        "rcm.consistency",
-        other.adapter,
+    loss = build_consistency_loss(
+        other.context.named("rcm.consistency"),
         other.config.form,
-        draws=other.draws,
-        teachers=Teachers(
-            other.adapter,
-            ConsistencyConfig(guidance_scale=2.0),
-            draws=other.draws,
-            negative=other.negative,
-        ),
-        device=torch.device("cpu"),
+        teachers=Teachers(other.context, ConsistencyConfig(guidance_scale=2.0)),
         update_of=lambda _: 1,
     )(batch, 2).loss
     torch.testing.assert_close(loss, got.loss_map["consistency_loss"])
     loss.backward()
     of_consistency = gradients(other.bundle)["student"]
-    for ours, a, b in zip(found["student"], of_matching, of_consistency, strict=True):
+    for ours, a, b in zip(grads["student"], of_matching, of_consistency, strict=True):
         torch.testing.assert_close(ours, a + weight * b, rtol=1e-4, atol=1e-7)
         assert b.abs().max() > 0
     expected = got.loss_map["dmd_loss"] + weight * loss
@@ -124,7 +116,7 @@ def test_accumulation_of_four_is_one_batch_of_four(form):
 def test_the_warmup_counts_the_students_updates():
     method = build(generator_update_interval=5, continuous=Continuous(tangent_warmup=4))
     turns = [i for i in range(1, 31) if "student" in method.config.turns(i)]
-    shares = [method.config.form.share(method.config.student_updates(i)) for i in turns]
+    shares = [method.config.form.warmup_at(method.config.student_updates(i)) for i in turns]
     assert shares == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
@@ -134,7 +126,7 @@ def test_what_it_needs():
     assert isinstance(config.form, Continuous)
     assert "supports_jvp" in config.capabilities
     assert "supports_jvp" not in RCMConfig(discrete=Discrete()).capabilities
-    with pytest.raises(ValueError, match="stands beside discrete"):
+    with pytest.raises(ValueError, match="both stated"):
         RCMConfig(discrete=Discrete(), continuous=Continuous())
     with pytest.raises(ValueError, match="led away from consistency"):
         RCMConfig(consistency_weight=-1.0)

@@ -86,7 +86,7 @@ def test_finetune_against_an_independent_formula(weighting: str):
     v = net(x_t, t, batch.cond.tensors["text"])
     error = (v - (eps - x0)).square().mean(dim=(1, 2, 3, 4))
     if weighting == "bsmntw":
-        # The mean of the bell over a fine grid stands in for its closed form.
+        # The mean of the bell over a fine grid replaces its closed form.
         grid = torch.linspace(0, 1000, 100_001, dtype=torch.float64)
         bell = torch.exp(-2 * ((grid - 500) / 1000) ** 2)
         weight = torch.exp(-2 * ((t - 500) / 1000) ** 2) - bell.min()
@@ -136,7 +136,7 @@ def test_the_students_own_clips_can_be_the_place_where_it_is_compared():
     batch = toy_batch(4)
     got = method.single_train_step(batch, 1).loss_map["total_loss"]
     got.backward()
-    found = gradients(method.bundle)["student"]
+    grads = gradients(method.bundle)["student"]
     streams, text = RandomStreams(0), batch.cond.tensors["text"]
     student, teacher = (method.bundle[n].modules["transformer"] for n in ("student", "teacher"))
     student.zero_grad()
@@ -152,7 +152,7 @@ def test_the_students_own_clips_can_be_the_place_where_it_is_compared():
     expected = (student(x_t, t, text) - teacher(x_t, t, text)).square().mean()
     torch.testing.assert_close(got, expected)
     expected.backward()
-    for ours, theirs in zip(found, gradients(method.bundle)["student"], strict=True):
+    for ours, theirs in zip(grads, gradients(method.bundle)["student"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
     sampled = [call for call in method.adapter.calls if call.role == "student"][:2]
     assert not any(call.with_gradient for call in sampled)

@@ -1,4 +1,4 @@
-"""Views: the same noise for all, EMA weights where asked, guidance only with a negative."""
+"""Views: the same noise for all, EMA weights where requested, guidance only with a negative."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class OtherWeights:
             module.load_state_dict(own)
 
 
-def look(views, *, bundle=None, has_negative=True, able=ABLE, seed=0):
+def sample(views, *, bundle=None, has_negative=True, able=ABLE, seed=0):
     bundle = bundle or toy_bundle(student=1, teacher=1)
     adapter = ToyAdapter(bundle, capabilities=able)
     clips = sample_views(
@@ -56,17 +56,17 @@ def look(views, *, bundle=None, has_negative=True, able=ABLE, seed=0):
 
 
 def test_views_share_initial_and_fresh_noise():
-    """Two roles of equal weights show the same clip, a second look too; another seed does not."""
+    """Two roles of equal weights show the same clip, and once more; another seed does not."""
     views = [SampleView(name="s", role="student"), SampleView(name="t", role="teacher")]
-    clips, _ = look(views)
+    clips, _ = sample(views)
     assert clips["s"].shape == (2, *LATENT_SHAPE)
     assert torch.equal(clips["s"], clips["t"])
-    assert torch.equal(look(views[::-1])[0]["s"], clips["s"])
-    assert not torch.equal(look(views, seed=1)[0]["s"], clips["s"])
+    assert torch.equal(sample(views[::-1])[0]["s"], clips["s"])
+    assert not torch.equal(sample(views, seed=1)[0]["s"], clips["s"])
 
 
 def test_a_view_is_the_adapters_own_sampler():
-    clips, adapter = look([SampleView(name="s", role="student")])
+    clips, adapter = sample([SampleView(name="s", role="student")])
     generators = RowGenerators.seeded(0, "look", range(2))
     noise = generators.normal(LATENT_SHAPE)
     latents = adapter.sample("student", SPEC, noise, toy_batch(2).cond, generators=generators)
@@ -76,7 +76,7 @@ def test_a_view_is_the_adapters_own_sampler():
 def test_a_look_leaves_no_trace():
     bundle = toy_bundle(student=1)
     before = torch.random.get_rng_state()
-    _, adapter = look([SampleView(name="s", role="student")], bundle=bundle)
+    _, adapter = sample([SampleView(name="s", role="student")], bundle=bundle)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert not any(call.with_gradient for call in adapter.calls)
     module = bundle["student"].modules["transformer"]
@@ -87,10 +87,10 @@ def test_a_look_leaves_no_trace():
 def test_a_view_uses_its_own_sampler_and_guidance():
     spec = SamplerSpec(steps=5, guidance=3.0)
     views = [SampleView(name="t", role="teacher", sampler=spec)]
-    _, adapter = look(views)
+    _, adapter = sample(views)
     assert [call.cfg for call in adapter.calls] == [3.0] * 5
     with pytest.raises(ConditioningError, match="no negative"):
-        look(views, has_negative=False)
+        sample(views, has_negative=False)
 
 
 def test_ema_weights_are_used_where_asked_and_put_back():
@@ -101,8 +101,8 @@ def test_ema_weights_are_used_where_asked_and_put_back():
         SampleView(name="ema", role="student", ema=True),
         SampleView(name="again", role="student"),
     ]
-    clips, _ = look(views, bundle=bundle)
-    other, _ = look([SampleView(name="x", role="student")], bundle=toy_bundle(student=77))
+    clips, _ = sample(views, bundle=bundle)
+    other, _ = sample([SampleView(name="x", role="student")], bundle=toy_bundle(student=77))
     assert torch.equal(clips["ema"], other["x"])
     assert torch.equal(clips["live"], clips["again"])
     assert not torch.equal(clips["live"], clips["ema"])
@@ -111,11 +111,11 @@ def test_ema_weights_are_used_where_asked_and_put_back():
 def test_what_cannot_be_shown_is_refused():
     view = SampleView(name="s", role="student", ema=True)
     with pytest.raises(RoleError, match="keeps no EMA"):
-        look([view])
+        sample([view])
     with pytest.raises(RoleError, match=r"missing role.*critic"):
-        look([SampleView(name="c", role="critic")])
+        sample([SampleView(name="c", role="critic")])
     with pytest.raises(CapabilityError, match="supports_decode"):
-        look([view], able=attrs.evolve(ABLE, supports_decode=False))
+        sample([view], able=attrs.evolve(ABLE, supports_decode=False))
 
 
 def test_a_method_shows_its_student_by_its_own_sampler():
@@ -126,7 +126,7 @@ def test_a_method_shows_its_student_by_its_own_sampler():
     clips = method.sample_for_logging(
         [SampleView(name="s", role="student")], toy_batch(2).cond, seed=0
     )
-    expected, _ = look([SampleView(name="s", role="student")], bundle=bundle)
+    expected, _ = sample([SampleView(name="s", role="student")], bundle=bundle)
     assert torch.equal(clips["s"], expected["s"])
 
 

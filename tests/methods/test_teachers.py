@@ -51,15 +51,15 @@ class Routed(ToyAdapter):
 
 
 def bundle(*names: str):
-    made = toy_bundle(**{name: i for i, name in enumerate(names)})
+    roles = toy_bundle(**{name: i for i, name in enumerate(names)})
     for name in TEACHERS:
-        if name in made.roles:
-            role = made.roles[name]
+        if name in roles.roles:
+            role = roles.roles[name]
             role.set_trainable(False)
             role.trainable = False
             role.optimizers.clear()
             role.schedulers.clear()
-    return made
+    return roles
 
 
 def build(method, config, *, names=NAMES, adapter=ToyAdapter, able=ABLE):
@@ -84,7 +84,7 @@ def mixed(method, x_t, t, text, guidance: float) -> torch.Tensor:
     return total
 
 
-def test_dmd2_is_drawn_to_the_weighted_sum_of_guided_clips():
+def test_dmd2_is_led_to_the_weighted_sum_of_guided_clips():
     config = DMD2Config(
         teachers=TEACHERS, real_score_guidance_scale=3.0, generator_update_interval=2
     )
@@ -137,9 +137,9 @@ def test_each_expert_has_its_teachers_guidance(low: float, expert: str):
     able = attrs.evolve(ABLE, supports_expert_routing=True)
     method = build(TeacherOnlyMethod, config, names=NAMES[:-1], adapter=Routed, able=able)
     method.single_train_step(toy_batch(2), 1)
-    found = {c.role: c.cfg for c in method.adapter.calls if c.role != "student"}
+    guidance_of = {c.role: c.cfg for c in method.adapter.calls if c.role != "student"}
     expected = {"high": (3.0, 5.0, 7.0), "low": (4.0, 6.0, 7.0)}[expert]
-    assert found == dict(zip(("near", "far", "bad"), expected, strict=True))
+    assert guidance_of == dict(zip(("near", "far", "bad"), expected, strict=True))
 
 
 def test_a_second_guidance_without_a_second_expert_is_refused():
@@ -175,7 +175,7 @@ TWO = {
     ({"guidance_scale_2": 3.0} | TWO, planned(a=False, b=True), []),
     ({"guidance_scale_2": 3.0} | TWO, planned(a=True, b=False), ["guidance_scale_2"]),
 ])  # fmt: skip
-def test_a_guidance_that_is_never_used_is_a_fault_of_the_file(options, run, keys):
+def test_a_guidance_that_is_never_used_is_a_problem_of_the_file(options, run, keys):
     assert [".".join(p.path) for p in TeacherOnlyConfig(**options).problems(run)] == keys
     renamed = {"guidance_scale_2": "real_score_guidance_scale_2"}
     ours = {renamed.get(k, k): v for k, v in options.items()}
@@ -186,8 +186,8 @@ def test_a_guidance_that_is_never_used_is_a_fault_of_the_file(options, run, keys
 @pytest.mark.parametrize(("teachers", "message"), [
     ({"a": 0.5, "b": 0.6}, r"a 0.5, b 0.6\) add up to 1.1 and must to 1"),
     ({"a": float("nan")}, "add up to nan"),
-    ({"student": 1.0}, "'student' has a place of its own"),
-    ({"critic": 1.0}, "'critic' has a place of its own"),
+    ({"student": 1.0}, "'student' is a role that the method itself gives"),
+    ({"critic": 1.0}, "'critic' is a role that the method itself gives"),
 ])  # fmt: skip
 @pytest.mark.parametrize("config", [DMD2Config, TeacherOnlyConfig])
 def test_teachers_that_cannot_be(config, teachers, message):
@@ -218,9 +218,9 @@ def test_a_trainable_teacher_among_several_is_refused():
         )
 
 
-def test_why_there_is_no_way_without_a_critic():
-    said = r"missing role\(s\): critic.*critic: .*own clips.*teacher_only"
-    with pytest.raises(RoleError, match=said):
+def test_why_a_critic_is_needed():
+    message = r"missing role\(s\): critic.*critic: .*own clips.*teacher_only"
+    with pytest.raises(RoleError, match=message):
         build(DMD2Method, DMD2Config(teachers=TEACHERS), names=NAMES[:-1])
     assert all(not need.reason for need in TeacherOnlyConfig().roles)
 

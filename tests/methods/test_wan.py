@@ -118,12 +118,12 @@ def take(method: DistillMethod, turn: Callable[[], Tensor]) -> tuple[Tensor, dic
     for module in method.model_dict.values():
         module.zero_grad(set_to_none=True)
     loss = turn()
-    found = {
+    grads = {
         key: torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
         for key, module in method.model_dict.items()
         if any(p.grad is not None for p in module.parameters())
     }
-    return loss, found
+    return loss, grads
 
 
 def in_parts(method: DistillMethod, batch: Batch, iteration: int, size: int) -> Tensor:
@@ -146,12 +146,12 @@ def test_micro_batches_are_one_large_batch(name: str, iteration: int, bundle, ba
         method = make(name, bundle)
         run = lambda method=method, size=size: in_parts(method, batch, iteration, size)  # noqa: E731
         outcomes.append(take(method, run))
-    (loss, found), *others = outcomes
+    (loss, grads), *others = outcomes
     assert loss > 0
     for other_loss, other in others:
         torch.testing.assert_close(other_loss, loss, rtol=1e-4, atol=1e-6)
-        assert other.keys() == found.keys()
-        for key, gradient in found.items():
+        assert other.keys() == grads.keys()
+        for key, gradient in grads.items():
             error = (other[key] - gradient).norm() / gradient.norm()
             assert error < 1e-3, f"{key}: {error}"
 
@@ -160,10 +160,10 @@ def test_micro_batches_are_one_large_batch(name: str, iteration: int, bundle, ba
 def test_gradients_reach_every_weight_of_the_turn_and_no_other(name: str, bundle, batch: Batch):
     method = make(name, bundle, sampler=TWO_STEPS)
     for iteration in (1, 2):
-        _, found = take(method, lambda i=iteration: in_parts(method, batch, i, 4))
+        _, grads = take(method, lambda i=iteration: in_parts(method, batch, i, 4))
         turns = method.config.turns(iteration)
-        assert set(found) == {f"{role}.transformer" for role in turns}
-        for key, gradient in found.items():
+        assert set(grads) == {f"{role}.transformer" for role in turns}
+        for key, gradient in grads.items():
             assert gradient.numel() == sum(p.numel() for p in method.model_dict[key].parameters())
             assert gradient.norm() > 0
 
@@ -237,7 +237,7 @@ def test_a_stop_ends_a_rollout_before_its_next_call(number: int, bundle, batch: 
 
 def test_rollouts_that_cannot_be_are_refused(bundle, batch: Batch):
     adapter = wan.adapter(bundle, PIPELINE, source=FOLDER)
-    given = ("student", TWO_STEPS, batch.latents, batch.cond)
+    arguments = ("student", TWO_STEPS, batch.latents, batch.cond)
     rows = RowGenerators.seeded(7, "noise", range(4))
     for options, message in [
         ({"exit_steps": [2], "generators": rows}, "they are 0 .. 1"),
@@ -245,10 +245,10 @@ def test_rollouts_that_cannot_be_are_refused(bundle, batch: Batch):
         ({"exit_steps": [1]}, "needs generators"),
     ]:
         with pytest.raises(ContractError, match=message):
-            adapter.rollout(*given, **options)
+            adapter.rollout(*arguments, **options)
     guided = SamplerSpec(steps=1, guidance=2.0)
     with pytest.raises(ContractError, match="one call of two"):
-        adapter.rollout("student", guided, *given[2:], exit_steps=[0])
+        adapter.rollout("student", guided, *arguments[2:], exit_steps=[0])
 
 
 def test_views_decode_to_clips(bundle, batch: Batch):

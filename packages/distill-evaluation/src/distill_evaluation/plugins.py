@@ -18,11 +18,9 @@ FILES = ("judge.json", "judge.safetensors", "reference.safetensors")
 
 
 class ReportPlugin(CallbackPlugin):
-    name: ClassVar[str] = "report"
-    contract: ClassVar[int] = 2
-    help: ClassVar[str] = (
-        "at the end or now and then: Frechet distance, accuracies, speed, contact sheet, MP4"
-    )
+    name = "report"
+    contract = 2
+    help = "at the end or now and then: Frechet distance, accuracies, speed, contact sheet, MP4"
     config_class: ClassVar[type] = ReportConfig
 
     def problems(self, config: ReportConfig, run: PlannedRun) -> Iterator[Problem]:

@@ -1,5 +1,5 @@
-"""Distillation methods and their pure maths: DMD2, Self-Forcing, CausVid, LADD, KD, teacher-only,
-finetune.
+"""Distillation methods and their maths: DMD2, Self-Forcing, CausVid, rCM, consistency (LCM, sCM),
+LADD, KD, teacher-only, finetune.
 
 Names that need torch are imported on first use: run files are checked before torch is imported.
 """
@@ -20,7 +20,7 @@ from distill_methods.ladd.config import LaddConfig
 from distill_methods.rcm.config import RCMConfig
 from distill_methods.self_forcing.config import SelfForcingConfig
 from distill_methods.teacher_only.config import TeacherOnlyConfig
-from distill_methods.teachers import TeacherTerm
+from distill_methods.teachers.config import TeacherTerm
 from distill_methods.time_sampling import TimeSampling
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from distill_methods.kd.method import KDMethod
     from distill_methods.ladd.method import LaddMethod
     from distill_methods.rcm.method import RCMMethod
-    from distill_methods.sampling import sample_views
     from distill_methods.self_forcing.method import SelfForcingMethod
     from distill_methods.teacher_only.method import TeacherOnlyMethod
+    from distill_methods.validation_sampling import sample_views
 
 _LAZY = {
     "ConsistencyMethod": "consistency.method",
@@ -47,7 +47,7 @@ _LAZY = {
     "RCMMethod": "rcm.method",
     "SelfForcingMethod": "self_forcing.method",
     "TeacherOnlyMethod": "teacher_only.method",
-    "sample_views": "sampling",
+    "sample_views": "validation_sampling",
 }
 
 __all__ = [

@@ -1,9 +1,9 @@
-"""What every method of this package shares: latents come in, clips can be looked at."""
+"""The base class of the methods of this package: it derives what the config describes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from distill_protocols import (
     Batch,
@@ -18,18 +18,20 @@ from distill_runtime import DistillMethod
 from torch import Tensor
 from torch.optim import Optimizer
 
+from distill_methods.context import MethodContext
 from distill_methods.contracts import LatentDiffusion
-from distill_methods.draws import Draws
 from distill_methods.latent_config import LatentMethodConfig
-from distill_methods.sampling import sample_views
+from distill_methods.noise_sampler import NoiseSampler
+from distill_methods.validation_sampling import sample_views
 
 ConfigT = TypeVar("ConfigT", bound=LatentMethodConfig)
 
 
 class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
-    """No algorithm: the wiring between a method's config and the contracts.
+    """A method that is described by its config: roles, update schedule, capabilities, sampler.
 
-    Its roles are those of ``config.roles``.
+    It holds no algorithm. A subclass states ``name``, builds its parts from ``self.context`` and
+    writes ``single_train_step``.
 
     Args:
         conditioning: gives the negative condition, unless nothing is guided.
@@ -40,6 +42,9 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
         ConditioningError: something is guided and there is no negative condition: known now
             rather than in the middle of the run.
     """
+
+    name: ClassVar[str]
+    """As run files call it; the purposes of its random streams begin with it."""
 
     def __init__(
         self,
@@ -57,19 +62,25 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
             self.required_roles, why={need.name: need.reason for need in config.roles}
         )
         super().__init__(bundle, adapter, streams=streams)
-        self.draws = Draws(adapter, self.streams)
         self.check_capabilities(config.capabilities)
         self.config = config
         self.conditioning = conditioning
-        self.negative = (
-            conditioning.negative().to(self._device()) if config.needs_negative else None
+        self.noise = NoiseSampler(adapter, self.streams)
+        negative = conditioning.negative().to(self._device()) if config.needs_negative else None
+        self.context = MethodContext(
+            name=self.name,
+            bundle=bundle,
+            adapter=adapter,
+            noise=self.noise,
+            negative=negative,
+            device=self._device(),
+            # Looked up at each call, because a trainer gives each run a stop flag of its own.
+            poll=lambda: self.stop.poll(),
         )
 
     def get_optimizers(self, iteration: int) -> dict[str, Optimizer]:
-        """Those of the roles whose turn it is (``config.turns``)."""
+        """Return the optimizers of the roles that ``config.turns`` names."""
         return self.optimizers_of(*self.config.turns(iteration))
-
-    # -- for the run --------------------------------------------------------------------------
 
     @property
     def sampler_spec(self) -> SamplerSpec:

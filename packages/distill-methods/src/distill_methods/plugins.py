@@ -1,4 +1,4 @@
-"""The methods as the app finds them (entry points ``distill.methods``). No torch here."""
+"""The plugins of the methods (entry points ``distill.methods``). No torch here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Roles that several methods call. No torch here."""
+"""Roles that several methods call. No torch here: run files are checked without it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ TEACHER = RoleNeed(name="teacher", trainable=False, help="the fixed model that i
 CRITIC = RoleNeed(
     name="critic",
     trainable=True,
-    help="follows the student's own clips",
+    help="follows the distribution of the student's own clips (DMD's fake score)",
     reason=(
-        "the student is led by the difference of two scores, and that of its own clips is in no "
-        "teacher and no data, so a model must follow it. Without a critic take another "
-        "recipe.method: teacher_only, kd, consistency or ladd"
+        "the student learns from the difference of two scores, and the score of its own clips is "
+        "in no teacher and in no data, so a second model must learn it. Without a critic, choose "
+        "teacher_only, kd, consistency or ladd as the method"
     ),
 )
 DISCRIMINATOR = "discriminator"
 
 
 def discriminator(*on: str) -> RoleNeed:
-    """Heads on features of one of ``on``."""
+    """Return the need for a discriminator: heads on features of one of the roles ``on``."""
     return RoleNeed(
         name=DISCRIMINATOR,
         trainable=True,

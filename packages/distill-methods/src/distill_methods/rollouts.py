@@ -1,87 +1,155 @@
-"""Clips of a student that is called once with gradient, at one of its sampler's steps."""
+"""Clips that the student makes in training: one model call with gradient, at a sampler's step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from typing import NamedTuple, Protocol
 
 import torch
-from distill_protocols import Batch
+from distill_protocols import Batch, Chunk
 from torch import Tensor
 
-from distill_methods.contracts import LatentDiffusion, chunks_of
-from distill_methods.distribution_matching.matching import Rollout, exit_levels
-from distill_methods.draws import Draws
-from distill_methods.latent_config import LatentMethodConfig
+from distill_methods.context import MethodContext
+from distill_methods.contracts import chunks_of
+from distill_methods.latent_config import LatentMethodConfig, RolloutSource
+from distill_methods.maths import repeat_per_frame
+from distill_methods.time_sampling import TimeRange, fraction_within
 
-Source = Literal["simulate", "data"]
-"""Where the student's input comes from: its own sampling from noise (DMD2, section 4.5, backward
-simulation), or a noised clip of the data (FastGen, CausVid)."""
+
+class Rollout(NamedTuple):
+    """Clips of the student.
+
+    Attributes:
+        x0: clean latents [B, C, T, H, W].
+        exit_steps: the (mean) sampler step of the call that made each clip, [B].
+        loss_mask: 0 on frames that stay out of the student's loss, [1, 1, T, 1, 1]; None: those
+            that the condition gives, if any.
+    """
+
+    x0: Tensor
+    exit_steps: Tensor
+    loss_mask: Tensor | None = None
+
+    def outputs(self) -> dict[str, Tensor]:
+        """Return the clips and their statistics, detached, for logs."""
+        x0 = self.x0.detach()
+        return {
+            "student_x0": x0,
+            "student_mean": x0.mean(),
+            "student_std": x0.std(),
+            "exit_step": self.exit_steps.float().mean(),
+        }
+
+
+class RolloutFunction(Protocol):
+    """Makes the student's clips: what the methods of distribution matching differ in."""
+
+    def __call__(self, batch: Batch, turn: str, iteration: int) -> Rollout:
+        """Make a clip for each sample, with gradient where the caller's mode allows it.
+
+        Args:
+            turn: the role whose turn it is ("student", "critic" ...); each turn draws numbers of
+                its own.
+        """
+        ...
 
 
 class StudentRollouts:
-    """``x = G(x_in, t_k)`` at a step k of ``config.student_sampler``.
+    """One call with gradient: ``x = G(x_in, t_k)`` at a step k of the student's sampler.
 
-    Every draw of a sample has rows of its own, so that micro batches and ranks see the numbers
-    that one large batch would.
+    x_in is either the student's own sampling from noise up to step k (DMD2, Yin et al. 2024,
+    section 4.5, backward simulation), or noised data. Every sample draws from rows of its own, so
+    that micro batches and ranks see the numbers that one large batch would.
 
     Args:
-        name: of the method; draws are named after it.
-        device: where the student is called.
-        poll: called before each model call.
+        source: where x_in comes from. "simulate": k is one for the micro batch and all ranks.
+            "data": k is drawn per sample.
+        chunks: with ``source="data"``, the chunks of a causal student: k is then drawn for each of
+            them (CausVid, Yin et al. 2025, section 4.2). Empty: one k a clip.
+        with_clean: t = 0 is one more level that may be drawn: x_in is then the data itself.
     """
 
     def __init__(
         self,
-        name: str,
-        adapter: LatentDiffusion,
+        context: MethodContext,
         config: LatentMethodConfig,
-        source: Source,
+        source: RolloutSource,
         *,
-        draws: Draws,
-        device: torch.device,
-        poll: Callable[[], None],
+        chunks: tuple[Chunk, ...] = (),
+        with_clean: bool = False,
     ) -> None:
-        self._name = name
-        self._adapter = adapter
+        self._context = context
         self._config = config
         self._source = source
-        self._draws = draws
-        self._poll = poll
-        # Here once, as copying them in each step would make the host wait for the device.
-        levels = [1000 * sigma for sigma in config.student_sampler.sigmas()]
-        self._levels = torch.tensor(levels).to(device)
+        self._chunk_frames = tuple(chunk.frames for chunk in chunks)
+        self._with_clean = with_clean
+        # On the device once: copying them in each step would make the host wait for it.
+        self._levels = torch.tensor((*config.student_levels, 0.0)).to(context.device)
 
     def __call__(self, batch: Batch, turn: str, iteration: int) -> Rollout:
-        """With gradient where the caller allows it.
-
-        Args:
-            turn: whose; each has draws of its own.
-        """
-        purpose, size = f"{self._name}.{turn}", len(batch)
-        among = exit_levels(self._draws, self._config, purpose, iteration)
+        """See ``RolloutFunction``."""
+        purpose = f"{self._context.name}.{turn}"
+        exit_steps = allowed_exit_steps(
+            self._context, self._config, purpose, iteration, with_clean=self._with_clean
+        )
         if self._source == "data":
-            return self._from_data(batch, purpose, among)
-        # Shared, or the ranks of a sharded student would wait for each other for ever.
-        k = among[self._draws.shared_integer(f"{purpose}.exit_step", len(among))]
-        x0 = self._adapter.rollout(
+            return self._denoise_data(batch, purpose, exit_steps)
+        return self._simulate(batch, purpose, exit_steps)
+
+    def _simulate(self, batch: Batch, purpose: str, exit_steps: tuple[int, ...]) -> Rollout:
+        context, size = self._context, len(batch)
+        # Shared, as k decides how many calls there are: the ranks of a sharded student would
+        # otherwise wait for each other for ever.
+        k = exit_steps[context.noise.sample_shared_integer(f"{purpose}.exit_step", len(exit_steps))]
+        x0 = context.adapter.rollout(
             "student",
             self._config.student_sampler,
-            self._draws.noise_like(batch.latents, f"{purpose}.rollout"),
+            context.noise.noise_like(batch.latents, f"{purpose}.rollout"),
             batch.cond,
-            exit_steps=(k,) * len(chunks_of(self._adapter, "student")),
-            generators=self._draws.streams.rows(f"{purpose}.rollout.fresh", size),
-            poll=self._poll,
+            exit_steps=(k,) * len(chunks_of(context.adapter, "student")),
+            generators=context.noise.streams.rows(f"{purpose}.rollout.fresh", size),
+            poll=context.poll,
         )
         return Rollout(x0, torch.full((size,), k, device=x0.device))
 
-    def _from_data(self, batch: Batch, purpose: str, among: tuple[int, ...]) -> Rollout:
-        drawn = self._draws.streams.rows(f"{purpose}.data_step", len(batch)).integers(len(among))
-        steps = torch.tensor(among, device=drawn.device)[drawn].to(batch.latents.device)
-        noise = self._draws.noise_like(batch.latents, f"{purpose}.data_noise")
-        latents = self._adapter.normalize_latents(batch.latents)
-        x_t = self._adapter.add_noise(latents, noise, self._levels[steps])
-        x0: Tensor = self._adapter.forward(
-            "student", x_t, self._levels[steps], batch.cond, fwd_pred_type="x0"
+    def _denoise_data(self, batch: Batch, purpose: str, exit_steps: tuple[int, ...]) -> Rollout:
+        context, frames = self._context, self._chunk_frames
+        indices = context.noise.streams.rows(f"{purpose}.data_step", len(batch)).integers(
+            len(exit_steps), (len(frames),) if frames else ()
         )
-        return Rollout(x0, steps)
+        steps = torch.tensor(exit_steps, device=indices.device)[indices].to(batch.latents.device)
+        t = self._levels[steps]
+        if frames:
+            t = repeat_per_frame(t, frames)
+        noise = context.noise.noise_like(batch.latents, f"{purpose}.data_noise")
+        x0_data = context.adapter.normalize_latents(batch.latents)
+        x_t = context.adapter.add_noise(x0_data, noise, t)
+        x0 = context.adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="x0")
+        return Rollout(x0, steps.float().mean(dim=1) if frames else steps)
+
+
+def allowed_exit_steps(
+    context: MethodContext,
+    config: LatentMethodConfig,
+    purpose: str,
+    iteration: int,
+    *,
+    with_clean: bool = False,
+) -> tuple[int, ...]:
+    """Return the sampler steps that ``iteration`` may take the student at: all of them, or, of a
+    student of two experts, those of one expert (``NoiseSampler.sample_range``).
+
+    Args:
+        with_clean: t = 0 is one more level, numbered after the last step.
+    """
+    levels = config.student_levels
+
+    def fraction(time_range: TimeRange) -> float:
+        return fraction_within(levels, *time_range)
+
+    time_range = context.noise.sample_range(f"{purpose}.step", iteration, fraction, "student")
+    candidates = (*levels, 0.0) if with_clean else levels
+    return tuple(
+        step
+        for step, t in enumerate(candidates)
+        if time_range is None or fraction_within([t], *time_range)
+    )

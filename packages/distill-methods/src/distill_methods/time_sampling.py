@@ -1,20 +1,38 @@
-"""How noise levels are drawn in training. No torch here: run files are checked without it."""
+"""Distributions of the noise level t in training, and the probability of a range of t.
+
+No torch here: run files are checked without it.
+
+A model of two experts has one for each side of a boundary in t. All calls of one iteration that
+train a role are made on one side (``NoiseSampler.sample_range``), so the probability of a range
+is also the share of the updates that its expert can expect.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from math import inf, log
+from statistics import NormalDist
+from typing import Literal
 
-from attrs import field, frozen
+from attrs import Attribute, field, frozen
 from attrs.validators import in_
+from distill_protocols import shift_sigma
 from distill_protocols.validators import above, within
 
 TimeDistribution = Literal["uniform", "logit_normal"]
 
+TimeRange = tuple[float, float]
+"""All t in [low, high); 1000 itself belongs to the range that ends there."""
+
+MAX_T = 1000.0
+"""t of pure noise."""
+
+_STANDARD_NORMAL = NormalDist()
 _SCALE = "t = 1000 sigma runs from 0 (clean) to 1000 (noise)"
 _SHIFT = "S_k(u) = k u / (1 + (k - 1) u) maps noise levels onto [0, 1] for positive k only"
 
 
-def _read(time: TimeSampling, attribute: Any, value: float) -> None:
+def _has_an_effect(time: TimeSampling, attribute: Attribute[float], value: float) -> None:
     if time.distribution == "uniform" and value != attribute.default:
         raise ValueError(
             f"{value} has no effect: distribution: uniform reads neither mean nor std. "
@@ -22,7 +40,7 @@ def _read(time: TimeSampling, attribute: Any, value: float) -> None:
         )
 
 
-def _above_t_min(time: TimeSampling, _: Any, value: float) -> None:
+def _is_above_t_min(time: TimeSampling, _attribute: object, value: float) -> None:
     if not value > time.t_min:
         raise ValueError(f"{value} must be above t_min ({time.t_min}): nothing lies between them")
 
@@ -45,9 +63,39 @@ class TimeSampling:
         default="uniform", validator=in_(("uniform", "logit_normal"))
     )
     mean: float = field(
-        default=0.0, validator=[within(-20, 20, "the sigmoid saturates beyond"), _read]
+        default=0.0, validator=[within(-20, 20, "the sigmoid saturates beyond"), _has_an_effect]
     )
-    std: float = field(default=1.0, validator=[above(0, "it is a standard deviation"), _read])
+    std: float = field(
+        default=1.0, validator=[above(0, "it is a standard deviation"), _has_an_effect]
+    )
     shift: float = field(default=1.0, validator=above(0, _SHIFT))
     t_min: float = field(default=0.0, validator=within(0, 1000, _SCALE))
-    t_max: float = field(default=1000.0, validator=[within(0, 1000, _SCALE), _above_t_min])
+    t_max: float = field(default=1000.0, validator=[within(0, 1000, _SCALE), _is_above_t_min])
+
+
+def probability_below(time: TimeSampling, t: float) -> float:
+    """Return P(t' < t) of ``t' = clamp(1000 S_k(u), t_min, t_max)``: its distribution function."""
+    if t <= time.t_min:
+        return 0.0
+    # The clamp gathers the rest of the distribution at t_max itself.
+    if t > time.t_max or t >= MAX_T:
+        return 1.0
+    u = shift_sigma(t / MAX_T, 1 / time.shift)  # The inverse of S_k is S_1/k.
+    if time.distribution == "uniform":
+        return u
+    return _STANDARD_NORMAL.cdf((_logit(u) - time.mean) / time.std)
+
+
+def probability_within(time: TimeSampling, low: float, high: float) -> float:
+    """Return P(low <= t < high); t = 1000 counts for the range that ends there."""
+    return (1.0 if high >= MAX_T else probability_below(time, high)) - probability_below(time, low)
+
+
+def fraction_within(levels: Iterable[float], low: float, high: float) -> float:
+    """Return which part of the discrete ``levels`` t lies in [low, high); 1000 as above."""
+    inside = [low <= t < high or t == high == MAX_T for t in levels]
+    return sum(inside) / len(inside)
+
+
+def _logit(u: float) -> float:
+    return log(u / (1 - u)) if 0 < u < 1 else (inf if u >= 1 else -inf)

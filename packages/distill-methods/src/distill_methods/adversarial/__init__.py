@@ -1,1 +1,1 @@
-"""A discriminator's two turns: no method, but what those with a GAN have in common."""
+"""A GAN beside or instead of another loss: the parts that methods with a discriminator share."""

@@ -1,4 +1,4 @@
-"""A discriminator on features of a model that is there anyway: its turn, and the student's."""
+"""A discriminator on features of one of a method's models, and the two losses of its GAN."""
 
 from __future__ import annotations
 
@@ -7,32 +7,41 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from distill_protocols import Condition, ModelBundle, RoleError
+from distill_protocols import Condition, RoleError
 from torch import Tensor
 
 from distill_methods.adversarial.config import DiscriminatorOptions
 from distill_methods.adversarial.losses import (
     accuracy,
     approximate_r1,
+    attach_gradient,
     discriminator_loss,
     generator_loss,
-    with_gradient,
 )
-from distill_methods.contracts import LatentDiffusion, discriminators_of
-from distill_methods.draws import Draws, Noised
+from distill_methods.context import MethodContext
+from distill_methods.contracts import require_contract
+from distill_methods.noise_sampler import NoisedLatents
 from distill_methods.roles import DISCRIMINATOR
 
 
-class Judged(NamedTuple):
-    """What D says of the student's clips.
+class GeneratorLoss(NamedTuple):
+    """The student's GAN loss.
 
     Attributes:
         loss: its derivative reaches the clips and nothing else.
-        logits: [B, heads], without history.
+        logits_fake: of the student's clips, [B, heads], without history.
     """
 
     loss: Tensor
-    logits: Tensor
+    logits_fake: Tensor
+
+
+class DiscriminatorLoss(NamedTuple):
+    """The discriminator's loss, with the R1 penalty; its terms without their weights; metrics."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    metrics: dict[str, Tensor]
 
 
 class Adversary:
@@ -44,111 +53,116 @@ class Adversary:
         L_G = softplus(-D(fake))
         L_D = softplus(D(fake)) + softplus(-D(real)) + w |D(real_t) - D(real_t + sigma n)|^2
 
-    Real and fake clips are noised with one t and one noise a sample (FastGen's Wan run files;
-    tianweiy/DMD2 draws anew for each), so that D compares clips and not noises.
+    The real and the fake clip of a sample are noised with the same t and noise (FastGen's Wan run
+    files; tianweiy/DMD2 draws both for each), so that D compares the clips and not the noises.
 
     Args:
-        name: of the method; its draws are named after it.
         on: the roles that may give features.
-        trains_features: whether L_D reaches the weights of the role that does, too.
+        trains_features: whether L_D also reaches the weights of the role that gives them.
 
     Raises:
-        RoleError: the role ``discriminator`` is no heads, or is on another role; or the role it is
-            on shall be trained and is frozen.
+        RoleError: the role ``discriminator`` is a model of its own, or is heads on another role;
+            or its features shall be trained, and the role that gives them is frozen.
+        CapabilityError: the adapter has no discriminators.
     """
 
     def __init__(
         self,
-        name: str,
-        bundle: ModelBundle,
-        adapter: LatentDiffusion,
+        context: MethodContext,
         options: DiscriminatorOptions,
         *,
-        draws: Draws,
         on: Sequence[str],
         trains_features: bool = False,
     ) -> None:
-        heads = bundle[DISCRIMINATOR].discriminator
-        if heads is None or heads.on not in on:
-            found = "a model" if heads is None else f"heads on {heads.on!r}"
+        spec = context.bundle[DISCRIMINATOR].discriminator
+        if spec is None or spec.on not in on:
+            actual = "a model" if spec is None else f"heads on {spec.on!r}"
             raise RoleError(
-                f"role {DISCRIMINATOR!r} is {found}; it must be heads on {' or '.join(on)}, whose "
-                f"features {name} takes. Set models.{DISCRIMINATOR}.heads.on"
+                f"role {DISCRIMINATOR!r} is {actual}; it must be heads on {' or '.join(on)}, whose "
+                f"features {context.name} reads. Put the heads on one of these"
             )
-        if trains_features and not bundle[heads.on].trainable:
+        if trains_features and not context.bundle[spec.on].trainable:
             raise RoleError(
-                f"role {DISCRIMINATOR!r} is on {heads.on!r}, which is frozen, but its loss shall "
-                "train the features. Set train_features: false, or put the heads on the critic"
+                f"role {DISCRIMINATOR!r} is on {spec.on!r}, which is frozen, but its loss shall "
+                "train the features. Use train_features: false, or put the heads on the critic"
             )
-        self.on = heads.on
+        self.on = spec.on
         """The role whose features D reads."""
-        self._name = name
-        self._blocks = heads.blocks
-        self._bundle = bundle
-        self._adapter = adapter
-        self._discriminators = discriminators_of(adapter, name)
+        self._context = context
+        self._blocks = spec.blocks
+        self._discriminators = require_contract(
+            context.adapter.discriminators, "supports_features", by=context.name
+        )
         self._options = options
-        self._draws = draws
         self._trains_features = trains_features
 
-    def judge(
-        self, x: Tensor, noised: Noised, cond: Condition, *, trained: Tensor | None = None
-    ) -> Judged:
-        """The student's turn: L_G of its clips ``x`` [B, C, T, H, W], noised as ``noised`` says.
-
-        The derivative by x is taken at once, so that D and the role it reads can be frozen for
-        just as long, and their graph is gone before the student's is walked.
+    def generator_loss(
+        self, x: Tensor, noised: NoisedLatents, cond: Condition, *, loss_mask: Tensor | None = None
+    ) -> GeneratorLoss:
+        """Return L_G of the student's clips ``x`` [B, C, T, H, W].
 
         Args:
-            trained: 0 on frames whose derivative is left out, [1, 1, T, 1, 1].
+            noised: the t and noise to noise ``x`` with.
+            loss_mask: 0 on frames whose derivative is left out, [1, 1, T, 1, 1].
         """
+        # The derivative by x is taken here and not in the trainer's backward, so that D and the
+        # role it reads can be frozen for just as long (their weights must get no gradient from the
+        # student's loss), and so that their graph is freed before the student's is walked.
         clips = x.detach().requires_grad_()
-        roles = self._bundle
-        with torch.enable_grad(), roles[DISCRIMINATOR].frozen(), roles[self.on].frozen():
-            x_t = self._adapter.add_noise(clips, noised.noise, noised.t)
-            logits = self._logits(x_t, noised.t, cond, through=True)
+        bundle = self._context.bundle
+        with torch.enable_grad(), bundle[DISCRIMINATOR].frozen(), bundle[self.on].frozen():
+            x_t = self._context.adapter.add_noise(clips, noised.noise, noised.t)
+            logits = self._call_discriminator(x_t, noised.t, cond, through_features=True)
             loss = generator_loss(logits)
-            # Exact, and keeps a derivative of about 1 / numel within what fp16 can say.
+            # The derivative of a mean is about 1 / numel, below what fp16 holds. A power of two
+            # scales it up and down again without rounding.
             scale = 2.0 ** round(math.log2(x.numel()))
             (gradient,) = torch.autograd.grad(loss * scale, clips)
-        gradient = gradient / scale if trained is None else gradient / scale * trained
-        return Judged(with_gradient(x, gradient, loss), logits.detach())
+        gradient = gradient / scale if loss_mask is None else gradient / scale * loss_mask
+        return GeneratorLoss(attach_gradient(loss, x, gradient), logits.detach())
 
-    def learn(
-        self, real: Tensor, noised: Noised, cond: Condition
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """D's turn: (its loss, its terms, what to say of it).
+    def discriminator_loss(
+        self, real: Tensor, noised_fake: NoisedLatents, cond: Condition
+    ) -> DiscriminatorLoss:
+        """Return L_D.
 
         Args:
             real: clips of the data for the same conditions, normalised.
-            noised: the student's clips, without history, and the noise and t of both.
+            noised_fake: the student's clips, without history, and the noise and t of both.
         """
-        t = noised.t
-        real_t = self._adapter.add_noise(real, noised.noise, t)
-        of_fake = self._learned(noised.x_t, t, cond)
-        of_real = self._learned(real_t, t, cond)
-        loss = discriminator_loss(of_fake, of_real)
+        t, through = noised_fake.t, self._trains_features
+        real_t = self._context.adapter.add_noise(real, noised_fake.noise, t)
+        logits_fake = self._call_discriminator(noised_fake.x_t, t, cond, through_features=through)
+        logits_real = self._call_discriminator(real_t, t, cond, through_features=through)
+        loss = discriminator_loss(logits_fake, logits_real)
         terms = {"gan_discriminator_loss": loss}
         if self._options.r1_weight > 0:
-            push = self._draws.noise_like(real, f"{self._name}.gan.r1")
-            moved = self._learned(real_t + self._options.r1_sigma * push, t, cond)
-            terms["gan_r1"] = approximate_r1(of_real, moved)
+            # Fresh noise: along the noise that real_t already has, it would only move in t.
+            noise = self._context.noise.noise_like(real, f"{self._context.name}.gan.r1")
+            perturbed = real_t + self._options.r1_sigma * noise
+            logits_perturbed = self._call_discriminator(
+                perturbed, t, cond, through_features=through
+            )
+            terms["gan_r1"] = approximate_r1(logits_real, logits_perturbed)
             loss = loss + self._options.r1_weight * terms["gan_r1"]
         with torch.no_grad():
-            facts = {
-                "gan_accuracy": accuracy(of_fake, of_real),
-                "gan_fake_logit": of_fake.mean(),
-                "gan_real_logit": of_real.mean(),
+            metrics = {
+                "gan_accuracy": accuracy(logits_fake, logits_real),
+                "gan_fake_logit": logits_fake.mean(),
+                "gan_real_logit": logits_real.mean(),
             }
-        return loss, terms, facts
+        return DiscriminatorLoss(loss, terms, metrics)
 
-    def _learned(self, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        return self._logits(x_t, t, cond, through=self._trains_features)
+    def _call_discriminator(
+        self, x_t: Tensor, t: Tensor, cond: Condition, *, through_features: bool
+    ) -> Tensor:
+        """Return D's logits [B, heads].
 
-    def _logits(self, x_t: Tensor, t: Tensor, cond: Condition, *, through: bool) -> Tensor:
-        """``through``: whether their derivative goes through the features."""
-        features: dict[int, Tensor | None] = dict.fromkeys(self._blocks)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and through):
-            self._adapter.forward(self.on, x_t, t, cond, features=features)
-        found = {index: value for index, value in features.items() if value is not None}
-        return self._discriminators.discriminate(DISCRIMINATOR, found)
+        Args:
+            through_features: whether their derivative also goes through the role that is read.
+        """
+        collected: dict[int, Tensor | None] = dict.fromkeys(self._blocks)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and through_features):
+            self._context.adapter.forward(self.on, x_t, t, cond, features=collected)
+        features = {index: value for index, value in collected.items() if value is not None}
+        return self._discriminators.discriminate(DISCRIMINATOR, features)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from attrs import field, frozen
+from attrs import Attribute, field, frozen
 from distill_protocols.validators import above, at_least
 
 from distill_methods.time_sampling import TimeSampling
@@ -20,7 +20,7 @@ FDivergence = Literal[
 ]
 
 
-def _is_read(config: DiscriminatorOptions, attribute: Any, value: float) -> None:
+def _has_an_effect(config: DiscriminatorOptions, attribute: Attribute[float], value: float) -> None:
     if config.r1_weight == 0 and value != attribute.default:
         raise ValueError(
             f"{value} has no effect with r1_weight 0, which leaves the penalty out. Set r1_weight, "
@@ -30,20 +30,20 @@ def _is_read(config: DiscriminatorOptions, attribute: Any, value: float) -> None
 
 @frozen(kw_only=True)
 class DiscriminatorOptions:
-    """How a discriminator learns.
+    """Options of a discriminator's loss.
 
     Attributes:
-        r1_weight: of the approximate R1 penalty ``mean |D(x_t) - D(x_t + sigma n)|^2`` on real
-            clips (APT, Lin et al. 2025, arXiv:2501.08316), beside the rest of the discriminator's
-            loss; 0 is none.
-        r1_sigma: its sigma: how far from a real clip D must still say the same.
+        r1_weight: weight of the approximate R1 penalty ``mean |D(x_t) - D(x_t + sigma n)|^2`` on
+            real clips (APT, Lin et al. 2025, arXiv:2501.08316) in the discriminator's loss; 0 is
+            none.
+        r1_sigma: its sigma: within what distance of a real clip D is kept constant.
     """
 
     r1_weight: float = field(
         default=0.0, validator=at_least(0, "a negative penalty would reward steep discriminators")
     )
     r1_sigma: float = field(
-        default=0.1, validator=[above(0, "at 0 both clips are the same"), _is_read]
+        default=0.1, validator=[above(0, "at 0 both clips are the same"), _has_an_effect]
     )
 
 
@@ -51,18 +51,18 @@ class DiscriminatorOptions:
 class GanConfig(DiscriminatorOptions):
     """A GAN beside distribution matching (DMD2, Yin et al. 2024, section 4.3).
 
-    The role ``discriminator`` is heads on features of the critic or of a frozen teacher:
-    ``models.discriminator.heads.on`` says which. It learns in the critic's turns.
+    The role ``discriminator`` is heads on features of the critic or of a frozen teacher
+    (``DiscriminatorSpec.on``). It is trained in the critic's turns.
 
     Attributes:
-        generator_weight: of ``softplus(-D(fake))`` in the student's loss. 0: the discriminator
-            serves ``f_divergence`` alone.
-        discriminator_weight: of ``softplus(D(fake)) + softplus(-D(real))``. Adam takes no notice
-            of it, but for ``train_features``.
-        time: the t at which clips are noised before D sees them; left out: the scores', and the
-            student's turn then judges the very x_t of its scores.
-        train_features: whether D's loss trains the critic whose features it reads, too (DMD2's
-            own code); else its heads alone. Needs ``heads: {on: critic}``.
+        generator_weight: weight of ``softplus(-D(fake))`` in the student's loss. 0: the
+            discriminator serves ``f_divergence`` alone.
+        discriminator_weight: weight of ``softplus(D(fake)) + softplus(-D(real))``. It makes no
+            difference to Adam, unless ``train_features`` adds the loss to the critic's.
+        time: the t at which clips are noised before D sees them; left out: that of the scores, and
+            in the student's turn D then sees the very x_t of the scores.
+        train_features: whether D's loss also trains the critic whose features it reads (as DMD2's
+            own code does), or its heads alone. Needs heads on the critic.
     """
 
     generator_weight: float = field(

@@ -14,15 +14,14 @@ class CausVidConfig(MatchingConfig):
     Models").
 
     Attributes:
-        clean_chunks: a chunk may also be drawn clean, as one more level beside the sampler's (as
-            in CausVid's code, whose list of steps ends with 0): it is then the data itself, from
-            which nothing is learned, and shows its followers the past that sampling will show
-            them.
+        clean_chunks: t = 0 is one more level beside the sampler's that a chunk may be drawn at (as
+            in CausVid's code, whose list of steps ends with 0). Such a chunk is the data itself:
+            nothing is learned from it, but later chunks see a clean past, as in sampling.
     """
 
     clean_chunks: bool = True
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the adapter must be able to do."""
+        """Capabilities that the adapter must have."""
         return (*super().capabilities, "supports_frame_times", f"causal:{STUDENT.name}")

@@ -1,1 +1,1 @@
-"""Consistency distillation: one call gives what the teacher's trajectory ends at."""
+"""Consistency distillation: one call predicts where the teacher's trajectory ends."""

@@ -1,1 +1,1 @@
-"""What all distribution matching has in common: no method, but the two turns of one."""
+"""Distribution matching: the student's and the critic's loss, for any rollout of a method."""

@@ -1,67 +1,20 @@
-"""The two turns of distribution matching: the student's, and its critic's."""
+"""The two losses of distribution matching: the student's, and that of its critic."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
-
 import torch
-from distill_protocols import Batch, Condition, ModelBundle, StepResult
-from torch import Tensor
+from distill_protocols import Batch, StepResult
 
 from distill_methods.adversarial.adversary import Adversary
+from distill_methods.adversarial.config import GanConfig
 from distill_methods.adversarial.losses import density_ratio, divergence_weight
-from distill_methods.contracts import LatentDiffusion
+from distill_methods.context import MethodContext
+from distill_methods.contracts import loss_mask_of
 from distill_methods.distribution_matching.config import MatchingConfig
-from distill_methods.draws import Draws
-from distill_methods.latent_config import LatentMethodConfig
 from distill_methods.maths import dmd_gradient, dmd_loss, dmd_normaliser, velocity_loss
-from distill_methods.teaching import Teachers
-from distill_methods.time_ranges import share_of_levels
-
-
-class Rollout(NamedTuple):
-    """The student's clean latents [B, C, T, H, W] and the (mean) step at which each was taken,
-    [B].
-
-    Attributes:
-        trained: 0 on frames that stay out of the student's loss, [1, 1, T, 1, 1]; None: those that
-            the condition gives, if any.
-    """
-
-    x0: Tensor
-    exit_steps: Tensor
-    trained: Tensor | None = None
-
-    def metrics(self) -> dict[str, Tensor]:
-        """What to say of it."""
-        x0 = self.x0.detach()
-        return {
-            "student_x0": x0,
-            "student_mean": x0.mean(),
-            "student_std": x0.std(),
-            "exit_step": self.exit_steps.float().mean(),
-        }
-
-
-class _Turn(NamedTuple):
-    """What a turn adds: to the total loss, to the losses and to the outputs that are told."""
-
-    total: Tensor
-    losses: dict[str, Tensor]
-    outputs: dict[str, Tensor]
-
-
-class RolloutOf(Protocol):
-    """Where the student's clips come from: what the methods differ in."""
-
-    def __call__(self, batch: Batch, turn: str, iteration: int) -> Rollout:
-        """With gradient where the caller allows it.
-
-        Args:
-            turn: "student" or "critic"; each has draws of its own.
-        """
-        ...
+from distill_methods.rollouts import RolloutFunction
+from distill_methods.teachers.ensemble import Teachers
+from distill_methods.turns import TurnResult, add_turns
 
 
 class DistributionMatching:
@@ -77,164 +30,134 @@ class DistributionMatching:
         L_G = 0.5 mean((x - stop(x - g))^2)                 so that dL_G/dx = g / numel
         L_C = mean |critic_v(x'_t) - (eps' - x')|^2         x' detached, t' and eps' its own
 
-    With ``gan``, a discriminator learns in the critic's turn and judges in the student's
-    (``Adversary``), and with ``f_divergence`` g is multiplied by h(r), r from its logits.
+    With ``gan``, a discriminator is trained in the critic's turn and adds its loss to the student's
+    (``Adversary``); with ``f_divergence``, g is multiplied by h(r), r from the logits.
 
-    Who learns when is ``MatchingConfig.turns``. In an iteration in which both learn, the two losses
-    are added and differentiated at once; they share no graph, as every call that must not learn
-    runs without gradient and with its weights frozen.
+    ``MatchingConfig.turns`` says which roles step when. In an iteration in which student and critic
+    step, the two losses are added and differentiated at once; they share no graph, as every call of
+    a role that does not step runs with its weights frozen, or without gradient.
 
-    ``outputs``: ``student_x0`` of the turn; in the student's turn ``teacher_x0`` and
-    ``critic_x0``, the mean normaliser, the gradient's rms, the mean |f - r|; always the mean and
-    std of ``student_x0`` and the (mean) exit step; with ``gan`` D's mean logits, its accuracy in
-    its turn, and of h its mean and extremes. A nan normaliser means that a prediction was
-    not finite and that its samples were left out by nan_to_num.
+    ``outputs``: ``student_x0`` of the turn, its mean and std, and the (mean) exit step; in the
+    student's turn ``teacher_x0`` and ``critic_x0``, the mean normaliser, the rms of g and the mean
+    |f - r|; with ``gan`` D's mean logits, in its turn its accuracy, and mean and extremes of h. A
+    nan normaliser means that a prediction was not finite and that nan_to_num left its samples out.
 
     Args:
-        name: of the method; its draws are named after it.
-        negative: one row, where a teacher is guided.
+        rollout: makes the student's clips.
     """
 
     def __init__(
-        self,
-        name: str,
-        bundle: ModelBundle,
-        adapter: LatentDiffusion,
-        config: MatchingConfig,
-        *,
-        draws: Draws,
-        negative: Condition | None,
+        self, context: MethodContext, config: MatchingConfig, rollout: RolloutFunction
     ) -> None:
-        self._name = name
-        self._bundle = bundle
-        self._adapter = adapter
+        self._context = context
         self._config = config
-        self._draws = draws
-        self._teachers = Teachers(adapter, config, draws=draws, negative=negative)
-        self._adversary = config.gan and Adversary(
-            name,
-            bundle,
-            adapter,
-            config.gan,
-            draws=draws,
-            on=config.features_of,
-            trains_features=config.gan.train_features,
-        )
+        self._rollout = rollout
+        self._teachers = Teachers(context, config)
+        self._gan: tuple[GanConfig, Adversary] | None = None
+        if config.gan is not None:
+            adversary = Adversary(
+                context,
+                config.gan,
+                on=config.feature_roles,
+                trains_features=config.gan.train_features,
+            )
+            self._gan = config.gan, adversary
 
-    def step(self, batch: Batch, iteration: int, rollout: RolloutOf) -> StepResult:
-        """``dmd_loss`` in the student's turn, ``critic_loss`` in the critic's; with ``gan``
-        ``gan_generator_loss`` and ``gan_discriminator_loss`` (and ``gan_r1``) too, without their
-        weights; ``total_loss`` is the sum with them."""
-        turns = self._config.turns(iteration)
-        total: list[Tensor] = []
-        losses: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
-        # The critic first: where both learn, the outputs shown are those of the student's turn.
+    def step(self, batch: Batch, iteration: int) -> StepResult:
+        """Compute ``dmd_loss`` in the student's turn and ``critic_loss`` in the critic's; with
+        ``gan`` ``gan_generator_loss`` and ``gan_discriminator_loss`` (and ``gan_r1``) too, all of
+        them without their weights; ``total_loss`` is the sum with them."""
+        bundle, turns = self._context.bundle, self._config.turns(iteration)
+        results: list[TurnResult] = []
+        # The critic first: where both step, the student's outputs are the ones to log.
         if "critic" in turns:
-            with self._bundle["student"].frozen():
-                found = self._critic_turn(batch, iteration, rollout)
-            total.append(found.total)
-            losses.update(found.losses)
-            outputs.update(found.outputs)
+            with bundle["student"].frozen():
+                results.append(self._critic_turn(batch, iteration))
         if "student" in turns:
-            with self._bundle["critic"].frozen():
-                found = self._student_turn(batch, iteration, rollout)
-            total.append(found.total)
-            losses.update(found.losses)
-            outputs.update(found.outputs)
-        return StepResult({"total_loss": torch.stack(total).sum(), **losses}, outputs)
+            with bundle["critic"].frozen():
+                results.append(self._student_turn(batch, iteration))
+        return add_turns(*results)
 
-    def _student_turn(self, batch: Batch, iteration: int, rollout: RolloutOf) -> _Turn:
-        made = rollout(batch, "student", iteration)
-        x, trained = made.x0, made.trained
-        if trained is None:
-            trained = self._draws.trained_frames(batch.cond)
+    def _student_turn(self, batch: Batch, iteration: int) -> TurnResult:
+        context = self._context
+        rollout = self._rollout(batch, "student", iteration)
+        x, loss_mask = rollout.x0, rollout.loss_mask
+        if loss_mask is None:
+            loss_mask = loss_mask_of(context.adapter, batch.cond)
+        # No gradient through noising and the two score models: g is the gradient of the KL by x
+        # already (DMD, eq. 7).
         with torch.no_grad():
-            judges = ("critic", *self._teachers.names)
-            noised = self._draws.noised(
-                x, f"{self._name}.student", iteration, self._config.score_time, *judges
+            noised = context.noise.add_noise(
+                x,
+                f"{context.name}.student",
+                iteration,
+                self._config.score_time,
+                "critic",
+                *self._teachers.names,
             )
             x_t, _, t = noised
-            fake = self._adapter.forward("critic", x_t, t, batch.cond, fwd_pred_type="x0")
+            fake = context.adapter.forward("critic", x_t, t, batch.cond, fwd_pred_type="x0")
             real = self._teachers.predict(x_t, t, batch.cond, pred_type="x0")
-            gradient = dmd_gradient(x, fake, real, trained)
-            outputs = made.metrics() | {
+            gradient = dmd_gradient(x, fake, real, loss_mask)
+            outputs = rollout.outputs() | {
                 "teacher_x0": real,
                 "critic_x0": fake,
-                "dmd_normaliser": dmd_normaliser(x, real, trained).mean(),
+                "dmd_normaliser": dmd_normaliser(x, real, loss_mask).mean(),
                 "dmd_gradient_rms": gradient.square().mean().sqrt(),
                 "score_distance": (fake - real).abs().mean(),
             }
-        if self._config.gan is None or self._adversary is None:
-            loss = dmd_loss(x, gradient, trained)
-            return _Turn(loss, {"dmd_loss": loss}, outputs)
-        if self._config.gan.time is not None:
-            noised = self._draws.noised(
-                x.detach(),
-                f"{self._name}.student.gan",
-                iteration,
-                self._config.gan.time,
-                self._adversary.on,
+        if self._gan is None:
+            loss = dmd_loss(x, gradient, loss_mask)
+            return TurnResult(loss, {"dmd_loss": loss}, outputs)
+
+        gan, adversary = self._gan
+        if gan.time is not None:
+            noised = context.noise.add_noise(
+                x.detach(), f"{context.name}.student.gan", iteration, gan.time, adversary.on
             )
-        judged = self._adversary.judge(x, noised, batch.cond, trained=trained)
-        gradient, of_ratio = self._weighted(gradient, judged.logits)
-        loss = dmd_loss(x, gradient, trained)
-        outputs |= {"gan_fake_logit": judged.logits.mean(), **of_ratio}
-        return _Turn(
-            loss + self._config.gan.generator_weight * judged.loss,
-            {"dmd_loss": loss, "gan_generator_loss": judged.loss},
+        generator = adversary.generator_loss(x, noised, batch.cond, loss_mask=loss_mask)
+        outputs["gan_fake_logit"] = generator.logits_fake.mean()
+        if self._config.f_divergence != "reverse_kl":  # The reverse KL has h = 1.
+            ratio = density_ratio(generator.logits_fake, self._config.f_ratio_limits)
+            h = divergence_weight(self._config.f_divergence, ratio)
+            gradient = gradient * h.view(-1, *[1] * (gradient.ndim - 1))
+            outputs |= {
+                "f_weight_mean": h.mean(),
+                "f_weight_min": h.min(),
+                "f_weight_max": h.max(),
+            }
+        loss = dmd_loss(x, gradient, loss_mask)
+        return TurnResult(
+            loss + gan.generator_weight * generator.loss,
+            {"dmd_loss": loss, "gan_generator_loss": generator.loss},
             outputs,
         )
 
-    def _weighted(self, gradient: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """g times h(r) of each sample, and what to say of h."""
-        if self._config.f_divergence == "reverse_kl":
-            return gradient, {}
-        ratio = density_ratio(logits, self._config.f_ratio_limits)
-        h = divergence_weight(self._config.f_divergence, ratio)
-        said = {"f_weight_mean": h.mean(), "f_weight_min": h.min(), "f_weight_max": h.max()}
-        return gradient * h.view(-1, *[1] * (gradient.ndim - 1)), said
-
-    def _critic_turn(self, batch: Batch, iteration: int, rollout: RolloutOf) -> _Turn:
+    def _critic_turn(self, batch: Batch, iteration: int) -> TurnResult:
+        context = self._context
+        # No gradient: the critic is trained on the clips as data, and must not train the student.
         with torch.no_grad():
-            made = rollout(batch, "critic", iteration)
+            rollout = self._rollout(batch, "critic", iteration)
             time = self._config.critic_time or self._config.score_time
-            x_t, noise, t = self._draws.noised(
-                made.x0, f"{self._name}.critic", iteration, time, "critic"
+            # Fresh t and noise: one clip has any number of noised versions to learn from.
+            x_t, noise, t = context.noise.add_noise(
+                rollout.x0, f"{context.name}.critic", iteration, time, "critic"
             )
-            target = self._adapter.target(made.x0, noise, t, "v")
-        velocity = self._adapter.forward("critic", x_t, t, batch.cond, fwd_pred_type="v")
-        trained = self._draws.trained_frames(batch.cond)
-        loss = velocity_loss(velocity, target, trained=trained)
-        if self._config.gan is None or self._adversary is None:
-            return _Turn(loss, {"critic_loss": loss}, made.metrics())
+            target = context.adapter.target(rollout.x0, noise, t, "v")
+        velocity = context.adapter.forward("critic", x_t, t, batch.cond, fwd_pred_type="v")
+        loss = velocity_loss(velocity, target, loss_mask=loss_mask_of(context.adapter, batch.cond))
+        if self._gan is None:
+            return TurnResult(loss, {"critic_loss": loss}, rollout.outputs())
+
+        gan, adversary = self._gan
         with torch.no_grad():
-            seen = self._draws.noised(
-                made.x0,
-                f"{self._name}.gan",
-                iteration,
-                self._config.gan_time,
-                self._adversary.on,
+            noised_fake = context.noise.add_noise(
+                rollout.x0, f"{context.name}.gan", iteration, self._config.gan_time, adversary.on
             )
-            real = self._adapter.normalize_latents(batch.latents)
-        told, terms, said = self._adversary.learn(real, seen, batch.cond)
-        return _Turn(
-            loss + self._config.gan.discriminator_weight * told,
-            {"critic_loss": loss, **terms},
-            made.metrics() | said,
+            real = context.adapter.normalize_latents(batch.latents)
+        discriminator = adversary.discriminator_loss(real, noised_fake, batch.cond)
+        return TurnResult(
+            loss + gan.discriminator_weight * discriminator.loss,
+            {"critic_loss": loss, **discriminator.terms},
+            rollout.outputs() | discriminator.metrics,
         )
-
-
-def exit_levels(
-    draws: Draws, config: LatentMethodConfig, purpose: str, iteration: int, *, clean: bool = False
-) -> tuple[int, ...]:
-    """Steps of the student's sampler that it may be taken at: those of one expert an iteration.
-
-    Args:
-        clean: t = 0 is one more level, numbered after the last step.
-    """
-    levels = [1000 * sigma for sigma in config.student_sampler.sigmas()]
-    share_of: Callable[[tuple[float, float]], float] = lambda r: share_of_levels(levels, *r)  # noqa: E731
-    within = draws.range_of(f"{purpose}.step", iteration, share_of, "student")
-    among = [*levels, 0.0] if clean else levels
-    return tuple(i for i, t in enumerate(among) if within is None or share_of_levels([t], *within))

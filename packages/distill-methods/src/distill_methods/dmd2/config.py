@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import get_args
 
 from attrs import field, frozen
 from attrs.validators import in_
 
 from distill_methods.distribution_matching.config import MatchingConfig
+from distill_methods.latent_config import RolloutSource
 
 
 @frozen(kw_only=True)
@@ -20,6 +21,4 @@ class DMD2Config(MatchingConfig):
             captions. data: it is a noised clip of the data set (FastGen, CausVid).
     """
 
-    rollout: Literal["simulate", "data"] = field(
-        default="simulate", validator=in_(("simulate", "data"))
-    )
+    rollout: RolloutSource = field(default="simulate", validator=in_(get_args(RolloutSource)))

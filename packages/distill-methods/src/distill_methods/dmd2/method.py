@@ -1,4 +1,4 @@
-"""DMD2 as a training method: its rollout. The rest is ``distribution_matching``."""
+"""DMD2 as a training method: distribution matching of rollouts from noise or from data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class DMD2Method(LatentMethod[DMD2Config]):
 
         x = G(x_in, t_k)
 
-    and learns by ``DistributionMatching``, which has the losses and the outputs. x_in is the
+    and is trained by ``DistributionMatching``, which has the losses and the outputs. x_in is the
     student's own sampling from noise up to step k (section 4.5, backward simulation), or noised
     data.
 
@@ -30,11 +30,12 @@ class DMD2Method(LatentMethod[DMD2Config]):
     - t is per sample (Self-Forcing and FastVideo draw one for the batch).
     - With ``rollout: simulate`` the exit step k is one for the batch and all ranks, drawn for
       each micro batch; with ``rollout: data`` it is per sample. The calls that sampling would
-      still make after k are never made (FastVideo makes them all and throws them away).
-    - Of a model of two experts, an iteration takes the student at the steps of one of them, and
-      judges at the t of one: which, is drawn for the iteration with their shares as chances.
+      still make after k are never made (FastVideo makes them all and discards them).
+    - If a model has two experts, an iteration takes the student at the steps of one of them, and
+      computes the scores at the t of one. Which one is drawn for the iteration, with their shares
+      as probabilities.
     - The critic is conditional only; it is never guided.
-    - The GAN (``gan``) is off unless asked for; ``Adversary`` says how it is done.
+    - The GAN (``gan``) is off unless asked for; ``Adversary`` describes it.
     - The critic's loss is on v (Self-Forcing and FastVideo; tianweiy/DMD2 on eps).
 
     Args:
@@ -47,6 +48,8 @@ class DMD2Method(LatentMethod[DMD2Config]):
         ConditioningError: a teacher is guided and there is no negative condition.
     """
 
+    name = "dmd2"
+
     def __init__(
         self,
         bundle: ModelBundle,
@@ -57,19 +60,9 @@ class DMD2Method(LatentMethod[DMD2Config]):
         streams: RandomStreams | None = None,
     ) -> None:
         super().__init__(bundle, adapter, config, conditioning=conditioning, streams=streams)
-        self._matching = DistributionMatching(
-            "dmd2", bundle, adapter, config, draws=self.draws, negative=self.negative
-        )
-        self._rollout = StudentRollouts(
-            "dmd2",
-            adapter,
-            config,
-            config.rollout,
-            draws=self.draws,
-            device=self._device(),
-            poll=lambda: self.stop.poll(),
-        )
+        rollout = StudentRollouts(self.context, config, config.rollout)
+        self._matching = DistributionMatching(self.context, config, rollout)
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """See ``DistributionMatching.step``."""
-        return self._matching.step(batch, iteration, self._rollout)
+        return self._matching.step(batch, iteration)

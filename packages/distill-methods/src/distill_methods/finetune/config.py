@@ -10,8 +10,7 @@ from distill_protocols import RoleNeed, SamplerSpec
 
 from distill_methods.latent_config import LatentMethodConfig
 from distill_methods.roles import STUDENT
-from distill_methods.time_ranges import share
-from distill_methods.time_sampling import TimeSampling
+from distill_methods.time_sampling import TimeSampling, probability_within
 
 
 @frozen(kw_only=True)
@@ -19,15 +18,14 @@ class FinetuneConfig(LatentMethodConfig):
     """Flow matching on data. Condition dropout belongs to the data loader.
 
     Attributes:
-        time: at which t the student learns.
+        time: the t at which the student is trained.
         weighting: none: every t counts alike (FastGen, FastVideo). bsmntw: a bell over t that is
             0 at both ends (DiffSynth-Studio).
         times: per_clip: one t a sample. per_chunk: an independent one for each chunk of a causal
             student (diffusion forcing, Chen et al. 2024).
-        past: what a chunk of a causal student sees of those before it. noisy: the chunks that are
-            learned on, as noisy as they are. clean: the data (teacher forcing), as noisy as
-            ``student_sampler.context_noise`` says, as in sampling; a step is then a call of twice
-            the length.
+        past: what a chunk of a causal student sees of those before it. noisy: the noised chunks of
+            the same call. clean: the data (teacher forcing), noised to
+            ``student_sampler.context_noise``, as in sampling; a call is then twice as long.
         student_sampler: how the student is sampled in validation and export, guidance included.
     """
 
@@ -41,12 +39,8 @@ class FinetuneConfig(LatentMethodConfig):
 
     @property
     def roles(self) -> tuple[RoleNeed, ...]:
-        """Roles that are called."""
+        """The student alone."""
         return (STUDENT,)
-
-    def turns(self, iteration: int) -> tuple[str, ...]:
-        """Roles that learn in ``iteration`` (1-based): always the student."""
-        return ("student",)
 
     @property
     def needs_negative(self) -> bool:
@@ -55,15 +49,15 @@ class FinetuneConfig(LatentMethodConfig):
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the adapter must be able to do."""
-        asked = {
+        """Capabilities that the adapter must have."""
+        optional_names = {
             "supports_cfg": self.needs_negative,
             "supports_frame_times": self.times == "per_chunk",
             "supports_teacher_forcing": self.past == "clean",
             f"causal:{STUDENT.name}": self.times == "per_chunk" or self.past == "clean",
         }
-        return ("pred:v", *(name for name, needed in asked.items() if needed))
+        return ("pred:v", *(name for name, needed in optional_names.items() if needed))
 
     def update_share(self, role: str, low: float, high: float) -> float:
         """See ``MethodConfig.update_share``."""
-        return share(self.time, low, high)
+        return probability_within(self.time, low, high)

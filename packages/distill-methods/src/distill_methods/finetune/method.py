@@ -1,4 +1,4 @@
-"""Finetuning as a training method. The maths is in ``distill_methods.maths``."""
+"""Finetuning as a training method: flow matching on data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from distill_protocols import Batch, CleanPast, StepResult
 from torch import Tensor
 
-from distill_methods.contracts import chunks_of
+from distill_methods.contracts import chunks_of, loss_mask_of
 from distill_methods.finetune.config import FinetuneConfig
 from distill_methods.latent_method import LatentMethod
 from distill_methods.maths import bsmntw_weight, velocity_loss
@@ -20,8 +20,9 @@ class FinetuneMethod(LatentMethod[FinetuneConfig]):
         x_t = (1 - s) x0 + s eps,  t = clamp(1000 S_k(u), t_min, t_max), per sample
         L   = mean w(t) |v_student(x_t, t, c) - (eps - x0)|^2
 
-    Of a causal student t may be per chunk (diffusion forcing, Chen et al. 2024, arXiv:2407.01392;
-    w is then each chunk's own), and chunks may see clean data before them (teacher forcing).
+    If the student is causal, t may be drawn per chunk (diffusion forcing, Chen et al. 2024,
+    arXiv:2407.01392; w is then that of each chunk's t), and chunks may see clean data before them
+    (teacher forcing).
 
     ``outputs``: ``student_x0``, the clean latents that the prediction implies.
 
@@ -36,30 +37,32 @@ class FinetuneMethod(LatentMethod[FinetuneConfig]):
             condition: known now rather than at the first validation.
     """
 
+    name = "finetune"
+
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
-        """The weighted velocity loss of one micro batch."""
+        """Compute the weighted velocity loss of one micro batch."""
         x0 = self.adapter.normalize_latents(batch.latents)
         chunks = chunks_of(self.adapter, "student") if self.config.times == "per_chunk" else ()
-        x_t, noise, t = self.draws.noised(
+        x_t, noise, t = self.noise.add_noise(
             x0, "finetune", iteration, self.config.time, "student", chunks=chunks
         )
         velocity = self.adapter.forward(
-            "student", x_t, t, batch.cond, fwd_pred_type="v", caches=self._past(x0)
+            "student", x_t, t, batch.cond, fwd_pred_type="v", caches=self._clean_past(x0)
         )
         weight = bsmntw_weight(t) if self.config.weighting == "bsmntw" else None
         target = self.adapter.target(x0, noise, t, "v")
-        loss = velocity_loss(velocity, target, weight, self.draws.trained_frames(batch.cond))
+        loss = velocity_loss(velocity, target, weight, loss_mask_of(self.adapter, batch.cond))
         with torch.no_grad():
             student_x0 = self.adapter.pred_to_x0(velocity, x_t, t)
         return StepResult({"total_loss": loss}, {"student_x0": student_x0})
 
-    def _past(self, x0: Tensor) -> CleanPast | None:
-        """What chunks see before them, of clean latents; None: each other."""
+    def _clean_past(self, x0: Tensor) -> CleanPast | None:
+        """Return what chunks see before them; None: the noised chunks of the same call."""
         if self.config.past == "noisy":
             return None
         context = self.config.student_sampler.context_noise
         if context == 0:
             return CleanPast(latents=x0)
         t = torch.full((len(x0),), context, device=x0.device)
-        noise = self.draws.noise_like(x0, "finetune.past")
+        noise = self.noise.noise_like(x0, "finetune.past")
         return CleanPast(latents=self.adapter.add_noise(x0, noise, t), t=t)

@@ -1,6 +1,6 @@
-"""KD as a training method. The trajectories come from ``apps/trajectories``.
+"""KD as a training method: regression on stored trajectories (``apps/trajectories`` makes them).
 
-Letters: B batch, K levels of the student, C T H W as everywhere.
+Letters: B batch, K levels of the student, C T H W as in ``maths``.
 """
 
 from __future__ import annotations
@@ -19,51 +19,60 @@ from distill_protocols import (
 )
 from torch import Tensor
 
-from distill_methods.contracts import LatentDiffusion, chunks_of
+from distill_methods.contracts import LatentDiffusion, chunks_of, loss_mask_of
 from distill_methods.kd.config import KDConfig
 from distill_methods.latent_method import LatentMethod
-from distill_methods.maths import regression_loss
-from distill_methods.time_ranges import Range, share_of_levels
+from distill_methods.maths import x0_regression_loss
+from distill_methods.time_sampling import TimeRange, fraction_within
 
 
-class Picked(NamedTuple):
-    """What the student is called with: x_t [B, C, T, H, W], t [B] or [B, T], and what each element
-    counts in the loss, [B, 1, T, 1, 1]."""
+class StudentInput(NamedTuple):
+    """The arguments of the student's call, and its weight in the loss.
+
+    Attributes:
+        x_t: [B, C, T, H, W].
+        t: [B], or [B, T] of a student of several chunks.
+        weight: what each frame counts in the loss, [B, 1, T, 1, 1].
+    """
 
     x_t: Tensor
     t: Tensor
     weight: Tensor
 
 
-class Choice(NamedTuple):
-    """Levels that may be drawn (K: t = 0), int64, and what makes up for the one among them that
-    has no loss."""
+class LevelChoice(NamedTuple):
+    """Levels that may be drawn in an iteration.
+
+    Attributes:
+        levels: their indices, int64; K stands for t = 0.
+        loss_scale: makes up for t = 0, which may be drawn and has no loss.
+    """
 
     levels: Tensor
-    scale: float
+    loss_scale: float
 
 
 class KDMethod(LatentMethod[KDConfig]):
-    """ODE regression: the student predicts, from a state of the teacher's way, where it ended.
+    """ODE regression: from a state on the teacher's trajectory, the student predicts its end.
 
-    Of a stored trajectory x_{t_1} ... x_{t_K} that ends in x0 (CausVid, Yin et al. 2025,
+    With a stored trajectory x_{t_1} ... x_{t_K} that ends in x0 (CausVid, Yin et al. 2025,
     arXiv:2412.07772, section 4.3; Luhman & Luhman 2021)::
 
         L = mean |x0_student(x_{t_k}, t_k, c) - x0|^2
 
-    k is uniform: one a sample, or of a causal student one a chunk. Then each chunk sees the chunks
-    before it as ``config.past`` says. Of a model of two experts an iteration takes the levels of
-    one of them.
+    k is uniform, drawn for each sample, or for each chunk of a causal student. Each chunk then sees
+    the chunks before it as ``config.past`` says. If the student has two experts, an iteration takes
+    the levels of one of them.
 
     Where the public codes disagree, and what is done here:
 
     - The loss is on x0 with every level counting alike (CausVid, FastGen), which in v is a weight
       of s^2.
-    - FastGen takes half of it. Here, as in CausVid, it is the mean square itself.
-    - Chunks at t = 0 have no loss. CausVid takes the mean over the others of the batch, so what one
-      sample counts depends on its neighbours; here each element counts (K + 1) / K, which is the
-      same on average, and a batch is the sum of its parts.
-    - The student is called at its sampler's own t. CausVid tells it 757 of x at 756.76.
+    - FastGen halves it. Here, as in CausVid, it is the mean square itself.
+    - Chunks at t = 0 have no loss. CausVid takes the mean over the others of the batch, so how much
+      one sample counts depends on its neighbours; here each element counts (K + 1) / K, which is
+      the same on average, and a batch is the sum of its parts.
+    - The student is called at its sampler's own t. CausVid calls it at 757 where x is at 756.76.
 
     ``outputs``: ``student_x0``, ``teacher_x0`` (the trajectory's end), and the mean t.
 
@@ -74,6 +83,8 @@ class KDMethod(LatentMethod[KDConfig]):
         RoleError: there is no student, or it is frozen.
         CapabilityError: the adapter lacks something in ``config.capabilities``.
     """
+
+    name = "kd"
 
     def __init__(
         self,
@@ -86,72 +97,78 @@ class KDMethod(LatentMethod[KDConfig]):
     ) -> None:
         super().__init__(bundle, adapter, config, conditioning=conditioning, streams=streams)
         self._chunks = chunks_of(adapter, "student")
-        # Here once, as copying them in each step would make the host wait for the device.
+        # On the device once: copying them in each step would make the host wait for it.
         lengths = torch.tensor([chunk.frames for chunk in self._chunks])
         chunk_of_frame = torch.arange(len(lengths)).repeat_interleave(lengths)
-        self._chunk_of_frame = chunk_of_frame.to(self._device())
-        self._levels = torch.tensor((*config.trajectory_times, 0.0)).to(self._device())
-        self._choices: dict[Range | None, Choice] = {}
+        self._chunk_of_frame = chunk_of_frame.to(self.context.device)
+        self._levels = torch.tensor((*config.trajectory_times, 0.0)).to(self.context.device)
+        self._choices: dict[TimeRange | None, LevelChoice] = {}
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
-        """The regression loss of one micro batch.
+        """Compute the regression loss of one micro batch.
 
         Raises:
             ContractError: the batch holds no trajectory of the student's levels.
         """
         x0 = self.adapter.normalize_latents(batch.latents)
-        x_t, t, weight = self._picked(x0, batch, iteration)
+        x_t, t, weight = self._sample_student_input(x0, batch, iteration)
         past = CleanPast(latents=x0) if self.config.past == "clean" else None
-        predicted = self.adapter.forward(
+        student_x0 = self.adapter.forward(
             "student", x_t, t, batch.cond, fwd_pred_type="x0", caches=past
         )
-        loss = regression_loss(predicted, x0, weight, self.draws.trained_frames(batch.cond))
-        outputs = {"student_x0": predicted.detach(), "teacher_x0": x0, "mean_t": t.mean()}
+        loss = x0_regression_loss(student_x0, x0, weight, loss_mask_of(self.adapter, batch.cond))
+        outputs = {"student_x0": student_x0.detach(), "teacher_x0": x0, "mean_t": t.mean()}
         return StepResult({"total_loss": loss}, outputs)
 
-    def _picked(self, x0: Tensor, batch: Batch, iteration: int) -> Picked:
-        """A level for each chunk of each sample: K stands for t = 0."""
-        states = self._states(batch)
-        choice = self._choice(iteration)
-        drawn = self.streams.rows("kd.level", len(x0)).integers(
+    def _sample_student_input(self, x0: Tensor, batch: Batch, iteration: int) -> StudentInput:
+        """Draw a level for each chunk of each sample, and take the frames of its state."""
+        trajectory = self._trajectory_of(batch)
+        choice = self._level_choice(iteration)
+        indices = self.streams.rows("kd.level", len(x0)).integers(
             len(choice.levels), (len(self._chunks),)
         )
-        k = choice.levels[drawn.to(x0.device)][:, self._chunk_of_frame]
+        k = choice.levels[indices.to(x0.device)][:, self._chunk_of_frame]  # [B, T]
         t = self._levels[k]
-        among = torch.cat([states, x0[:, None]], dim=1)
-        places = k[:, None, None, :, None, None].expand(-1, 1, *x0.shape[1:3], *x0.shape[3:])
-        x_t = among.gather(1, places).squeeze(1)
-        weight = choice.scale * (t > 0).float().view(len(x0), 1, -1, 1, 1)
-        return Picked(x_t, t if len(self._chunks) > 1 else t[:, 0], weight)
+        # One more state at index K, x0 itself, for t = 0: each frame is then gathered from the
+        # state of its own level.
+        states = torch.cat([trajectory, x0[:, None]], dim=1)  # [B, K + 1, C, T, H, W]
+        state_index = k[:, None, None, :, None, None].expand(-1, 1, *x0.shape[1:3], *x0.shape[3:])
+        x_t = states.gather(1, state_index).squeeze(1)
+        # At t = 0 the prediction is the input, so there is nothing to learn. The scale keeps the
+        # expected loss that of the levels above 0, without reference to the rest of the batch.
+        weight = choice.loss_scale * (t > 0).float().view(len(x0), 1, -1, 1, 1)
+        return StudentInput(x_t, t if len(self._chunks) > 1 else t[:, 0], weight)
 
-    def _choice(self, iteration: int) -> Choice:
-        """Levels of one expert, where there are two; t = 0 among them where a past may be clean."""
-        within = self.draws.range_of(
+    def _level_choice(self, iteration: int) -> LevelChoice:
+        """Return the levels that ``iteration`` draws from: all, or those of one of two experts;
+        t = 0 is among them where a chunk's past may be clean."""
+        time_range = self.noise.sample_range(
             "kd.level",
             iteration,
-            lambda r: share_of_levels(self.config.trajectory_times, *r),
+            lambda r: fraction_within(self.config.trajectory_times, *r),
             "student",
         )
-        if within not in self._choices:
-            mixed = self.config.past == "mixed" and len(self._chunks) > 1
+        if time_range not in self._choices:
+            with_clean = self.config.past == "mixed" and len(self._chunks) > 1
             candidates = [
                 (k, t)
                 for k, t in enumerate((*self.config.trajectory_times, 0.0))
-                if (within is None or share_of_levels([t], *within)) and (t > 0 or mixed)
+                if (time_range is None or fraction_within([t], *time_range))
+                and (t > 0 or with_clean)
             ]
-            levels = torch.tensor([k for k, _ in candidates]).to(self._device())
-            scale = len(candidates) / sum(t > 0 for _, t in candidates)
-            self._choices[within] = Choice(levels, scale)
-        return self._choices[within]
+            levels = torch.tensor([k for k, _ in candidates]).to(self.context.device)
+            loss_scale = len(candidates) / sum(t > 0 for _, t in candidates)
+            self._choices[time_range] = LevelChoice(levels, loss_scale)
+        return self._choices[time_range]
 
-    def _states(self, batch: Batch) -> Tensor:
-        wanted = len(self.config.trajectory_times)
-        found = batch.trajectory
-        if found is None or found.shape[1] != wanted:
-            held = "none" if found is None else str(found.shape[1])
+    def _trajectory_of(self, batch: Batch) -> Tensor:
+        """Return the stored states [B, K, C, T, H, W], one for each level."""
+        wanted, trajectory = len(self.config.trajectory_times), batch.trajectory
+        if trajectory is None or trajectory.shape[1] != wanted:
+            count = "none" if trajectory is None else str(trajectory.shape[1])
             raise ContractError(
-                f"the batch holds {held} states of a trajectory, and the student is sampled at "
-                f"{wanted} levels, each of which it learns at. Open the data set with "
+                f"the batch holds {count} states of a trajectory, and the student is sampled at "
+                f"{wanted} levels, at each of which it is trained. Open the data set with "
                 "LatentDataset(times=config.trajectory_times)"
             )
-        return found
+        return trajectory

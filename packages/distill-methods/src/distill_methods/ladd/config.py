@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, get_args
 
 from attrs import field, frozen
 from attrs.validators import in_
@@ -10,14 +10,13 @@ from distill_protocols import RoleNeed, SamplerSpec
 from distill_protocols.validators import at_least
 
 from distill_methods.adversarial.config import DiscriminatorOptions
-from distill_methods.distribution_matching.config import unguided
-from distill_methods.latent_config import LatentMethodConfig
+from distill_methods.distribution_matching.config import is_unguided
+from distill_methods.latent_config import LatentMethodConfig, RolloutSource
 from distill_methods.roles import DISCRIMINATOR, STUDENT, TEACHER, discriminator
-from distill_methods.time_ranges import share, share_of_levels
-from distill_methods.time_sampling import TimeSampling
+from distill_methods.time_sampling import TimeSampling, fraction_within, probability_within
 
 
-def _discriminator_has_a_turn(config: LaddConfig, _: Any, value: int) -> None:
+def _discriminator_has_a_turn(config: LaddConfig, _attribute: object, value: int) -> None:
     if value == 1 and config.discriminator_update == "alternate":
         raise ValueError(
             "1 with discriminator_update: alternate leaves the discriminator no iteration, and "
@@ -38,8 +37,8 @@ class LaddConfig(DiscriminatorOptions, LatentMethodConfig):
             (FastGen). every_step: in all N.
         rollout: data: the student's input is a noised clip of the data set (the paper, FastGen).
             simulate: it comes from the student's own sampling from noise.
-        time: the t at which clips are noised before the teacher sees them. Low ones make the
-            discriminator look at details, high ones at the composition (the paper, section 3).
+        time: the t at which clips are noised before the teacher sees them. At low t the
+            discriminator sees details, at high t the composition (the paper, section 3).
         student_sampler: how the student is sampled, in the rollout as in validation and in the
             export. Its guidance must be 1.
     """
@@ -51,36 +50,33 @@ class LaddConfig(DiscriminatorOptions, LatentMethodConfig):
     discriminator_update: Literal["alternate", "every_step"] = field(
         default="alternate", validator=in_(("alternate", "every_step"))
     )
-    rollout: Literal["simulate", "data"] = field(
-        default="data", validator=in_(("simulate", "data"))
-    )
+    rollout: RolloutSource = field(default="data", validator=in_(get_args(RolloutSource)))
     time: TimeSampling = field(
         default=TimeSampling(distribution="logit_normal", mean=1.0, t_min=20.0, t_max=980.0)
     )
     student_sampler: SamplerSpec = field(
-        default=SamplerSpec(steps=4, shift=5.0, stochastic=True), validator=unguided
+        default=SamplerSpec(steps=4, shift=5.0, stochastic=True), validator=is_unguided
     )
-
-    def turns(self, iteration: int) -> tuple[str, ...]:
-        """Roles that learn in ``iteration`` (1-based): the whole update schedule."""
-        if iteration % self.generator_update_interval:
-            return (DISCRIMINATOR,)
-        alone = self.discriminator_update == "alternate"
-        return (STUDENT.name,) if alone else (STUDENT.name, DISCRIMINATOR)
 
     @property
     def roles(self) -> tuple[RoleNeed, ...]:
-        """Roles that are called."""
+        """Student, teacher, and the discriminator on the teacher."""
         return (STUDENT, TEACHER, discriminator(TEACHER.name))
+
+    def turns(self, iteration: int) -> tuple[str, ...]:
+        """Return the roles that step in ``iteration`` (1-based): the whole update schedule."""
+        if iteration % self.generator_update_interval:
+            return (DISCRIMINATOR,)
+        alternates = self.discriminator_update == "alternate"
+        return (STUDENT.name,) if alternates else (STUDENT.name, DISCRIMINATOR)
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the adapter must be able to do."""
+        """Capabilities that the adapter must have."""
         return ("pred:v", "pred:x0", "supports_features")
 
     def update_share(self, role: str, low: float, high: float) -> float:
         """See ``MethodConfig.update_share``."""
         if role == STUDENT.name:
-            levels = [1000 * sigma for sigma in self.student_sampler.sigmas()]
-            return share_of_levels(levels, low, high)
-        return share(self.time, low, high)
+            return fraction_within(self.student_levels, low, high)
+        return probability_within(self.time, low, high)

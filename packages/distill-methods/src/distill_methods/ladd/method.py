@@ -1,19 +1,18 @@
-"""LADD as a training method: whose turn it is. The GAN itself is ``adversarial``."""
+"""LADD as a training method: the two losses of a GAN on the teacher's features."""
 
 from __future__ import annotations
 
 import torch
 from distill_protocols import Batch, ConditioningProvider, ModelBundle, RandomStreams, StepResult
-from torch import Tensor
 
 from distill_methods.adversarial.adversary import Adversary
 from distill_methods.contracts import LatentDiffusion
-from distill_methods.distribution_matching.matching import Rollout
-from distill_methods.draws import Noised
 from distill_methods.ladd.config import LaddConfig
 from distill_methods.latent_method import LatentMethod
+from distill_methods.noise_sampler import NoisedLatents
 from distill_methods.roles import DISCRIMINATOR
-from distill_methods.rollouts import StudentRollouts
+from distill_methods.rollouts import Rollout, StudentRollouts
+from distill_methods.turns import TurnResult, add_turns
 
 
 class LaddMethod(LatentMethod[LaddConfig]):
@@ -28,11 +27,14 @@ class LaddMethod(LatentMethod[LaddConfig]):
 
     with D and the penalty of ``Adversary``. The student's rollouts are those of DMD2.
 
-    Deviations: the loss is the one that DMD2 and FastGen use, not ADD's hinge; heads know t and
-    prompt by the teacher's features alone, where the paper gives both to them; one head a block
-    gives one logit a clip; "real" is the data set, which for the paper's setting holds clips that
-    the teacher made; the levels of the student's input are equally likely (the paper warms up
-    with high ones).
+    Deviations:
+
+    - The loss is softplus, as in DMD2 and FastGen, and not ADD's hinge.
+    - The heads know t and prompt by the teacher's features alone; the paper also gives both to
+      them.
+    - One head a block gives one logit a clip.
+    - "Real" is the data set, which for the paper's setting holds clips that the teacher made.
+    - The levels of the student's input are equally likely; the paper begins with high ones.
 
     ``outputs``: ``student_x0`` of the turn, its mean and std, the (mean) exit step, D's mean
     logits, and in its turn its accuracy.
@@ -46,6 +48,8 @@ class LaddMethod(LatentMethod[LaddConfig]):
         CapabilityError: the adapter lacks something in ``config.capabilities``.
     """
 
+    name = "ladd"
+
     def __init__(
         self,
         bundle: ModelBundle,
@@ -56,44 +60,39 @@ class LaddMethod(LatentMethod[LaddConfig]):
         streams: RandomStreams | None = None,
     ) -> None:
         super().__init__(bundle, adapter, config, conditioning=conditioning, streams=streams)
-        self._adversary = Adversary(
-            "ladd", bundle, adapter, config, draws=self.draws, on=("teacher",)
-        )
-        self._rollout = StudentRollouts(
-            "ladd",
-            adapter,
-            config,
-            config.rollout,
-            draws=self.draws,
-            device=self._device(),
-            poll=lambda: self.stop.poll(),
-        )
+        self._adversary = Adversary(self.context, config, on=("teacher",))
+        self._rollout = StudentRollouts(self.context, config, config.rollout)
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
-        """``gan_generator_loss`` in the student's turn, ``gan_discriminator_loss`` (and ``gan_r1``)
-        in the discriminator's; ``total_loss`` is their sum, the penalty with its weight."""
+        """Compute ``gan_generator_loss`` in the student's turn, ``gan_discriminator_loss`` (and
+        ``gan_r1``) in the discriminator's; ``total_loss`` is their sum, the penalty with its
+        weight."""
         turns = self.config.turns(iteration)
-        total: list[Tensor] = []
-        losses: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
+        results: list[TurnResult] = []
+        # The discriminator first: where both step, the student's outputs are the ones to log.
         if DISCRIMINATOR in turns:
-            with torch.no_grad(), self.bundle["student"].frozen():
-                made = self._rollout(batch, DISCRIMINATOR, iteration)
-                noised = self._noised(made, DISCRIMINATOR, iteration)
-                real = self.adapter.normalize_latents(batch.latents)
-            loss, terms, said = self._adversary.learn(real, noised, batch.cond)
-            total.append(loss)
-            losses.update(terms)
-            outputs.update(made.metrics() | said)
+            results.append(self._discriminator_turn(batch, iteration))
         if "student" in turns:
-            made = self._rollout(batch, "student", iteration)
-            noised = self._noised(made, "student", iteration)
-            judged = self._adversary.judge(made.x0, noised, batch.cond)
-            total.append(judged.loss)
-            losses["gan_generator_loss"] = judged.loss
-            outputs.update(made.metrics() | {"gan_fake_logit": judged.logits.mean()})
-        return StepResult({"total_loss": torch.stack(total).sum(), **losses}, outputs)
+            results.append(self._student_turn(batch, iteration))
+        return add_turns(*results)
 
-    def _noised(self, made: Rollout, turn: str, iteration: int) -> Noised:
-        x, time = made.x0.detach(), self.config.time
-        return self.draws.noised(x, f"ladd.{turn}", iteration, time, self._adversary.on)
+    def _discriminator_turn(self, batch: Batch, iteration: int) -> TurnResult:
+        # No gradient: D is trained on the clips as data, and must not train the student.
+        with torch.no_grad(), self.bundle["student"].frozen():
+            rollout = self._rollout(batch, DISCRIMINATOR, iteration)
+            noised = self._add_noise(rollout, DISCRIMINATOR, iteration)
+            real = self.adapter.normalize_latents(batch.latents)
+        discriminator = self._adversary.discriminator_loss(real, noised, batch.cond)
+        outputs = rollout.outputs() | discriminator.metrics
+        return TurnResult(discriminator.loss, discriminator.terms, outputs)
+
+    def _student_turn(self, batch: Batch, iteration: int) -> TurnResult:
+        rollout = self._rollout(batch, "student", iteration)
+        noised = self._add_noise(rollout, "student", iteration)
+        loss, logits_fake = self._adversary.generator_loss(rollout.x0, noised, batch.cond)
+        outputs = rollout.outputs() | {"gan_fake_logit": logits_fake.mean()}
+        return TurnResult(loss, {"gan_generator_loss": loss}, outputs)
+
+    def _add_noise(self, rollout: Rollout, turn: str, iteration: int) -> NoisedLatents:
+        x0, time = rollout.x0.detach(), self.config.time
+        return self.noise.add_noise(x0, f"ladd.{turn}", iteration, time, self._adversary.on)

@@ -1,1 +1,1 @@
-"""rCM: continuous-time consistency, held to the teacher's distribution."""
+"""rCM: continuous-time consistency, regularised by distribution matching."""

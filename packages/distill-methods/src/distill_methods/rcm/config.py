@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import get_args
 
 from attrs import field, frozen
 from attrs.validators import in_
 from distill_protocols import PlannedRun, Problem
 from distill_protocols.validators import at_least
 
-from distill_methods.consistency.config import Continuous, Discrete, form_problems, one_of_the_two
+from distill_methods.consistency.config import (
+    Continuous,
+    Discrete,
+    form_problems,
+    is_the_only_form,
+)
 from distill_methods.distribution_matching.config import MatchingConfig
+from distill_methods.latent_config import RolloutSource
 from distill_methods.roles import STUDENT
 
 
@@ -20,36 +26,34 @@ class RCMConfig(MatchingConfig):
     """rCM (Zheng et al. 2025): a consistency loss, and distribution matching beside it.
 
     Attributes:
-        rollout: where the clips that are matched come from; see DMD2.
-        consistency_weight: of the consistency loss beside the other. rCM's 100 is
+        rollout: where the input of the clips that are matched comes from; see ``DMD2Config``.
+        consistency_weight: weight of the consistency loss in the sum. rCM's 100 is
             ``100 / sqrt(D)`` here with ``continuous``, D = C T H W of a clip, as its tangent has
             norm 1 and ours root mean square 1: 0.07 for [16, 20, 60, 104]; with ``discrete``
             (``loss: l2``) it is 50.
-        continuous: how the consistency loss is made where neither of the two is written.
-        discrete: on a grid, without differentiating the student forward.
+        continuous: the consistency loss without a grid; the default where neither is stated.
+        discrete: the consistency loss on a grid, which needs no forward-mode derivative.
     """
 
-    rollout: Literal["simulate", "data"] = field(
-        default="simulate", validator=in_(("simulate", "data"))
-    )
+    rollout: RolloutSource = field(default="simulate", validator=in_(get_args(RolloutSource)))
     consistency_weight: float = field(
         default=0.07, validator=at_least(0, "the student would be led away from consistency")
     )
     discrete: Discrete | None = None
-    continuous: Continuous | None = field(default=None, validator=one_of_the_two)
+    continuous: Continuous | None = field(default=None, validator=is_the_only_form)
 
     @property
     def form(self) -> Discrete | Continuous:
-        """The one of the two that is used."""
+        """The form that is used."""
         return self.discrete or self.continuous or Continuous()
 
     def student_updates(self, iteration: int) -> int:
-        """How many updates the student has had at the end of ``iteration``."""
+        """Return how many updates the student has had at the end of ``iteration``."""
         return iteration // self.generator_update_interval
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the adapter must be able to do."""
+        """Capabilities that the adapter must have."""
         jvp = ("supports_jvp",) if isinstance(self.form, Continuous) else ()
         return (*super().capabilities, *jvp)
 
@@ -60,8 +64,8 @@ class RCMConfig(MatchingConfig):
 
     def update_share(self, role: str, low: float, high: float) -> float:
         """See ``MethodConfig.update_share``."""
-        own = super().update_share(role, low, high)
+        of_matching = super().update_share(role, low, high)
         if role != STUDENT.name:
-            return own
-        # It learns from either loss, each at a t of its own.
-        return 1 - (1 - own) * (1 - self.form.share_within(low, high))
+            return of_matching
+        # Two losses train it, each at a t of its own: the probability that one of them is inside.
+        return 1 - (1 - of_matching) * (1 - self.form.probability_within(low, high))

@@ -1,16 +1,16 @@
-"""rCM as a training method: two losses that stand by themselves, added."""
+"""rCM as a training method: the sum of a consistency loss and distribution matching."""
 
 from __future__ import annotations
 
 from distill_protocols import Batch, ConditioningProvider, ModelBundle, RandomStreams, StepResult
 
-from distill_methods.consistency.losses import consistency_loss
+from distill_methods.consistency.losses import build_consistency_loss
 from distill_methods.contracts import LatentDiffusion
 from distill_methods.distribution_matching.matching import DistributionMatching
 from distill_methods.latent_method import LatentMethod
 from distill_methods.rcm.config import RCMConfig
 from distill_methods.rollouts import StudentRollouts
-from distill_methods.teaching import Teachers
+from distill_methods.teachers.ensemble import Teachers
 
 
 class RCMMethod(LatentMethod[RCMConfig]):
@@ -20,17 +20,19 @@ class RCMMethod(LatentMethod[RCMConfig]):
 
         L_student = L_dmd + consistency_weight L_consistency
 
-    on data and on the student's own clips: consistency covers what the data hold (a forward
-    divergence, which keeps diversity), distribution matching mends the quality of what the student
-    makes (a reverse one). The losses are those of ``ContinuousConsistency`` (or
+    Consistency is computed on data and covers all of them (a forward divergence, which keeps
+    diversity); distribution matching is computed on the student's own clips and improves their
+    quality (a reverse divergence). The losses are those of ``ContinuousConsistency`` (or
     ``DiscreteConsistency``) and ``DistributionMatching``; the critic's turn is DMD2's.
 
-    Deviations from NVlabs/rcm: both graphs are there at once (theirs are differentiated one after
-    the other); the student learns in every N-th iteration from the beginning, by both losses
-    (theirs by consistency alone, in all iterations, during the warmup of the tangent, which counts
-    the student's updates here); its clips are left at a random step of the sampler's times
-    (theirs: at random times, or after 1 to 4 fixed ones); what concerns consistency alone
-    (``ConsistencyMethod``) and matching alone (``DMD2Method``) is told there.
+    Deviations from NVlabs/rcm, beside those of ``ConsistencyMethod`` and ``DMD2Method``:
+
+    - Both graphs are in memory at once; theirs are differentiated one after the other.
+    - The student steps in every N-th iteration from the beginning, by both losses. Theirs steps by
+      consistency alone, in all iterations, during the warmup of the tangent, which counts the
+      student's updates here.
+    - The student's clips exit at a random step of the sampler; theirs at random times, or after 1
+      to 4 fixed ones.
 
     ``outputs``: those of ``DistributionMatching``; in the student's turn ``tangent_rms`` as well.
 
@@ -46,6 +48,8 @@ class RCMMethod(LatentMethod[RCMConfig]):
             that no teacher has.
     """
 
+    name = "rcm"
+
     def __init__(
         self,
         bundle: ModelBundle,
@@ -56,36 +60,25 @@ class RCMMethod(LatentMethod[RCMConfig]):
         streams: RandomStreams | None = None,
     ) -> None:
         super().__init__(bundle, adapter, config, conditioning=conditioning, streams=streams)
-        self._matching = DistributionMatching(
-            "rcm", bundle, adapter, config, draws=self.draws, negative=self.negative
-        )
-        self._rollout = StudentRollouts(
-            "rcm",
-            adapter,
-            config,
-            config.rollout,
-            draws=self.draws,
-            device=self._device(),
-            poll=lambda: self.stop.poll(),
-        )
-        self._consistency = consistency_loss(
-            "rcm.consistency",
-            adapter,
+        rollout = StudentRollouts(self.context, config, config.rollout)
+        self._matching = DistributionMatching(self.context, config, rollout)
+        self._consistency_loss = build_consistency_loss(
+            self.context.named("rcm.consistency"),
             config.form,
-            draws=self.draws,
-            teachers=Teachers(adapter, config, draws=self.draws, negative=self.negative),
-            device=self._device(),
+            teachers=Teachers(self.context, config),
             update_of=config.student_updates,
         )
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
-        """``dmd_loss`` and ``consistency_loss`` (without its weight) in the student's turn,
+        """Compute ``dmd_loss`` and ``consistency_loss`` (without its weight) in the student's turn,
         ``critic_loss`` in the critic's; ``total_loss`` is the sum."""
-        losses, outputs = self._matching.step(batch, iteration, self._rollout)
+        losses, outputs = self._matching.step(batch, iteration)
         if "student" not in self.config.turns(iteration):
             return StepResult(losses, outputs)
-        loss, told = self._consistency(batch, iteration)
-        # Numbers alone: the clips that are shown are those that are matched.
-        told = {name: value for name, value in told.items() if value.ndim == 0}
-        total = losses["total_loss"] + self.config.consistency_weight * loss
-        return StepResult(losses | {"total_loss": total, "consistency_loss": loss}, outputs | told)
+        loss, consistency_outputs = self._consistency_loss(batch, iteration)
+        # Its metrics alone: the clips in the outputs are those that are matched.
+        metrics = {name: value for name, value in consistency_outputs.items() if value.ndim == 0}
+        total_loss = losses["total_loss"] + self.config.consistency_weight * loss
+        return StepResult(
+            losses | {"total_loss": total_loss, "consistency_loss": loss}, outputs | metrics
+        )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from attrs import field, frozen
 from attrs.validators import optional
 from distill_protocols.validators import at_least
 
 from distill_methods.distribution_matching.config import MatchingConfig
 from distill_methods.roles import STUDENT
-from distill_methods.time_ranges import share_of_levels
+from distill_methods.time_sampling import fraction_within
 
 
-def _one_step(config: SelfForcingConfig, _: Any, value: bool) -> None:
+def _has_an_effect(config: SelfForcingConfig, _attribute: object, value: bool) -> None:
     if value and not config.same_step_across_chunks:
         raise ValueError(
             "true has no effect beside same_step_across_chunks: false: the last step is the same "
@@ -21,7 +19,7 @@ def _one_step(config: SelfForcingConfig, _: Any, value: bool) -> None:
         )
 
 
-def _rising(_config: Any, _: Any, value: tuple[int, int]) -> None:
+def _is_rising(_config: object, _attribute: object, value: tuple[int, int]) -> None:
     low, high = value
     if not 1 <= low <= high:
         raise ValueError(
@@ -35,36 +33,36 @@ class SelfForcingConfig(MatchingConfig):
     """Self-Forcing (Huang et al. 2025, "Self Forcing: Bridging the Train-Test Gap in Autoregressive
     Video Diffusion") with DMD as its loss.
 
-    How the student divides a video is the family's (``pipeline_config.causal``); how noisy its
-    past is, is ``student_sampler.context_noise``. Frames are latent frames.
+    The family decides how the student divides a video into chunks. How noisy the past of a chunk
+    is, is ``student_sampler.context_noise``. Frames are latent frames.
 
     Attributes:
-        same_step_across_chunks: true: all chunks of a rollout are taken at one exit step. false:
-            each at its own.
-        last_step_only: no exit step is drawn, it is always the last. Of a student of two experts
-            the one for high noise levels then never learns.
+        same_step_across_chunks: true: all chunks of a rollout exit at the same step. false: each
+            at its own.
+        last_step_only: no exit step is drawn, it is always the last. If the student has two
+            experts, the one for high noise levels is then never trained.
         gradient_frames: only chunks that begin within the last so many frames are called with
-            gradient, which bounds what a step keeps in memory; null: all that the scores see.
+            gradient, which bounds the memory of a step; null: all that the scores see.
         rollout_frames: [min, max]: how long rollouts are, drawn for each micro batch, whole chunks
             only. They are at least as long as the run's clips; of a longer one the scores see the
-            frames of the last clip, and its first frame stays out of the student's loss. Left
-            out: as long as the clips.
+            last frames, as many as a clip has, and the first of these stays out of the student's
+            loss. Left out: as long as the clips.
     """
 
     same_step_across_chunks: bool = True
-    last_step_only: bool = field(default=False, validator=_one_step)
+    last_step_only: bool = field(default=False, validator=_has_an_effect)
     gradient_frames: int | None = field(
         default=21, validator=optional(at_least(1, "the student would never learn"))
     )
-    rollout_frames: tuple[int, int] | None = field(default=None, validator=optional(_rising))
+    rollout_frames: tuple[int, int] | None = field(default=None, validator=optional(_is_rising))
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the adapter must be able to do."""
+        """Capabilities that the adapter must have."""
         return (*super().capabilities, "supports_kv_cache", f"causal:{STUDENT.name}")
 
     def update_share(self, role: str, low: float, high: float) -> float:
         """See ``MethodConfig.update_share``."""
         if role == STUDENT.name and self.last_step_only:
-            return share_of_levels([1000 * self.student_sampler.sigmas()[-1]], low, high)
+            return fraction_within(self.student_levels[-1:], low, high)
         return super().update_share(role, low, high)

@@ -1,4 +1,4 @@
-"""Self-Forcing as a training method: its rollout. The rest is ``distribution_matching``."""
+"""Self-Forcing as a training method: distribution matching of rollouts chunk by chunk."""
 
 from __future__ import annotations
 
@@ -12,29 +12,25 @@ from distill_protocols import (
     RandomStreams,
     StepResult,
 )
-from torch import Tensor
 
-from distill_methods.contracts import LatentDiffusion, causal_of
-from distill_methods.distribution_matching.matching import (
-    DistributionMatching,
-    Rollout,
-    exit_levels,
-)
+from distill_methods.contracts import LatentDiffusion, require_contract
+from distill_methods.distribution_matching.matching import DistributionMatching
 from distill_methods.latent_method import LatentMethod
-from distill_methods.maths import noise_of
+from distill_methods.maths import standard_noise
+from distill_methods.rollouts import Rollout, allowed_exit_steps
 from distill_methods.self_forcing.config import SelfForcingConfig
 
 
 class SelfForcingMethod(LatentMethod[SelfForcingConfig]):
-    """A causal student learns on videos that it made chunk by chunk, from its own past (Huang et
-    al. 2025, arXiv:2506.08009, algorithm 1)::
+    """A causal student is trained on videos that it makes chunk by chunk, from its own past (Huang
+    et al. 2025, arXiv:2506.08009, algorithm 1)::
 
         for chunk i:
             z = eps_i
             for j < k: x = G(z, t_j, past); z = noise(x, t_j+1)     no gradient
             x_i = G(z, t_k, past)                                   with gradient
             past += G(noise(stop(x_i), t_context), t_context)       no gradient, not after the last
-        loss: distribution matching of [x_0 x_1 ...], judged by models that see whole clips
+        loss: distribution matching of [x_0 x_1 ...], by a teacher and a critic that see whole clips
 
     ``DistributionMatching`` has the losses and the outputs. The past is detached, so a chunk's
     loss reaches the call that made it and nothing else, and a step keeps the graph of one call a
@@ -44,15 +40,15 @@ class SelfForcingMethod(LatentMethod[SelfForcingConfig]):
 
     - Keys and values of the past never change: there they are overwritten in place, and with
       activation checkpointing a chunk's gradient leaks into others.
-    - Context noise 0 is no noise at all (there a look-up adds sigma 0.005 and says t = 0).
-    - Nothing is stored after the last chunk, as nobody would read it.
-    - Of a rollout longer than a clip, the first frame that the scores see is left as it is and
-      kept out of the student's loss. There it is decoded and encoded again as a picture, and its
-      chunk is kept out.
+    - Context noise 0 is no noise at all (there a table lookup adds sigma 0.005 and calls it t = 0).
+    - Nothing is stored after the last chunk, as nothing reads it.
+    - If a rollout is longer than a clip, the first frame that the scores see stays as it is and
+      out of the student's loss. There it is decoded and encoded again as a picture, and its whole
+      chunk stays out.
     - t of the scores is per sample, and clips are noised with exactly that t. Its ``ts_schedule``,
       which bounds t by the exit step, is not built.
-    - Of a student of two experts, an iteration takes chunks at the steps of one of them, drawn
-      with their shares as chances; steps before go to whichever expert has their t.
+    - If the student has two experts, the chunks of an iteration exit at the steps of one of them,
+      drawn with their shares as probabilities; earlier steps go to the expert of their t.
 
     Args:
         bundle: causal student and critic, both trainable, and the frozen teachers.
@@ -66,6 +62,8 @@ class SelfForcingMethod(LatentMethod[SelfForcingConfig]):
             clip, or ``config.gradient_frames`` does not hold a chunk.
     """
 
+    name = "self_forcing"
+
     def __init__(
         self,
         bundle: ModelBundle,
@@ -76,89 +74,96 @@ class SelfForcingMethod(LatentMethod[SelfForcingConfig]):
         streams: RandomStreams | None = None,
     ) -> None:
         super().__init__(bundle, adapter, config, conditioning=conditioning, streams=streams)
-        self._matching = DistributionMatching(
-            "self_forcing", bundle, adapter, config, draws=self.draws, negative=self.negative
-        )
-        self._causal = causal_of(adapter, "self_forcing")
-        self._lengths = _lengths(config, self._causal, adapter.latent_shape[1])
+        self._causal = require_contract(adapter.causal, "supports_kv_cache", by=self.name)
+        self._lengths = _rollout_lengths(config, self._causal, adapter.latent_shape[1])
+        self._matching = DistributionMatching(self.context, config, self._rollout)
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
-        """``dmd_loss`` in the student's turn, ``critic_loss`` in the critic's, and their sum."""
-        return self._matching.step(batch, iteration, self._rollout)
+        """See ``DistributionMatching.step``."""
+        return self._matching.step(batch, iteration)
 
     def _rollout(self, batch: Batch, turn: str, iteration: int) -> Rollout:
-        """Length and exit steps are shared, or ranks of a sharded student would wait for each
-        other for ever; noise is a sample's own."""
-        purpose, size = f"self_forcing.{turn}", len(batch)
-        channels, clip, height, width = self.adapter.latent_shape
-        frames = self._lengths[self.draws.shared_integer(f"{purpose}.length", len(self._lengths))]
+        """Make a video of the student chunk by chunk, and return its last clip."""
+        purpose, size = f"{self.name}.{turn}", len(batch)
+        channels, clip_frames, height, width = self.adapter.latent_shape
+        # Length and exit steps decide how many calls there are. They are shared by all ranks, which
+        # would otherwise wait for each other for ever; the noise is each sample's own.
+        frames = self._lengths[
+            self.noise.sample_shared_integer(f"{purpose}.length", len(self._lengths))
+        ]
         chunks = self._causal.chunks("student", frames)
-        exits = self._exits(purpose, iteration, len(chunks))
-        learned = _learned_frames(self.config, clip)
+        exit_steps = self._sample_exit_steps(purpose, iteration, len(chunks))
+        gradient_frames = _gradient_frames(self.config, clip_frames)
         device = batch.latents.device
-        noise = noise_of(
-            (channels, frames, height, width), self.streams.rows(f"{purpose}.rollout", size), device
-        )
+        shape = (channels, frames, height, width)
         x0 = self.adapter.rollout(
             "student",
             self.config.student_sampler,
-            noise,
+            standard_noise(shape, self.streams.rows(f"{purpose}.rollout", size), device),
             batch.cond,
-            exit_steps=exits,
-            requires_grad=[chunk.first >= frames - learned for chunk in chunks],
+            exit_steps=exit_steps,
+            requires_grad=[chunk.first >= frames - gradient_frames for chunk in chunks],
             generators=self.streams.rows(f"{purpose}.rollout.fresh", size),
-            poll=self.stop.poll,
+            poll=self.context.poll,
         )
-        steps = torch.full((size,), sum(exits) / len(exits), device=device)
-        if frames == clip:
-            return Rollout(x0, steps)
-        return Rollout(x0[:, :, -clip:], steps, _all_but_the_first(clip, device))
+        mean_steps = torch.full((size,), sum(exit_steps) / len(exit_steps), device=device)
+        if frames == clip_frames:
+            return Rollout(x0, mean_steps)
+        # A video autoencoder codes the first frame of a clip as a picture, and the teacher expects
+        # one there. The first frame of a later part is none: its score means nothing.
+        loss_mask = torch.ones(1, 1, clip_frames, 1, 1, device=device)
+        loss_mask[:, :, 0] = 0
+        return Rollout(x0[:, :, -clip_frames:], mean_steps, loss_mask)
 
-    def _exits(self, purpose: str, iteration: int, chunks: int) -> tuple[int, ...]:
+    def _sample_exit_steps(self, purpose: str, iteration: int, chunks: int) -> tuple[int, ...]:
+        """Draw the exit step of each chunk, or one for all of them."""
         if self.config.last_step_only:
             return (self.config.student_sampler.steps - 1,) * chunks
-        among = exit_levels(self.draws, self.config, purpose, iteration)
-        drawn = 1 if self.config.same_step_across_chunks else chunks
-        exits = tuple(
-            among[self.draws.shared_integer(f"{purpose}.exit_step", len(among))]
-            for _ in range(drawn)
+        allowed = allowed_exit_steps(self.context, self.config, purpose, iteration)
+        count = 1 if self.config.same_step_across_chunks else chunks
+        exit_steps = tuple(
+            allowed[self.noise.sample_shared_integer(f"{purpose}.exit_step", len(allowed))]
+            for _ in range(count)
         )
-        return exits * (chunks // drawn)
+        return exit_steps * (chunks // count)
 
 
-def _learned_frames(config: SelfForcingConfig, clip: int) -> int:
-    """Those at the end whose chunks learn: never more than the scores see."""
-    return clip if config.gradient_frames is None else min(config.gradient_frames, clip)
+def _gradient_frames(config: SelfForcingConfig, clip_frames: int) -> int:
+    """Return how many frames at the end have gradient: never more than the scores see."""
+    if config.gradient_frames is None:
+        return clip_frames
+    return min(config.gradient_frames, clip_frames)
 
 
-def _lengths(config: SelfForcingConfig, causal: CausalRollout, clip: int) -> tuple[int, ...]:
-    """Latent frames that a rollout may have."""
-    lengths: tuple[int, ...] = (clip,)
+def _rollout_lengths(
+    config: SelfForcingConfig, causal: CausalRollout, clip_frames: int
+) -> tuple[int, ...]:
+    """Return the numbers of latent frames that a rollout may have: whole chunks, at least a clip.
+
+    Raises:
+        ContractError: there is no such number, or no chunk would have gradient.
+    """
+    lengths: tuple[int, ...] = (clip_frames,)
     if config.rollout_frames is not None:
         low, high = config.rollout_frames
-        whole = [chunk.stop for chunk in causal.chunks("student", high)]
-        # The last may be shorter than a chunk, and then no video ends there.
-        if causal.chunks("student", high + 1)[len(whole) - 1].stop > high:
-            whole.pop()
-        lengths = tuple(frames for frames in whole if max(low, clip) <= frames)
-        if low < clip or not lengths:
+        ends = [chunk.stop for chunk in causal.chunks("student", high)]
+        # The last chunk of a video of `high` frames may be cut short: a longer video then has a
+        # chunk that goes on beyond `high`, and none ends there.
+        if causal.chunks("student", high + 1)[len(ends) - 1].stop > high:
+            ends.pop()
+        lengths = tuple(frames for frames in ends if max(low, clip_frames) <= frames)
+        if low < clip_frames or not lengths:
             raise ContractError(
                 f"rollout_frames {[low, high]}: a rollout is made of whole chunks, which end at "
-                f"frames {whole or 'beyond that'}, and is at least as long as the run's clips of "
-                f"{clip} latent frames, because the scores judge a whole clip. Give numbers that "
-                "hold one, or leave it out"
+                f"frames {ends or 'beyond that'}, and is at least as long as the run's clips of "
+                f"{clip_frames} latent frames, because the scores see a whole clip. Give numbers "
+                "with such a length between them, or leave it out"
             )
-    last = max(causal.chunks("student", frames)[-1].frames for frames in lengths)
-    if last > _learned_frames(config, clip):
+    last_chunk = max(causal.chunks("student", frames)[-1].frames for frames in lengths)
+    if last_chunk > _gradient_frames(config, clip_frames):
         raise ContractError(
-            f"gradient_frames {config.gradient_frames} is less than the {last} latent frames of "
-            "the last chunk, so no chunk would be called with gradient and the student would "
+            f"gradient_frames {config.gradient_frames} is less than the {last_chunk} latent frames "
+            "of the last chunk, so no chunk would be called with gradient and the student would "
             "never learn. Give at least that, or null"
         )
     return lengths
-
-
-def _all_but_the_first(frames: int, device: torch.device) -> Tensor:
-    trained = torch.ones(1, 1, frames, 1, 1, device=device)
-    trained[:, :, 0] = 0
-    return trained

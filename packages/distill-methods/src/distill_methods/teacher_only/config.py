@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from attrs import field, frozen
 from attrs.validators import in_, optional
@@ -10,17 +10,18 @@ from distill_protocols import RoleNeed, SamplerSpec
 from distill_protocols.validators import at_least
 
 from distill_methods.roles import STUDENT
-from distill_methods.teachers import AWAY, TeachersConfig
-from distill_methods.time_ranges import share
-from distill_methods.time_sampling import TimeSampling
+from distill_methods.teachers.config import NEGATIVE_GUIDANCE, DefaultGuidance, TeachersConfig
+from distill_methods.time_sampling import TimeSampling, probability_within
 
 
-def _unguided_rollout(config: TeacherOnlyConfig, _: Any, value: SamplerSpec) -> None:
+def _has_unguided_rollout(
+    config: TeacherOnlyConfig, _attribute: object, value: SamplerSpec
+) -> None:
     if config.input == "student" and value.guided:
         w = next(w for w in value.guidances if w != 1)
         raise ValueError(
             f"guidance {w} must be 1 with input: student, whose clips are the student's own: "
-            "guiding it would make others than those it is trained to make. Leave it out"
+            "guiding it would give other clips than it is trained to make. Leave it out"
         )
 
 
@@ -35,48 +36,47 @@ class TeacherOnlyConfig(TeachersConfig):
             left out, the same.
         teachers: several teachers by role, in the place of the one role ``teacher``: the target is
             the weighted sum of their guided predictions.
-        target: v: every t counts alike. x0: the distance of the clean clips, which is that of v
-            times sigma^2: noisy clips count most.
-        input: data: compared at noised clips of the data set. student: at noised clips of the
-            student itself, sampled whole by ``student_sampler`` (a model call a step, without
-            gradient): where sampling will call it, and no data but captions.
-        time: at which t student and teacher are compared.
+        target: v: the loss is on v, and every t counts alike. x0: the loss is on the clean clips,
+            which is that on v times sigma^2: noisy clips count most.
+        input: data: student and teacher are compared at noised clips of the data set. student: at
+            noised clips that the student itself samples by ``student_sampler`` (all its steps,
+            without gradient): there sampling will call it, and no data but captions are needed.
+        time: the t at which student and teacher are compared.
         student_sampler: how the student is sampled in validation and export. Its guidance is
             best left at 1, as the student already holds the teacher's.
     """
 
-    guidance_scale: float = field(default=5.0, validator=at_least(0, AWAY))
-    guidance_scale_2: float | None = field(default=None, validator=optional(at_least(0, AWAY)))
+    guidance_scale: float = field(default=5.0, validator=at_least(0, NEGATIVE_GUIDANCE))
+    guidance_scale_2: float | None = field(
+        default=None, validator=optional(at_least(0, NEGATIVE_GUIDANCE))
+    )
     target: Literal["v", "x0"] = field(default="v", validator=in_(("v", "x0")))
     input: Literal["data", "student"] = field(default="data", validator=in_(("data", "student")))
     time: TimeSampling = field(default=TimeSampling(shift=5.0))
     student_sampler: SamplerSpec = field(
-        default=SamplerSpec(steps=50, shift=5.0), validator=_unguided_rollout
+        default=SamplerSpec(steps=50, shift=5.0), validator=_has_unguided_rollout
     )
 
     @property
     def roles(self) -> tuple[RoleNeed, ...]:
-        """Roles that are called."""
-        return (STUDENT, *self.teacher_needs)
+        """Student and teachers."""
+        return (STUDENT, *self.teacher_roles)
 
     @property
-    def common_guidances(self) -> tuple[float, float | None]:
-        return self.guidance_scale, self.guidance_scale_2
-
-    def turns(self, iteration: int) -> tuple[str, ...]:
-        """Roles that learn in ``iteration`` (1-based): always the student."""
-        return ("student",)
+    def default_guidance(self) -> DefaultGuidance:
+        """See ``TeachersConfig.default_guidance``."""
+        return DefaultGuidance(self.guidance_scale, self.guidance_scale_2, "guidance_scale_2")
 
     @property
     def needs_negative(self) -> bool:
         """Whether a step or the student's sampler needs a negative condition."""
-        return self.teacher_guided or self.student_sampler.guided
+        return self.has_guided_teacher or self.student_sampler.guided
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the adapter must be able to do."""
+        """Capabilities that the adapter must have."""
         return ("pred:v", *(("supports_cfg",) if self.needs_negative else ()))
 
     def update_share(self, role: str, low: float, high: float) -> float:
         """See ``MethodConfig.update_share``."""
-        return share(self.time, low, high)
+        return probability_within(self.time, low, high)

@@ -1,4 +1,4 @@
-"""Teacher-only distillation as a training method. The maths is in ``distill_methods.maths``."""
+"""Teacher-only distillation as a training method: regression on guided teachers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import torch
 from distill_protocols import Batch, ConditioningProvider, ModelBundle, RandomStreams, StepResult
 from torch import Tensor
 
-from distill_methods.contracts import LatentDiffusion, chunks_of
+from distill_methods.contracts import LatentDiffusion, chunks_of, loss_mask_of
 from distill_methods.latent_method import LatentMethod
-from distill_methods.maths import clean_weight, velocity_loss
+from distill_methods.maths import velocity_loss, x0_loss_weight
 from distill_methods.teacher_only.config import TeacherOnlyConfig
-from distill_methods.teaching import Teachers
+from distill_methods.teachers.ensemble import Teachers
 
 
 class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
-    """The student learns the teacher's guided prediction: half the model calls per step.
+    """The student learns the teacher's guided prediction in one call: sampling it takes half the
+    model calls.
 
     Guidance distillation, stage one of Meng et al. 2023 (arXiv:2210.03142)::
 
@@ -25,8 +26,8 @@ class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
     (``target: x0``, as x0 = x_t - s v).
 
     Deviations: w is fixed (theirs is drawn and given to the student as an input), and by default
-    the loss is on v (theirs on x0, weighted). Batches should come without condition dropout: the
-    guided prediction at the negative condition is that condition's own.
+    the loss is on v (theirs on x0, weighted). Batches should come without condition dropout: for a
+    dropped condition, c equals u and the target would not be guided.
 
     ``outputs``: ``student_x0`` and ``teacher_x0``, the clean latents that the predictions imply.
 
@@ -41,6 +42,8 @@ class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
         ContractError: a guidance is of a second expert that no teacher has.
     """
 
+    name = "teacher_only"
+
     def __init__(
         self,
         bundle: ModelBundle,
@@ -51,17 +54,21 @@ class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
         streams: RandomStreams | None = None,
     ) -> None:
         super().__init__(bundle, adapter, config, conditioning=conditioning, streams=streams)
-        self._teachers = Teachers(adapter, config, draws=self.draws, negative=self.negative)
+        self._teachers = Teachers(self.context, config)
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
-        """The distance of student and guided teachers, on one micro batch."""
-        x_t, _, t = self.draws.noised(
-            self._clean(batch), "teacher_only", iteration, self.config.time, *self.required_roles
+        """Compute the distance of student and guided teachers on one micro batch."""
+        x_t, _, t = self.noise.add_noise(
+            self._clean_latents(batch),
+            "teacher_only",
+            iteration,
+            self.config.time,
+            *self.required_roles,
         )
         target = self._teachers.predict(x_t, t, batch.cond)
         velocity = self.adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="v")
-        weight = clean_weight(t) if self.config.target == "x0" else None
-        loss = velocity_loss(velocity, target, weight, self.draws.trained_frames(batch.cond))
+        weight = x0_loss_weight(t) if self.config.target == "x0" else None
+        loss = velocity_loss(velocity, target, weight, loss_mask_of(self.adapter, batch.cond))
         with torch.no_grad():
             outputs = {
                 "student_x0": self.adapter.pred_to_x0(velocity, x_t, t),
@@ -70,7 +77,8 @@ class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
         return StepResult({"total_loss": loss}, outputs)
 
     @torch.no_grad()
-    def _clean(self, batch: Batch) -> Tensor:
+    def _clean_latents(self, batch: Batch) -> Tensor:
+        """Return clips of the data, or sample the student's own, [B, C, T, H, W]."""
         if self.config.input == "data":
             return self.adapter.normalize_latents(batch.latents)
         spec = self.config.student_sampler
@@ -78,7 +86,7 @@ class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
             return self.adapter.rollout(
                 "student",
                 spec,
-                self.draws.noise_like(batch.latents, "teacher_only.rollout"),
+                self.noise.noise_like(batch.latents, "teacher_only.rollout"),
                 batch.cond,
                 exit_steps=(spec.steps - 1,) * len(chunks_of(self.adapter, "student")),
                 generators=self.streams.rows("teacher_only.rollout.fresh", len(batch)),

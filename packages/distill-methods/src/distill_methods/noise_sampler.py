@@ -1,0 +1,126 @@
+"""All random numbers of a method: noise levels, noise, and choices that steer its calls."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from distill_protocols import Chunk, RandomStreams, RowGenerators
+from torch import Tensor
+
+from distill_methods.contracts import LatentDiffusion, expert_ranges_of
+from distill_methods.maths import (
+    repeat_per_frame,
+    sample_timesteps,
+    sample_timesteps_within,
+    standard_noise,
+)
+from distill_methods.time_sampling import TimeRange, TimeSampling, probability_within
+
+
+class NoisedLatents(NamedTuple):
+    """``x_t = (1 - s) x0 + s noise``; x_t and noise [B, C, T, H, W], t [B] or [B, T]."""
+
+    x_t: Tensor
+    noise: Tensor
+    t: Tensor
+
+
+class NoiseSampler:
+    """Draws t, noise and choices, each from the random stream of its own ``purpose``.
+
+    What a sample gets depends on the seed, the purpose and the sample's place in the run, and on
+    nothing else: one large batch, micro batches and several ranks see the same numbers.
+    """
+
+    def __init__(self, adapter: LatentDiffusion, streams: RandomStreams) -> None:
+        self._adapter = adapter
+        self.streams = streams
+
+    def add_noise(
+        self,
+        x0: Tensor,
+        purpose: str,
+        iteration: int,
+        time: TimeSampling,
+        *roles: str,
+        chunks: Sequence[Chunk] = (),
+    ) -> NoisedLatents:
+        """Noise each clip of ``x0`` [B, C, T, H, W] at a fresh t (``sample_timesteps``) with fresh
+        noise."""
+        t = self.sample_timesteps(
+            f"{purpose}.t", len(x0), iteration, time, *roles, chunks=chunks
+        ).to(x0.device)
+        noise = self.noise_like(x0, f"{purpose}.noise")
+        return NoisedLatents(self._adapter.add_noise(x0, noise, t), noise, t)
+
+    def sample_timesteps(
+        self,
+        purpose: str,
+        count: int,
+        iteration: int,
+        time: TimeSampling,
+        *roles: str,
+        chunks: Sequence[Chunk] = (),
+    ) -> Tensor:
+        """Draw t of ``count`` samples at which all of ``roles`` can be called, fp32.
+
+        Where a role has several experts, all of them lie in one expert's range of t
+        (``sample_range``); over the iterations they have the distribution of ``time``.
+
+        Returns:
+            [B], or with ``chunks`` an independent t for each of them, [B, T].
+        """
+        time_range = self.sample_range(
+            purpose, iteration, lambda r: probability_within(time, *r), *roles
+        )
+        rows, shape = self.streams.rows(purpose, count), (len(chunks),) if chunks else ()
+        if time_range is None:
+            t = sample_timesteps(time, rows, shape)
+        else:
+            t = sample_timesteps_within(rows.uniform(shape), time, time_range)
+        return repeat_per_frame(t, [chunk.frames for chunk in chunks]) if chunks else t
+
+    def sample_range(
+        self,
+        purpose: str,
+        iteration: int,
+        probability: Callable[[TimeRange], float],
+        *roles: str,
+    ) -> TimeRange | None:
+        """Draw the range of t in which ``iteration`` calls ``roles``; None where any t will do.
+
+        A call has one expert, and a sharded expert is gathered by all ranks at once: if ranks or
+        micro batches chose different experts, the ranks would wait for each other for ever, and
+        an expert would step on a part of the batch. Hence one range an iteration.
+
+        Args:
+            probability: of each range that experts divide t into; they add up to 1.
+        """
+        ranges = expert_ranges_of(self._adapter, *roles)
+        if len(ranges) == 1:
+            return None
+        probabilities = [probability(r) for r in ranges]
+        return ranges[self.sample_index(f"{purpose}.range", iteration, probabilities)]
+
+    def sample_index(self, purpose: str, iteration: int, probabilities: Sequence[float]) -> int:
+        """Draw an index with ``probabilities`` (which add up to 1), the same on all ranks and in
+        all micro batches: a function of (seed, purpose, iteration) alone."""
+        u = float(RowGenerators.seeded(self.streams.seed, purpose, [iteration]).uniform())
+        # The inverse of the distribution function; rounding may leave its last value below u.
+        index = bisect.bisect_right(list(itertools.accumulate(probabilities)), u)
+        return min(index, len(probabilities) - 1)
+
+    def sample_shared_integer(self, purpose: str, high: int) -> int:
+        """Draw a uniform integer in 0 .. high - 1, the same on all ranks: for choices that decide
+        which calls are made, as all ranks must make the same calls of a sharded model."""
+        generator = self.streams.get(purpose, shared=True)
+        return int(torch.randint(high, (), generator=generator))
+
+    def noise_like(self, latents: Tensor, purpose: str) -> Tensor:
+        """Draw standard normal noise, fp32, like ``latents`` [B, C, T, H, W]."""
+        rows = self.streams.rows(purpose, len(latents))
+        return standard_noise(latents.shape[1:], rows, latents.device)

@@ -1,0 +1,1 @@
+"""Frozen teachers, one or several: which there are, and their weighted, guided prediction."""
