@@ -97,8 +97,8 @@ def test_the_exported_student_gives_the_trainers_clip_in_the_stock_pipeline(tiny
     config = tiny(
         "dmd2", training={"max_train_steps": 5}, callbacks={"report": None}, validation=None
     )
+    from distill_runfile.read import read_config
     from distill_train.build import build
-    from distill_train.check import read_config
 
     checked = read_config(config)
     run = build(checked, distribution=alone())

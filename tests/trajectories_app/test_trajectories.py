@@ -19,11 +19,11 @@ import yaml
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
 from distill_conditioning import DataConfig, LatentDataset
 from distill_protocols import ConfigError, RoleSpec, RowGenerators, SamplerSpec
-from distill_train.check import read_config
+from distill_runfile.read import read_config
 from distill_train.cli import EXIT_OK
 from distill_train.cli import main as train
-from distill_trajectories.check import read_request
 from distill_trajectories.cli import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, main
+from distill_trajectories.request import read_request
 from distill_trajectories.run import Teacher
 
 ROOT = Path(__file__).resolve().parents[2]

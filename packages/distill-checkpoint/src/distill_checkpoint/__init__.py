@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distill_checkpoint.foreign.migration import MigrationFacts, migrate
     from distill_checkpoint.manager import CheckpointManager
     from distill_checkpoint.reading import StoredCheckpoint
+    from distill_checkpoint.start_weights import read_start_weights
     from distill_checkpoint.writing import write_weights_checkpoint
 
 _LAZY = {
@@ -31,6 +32,7 @@ _LAZY = {
     "MigrationFacts": "foreign.migration",
     "StoredCheckpoint": "reading",
     "migrate": "foreign.migration",
+    "read_start_weights": "start_weights",
     "write_weights_checkpoint": "writing",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "claim_output_dir",
     "is_checkpoint",
     "migrate",
+    "read_start_weights",
     "write_weights_checkpoint",
 ]
 

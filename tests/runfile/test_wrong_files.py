@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import distill_train.cli
+import distill_runfile.cli
 import pytest
 import yaml
 from distill_protocols import ConfigError
-from distill_train.check import read_config
+from distill_runfile.plan import describe
+from distill_runfile.read import read_config
 from distill_train.cli import main
-from distill_train.plan import describe
 
 Values = dict[str, Any]
 
@@ -180,12 +180,12 @@ SPOILT = {
     "base without lora": (beside("teacher", lora=None), "models.student.base: a role beside another's weights needs lora"),
     "base and a path": (beside("teacher", path="./x"), "models.student.path: with base: teacher it is that role's"),
     "base and a precision": (beside("teacher", precision="bf16"), "models.student.precision: with base: teacher it is that role's"),
-    "base that learns": (beside("critic"), "models.student.base: 'critic' learns, so its weights would move under the adapters"),
+    "base that learns": (beside("critic"), "models.student.base: 'critic' is trained, so its weights would move under the adapters"),
     "base that starts elsewhere": (
         together(beside("teacher"), put("models", "teacher", "init_from", value={"path": "./x"})),
         "models.student.base: 'teacher' starts from",
     ),
-    "offload of a role that learns": (put("models", "student", "offload", value=True), "models.student.offload: true, but 'student' learns"),
+    "offload of a role that learns": (put("models", "student", "offload", value=True), "models.student.offload: true, but 'student' is trained"),
     "offload of shards": (
         together(
             put("models", "teacher", "offload", value=True),
@@ -532,7 +532,7 @@ def test_one_process_a_machine_says_what_is_wrong(values, write):
 
 
 def test_who_alone_finds_something_wrong_says_it_in_the_end(values, write, monkeypatch, capsys):
-    monkeypatch.setattr(distill_train.cli, "_FIRST_SPEAKS_SECONDS", 0.0)
+    monkeypatch.setattr(distill_runfile.cli, "FIRST_RANK_SECONDS", 0.0)
     monkeypatch.setenv("LOCAL_RANK", "1")
     values["training"]["seed"] = -1
     assert main(["--config", str(write(values))]) == 2
