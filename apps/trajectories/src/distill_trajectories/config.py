@@ -27,7 +27,7 @@ def _not_empty(_config: object, _: object, value: str) -> None:
 
 @frozen(kw_only=True)
 class TrajectoriesConfig:
-    """Which clips of the teacher, by which sampler, and which states of their trajectories are kept.
+    """Which clips of the teacher, by which sampler, and which states of them are kept.
 
     Attributes:
         output_dir: folder of the data set; a folder that was begun with the same section goes on.

@@ -58,6 +58,7 @@ def _role_spec(
     model = name if config.base is None else config.base
     if model in configs:
         options |= {option: getattr(configs[model], option) for option in FROM_BASE}
+    options["precision"] = options["precision"] or "fp32"
     # A discriminator has no model, and is built for that of another role.
     owner = model if config.heads is None else _model_of(config.heads.on, configs)
     path = configs[owner].path if owner in configs else None
@@ -71,7 +72,7 @@ def _role_spec(
         name=name,
         path=_resolved(document, path, ("models", owner, "path")),
         trainable=trainable,
-        **(options | {"precision": options["precision"] or "fp32"}),
+        **options,
     )
 
 

@@ -62,7 +62,7 @@ def suggestions(config: RunConfig, planner: Planner) -> list[Suggestion]:
 
 
 def fitting(config: RunConfig, planner: Planner, size: int) -> Fitting | None:
-    """Find the fewest changes under which the peak is at most ``size`` bytes; None: none are enough.
+    """Find the fewest changes under which the peak is at most ``size`` bytes; None: there are none.
 
     Of equally many, the mildest. Beyond ``_COMBINED``, none of them can be left out.
     """
