@@ -271,6 +271,6 @@ def _opening(
     return (
         f"{config.role.spec.name} ({config.role.spec.precision}, {config.role.spec.path}) on "
         f"{device}, {own.sampler.calls_per_clip} calls a clip\n"
-        f"{who}{own_shards - len(missing)} of {own_shards} shard(s) are there, {len(missing)} to make, "
-        f"into {own.output_dir}"
+        f"{who}{own_shards - len(missing)} of {own_shards} shard(s) are there, "
+        f"{len(missing)} to make, into {own.output_dir}"
     )

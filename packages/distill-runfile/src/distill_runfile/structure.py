@@ -1,8 +1,8 @@
 """Plain values into frozen config objects, with every problem of a section at once. No torch.
 
-cattrs structures the leaves, strictly (7 is no string, 2.7 no int, "no" no bool). Classes are
-walked here, field by field, so that one wrong key does not hide the next; then every validator
-of every field runs by itself, which is why config classes keep all their rules in validators.
+Leaves are taken strictly (7 is no string, 2.7 no int, "no" no bool). Classes are walked field by
+field, so that one wrong key does not hide the next; then every validator of every field runs by
+itself, which is why config classes keep all their rules in validators.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import attrs
-import cattrs
 from attrs import frozen
 
 from distill_runfile.problems import KeyPath
@@ -43,31 +42,21 @@ class Structuring:
     complete: Callable[[Any], Any] = lambda value: value
 
 
-def _strict(kind: type, also: tuple[type, ...] = ()) -> Callable[[Any, Any], Any]:
-    def hook(value: Any, _: Any) -> Any:
-        if isinstance(value, bool) and kind is not bool:
-            raise TypeError
-        if isinstance(value, (kind, *also)):
-            return kind(value)
-        raise TypeError
-
-    return hook
-
-
-def _converter() -> cattrs.Converter:
-    converter = cattrs.Converter(forbid_extra_keys=True)
-    for kind in (str, int, bool):
-        converter.register_structure_hook(kind, _strict(kind))
-    converter.register_structure_hook(float, _strict(float, also=(int,)))
-    return converter
-
-
-_CONVERTER = _converter()
+_SCALARS: Mapping[type, tuple[type, ...]] = {
+    str: (str,), int: (int,), float: (float, int), bool: (bool,),
+}  # fmt: skip
+"""By type of a field, the types of values that it takes; a bool is no number."""
 
 
 def to_plain(value: Any) -> Any:
-    """A config object as plain values, for the run's record."""
-    return _CONVERTER.unstructure(value)
+    """Turn a config object into mappings, lists and scalars, for the run's record."""
+    if attrs.has(type(value)):
+        return {f.name: to_plain(getattr(value, f.name)) for f in attrs.fields(type(value))}
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value
 
 
 def structure(
@@ -102,11 +91,12 @@ def _structure(kind: Any, value: Any, path: KeyPath, how: Structuring) -> Any:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         how.report(path, f"{value!r} must be one of {', '.join(map(repr, options))}{hint}")
         return _BROKEN
-    try:
-        return _CONVERTER.structure(value, kind)
-    except Exception:
-        how.report(path, f"{value!r} is {_type_name(value)}, but must be {_kind_name(kind)}")
-        return _BROKEN
+    if kind not in _SCALARS:
+        raise TypeError(f"{'.'.join(path)}: fields of config classes cannot be {kind}")
+    if isinstance(value, _SCALARS[kind]) and (kind is bool or not isinstance(value, bool)):
+        return kind(value)
+    how.report(path, f"{value!r} is {_type_name(value)}, but must be {_kind_name(kind)}")
+    return _BROKEN
 
 
 def _structure_union(kind: Any, value: Any, path: KeyPath, how: Structuring) -> Any:
