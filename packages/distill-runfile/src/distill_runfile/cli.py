@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 
 from distill_protocols import ConfigError, DistillError
@@ -123,6 +122,9 @@ def show_logs(*, every_rank: bool = False) -> None:
 
 def framework_packages() -> set[str]:
     """Find the import names of our own packages and apps, and of all that offer plugins."""
+    # Here, as ``--help`` is answered without them.
+    from importlib.metadata import entry_points
+
     from distill_runtime import GROUPS
 
     ours = {
