@@ -258,7 +258,7 @@ SPOILT = {
     "frozen student": (put("models", "student", "trainable", value=False), "models.student.trainable: student is frozen here, but dmd2 updates it"),
     "optimizer of a frozen role": (put("models", "teacher", "optimizer", value={"lr": 1.0}), "models.teacher.optimizer: role 'teacher' is frozen"),
     "wrong key in a role's optimizer": (put("models", "critic", "optimizer", value={"lrr": 1.0}), "models.critic.optimizer.lrr: unknown key; did you mean 'lr'?"),
-    "unknown family": (put("recipe", "family", value="wann"), "recipe.family: unknown family 'wann'; did you mean 'wan'? (installed: wan)"),
+    "unknown family": (put("recipe", "family", value="wann"), "recipe.family: unknown family 'wann'; did you mean 'wan'? (installed: "),
     "unknown method": (put("recipe", "method", value="dmd3"), "recipe.method: unknown method 'dmd3'; did you mean 'dmd2'? (installed: causvid, "),
     "unknown callback": (put("callbacks", "emma", value={}), "callbacks.emma: unknown callback 'emma'; did you mean 'ema'?"),
     "another family for a role": (put("models", "critic", "family", value="hunyuan"), "models.critic.family: 'hunyuan' differs from recipe.family 'wan'"),
@@ -310,6 +310,14 @@ SPOILT = {
     "changes of an unknown kind": (put("checkpoint", "changes", value={"added": ["discriminator"]}), "checkpoint.changes.added: "),
     "average that nobody keeps": (drop("callbacks", "ema"), "checkpoint.export.0.ema: no average of 'student' is kept"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "word"), [("family", "hunyuan"), ("method", "xyz")])
+def test_what_is_not_installed_comes_with_a_package(values, write, key, word):
+    values["recipe"][key] = word
+    (problem,) = problems(write(values))
+    assert f"recipe.{key}: unknown {key} '{word}' (installed: " in problem
+    assert "pip install 'distill-train[all]'" in problem
 
 
 def test_a_role_needs_a_model(values, write):

@@ -48,10 +48,13 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USAGE
 
     def write() -> int:
+        from distill_runtime import sigterm_as_interrupt
+
         from distill_export.run import export
 
-        # Files are named after the folder, and "." is no name.
-        export(checkpoint, role, args.to.resolve(), request, models=models, verify=args.verify)
+        with sigterm_as_interrupt():
+            # Files are named after the folder, and "." is no name.
+            export(checkpoint, role, args.to.resolve(), request, models=models, verify=args.verify)
         return EXIT_OK
 
     return cli.run_command(

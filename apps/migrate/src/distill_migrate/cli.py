@@ -44,8 +44,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _migrate(args: argparse.Namespace, family: FamilyPlugin[Any]) -> int:
     from distill_checkpoint import migrate
+    from distill_runtime import sigterm_as_interrupt
 
-    facts = migrate(args.source, args.to, names=family.foreign_names(), ema=not args.no_ema)
+    with sigterm_as_interrupt():
+        facts = migrate(args.source, args.to, names=family.foreign_names(), ema=not args.no_ema)
     print(f"{args.source} is {facts.layout}, iteration {facts.iteration:,}")
     for line in facts.taken:
         print(f"  taken  {line}")

@@ -141,8 +141,11 @@ def _negative(config: RunConfig, conditioning: CachedConditioning) -> Condition 
 
 
 def _callbacks(config: RunConfig, parts: RunParts) -> list[Callback]:
-    """Export first: what a run is for is safe before a report may fail. What measures, then
-    validation, last: they look at averages that have moved."""
+    """Build the callbacks in the order in which they are called.
+
+    Export comes first, so that the result of a run is safe before a report may fail. What measures,
+    then validation, come last, as they read averages that have moved.
+    """
     callbacks: list[Callback] = []
     if config.checkpoint.export:
         exports = config.checkpoint.export

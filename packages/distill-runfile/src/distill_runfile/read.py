@@ -1,7 +1,7 @@
 """From a file to a checked config, or to every problem of the file at once. No torch.
 
 A file is read (``source``), its sections become config objects (``structure``, ``draft``), the
-passes of ``checks`` look for problems, and what has none becomes a config (``schema``).
+passes of ``checks`` report problems, and what has none becomes a config (``schema``).
 """
 
 from __future__ import annotations

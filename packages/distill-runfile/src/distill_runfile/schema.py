@@ -1,5 +1,5 @@
 """The sections of a run file, schema v2. Each section's class is beside its owner; here are those
-that belong to the file itself, and the files as a whole once they were found right. No torch."""
+that belong to the file itself, and the configs of whole files that have no problem. No torch."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ class SampledConfig(Generic[SectionT]):
 
 @frozen(kw_only=True)
 class RunConfig(ModelsConfig):
-    """A run file that was read and found right. Nobody edits it.
+    """A run file that was read and has no problem. Nobody edits it.
 
     Attributes:
         callbacks: by name, of the plugin's own ``config_class``.

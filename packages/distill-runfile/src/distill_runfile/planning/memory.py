@@ -201,7 +201,7 @@ class Planner:
     def _unreduced_gradients(
         self, config: RunConfig, policy: FsdpPolicy, totals: TensorTotals
     ) -> int:
-        """Full gradients, which a sharded role holds until the last micro step sums them."""
+        """Bytes of unsharded gradients, which wait until the last micro step sums them."""
         training = config.training
         if training.distributed.sync_every_micro_step:
             return 0
@@ -329,8 +329,12 @@ class TensorTotals:
         )
 
     def gathered(self, policy: FsdpPolicy, *, at_once: int | None = None) -> int:
-        """Bytes of gathered weights: of all modules, or of one what is outside of its blocks and
-        the ``at_once`` largest."""
+        """Count the bytes of gathered weights.
+
+        Args:
+            at_once: of one module, what is outside of its blocks, and so many of the largest
+                blocks; None: everything of all modules.
+        """
         sizes = _as_gathered(self.full, policy)
         if at_once is None:
             return sum(sizes.values())
@@ -339,11 +343,12 @@ class TensorTotals:
         return max(outside, default=0) + sum(sorted(blocks, reverse=True)[:at_once])
 
     def full_gradients(self, policy: FsdpPolicy) -> int:
-        """Unsharded, as they are between micro steps that do not sum them over processes."""
+        """Count the bytes of gradients between micro steps that do not sum them over processes."""
         return sum(n for _, n in self.trained.values()) * DTYPES[policy.reduce_precision].itemsize
 
     def gradients_of_a_block(self, policy: FsdpPolicy) -> int:
-        """Of the largest, as it is differentiated, and as it is sent."""
+        """Count the bytes of the largest block's gradients, as they are computed and as they are
+        sent."""
         wide = _as_gathered(self.trained, policy)
         sent = DTYPES[policy.reduce_precision].itemsize
         return max((wide[b] + n * sent for b, (_, n) in self.trained.items()), default=0)
