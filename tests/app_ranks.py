@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from distill_checkpoint import StoredCheckpoint
 from distill_protocols import Callback, DataError, DistillError, RunState, StepRecord
+from distill_runfile.read import read_config
 from distill_train import build as build_module
 from distill_train import run as app
 from distill_train.build import Run
-from distill_train.check import read_config
 from tiny_file import tiny_values, write_laid_over
 from torch import Tensor, distributed
 

@@ -25,7 +25,7 @@ def planned_and_held(
     file: Path, strategies: tuple[str, ...], rank: int | None = None
 ) -> dict[tuple[str, str], tuple[dict[str, int], dict[str, int]]]:
     """(planned, held) by strategy and role, on this process."""
-    from distill_train.check import read_config
+    from distill_runfile.read import read_config
     from torch import distributed
 
     size = distributed.get_world_size() if rank is None else 1

@@ -17,7 +17,7 @@ from distill_conditioning import DataConfig, LatentDataset, ShardWriter
 from distill_evaluation import ClipJudge, Judge, JudgeConfig
 from distill_evaluation.report import _reference
 from distill_protocols import CheckpointError, Condition, DataError, WeightsError
-from distill_train.source import read_source
+from distill_runfile.source import read_source
 from foreign_files import Evil
 from tiny_run import Shape, new_run
 

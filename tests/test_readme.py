@@ -65,7 +65,7 @@ def test_an_export_is_sampled_as_the_readme_says(tmp_path, monkeypatch):
 
 def test_the_run_file_in_the_readme_holds_only_keys_that_exist(tmp_path):
     from distill_protocols import ConfigError
-    from distill_train.check import read_config
+    from distill_runfile.read import read_config
 
     (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     file = tmp_path / "run.yaml"

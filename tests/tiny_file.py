@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from distill_train.source import read_source  # YAML 1.2 scalars, as the app reads them
+from distill_runfile.source import read_source  # YAML 1.2 scalars, as the app reads them
 
 TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny"
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from distill_train.source import read_source
+from distill_runfile.source import read_source
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "configs" / "tiny"

@@ -8,7 +8,7 @@ import yaml
 from distill_adapters_wan import WanAdapter
 from distill_conditioning import ShardWriter, preprocess
 from distill_protocols import ConfigError, ModelBundle
-from distill_train.check import read_config
+from distill_runfile.read import read_config
 from distill_train.run import run
 from PIL import Image
 from wan_variants import VARIANTS

@@ -14,9 +14,9 @@ import yaml
 from distill_evaluation.plugins import report as plugin
 from distill_evaluation.report import ReportCallback
 from distill_protocols import Callback, ConfigError, RunState
+from distill_runfile.read import read_config
+from distill_runfile.schema import RunConfig
 from distill_train.build import Run, build
-from distill_train.check import read_config
-from distill_train.schema import RunConfig
 from tiny_run import alone
 
 JUDGE = Path(__file__).resolve().parents[2] / "configs" / "tiny" / "judge"

@@ -16,7 +16,8 @@ import torch
 import yaml
 from diffusers import WanPipeline
 from distill_protocols import RowGenerators
-from distill_train.cli import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, EXIT_STOPPED, main
+from distill_runfile.cli import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
+from distill_train.cli import main
 from distill_trajectories.cli import main as make_trajectories
 from PIL import Image
 from safetensors.torch import load_file
@@ -97,8 +98,8 @@ def test_the_exported_student_gives_the_trainers_clip_in_the_stock_pipeline(tiny
     config = tiny(
         "dmd2", training={"max_train_steps": 5}, callbacks={"report": None}, validation=None
     )
+    from distill_runfile.read import read_config
     from distill_train.build import build
-    from distill_train.check import read_config
 
     checked = read_config(config)
     run = build(checked, distribution=alone())
@@ -202,7 +203,7 @@ def test_a_second_run_over_the_first_is_refused_and_the_first_stays(tiny, tmp_pa
 
 def test_an_output_folder_that_is_a_file(tiny, tmp_path, capsys):
     (tmp_path / "out").write_text("in the way")
-    assert main(["--config", str(tiny("finetune"))]) == EXIT_CONFIG
+    assert main(["--config", str(tiny("finetune"))]) == EXIT_USAGE
     assert f"{tmp_path / 'out'} is a file" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "in the way"
 
@@ -225,7 +226,7 @@ def test_a_missing_weight_file_is_named_before_anything_starts(tiny, tmp_path, c
     model = copied_model(tmp_path)
     (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     config = tiny("finetune", models={"student": {"path": str(model)}})
-    assert main(["--config", str(config)]) == EXIT_CONFIG
+    assert main(["--config", str(config)]) == EXIT_USAGE
     assert "diffusion_pytorch_model.safetensors" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -253,7 +254,7 @@ def test_a_corrupted_shard_is_named(tiny, tmp_path, capsys):
     shard = next(data.glob("shard-*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
     config = tiny("finetune", data={"path": str(data)})
-    assert main(["--config", str(config)]) == EXIT_CONFIG
+    assert main(["--config", str(config)]) == EXIT_USAGE
     message = capsys.readouterr().err
     assert shard.name in message
     assert "truncated" in message

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distill_train.cli import EXIT_CONFIG, EXIT_OK, main
+from distill_runfile.cli import EXIT_OK, EXIT_USAGE
+from distill_train.cli import main
 from safetensors.torch import load_file
 
 QUIET = {"trackers": [], "progress": False}
@@ -98,7 +99,7 @@ def test_what_cannot_be_started_from_is_a_fault_of_the_file(first, tiny, tmp_pat
     }
     for start, word in cases.values():
         config = tiny("finetune", training=STEP, models={"student": {"init_from": start}})
-        assert main(["--config", str(config)]) == EXIT_CONFIG
+        assert main(["--config", str(config)]) == EXIT_USAGE
         assert word in capsys.readouterr().err
 
 
@@ -125,7 +126,7 @@ def test_a_start_that_would_be_called_or_merged_wrongly_is_refused(first, tiny, 
         role = {"init_from": {"path": str(start)}, **role}
         config = tiny("finetune", training=STEP, models={"student": role},
                       checkpoint={"export": []})  # fmt: skip
-        assert main(["--config", str(config)]) == EXIT_CONFIG
+        assert main(["--config", str(config)]) == EXIT_USAGE
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
@@ -182,7 +183,7 @@ def test_adapters_start_from_adapters_of_the_same_scale_alone(tiny, tmp_path, ca
     wanted = weights(first, "roles", "student")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     for other in ({"rank": 2, "alpha": 2}, {"rank": 4, "alpha": 8}):
-        assert run("third", other, {"path": str(first)}) == EXIT_CONFIG
+        assert run("third", other, {"path": str(first)}) == EXIT_USAGE
         assert "holds adapters of 'student' alone, of rank 2 and alpha / rank 2" in (
             capsys.readouterr().err
         )

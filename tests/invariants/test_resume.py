@@ -11,8 +11,8 @@ import torch
 import yaml
 from attrs import asdict, frozen
 from distill_conditioning import DataConfig, LatentDataset, ShardRows, TrajectoryFolder
+from distill_runfile.read import read_config
 from distill_train.build import Run, build
-from distill_train.check import read_config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_run import alone

@@ -12,7 +12,7 @@ from distill_adapters_wan import PLUGIN, WanPipelineConfig
 from distill_diffusers.calls import flow
 from distill_methods import FinetuneConfig, FinetuneMethod
 from distill_protocols import Batch, Condition, ConfigError, RandomStreams, RoleSpec, SamplerSpec
-from distill_train.check import read_config
+from distill_runfile.read import read_config
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from distill_migrate.cli import main
-from distill_train.schema import InitFromConfig
+from distill_runfile.schema import InitFromConfig
 from safetensors.torch import load_file
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"

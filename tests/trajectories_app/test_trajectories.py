@@ -19,11 +19,11 @@ import yaml
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
 from distill_conditioning import DataConfig, LatentDataset
 from distill_protocols import ConfigError, RoleSpec, RowGenerators, SamplerSpec
-from distill_train.check import read_config
-from distill_train.cli import EXIT_OK
+from distill_runfile.cli import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
+from distill_runfile.read import read_config
 from distill_train.cli import main as train
-from distill_trajectories.check import read_request
-from distill_trajectories.cli import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, main
+from distill_trajectories.cli import main
+from distill_trajectories.request import read_request
 from distill_trajectories.run import Teacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,7 +189,7 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 own = lambda key, value: put("trajectories", key, value=value)  # noqa: E731
-FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+SPOILT: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a method": (put("recipe", "method", value="kd"), "recipe.method: unknown key"),
     "a section of training": (put("training", value={}), "training: unknown key"),
     "no data": (lambda v: v.pop("data"), "data: missing section"),
@@ -227,9 +227,9 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", SPOILT)
 def test_a_wrong_file_says_what_and_where(name, tmp_path):
-    spoil, expected = FAULTS[name]
+    spoil, expected = SPOILT[name]
     values = copy.deepcopy(request(tmp_path / "data"))
     spoil(values)
     with pytest.raises(ConfigError) as caught:
@@ -241,7 +241,7 @@ def test_a_wrong_file_says_what_and_where(name, tmp_path):
 def test_a_wrong_file_ends_with_its_status_and_makes_nothing(tmp_path, capsys):
     values = request(tmp_path / "data")
     values["trajectories"] |= {"limit": 0, "sede": 1}
-    assert main(["--config", str(written(tmp_path, values))]) == EXIT_CONFIG
+    assert main(["--config", str(written(tmp_path, values))]) == EXIT_USAGE
     error = capsys.readouterr().err
     assert "did you mean 'seed'" in error
     assert "2 problems; nothing was made" in error

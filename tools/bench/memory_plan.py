@@ -24,9 +24,9 @@ import torch
 import torch.multiprocessing as multiprocessing
 import yaml
 from attrs import asdict, evolve
-from distill_train.check import read_config
-from distill_train.memory import Planner, averaged_roles
-from distill_train.schema import RunConfig
+from distill_runfile.planning.memory import Planner, averaged_roles
+from distill_runfile.read import read_config
+from distill_runfile.schema import RunConfig
 from distill_trainer import build_optimizers
 from distill_trainer.ema import ExponentialMovingAverage
 from torch import Tensor, distributed, nn

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import sys
 from pathlib import Path
 
 from distill_checkpoint import checkpoints, is_checkpoint, newest_checkpoint, role_problems
 from distill_protocols import CheckpointError, ConfigError, DistillError, ExportRequest, RoleSpec
-from distill_train.check import read_models
-from distill_train.schema import ModelsConfig
-
-EXIT_OK = 0
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
+from distill_runfile import ModelsConfig, cli, read_models
+from distill_runfile.cli import EXIT_OK, EXIT_USAGE
 
 _EPILOG = """\
 formats:
@@ -33,8 +27,7 @@ exit status: 0 written (and verified, if asked), 1 failed, 2 the request is wron
 def main(argv: list[str] | None = None) -> int:
     """Run the app; returns the exit status."""
     args = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("distill_checkpoint").setLevel(logging.INFO)
+    cli.show_logs()
     try:
         checkpoint = _checkpoint(args.checkpoint)
         models = read_models(args.config or checkpoint / "config.json", args.role)
@@ -51,30 +44,29 @@ def main(argv: list[str] | None = None) -> int:
     except DistillError as error:
         print(error, file=sys.stderr)
         return EXIT_USAGE
-    try:
+
+    def write() -> int:
+        from distill_runtime import sigterm_as_interrupt
+
         from distill_export.run import export
 
-        # Files are named after the folder, and "." is no name.
-        export(checkpoint, role, args.to.resolve(), request, models=models, verify=args.verify)
-    except DistillError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        print(
+        with sigterm_as_interrupt():
+            # Files are named after the folder, and "." is no name.
+            export(checkpoint, role, args.to.resolve(), request, models=models, verify=args.verify)
+        return EXIT_OK
+
+    return cli.run_command(
+        write,
+        interrupted=lambda: (
             f"interrupted: {args.to} is as it was, or, if its size was told already, written "
-            "whole but not verified",
-            file=sys.stderr,
-        )
-        return EXIT_INTERRUPTED
-    return EXIT_OK
+            "whole but not verified"
+        ),
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="apps/export",
-        description="Write one role of a checkpoint where other tools can read it.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = cli.new_parser(
+        "export", "Write one role of a checkpoint where other tools can read it.", _EPILOG
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="FOLDER",
@@ -82,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--role", required=True, help="which role, such as student")
     add("--to", type=Path, required=True, metavar="FOLDER", help="folder to write, whole or not")
     add("--ema", action="store_true", help="its averaged weights instead of the live ones")
-    add("--format", choices=("diffusers", "comfyui", "lora"), default="diffusers")
+    add("--format", default="diffusers", help="see below; a family may have others of its own")
     add("--precision", choices=("fp32", "bf16", "fp16"),
         help="of the written weights; default: as they are stored")  # fmt: skip
     add("--lora-rank", type=_rank, metavar="N", help="extract adapters of this rank")

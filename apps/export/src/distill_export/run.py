@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distill_checkpoint import StoredCheckpoint
 from distill_protocols import ExportRequest, RoleSpec
-from distill_train.schema import ModelsConfig
+from distill_runfile import ModelsConfig
 
 
 def export(
@@ -29,13 +29,13 @@ def export(
     weights = stored.weights(role.name, ema=request.weights == "ema")
     exporter = models.family_plugin.exporter(models.pipeline, source=models.source)
     began = time.perf_counter()  # importing the family's libraries took its time before
-    facts = exporter.export(role, weights, folder, request)
+    record = exporter.export(role, weights, folder, request)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(
         f"{role.name} ({request.weights} weights, iteration {stored.iteration:,}) as "
         f"{request.format}: {folder}, {size / 1e6:,.1f} MB in {time.perf_counter() - began:.1f} s"
     )
-    for note in facts["notes"]:
+    for note in record["notes"]:
         print(f"  note: {note}")
     if verify:
         for note in exporter.verify(role, weights, folder, request)["notes"]:

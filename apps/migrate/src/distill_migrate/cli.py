@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-from distill_protocols import DistillError, FamilyPlugin, PluginError
+from distill_protocols import FamilyPlugin, PluginError
+from distill_runfile import cli
+from distill_runfile.cli import EXIT_OK, EXIT_USAGE
 from distill_runtime import load_plugin
-
-EXIT_OK = 0
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 
 _EPILOG = """\
 what is read:
@@ -32,23 +30,24 @@ def main(argv: list[str] | None = None) -> int:
     """Run the app; returns the exit status."""
     args = _parser().parse_args(argv)
     try:
-        family: FamilyPlugin = load_plugin("distill.families", args.family)
+        family: FamilyPlugin[Any] = load_plugin("distill.families", args.family)
     except PluginError as error:
         print(f"--family: {error}", file=sys.stderr)
         return EXIT_USAGE
     if not args.source.exists():
         print(f"--from: there is nothing at {args.source}", file=sys.stderr)
         return EXIT_USAGE
-    try:
-        from distill_checkpoint import migrate
+    return cli.run_command(
+        lambda: _migrate(args, family), interrupted=lambda: "interrupted: nothing was written"
+    )
 
+
+def _migrate(args: argparse.Namespace, family: FamilyPlugin[Any]) -> int:
+    from distill_checkpoint import migrate
+    from distill_runtime import sigterm_as_interrupt
+
+    with sigterm_as_interrupt():
         facts = migrate(args.source, args.to, names=family.foreign_names(), ema=not args.no_ema)
-    except DistillError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return EXIT_INTERRUPTED
     print(f"{args.source} is {facts.layout}, iteration {facts.iteration:,}")
     for line in facts.taken:
         print(f"  taken  {line}")
@@ -61,11 +60,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="apps/migrate",
-        description="Turn a checkpoint of FastVideo or Self-Forcing into one of this framework.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = cli.new_parser(
+        "migrate",
+        "Turn a checkpoint of FastVideo or Self-Forcing into one of this framework.",
+        _EPILOG,
     )
     add = parser.add_argument
     add("--from", dest="source", type=Path, required=True, metavar="PATH",

@@ -10,21 +10,20 @@ from attrs import frozen
 from distill_checkpoint import (
     CheckpointManager,
     ExportCallback,
-    StoredCheckpoint,
-    is_checkpoint,
+    read_start_weights,
 )
 from distill_conditioning import CachedConditioning, LatentDataset, LatentLoader
 from distill_protocols import (
     Callback,
     Condition,
     DistillAdapter,
-    FamilyPlugin,
     ModelBundle,
     RandomStreams,
     RunParts,
     TrainableMethod,
     WeightSource,
 )
+from distill_runfile import RunConfig, horizon, horizons
 from distill_trainer import (
     DistillTrainer,
     Distribution,
@@ -32,9 +31,6 @@ from distill_trainer import (
     build_optimizers,
     build_trackers,
 )
-
-from distill_train.plan import horizon, horizons
-from distill_train.schema import InitFromConfig, RunConfig, is_local
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +59,7 @@ def build(config: RunConfig, *, distribution: Distribution) -> Run:
         config.pipeline,
         device=device,
         seed=config.training.seed,
-        weights=ranks.run_each(lambda: _warm_starts(config, output_dir)),
+        weights=ranks.run_each(lambda: _start_weights(config, output_dir)),
         shard=distribution.shard,
     )
     _attach_optimizers(config, bundle)
@@ -118,31 +114,18 @@ def build(config: RunConfig, *, distribution: Distribution) -> Run:
     return Run(trainer=trainer, method=method, loader=loader, bundle=bundle, adapter=adapter)
 
 
-def _warm_starts(config: RunConfig, output_dir: Path) -> dict[str, Mapping[str, WeightSource]]:
-    """By role, the weights that it starts with instead of those of its path."""
+def _start_weights(config: RunConfig, output_dir: Path) -> dict[str, Mapping[str, WeightSource]]:
+    """Open, by role, the weights that it starts with instead of those of its path."""
     sources: dict[str, Mapping[str, WeightSource]] = {}
     for name, role in config.roles.items():
         start = role.init_from
         if start is None or role.comes_from_checkpoint(config.checkpoint, output_dir):
             continue
-        sources[name] = warm_start(name, start, config.family_plugin)
+        _log.info("%s starts from %s%s", name, start.path, " (EMA)" if start.ema else "")
+        sources[name] = read_start_weights(
+            start.path, start.role or name, ema=start.ema, family=config.family_plugin
+        )
     return sources
-
-
-def warm_start(
-    name: str, start: InitFromConfig, family: FamilyPlugin
-) -> Mapping[str, WeightSource]:
-    """By module, the weights that role ``name`` starts with instead of those of its path.
-
-    Raises:
-        DistillError: there are none, or they are damaged.
-    """
-    kind = " (EMA)" if start.ema else ""
-    _log.info("%s starts from %s%s", name, start.path, kind)
-    if is_local(start.path) and is_checkpoint(Path(start.path)):
-        stored = StoredCheckpoint.open(Path(start.path))
-        return stored.weights(start.role or name, ema=start.ema)
-    return family.weights(start.path)
 
 
 def _attach_optimizers(config: RunConfig, bundle: ModelBundle) -> None:
@@ -158,8 +141,11 @@ def _negative(config: RunConfig, conditioning: CachedConditioning) -> Condition 
 
 
 def _callbacks(config: RunConfig, parts: RunParts) -> list[Callback]:
-    """Export first: what a run is for is safe before a report may fail. What measures, then
-    validation, last: they look at averages that have moved."""
+    """Build the callbacks in the order in which they are called.
+
+    Export comes first, so that the result of a run is safe before a report may fail. What measures,
+    then validation, come last, as they read averages that have moved.
+    """
     callbacks: list[Callback] = []
     if config.checkpoint.export:
         exports = config.checkpoint.export

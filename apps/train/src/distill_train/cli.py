@@ -8,26 +8,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import logging
 import os
 import re
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from distill_protocols import ConfigError, DistillError
+from distill_protocols import ConfigError
+from distill_runfile import cli
+from distill_runfile.cli import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED
 
-from distill_train.process_rules import world_size_of
-
-EXIT_OK = 0
-EXIT_FAILED = 1
-EXIT_CONFIG = 2
-EXIT_INTERRUPTED = 130
-EXIT_STOPPED = 75
-"""Stopped on request (SIGTERM, Ctrl-C) with everything saved: launch again to go on."""
-
-_FIRST_SPEAKS_SECONDS = 20.0
+if TYPE_CHECKING:
+    from distill_runfile import RunConfig
 
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?(e\d+)?)\s*(?P<unit>[kmgt]i?b|b)?", flags=re.IGNORECASE)
 _UNITS = {
@@ -51,49 +44,52 @@ def main(argv: list[str] | None = None) -> int:
     """Run the app; returns the exit status."""
     args = _parser().parse_args(argv)
     if args.plugins:
-        return _list_plugins()
+        return cli.list_plugins()
     if args.config is None:
         _parser().error("--config RUN.yaml is needed (see configs/ for examples)")
     if not args.dry_run and (args.world_size or args.device_memory):
         _parser().error("--world-size and --device-memory go with --dry-run: they are of a plan")
-    world_size = args.world_size or world_size_of(os.environ)
     try:
-        from distill_train.check import read_config
+        from distill_runfile.read import read_config
 
         config = read_config(
-            args.config, args.models_json, planning=args.dry_run, world_size=world_size
+            args.config, args.models_json, planning=args.dry_run, world_size=args.world_size
         )
     except ConfigError as error:
-        _let_the_first_speak()
-        count = len(error.problems)
-        print(error, file=sys.stderr)
-        print(f"{count} problem{'s' if count > 1 else ''}; nothing was started.", file=sys.stderr)
-        return EXIT_CONFIG
+        return cli.print_problems(error, "nothing was started")
     except KeyboardInterrupt:
         print("interrupted: nothing was started", file=sys.stderr)
         return EXIT_INTERRUPTED
-    try:
-        if args.dry_run:
-            with _collector_off():
-                from distill_train.plan import describe
+    return cli.run_command(
+        lambda: _plan(config, args) if args.dry_run else _train(config),
+        interrupted=lambda: "interrupted: nothing was saved since the last checkpoint",
+    )
 
-                print(describe(config, world_size=world_size, device_memory=args.device_memory))
-            return EXIT_OK
-        _show_logs()
-        from distill_train.run import run
 
-        return EXIT_OK if run(config).stop_reason is None else _stopped()
-    except DistillError as error:
-        print(f"{_rank_prefix()}{type(error).__name__}: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        print("interrupted: nothing was saved since the last checkpoint", file=sys.stderr)
-        return EXIT_INTERRUPTED
+def _plan(config: RunConfig, args: argparse.Namespace) -> int:
+    with _collector_off():
+        from distill_runfile import describe, world_size_of
+
+        world_size = args.world_size or world_size_of(os.environ)
+        print(describe(config, world_size=world_size, device_memory=args.device_memory))
+    return EXIT_OK
+
+
+def _train(config: RunConfig) -> int:
+    cli.show_logs()
+    from distill_train.run import run
+
+    if run(config).stop_reason is None:
+        return EXIT_OK
+    # torchrun starts processes again that end with any status but 0, as often as its
+    # --max-restarts allows; a run that was asked to stop shall stay stopped.
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return EXIT_OK if restarts > 0 else EXIT_STOPPED
 
 
 @contextlib.contextmanager
 def _collector_off() -> Iterator[None]:
-    """Within: no garbage collection, which takes a tenth of the time of the heavy imports."""
+    """Do without garbage collection, which takes a tenth of the time of the heavy imports."""
     gc.disable()
     try:
         yield
@@ -102,11 +98,8 @@ def _collector_off() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="apps/train",
-        description="Distil or finetune a video diffusion model, as one YAML file says.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = cli.new_parser(
+        "train", "Distil or finetune a video diffusion model, as one YAML file says.", _EPILOG
     )
     parser.add_argument("--config", type=Path, metavar="RUN.yaml", help="the run file")
     parser.add_argument(
@@ -116,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--world-size",
-        type=_count,
+        type=cli.positive_integer("processes"),
         metavar="N",
         help="with --dry-run: plan for so many processes (left out: those that torchrun started)",
     )
@@ -133,70 +126,18 @@ def _parser() -> argparse.ArgumentParser:
         help="role -> keys, laid over the file's models: section (for generated runs)",
     )
     parser.add_argument(
-        "--plugins", action="store_true", help="list the installed families, methods, callbacks"
+        "--plugins",
+        action="store_true",
+        help="list the installed families, methods, callbacks and trackers",
     )
     return parser
 
 
-def _rank() -> int:
-    """Of this process, as torchrun numbers them."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def _let_the_first_speak() -> None:
-    """One process a machine says what is wrong with the file (on another machine it may be another
-    file), and by its end all others end: torchrun sees to that. They must not end before it, or
-    they would take it along, unheard; one whose first process finds nothing speaks in the end."""
-    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-        time.sleep(_FIRST_SPEAKS_SECONDS)
-
-
-def _rank_prefix() -> str:
-    return f"rank {_rank()}: " if world_size_of(os.environ) > 1 else ""
-
-
-def _stopped() -> int:
-    """The status of a run that was asked to stop: torchrun starts processes again that end with
-    any but 0, as often as its --max-restarts allows."""
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    return EXIT_OK if restarts > 0 else EXIT_STOPPED
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of processes, from 1")
-    return int(text)
-
-
 def _bytes(text: str) -> int:
-    found = _SIZE.fullmatch(text.strip())
-    size = float(found["number"]) * _UNITS[(found["unit"] or "").lower()] if found else 0
+    match = _SIZE.fullmatch(text.strip())
+    size = float(match["number"]) * _UNITS[(match["unit"] or "").lower()] if match else 0
     if size < 1:
         raise argparse.ArgumentTypeError(
             f"{text!r} must be a size in bytes, such as 80GB (10^9), 24GiB (2^30) or 40e9"
         )
     return int(size)
-
-
-def _show_logs() -> None:
-    """What our own packages have to say goes to the terminal, of ranks but the first only if it
-    warns; other libraries' only if grave. Before torch is imported."""
-    # Its C++ side warns past Python, once a process: of DDP that looks for weights which a step
-    # leaves out, though none was; of a store that is gone with its process, with C++ frames.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    prefix = _rank_prefix() if _rank() else ""
-    logging.basicConfig(level=logging.WARNING, format=f"{prefix}%(message)s", stream=sys.stdout)
-    if _rank():
-        return
-    for name in ("checkpoint", "conditioning", "evaluation", "methods", "train", "trainer"):
-        logging.getLogger(f"distill_{name}").setLevel(logging.INFO)
-
-
-def _list_plugins() -> int:
-    from distill_runtime import load_plugin, plugin_names
-
-    for group in ("distill.families", "distill.methods", "distill.callbacks"):
-        print(group)
-        for name in plugin_names(group):
-            print(f"  {name:<14} {load_plugin(group, name).help}")
-    return EXIT_OK

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from distill_checkpoint import claim_output_dir
+from distill_runfile import RunConfig
+from distill_runtime import device_type, sigterm_as_interrupt
 from distill_trainer import Distribution, TrainResult, check_same_run
 
 from distill_train.build import Run, build
-from distill_train.schema import RunConfig
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +29,8 @@ def run(config: RunConfig) -> TrainResult:
     output_dir = Path(config.training.output_dir)
     resume = config.checkpoint.resume != "none"
     with (
-        _sigterm_interrupts(),
+        # While weights are read; the trainer then finishes its iteration and saves.
+        sigterm_as_interrupt(),
         Distribution.started(config.training.distributed, device_type()) as distribution,
     ):
         # Before the folder is claimed, which may be another one on each rank.
@@ -52,26 +51,6 @@ def run(config: RunConfig) -> TrainResult:
                     claim.release()
     _log.info("%s", _closing(result, output_dir, time.perf_counter() - started))
     return result
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """While weights are read, SIGTERM unwinds like Ctrl-C; the trainer then has its own way."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    former = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
-
-
-def device_type() -> str:
-    """The accelerator that is there, or the CPU."""
-    # Not `current_accelerator`: that takes a laptop's mps, on which float64 does not exist.
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _opening(config: RunConfig, parts: Run, distribution: Distribution) -> str:

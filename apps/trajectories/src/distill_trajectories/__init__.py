@@ -1,1 +1,1 @@
-"""Samples a teacher and stores what its clips were on the way, for KD and ODE regression."""
+"""Samples a teacher and stores trajectories from noise to clip, for KD and ODE regression."""

@@ -15,7 +15,7 @@ from distill_protocols.validators import at_least
 def _of_the_ode(_config: object, _: object, value: SamplerSpec) -> None:
     if value.stochastic:
         raise ValueError(
-            "stochastic: true draws fresh noise at each step, so no state on the way would "
+            "stochastic: true draws fresh noise at each step, so no state of a trajectory would "
             "determine the clip that a student is to predict from it. Leave it out"
         )
 
@@ -27,11 +27,11 @@ def _not_empty(_config: object, _: object, value: str) -> None:
 
 @frozen(kw_only=True)
 class TrajectoriesConfig:
-    """Which clips of the teacher, by which sampler, and what of their way is kept.
+    """Which clips of the teacher, by which sampler, and which states of them are kept.
 
     Attributes:
         output_dir: folder of the data set; a folder that was begun with the same section goes on.
-        sampler: how the teacher walks from noise to a clip, guidance included.
+        sampler: how the teacher samples, guidance included.
         keep_times: levels t to keep: those that the student will be sampled at. Each must be one
             of the sampler's.
         keep_steps: instead of them, numbers of the sampler's steps, from 0; x_t before each.
@@ -97,12 +97,12 @@ class TrajectoriesConfig:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Of the sampler, whose x_t is kept."""
+        """Numbers of the sampler's steps whose x_t is kept."""
         levels = [1000 * sigma for sigma in self.sampler.sigmas()]
-        found = (
+        nearest = (
             min(range(len(levels)), key=lambda i: abs(levels[i] - time)) for time in self.keep_times
         )
-        return self.keep_steps or tuple(found)
+        return self.keep_steps or tuple(nearest)
 
     @property
     def times(self) -> tuple[float, ...]:

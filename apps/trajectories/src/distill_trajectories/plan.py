@@ -6,16 +6,16 @@ from math import prod
 from pathlib import Path
 
 from distill_conditioning import dataset_info
-from distill_train.schema import SampledConfig
+from distill_runfile import SampledConfig
 
 from distill_trajectories.config import TrajectoriesConfig
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
-def describe(config: SampledConfig) -> str:
-    """The request as text."""
-    own: TrajectoriesConfig = config.section
+def describe(config: SampledConfig[TrajectoriesConfig]) -> str:
+    """Describe the request as text."""
+    own = config.section
     spec = config.role.spec
     lines = [
         f"trajectories of {spec.name} on {config.recipe.family}: {spec.path}, {spec.precision}",
@@ -28,7 +28,7 @@ def describe(config: SampledConfig) -> str:
     return "\n".join(lines)
 
 
-def _size(config: SampledConfig, own: TrajectoriesConfig) -> list[str]:
+def _size(config: SampledConfig[TrajectoriesConfig], own: TrajectoriesConfig) -> list[str]:
     shape = config.family_plugin.latent_shape(config.pipeline, source=config.source)
     size = 0
     if shape is not None:

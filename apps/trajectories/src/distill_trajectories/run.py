@@ -1,18 +1,17 @@
-"""The clips themselves: from a checked request to a data set."""
+"""From a checked request to a data set: the clips and their trajectories."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from attrs import define, frozen
+from distill_checkpoint import read_start_weights
 from distill_conditioning import (
     CachedConditioning,
     LatentDataset,
@@ -20,10 +19,8 @@ from distill_conditioning import (
     TrajectoryFolder,
 )
 from distill_protocols import Condition, DistillAdapter, RowGenerators
-from distill_train.build import warm_start
-from distill_train.run import device_type
-from distill_train.schema import SampledConfig
-from distill_train.structure import to_plain
+from distill_runfile import SampledConfig, to_plain
+from distill_runtime import device_type, sigterm_as_interrupt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,8 +32,8 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 @frozen
-class Share:
-    """This process among those that make the same data set: every ``size``-th shard is its own.
+class Worker:
+    """One of the processes that make the same data set: every ``size``-th shard is its own.
 
     They do not talk: a shard is a file, and whoever finds all of them there writes the index.
     """
@@ -46,42 +43,47 @@ class Share:
     local_rank: int = 0
 
     @classmethod
-    def of_this_process(cls) -> Share:
-        """As torchrun numbers it; one alone without it."""
+    def of_this_process(cls) -> Worker:
+        """Read its number from torchrun; one alone without it."""
         rank, size = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
         return cls(rank, size, int(os.environ.get("LOCAL_RANK", "0")))
 
     def device(self) -> torch.device:
-        """Its own accelerator, or the CPU."""
+        """Choose its accelerator, or the CPU."""
         kind = device_type()
         return torch.device(kind, self.local_rank) if kind == "cuda" else torch.device(kind)
 
 
-def run(config: SampledConfig) -> bool:
-    """Make what is missing of the data set; whether it is whole now.
+def run(config: SampledConfig[TrajectoriesConfig]) -> bool:
+    """Make what is missing of the data set; returns whether it is complete now.
 
     Raises:
         DistillError: whatever is wrong with weights, data or folder.
     """
-    own: TrajectoriesConfig = config.section
+    own = config.section
     if own.cpu_threads is not None:
         torch.set_num_threads(own.cpu_threads)
-    with _sigterm_interrupts():
-        return _run(config, own, Share.of_this_process())
+    with sigterm_as_interrupt():  # complete shards stay: the next start goes on with them
+        return _run(config, own, Worker.of_this_process())
 
 
-def _run(config: SampledConfig, own: TrajectoriesConfig, share: Share) -> bool:
+def _run(
+    config: SampledConfig[TrajectoriesConfig], own: TrajectoriesConfig, worker: Worker
+) -> bool:
     source = LatentDataset(config.data)
     folder = _folder(config, own, source)
     if folder.complete():
         _log.info("nothing to do: %s is whole", own.output_dir)
         return True
-    device = share.device()
+    device = worker.device()
     spec = config.role.spec
     start = config.role.init_from
     weights = {}
     if start is not None:
-        weights[spec.name] = warm_start(spec.name, start, config.family_plugin)
+        _log.info("%s starts from %s%s", spec.name, start.path, " (EMA)" if start.ema else "")
+        weights[spec.name] = read_start_weights(
+            start.path, start.role or spec.name, ema=start.ema, family=config.family_plugin
+        )
     bundle = config.family_plugin.load([spec], config.pipeline, device=device, weights=weights)
     adapter = config.family_plugin.adapter(bundle, config.pipeline, source=config.source)
     conditioning = CachedConditioning(
@@ -100,8 +102,8 @@ def _run(config: SampledConfig, own: TrajectoriesConfig, share: Share) -> bool:
         negative=negative[1].to(device) if negative else None,
         device=device,
     )
-    missing = folder.missing(share.rank, share.size)
-    _log.info("%s", _opening(config, own, folder, share, missing, device))
+    missing = folder.missing(worker.rank, worker.size)
+    _log.info("%s", _opening(config, own, folder, worker, missing, device))
     progress = Progress(total=sum(len(folder.span(shard)) for shard in missing))
     for shard in missing:
         rows = ShardRows()
@@ -109,7 +111,7 @@ def _run(config: SampledConfig, own: TrajectoriesConfig, share: Share) -> bool:
         for first in range(0, len(span), own.batch_size):
             numbers = span[first : first + own.batch_size]
             teacher.add(folder, rows, numbers)
-            progress.made(len(numbers))
+            progress.advance(len(numbers))
         folder.write(shard, rows)
     index = folder.finish(negative=negative, encoder=source.index.encoder)
     if index is None:
@@ -130,7 +132,7 @@ def _run(config: SampledConfig, own: TrajectoriesConfig, share: Share) -> bool:
 
 @define(eq=False, kw_only=True)
 class Teacher:
-    """Samples clips by number, and keeps what they were on the way."""
+    """Samples clips by number, and keeps states of their trajectories."""
 
     adapter: DistillAdapter
     role: str
@@ -140,19 +142,19 @@ class Teacher:
     device: torch.device
 
     def add(self, folder: TrajectoryFolder, rows: ShardRows, numbers: Sequence[int]) -> None:
-        """Clips ``numbers`` into ``rows``."""
+        """Sample clips ``numbers`` and add them to ``rows``."""
         places = [number % len(self.source) for number in numbers]
         batch = self.source.read(torch.tensor(places))
         captions = [self.source.caption(place) for place in places]
-        latents, states = self.walk(numbers, batch.cond)
+        latents, states = self.sample(numbers, batch.cond)
         folder.add(rows, numbers, captions, batch.cond, latents, states)
 
-    def walk(self, numbers: Sequence[int], cond: Condition) -> tuple[Tensor, Tensor]:
-        """Raw latents [B, C, T, H, W] of the clips and their states [B, K, C, T, H, W] at the kept
+    def sample(self, numbers: Sequence[int], cond: Condition) -> tuple[Tensor, Tensor]:
+        """Sample clips: raw latents [B, C, T, H, W], and states [B, K, C, T, H, W] at the kept
         levels, on the CPU."""
         states: dict[int, Tensor] = {}
 
-        def seen(step: int, x_t: Tensor) -> None:
+        def keep(step: int, x_t: Tensor) -> None:
             if step in self.config.steps:
                 states[step] = x_t.cpu()
 
@@ -163,7 +165,7 @@ class Teacher:
             noise.normal(self.adapter.latent_shape).to(self.device),
             cond.to(self.device),
             neg_cond=self.negative,
-            on_step=seen,
+            on_step=keep,
         )
         kept = torch.stack([states[step] for step in self.config.steps], dim=1)
         return self.adapter.denormalize_latents(clean).cpu(), kept
@@ -176,26 +178,26 @@ class Progress:
     total: int
     done: int = 0
     began: float = 0.0
-    said: float = 0.0
+    last_line: float = 0.0
 
     def __attrs_post_init__(self) -> None:
-        self.began = self.said = time.monotonic()
+        self.began = self.last_line = time.monotonic()
 
-    def made(self, count: int) -> None:
-        """``count`` clips more."""
+    def advance(self, count: int) -> None:
+        """Count clips that were made, and say so from time to time."""
         self.done += count
         now = time.monotonic()
-        if now - self.said < SECONDS_BETWEEN_LINES and self.done < self.total:
+        if now - self.last_line < SECONDS_BETWEEN_LINES and self.done < self.total:
             return
-        self.said = now
+        self.last_line = now
         each = (now - self.began) / self.done
         left = tqdm.format_interval(each * (self.total - self.done))
         _log.info("%d/%d clips, %.3g s each, %s left", self.done, self.total, each, left)
 
 
-def settings(config: SampledConfig, source: LatentDataset) -> dict[str, Any]:
-    """All that decides a sample: what a folder must have been begun with to go on."""
-    own: TrajectoriesConfig = config.section
+def settings(config: SampledConfig[TrajectoriesConfig], source: LatentDataset) -> dict[str, Any]:
+    """Collect all that decides a sample: what a folder must have been begun with to go on."""
+    own = config.section
     spec = config.role.spec
     start = config.role.init_from
     return {
@@ -220,7 +222,7 @@ def settings(config: SampledConfig, source: LatentDataset) -> dict[str, Any]:
 
 
 def _folder(
-    config: SampledConfig, own: TrajectoriesConfig, source: LatentDataset
+    config: SampledConfig[TrajectoriesConfig], own: TrajectoriesConfig, source: LatentDataset
 ) -> TrajectoryFolder:
     return TrajectoryFolder(
         own.output_dir,
@@ -242,7 +244,9 @@ def _ids(source: LatentDataset) -> Callable[[int], str]:
 
 
 def _negative(
-    config: SampledConfig, source: LatentDataset, conditioning: CachedConditioning
+    config: SampledConfig[TrajectoriesConfig],
+    source: LatentDataset,
+    conditioning: CachedConditioning,
 ) -> tuple[str, Condition] | None:
     """Prompt and condition, to guide with and to store beside the clips; None: there is none."""
     stored = source.negative()
@@ -255,32 +259,18 @@ def _negative(
 
 
 def _opening(
-    config: SampledConfig,
+    config: SampledConfig[TrajectoriesConfig],
     own: TrajectoriesConfig,
     folder: TrajectoryFolder,
-    share: Share,
+    worker: Worker,
     missing: list[int],
     device: torch.device,
 ) -> str:
-    mine = len(range(share.rank, folder.shards, share.size))
-    who = f"process {share.rank} of {share.size}: " if share.size > 1 else ""
+    own_shards = len(range(worker.rank, folder.shards, worker.size))
+    who = f"process {worker.rank} of {worker.size}: " if worker.size > 1 else ""
     return (
         f"{config.role.spec.name} ({config.role.spec.precision}, {config.role.spec.path}) on "
         f"{device}, {own.sampler.calls_per_clip} calls a clip\n"
-        f"{who}{mine - len(missing)} of {mine} shard(s) are there, {len(missing)} to make, into "
-        f"{own.output_dir}"
+        f"{who}{own_shards - len(missing)} of {own_shards} shard(s) are there, "
+        f"{len(missing)} to make, into {own.output_dir}"
     )
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C: whole shards stay, and the next start goes on with them."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    former = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distill_checkpoint.export import ExportCallback, gather_on_rank0
     from distill_checkpoint.foreign.migration import MigrationReport, migrate
     from distill_checkpoint.manager import CheckpointManager
+    from distill_checkpoint.start_weights import read_start_weights
     from distill_checkpoint.tensors import ranks_that_save
     from distill_checkpoint.weights import StoredCheckpoint, write_weights_checkpoint
 
@@ -34,6 +35,7 @@ _LAZY = {
     "gather_on_rank0": "export",
     "migrate": "foreign.migration",
     "ranks_that_save": "tensors",
+    "read_start_weights": "start_weights",
     "write_weights_checkpoint": "weights",
 }
 
@@ -54,6 +56,7 @@ __all__ = [
     "migrate",
     "newest_checkpoint",
     "ranks_that_save",
+    "read_start_weights",
     "role_problems",
     "write_weights_checkpoint",
 ]

@@ -1,4 +1,4 @@
-"""Rules of the house that a review would check by eye: who imports whom, what each declares."""
+"""Rules that a review would check by eye: who imports whom, and what each package declares."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ LIGHT = (
     "distill_methods.plugins",
     "distill_adapters_wan.plugin",
     "distill_evaluation.plugins",
-    "distill_train.check",
+    "distill_runfile.cli",
+    "distill_runfile.read",
+    "distill_train.cli",
     "distill_export.cli",
     "distill_migrate.cli",
     "distill_trajectories.cli",

@@ -1,43 +1,37 @@
-"""Whether a run fits the number of its processes. No torch."""
+"""Whether a run fits the number of its processes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from typing import Literal
+from collections.abc import Iterator
 
-from distill_protocols import Problem, RoleSpec
-from distill_trainer.config import DistributedConfig, TrainingConfig
+from distill_protocols import Problem, RoleSpec, below
+from distill_trainer.config import TrainingConfig
 
-Strategy = Literal["none", "ddp", "fsdp2", "hsdp"]
-PROCESSES_A_MACHINE = 8
-"""Taken where nothing says it; a run knows it."""
+from distill_runfile.draft import Draft
+from distill_runfile.planning.placement import group_size, is_sharded, strategy_of
 
 
-def world_size_of(environment: Mapping[str, str]) -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(environment.get("WORLD_SIZE") or 1)
+def check_processes(draft: Draft) -> Iterator[Problem]:
+    """Batch arithmetic and strategy, then each role's policy."""
+    if draft.readable_training is not None:
+        problems = _training_problems(draft.readable_training, draft.world_size)
+        yield from below(problems, "training")
+    if draft.training is None:
+        return
+    for name, role in draft.roles.items():
+        # What a role beside another's weights does not say is written under that one.
+        owner = role.spec.base or name
+        yield from below(
+            _role_problems(role.spec, draft.training, draft.world_size), "models", owner
+        )
 
 
-def strategy_of(config: DistributedConfig, world_size: int) -> Strategy:
-    """The strategy as it is resolved where it is left out."""
-    return config.strategy or ("ddp" if world_size > 1 else "none")
-
-
-def group_size(config: DistributedConfig, world_size: int) -> int:
-    """Processes that hold one copy of a sharded role between them."""
-    if strategy_of(config, world_size) == "hsdp":
-        return config.shard_size or math.gcd(PROCESSES_A_MACHINE, world_size)
-    return world_size
-
-
-def process_problems(training: TrainingConfig, world_size: int) -> Iterator[Problem]:
-    """What does not go with ``world_size`` processes: pairs of a key of ``training`` and why."""
+def _training_problems(training: TrainingConfig, world_size: int) -> Iterator[Problem]:
     try:
         training.accumulation(world_size)
     except ValueError as error:
-        given = training.batch_size_per_device is not None
-        yield Problem("batch_size_per_device" if given else "global_batch_size", str(error))
+        per_device = training.batch_size_per_device is not None
+        yield Problem("batch_size_per_device" if per_device else "global_batch_size", str(error))
     distributed = training.distributed
     if distributed.strategy == "none" and world_size > 1:
         yield Problem(
@@ -54,18 +48,7 @@ def process_problems(training: TrainingConfig, world_size: int) -> Iterator[Prob
         )
 
 
-def is_sharded(role: RoleSpec, config: DistributedConfig, world_size: int) -> bool:
-    """Whether each process holds a part of the role: by strategy and policy."""
-    strategy, policy = strategy_of(config, world_size), role.fsdp
-    if strategy == "ddp":
-        asked = world_size > 1 and not role.trainable and policy is not None
-    else:
-        asked = strategy in ("fsdp2", "hsdp")
-    return asked and (policy is None or policy.shard)
-
-
-def spread_problems(role: RoleSpec, training: TrainingConfig, world_size: int) -> Iterator[Problem]:
-    """What of a role does not go with how it is spread: pairs of its key and why."""
+def _role_problems(role: RoleSpec, training: TrainingConfig, world_size: int) -> Iterator[Problem]:
     policy = role.fsdp
     if policy is not None and policy.shard:
         if policy.mixed_precision not in (None, role.precision):
@@ -84,7 +67,7 @@ def spread_problems(role: RoleSpec, training: TrainingConfig, world_size: int) -
     if role.offload and is_sharded(role, training.distributed, world_size):
         yield Problem(
             "offload",
-            f"true, but {role.name!r} is sharded, and parts are moved by their own policy. Use "
+            f"true, but {role.name!r} is sharded, and shards are moved by their own policy. Use "
             "fsdp: {cpu_offload: true}, or fsdp: {shard: false} to keep it whole",
         )
     several = world_size > 1

@@ -13,11 +13,11 @@ import pytest
 import yaml
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
 from distill_protocols import ConfigError, FsdpPolicy, RoleSpec, TensorPlan
-from distill_train.check import read_config
+from distill_runfile.planning.memory import Planner, TensorTotals, shard_numel
+from distill_runfile.planning.suggestions import Change, _descent, fitting, suggestions
+from distill_runfile.planning.text import memory_sections
+from distill_runfile.read import read_config
 from distill_train.cli import main
-from distill_train.memory import Planner, Sums, share
-from distill_train.memory_text import memory_sections
-from distill_train.suggestions import Change, _descent, fitting, suggestions
 from hypothesis import given
 from hypothesis import strategies as st
 from memory_ranks import planned_and_held
@@ -64,23 +64,23 @@ def test_each_of_two_processes_holds_what_is_planned(mixed, write):
 # -- arithmetic -----------------------------------------------------------------------------------
 
 
-@given(rows=st.integers(1, 40), width=st.integers(1, 5), ways=st.integers(1, 70))
-def test_shares_are_the_whole(rows, width, ways):
+@given(rows=st.integers(1, 40), width=st.integers(1, 5), shards=st.integers(1, 70))
+def test_shards_add_up_to_the_tensor(rows, width, shards):
     import torch
 
     tensor = TensorPlan(name="w", shape=(rows, width), dtype=torch.float32)
-    shares = [share(tensor, ways, rank) for rank in range(ways)]
-    chunks = [c.numel() for c in torch.empty(rows, width).chunk(ways)]
-    assert shares == chunks + [0] * (ways - len(chunks))
+    sizes = [shard_numel(tensor, shards, rank) for rank in range(shards)]
+    chunks = [c.numel() for c in torch.empty(rows, width).chunk(shards)]
+    assert sizes == chunks + [0] * (shards - len(chunks))
 
 
 def test_of_two_experts_one_is_called_at_a_time():
     """Wan 2.2's are each what the large Wan 2.1 is."""
     clip, policy = WanPipelineConfig(num_frames=81, height=480, width=832), FsdpPolicy()
 
-    def sums(model: str) -> Sums:
+    def sums(model: str) -> TensorTotals:
         role = RoleSpec(name="student", path=f"Wan-AI/{model}-Diffusers", trainable=True)
-        return Sums.of(PLUGIN.plan(role, clip), ways=4, rank=0, own=True)
+        return TensorTotals.of(PLUGIN.plan(role, clip), shards=4, rank=0, own=True)
 
     one, both = sums("Wan2.1-T2V-14B"), sums("Wan2.2-T2V-A14B")
     assert both.weights == 2 * one.weights == 2 * both.called
@@ -173,8 +173,8 @@ def test_a_shared_base_is_counted_once(values, write):
 def test_moments_and_averages(values, write):
     values["training"]["optimizer"]["name"] = "sgd"
     del values["callbacks"]["ema"], values["checkpoint"]["export"]
-    held = planned(values, write).roles["student"].device
-    assert held.optimizer == held.ema == 0 < held.gradients
+    device = planned(values, write).roles["student"].device
+    assert device.optimizer == device.ema == 0 < device.gradients
 
 
 def test_turns(values, write):
@@ -182,9 +182,9 @@ def test_turns(values, write):
     alone, both = memory.turns
     assert (alone.roles, both.roles) == (("critic",), ("student", "critic"))
     roles = memory.roles
-    assert alone.held == roles["critic"].call.held
-    assert both.held == alone.held + roles["student"].call.held
-    assert both.calling == max(r.in_a_call for r in roles.values())
+    assert alone.kept == roles["critic"].call.held
+    assert both.kept == alone.kept + roles["student"].call.held
+    assert both.largest_call == max(r.in_a_call for r in roles.values())
     assert memory.peak == both.total
 
 

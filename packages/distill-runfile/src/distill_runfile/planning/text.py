@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from distill_train.memory import Planner, RunMemory
-from distill_train.process_rules import group_size, strategy_of
-from distill_train.schema import RunConfig
-from distill_train.suggestions import fitting, suggestions
-from distill_train.text import readable_bytes, table
+from collections.abc import Sequence
+
+from distill_runfile.planning.memory import Planner, RunMemory
+from distill_runfile.planning.placement import group_size, strategy_of
+from distill_runfile.planning.suggestions import fitting, suggestions
+from distill_runfile.schema import RunConfig
 
 Section = tuple[str, list[str]]
 
@@ -14,7 +15,11 @@ Section = tuple[str, list[str]]
 def memory_sections(
     config: RunConfig, planner: Planner, device_memory: int | None
 ) -> list[Section]:
-    """Headings and lines."""
+    """Describe the memory of a run as headings with lines.
+
+    Args:
+        device_memory: bytes of one device, to say whether the run fits.
+    """
     memory = planner.run(config)
     sections = [
         (_heading(config, planner.world_size), _roles(memory)),
@@ -54,9 +59,9 @@ def _roles(memory: RunMemory) -> list[str]:
     ]
     rows = [[*head, *(["in host memory"] if host else [])]]
     for name, role in memory.roles.items():
-        held = role.device
+        device = role.device
         unknown = "unknown" if role.call is None else None
-        cells = [_size(n) for n in (held.weights, held.gradients, held.optimizer, held.ema)]
+        cells = [_size(n) for n in (device.weights, device.gradients, device.optimizer, device.ema)]
         cells += [unknown or _size(role.activations), _size(role.called), _size(role.total)]
         rows.append([name, *cells, *([_size(role.host.total)] if host else [])])
     return table(rows, right=range(1, len(rows[0])))
@@ -64,10 +69,10 @@ def _roles(memory: RunMemory) -> list[str]:
 
 def _turns(memory: RunMemory) -> list[str]:
     rows: list[tuple[str, ...]] = [
-        ("who learns", "stays", "gradients", "activations", "largest call", "sum")
+        ("updated roles", "stays", "gradients", "activations", "largest call", "sum")
     ]
     for turn in memory.turns:
-        parts = (turn.staying, turn.gradients, turn.held, turn.calling, turn.total)
+        parts = (turn.staying, turn.gradients, turn.kept, turn.largest_call, turn.total)
         rows.append((" + ".join(turn.roles), *map(_size, parts)))
     return [
         *table(rows, right=range(1, 6)),
@@ -80,37 +85,66 @@ def _turns(memory: RunMemory) -> list[str]:
 def _fit(config: RunConfig, planner: Planner, memory: RunMemory, size: int) -> Section:
     heading = f"on a device of {readable_bytes(size)}"
     peak = memory.peak
+    unknown = [name for name, role in memory.roles.items() if role.call is None]
+    if peak <= size and unknown:
+        return heading, [
+            f"  weights fit, {readable_bytes(size - peak)} are left; activations unknown: family "
+            f"{config.recipe.family!r} cannot estimate them for {', '.join(unknown)}"
+        ]
     if peak <= size:
         return heading, [f"  fits: {readable_bytes(size - peak)} are left"]
     lines = [
         f"  does not fit: {readable_bytes(peak)} are needed, {readable_bytes(peak - size)} too many"
     ]
-    found = suggestions(config, planner)
-    if found:
+    helpful = suggestions(config, planner)
+    if helpful:
         lines += ["  what would help, each by itself, the mildest first:"]
-        width = max(len(s.line) for s in found)
-        saved = [f"-{readable_bytes(s.saves)}" for s in found]
+        width = max(len(s.line) for s in helpful)
+        saved = [f"-{readable_bytes(s.saves)}" for s in helpful]
         widest = max(map(len, saved))
         lines += [
             f"    {s.line.ljust(width)}  {text.rjust(widest)}"
-            for s, text in zip(found, saved, strict=True)
+            for s, text in zip(helpful, saved, strict=True)
         ]
-    return heading, [*lines, *_way_out(config, planner, size)]
+    return heading, [*lines, *_fewest_lines(config, planner, size)]
 
 
-def _way_out(config: RunConfig, planner: Planner, size: int) -> list[str]:
-    found = fitting(config, planner, size)
-    if found is None:
+def _fewest_lines(config: RunConfig, planner: Planner, size: int) -> list[str]:
+    enough = fitting(config, planner, size)
+    if enough is None:
         return [
             "  not even all of this together is enough: plan for more processes with fsdp2, a "
             "smaller clip or a smaller model"
         ]
-    host = f", {readable_bytes(found.memory.host)} in host memory" if found.memory.host else ""
+    host = f", {readable_bytes(enough.memory.host)} in host memory" if enough.memory.host else ""
     return [
-        f"  the fewest lines that fit ({readable_bytes(found.memory.peak)}{host}):",
-        *(f"    {line}" for line in found.lines),
+        f"  the fewest lines that fit ({readable_bytes(enough.memory.peak)}{host}):",
+        *(f"    {line}" for line in enough.lines),
     ]
 
 
 def _size(count: int) -> str:
     return readable_bytes(count) if count else "-"
+
+
+def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list[str]:
+    """Align ``rows`` as lines; the first row is the head; columns in ``right`` align right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  "
+        + "  ".join(
+            cell.rjust(widths[i]) if i in right else cell.ljust(widths[i])
+            for i, cell in enumerate(row)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def readable_bytes(count: int) -> str:
+    """Write a size as ``4.3 GB`` (powers of ten)."""
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    digits = 0 if size >= 100 or units[0] == "B" else 1
+    return f"{size:.{digits}f} {units[0]}"

@@ -10,12 +10,13 @@ import attrs
 from attrs import frozen
 from distill_protocols import FsdpPolicy, LoraSpec
 
-from distill_train.memory import Planner, RunMemory
-from distill_train.process_rules import strategy_of
-from distill_train.schema import Role, RunConfig
+from distill_runfile.planning.memory import Planner, RunMemory
+from distill_runfile.planning.placement import strategy_of
+from distill_runfile.roles import FROM_BASE
+from distill_runfile.schema import Role, RunConfig
 
-_MOST_TRIED = 2
-"""Changes that are tried in every combination; of more, the best is added each time."""
+_COMBINED = 2
+"""Up to so many changes, every combination is planned; of more, the best is added each time."""
 _LORA_RANK = 64
 
 
@@ -49,58 +50,58 @@ class Fitting:
 
 
 def suggestions(config: RunConfig, planner: Planner) -> list[Suggestion]:
-    """Changes that help by themselves, the mildest first."""
+    """List the changes that help by themselves, the mildest first."""
     before = planner.run(config).peak
-    found = []
+    helpful = []
     for change in _changes(config, planner):
         changed = change.apply(config)
         saves = 0 if changed is None else before - planner.run(changed).peak
         if saves > 0:
-            found.append(Suggestion(line=change.line, saves=saves))
-    return found
+            helpful.append(Suggestion(line=change.line, saves=saves))
+    return helpful
 
 
 def fitting(config: RunConfig, planner: Planner, size: int) -> Fitting | None:
-    """The fewest changes under which the peak is at most ``size`` bytes; None: none are enough.
+    """Find the fewest changes under which the peak is at most ``size`` bytes; None: there are none.
 
-    Of equally many, the mildest. Beyond ``_MOST_TRIED``, none of them can be left out.
+    Of equally many, the mildest. Beyond ``_COMBINED``, none of them can be left out.
     """
     changes = list(_changes(config, planner))
 
-    def tried(some: Sequence[Change]) -> RunMemory | None:
+    def plan(some: Sequence[Change]) -> RunMemory | None:
         changed = _all(config, some)
         return None if changed is None else planner.run(changed)
 
-    for count in range(1, _MOST_TRIED + 1):
+    for count in range(1, _COMBINED + 1):
         for some in itertools.combinations(changes, count):
-            memory = tried(some)
+            memory = plan(some)
             if memory is not None and memory.peak <= size:
                 return Fitting(lines=tuple(c.line for c in some), memory=memory)
-    return _descent(changes, tried, size)
+    return _descent(changes, plan, size)
 
 
 def _descent(
-    changes: Sequence[Change], tried: Callable[[Sequence[Change]], RunMemory | None], size: int
+    changes: Sequence[Change], plan: Callable[[Sequence[Change]], RunMemory | None], size: int
 ) -> Fitting | None:
     """Add the change that saves most until it fits; then leave out what is not needed, the
     harshest first."""
     kept: list[Change] = []
-    memory = tried(kept)
+    memory = plan(kept)
     assert memory is not None
     while memory.peak > size:
         # In their order, as some only apply after others: those of shards after sharding.
         longer = [[c for c in changes if c in kept or c is new] for new in changes]
-        found = [(m, some) for some in longer if (m := tried(some)) and m.peak < memory.peak]
-        if not found:
+        better = [(m, some) for some in longer if (m := plan(some)) and m.peak < memory.peak]
+        if not better:
             return None
-        memory, kept = min(found, key=lambda pair: pair[0].peak)
+        memory, kept = min(better, key=lambda pair: pair[0].peak)
     while True:
         fewer = [[c for c in kept if c is not left_out] for left_out in reversed(kept)]
-        enough = ((m, some) for some in fewer if (m := tried(some)) and m.peak <= size)
-        found = next(enough, None)
-        if found is None:
+        enough = ((m, some) for some in fewer if (m := plan(some)) and m.peak <= size)
+        shorter = next(enough, None)
+        if shorter is None:
             return Fitting(lines=tuple(c.line for c in kept), memory=memory)
-        memory, kept = found
+        memory, kept = shorter
 
 
 def _all(config: RunConfig, changes: Sequence[Change]) -> RunConfig | None:
@@ -110,25 +111,31 @@ def _all(config: RunConfig, changes: Sequence[Change]) -> RunConfig | None:
     return changed
 
 
-# -- the changes, from those that cost nothing to those that change what is trained --------------
+# -- the changes, from those that cost nothing to those that change what is trained ---------------
 
 
 def _changes(config: RunConfig, planner: Planner) -> Iterator[Change]:
     yield Change(
-        line="training.distributed: {strategy: fsdp2}", apply=lambda c: _sharding(c, planner)
+        line="training.distributed: {strategy: fsdp2}", apply=lambda c: _use_fsdp2(c, planner)
     )
-    yield Change(line="training.distributed.sync_every_micro_step: true", apply=_summing_each_time)
-    mild = (_checkpoint, _narrow, _gather_narrow)
-    harsh = (_wait, _offload, _beside_a_base)
+    yield Change(
+        line="training.distributed.sync_every_micro_step: true", apply=_sync_every_micro_step
+    )
+    mild = (_checkpoint_activations, _compute_in_16_bits, _gather_in_16_bits)
+    harsh = (_offload_between_calls, _offload_shards, _beside_a_base)
     # Heads are small, fp32, and have none of these keys.
     models = [name for name, role in config.roles.items() if role.spec.heads is None]
-    yield from (kind(config, name, planner) for kind in (_reshard, _shard) for name in config.roles)
+    yield from (
+        kind(config, name, planner)
+        for kind in (_reshard_after_forward, _shard)
+        for name in config.roles
+    )
     yield from (kind(config, name, planner) for kind in mild for name in models)
     yield from _smaller_batches(config, planner)
     yield from (kind(config, name, planner) for kind in harsh for name in models)
 
 
-def _sharding(config: RunConfig, planner: Planner) -> RunConfig | None:
+def _use_fsdp2(config: RunConfig, planner: Planner) -> RunConfig | None:
     distributed = config.training.distributed
     if planner.world_size == 1 or strategy_of(distributed, planner.world_size) == "fsdp2":
         return None
@@ -136,18 +143,18 @@ def _sharding(config: RunConfig, planner: Planner) -> RunConfig | None:
         config, distributed=attrs.evolve(distributed, strategy="fsdp2", shard_size=None)
     )
     roles = changed.roles.values()
-    refused = any(r.spec.offload and planner.spread(changed, r).sharded for r in roles)
+    refused = any(r.spec.offload and planner.placement(changed, r).sharded for r in roles)
     return None if refused else changed
 
 
-def _summing_each_time(config: RunConfig) -> RunConfig | None:
+def _sync_every_micro_step(config: RunConfig) -> RunConfig | None:
     distributed = config.training.distributed
     if distributed.sync_every_micro_step or distributed.strategy not in ("fsdp2", "hsdp"):
         return None
     return _with_training(config, distributed=attrs.evolve(distributed, sync_every_micro_step=True))
 
 
-def _reshard(_: RunConfig, name: str, planner: Planner) -> Change:
+def _reshard_after_forward(_: RunConfig, name: str, planner: Planner) -> Change:
     def apply(config: RunConfig) -> RunConfig | None:
         policy = config.roles[name].spec.fsdp
         if policy is None or policy.reshard_after_forward:
@@ -163,16 +170,18 @@ def _shard(_: RunConfig, name: str, planner: Planner) -> Change:
         strategy = strategy_of(config.training.distributed, planner.world_size)
         # What trains beside a base is whole under ddp, so the base must be, too.
         shared = strategy == "ddp" and any(r.spec.base == name for r in config.roles.values())
-        if role.spec.base or role.spec.offload or shared or planner.spread(config, role).sharded:
+        if role.spec.base or role.spec.offload or shared or planner.placement(config, role).sharded:
             return None
         policy = attrs.evolve(role.spec.fsdp or FsdpPolicy(), shard=True)
         changed = _with_spec(config, name, fsdp=policy)
-        return changed if planner.spread(changed, changed.roles[name]).sharded else None
+        if changed is None:
+            return None
+        return changed if planner.placement(changed, changed.roles[name]).sharded else None
 
     return Change(line=f"models.{name}.fsdp.shard: true", apply=apply)
 
 
-def _checkpoint(_: RunConfig, name: str, planner: Planner) -> Change:
+def _checkpoint_activations(_: RunConfig, name: str, planner: Planner) -> Change:
     def apply(config: RunConfig) -> RunConfig | None:
         spec = config.roles[name].spec
         if not spec.trainable or spec.activation_checkpointing:
@@ -182,7 +191,7 @@ def _checkpoint(_: RunConfig, name: str, planner: Planner) -> Change:
     return Change(line=f"models.{name}.activation_checkpointing: true", apply=apply)
 
 
-def _narrow(_: RunConfig, name: str, planner: Planner) -> Change:
+def _compute_in_16_bits(_: RunConfig, name: str, planner: Planner) -> Change:
     def apply(config: RunConfig) -> RunConfig | None:
         spec = config.roles[name].spec
         if spec.base or spec.precision != "fp32":
@@ -192,7 +201,7 @@ def _narrow(_: RunConfig, name: str, planner: Planner) -> Change:
     return Change(line=f"models.{name}.precision: bf16", apply=apply)
 
 
-def _gather_narrow(_: RunConfig, name: str, planner: Planner) -> Change:
+def _gather_in_16_bits(_: RunConfig, name: str, planner: Planner) -> Change:
     def apply(config: RunConfig) -> RunConfig | None:
         spec = config.roles[name].spec
         if spec.precision != "bf16" or (spec.fsdp and spec.fsdp.mixed_precision):
@@ -219,11 +228,13 @@ def _smaller_batches(config: RunConfig, planner: Planner) -> Iterator[Change]:
         )
 
 
-def _wait(_: RunConfig, name: str, planner: Planner) -> Change:
+def _offload_between_calls(_: RunConfig, name: str, planner: Planner) -> Change:
     def apply(config: RunConfig) -> RunConfig | None:
         role = config.roles[name]
         shared = role.spec.base or any(r.spec.base == name for r in config.roles.values())
-        sharded = planner.spread(config, role).sharded or (role.spec.fsdp and role.spec.fsdp.shard)
+        sharded = planner.placement(config, role).sharded or (
+            role.spec.fsdp and role.spec.fsdp.shard
+        )
         if role.spec.trainable or role.spec.offload or shared or sharded:
             return None
         return _with_spec(config, name, offload=True)
@@ -231,7 +242,7 @@ def _wait(_: RunConfig, name: str, planner: Planner) -> Change:
     return Change(line=f"models.{name}.offload: true", apply=apply)
 
 
-def _offload(_: RunConfig, name: str, planner: Planner) -> Change:
+def _offload_shards(_: RunConfig, name: str, planner: Planner) -> Change:
     def apply(config: RunConfig) -> RunConfig | None:
         policy = config.roles[name].spec.fsdp
         if policy is not None and policy.cpu_offload:
@@ -251,7 +262,7 @@ def _beside_a_base(config: RunConfig, name: str, planner: Planner) -> Change:
         frozen = config.roles.get(base)
         if not role.spec.trainable or role.spec.lora or role.init_from or frozen is None:
             return None
-        whole = planner.spread(config, role).buckets
+        whole = planner.placement(config, role).buckets
         if frozen.spec.offload or (whole and frozen.spec.fsdp is not None):
             return None
         return _with_spec(
@@ -281,17 +292,23 @@ def _with_policy(
 ) -> RunConfig | None:
     """None where it would have no effect: the role is not sharded, or its base says it."""
     role = config.roles[name]
-    if role.spec.base or not planner.spread(config, role).sharded:
+    if role.spec.base or not planner.placement(config, role).sharded:
         return None
     return _with_spec(config, name, fsdp=attrs.evolve(role.spec.fsdp or FsdpPolicy(), **changes))
 
 
-def _with_spec(config: RunConfig, name: str, **changes: Any) -> RunConfig:
-    """Of the role, and what roles beside its weights take over from it."""
-    taken = {key: changes[key] for key in ("precision", "fsdp") if key in changes}
+def _with_spec(config: RunConfig, name: str, **changes: Any) -> RunConfig | None:
+    """Change the role, and what roles beside its weights take over from it.
+
+    None: the family does not honour one of these options.
+    """
+    honoured = {"precision", *config.family_plugin.role_options(config.pipeline)}
+    if not changes.keys() <= honoured:
+        return None
+    shared = {key: changes[key] for key in FROM_BASE if key in changes}
     roles = {
         other: attrs.evolve(
-            role, spec=attrs.evolve(role.spec, **(changes if other == name else taken))
+            role, spec=attrs.evolve(role.spec, **(changes if other == name else shared))
         )
         if other == name or role.spec.base == name
         else role

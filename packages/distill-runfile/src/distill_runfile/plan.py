@@ -1,7 +1,7 @@
 """What a run would be, without weights: the text of ``--dry-run``.
 
-Walks the road of a real run up to the meta device, so it needs torch and diffusers, but neither
-weights nor a GPU.
+It goes as far as a real run does before weights are read, so it needs torch and the family's
+libraries, but neither weights nor a GPU.
 """
 
 from __future__ import annotations
@@ -9,29 +9,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill_conditioning.facts import dataset_info
-from distill_protocols import RolePlan
+from distill_conditioning import dataset_info
+from distill_protocols import RolePlan, RoleSpec
 
-from distill_train.memory import Planner
-from distill_train.memory_text import memory_sections
-from distill_train.schema import RunConfig
-from distill_train.text import table
+from distill_runfile.planning.memory import Planner
+from distill_runfile.planning.text import memory_sections, table
+from distill_runfile.schema import RunConfig
+from distill_runfile.structure import to_plain
 
 SHOWN_ITERATIONS = 10
 
 
 def horizon(config: RunConfig, role: str) -> int:
-    """How often ``role``'s optimizers step in the whole run: the length of their schedules."""
+    """Count the steps of ``role``'s optimizers in the whole run: the length of their schedules."""
     steps = range(1, config.training.max_train_steps + 1)
     return sum(role in config.method.turns(iteration) for iteration in steps)
 
 
 def horizons(config: RunConfig, role: str) -> dict[str, int]:
-    """By module, where each of a role's experts takes a share of its steps; else empty.
+    """Estimate the steps of each expert of a role, by module; empty for a role without experts.
 
-    The share is what the method expects: which expert learns is drawn, so an expert's own count
-    strays from it by about the square root of the count, and a schedule that falls has fallen by
-    then or stays that near its end.
+    The share is what the method expects: which expert is trained is drawn, so an expert's own
+    count differs from it by about the square root of the count, and a schedule that falls has
+    fallen by then or stays that near its end.
     """
     ranges = config.family_plugin.expert_ranges(config.roles[role].spec, config.pipeline)
     steps = horizon(config, role)
@@ -42,7 +42,7 @@ def horizons(config: RunConfig, role: str) -> dict[str, int]:
 
 
 def describe(config: RunConfig, *, world_size: int = 1, device_memory: int | None = None) -> str:
-    """The resolved plan as text.
+    """Describe the resolved plan as text.
 
     Args:
         world_size: processes that it is planned for.
@@ -81,7 +81,33 @@ def _roles(config: RunConfig, plans: Sequence[RolePlan]) -> list[str]:
         for name, role in config.roles.items()
         if role.init_from is not None
     ]
-    return [*table(rows, right=(3,)), *starts]
+    options = [
+        f"  {name}: {', '.join(_options(role.spec))}"
+        for name, role in config.roles.items()
+        if _options(role.spec)
+    ]
+    return [*table(rows, right=(3,)), *options, *starts]
+
+
+def _options(spec: RoleSpec) -> list[str]:
+    """Options of a role as a run file writes them, without those that the table of roles shows."""
+    shown = ("lora", "heads")
+    return [
+        f"{option}: {_inline(getattr(spec, option))}"
+        for option in spec.options_set()
+        if option not in shown
+    ]
+
+
+def _inline(value: object) -> str:
+    """A value on one line, in YAML's flow style; keys that are not set are left out."""
+    plain = to_plain(value)
+    if isinstance(plain, dict):
+        pairs = (f"{key}: {_inline(item)}" for key, item in plain.items() if item is not None)
+        return "{" + ", ".join(pairs) + "}"
+    if isinstance(plain, list | tuple):
+        return "[" + ", ".join(map(_inline, plain)) + "]"
+    return str(plain).lower() if isinstance(plain, bool) else str(plain)
 
 
 def _updates(config: RunConfig) -> list[str]:
@@ -111,20 +137,19 @@ def _batch(config: RunConfig, world_size: int) -> list[str]:
 def _data(config: RunConfig) -> list[str]:
     if not Path(config.data.path).exists():
         return [f"  not on this machine yet: {config.data.path}", "  a real run needs it"]
-    facts = dataset_info(config.data.path)
-    epochs = config.training.max_train_steps * config.training.global_batch_size / facts.samples
+    dataset = dataset_info(config.data.path)
+    epochs = config.training.max_train_steps * config.training.global_batch_size / dataset.samples
     return [
-        f"  {facts.samples:,} samples in {facts.shards} shard(s), latents "
-        f"{list(facts.latent_shape or ())}; the run sees each {epochs:.2f} times",
+        f"  {dataset.samples:,} samples in {dataset.shards} shard(s), latents "
+        f"{list(dataset.latent_shape or ())}; the run sees each {epochs:.2f} times",
         f"  {config.data.path}",
     ]
 
 
 def _conditioning(config: RunConfig) -> list[str]:
     prompt = config.conditioning.negative_prompt
-    there = Path(config.data.path).exists()
-    facts = dataset_info(config.data.path) if there else None
-    stored = facts.negative_prompt if facts else None
+    exists = Path(config.data.path).exists()
+    stored = dataset_info(config.data.path).negative_prompt if exists else None
     needed = config.method.needs_negative or config.conditioning.dropout > 0
     if stored is not None and prompt in (None, stored):
         source = f"in the data set's constants (prompt {stored!r})"

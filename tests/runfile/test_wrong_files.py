@@ -1,23 +1,18 @@
-"""Wrong run files: every problem at once, with file, line and a way out; exit 2; no torch."""
+"""Wrong run files: every problem at once, with file, line and a way out."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import distill_train.cli
 import pytest
 import yaml
 from distill_protocols import ConfigError
-from distill_train.check import read_config
-from distill_train.cli import main
-from distill_train.plan import describe
+from distill_runfile.plan import describe
+from distill_runfile.read import read_config
 
 Values = dict[str, Any]
 
@@ -88,7 +83,7 @@ def test_roles_beside_one_base_take_what_they_do_not_say_from_it(values, write):
         ("2", {"batch_size_per_device": 1}, None),
     ],
 )
-def test_the_file_is_held_against_the_processes_that_torchrun_started(
+def test_the_file_is_compared_with_the_processes_that_torchrun_started(
     values, write, monkeypatch, processes, changes, problem
 ):
     monkeypatch.setenv("WORLD_SIZE", processes)
@@ -183,12 +178,12 @@ SPOILT = {
     "base without lora": (beside("teacher", lora=None), "models.student.base: a role beside another's weights needs lora"),
     "base and a path": (beside("teacher", path="./x"), "models.student.path: with base: teacher it is that role's"),
     "base and a precision": (beside("teacher", precision="bf16"), "models.student.precision: with base: teacher it is that role's"),
-    "base that learns": (beside("critic"), "models.student.base: 'critic' learns, so its weights would move under the adapters"),
+    "base that learns": (beside("critic"), "models.student.base: 'critic' is trained, so its weights would move under the adapters"),
     "base that starts elsewhere": (
         together(beside("teacher"), put("models", "teacher", "init_from", value={"path": "./x"})),
         "models.student.base: 'teacher' starts from",
     ),
-    "offload of a role that learns": (put("models", "student", "offload", value=True), "models.student.offload: true, but 'student' learns"),
+    "offload of a role that learns": (put("models", "student", "offload", value=True), "models.student.offload: true, but 'student' is trained"),
     "offload of shards": (
         together(
             put("models", "teacher", "offload", value=True),
@@ -266,7 +261,7 @@ SPOILT = {
     "frozen student": (put("models", "student", "trainable", value=False), "models.student.trainable: student is frozen here, but dmd2 updates it"),
     "optimizer of a frozen role": (put("models", "teacher", "optimizer", value={"lr": 1.0}), "models.teacher.optimizer: role 'teacher' is frozen"),
     "wrong key in a role's optimizer": (put("models", "critic", "optimizer", value={"lrr": 1.0}), "models.critic.optimizer.lrr: unknown key; did you mean 'lr'?"),
-    "unknown family": (put("recipe", "family", value="wann"), "recipe.family: unknown family 'wann'; did you mean 'wan'? (installed: wan)"),
+    "unknown family": (put("recipe", "family", value="wann"), "recipe.family: unknown family 'wann'; did you mean 'wan'? (installed: "),
     "unknown method": (put("recipe", "method", value="dmd3"), "recipe.method: unknown method 'dmd3'; did you mean 'dmd2'? (installed: causvid, "),
     "unknown callback": (put("callbacks", "emma", value={}), "callbacks.emma: unknown callback 'emma'; did you mean 'ema'?"),
     "another family for a role": (put("models", "critic", "family", value="hunyuan"), "models.critic.family: 'hunyuan' differs from recipe.family 'wan'"),
@@ -320,6 +315,14 @@ SPOILT = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(("key", "word"), [("family", "hunyuan"), ("method", "xyz")])
+def test_what_is_not_installed_comes_with_a_package(values, write, key, word):
+    values["recipe"][key] = word
+    (problem,) = problems(write(values))
+    assert f"recipe.{key}: unknown {key} '{word}' (installed: " in problem
+    assert "pip install 'distill-train[all]'" in problem
+
+
 def test_a_role_needs_a_model(values, write):
     values["models"]["student"] = {}
     (problem,) = problems(write(values))
@@ -327,7 +330,7 @@ def test_a_role_needs_a_model(values, write):
 
 
 @pytest.mark.parametrize("case", SPOILT)
-def test_a_fault_is_named_with_its_line(case, values, write):
+def test_a_problem_is_named_with_its_line(case, values, write):
     spoil, expected = SPOILT[case]
     spoil(values)
     path = write(values)
@@ -341,7 +344,7 @@ def test_a_fault_is_named_with_its_line(case, values, write):
         assert path.read_text().splitlines()[line - 1].strip().startswith(f"{key}:")
 
 
-def test_all_faults_of_a_file_come_at_once_in_the_order_of_the_file(values, write):
+def test_all_problems_of_a_file_come_at_once_in_the_order_of_the_file(values, write):
     for case in ("unknown key", "float for an integer", "trainable teacher", "unknown callback"):
         SPOILT[case][0](values)
     values["callbacks"]["ema"]["decay"] = 2.0
@@ -358,7 +361,7 @@ def test_one_broken_field_does_not_hide_a_rule_on_another(values, write):
     assert len(found) == 3, found
 
 
-def test_one_fault_draws_no_others_after_it(values, write):
+def test_what_follows_from_a_problem_is_not_reported(values, write):
     report(entries={"a": {"role": "student"}})(values)
     values["validation"] = {"prompts": ["x"], "views": {"a": {"role": "student"}}}
     values["method_config"]["generator_update_interval"] = 0
@@ -470,38 +473,6 @@ def test_a_guided_run_without_a_negative_condition_is_refused(values, write, tmp
     read_config(write(values))
 
 
-def test_status_2_no_traceback_nothing_written_and_no_torch(values, write, tmp_path):
-    SPOILT["unknown key"][0](values)
-    path = write(values)
-    code = (
-        "import sys\nfrom distill_train.cli import main\n"
-        f"status = main(['--config', {str(path)!r}])\n"
-        "assert 'torch' not in sys.modules\nassert 'numpy' not in sys.modules\nsys.exit(status)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "1 problem; nothing was started." in done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_help_and_a_missing_config(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["--help"])
-    assert caught.value.code == 0
-    assert "--dry-run" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as caught:
-        main([])
-    assert caught.value.code == 2
-    assert "--config RUN.yaml is needed" in capsys.readouterr().err
-
-
-def test_plugins_are_listed(capsys):
-    assert main(["--plugins"]) == 0
-    out = capsys.readouterr().out
-    assert all(word in out for word in ("wan", "dmd2", "finetune", "teacher_only", "ema", "report"))
-
-
 def test_the_resolved_config_can_be_run_again_from_anywhere(values, write, tmp_path):
     first = read_config(write(values))
     resolved = dict(first.resolved)
@@ -515,63 +486,8 @@ def test_the_resolved_config_can_be_run_again_from_anywhere(values, write, tmp_p
     assert Path(resolved["models"]["teacher"]["path"]).is_absolute()
 
 
-def test_one_process_a_machine_says_what_is_wrong(values, write):
-    """The others neither say it too, nor end before it is said: torchrun would end the first."""
-    values["training"]["seed"] = -1
-    command = [sys.executable, "-c", "from distill_train.cli import main; main()"]
-    first, second = (
-        subprocess.Popen(
-            [*command, "--config", str(write(values))],
-            env=os.environ | {"LOCAL_RANK": local_rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for local_rank in "01"
-    )
-    assert "training.seed" in first.communicate()[1]
-    assert second.poll() is None
-    second.terminate()
-    assert second.communicate()[1] == ""
-
-
-def test_who_alone_finds_something_wrong_says_it_in_the_end(values, write, monkeypatch, capsys):
-    monkeypatch.setattr(distill_train.cli, "_FIRST_SPEAKS_SECONDS", 0.0)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    values["training"]["seed"] = -1
-    assert main(["--config", str(write(values))]) == 2
-    assert "training.seed" in capsys.readouterr().err
-
-
-def test_the_plan_says_where_the_negative_condition_comes_from(values, write, capsys, tmp_path):
-    def plan() -> str:
-        assert main(["--config", str(write(values)), "--dry-run"]) == 0
-        return capsys.readouterr().out
-
-    assert "in the data set's constants (prompt '')" in plan()
-    values["conditioning"] = {"negative_prompt": "blurred"}
-    assert "encoded once at set-up from 'blurred'" in plan()
-    del values["conditioning"]
-    values["data"]["path"] = str(tmp_path / "to_come")
-    text = plan()
-    assert "needed; the data set must bring it" in text
-    assert "not on this machine yet" in text
-    values["method_config"]["real_score_guidance_scale"] = 1.0
-    assert "none, and no step needs one" in plan()
-
-
-def test_the_plan_counts(values, write, capsys):
-    assert main(["--config", str(write(values)), "--dry-run"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    memory = lines[lines.index(next(x for x in lines if x.startswith("memory"))) + 2 :][:2]
-    # 1,087,136 parameters and 16,384 of buffers: fp32 weights, gradients, two moments, an average.
-    assert memory[0].split()[:9] == ["student", "4.4", "MB", "4.3", "MB", "8.7", "MB", "4.3", "MB"]
-    assert memory[1].split()[:6] == ["teacher", "4.4", "MB", "-", "-", "-"]
-    updates = next(line for line in lines if line.strip().startswith("student (lr"))
-    assert updates.split(")")[1].split() == [*"...x...x..", "1"]
-
-
 def planned(values: Values, write: Callable[..., Path], model: str) -> tuple[str, ...]:
-    """Faults of a dry run of ``values`` on a published model."""
+    """Problems of a dry run of ``values`` on a published model."""
     for role in values["models"].values():
         role["path"] = model
     values["pipeline_config"] = {"num_frames": 81, "height": 480, "width": 832}
@@ -584,13 +500,13 @@ def planned(values: Values, write: Callable[..., Path], model: str) -> tuple[str
     return ()
 
 
-def look(**sampler: Any) -> Values:
+def validation_of_the_teacher(**sampler: Any) -> Values:
     view = {"role": "teacher", "sampler": {"steps": 4, "guidance": 3.0, **sampler}}
     return {"prompts": ["x"], "views": {"a": view}}
 
 
 def test_two_guidances_are_for_two_experts(values, write):
-    values["validation"] = look(guidance_2=2.0)
+    values["validation"] = validation_of_the_teacher(guidance_2=2.0)
     assert planned(copy.deepcopy(values), write, "Wan-AI/Wan2.2-T2V-A14B-Diffusers") == ()
     (problem,) = planned(values, write, "Wan-AI/Wan2.1-T2V-14B-Diffusers")
     assert "validation.views.a.sampler.guidance_2: 2 is of a second expert" in problem
@@ -599,7 +515,7 @@ def test_two_guidances_are_for_two_experts(values, write):
 def test_prompts_alone_sample_no_image_to_video_model(values, write):
     model = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
     assert planned(copy.deepcopy(values), write, model) == ()
-    values["validation"] = look()
+    values["validation"] = validation_of_the_teacher()
     (problem,) = planned(values, write, model)
     assert "validation.views.a.role: 'teacher' is an image-to-video model" in problem
     # TI2V takes a first frame or none.

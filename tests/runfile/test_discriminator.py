@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from distill_protocols import ConfigError, DiscriminatorSpec
-from distill_train.check import read_config
+from distill_runfile.read import read_config
 from distill_train.cli import main
 from distill_train.run import run
 
@@ -81,7 +81,7 @@ HEADS = {"on": "teacher", "blocks": [1], "width": 8}
         ("discriminator", {"base": "teacher"}, "base: has no place beside heads"),
         ("discriminator", {"lora": {"rank": 2}}, "lora: has no place beside heads"),
         ("discriminator", {"precision": "bf16"}, "precision: bf16 of heads"),
-        ("discriminator", {"offload": True}, "offload: true, but 'discriminator' learns"),
+        ("discriminator", {"offload": True}, "offload: true, but 'discriminator' is trained"),
         ("discriminator", {"trainable": False}, "trainable: discriminator is frozen here"),
         ("discriminator", {"heads": None}, "heads: missing: dmd2 calls discriminator as"),
         ("teacher", {"compile": {}}, "discriminator.heads.on: 'teacher' has compile"),

@@ -1,0 +1,75 @@
+"""Checkpoints: what a run goes on from, what it exports, and which it keeps."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill_checkpoint.config import CheckpointConfig
+from distill_protocols import Problem, SamplerSpec, below
+from distill_runtime import plugin_names
+
+from distill_runfile.draft import Draft
+
+
+def check_checkpoints(draft: Draft) -> Iterator[Problem]:
+    """Rules over ``checkpoint``."""
+    checkpoint = draft.checkpoint
+    if checkpoint is None:
+        return
+    if checkpoint.resume not in ("none", "latest") and not Path(checkpoint.resume).is_dir():
+        yield Problem(
+            ("checkpoint", "resume"),
+            f"there is no folder {checkpoint.resume}; write latest, none, or the path of one "
+            "checkpoint-<iteration> folder",
+        )
+    yield from _export_problems(draft, checkpoint)
+    yield from _keep_best_problems(draft, checkpoint)
+
+
+def _export_problems(draft: Draft, checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    for i, export in enumerate(checkpoint.export):
+        problems = [*draft.run.role_problems(export.role, ema=export.ema)]
+        if draft.family is not None and export.role in draft.run.roles:
+            request = export.request(draft.run.student_sampler or SamplerSpec(steps=1))
+            role = draft.run.roles[export.role]
+            problems += draft.family.plugin.export_problems(role, request)
+        yield from below(problems, "checkpoint", "export", str(i))
+
+
+def _keep_best_problems(draft: Draft, checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    """The metric to keep by, against what callbacks say that they measure, and when."""
+    if checkpoint.keep_best is None or draft.training is None:
+        return
+    path = ("checkpoint", "keep_best", "metric")
+    metric = checkpoint.keep_best.metric
+    measured: dict[str, int] = {}
+    for callback in draft.callbacks.values():
+        if callback.config is not None:
+            measured |= callback.plugin.metrics(callback.config)
+    owner = metric.split("/")[0]
+    if metric not in measured:
+        # Other names are a method's own numbers, which are known when it runs.
+        if owner in plugin_names("distill.callbacks"):
+            near = difflib.get_close_matches(metric, measured, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            yield Problem(
+                path,
+                f"{metric!r} is measured by no callback of this file{hint} (measured: "
+                f"{', '.join(measured) or 'none'}); name one, or add the callback",
+                # One that could not be read measures nothing that is known.
+                follows_from=("callbacks", owner),
+            )
+        return
+    interval, saves = measured[metric], checkpoint.every_steps or 0
+    both = math.lcm(interval, saves)
+    if not 0 < both <= draft.training.max_train_steps:
+        yield Problem(
+            path,
+            f"{metric!r} is measured every {interval} iterations and saves come every {saves} "
+            f"(0: at the end only), which never meet in {draft.training.max_train_steps} "
+            "iterations; a checkpoint is judged by what was measured in its own. Set "
+            f"callbacks.{owner}.every_steps and checkpoint.every_steps alike",
+        )

@@ -1,0 +1,159 @@
+"""What the command lines of all apps share: parsers, exit status, problems, logs.
+
+torch is imported by an app only once its file is found right: ``--help`` and a wrong file answer
+at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from distill_protocols import ConfigError, DistillError
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+"""The file or the request is wrong; nothing was started."""
+EXIT_STOPPED = 75
+"""Stopped on request (SIGTERM, Ctrl-C) with everything saved: the same command goes on."""
+EXIT_INTERRUPTED = 130
+
+FIRST_RANK_SECONDS = 20.0
+"""For how long the other processes of a machine wait for the first one to say what is wrong."""
+
+
+def new_parser(app: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """Make the parser of ``apps/<app>``; line breaks of ``epilog`` stay."""
+    return argparse.ArgumentParser(
+        prog=f"apps/{app}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def positive_integer(unit: str) -> Callable[[str], int]:
+    """Make the type of an argument that counts ``unit``, from 1."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of {unit}, from 1")
+        return int(text)
+
+    return parse
+
+
+def run_command(
+    action: Callable[[], int],
+    *,
+    interrupted: Callable[[], str],
+    status: int = EXIT_INTERRUPTED,
+) -> int:
+    """Do ``action``, and turn what ends it into a line on stderr and an exit status.
+
+    Args:
+        interrupted: what to say after SIGTERM or Ctrl-C.
+        status: the exit status then; for EXIT_STOPPED the line goes to stdout.
+    """
+    try:
+        return action()
+    except DistillError as error:
+        print(f"{rank_prefix()}{type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        stream = sys.stdout if status == EXIT_STOPPED else sys.stderr
+        print(interrupted(), file=stream)
+        return status
+
+
+def print_problems(error: ConfigError, outcome: str) -> int:
+    """Print every problem of a file, how many they are, and ``outcome``; returns the status."""
+    let_the_first_rank_speak()
+    count = len(error.problems)
+    print(error, file=sys.stderr)
+    print(f"{count} problem{'s' if count > 1 else ''}; {outcome}.", file=sys.stderr)
+    return EXIT_USAGE
+
+
+def let_the_first_rank_speak() -> None:
+    """Wait, on all processes of a machine but the first.
+
+    One process a machine says what is wrong with the file (on another machine it may be another
+    file), and by its end all others end: torchrun sees to that. They must not end before it, or
+    they would take it along, unheard; one whose first process finds nothing speaks in the end.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        time.sleep(FIRST_RANK_SECONDS)
+
+
+def rank_prefix() -> str:
+    """Say which process speaks, where there are several."""
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return f"rank {_rank()}: " if several else ""
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def show_logs(*, every_rank: bool = False) -> None:
+    """Print what the packages of the framework log; of other libraries, warnings alone.
+
+    To be called before torch is imported.
+
+    Args:
+        every_rank: not only the first one tells what it does; of the others, warnings alone.
+    """
+    # Its C++ side warns past Python, once a process: of DDP that looks for weights which a step
+    # leaves out, though none was; of a store that is gone with its process, with C++ frames.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    prefix = rank_prefix() if _rank() else ""
+    logging.basicConfig(level=logging.WARNING, format=f"{prefix}%(message)s", stream=sys.stdout)
+    if every_rank or _rank() == 0:
+        for name in framework_packages():
+            logging.getLogger(name).setLevel(logging.INFO)
+
+
+def framework_packages() -> set[str]:
+    """Find the import names of our own packages and apps, and of all that offer plugins."""
+    # Here, as ``--help`` is answered without them.
+    from importlib.metadata import entry_points
+
+    from distill_runtime import GROUPS
+
+    ours = {
+        path.name
+        for folder in map(Path, sys.path)
+        if folder.is_dir()
+        for path in folder.glob("distill_*")
+        if path.is_dir() and not path.name.endswith((".dist-info", ".egg-info"))
+    }
+    offered = {
+        entry.module.partition(".")[0] for group in GROUPS for entry in entry_points(group=group)
+    }
+    return ours | offered
+
+
+def list_plugins() -> int:
+    """Print all installed plugins; of one that is broken, why. Returns the exit status."""
+    from distill_protocols import PluginError
+    from distill_runtime import GROUPS, load_plugin, plugin_names
+
+    for group in GROUPS:
+        print(group)
+        names = plugin_names(group)
+        for name in names:
+            try:
+                text = load_plugin(group, name).help
+            except PluginError as error:
+                text = f"broken: {error}"
+            print(f"  {name:<14} {text}")
+        if not names:
+            print("  none")
+    return EXIT_OK

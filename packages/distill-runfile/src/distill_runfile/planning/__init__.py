@@ -1,0 +1,1 @@
+"""What a run needs: how roles lie over processes, the memory that they take, what would help."""

@@ -1,0 +1,110 @@
+"""From what a file says of its roles to roles with nothing left open. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import evolve, fields
+from distill_protocols import RoleNeed, RoleOptions, RoleSpec
+from distill_trainer.config import OptimizerConfig, TrainingConfig
+
+from distill_runfile.problems import KeyPath
+from distill_runfile.schema import Role, RoleConfig, is_local
+from distill_runfile.source import Document
+from distill_runfile.structure import Structuring, resolve_path, structure, to_plain
+
+OPTIONS = tuple(f.name for f in fields(RoleOptions))
+FROM_BASE = ("precision", "fsdp")
+"""Options that say how weights are held: a role beside another's weights has them from there."""
+
+
+def join_roles(
+    document: Document,
+    configs: Mapping[str, RoleConfig],
+    needs: Mapping[str, RoleNeed],
+    training: TrainingConfig | None,
+    how: Structuring,
+) -> dict[str, Role]:
+    """Complete each role from the method's needs, its base, and ``training.optimizer``.
+
+    A role of which nothing says what the model is is left out.
+
+    Args:
+        how: takes the problems of optimizers, whose keys are merged here.
+    """
+    roles = {}
+    for name, config in configs.items():
+        spec = _role_spec(document, name, configs, needs.get(name))
+        if spec is None:
+            continue
+        optimizer = None
+        if spec.trainable and training is not None:
+            merged = {**to_plain(training.optimizer), **config.optimizer}
+            optimizer = structure(OptimizerConfig, merged, ("models", name, "optimizer"), how)
+        init_from = None
+        if config.init_from is not None:
+            path = _resolved(document, config.init_from.path, ("models", name, "init_from"))
+            init_from = evolve(config.init_from, path=path, role=config.init_from.role or name)
+        roles[name] = Role(spec=spec, optimizer=optimizer, init_from=init_from)
+    return roles
+
+
+def _role_spec(
+    document: Document, name: str, configs: Mapping[str, RoleConfig], need: RoleNeed | None
+) -> RoleSpec | None:
+    config = configs[name]
+    options: dict[str, Any] = {option: getattr(config, option) for option in OPTIONS}
+    model = name if config.base is None else config.base
+    if model in configs:
+        options |= {option: getattr(configs[model], option) for option in FROM_BASE}
+    options["precision"] = options["precision"] or "fp32"
+    # A discriminator has no model, and is built for that of another role.
+    owner = model if config.heads is None else _model_of(config.heads.on, configs)
+    path = configs[owner].path if owner in configs else None
+    if path is None:
+        return None
+    trainable = config.trainable
+    if trainable is None:
+        # A role that nobody needs has that problem already, and shall have no other.
+        trainable = need is None or need.trainable
+    return RoleSpec(
+        name=name,
+        path=_resolved(document, path, ("models", owner, "path")),
+        trainable=trainable,
+        **options,
+    )
+
+
+def _model_of(name: str, configs: Mapping[str, RoleConfig]) -> str:
+    """Name of the role whose path says what the model of role ``name`` is."""
+    config = configs.get(name)
+    return name if config is None or config.base is None else config.base
+
+
+def _resolved(document: Document, path: str, where: KeyPath) -> str:
+    return resolve_path(path, document.folder_of(where)) if is_local(path) else path
+
+
+def plain_role(family: str, role: Role) -> dict[str, Any]:
+    """A role as a run file could hold it, with nothing left to defaults or to relative paths."""
+    spec = role.spec
+    plain = {
+        "family": family,
+        "path": spec.path,
+        "trainable": spec.trainable,
+        "init_from": plain_or_none(role.init_from),
+        **{option: plain_or_none(getattr(spec, option)) for option in OPTIONS},
+        "optimizer": plain_or_none(role.optimizer) or {},
+    }
+    left_out = {option for option in ("base", "heads") if plain[option] is None}
+    if spec.base is not None:
+        left_out |= {"path", *FROM_BASE}
+    elif spec.heads is not None:
+        left_out |= {"path"}
+    return {key: value for key, value in plain.items() if key not in left_out}
+
+
+def plain_or_none(value: object) -> Any:
+    """``to_plain`` of a value that may be left out."""
+    return None if value is None else to_plain(value)

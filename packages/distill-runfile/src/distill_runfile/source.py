@@ -1,0 +1,419 @@
+"""Reading files: plain values, and the line of each. No torch.
+
+YAML files are read with YAML 1.2 scalars (``1e-3`` is a float, ``no`` is a word), which PyYAML's
+own 1.1 rules get wrong for run files; JSON files are read as JSON. In both, duplicate keys are
+problems: the second would silently win.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from attrs import define, field
+
+from distill_runfile.problems import KeyPath, LocatedProblem
+
+MAX_VALUES = 100_000
+"""More values than any file needs; aliases of aliases reach it at once."""
+
+RUN_FILE = "--config takes a run file: a mapping of sections (recipe:, models:, training: ...)"
+MODELS_FILE = "--models_json takes a JSON object: role -> keys of models.<role>"
+PIPELINE_FILE = "pipeline_config_path takes a YAML or JSON file: the keys of pipeline_config"
+
+
+@define
+class Source:
+    """A parsed file: ``values`` as plain Python (None: not readable), ``lines`` by key path."""
+
+    file: Path
+    values: dict[str, Any] | None
+    lines: dict[KeyPath, int] = field(factory=dict)
+    problems: list[LocatedProblem] = field(factory=list)
+
+    def line(self, path: KeyPath) -> int:
+        """Line of ``path``, or of the nearest key above it that is in the file."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path, 1)
+
+    def problem(self, path: KeyPath, message: str) -> LocatedProblem:
+        """Locate a problem by its path."""
+        return LocatedProblem(self.file, self.line(path), path, message)
+
+
+def read_source(
+    file: Path, *, expected: str = RUN_FILE, format: Literal["yaml", "json"] | None = None
+) -> Source:
+    """Parse ``file``. What is wrong with it as YAML or JSON is in ``problems``; nothing is raised.
+
+    Args:
+        expected: what the file should be, for messages.
+        format: None: JSON where the file's name ends in ``.json``, else YAML.
+    """
+    source = Source(file=file, values=None)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return _unreadable(source, f"there is no file {file}; {expected}")
+    except (OSError, ValueError) as error:  # no UTF-8, or a NUL in the name
+        return _unreadable(source, f"cannot be read as UTF-8 text: {error}; {expected}")
+    if format == "json" or (format is None and file.suffix == ".json"):
+        value = _parse_json(text, source)
+    else:
+        value = _parse_yaml(text, source)
+    if isinstance(value, dict):
+        source.values = value
+    elif not source.problems:
+        names = {list: "a sequence", type(None): "empty"}
+        kind = names.get(type(value), f"a scalar ({value!r})")
+        return _unreadable(source, f"the file is {kind}; {expected}")
+    return source
+
+
+def _unreadable(source: Source, message: str, line: int = 1) -> Source:
+    source.problems.append(LocatedProblem(source.file, line, (), message))
+    return source
+
+
+def _note_value(source: Source, path: KeyPath, line: int) -> None:
+    source.lines.setdefault(path, line)
+    if len(source.lines) > MAX_VALUES:
+        raise _TooManyValuesError(line)
+
+
+class _TooManyValuesError(Exception):
+    """A file holds more values than are read."""
+
+    def __init__(self, line: int) -> None:
+        super().__init__()
+        self.line = line
+
+
+_TOO_MANY = f"holds more than {MAX_VALUES} values (each alias counts as what it names)"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _as_text(value: str) -> str:
+    """Join escaped UTF-16 pairs (``"\\ud83e\\udd8a"``), which YAML reads as two halves.
+
+    Raises:
+        ValueError: half of a pair stands alone, which no file and no terminal can show.
+    """
+    if value.isascii() or not _SURROGATE.search(value):
+        return value
+    try:
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError:
+        raise ValueError(f"{value!a} holds half of a UTF-16 pair, which is no text") from None
+
+
+# -- YAML ---------------------------------------------------------------------------------------
+
+_CORE = "tag:yaml.org,2002:"
+_TAGS = frozenset({"map", "seq", "str", "int", "float", "bool", "null", "merge"})
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (as PyYAML declares it)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)"
+        r"|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
+    )
+# PyYAML's int constructor takes a leading zero for octal; a run file means the decimal number.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+def _parse_yaml(text: str, source: Source) -> Any:
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        return _unreadable(source, f"holds the unprintable character #x{error.character:04x}", line)
+    try:
+        node = loader.get_single_node()
+        return None if node is None else _plain_value(loader, node, (), source)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        reason = str(error.problem or error)
+        hint = " (indent with spaces)" if r"'\t'" in reason else ""
+        _unreadable(source, f"not valid YAML: {reason}{hint}", mark.line + 1 if mark else 1)
+    except RecursionError:
+        _unreadable(source, "an alias (*name) stands inside the very thing that it names")
+    except _TooManyValuesError as error:
+        _unreadable(source, _TOO_MANY, error.line)
+    finally:
+        loader.dispose()
+    return None
+
+
+def _plain_value(loader: _Loader, node: yaml.Node, path: KeyPath, source: Source) -> Any:
+    line = node.start_mark.line + 1
+    _note_value(source, path, line)
+    if node.tag.removeprefix(_CORE) not in _TAGS:
+        source.problems.append(
+            source.problem(path, f"the tag {node.tag!r} is not read: a run file holds plain values")
+        )
+        return None
+    if isinstance(node, yaml.MappingNode):
+        _note_duplicates(node, path, source)
+        loader.flatten_mapping(node)
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(_scalar(loader, key_node, path, source))
+            source.lines[(*path, key)] = key_node.start_mark.line + 1
+            result[key] = _plain_value(loader, value_node, (*path, key), source)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [
+            _plain_value(loader, item, (*path, str(i)), source) for i, item in enumerate(node.value)
+        ]
+    return _scalar(loader, node, path, source)
+
+
+def _scalar(loader: _Loader, node: yaml.Node, path: KeyPath, source: Source) -> Any:
+    try:
+        value = loader.construct_object(node, deep=True)
+        return _as_text(value) if isinstance(value, str) else value
+    except (ValueError, LookupError) as error:  # such as ``!!int abc`` or a number of 6000 digits
+        line = node.start_mark.line + 1
+        message = f"cannot be read as {node.tag.removeprefix(_CORE)}: {error}"
+        source.problems.append(LocatedProblem(source.file, line, path, message))
+        return None
+
+
+def _note_duplicates(node: yaml.MappingNode, path: KeyPath, source: Source) -> None:
+    first: dict[str, int] = {}
+    for key_node, _ in _own_keys(node):
+        line = key_node.start_mark.line + 1
+        key = str(key_node.value)
+        if key in first:
+            source.problems.append(_duplicate(source, (*path, key), line, first[key]))
+        first.setdefault(key, line)
+
+
+def _own_keys(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+    return (pair for pair in node.value if pair[0].tag != "tag:yaml.org,2002:merge")
+
+
+def _duplicate(source: Source, path: KeyPath, line: int, first: int) -> LocatedProblem:
+    message = (
+        f"written twice (first in line {first}); the second would silently be taken. Remove one"
+    )
+    return LocatedProblem(source.file, line, path, message)
+
+
+# -- JSON ---------------------------------------------------------------------------------------
+
+
+def _parse_json(text: str, source: Source) -> Any:
+    reader = _JsonReader(text, source)
+    try:
+        value, end = reader.value((), reader.skip_space(0))
+        if (end := reader.skip_space(end)) < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+        return value
+    except json.JSONDecodeError as error:
+        _unreadable(source, f"not valid JSON: {error.msg}", error.lineno)
+    except ValueError as error:
+        _unreadable(source, f"not valid JSON: {error}", reader.line(reader.at))
+    except RecursionError:
+        _unreadable(source, "is nested too deeply to be read")
+    except _TooManyValuesError as error:
+        _unreadable(source, _TOO_MANY, error.line)
+    return None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+class _JsonReader:
+    """Reads JSON and notes lines; strings and numbers are read by Python's own decoder."""
+
+    _SPACE = re.compile(r"[ \t\n\r]*")
+
+    def __init__(self, text: str, source: Source) -> None:
+        self.at = 0
+        """Where the value begins that is read now."""
+        self._text, self._source = text, source
+        self._line_ends = [match.start() for match in re.finditer("\n", text)]
+        self._decode: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(
+            parse_constant=_refuse_constant
+        ).raw_decode
+
+    def line(self, at: int) -> int:
+        return bisect.bisect_left(self._line_ends, at) + 1
+
+    def skip_space(self, at: int) -> int:
+        match = self._SPACE.match(self._text, at)
+        return match.end() if match else at
+
+    def value(self, path: KeyPath, at: int) -> tuple[Any, int]:
+        """Read the value that begins at ``at``; returns it, and where it ends."""
+        self.at = at
+        _note_value(self._source, path, self.line(at))
+        char = self._text[at : at + 1]
+        if char == "{":
+            return self._object(path, self.skip_space(at + 1))
+        if char == "[":
+            return self._array(path, self.skip_space(at + 1))
+        value, end = self._decode(self._text, at)
+        return (_as_text(value) if isinstance(value, str) else value), end
+
+    def _object(self, path: KeyPath, at: int) -> tuple[dict[str, Any], int]:
+        result: dict[str, Any] = {}
+        if self._text[at : at + 1] == "}":
+            return result, at + 1
+        while True:
+            if self._text[at : at + 1] != '"':
+                raise json.JSONDecodeError("Expecting a key in double quotes", self._text, at)
+            self.at = at
+            key, end = self._decode(self._text, at)
+            key, line = _as_text(key), self.line(at)
+            if key in result:
+                first = self._source.lines[(*path, key)]
+                self._source.problems.append(_duplicate(self._source, (*path, key), line, first))
+            self._source.lines[(*path, key)] = line
+            end = self._expect(":", self.skip_space(end))
+            result[key], end = self.value((*path, key), self.skip_space(end))
+            end = self.skip_space(end)
+            if self._text[end : end + 1] == "}":
+                return result, end + 1
+            at = self.skip_space(self._expect(",", end))
+
+    def _array(self, path: KeyPath, at: int) -> tuple[list[Any], int]:
+        result: list[Any] = []
+        if self._text[at : at + 1] == "]":
+            return result, at + 1
+        while True:
+            item, end = self.value((*path, str(len(result))), at)
+            result.append(item)
+            end = self.skip_space(end)
+            if self._text[end : end + 1] == "]":
+                return result, end + 1
+            at = self.skip_space(self._expect(",", end))
+
+    def _expect(self, char: str, at: int) -> int:
+        if self._text[at : at + 1] != char:
+            raise json.JSONDecodeError(f"Expecting {char!r}", self._text, at)
+        return at + 1
+
+
+# -- several files as one -------------------------------------------------------------------------
+
+
+@define
+class Document:
+    """A run file together with the files that are laid over and under its sections.
+
+    Attributes:
+        main: the run file.
+        values: its values with those of the other files merged in.
+        over: keys of ``models`` from another file, which win over those of the run file.
+        under: keys of ``pipeline_config`` from another file, over which those of the run file win.
+        unreadable: sections whose other file could not be read.
+    """
+
+    main: Source
+    values: dict[str, Any]
+    over: Source | None = None
+    under: Source | None = None
+    unreadable: frozenset[str] = frozenset()
+
+    @property
+    def problems(self) -> list[LocatedProblem]:
+        """What is wrong with the files as YAML or JSON."""
+        sources = (self.main, self.over, self.under)
+        return [problem for source in sources if source for problem in source.problems]
+
+    def locate(self, path: KeyPath, message: str) -> LocatedProblem:
+        """Say in which file, and where in it, ``path`` is written."""
+        source, inside = self._origin(path)
+        return source.problem(inside, message)
+
+    def folder_of(self, path: KeyPath) -> Path:
+        """Folder that a relative path which is written at ``path`` begins from."""
+        return self._origin(path)[0].file.parent.resolve()
+
+    def _origin(self, path: KeyPath) -> tuple[Source, KeyPath]:
+        section, inside = path[:1], path[1:]
+        if self.over and section == ("models",) and inside and inside in self.over.lines:
+            return self.over, inside
+        under = self.under if section == ("pipeline_config",) else None
+        if under and path not in self.main.lines and inside in under.lines:
+            return under, inside
+        return self.main, path
+
+
+def read_document(file: Path, models_json: Path | None = None) -> Document:
+    """Read a run file and those that belong to it.
+
+    Args:
+        models_json: a JSON object role -> keys, laid over the file's ``models:`` key by key.
+    """
+    main = read_source(file)
+    document = Document(main=main, values=dict(main.values or {}))
+    if models_json is not None:
+        yaml_file = models_json.suffix in (".yaml", ".yml")
+        over = read_source(
+            models_json, expected=MODELS_FILE, format="yaml" if yaml_file else "json"
+        )
+        document.over = over
+        models = document.values.get("models")
+        if over.values and isinstance(models, dict | None):
+            document.values["models"] = _laid_over(models or {}, over.values)
+    _include_pipeline(document)
+    return document
+
+
+def _laid_over(roles: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(roles)
+    for name, value in over.items():
+        old = merged.get(name)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[name] = {**old, **value} if both else value  # type: ignore[dict-item]
+    return merged
+
+
+def _include_pipeline(document: Document) -> None:
+    """Replace ``pipeline_config.pipeline_config_path`` by the keys of that file."""
+    section, key = "pipeline_config", "pipeline_config_path"
+    written = document.values.get(section)
+    if not isinstance(written, dict) or key not in written:
+        return
+    beside = {name: value for name, value in written.items() if name != key}
+    name = written[key]
+    if not isinstance(name, str) or not name.strip():
+        document.unreadable |= {section}
+        message = f"{name!r} must be the path of a YAML or JSON file, from the folder of this file"
+        document.main.problems.append(document.main.problem((section, key), message))
+        return
+    file = document.folder_of((section, key)) / Path(name).expanduser()
+    document.under = read_source(file, expected=PIPELINE_FILE)
+    if document.under.values is None:
+        document.unreadable |= {section}
+        if not file.is_file():  # it is this line that is wrong
+            document.under.problems.clear()
+            message = f"there is no file {file}; {PIPELINE_FILE}"
+            document.main.problems.append(document.main.problem((section, key), message))
+        return
+    document.values[section] = {**document.under.values, **beside}

@@ -1,0 +1,123 @@
+"""The command line: statuses, what it prints, and what it does without torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+
+import distill_runfile.cli
+import distill_runtime.plugins
+import pytest
+from distill_train.cli import main
+
+
+def test_status_2_no_traceback_nothing_written_and_no_torch(values, write, tmp_path):
+    values["method_config"]["generator_update_intervl"] = 5
+    path = write(values)
+    code = (
+        "import sys\nfrom distill_train.cli import main\n"
+        f"status = main(['--config', {str(path)!r}])\n"
+        "assert 'torch' not in sys.modules\nassert 'numpy' not in sys.modules\nsys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "1 problem; nothing was started." in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_and_a_missing_config(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    assert "--dry-run" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    assert "--config RUN.yaml is needed" in capsys.readouterr().err
+
+
+def test_plugins_are_listed(capsys):
+    assert main(["--plugins"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("wan", "dmd2", "finetune", "teacher_only", "ema", "report"))
+
+
+def test_one_process_a_machine_says_what_is_wrong(values, write):
+    """The others neither say it too, nor end before it is said: torchrun would end the first."""
+    values["training"]["seed"] = -1
+    command = [sys.executable, "-c", "from distill_train.cli import main; main()"]
+    first, second = (
+        subprocess.Popen(
+            [*command, "--config", str(write(values))],
+            env=os.environ | {"LOCAL_RANK": local_rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for local_rank in "01"
+    )
+    assert "training.seed" in first.communicate()[1]
+    assert second.poll() is None
+    second.terminate()
+    assert second.communicate()[1] == ""
+
+
+def test_who_alone_finds_something_wrong_says_it_in_the_end(values, write, monkeypatch, capsys):
+    monkeypatch.setattr(distill_runfile.cli, "FIRST_RANK_SECONDS", 0.0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    values["training"]["seed"] = -1
+    assert main(["--config", str(write(values))]) == 2
+    assert "training.seed" in capsys.readouterr().err
+
+
+def test_the_plan_says_where_the_negative_condition_comes_from(values, write, capsys, tmp_path):
+    def plan() -> str:
+        assert main(["--config", str(write(values)), "--dry-run"]) == 0
+        return capsys.readouterr().out
+
+    assert "in the data set's constants (prompt '')" in plan()
+    values["conditioning"] = {"negative_prompt": "blurred"}
+    assert "encoded once at set-up from 'blurred'" in plan()
+    del values["conditioning"]
+    values["data"]["path"] = str(tmp_path / "to_come")
+    text = plan()
+    assert "needed; the data set must bring it" in text
+    assert "not on this machine yet" in text
+    values["method_config"]["real_score_guidance_scale"] = 1.0
+    assert "none, and no step needs one" in plan()
+
+
+def test_the_plan_counts(values, write, capsys):
+    assert main(["--config", str(write(values)), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    memory = lines[lines.index(next(x for x in lines if x.startswith("memory"))) + 2 :][:2]
+    # 1,087,136 parameters and 16,384 of buffers: fp32 weights, gradients, two moments, an average.
+    assert memory[0].split()[:9] == ["student", "4.4", "MB", "4.3", "MB", "8.7", "MB", "4.3", "MB"]
+    assert memory[1].split()[:6] == ["teacher", "4.4", "MB", "-", "-", "-"]
+    updates = next(line for line in lines if line.strip().startswith("student (lr"))
+    assert updates.split(")")[1].split() == [*"...x...x..", "1"]
+
+
+def test_a_broken_plugin_is_named_and_the_others_are_listed(capsys, monkeypatch):
+    real = distill_runtime.plugins.entry_points
+
+    def with_broken(*, group: str):
+        broken = EntryPoint("broken", "no_such_package.plugin:PLUGIN", group)
+        return (broken, *real(group=group)) if group == "distill.families" else real(group=group)
+
+    monkeypatch.setattr(distill_runtime.plugins, "entry_points", with_broken)
+    assert main(["--plugins"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (broken,) = [line for line in lines if line.startswith("  broken ")]
+    assert "No module named 'no_such_package'" in broken
+    assert any(line.startswith("  wan ") for line in lines)
+    assert any(line.startswith("  dmd2 ") for line in lines)
+    assert "distill.trackers" in lines
+
+
+def test_logs_of_all_packages_are_shown_without_a_list_of_names():
+    names = distill_runfile.cli.framework_packages()
+    for package in ("adapters_wan", "checkpoint", "conditioning", "train", "trajectories"):
+        assert f"distill_{package}" in names

@@ -1,0 +1,86 @@
+"""Samplers whose shift depends on the number of tokens: resolved before anybody sees them."""
+
+from __future__ import annotations
+
+import pytest
+from distill_adapters_wan.plugin import WanFamily
+from distill_protocols import ConfigError, DynamicShift, SamplerSpec
+from distill_runfile import read_config
+from distill_runfile.draft import SamplerCompletion
+
+RULE = {"base_tokens": 10, "max_tokens": 20, "base_mu": 0.5, "max_mu": 1.5}
+TOKENS = 16
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[str]:
+    """The family tells tokens; the folders that it was asked for."""
+    sources: list[str] = []
+
+    def tokens(self: WanFamily, config: object, *, source: str) -> int:
+        sources.append(source)
+        return TOKENS
+
+    monkeypatch.setattr(WanFamily, "latent_tokens", tokens, raising=False)
+    return sources
+
+
+def dynamic(values) -> SamplerSpec:
+    """Write samplers with a rule into two sections; returns what they must become."""
+    sampler = {"steps": 4, "shift": RULE}
+    values["method_config"]["student_sampler"] = {**sampler, "stochastic": True}
+    values["validation"] = {
+        "prompts": ["x"],
+        "views": {"teacher": {"role": "teacher", "sampler": sampler}},
+    }
+    return SamplerSpec(steps=4, shift=DynamicShift(**RULE)).resolved(TOKENS)
+
+
+def test_every_sampler_of_a_file_is_resolved(values, write, counted, tmp_path):
+    expected = dynamic(values)
+    config = read_config(write(values))
+    assert config.method.student_sampler is not None
+    assert config.method.student_sampler.timesteps == expected.timesteps
+    assert config.validation is not None
+    assert config.validation.views["teacher"].sampler == expected
+    written = config.resolved["validation"]["views"]["teacher"]["sampler"]
+    assert written["shift"] == 1.0
+    assert tuple(written["timesteps"]) == expected.timesteps
+    assert set(counted) == {config.source}
+
+
+def test_a_family_that_cannot_tell_tokens(values, write, monkeypatch):
+    monkeypatch.setattr(WanFamily, "latent_tokens", lambda *args, **keys: None, raising=False)
+    dynamic(values)
+    path = write(values)
+    with pytest.raises(ConfigError) as caught:
+        read_config(path)
+    first, second = caught.value.problems
+    assert "method_config.student_sampler: the shift depends on the number of tokens" in first
+    assert "validation.views.teacher.sampler: the shift depends" in second
+    assert "family 'wan' cannot tell" in first
+
+
+def test_where_the_family_is_wrong_the_shift_is_no_second_problem(values, write):
+    dynamic(values)
+    values["pipeline_config"]["num_frames"] = 8
+    with pytest.raises(ConfigError) as caught:
+        read_config(write(values))
+    (problem,) = caught.value.problems
+    assert "pipeline_config.num_frames" in problem
+
+
+def test_a_wrong_rule_is_answered_with_its_own_problem(values, write, counted):
+    dynamic(values)
+    values["method_config"]["student_sampler"]["shift"] = RULE | {"max_tokens": 5}
+    with pytest.raises(ConfigError) as caught:
+        read_config(write(values))
+    (problem,) = caught.value.problems
+    assert "method_config.student_sampler.shift.max_tokens: 5 must be above base_tokens" in problem
+
+
+def test_the_walk_goes_through_configs_mappings_and_lists():
+    spec = SamplerSpec(steps=2, shift=DynamicShift(**RULE))
+    walk = SamplerCompletion("wan", lambda: TOKENS)
+    value = walk({"a": (spec, 3), "b": SamplerSpec(steps=1)})
+    assert value == {"a": (spec.resolved(TOKENS), 3), "b": SamplerSpec(steps=1)}
