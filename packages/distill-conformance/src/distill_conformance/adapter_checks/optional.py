@@ -98,6 +98,7 @@ def check_features(case: AdapterCase) -> None:
                 f"features of {role!r} are {list(features.shape)} {features.dtype}; they must be "
                 f"fp32 [{ROWS}, D, T', H', W']",
             )
+            require(features.requires_grad, f"features of {role!r} have no gradient")
             features.square().mean().backward()
             require(
                 x_t.grad is not None and bool(x_t.grad.abs().sum() > 0),
@@ -142,6 +143,7 @@ def check_discriminator(case: AdapterCase) -> None:
     features.requires_grad_()
     logits = judge.discriminate("judge", {0: features})
     require_shape(logits, (ROWS, 1), "logits of a discriminator of one block")
+    require(logits.requires_grad, "the logits have no gradient")
     logits.square().mean().backward()
     require(
         features.grad is not None and bool(features.grad.abs().sum() > 0),
