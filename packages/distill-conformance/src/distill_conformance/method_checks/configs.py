@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import subprocess
 import sys
 from typing import Any
@@ -197,7 +198,7 @@ def check_update_share(case: MethodCase) -> None:
         for role in sorted(case.trained_roles):
             shares = [
                 case.config.update_share(role, low, high)
-                for low, high in zip(ends, ends[1:], strict=False)
+                for low, high in itertools.pairwise(ends)
             ]
             require(
                 all(-1e-6 <= share <= 1 + 1e-6 for share in shares),
