@@ -197,8 +197,7 @@ def check_update_share(case: MethodCase) -> None:
         ends = [0.0, *sorted(inner), 1000.0]
         for role in sorted(case.trained_roles):
             shares = [
-                case.config.update_share(role, low, high)
-                for low, high in itertools.pairwise(ends)
+                case.config.update_share(role, low, high) for low, high in itertools.pairwise(ends)
             ]
             require(
                 all(-1e-6 <= share <= 1 + 1e-6 for share in shares),
