@@ -48,15 +48,18 @@ DRAWN_EXITS = ("dmd2", "dmd2, every step, gan", "ladd", "rcm", "self_forcing")
 """A rollout's exit step is drawn once a micro batch; with one step there is no choice."""
 
 
+@pytest.fixture(scope="module", params=CONFIGS)
+def case(request) -> MethodCase:
+    name, config = request.param, CONFIGS[request.param]
+    whole = evolve(config, student_sampler=ONE) if name in DRAWN_EXITS else config
+    return MethodCase(
+        plugin=load_plugin("distill.methods", name.split(",")[0]),
+        config=config,
+        accumulation_config=whole,
+        losses=2 if name == "rcm" else 1,
+        causal_roles=("student",) if name in CAUSAL else (),
+    )
+
+
 class TestMethods(MethodSuite):
-    @pytest.fixture(scope="class", params=CONFIGS)
-    def case(self, request: pytest.FixtureRequest) -> MethodCase:
-        name, config = request.param, CONFIGS[request.param]
-        whole = evolve(config, student_sampler=ONE) if name in DRAWN_EXITS else config
-        return MethodCase(
-            plugin=load_plugin("distill.methods", name.split(",")[0]),
-            config=config,
-            accumulation_config=whole,
-            losses=2 if name == "rcm" else 1,
-            causal_roles=("student",) if name in CAUSAL else (),
-        )
+    pass

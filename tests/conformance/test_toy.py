@@ -7,8 +7,11 @@ from distill_conformance import AdapterCase, AdapterSuite
 from distill_conformance.toy import ToyConfig, ToyFamily
 
 
+@pytest.fixture(scope="module", params=[(), ("student",)], ids=["bidirectional", "causal"])
+def case(request) -> AdapterCase:
+    config = ToyConfig(causal_roles=request.param)
+    return AdapterCase(plugin=ToyFamily(), config=config, source="toy")
+
+
 class TestToyFamily(AdapterSuite):
-    @pytest.fixture(scope="class", params=[(), ("student",)], ids=["bidirectional", "causal"])
-    def case(self, request: pytest.FixtureRequest) -> AdapterCase:
-        config = ToyConfig(causal_roles=request.param)
-        return AdapterCase(plugin=ToyFamily(), config=config, source="toy")
+    pass

@@ -51,7 +51,7 @@ def _student_and_teacher(case: AdapterCase) -> tuple[RoleSpec, ...]:
 class AdapterCase:
     """One configuration of a family to hold against the contract.
 
-    The models are loaded once a case, so a fixture that returns one is best of scope ``class``.
+    The models are loaded once a case, so a fixture that returns one is best of scope ``module``.
 
     Attributes:
         plugin: the family.

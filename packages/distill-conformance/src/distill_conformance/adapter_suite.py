@@ -37,16 +37,14 @@ def as_test(check: Callable[[CaseT], None]) -> Callable[[object, CaseT], None]:
 
 
 class AdapterSuite:
-    """Inherit from it in a class whose name begins with ``Test``, and write the fixture ``case``.
+    """Inherit from it in a class whose name begins with ``Test``, and write a fixture ``case``.
+
+    The fixture returns an ``AdapterCase``. A function of the module with ``scope="module"`` loads
+    the models once; a method of the class, which pytest calls for each test, loads them each time.
 
     A test of a capability that the family does not state is skipped. To take a check out, set it
     to None in the subclass, and say why there.
     """
-
-    @pytest.fixture(scope="class")
-    def case(self) -> AdapterCase:
-        """Return the configuration to test."""
-        raise NotImplementedError("a subclass of AdapterSuite writes the fixture `case`")
 
     # plugin, plan, weights
     test_plugin = as_test(loading.check_plugin)
@@ -59,6 +57,7 @@ class AdapterSuite:
     test_activation_checkpointing = as_test(loading.check_activation_checkpointing)
     test_offload = as_test(loading.check_offload)
     test_lora = as_test(loading.check_lora)
+    test_lora_beside_base = as_test(loading.check_lora_beside_base)
     test_exports = as_test(loading.check_exports)
 
     # model calls

@@ -49,7 +49,7 @@ class MethodCase:
             the same for the same seed; left out, toy models.
         batch: (size, seed) -> a batch whose row n does not depend on the size; left out, toy
             latents and texts.
-        conditioning: gives the negative condition.
+        conditioning: gives the negative condition; left out, one of the toy models' shape.
         losses: how many losses a trained role has in one iteration, each at a t of its own, so
             that an iteration may reach as many experts of it.
         iterations: that the checks step through: enough that each trained role has several.

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
-
 from distill_conformance.adapter_suite import as_test
-from distill_conformance.method_case import MethodCase
 from distill_conformance.method_checks import configs, randomness, steps
 
 
 class MethodSuite:
-    """Inherit from it in a class whose name begins with ``Test``, and write the fixture ``case``.
+    """Inherit from it in a class whose name begins with ``Test``, and write a fixture ``case``
+    that returns a ``MethodCase``.
 
     To take a check out, set it to None in the subclass, and say why there.
     """
-
-    @pytest.fixture(scope="class")
-    def case(self) -> MethodCase:
-        """Return the method and options to test."""
-        raise NotImplementedError("a subclass of MethodSuite writes the fixture `case`")
 
     # what the config says
     test_plugin = as_test(configs.check_plugin)

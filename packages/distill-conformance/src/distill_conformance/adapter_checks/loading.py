@@ -232,6 +232,32 @@ def check_lora(case: AdapterCase) -> None:
     )
 
 
+def check_lora_beside_base(case: AdapterCase) -> None:
+    """A LoRA beside the weights of a frozen role shares them, and leaves that role as it was.
+
+    Otherwise memory holds the base twice, or the teacher learns with its student.
+    """
+    applies_if({"lora", "base"} <= _options(case), "the family does not honour it")
+    applies_if(not case.causal_roles, "a causal role has another kind of model than its base")
+    frozen = [s for s in case.roles if not s.trainable and s.heads is None]
+    applies_if(bool(frozen), "no role of the case is frozen")
+    base, role = frozen[0].name, case.trained_role.name
+    alone = _output(case, case.load(frozen[:1]), base)
+    spec = RoleSpec(
+        name=role, path=frozen[0].path, trainable=True, base=base, lora=LoraSpec(rank=2)
+    )
+    models = case.load([frozen[0], spec])
+    places = {p.data_ptr() for m in models.bundle[role].modules.values() for p in m.parameters()}
+    for name, module in models.bundle[base].modules.items():
+        own = {p.data_ptr() for p in module.parameters()}
+        require(bool(own & places), f"module {name!r} of the base is held twice")
+    output = _output(case, models, role, gradient=True)
+    require(not torch.equal(output.detach(), alone), "adapters that moved have no effect")
+    output.square().mean().backward()
+    _require_gradients_of_adapters(models.bundle[role])
+    require_equal(_output(case, models, base), alone, "the base beside a LoRA and alone")
+
+
 def _require_gradients_of_adapters(handle: RoleHandle) -> None:
     for key, module in handle.modules.items():
         adapters = handle.trained_parameters(key)
