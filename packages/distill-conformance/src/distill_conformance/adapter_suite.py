@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import pytest
 
-from distill_conformance.adapter_case import AdapterCase
 from distill_conformance.adapter_checks import (
     calls,
     causal,
