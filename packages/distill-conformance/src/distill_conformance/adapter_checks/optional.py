@@ -1,0 +1,346 @@
+"""Optional contracts: stated exactly where they exist, and true where they are stated."""
+
+from __future__ import annotations
+
+import torch
+from distill_protocols import (
+    Capabilities,
+    CapabilityError,
+    ConditioningError,
+    ContractError,
+    DiscriminatorSpec,
+    RoleSpec,
+)
+from torch import Tensor
+
+from distill_conformance.adapter_case import ROWS, AdapterCase, counted_calls, normal
+from distill_conformance.failures import REFUSALS, applies_if, must_raise, require, require_shape
+
+
+def check_capabilities(case: AdapterCase) -> None:
+    """Optional contracts are None exactly where the capability is not stated, and plugin and
+    adapter state the same.
+
+    A method is admitted by what is stated, and fails in its first step where that is not there.
+    """
+    stated, adapter = case.capabilities, case.adapter
+    require(isinstance(stated, Capabilities), "capabilities() gives no Capabilities")
+    require(
+        stated == adapter.capabilities,
+        f"the plugin states {stated}, and the adapter {adapter.capabilities}",
+    )
+    for name, contract, there in (
+        ("supports_kv_cache", "causal", adapter.causal),
+        ("supports_expert_routing", "experts", adapter.experts),
+        ("supports_image_condition", "images", adapter.images),
+        ("supports_features", "discriminators", adapter.discriminators),
+        ("supports_jvp", "tangents", adapter.tangents),
+    ):
+        require(
+            (there is not None) == (not stated.missing([name])),
+            f"{name} is {not stated.missing([name])}, and adapter.{contract} is {there!r}",
+        )
+    require("v" in stated.supported_pred_types, "every family predicts v")
+    unknown = sorted(stated.causal_roles - case.bundle.roles.keys())
+    require(not unknown, f"causal_roles names {unknown}, which are no roles of the run")
+    require(
+        not stated.causal_roles or stated.supports_kv_cache,
+        f"the roles {sorted(stated.causal_roles)} are causal without supports_kv_cache",
+    )
+
+
+def check_frame_times(case: AdapterCase) -> None:
+    """A time for each frame is read: equal times give what one time gives, others do not.
+
+    Diffusion forcing trains with a noise level for each chunk.
+    """
+    case.need("supports_frame_times")
+    cond, x_t = case.condition(), case.noise()
+    frames = x_t.shape[2]
+    for role in case.model_roles:
+        for t in case.times(role):
+            by_frame = t[:, None].expand(ROWS, frames).contiguous()
+            with torch.no_grad():
+                one = case.adapter.forward(role, x_t, t, cond)
+                many = case.adapter.forward(role, x_t, by_frame, cond)
+                case.require_close(many, one, f"one time for all frames of {role!r}, by frame")
+                if frames == 1:
+                    continue
+                other = by_frame.clone()
+                other[:, -1] = t.flip(0)
+                changed = case.adapter.forward(role, x_t, other, cond)
+            require(not torch.equal(changed, many), f"the time of the last frame of {role!r} is "
+                    "not read")  # fmt: skip
+            noised = case.adapter.add_noise(x_t, case.noise(seed=3), other)
+            first = case.adapter.add_noise(x_t, case.noise(seed=3), t)
+            case.require_close(noised[:, :, 0], first[:, :, 0], "noise of a time for each frame")
+        missing = torch.zeros(ROWS, frames + 1)
+        with must_raise(REFUSALS, "a time for each frame, and one too many"):
+            case.adapter.forward(role, x_t, missing, cond)
+
+
+def check_features(case: AdapterCase) -> None:
+    """Features are [B, D, T', H', W'] of the block asked for, row by row, and take gradient.
+
+    A discriminator learns from them, and a student through them.
+    """
+    case.need("supports_features")
+    cond = case.condition()
+    for role in case.model_roles:
+        if role in case.causal_roles:
+            continue
+        t = case.times(role)[0]
+        with case.clean_gradients():
+            x_t = case.noise().requires_grad_()
+            features = _features(case, role, x_t, t)
+            require(
+                features.dim() == 5 and len(features) == ROWS and features.dtype == torch.float32,
+                f"features of {role!r} are {list(features.shape)} {features.dtype}; they must be "
+                f"fp32 [{ROWS}, D, T', H', W']",
+            )
+            require(features.requires_grad, f"features of {role!r} have no gradient")
+            features.square().mean().backward()
+            require(
+                x_t.grad is not None and bool(x_t.grad.abs().sum() > 0),
+                f"no gradient of the features of {role!r} reaches x_t",
+            )
+        with torch.no_grad():
+            alone = _features(case, role, case.noise()[:1], t[:1], rows=1)
+            case.require_close(features[:1].detach(), alone, f"features of {role!r} alone")
+            plain = case.adapter.forward(role, case.noise(), t, cond)
+            filled: dict[int, Tensor | None] = {0: None}
+            beside = case.adapter.forward(role, case.noise(), t, cond, features=filled)
+        case.require_close(beside, plain, f"the prediction of {role!r} beside its features")
+        with must_raise(ContractError, f"features of a block that {role!r} does not have"):
+            case.adapter.forward(role, case.noise(), t, cond, features={10_000: None})
+        if not case.capabilities.missing(["supports_cfg"]):
+            with must_raise(CapabilityError, "features of a call with guidance"):
+                case.adapter.forward(
+                    role, case.noise(), t, cond, cfg=3.0, neg_cond=case.negative,
+                    features={0: None},
+                )  # fmt: skip
+
+
+def check_discriminator(case: AdapterCase) -> None:
+    """A discriminator gives a logit of a row for each block, from that row alone, and its loss
+    reaches its own weights and the features.
+    """
+    case.need("supports_features")
+    applies_if("heads" in case.plugin.role_options(case.config), "the family has no discriminators")
+    plain = [n for n in case.model_roles if n not in case.causal_roles]
+    applies_if(bool(plain), "all roles are causal, and a discriminator reads whole clips")
+    model = case.spec(plain[0])
+    spec = DiscriminatorSpec(on=model.name, blocks=(0,), width=8)
+    role = RoleSpec(name="judge", path=model.path, trainable=True, heads=spec)
+    causal = [s for s in case.roles if s.name in case.causal_roles]
+    models = case.load([model, role, *causal])
+    handle = models.bundle["judge"]
+    require(handle.discriminator == spec, "RoleHandle.discriminator is not the role's spec")
+    judge = models.adapter.discriminators
+    require(judge is not None, "supports_features is stated, and discriminators is None")
+    assert judge is not None
+    features = _features(case, model.name, case.noise(), case.times(model.name)[0]).detach()
+    features.requires_grad_()
+    logits = judge.discriminate("judge", {0: features})
+    require_shape(logits, (ROWS, 1), "logits of a discriminator of one block")
+    require(logits.requires_grad, "the logits have no gradient")
+    logits.square().mean().backward()
+    require(
+        features.grad is not None and bool(features.grad.abs().sum() > 0),
+        "no gradient of the logits reaches the features",
+    )
+    require(
+        any(
+            p.grad is not None and bool(p.grad.abs().sum() > 0)
+            for module in handle.modules.values()
+            for p in module.parameters()
+        ),
+        "no gradient of the logits reaches the discriminator",
+    )
+    with torch.no_grad():
+        alone = judge.discriminate("judge", {0: features[:1]})
+    case.require_close(logits[:1].detach(), alone, "the logits of a row alone")
+    with must_raise(ContractError, "features of another block than the discriminator's"):
+        judge.discriminate("judge", {1: features})
+    with must_raise(ContractError, f"discriminate with {model.name!r}, which is a model"):
+        judge.discriminate(model.name, {0: features})
+
+
+def check_tangents(case: AdapterCase) -> None:
+    """``forward_jvp`` gives the prediction and its derivative along (dx, dt), without gradient.
+
+    Compared with central differences, along x, along t and along both.
+    """
+    case.need("supports_jvp")
+    tangents = case.adapter.tangents
+    require(tangents is not None, "supports_jvp is stated, and tangents is None")
+    assert tangents is not None
+    cond, x_t = case.condition(), case.noise()
+    for role in case.model_roles:
+        if role in case.causal_roles:
+            continue
+        for t in case.times(role):
+            for dx, dt in (
+                (case.noise(seed=4), torch.zeros(ROWS)),
+                (torch.zeros_like(x_t), torch.tensor([10.0, -7.0])),
+                (case.noise(seed=4), torch.tensor([5.0, 3.0])),
+            ):
+                v, derivative = tangents.forward_jvp(role, x_t, t, cond, dx=dx, dt=dt)
+                require(not derivative.requires_grad, "forward_jvp keeps a graph")
+                with torch.no_grad():
+                    plain = case.adapter.forward(role, x_t, t, cond)
+                    h = 0.02
+                    above, below = (
+                        case.adapter.forward(role, x_t + s * h * dx, t + s * h * dt, cond)
+                        for s in (1, -1)
+                    )
+                case.require_close(v, plain, f"the prediction of {role!r} from forward_jvp")
+                difference = (above.double() - below.double()) / (2 * h)
+                error = (derivative.double() - difference).norm() / difference.norm()
+                require(
+                    float(error) < 0.03,
+                    f"the derivative of {role!r} is off by {float(error):.1%} from central "
+                    "differences",
+                )
+
+
+def check_experts(case: AdapterCase) -> None:
+    """Ranges fill [0, 1000], a call goes to the module that ``expert_of`` names, and the plugin
+    plans the same.
+
+    Otherwise one expert trains at times at which the other is sampled.
+    """
+    case.need("supports_expert_routing")
+    experts = case.adapter.experts
+    require(experts is not None, "supports_expert_routing is stated, and experts is None")
+    assert experts is not None
+    cond, x_t = case.condition(), case.noise()
+    for role in case.model_roles:
+        ranges = experts.expert_ranges(role)
+        _require_filled(ranges, f"expert_ranges of {role!r}")
+        planned = case.plugin.expert_ranges(case.spec(role), case.config)
+        if planned:
+            _require_filled(tuple(sorted(planned.values())), f"planned ranges of {role!r}")
+        require(
+            not planned or planned.keys() <= case.bundle[role].modules.keys(),
+            f"the plugin plans ranges of {sorted(planned)}, which are no modules of {role!r}",
+        )
+        require(
+            len(planned or (1,)) == len(ranges),
+            f"the plugin plans {len(planned)} ranges of {role!r}, the adapter has {len(ranges)}",
+        )
+        for (low, high), t in zip(ranges, case.times(role), strict=True):
+            name = experts.expert_of(role, t)
+            require(
+                not planned or planned[name] == (low, high),
+                f"{role!r} at {t.tolist()} goes to {name}, planned for {planned.get(name)}",
+            )
+            at_edge = experts.expert_of(role, torch.full((1,), low))
+            require(at_edge == name, f"t = {low:g} of {role!r} belongs to the range above it")
+            with torch.no_grad(), counted_calls(case.bundle[role]) as calls:
+                case.adapter.forward(role, x_t, t, cond)
+            called = {key for key, _ in calls}
+            require(called == {name}, f"{role!r} at {t.tolist()} calls {called}, not {name}")
+        if len(ranges) > 1:
+            mixed = torch.tensor([ranges[0][0] + 1, ranges[-1][1] - 1])
+            with must_raise(ContractError, f"a call of {role!r} at times of two experts"):
+                case.adapter.forward(role, x_t, mixed, cond)
+    joint = experts.expert_ranges(*case.model_roles)
+    _require_filled(joint, "expert_ranges of all roles")
+
+
+def _require_filled(ranges: tuple[tuple[float, float], ...], what: str) -> None:
+    ends = [end for _, end in ranges]
+    starts = [start for start, _ in ranges]
+    require(
+        starts == [0, *ends[:-1]] and ends[-1:] == [1000] and all(a < b for a, b in ranges),
+        f"{what} are {ranges}; they must rise and fill [0, 1000]",
+    )
+
+
+def check_images(case: AdapterCase) -> None:
+    """A picture adds tensors and changes the prediction; a frame that it gives is kept.
+
+    Otherwise image-to-video training learns to ignore the picture, or has a loss on it.
+    """
+    case.need("supports_image_condition")
+    text = case.condition(image=False)
+    try:
+        pictured = case.images.with_image(text, case.pictures())
+    except ConditioningError:
+        applies_if(False, "the models of this case read no picture, and say so")
+        return
+    added = sorted(pictured.tensors.keys() - text.tensors.keys())
+    require(bool(added), "with_image adds no tensor to the condition")
+    require(
+        all(len(value) == ROWS for value in pictured.tensors.values()),
+        "a tensor of a condition with pictures has not one row a prompt",
+    )
+    other = case.images.with_image(text, case.pictures(seed=8))
+    _, height, width = case.clip_shape
+    with must_raise(ConditioningError, "a picture of another size than the clips"):
+        case.images.with_image(text, normal(ROWS, 3, height + 8, width).sigmoid())
+    mask = case.images.trained_frames(pictured)
+    for role in case.model_roles:
+        t = case.times(role)[0]
+        with torch.no_grad():
+            outputs = [
+                case.adapter.forward(role, case.noise(), t, cond, fwd_pred_type="x0")
+                for cond in (pictured, other)
+            ]
+        require(not torch.equal(*outputs), f"the picture has no effect on role {role!r}")
+        if mask is None:
+            continue
+        frames = case.adapter.latent_shape[1]
+        require_shape(mask, (1, 1, frames, 1, 1), "trained_frames")
+        require(bool(((mask == 0) | (mask == 1)).all()), "trained_frames holds 0 and 1 alone")
+        require(bool((mask == 0).any()), "trained_frames is None where everything is predicted")
+        with torch.no_grad():
+            again = case.adapter.forward(role, case.noise(seed=6), t, pictured, fwd_pred_type="x0")
+        case.require_close(
+            (1 - mask) * again, (1 - mask) * outputs[0], "x0 of a frame that the condition gives"
+        )
+
+
+def check_needs_image(case: AdapterCase) -> None:
+    """A role that needs a picture is refused without one, with ``ConditioningError``."""
+    needy = [
+        spec.name
+        for spec in case.roles
+        if spec.heads is None and case.plugin.needs_image(spec, case.config)
+    ]
+    applies_if(bool(needy), "no role needs a picture")
+    text = case.condition(image=False)
+    for role in needy:
+        with must_raise(ConditioningError, f"a call of {role!r} without a picture"):
+            case.adapter.forward(role, case.noise(), case.times(role)[0], text)
+
+
+def check_undeclared_options(case: AdapterCase) -> None:
+    """What is not stated is refused, and not silently something else."""
+    stated, role = case.capabilities, case.model_roles[0]
+    cond, x_t, t = case.condition(), case.noise(), case.times(role)[0]
+    checked = False
+    for kind in ("x0", "eps"):
+        if kind not in stated.supported_pred_types:
+            checked = True
+            with must_raise(REFUSALS, f"a prediction of type {kind}, which is not stated"):
+                case.adapter.forward(role, x_t, t, cond, fwd_pred_type=kind)
+    if not stated.supports_features:
+        checked = True
+        with must_raise(REFUSALS, "features, which are not stated"):
+            case.adapter.forward(role, x_t, t, cond, features={0: None})
+    if not stated.supports_frame_times:
+        checked = True
+        with must_raise(REFUSALS, "a time for each frame, which is not stated"):
+            case.adapter.forward(role, x_t, t[:, None].expand(-1, x_t.shape[2]), cond)
+    applies_if(checked, "the family states all of it")
+
+
+def _features(case: AdapterCase, role: str, x_t: Tensor, t: Tensor, *, rows: int = ROWS) -> Tensor:
+    features: dict[int, Tensor | None] = {0: None}
+    case.adapter.forward(role, x_t, t, case.condition()[:rows], features=features)
+    found = features[0]
+    require(found is not None, f"forward leaves the features of block 0 of {role!r} None")
+    assert found is not None
+    return found

@@ -1,0 +1,65 @@
+"""All nine methods, with the options that change what a step calls, pass the suite of methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from attrs import evolve
+from distill_conformance import MethodCase, MethodSuite
+from distill_methods import (
+    CausVidConfig,
+    ConsistencyConfig,
+    Continuous,
+    Discrete,
+    DMD2Config,
+    FinetuneConfig,
+    GanConfig,
+    KDConfig,
+    LaddConfig,
+    RCMConfig,
+    SelfForcingConfig,
+    TeacherOnlyConfig,
+)
+from distill_protocols import SamplerSpec
+from distill_runtime import load_plugin
+
+FOUR = SamplerSpec(steps=4, shift=5.0, stochastic=True)
+ONE = SamplerSpec(steps=1, stochastic=True)
+SCORES: dict[str, Any] = {"generator_update_interval": 2, "student_sampler": FOUR}
+CAUSAL = ("causvid", "self_forcing", "kd, causal")
+CONFIGS = {
+    "finetune": FinetuneConfig(),
+    "teacher_only": TeacherOnlyConfig(),
+    "dmd2": DMD2Config(**SCORES),
+    "dmd2, every step, gan": DMD2Config(
+        **SCORES, critic_update="every_step", gan=GanConfig(), f_divergence="js"
+    ),
+    "ladd": LaddConfig(student_sampler=FOUR),
+    "consistency": ConsistencyConfig(discrete=Discrete(steps=8, shift=8.0, skip=2)),
+    "consistency, continuous": ConsistencyConfig(continuous=Continuous(tangent_warmup=3)),
+    "rcm": RCMConfig(**SCORES),
+    "self_forcing": SelfForcingConfig(**SCORES),
+    "causvid": CausVidConfig(**SCORES),
+    "kd": KDConfig(student_sampler=FOUR),
+    "kd, causal": KDConfig(student_sampler=FOUR, past="clean"),
+}
+DRAWN_EXITS = ("dmd2", "dmd2, every step, gan", "ladd", "rcm", "self_forcing")
+"""A rollout's exit step is drawn once a micro batch; with one step there is no choice."""
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def case(request) -> MethodCase:
+    name, config = request.param, CONFIGS[request.param]
+    whole = evolve(config, student_sampler=ONE) if name in DRAWN_EXITS else config
+    return MethodCase(
+        plugin=load_plugin("distill.methods", name.split(",")[0]),
+        config=config,
+        accumulation_config=whole,
+        losses=2 if name == "rcm" else 1,
+        causal_roles=("student",) if name in CAUSAL else (),
+    )
+
+
+class TestMethods(MethodSuite):
+    pass
