@@ -32,7 +32,7 @@ def run(config: RunConfig) -> TrainResult:
     resume = config.checkpoint.resume != "none"
     with (
         _sigterm_interrupts(),
-        Distribution.started(config.training.distributed, device_type()) as distribution,
+        Distribution.start(config.training.distributed, device_type()) as distribution,
     ):
         # Before the folder is claimed, which may be another one on each rank.
         check_same_run(distribution.ranks, config.resolved)

@@ -26,7 +26,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 class WeightAverage(Protocol):
-    """An average of one module's weights (see ``distill_trainer.ema``)."""
+    """An average of one module's weights (see ``distill_trainer.ExponentialMovingAverage``)."""
 
     @property
     def updates(self) -> int: ...
