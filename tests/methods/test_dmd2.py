@@ -385,9 +385,7 @@ def test_a_missing_role_is_named(missing: str):
 def test_a_trainable_teacher_is_refused():
     bundle = toy_bundle(student=1, teacher=2, critic=3)
     bundle["teacher"].trainable = True
-    with pytest.raises(
-        RoleError, match=r"'teacher' is trainable.*Freeze the role"
-    ):
+    with pytest.raises(RoleError, match=r"'teacher' is trainable.*Freeze the role"):
         build(bundle=bundle)
 
 

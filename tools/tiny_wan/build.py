@@ -10,7 +10,7 @@ import torch
 import yaml
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from distill_adapters_wan import WanAdapter, WanPipelineConfig
-from distill_conditioning.shards import ShardWriter
+from distill_conditioning import ShardWriter
 from distill_evaluation import (
     Judge,
     attribute_accuracy,

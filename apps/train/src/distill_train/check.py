@@ -14,8 +14,8 @@ from distill_checkpoint.config import CheckpointConfig
 from distill_checkpoint.layout import checkpoints
 from distill_checkpoint.listing import role_problems
 from distill_checkpoint.manifest import is_checkpoint
+from distill_conditioning import DatasetInfo, dataset_info
 from distill_conditioning.config import ConditioningConfig, DataConfig
-from distill_conditioning.facts import DatasetInfo, dataset_info
 from distill_protocols import (
     CallbackPlugin,
     ConfigError,

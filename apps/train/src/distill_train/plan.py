@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill_conditioning.facts import dataset_info
+from distill_conditioning import dataset_info
 from distill_protocols import RolePlan
 
 from distill_train.memory import Planner

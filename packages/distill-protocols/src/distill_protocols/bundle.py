@@ -26,7 +26,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 class WeightAverage(Protocol):
-    """An average of one module's weights (see ``distill_trainer.ExponentialMovingAverage``)."""
+    """An average of one module's weights (``distill_trainer`` has one)."""
 
     @property
     def updates(self) -> int: ...

@@ -80,7 +80,9 @@ def _schedule(config: ScheduleConfig, horizon: int) -> Callable[[int], float]:
     return lambda done: schedule_factor(config, done, horizon)
 
 
-def _build_optimizer(role: RoleHandle, key: str, config: OptimizerConfig, scaled: bool) -> Optimizer:
+def _build_optimizer(
+    role: RoleHandle, key: str, config: OptimizerConfig, scaled: bool
+) -> Optimizer:
     parameters = list(role.trained_parameters(key).values())
     if not parameters:
         raise RoleError(

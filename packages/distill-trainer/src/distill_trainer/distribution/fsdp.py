@@ -136,8 +136,8 @@ def _blocks_to_gather(role: RoleHandle, key: str, policy: FsdpPolicy) -> list[nn
             raise RoleError(
                 f"role {role.name!r}: FsdpPolicy.blocks names {name!r}, which must be a module "
                 f"list of {key} ({type(module).__name__}), as its entries are gathered one at a "
-                f"time; it has: {', '.join(lists) or 'none'}. Name one of them, or leave blocks empty "
-                "for the family's choice."
+                f"time; it has: {', '.join(lists) or 'none'}. Name one of them, or leave blocks "
+                "empty for the family's choice."
             )
         blocks += lists[name]
     return blocks
