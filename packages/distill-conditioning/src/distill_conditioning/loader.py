@@ -179,8 +179,8 @@ class LatentLoader:
         if negative is None:
             raise ConditioningError(
                 f"condition dropout is {self.dropout:g}, but there is no negative condition to "
-                "put in a caption's place. Give a negative prompt, use a data set with constants, "
-                "or set the dropout to 0."
+                "put in a caption's place. Set ConditioningConfig.negative_prompt, use a data set "
+                "with constants, or set the dropout to 0."
             )
         shapes = {name: tuple(value.shape) for name, value in negative.tensors.items()}
         needed = {name: (1, *shape) for name, shape in self.dataset.index.conditions.items()}

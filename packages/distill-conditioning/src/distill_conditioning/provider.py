@@ -174,8 +174,9 @@ class CachedConditioning:
         if prompt is None:
             raise ConditioningError(
                 "there is no negative condition: no negative prompt is given, and the data set "
-                "holds no constants. Guidance and condition dropout need one. Give a negative "
-                'prompt ("" is one too), or preprocess the data set with one.'
+                "holds no constants. Guidance and condition dropout need one. Set "
+                'ConditioningConfig.negative_prompt ("" is a prompt too), or preprocess the data '
+                "set with one."
             )
         [row] = self._cache.rows([prompt], "negative", self._fingerprint, self._encode_negative)
         return row
