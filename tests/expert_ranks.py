@@ -174,7 +174,7 @@ def _method(folder: Path, case: ExpertCase, distribution: Distribution) -> Disti
 
 def trained(folder: Path, case: ExpertCase, out: str) -> Outcome:
     config = DistributedConfig(strategy=case.strategy, timeout_seconds=60.0)  # type: ignore[arg-type]
-    with Distribution.started(config, "cpu") as distribution:
+    with Distribution.start(config, "cpu") as distribution:
         ranks = distribution.ranks
         method, watch = _method(folder, case, distribution), Watch()
         calls = _noted(method)

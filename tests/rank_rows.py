@@ -20,8 +20,7 @@ from distill_protocols import (
     StepResult,
 )
 from distill_runtime import DistillMethod
-from distill_trainer.callbacks.ema import EmaCallback
-from distill_trainer.plugins import EmaConfig
+from distill_trainer import EmaCallback, EmaConfig
 from ranks import Sync, fingerprint, shard
 from tiny_run import Run, Shape
 from torch import Tensor, distributed, nn

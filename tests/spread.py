@@ -45,7 +45,7 @@ from distill_trainer import (
     TrainingConfig,
     build_optimizers,
 )
-from distill_trainer.shards import clip, total_norm
+from distill_trainer.distribution.tensors import clip_gradients, total_norm
 from ranks import CONTEXT, _results
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -339,7 +339,7 @@ def trained(
     case: Case, folder: str, callbacks: Sequence[Callback] = (), poison: int | None = None
 ) -> Outcome:
     """What comes of ``case`` on the processes that are there."""
-    with Distribution.started(config_of(case), "cpu") as distribution:
+    with Distribution.start(config_of(case), "cpu") as distribution:
         return train(case, folder, distribution, callbacks, poison)
 
 
@@ -420,7 +420,7 @@ def all_trained(cases: Sequence[Case]) -> list[Outcome]:
 def met(environment: dict[str, str], case: Case) -> dict[str, Any]:
     """As torchrun starts it: in a process without a group, with these variables."""
     os.environ.update(environment)
-    with Distribution.started(config_of(case), "cpu") as distribution:
+    with Distribution.start(config_of(case), "cpu") as distribution:
         found = {
             "rank": distribution.ranks.rank,
             "size": distribution.ranks.size,
@@ -457,7 +457,7 @@ def lost(environment: dict[str, str], victim: int) -> str:
 def left_alone(folder: str) -> tuple[str, float]:
     """What this rank says of one that is gone before the run begins; and the seconds."""
     case = Case(timeout=100.0)
-    with Distribution.started(config_of(case), "cpu") as distribution:
+    with Distribution.start(config_of(case), "cpu") as distribution:
         if distribution.ranks.rank == 1:
             return "gone", 0.0
         began = time.monotonic()
@@ -471,7 +471,7 @@ def left_alone(folder: str) -> tuple[str, float]:
 def in_a_script(folder: str) -> Outcome:
     """A script of somebody's own: it brought the processes together, and the trainer finds them."""
     case = Case(accumulation=3, turns="both")
-    with Distribution.found(DistributedConfig(), []) as distribution:
+    with Distribution.adopt(DistributedConfig(), []) as distribution:
         method = method_of(case, distribution)
     if distribution.ranks.rank:  # as seeds do that a script forgot: rank 0's count
         with torch.no_grad():
@@ -491,12 +491,12 @@ def in_a_script(folder: str) -> Outcome:
 
 def found_with(strategy: str) -> str:
     """What is found for ``strategy`` where a script has sharded its roles, or what is said."""
-    with Distribution.started(config_of(Case(strategy="fsdp2")), "cpu") as distribution:
+    with Distribution.start(config_of(Case(strategy="fsdp2")), "cpu") as distribution:
         modules = method_of(Case(strategy="fsdp2"), distribution).model_dict.values()
         weights = [p for module in modules for p in module.parameters()]
         try:
             config = DistributedConfig(strategy=strategy)  # type: ignore[arg-type]
-            with Distribution.found(config, weights) as found:
+            with Distribution.adopt(config, weights) as found:
                 return found.strategy
         except DistillError as error:
             return f"{type(error).__name__}: {error}"
@@ -504,7 +504,7 @@ def found_with(strategy: str) -> str:
 
 def poisoned(case: Case, sample: int) -> tuple[str, bool]:
     """What this rank says of a sample that is nan, and whether weights are finite still."""
-    with Distribution.started(config_of(case), "cpu") as distribution:
+    with Distribution.start(config_of(case), "cpu") as distribution:
         found: list[bool] = []
 
         class Look(Callback):
@@ -530,7 +530,7 @@ def refused() -> list[str]:
 
     def ask(strategy: str, policy: FsdpPolicy, *, late: bool = False) -> None:
         case = Case(strategy=strategy, student=policy)
-        with Distribution.started(config_of(case), "cpu") as distribution:
+        with Distribution.start(config_of(case), "cpu") as distribution:
             try:
                 bundle = roles(case, distribution)
                 if late:
@@ -542,7 +542,7 @@ def refused() -> list[str]:
     ask("fsdp2", FsdpPolicy(blocks=("blokcs",)))
     ask("fsdp2", FsdpPolicy(mixed_precision="bf16"))
     ask("fsdp2", FsdpPolicy(), late=True)
-    with Distribution.started(config_of(Case(strategy="fsdp2")), "cpu") as distribution:
+    with Distribution.start(config_of(Case(strategy="fsdp2")), "cpu") as distribution:
         try:
             distribution.shard(RoleHandle(name="teacher", modules={"net": Net()}, offload=True))
         except ContractError as error:
@@ -552,7 +552,7 @@ def refused() -> list[str]:
 
 def swapped(case: Case) -> dict[str, Any]:
     """What a sharded model says with its average, and with its own weights again."""
-    with Distribution.started(config_of(case), "cpu") as distribution:
+    with Distribution.start(config_of(case), "cpu") as distribution:
         bundle = roles(case, distribution)
         net = bundle["student"].modules["net"]
         x = torch.ones(2, WIDTH)
@@ -610,9 +610,9 @@ def _bare(pipe: Any, target: Any, environment: dict[str, str], args: Any) -> Non
 
 def waiting(case: Case) -> list[list[float]]:
     """The student's gradients (norm of this rank's) after each of two micro steps."""
-    with Distribution.started(config_of(case), "cpu") as distribution:
+    with Distribution.start(config_of(case), "cpu") as distribution:
         method = method_of(case, distribution)
-        step = distribution.train_step(method)
+        step = distribution.prepare_step(method)
         data = iter(Data(2, distribution.ranks, {}))
         found = []
         for last in (False, True):
@@ -627,7 +627,7 @@ def waiting(case: Case) -> list[list[float]]:
 def with_streams_of(rank: int) -> str:
     """What a run says to streams of ``rank`` on all of its ranks."""
     case = Case()
-    with TemporaryDirectory() as folder, Distribution.started(config_of(case), "cpu") as found:
+    with TemporaryDirectory() as folder, Distribution.start(config_of(case), "cpu") as found:
         method = Halves(roles(case, found), None, streams=RandomStreams(3, rank=rank, world_size=2))
         training = training_of(case, folder, found.ranks)
         trainer = DistillTrainer(training, trackers=(), distribution=found)
@@ -672,7 +672,7 @@ def halves(apart: bool, accumulation: int) -> tuple[Outcome, list[list[str]]]:
             named = run.method.model_dict["critic.net"].named_parameters()
             reached.append([name for name, p in named if p.grad is not None])
 
-    with TemporaryDirectory() as folder, Distribution.started(config_of(case), "cpu") as found:
+    with TemporaryDirectory() as folder, Distribution.start(config_of(case), "cpu") as found:
         bundle = roles(case, found)
         streams = RandomStreams(3, rank=found.ranks.rank, world_size=found.ranks.size)
         method, watch = Halves(bundle, None, streams=streams), Look()
@@ -691,7 +691,7 @@ def mixed_norms() -> tuple[float, float, list[float]]:
     part = nn.Parameter(distribute_tensor(torch.zeros(5, 3), mesh, [Shard(0)]))
     part.grad, wide.grad = distribute_tensor(tensors[0], mesh, [Shard(0)]), tensors[1].clone()
     norm = total_norm([part.grad, wide.grad])
-    clip([part, wide], 1.0, norm)
+    clip_gradients([part, wide], 1.0, norm)
     clipped = [*whole(part.grad).flatten().tolist(), *wide.grad.tolist()]
     expected = torch.cat([t.flatten() for t in tensors]).norm()
     return norm.item(), expected.item(), clipped

@@ -78,7 +78,7 @@ class Follow(DistillMethod[None]):
 
 def trained(case: WanCase, folder: str) -> Outcome:
     config = DistributedConfig(strategy=case.strategy, timeout_seconds=60.0)  # type: ignore[arg-type]
-    with Distribution.started(config, "cpu") as distribution:
+    with Distribution.start(config, "cpu") as distribution:
         ranks = distribution.ranks
         found = {}
         for name in ("student", "teacher"):

@@ -15,7 +15,7 @@ import torch
 from distill_checkpoint import CheckpointConfig, CheckpointManager, StoredCheckpoint
 from distill_conditioning import DataConfig, LatentDataset, ShardWriter
 from distill_evaluation import ClipJudge, Judge, JudgeConfig
-from distill_evaluation.report import _reference
+from distill_evaluation.report import read_reference
 from distill_protocols import CheckpointError, Condition, DataError, WeightsError
 from distill_runfile.source import read_source
 from foreign_files import Evil
@@ -128,7 +128,7 @@ def test_a_judge(tmp_path, evil, plant):
         Judge.load(tmp_path / "judge")
     plant(tmp_path / "judge" / "reference.safetensors")
     with pytest.raises(DataError, match="reference"):
-        _reference(tmp_path / "judge")
+        read_reference(tmp_path / "judge")
     assert not evil.touched
 
 

@@ -28,9 +28,14 @@ from distill_protocols import (
     derive_seed,
 )
 from distill_runtime import ALONE, DistillMethod
-from distill_trainer import DistillTrainer, DistributedConfig, Distribution, TrainingConfig
-from distill_trainer.callbacks.ema import EmaCallback
-from distill_trainer.plugins import EmaConfig
+from distill_trainer import (
+    DistillTrainer,
+    DistributedConfig,
+    Distribution,
+    EmaCallback,
+    EmaConfig,
+    TrainingConfig,
+)
 from torch import Tensor, distributed, nn
 
 FEATURES = 4

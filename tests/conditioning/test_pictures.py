@@ -6,8 +6,14 @@ import contextlib
 
 import pytest
 import torch
-from distill_conditioning import DataConfig, LatentDataset, LatentLoader, ShardWriter, preprocess
-from distill_conditioning.facts import dataset_info
+from distill_conditioning import (
+    DataConfig,
+    LatentDataset,
+    LatentLoader,
+    ShardWriter,
+    dataset_info,
+    preprocess,
+)
 from distill_protocols import Condition, ConditioningError, DataError
 
 
@@ -106,7 +112,7 @@ def test_what_the_model_reads_of_a_picture_must_be_there(folder, tmp_path):
     assert "[48]" in problem
     assert "[50]" in problem
     (problem,) = dataset_info(folder, condition_shapes={**wanted, "image_embeds": (2, 2)}).problems
-    assert "image_embeds of the samples is absent" in problem
+    assert "'image_embeds' is absent" in problem
     assert "first_frames=True" in problem
 
 

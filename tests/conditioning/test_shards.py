@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from distill_conditioning import DataConfig, LatentDataset, ShardWriter, dataset_info
-from distill_conditioning.tensor_file import map_tensors, write_tensors
+from distill_conditioning.reading import map_tensors
+from distill_conditioning.writing import write_tensors
 from distill_protocols import Condition, ConditioningError, DataError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,12 +69,12 @@ def test_a_caption_is_stored_once_a_shard_and_equal_data_gives_equal_bytes(tmp_p
         assert file.get_slice("conditions.text").get_shape()[0] == 3
 
 
-def test_facts_need_no_tensor(tmp_path, make_folder):
-    facts = dataset_info(make_folder(tmp_path, 10, negative="ugly"))
-    assert not facts.problems
-    assert (facts.samples, facts.latent_shape) == (10, (2, 1, 2, 2))
-    assert (facts.negative_prompt, facts.has_negative) == ("ugly", True)
-    assert facts.shards == len(list(tmp_path.glob("shard-*")))
+def test_info_needs_no_tensor(tmp_path, make_folder):
+    info = dataset_info(make_folder(tmp_path, 10, negative="ugly"))
+    assert not info.problems
+    assert (info.samples, info.latent_shape) == (10, (2, 1, 2, 2))
+    assert (info.negative_prompt, info.has_negative) == ("ugly", True)
+    assert info.shards == len(list(tmp_path.glob("shard-*")))
 
 
 def test_a_data_set_without_constants_has_no_negative(tmp_path, make_folder):
@@ -129,7 +130,7 @@ def test_a_flipped_byte_is_found_by_full_verification(tmp_path, make_folder):
 
 
 @pytest.mark.parametrize("kind", ["pickle", "header", "offsets", "zeros"])
-def test_a_file_that_is_no_safetensors_is_a_fault_though_its_size_is_right(
+def test_a_file_that_is_no_safetensors_is_a_problem_though_its_size_is_right(
     tmp_path, make_folder, kind
 ):
     """Before the run, not when the shard is opened in the middle of it."""
@@ -168,7 +169,7 @@ def test_other_shapes_than_the_models_are_named_both(tmp_path, make_folder):
     with pytest.raises(DataError, match=r"\[2, 1, 2, 2\].*\[16, 21, 60, 104\]"):
         _open(tmp_path, latent_shape=(16, 21, 60, 104))
     for wrong in [(3, 4096), (512, 4)]:
-        with pytest.raises(DataError, match=rf"\[3, 4\].*\[{wrong[0]}, {wrong[1]}\].*padding"):
+        with pytest.raises(DataError, match=rf"\[3, 4\].*\[{wrong[0]}, {wrong[1]}\].*Preprocess"):
             _open(tmp_path, condition_shapes={"text": wrong})
     _open(tmp_path, latent_shape=(2, 1, 2, 2), condition_shapes={"text": (3, 4)})
 
@@ -196,7 +197,7 @@ def test_a_shard_that_cannot_be_written_leaves_no_part(tmp_path, monkeypatch):
         Path(part).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("distill_conditioning.tensor_file.save_file", full_disk)
+    monkeypatch.setattr("distill_conditioning.writing.save_file", full_disk)
     writer = ShardWriter(tmp_path, encoder=None, shard_bytes=1)
     with pytest.raises(OSError, match="No space"):
         writer.add(ids, captions, latents, condition)

@@ -29,7 +29,7 @@ def test_none_or_two_is_an_error_that_shows_the_way_out(
 ) -> None:
     with pytest.raises(PromptLabelError) as caught:
         labels_of(prompt, ATTRIBUTES)
-    assert (caught.value.prompt, caught.value.attribute, caught.value.found) == (
+    assert (caught.value.prompt, caught.value.attribute, caught.value.named) == (
         prompt,
         "digit",
         found,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from distill_evaluation import SheetRow, write_contact_sheet, write_mp4
-from distill_evaluation.files import replacing
+from distill_runtime import replace_file
 from PIL import Image
 
 
@@ -107,7 +107,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
     target.write_text("old")
 
     def fail() -> None:
-        with replacing(target) as staging:
+        with replace_file(target) as staging:
             staging.write_text("half")
             raise RuntimeError
 

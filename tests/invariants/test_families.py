@@ -21,8 +21,7 @@ from distill_protocols import (
     SampleView,
     WeightAverage,
 )
-from distill_trainer import DistillTrainer, EmaCallback, TrainingConfig
-from distill_trainer.plugins import EmaConfig
+from distill_trainer import DistillTrainer, EmaCallback, EmaConfig, TrainingConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_cases import CASES, PLACES, Setups, gradients, part, turns

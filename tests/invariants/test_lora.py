@@ -24,11 +24,9 @@ from distill_protocols import (
     derive_seed,
 )
 from distill_runtime import DistillMethod
-from distill_trainer import DistillTrainer, TrainingConfig
-from distill_trainer.callbacks.ema import EmaCallback
+from distill_trainer import DistillTrainer, EmaCallback, EmaConfig, TrainingConfig
 from distill_trainer.config import OptimizerConfig
 from distill_trainer.optimizers import build_optimizers
-from distill_trainer.plugins import EmaConfig
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor

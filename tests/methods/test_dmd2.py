@@ -385,9 +385,7 @@ def test_a_missing_role_is_named(missing: str):
 def test_a_trainable_teacher_is_refused():
     bundle = toy_bundle(student=1, teacher=2, critic=3)
     bundle["teacher"].trainable = True
-    with pytest.raises(
-        RoleError, match=r"'teacher' is trainable.*models\.teacher\.trainable: false"
-    ):
+    with pytest.raises(RoleError, match=r"'teacher' is trainable.*Freeze the role"):
         build(bundle=bundle)
 
 
@@ -395,7 +393,7 @@ def test_a_trainable_teacher_is_refused():
 def test_a_frozen_learner_is_refused(role: str):
     bundle = toy_bundle(student=1, teacher=2, critic=3)
     bundle[role].trainable = False
-    with pytest.raises(RoleError, match=rf"'{role}' is frozen.*models\.{role}\.trainable: true"):
+    with pytest.raises(RoleError, match=rf"'{role}' is frozen.*Make the role trainable"):
         build(bundle=bundle)
 
 

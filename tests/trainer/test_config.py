@@ -61,8 +61,12 @@ def test_what_does_not_divide_is_refused_with_the_arithmetic() -> None:
             lambda: TrainingConfig(output_dir="x", max_train_steps=1, trackers=("jsonl", "jsonl")),
             "jsonl is named twice",
         ),
+        (
+            lambda: TrainingConfig(output_dir="x", max_train_steps=1, trackers=("tensorbord",)),
+            "unknown tracker 'tensorbord'; did you mean 'tensorboard'",
+        ),
         (lambda: OptimizerConfig(betas=(0.9, 1.0)), r"\[0, 1\)"),
-        (lambda: OptimizerConfig(lr=0.0), r"0\.0 must be above 0: at 0 nothing learns.*Freeze"),
+        (lambda: OptimizerConfig(lr=0.0), r"0\.0 must be above 0: at 0 no weight moves.*frozen"),
         (lambda: OptimizerConfig(lr=math.inf), "inf must be above 0 and finite"),
         (lambda: OptimizerConfig(weight_decay=math.nan), "nan must be at least 0 and finite"),
         (lambda: SamplerSpec(steps=1, shift=math.inf), "inf must be above 0 and finite"),
@@ -93,13 +97,13 @@ def test_wrong_values_are_refused_with_the_reason(make, words: str) -> None:  # 
         make()
 
 
-def test_wandb_that_is_not_installed_is_a_fault_of_the_file(
+def test_wandb_that_is_not_installed_is_a_problem_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def named() -> TrainingConfig:
         return TrainingConfig(output_dir="x", max_train_steps=1, trackers=("wandb",))
 
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "wandb").mkdir()  # as wandb leaves behind where it ran
     with pytest.raises(ValueError, match=r"wandb must be installed .*leave the tracker out"):
         named()

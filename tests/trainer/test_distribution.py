@@ -240,7 +240,7 @@ def test_processes_meet_by_torchruns_environment(
 @pytest.mark.parametrize(
     ("case", "variables", "words"),
     [
-        (Case(strategy="none"), {}, ["strategy: none with 2 processes", "ddp, fsdp2 or hsdp"]),
+        (Case(strategy="none"), {}, ["strategy is none with 2 processes", "ddp, fsdp2 or hsdp"]),
         (
             Case(strategy="hsdp", shard_size=3),
             {},
@@ -272,7 +272,7 @@ def test_a_model_that_returns_a_view_may_be_sharded() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).view(-1)
 
-    with Distribution.started(DistributedConfig(strategy="fsdp2"), "cpu") as distribution:
+    with Distribution.start(DistributedConfig(strategy="fsdp2"), "cpu") as distribution:
         role = RoleHandle(name="student", modules={"net": Reshaped(3, 3)}, trainable=True)
         distribution.shard(role)
         net = role.modules["net"]
@@ -290,7 +290,7 @@ def test_who_does_not_come_is_not_waited_for_without_end() -> None:
     # The other one is not started.
     half = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     (said,) = launched(met, Case(timeout=2.0), size=1, **half)
-    assert "RankError: rank 0 of 2 did not meet the others at 127.0.0.1" in said, said
+    assert "RankError: rank 0 of 2 did not reach the others at 127.0.0.1" in said, said
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     agent = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     (said,) = launched(
@@ -331,7 +331,7 @@ def test_ranks_with_the_same_streams_are_refused_together() -> None:
 def test_what_a_script_has_sharded_is_found_as_its_strategy_says() -> None:
     assert together(found_with, "fsdp2") == ["fsdp2"] * 2
     for said in together(found_with, "none"):
-        assert said.startswith("RankError: training.distributed.strategy: none with 2 processes")
+        assert said.startswith("RankError: the strategy is none with 2 processes")
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "hsdp"])
@@ -339,7 +339,7 @@ def test_a_strategy_that_shards_is_refused_where_nothing_is_sharded(
     tmp_path: Path, strategy: Literal["fsdp2", "hsdp"]
 ) -> None:
     config = training(tmp_path / "out", 1, distributed=DistributedConfig(strategy=strategy))
-    with pytest.raises(RoleError, match=rf"strategy: {strategy}, but no weights are sharded"):
+    with pytest.raises(RoleError, match=rf"strategy is {strategy}, but no weights are sharded"):
         DistillTrainer(config).run(alternating(), batches())
     assert list(tmp_path.iterdir()) == []
 
@@ -350,11 +350,11 @@ def test_a_policy_that_does_not_fit_is_said() -> None:
     for said, words in zip(
         found[0],
         [
-            ["models.student.fsdp under strategy: ddp", "fsdp2"],
-            ["'blokcs' must be a module list of net (Net)", "it has: blocks"],
-            ["mixed_precision: bf16 must be the role's precision (fp32)"],
+            ["role 'student' is trained", "under the strategy ddp", "fsdp2"],
+            ["'blokcs', which must be a module list of net (Net)", "it has: blocks"],
+            ["mixed_precision bf16 must be the role's precision (fp32)"],
             ["has optimizers (net)", "Distribution.shard first"],
-            ["models.teacher.offload", "cpu_offload: true", "shard: false"],
+            ["role 'teacher' has offload=True", "cpu_offload=True", "shard=False"],
         ],
         strict=True,
     ):

@@ -43,7 +43,7 @@ def test_deferred_losses_are_looked_at_before_a_save_at_log_points_and_at_the_en
 ) -> None:
     # What happens on an accelerator, where looking at once would make the host wait.
     monkeypatch.setattr(
-        "distill_trainer.trainer.FiniteGuard", lambda **ranks: FiniteGuard(True, **ranks)
+        "distill_trainer.loop.trainer.FiniteGuard", lambda **ranks: FiniteGuard(True, **ranks)
     )
     checkpointer, recorder = MemoryCheckpointer() if saves else None, Recorder()
     with pytest.raises(NonFiniteLossError) as caught:
@@ -76,7 +76,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_unsaved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defer: bool, clips: bool
 ) -> None:
     monkeypatch.setattr(
-        "distill_trainer.trainer.FiniteGuard", lambda **ranks: FiniteGuard(defer, **ranks)
+        "distill_trainer.loop.trainer.FiniteGuard", lambda **ranks: FiniteGuard(defer, **ranks)
     )
     method, checkpointer = _RootAtZero(alternating(2).bundle, 2), MemoryCheckpointer()
     trainer = DistillTrainer(

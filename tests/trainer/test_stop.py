@@ -231,7 +231,7 @@ def test_a_loss_of_an_iteration_that_never_was_ends_no_run(
 
     # As on an accelerator, where losses are looked at later.
     monkeypatch.setattr(
-        "distill_trainer.trainer.FiniteGuard", lambda **ranks: FiniteGuard(True, **ranks)
+        "distill_trainer.loop.trainer.FiniteGuard", lambda **ranks: FiniteGuard(True, **ranks)
     )
     assert run(Poisoned(at=5), tmp_path).iteration == 1
     with pytest.raises(NonFiniteLossError):

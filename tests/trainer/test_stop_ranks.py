@@ -142,7 +142,7 @@ def test_the_reason_of_the_first_rank_is_everybodys_even_if_it_is_long(tmp_path:
 
 def _asks(rank: int, pipe: Any, folder: Path) -> None:
 
-    from distill_trainer.lockstep import in_step
+    from distill_trainer.monitoring.rank_monitor import monitor_ranks
 
     torch.set_num_threads(1)
     distributed.init_process_group(
@@ -155,7 +155,7 @@ def _asks(rank: int, pipe: Any, folder: Path) -> None:
     )  # fmt: skip
     reasons = []
     for _ in range(2):  # two runs in one process, each with a group of its own
-        with in_step(run, 60.0):
+        with monitor_ranks(run, 60.0):
             method.stop.request("ä" * 300 if rank == 0 else "another")
             before = method.stop.reason
             method.stop.requested()

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from distill_trainer import DistillTrainer, signals
+from distill_trainer import DistillTrainer
+from distill_trainer.loop import signals
 from toy_trainer import Alternating, MemoryCheckpointer, Recorder, alternating, batches, training
 
 # fork: a child that imports torch by itself takes seconds.
@@ -35,7 +36,7 @@ def _child(pipe: Any, folder: Path, launched: bool, moment: float) -> None:
     torch.set_num_threads(1)
     if launched:
         os.environ["TORCHELASTIC_RUN_ID"] = "none"  # as torchrun does
-        signals.SAME_WISH_SECONDS = moment
+        signals.REPEATED_SIGINT_SECONDS = moment
     handler = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     method = _Slow(alternating().bundle, 2)

@@ -163,7 +163,7 @@ def test_other_settings_are_refused_and_nothing_is_touched(made, tmp_path, capsy
     error = capsys.readouterr().err
     assert "sampler.guidance was 1.5 and is 2.0" in error
     assert "seed was 0 and is 3" in error
-    assert "output_dir" in error
+    assert "name a new folder" in error
     assert main(["--config", str(written(tmp_path, request(made))), "--limit", "3"]) == EXIT_OK
     assert "nothing to do" in caplog.text
     assert contents(made) == before

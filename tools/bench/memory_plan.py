@@ -27,8 +27,7 @@ from attrs import asdict, evolve
 from distill_runfile.planning.memory import Planner, averaged_roles
 from distill_runfile.read import read_config
 from distill_runfile.schema import RunConfig
-from distill_trainer import build_optimizers
-from distill_trainer.ema import ExponentialMovingAverage
+from distill_trainer import ExponentialMovingAverage, build_optimizers
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -47,7 +47,7 @@ from distill_trainer import (
     TrainingConfig,
     build_optimizers,
 )
-from distill_trainer.shards import local
+from distill_trainer.distribution.tensors import local_shard
 from torch import Tensor, nn
 
 WIDTH = 1024
@@ -126,7 +126,7 @@ def worker(strategy: str, parameters: int, report: Path) -> None:
             highest[0] = max(highest[0], anonymous())
 
     config = DistributedConfig(strategy=strategy)  # type: ignore[arg-type]
-    with tempfile.TemporaryDirectory() as folder, Distribution.started(config, "cpu") as here:
+    with tempfile.TemporaryDirectory() as folder, Distribution.start(config, "cpu") as here:
         warm(here, folder)
         memory.base = anonymous()
         thread = threading.Thread(target=watch)
@@ -153,7 +153,7 @@ def run(here: Distribution, parameters: int, folder: str, steps: int, memory: Me
     streams = RandomStreams(0, rank=here.ranks.rank, world_size=here.ranks.size)
     with torch.no_grad():
         for parameter in net.parameters():
-            local(parameter).normal_(0, 0.01, generator=streams.get("weights"))
+            local_shard(parameter).normal_(0, 0.01, generator=streams.get("weights"))
     build_optimizers(role, OptimizerConfig(lr=1e-4), horizon=steps)
     training = TrainingConfig(
         output_dir=folder, max_train_steps=steps, global_batch_size=4, progress=False, trackers=()

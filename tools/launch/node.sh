@@ -6,11 +6,11 @@
 #
 # HEAD      name or address of one of the machines (every machine must reach it)
 # NODES     how many there are; N:M lets the run go on with fewer
-# PROCESSES one a machine's GPU, if left out (torchrun's `gpu`); `cpu`: one a core
+# PROCESSES processes per machine; left out, one per GPU (torchrun's `gpu`); `cpu`: one per core
 # RESTARTS  how often the run starts again after a process or machine was lost; each time it goes on
-#           from the newest whole checkpoint (checkpoint.resume: latest, the default)
+#           from the newest complete checkpoint (checkpoint.resume: latest, the default)
 # PATIENCE  seconds that processes get for their last checkpoint after a SIGTERM or Ctrl-C
-# PORT, JOB of the rendezvous; two runs that share a head must differ in one of them
+# PORT, JOB port and id of the rendezvous; two runs that share a head must differ in one of them
 set -euo pipefail
 run=${1:?usage: HEAD=host NODES=n tools/launch/node.sh RUN.yaml}
 shift

@@ -10,7 +10,7 @@ import torch
 import yaml
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from distill_adapters_wan import WanAdapter, WanPipelineConfig
-from distill_conditioning.shards import ShardWriter
+from distill_conditioning import ShardWriter
 from distill_evaluation import (
     Judge,
     attribute_accuracy,
@@ -18,8 +18,8 @@ from distill_evaluation import (
     frechet_distance,
     within_group_variance,
 )
-from distill_evaluation.files import replacing
 from distill_protocols import Condition, ModelBundle
+from distill_runtime import replace_file
 from folders import replacing_folder
 from judge_training import JudgeTraining, train_judge
 from moving_digits import DIRECTIONS, Clips, all_captions, draw_clips, load_images, to_rgb
@@ -79,7 +79,7 @@ def _save_config(vae: AutoencoderKLWan, folder: Path) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text())
     config.pop("_name_or_path", None)
-    with replacing(file) as path:
+    with replace_file(file) as path:
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -98,9 +98,9 @@ def build_judge(out: Path) -> None:
     # Through the VAE, since no denoiser can draw sharper than its decoder: the distance is then
     # about the denoiser alone, which is all that distillation changes.
     features = judge.features(decode(vae, encode(vae, reference)))
-    with replacing(out / "judge" / "reference.safetensors") as path:
+    with replace_file(out / "judge" / "reference.safetensors") as path:
         save_file({"features": features}, path)
-    with replacing(out / "judge" / "prompts.txt") as path:
+    with replace_file(out / "judge" / "prompts.txt") as path:
         path.write_text("\n".join(all_captions()) + "\n")
     for path in (out / "judge").iterdir():
         path.chmod(0o644)

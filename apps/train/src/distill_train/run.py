@@ -31,7 +31,7 @@ def run(config: RunConfig) -> TrainResult:
     with (
         # While weights are read; the trainer then finishes its iteration and saves.
         sigterm_as_interrupt(),
-        Distribution.started(config.training.distributed, device_type()) as distribution,
+        Distribution.start(config.training.distributed, device_type()) as distribution,
     ):
         # Before the folder is claimed, which may be another one on each rank.
         check_same_run(distribution.ranks, config.resolved)

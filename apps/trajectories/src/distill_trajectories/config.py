@@ -7,7 +7,7 @@ from typing import Literal
 
 from attrs import field, frozen
 from attrs.validators import in_, optional
-from distill_conditioning.index import SAME_TIME
+from distill_conditioning.format import SAME_TIME
 from distill_protocols import SamplerSpec
 from distill_protocols.validators import at_least
 

@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING
 from distill_protocols.lazy import lazy_exports
 
 from distill_conditioning.config import ConditioningConfig, DataConfig
-from distill_conditioning.facts import DatasetInfo, dataset_info
-from distill_conditioning.index import DatasetIndex, ShardEntry
+from distill_conditioning.dataset_info import DatasetInfo, dataset_info
+from distill_conditioning.format import DatasetIndex, ShardEntry
 
 if TYPE_CHECKING:
     from distill_conditioning.loader import LatentLoader
     from distill_conditioning.preprocessing import ClipEncoder, preprocess
     from distill_conditioning.provider import CachedConditioning
-    from distill_conditioning.shard_rows import ShardRows
-    from distill_conditioning.shards import LatentDataset, ShardWriter, StoredNegative
+    from distill_conditioning.reading import LatentDataset, StoredNegative
     from distill_conditioning.trajectories import TrajectoryFolder
+    from distill_conditioning.writing import ShardRows, ShardWriter
 
 _LAZY = {
     "CachedConditioning": "provider",
     "ClipEncoder": "preprocessing",
-    "LatentDataset": "shards",
+    "LatentDataset": "reading",
     "LatentLoader": "loader",
-    "ShardRows": "shard_rows",
-    "ShardWriter": "shards",
-    "StoredNegative": "shards",
+    "ShardRows": "writing",
+    "ShardWriter": "writing",
+    "StoredNegative": "reading",
     "TrajectoryFolder": "trajectories",
     "preprocess": "preprocessing",
 }

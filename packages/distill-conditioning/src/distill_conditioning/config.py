@@ -24,7 +24,7 @@ def _is_a_share(instance: object, attribute: object, value: float) -> None:
 
 @frozen(kw_only=True)
 class DataConfig:
-    """Which latents to train on.
+    """The data set of latents that a run is trained on.
 
     Attributes:
         path: folder of a latent data set (it holds index.json), as ``preprocess`` writes it.
@@ -35,7 +35,7 @@ class DataConfig:
             changed inside a tensor.
         workers: threads that read the next batches while a step computes; 0 reads each batch
             when it is asked for. The batches are the same ones. 1 or 2 do for a local disk; more
-            where the shards lie on storage with long waits. Two batches a worker are held ready.
+            where the shards lie on slow storage. Two batches per worker are kept ready.
     """
 
     path: str = field(validator=_not_empty, metadata={"path": ()})
@@ -51,7 +51,7 @@ class DataConfig:
 
 @frozen(kw_only=True)
 class ConditioningConfig:
-    """The negative condition, and how often it stands in for a caption.
+    """The negative condition, and how often it replaces a caption.
 
     Attributes:
         negative_prompt: the unconditional side of guidance. Left out, the data set's own is used;

@@ -12,10 +12,10 @@ from distill_protocols import Batch, Condition, ConditioningError, DataError
 from torch import Tensor
 
 from distill_conditioning.order import drops_condition, epoch_order, rank_positions
-from distill_conditioning.shards import LatentDataset
+from distill_conditioning.reading import LatentDataset
 
 AHEAD_PER_WORKER = 2
-"""Batches a worker: one that it reads, one that waits for the step."""
+"""Batches per worker: one that it reads, one that waits for the step."""
 
 
 class LatentLoader:
@@ -30,8 +30,9 @@ class LatentLoader:
     processes because reading is copying out of memory-mapped files, which torch does without
     Python's lock: nothing has to be started, pickled, shared or cleaned up, and no worker can
     outlive the run or be killed on its own. What was read ahead is kept by its position in the
-    stream, and the position moves only when a batch is given out; so whatever the workers do,
-    batches and ``state_dict`` are those of a loader without any. No worker draws a random number.
+    stream, and the position moves only when a batch is yielded; so whatever the workers do,
+    batches and ``state_dict`` are those of a loader without workers. No worker draws a random
+    number.
 
     Args:
         dataset: the samples.
@@ -71,40 +72,40 @@ class LatentLoader:
         self.rank = rank
         self.world_size = world_size
         self.device = torch.device(device)
-        self._negative = self._usable_negative(negative) if dropout > 0 else None
-        self._samples_given = 0
+        self._negative = self._check_negative(negative) if dropout > 0 else None
+        self._samples_yielded = 0
         self._orders: dict[int, Tensor] = {}
         self._ahead: dict[int, Future[Batch]] = {}
         workers = dataset.config.workers
         self._threads = ThreadPoolExecutor(workers, "data-worker") if workers > 0 else None
 
     def __iter__(self) -> Iterator[Batch]:
-        """From wherever the loader stands; all iterators share that position."""
+        """Yield batches from the loader's position on, which all iterators share."""
         try:
             while True:
-                first = self._samples_given
-                batch = _on_device(self._batch(first), self.device)
-                self._samples_given = first + self._stride
+                first = self._samples_yielded
+                batch = _copy_to(self._batch(first), self.device)
+                self._samples_yielded = first + self._stride
                 yield batch
         finally:
-            self._forget_all_but(range(0))
+            self._cancel_all_but(range(0))
 
     @property
     def epoch(self) -> float:
-        """How often the data set was seen so far, by all ranks together."""
-        return self._samples_given / len(self.dataset)
+        """How many times all ranks together have gone through the data set so far."""
+        return self._samples_yielded / len(self.dataset)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the stream of all ranks together (JSON); valid for any number of ranks."""
+        """Return the position in the stream of all ranks (JSON), for any number of ranks."""
         return {
-            "samples_given": self._samples_given,
+            "samples_given": self._samples_yielded,
             "seed": self.seed,
             "shuffle": self.shuffle,
             "dataset_samples": len(self.dataset),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after the last batch that was given before ``state`` was taken.
+        """Continue after the last batch that was yielded before ``state`` was taken.
 
         Raises:
             DataError: another data set size, seed or shuffling, with which the rest of the epoch
@@ -122,35 +123,35 @@ class LatentLoader:
                 " They decide the order, so the run could not go on where it stopped. Put data "
                 "set and run file back as they were, or start a new run with another output_dir."
             )
-        self._samples_given = int(state["samples_given"])
+        self._samples_yielded = int(state["samples_given"])
 
     @property
     def _stride(self) -> int:
         return self.batch_size * self.world_size
 
     def _batch(self, first: int) -> Batch:
-        """That of the global batch that begins at ``first``."""
+        """Return this rank's batch of the global batch that begins at ``first``."""
         if self._threads is None:
             return self._read(*self._choose(first))
         count = 1 + AHEAD_PER_WORKER * self.dataset.config.workers
         coming = range(first, first + count * self._stride, self._stride)
-        self._forget_all_but(coming)
+        self._cancel_all_but(coming)
         for each in coming:
             if each not in self._ahead:
-                # Chosen here, read there: the orders have one user, and need no lock.
+                # Chosen in this thread and read in another: so the orders need no lock.
                 self._ahead[each] = self._threads.submit(self._read, *self._choose(each))
         return self._ahead.pop(first).result()
 
-    def _forget_all_but(self, coming: range) -> None:
-        """Of what was read ahead; more is there after ``load_state_dict``, or at the end."""
+    def _cancel_all_but(self, coming: range) -> None:
+        """Drop batches that were read ahead in vain: after ``load_state_dict``, or at the end."""
         for first in [first for first in self._ahead if first not in coming]:
             self._ahead.pop(first).cancel()
 
     def _choose(self, first: int) -> tuple[Tensor, Tensor]:
-        """Sample numbers, and whose condition is dropped: int64 and bool [B]."""
+        """Choose sample numbers, and whose condition is dropped: int64 and bool [B]."""
         positions = rank_positions(first, self.batch_size, self.rank, self.world_size)
         places = [divmod(position, len(self.dataset)) for position in positions]
-        self._keep_orders(self._samples_given // len(self.dataset))
+        self._keep_orders(self._samples_yielded // len(self.dataset))
         samples = [int(self._order(epoch)[place]) for epoch, place in places]
         dropped = [
             self._negative is not None and drops_condition(self.seed, epoch, sample, self.dropout)
@@ -174,44 +175,44 @@ class LatentLoader:
     def _keep_orders(self, epoch: int) -> None:
         self._orders = {e: order for e, order in self._orders.items() if e >= epoch}
 
-    def _usable_negative(self, negative: Condition | None) -> Condition:
+    def _check_negative(self, negative: Condition | None) -> Condition:
         if negative is None:
             raise ConditioningError(
                 f"condition dropout is {self.dropout:g}, but there is no negative condition to "
-                "put in a caption's place. Set conditioning.negative_prompt, use a data set with "
-                "constants, or set conditioning.dropout to 0."
+                "put in a caption's place. Set ConditioningConfig.negative_prompt, use a data set "
+                "with constants, or set the dropout to 0."
             )
-        found = {name: tuple(value.shape) for name, value in negative.tensors.items()}
-        wanted = {name: (1, *shape) for name, shape in self.dataset.index.conditions.items()}
-        if not found or not found.items() <= wanted.items():
+        shapes = {name: tuple(value.shape) for name, value in negative.tensors.items()}
+        needed = {name: (1, *shape) for name, shape in self.dataset.index.conditions.items()}
+        if not shapes or not shapes.items() <= needed.items():
             raise ConditioningError(
-                f"the negative condition is {found}, but the samples of {self.dataset.path} need "
-                f"{wanted}, since it takes their place. Preprocess the data set with the encoder "
+                f"the negative condition is {shapes}, but the samples of {self.dataset.path} need "
+                f"{needed}, since it takes their place. Preprocess the data set with the encoder "
                 "of the run's model."
             )
         return negative.to("cpu")
 
 
-def _on_device(batch: Batch, device: torch.device) -> Batch:
-    """To an accelerator through pinned memory, so that the copy runs beside the computation."""
+def _copy_to(batch: Batch, device: torch.device) -> Batch:
+    """Copy to an accelerator through pinned memory, so that the copy runs during computation."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or accelerator.type != device.type:
         return batch.to(device)
 
-    def moved(value: Tensor) -> Tensor:
+    def move(value: Tensor) -> Tensor:
         return value.pin_memory().to(device, non_blocking=True)
 
     return evolve(
         batch,
-        latents=moved(batch.latents),
-        cond=Condition({name: moved(value) for name, value in batch.cond.tensors.items()}),
-        trajectory=None if batch.trajectory is None else moved(batch.trajectory),
+        latents=move(batch.latents),
+        cond=Condition({name: move(value) for name, value in batch.cond.tensors.items()}),
+        trajectory=None if batch.trajectory is None else move(batch.trajectory),
     )
 
 
 def _replace_rows(condition: Condition, rows: Tensor, row: Condition) -> None:
     """Write the one row of ``row`` over the ``rows`` (bool [B]) of a batch's own tensors; those
-    that ``row`` does not hold stay, as a picture does where a caption is dropped."""
+    that ``row`` does not hold stay, as an image does where a caption is dropped."""
     for name, value in row.tensors.items():
         own = condition.tensors[name]
         own[rows] = value.to(own.dtype)

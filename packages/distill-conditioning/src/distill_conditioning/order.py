@@ -1,4 +1,4 @@
-"""Which sample comes when, and whose condition is dropped: pure functions of seed and epoch.
+"""The order of samples, and whose condition is dropped: pure functions of seed and epoch.
 
 The epochs follow each other without a seam, as one endless stream of positions 0, 1, 2, ...;
 position p is place ``p % N`` of epoch ``p // N``. Nothing depends on how the stream is cut into
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def epoch_order(seed: int, epoch: int, samples: int, *, shuffle: bool) -> Tensor:
-    """Sample numbers of one epoch (from 0), int64 [samples], each once."""
+    """Order the samples of one epoch (counted from 0): int64 [samples], each number once."""
     if not shuffle:
         return torch.arange(samples)
     generator = torch.Generator().manual_seed(derive_seed(seed, "data.order", epoch))
@@ -22,11 +22,11 @@ def epoch_order(seed: int, epoch: int, samples: int, *, shuffle: bool) -> Tensor
 
 
 def rank_positions(first: int, batch_size: int, rank: int, world_size: int) -> range:
-    """Stream positions of one rank in the global batch that begins at ``first``: every
+    """Return the stream positions of one rank in the global batch that begins at ``first``: every
     ``world_size``-th, so that the global batch is the same set for any number of ranks."""
     return range(first + rank, first + batch_size * world_size, world_size)
 
 
 def drops_condition(seed: int, epoch: int, sample: int, rate: float) -> bool:
-    """Whether ``sample`` goes without its caption in ``epoch``: true with chance ``rate``."""
+    """Tell whether ``sample`` loses its caption in ``epoch``: true with probability ``rate``."""
     return derive_seed(seed, "data.dropout", epoch, sample) < rate * 2**63

@@ -1,4 +1,4 @@
-"""From clips and captions to a latent data set, through the encoders of an adapter."""
+"""Making a latent data set from clips and captions, through the encoders of an adapter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distill_protocols import (
 )
 from torch import Tensor
 
-from distill_conditioning.shards import ShardWriter
+from distill_conditioning.writing import ShardWriter
 
 Clip = tuple[str, str, Tensor]
 """id, caption, video [3, F, H_px, W_px] in [0, 1]."""
@@ -27,11 +27,11 @@ class ClipEncoder(ConditionEncoder, Protocol):
 
     @property
     def images(self) -> ImageConditioning | None:
-        """Asked for only with ``first_frames``."""
+        """Used only with ``first_frames``."""
         ...
 
     def encode(self, video: Tensor) -> Tensor:
-        """Raw posterior means [B, C, T, H, W] of clips [B, 3, F, H_px, W_px] in [0, 1]."""
+        """Encode clips [B, 3, F, H_px, W_px] in [0, 1] as raw posterior means [B, C, T, H, W]."""
         ...
 
 
@@ -44,7 +44,7 @@ def preprocess(
     batch_size: int = 8,
     first_frames: bool = False,
 ) -> int:
-    """Encode ``clips`` and add them to ``writer``; returns how many there were.
+    """Encode ``clips`` and add them to ``writer``; return their number.
 
     Args:
         clips: read once, ``batch_size`` at a time; all of one size.
@@ -57,14 +57,14 @@ def preprocess(
         ConditioningError: ``writer`` was opened with the fingerprint of another encoder.
     """
     with encoder.keep_encoders_loaded():
-        # Compared in here: an encoder that had to be downloaded has a fingerprint from now on.
+        # Compared only now: an encoder that had to be downloaded has a fingerprint from here on.
         _check_writer(writer, encoder.condition_fingerprint())
         if negative_prompt is not None:
             writer.set_negative(negative_prompt, encoder.encode_neg_condition(negative_prompt))
         return _add_clips(clips, encoder, writer, batch_size, first_frames=first_frames)
 
 
-def _with_first_frames(encoder: ClipEncoder, cond: Condition, videos: Tensor) -> Condition:
+def _add_first_frames(encoder: ClipEncoder, cond: Condition, videos: Tensor) -> Condition:
     if encoder.images is None:
         raise ConditioningError(
             "first_frames is set, but this family reads text alone. Leave it out, or use an "
@@ -76,8 +76,8 @@ def _with_first_frames(encoder: ClipEncoder, cond: Condition, videos: Tensor) ->
 def _check_writer(writer: ShardWriter, fingerprint: str | None) -> None:
     if writer.encoder != fingerprint:
         raise ConditioningError(
-            f"the writer notes the encoder {writer.encoder}, but the captions are encoded by "
-            f"{fingerprint}; a run could not tell whether they fit its model. Open the writer "
+            f"the writer was opened for the encoder {writer.encoder}, but the captions are encoded "
+            f"by {fingerprint}; a run could not tell whether they fit its model. Open the writer "
             "with encoder=adapter.condition_fingerprint()."
         )
 
@@ -100,7 +100,7 @@ def _add_clips(
             videos = torch.stack([video for _, _, video in batch])
             cond = _encode_captions(encoder, captions)
             if first_frames:
-                cond = _with_first_frames(encoder, cond, videos)
+                cond = _add_first_frames(encoder, cond, videos)
             writer.add(ids, captions, encoder.encode(videos), cond)
     return len(seen)
 
@@ -112,7 +112,7 @@ def _batches(clips: Iterable[Clip], size: int) -> Iterator[list[Clip]]:
 
 
 def _encode_captions(encoder: ConditionEncoder, captions: Sequence[str]) -> Condition:
-    """One row a caption; each distinct one is encoded once."""
+    """Return one row for each caption; each distinct one is encoded once."""
     distinct = list(dict.fromkeys(captions))
     rows = encoder.encode_condition(distinct)
     return rows[torch.tensor([distinct.index(caption) for caption in captions])]

@@ -1,4 +1,4 @@
-"""Conditions of prompts, encoded once and kept; the negative one stands ready before step 1."""
+"""Conditions of prompts, each encoded once; the negative one is ready before step 1."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from safetensors.torch import save
 from torch import Tensor, distributed
 
 from distill_conditioning.config import ConditioningConfig
-from distill_conditioning.shards import LatentDataset
-from distill_conditioning.tensor_file import map_tensors, write_tensors
+from distill_conditioning.reading import LatentDataset, map_tensors
+from distill_conditioning.writing import write_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class PromptEncoder(ConditionEncoder, Protocol):
 
     @property
     def images(self) -> ImageConditioning | None:
-        """Asked for only where prompts bring pictures."""
+        """Used only where prompts come with images."""
         ...
 
 
@@ -43,12 +43,12 @@ class CachedConditioning:
 
     The encoder is called only for what is neither stored nor cached, so a second run loads no
     text encoder at all. Without a fingerprint (the encoder is not on this machine) stored
-    conditions are taken at their word, and what is encoded is kept in memory only.
+    conditions are trusted, and encoded ones are kept in memory only.
 
-    On several ranks the first one alone has to do with data set, cache and encoder (a text encoder
-    of 11 to 23 GB is in the memory of one process), and sends the others what it found. So all of
-    them ask for the same prompts at the same points; what was asked for once is kept by each, and
-    each may ask for it again whenever it likes.
+    Of several ranks the first one alone uses data set, cache and encoder (a text encoder of 11 to
+    23 GB is in the memory of one process), and sends the others the conditions. So all of
+    them ask for the same prompts at the same points; each keeps what was asked for once, and
+    may ask for it again whenever it likes.
 
     Args:
         config: the run's negative prompt, and the cache's folder.
@@ -88,40 +88,41 @@ class CachedConditioning:
             self._ranks.run_on_first(lambda: self._check_encoder(what, fingerprint))
 
     def negative(self) -> Condition:
-        """The negative condition, one row, fp32.
+        """Return the negative condition, one row, fp32.
 
         Raises:
             ConditioningError: there is none, or the data set's was made by another encoder.
         """
         if self._negative is None:
-            [row] = self._from_first("the negative condition", lambda: [self._find_negative()])
+            [row] = self._get_from_first("the negative condition", lambda: [self._find_negative()])
             self._negative = row.to(self._device)
         return self._negative
 
     def encode(self, prompts: Sequence[str], images: Tensor | None = None) -> Condition:
-        """Conditions of ``prompts``, one row each in their order, fp32.
+        """Return the conditions of ``prompts``, one row each in their order, fp32.
 
         Args:
             images: first frames [B, 3, H_px, W_px] in [0, 1]; encoded whenever they are given.
 
         Raises:
-            ConditioningError: there are none, ranks ask for different ones, or the models take no
-                pictures or none of this size.
+            ConditioningError: there are no prompts, ranks ask for different ones, or the models
+                take no images or none of this size.
         """
         if not prompts:
             raise ConditioningError("no prompt to encode; give at least one")
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
         if new:
-            rows = self._from_first(f"conditions of {new}", lambda: self._encoded(new))
+            what = f"conditions of {new}"
+            rows = self._get_from_first(what, lambda: self._encode_texts(new))
             self._rows.update(zip(new, rows, strict=True))
         texts = Condition.cat([self._rows[prompt] for prompt in prompts])
         if images is None:
             return texts.to(self._device)
-        what = f"pictures of {list(prompts)}"
-        [cond] = self._from_first(what, lambda: [self._with_images(texts, images)])
+        what = f"images of {list(prompts)}"
+        [cond] = self._get_from_first(what, lambda: [self._add_images(texts, images)])
         return cond.to(self._device)
 
-    def _with_images(self, texts: Condition, images: Tensor) -> Condition:
+    def _add_images(self, texts: Condition, images: Tensor) -> Condition:
         if self._encoder.images is None:
             raise ConditioningError(
                 "there is a first frame, but this family reads text alone; it would have no "
@@ -129,13 +130,13 @@ class CachedConditioning:
             )
         return self._encoder.images.with_image(texts, images).to("cpu")
 
-    def _encoded(self, prompts: Sequence[str]) -> list[Condition]:
+    def _encode_texts(self, prompts: Sequence[str]) -> list[Condition]:
         return self._cache.rows(
             prompts, "prompt", self._fingerprint, self._encoder.encode_condition
         )
 
-    def _from_first(self, what: str, find: Callable[[], list[Condition]]) -> list[Condition]:
-        """What rank 0 finds, on every rank, on the CPU."""
+    def _get_from_first(self, what: str, find: Callable[[], list[Condition]]) -> list[Condition]:
+        """Let rank 0 call ``find``, and return its rows on every rank, on the CPU."""
         ranks = self._ranks
         others = ranks.ranks_that_differ(what)
         if others:
@@ -144,23 +145,25 @@ class CachedConditioning:
                 f"{what[:200]}); rank 0 encodes for all, so all must ask for the same. Ask for all "
                 "prompts on every rank, and leave out rows afterwards."
             )
-        found: list[Condition] = []
+        rows: list[Condition] = []
 
-        def look() -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
-            found.extend(find())
-            return [{n: (t.shape, t.dtype) for n, t in row.tensors.items()} for row in found]
+        def find_and_describe() -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
+            rows.extend(find())
+            return [{n: (t.shape, t.dtype) for n, t in row.tensors.items()} for row in rows]
 
-        facts = ranks.run_on_first(look)
-        if not found:
-            found = [
+        # Shapes go first, as objects: a broadcast writes into memory that the receiver has made.
+        shapes = ranks.run_on_first(find_and_describe)
+        if not rows:
+            rows = [
                 Condition({n: torch.empty(size, dtype=kind) for n, (size, kind) in row.items()})
-                for row in facts
+                for row in shapes
             ]
         if ranks.group is not None:
             with ranks.within_timeout():
-                for tensor in (t for row in found for t in row.tensors.values()):
+                # One order on all ranks, that of ``shapes``: a broadcast is known by nothing else.
+                for tensor in (t for row in rows for t in row.tensors.values()):
                     distributed.broadcast(tensor.contiguous(), src=0, group=ranks.group)
-        return found
+        return rows
 
     def _find_negative(self) -> Condition:
         stored = self._dataset.negative() if self._dataset is not None else None
@@ -170,17 +173,17 @@ class CachedConditioning:
             return stored.condition
         if prompt is None:
             raise ConditioningError(
-                "there is no negative condition: conditioning.negative_prompt is not set, and the "
-                "data set holds no constants. Guidance and condition dropout need one. Set "
-                'conditioning.negative_prompt ("" is a prompt too), or preprocess the data set '
-                "with a negative prompt."
+                "there is no negative condition: no negative prompt is given, and the data set "
+                "holds no constants. Guidance and condition dropout need one. Set "
+                'ConditioningConfig.negative_prompt ("" is a prompt too), or preprocess the data '
+                "set with one."
             )
         [row] = self._cache.rows([prompt], "negative", self._fingerprint, self._encode_negative)
         return row
 
     @functools.cached_property
     def _fingerprint(self) -> str | None:
-        # Asked once: it reads files, and a download in between must not change the cache's keys.
+        # Computed once: it reads files, and a download in between must not change the cache's keys.
         fingerprint = self._encoder.condition_fingerprint()
         if fingerprint is None:
             _log.info(
@@ -208,7 +211,7 @@ class ConditionCache:
 
     A file is named by the hash of (kind, prompt, encoder) and repeats all three inside, with a
     hash of its tensors; one that does not agree with its name is encoded again, with a warning.
-    Without a fingerprint nothing is kept on disk: nobody could tell later what it is worth.
+    Without a fingerprint nothing is kept on disk: no run could tell later which encoder it was.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -222,16 +225,25 @@ class ConditionCache:
         fingerprint: str | None,
         encode: Callable[[Sequence[str]], Condition],
     ) -> list[Condition]:
-        """One row a prompt, on the CPU in fp32; ``encode`` sees those that are not cached, once."""
-        facts = {p: {"kind": kind, "prompt": p, "encoder": fingerprint} for p in prompts}
-        keys = {prompt: _digest(repr(sorted(fact.items()))) for prompt, fact in facts.items()}
+        """Return one row for each prompt, on the CPU in fp32; ``encode`` gets those that are not
+        cached, all at once."""
+        origins = {p: {"kind": kind, "prompt": p, "encoder": fingerprint} for p in prompts}
+        keys = {
+            prompt: hashlib.sha256(repr(sorted(origin.items())).encode()).hexdigest()[:32]
+            for prompt, origin in origins.items()
+        }
         for prompt, key in keys.items():
             if key not in self._memory and fingerprint is not None:
-                self._read(self._file(key), key, facts[prompt])
+                self._read(self._file(key), key, origins[prompt])
         missing = [prompt for prompt, key in keys.items() if key not in self._memory]
         if missing:
             encoded = encode(missing).to("cpu")
-            _check_count(encoded, missing)
+            if len(encoded) != len(missing):
+                raise ConditioningError(
+                    f"the encoder returned {len(encoded)} rows for {len(missing)} prompts; it must "
+                    "return one each, or prompts and conditions would be mixed up. This is an "
+                    "error of the adapter."
+                )
             for number, prompt in enumerate(missing):
                 row = Condition(
                     {
@@ -241,13 +253,13 @@ class ConditionCache:
                 )
                 self._memory[keys[prompt]] = row
                 if fingerprint is not None:
-                    self._write(self._file(keys[prompt]), row, facts[prompt])
+                    self._write(self._file(keys[prompt]), row, origins[prompt])
         return [self._memory[keys[prompt]] for prompt in prompts]
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
 
-    def _read(self, file: Path, key: str, facts: dict[str, str | None]) -> None:
+    def _read(self, file: Path, key: str, origin: dict[str, str | None]) -> None:
         if not file.exists():
             return
         try:
@@ -256,31 +268,18 @@ class ConditionCache:
             _log.warning("%s: encoding the prompt again", error)
             return
         condition = Condition(tensors)
-        if metadata != {**facts, "sha256": _content(condition)}:
+        if metadata != {**origin, "sha256": _hash_tensors(condition)}:
             _log.warning(
-                "%s: is not what its name says (prompt, encoder or content changed); encoding "
-                "the prompt again",
+                "%s: does not hold what its name stands for (prompt, encoder or content changed); "
+                "encoding the prompt again",
                 file,
             )
             return
         self._memory[key] = condition
 
-    def _write(self, file: Path, row: Condition, facts: dict[str, str | None]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(file, row.tensors, {**facts, "sha256": _content(row)})
+    def _write(self, file: Path, row: Condition, origin: dict[str, str | None]) -> None:
+        write_tensors(file, row.tensors, {**origin, "sha256": _hash_tensors(row)})
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _content(condition: Condition) -> str:
+def _hash_tensors(condition: Condition) -> str:
     return hashlib.sha256(save(dict(condition.tensors))).hexdigest()
-
-
-def _check_count(encoded: Condition, prompts: Sequence[str]) -> None:
-    if len(encoded) != len(prompts):
-        raise ConditioningError(
-            f"the encoder gave {len(encoded)} rows for {len(prompts)} prompts; it must give one "
-            "each, or prompts and conditions would be mixed up. This is a fault of the adapter."
-        )

@@ -1,4 +1,4 @@
-"""A data set of sampled clips in the making, which a killed process can go on with.
+"""Writing a data set of sampled clips, which a process that was killed can go on with.
 
 Each shard is a function of the settings and of its number alone. So whatever shards are there stay,
 the rest is made, by any number of processes, and the end is the same, byte for byte.
@@ -7,24 +7,34 @@ the rest is made, by any number of processes, and the end is the same, byte for 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from distill_protocols import Condition, DataError
+from distill_runtime import UnreadableFileError, read_json
 from torch import Tensor
 
-from distill_conditioning.index import (
+from distill_conditioning.format import (
+    CONDITION,
     CONSTANTS_FILE,
     INDEX_FILE,
+    TRAJECTORY,
     DatasetIndex,
     read_index,
     read_metadata,
     shard_file,
 )
-from distill_conditioning.shard_rows import CONDITION, ShardRows, check_finite, shard_entry
-from distill_conditioning.shards import DTYPES, TRAJECTORY, LatentDtype, write_constants
-from distill_conditioning.tensor_file import map_tensors, written_whole
+from distill_conditioning.reading import map_tensors
+from distill_conditioning.writing import (
+    DTYPES,
+    LatentDtype,
+    ShardRows,
+    check_finite,
+    shard_entry,
+    write_constants,
+    write_text,
+)
 
 SETTINGS_FILE = "trajectories.json"
 
@@ -36,12 +46,12 @@ class TrajectoryFolder:
     folder was made with it is extended: a last shard that was not full is made again.
 
     Args:
-        folder: made if need be.
+        folder: made if it does not exist.
         settings: all that decides a sample, as JSON; the number of samples excepted.
         times: levels t of each sample's trajectory, falling.
-        samples: how many there shall be.
-        samples_per_shard: a shard is what a killed process loses at most.
-        ids: of a sample, by its number.
+        samples: number of samples of the whole data set.
+        samples_per_shard: a process that is killed loses one shard at most.
+        ids: returns the id of a sample by its number.
         dtype: as stored.
 
     Raises:
@@ -70,20 +80,20 @@ class TrajectoryFolder:
 
     @property
     def shards(self) -> int:
-        """How many there will be."""
+        """Number of shards of the whole data set."""
         return -(-self._samples // self._per_shard)
 
     def span(self, shard: int) -> range:
-        """Numbers of the samples of ``shard``."""
+        """Return the numbers of the samples of ``shard``."""
         first = shard * self._per_shard
         return range(first, min(first + self._per_shard, self._samples))
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
-        """Shards still to be made, of those that are this process's."""
-        return [n for n in range(rank, self.shards, world_size) if self._held(n) is None]
+        """List the shards of this process that are still to be made."""
+        return [n for n in range(rank, self.shards, world_size) if self._stored_samples(n) is None]
 
     def complete(self) -> bool:
-        """Whether the data set is there, index and all, with as many samples at least."""
+        """Tell whether the data set is finished: it has an index, and at least as many samples."""
         if not (self.folder / INDEX_FILE).exists():
             return False
         return read_index(self.folder).samples >= self._samples
@@ -97,7 +107,7 @@ class TrajectoryFolder:
         latents: Tensor,
         trajectory: Tensor,
     ) -> None:
-        """B samples into ``rows``, as they will be stored.
+        """Add B samples to ``rows``, as they will be stored.
 
         Args:
             latents: [B, C, T, H, W], raw, where the trajectories end.
@@ -115,7 +125,7 @@ class TrajectoryFolder:
             rows.add(sample, caption, condition[row : row + 1], columns)
 
     def write(self, shard: int, rows: ShardRows) -> None:
-        """The whole of ``shard``; without it there is no index, which vouches for all of them."""
+        """Write ``shard``. A former index goes first, because it vouches for all shards."""
         (self.folder / INDEX_FILE).unlink(missing_ok=True)
         rows.write(self.folder / shard_file(shard))
 
@@ -124,17 +134,18 @@ class TrajectoryFolder:
     ) -> DatasetIndex | None:
         """Write constants and index; None while a shard of another process is missing.
 
-        Whoever comes last finds them all. Two that do write the same bytes.
+        The last process sees all shards. Two that see them both write the same bytes.
 
         Args:
             negative: prompt and condition (one row).
             encoder: fingerprint of what encoded the captions.
         """
-        held = [self._held(shard) for shard in range(self.shards)]
-        counts = [count for count in held if count is not None]
+        stored = [self._stored_samples(shard) for shard in range(self.shards)]
+        counts = [count for count in stored if count is not None]
         if len(counts) < self.shards:
             return None
-        for part in self._parts():
+        # What killed processes left behind. No live one is writing: all shards are there.
+        for part in self.folder.glob(".shard-*.part*"):
             part.unlink(missing_ok=True)
         if negative is not None:
             write_constants(self.folder, *negative, encoder=encoder)
@@ -156,12 +167,11 @@ class TrajectoryFolder:
             constants=CONSTANTS_FILE if negative is not None else None,
             trajectory_times=self._times,
         )
-        with written_whole(self.folder / INDEX_FILE) as part:
-            part.write_text(index.to_json())
+        write_text(self.folder / INDEX_FILE, index.to_json())
         return index
 
-    def _held(self, shard: int) -> int | None:
-        """Samples of a shard that is there and has all that it shall have; None: to be made.
+    def _stored_samples(self, shard: int) -> int | None:
+        """Return the number of samples of a shard that is complete; None: it is to be made.
 
         Raises:
             DataError: the file is damaged, which no kill of ours leaves behind.
@@ -171,10 +181,6 @@ class TrajectoryFolder:
             return None
         ids = read_metadata(file)["ids"]
         return len(ids) if len(ids) >= len(self.span(shard)) else None
-
-    def _parts(self) -> Iterator[Path]:
-        """What killed processes left behind; of live ones there are none once all is there."""
-        return self.folder.glob(".shard-*.part")
 
     def _claim(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -186,43 +192,41 @@ class TrajectoryFolder:
         if old:
             raise DataError(
                 f"{self.folder}: holds {old[-1].name}, but no {SETTINGS_FILE}, so it is another "
-                "data set, and shards of two could not be told apart. Name a new folder in "
-                "trajectories.output_dir."
+                "data set, and shards of two could not be told apart. Name a new folder."
             )
-        with written_whole(file) as part:
-            part.write_text(json.dumps(self._settings, indent=1, ensure_ascii=False) + "\n")
+        write_text(file, json.dumps(self._settings, indent=1, ensure_ascii=False) + "\n")
 
     def _compare(self, file: Path) -> None:
         try:
-            made = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
+            settings = read_json(file)
+        except UnreadableFileError as error:
             raise DataError(
-                f"{file}: cannot be read as JSON ({error}), so nobody can tell what the shards "
-                "beside it are of. Name a new folder in trajectories.output_dir."
+                f"{error}, so nobody can tell how the shards beside it were made. Name a new "
+                "folder."
             ) from error
-        then, now = _flat(made), _flat(self._settings)
+        then, now = _flatten(settings), _flatten(self._settings)
         differences = [
-            f"{key} was {_said(then, key)} and is {_said(now, key)}"
+            f"{key} was {_json(then, key)} and is {_json(now, key)}"
             for key in dict.fromkeys([*then, *now])
-            if _said(then, key) != _said(now, key)
+            if _json(then, key) != _json(now, key)
         ]
         if differences:
             raise DataError(
                 f"{self.folder}: was made with other settings: {'; '.join(differences)}. Samples "
                 "of two settings in one data set could not be told apart. Put them back as they "
-                "were, or name a new folder in trajectories.output_dir."
+                "were, or name a new folder."
             )
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
+def _flatten(value: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {path: value}
     return {
         key: item
         for name, inner in value.items()
-        for key, item in _flat(inner, f"{path}.{name}" if path else name).items()
+        for key, item in _flatten(inner, f"{path}.{name}" if path else name).items()
     }
 
 
-def _said(values: Mapping[str, Any], key: str) -> str:
+def _json(values: Mapping[str, Any], key: str) -> str:
     return json.dumps(values[key], ensure_ascii=False) if key in values else "not there"

@@ -10,11 +10,11 @@ from distill_protocols import SamplerSpec
 from distill_protocols.validators import at_least
 
 
-def _some(instance: object, attribute: Attribute[Any], value: Sized) -> None:
+def _check_not_empty(instance: object, attribute: Attribute[Any], value: Sized) -> None:
     if not value:
         raise ValueError(
             f"{attribute.name} must not be empty: there would be nothing to show. Leave "
-            "callbacks.report out if no report is wanted"
+            "the report out if none is wanted"
         )
 
 
@@ -24,7 +24,7 @@ class ReportEntry:
 
     Attributes:
         role: whose weights sample.
-        sampler: how; left out, the method's own spec for its student.
+        sampler: how it samples; left out, as the method samples its student.
         ema: the role's averaged weights instead of the live ones.
         sheet: show it in the contact sheet and the MP4.
         during: measure it during the run too, if ``every_steps`` asks for that. The weights of a
@@ -40,7 +40,7 @@ class ReportEntry:
 
 @frozen(kw_only=True)
 class ReportConfig:
-    """What is measured at the end of a run, and now and then during it.
+    """What is measured at the end of a run, and at intervals during it.
 
     Attributes:
         judge: folder of the judge (judge.json, judge.safetensors, reference.safetensors).
@@ -61,8 +61,8 @@ class ReportConfig:
     clips_per_prompt: int = field(
         default=6, validator=at_least(2, "the variance among clips of one prompt is reported")
     )
-    sheet_prompts: tuple[str, ...] = field(validator=_some)
-    entries: dict[str, ReportEntry] = field(validator=_some)
+    sheet_prompts: tuple[str, ...] = field(validator=_check_not_empty)
+    entries: dict[str, ReportEntry] = field(validator=_check_not_empty)
     seed: int = 1234
     fps: int = field(default=6, validator=at_least(1, "the MP4 shows at least one a second"))
     every_steps: int = field(
@@ -71,7 +71,7 @@ class ReportConfig:
     )
 
     def metric_names(self, attributes: Iterable[str]) -> tuple[str, ...]:
-        """What is measured during the run by a judge of these attributes."""
+        """List what is measured during the run by a judge of these ``attributes``."""
         if not self.every_steps:
             return ()
         numbers = ("fd", *attributes, "variance")
@@ -80,5 +80,5 @@ class ReportConfig:
 
 
 def metric_name(entry: str, number: str) -> str:
-    """Name of one number of an entry: ``fd``, ``variance``, or an attribute of the judge."""
+    """Name the metric of an entry: ``fd``, ``variance``, or an attribute of the judge."""
     return f"report/{entry}/{number}"

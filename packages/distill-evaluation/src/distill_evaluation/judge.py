@@ -1,11 +1,10 @@
-"""A judge: a small network that looks at decoded clips, says what they show, and gives features for
-the Frechet distance.
+"""A judge: a small network that classifies decoded clips, and whose features the Frechet distance
+is measured on.
 
 A judge is a folder: `judge.json` (JudgeConfig) and `judge.safetensors` (weights). Clips are `[B, 3,
 T, H, W]` in [0, 1].
 """
 
-import json
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -13,11 +12,11 @@ from pathlib import Path
 import attrs
 import torch
 from distill_protocols import WeightsError
+from distill_runtime import UnreadableFileError, json_text, read_json_object, replace_file
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill_evaluation.files import replacing
 from distill_evaluation.labels import label_prompts
 
 WEIGHTS = "judge.safetensors"
@@ -30,7 +29,7 @@ def _attributes(raw: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
 
 @attrs.frozen(kw_only=True)
 class JudgeConfig:
-    """What the judge looks at and what it can say.
+    """The clips that a judge takes, and the answers it can give.
 
     `attributes`: attribute name to class words, in the order of the head's outputs. `frames`,
     `height`, `width`: the only clip size it accepts. `width_factor`: channels of the first
@@ -78,7 +77,10 @@ class ClipJudge(nn.Module):
         )
 
     def features(self, clips: Tensor) -> Tensor:
-        """`[B, 3, T, H, W]` in [0, 1] to `[B, D]`. ValueError for another size."""
+        """Compute features `[B, D]` of clips `[B, 3, T, H, W]` in [0, 1].
+
+        ValueError for another size.
+        """
         config = self.config
         expected = (3, config.frames, config.height, config.width)
         if clips.ndim != 5 or tuple(clips.shape[1:]) != expected:
@@ -91,27 +93,25 @@ class ClipJudge(nn.Module):
         return self.embed(self.trunk(grey * 2 - 1).flatten(1))
 
     def forward(self, clips: Tensor) -> dict[str, Tensor]:
-        """Logits per attribute, `[B, classes]`."""
+        """Compute logits per attribute, `[B, classes]`."""
         return self.logits(self.features(clips))
 
     def logits(self, features: Tensor) -> dict[str, Tensor]:
-        """Logits per attribute from features `[B, D]`."""
+        """Compute logits per attribute from features `[B, D]`."""
         active = nn.functional.silu(features)
         return {name: head(active) for name, head in self.heads.items()}
 
 
 @attrs.frozen
 class Judge:
-    """A trained ClipJudge, ready to ask. Gradient-free, in batches, on the device where its weights
-    are.
-    """
+    """A trained ClipJudge. It computes without gradients, in batches, where its weights are."""
 
     network: ClipJudge
     batch: int = 100
 
     @classmethod
     def load(cls, folder: Path | str) -> "Judge":
-        """Read a folder. WeightsError if a file is missing or they do not fit each other."""
+        """Read a judge from a folder. WeightsError if a file is missing or two do not fit."""
         folder = Path(folder)
         for name in (SETTINGS, WEIGHTS):
             if not (folder / name).is_file():
@@ -122,26 +122,26 @@ class Judge:
                     "tiny one."
                 )
         try:
-            config = JudgeConfig(**json.loads((folder / SETTINGS).read_text()))
+            config = JudgeConfig(**read_json_object(folder / SETTINGS))
             network = ClipJudge(config)
             network.load_state_dict(load_file(folder / WEIGHTS))
-        except (TypeError, ValueError, RuntimeError, SafetensorError) as problem:
+        except (UnreadableFileError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise WeightsError(
-                f"{folder}: {SETTINGS} and {WEIGHTS} do not describe one judge ({problem}); "
+                f"{folder}: {SETTINGS} and {WEIGHTS} do not describe one judge ({error}); "
                 "rebuild the folder rather than mend one of the two."
-            ) from problem
+            ) from error
         return cls(network.eval().requires_grad_(False))
 
     def save(self, folder: Path | str) -> None:
-        """Write `judge.json` and `judge.safetensors`; each appears whole."""
+        """Write `judge.json` and `judge.safetensors`, each whole or not at all."""
         folder = Path(folder)
-        with replacing(folder / WEIGHTS) as path:
+        with replace_file(folder / WEIGHTS) as path:
             save_file(
                 {name: value.contiguous() for name, value in self.network.state_dict().items()},
                 path,
             )
-        with replacing(folder / SETTINGS) as path:
-            path.write_text(json.dumps(attrs.asdict(self.network.config), indent=2) + "\n")
+        with replace_file(folder / SETTINGS) as path:
+            path.write_text(json_text(attrs.asdict(self.network.config)))
 
     @property
     def attributes(self) -> dict[str, tuple[str, ...]]:
@@ -149,7 +149,10 @@ class Judge:
 
     @torch.no_grad()
     def features(self, clips: Tensor) -> Tensor:
-        """`[B, 3, T, H, W]` in [0, 1] to `[B, D]` fp32 on the CPU. ValueError for another size."""
+        """Compute features `[B, D]` (fp32, on the CPU) of clips `[B, 3, T, H, W]` in [0, 1].
+
+        ValueError for another size.
+        """
         device = next(self.network.parameters()).device
         return torch.cat(
             [self.network.features(part.to(device)).cpu() for part in clips.split(self.batch)]
@@ -157,14 +160,15 @@ class Judge:
 
     @torch.no_grad()
     def classify(self, clips: Tensor) -> dict[str, Tensor]:
-        """The most likely class index per attribute, `[B]` each, on the CPU. ValueError for another
-        size.
+        """Find the most likely class index per attribute, `[B]` each, on the CPU.
+
+        ValueError for another size.
         """
         return self.classify_features(self.features(clips))
 
     @torch.no_grad()
     def classify_features(self, features: Tensor) -> dict[str, Tensor]:
-        """`classify`, when the features are already there."""
+        """Classify clips by features that are computed already."""
         device = next(self.network.parameters()).device
         return {
             name: logits.argmax(1).cpu()
@@ -172,8 +176,9 @@ class Judge:
         }
 
     def expected(self, prompts: list[str]) -> dict[str, Tensor]:
-        """The class indices that the prompts ask for, `[B]` per attribute. PromptLabelError if a
-        prompt names none or two.
+        """Return the class indices that the prompts ask for, `[B]` per attribute.
+
+        PromptLabelError if a prompt names none or two.
         """
         return {
             name: torch.tensor(labels)

@@ -1,4 +1,4 @@
-"""Which answer does a prompt ask for? Attributes and the words that name their classes.
+"""The answers that a prompt asks for: attributes, and the words that name their classes.
 
 `attributes` maps an attribute to its class words, in the order of the class indices:
 `{"digit": ("zero", "one", ...), "direction": ("left", "right", "up", "down")}`. Needs no torch.
@@ -17,45 +17,46 @@ class PromptLabelError(DataError):
     """A prompt names no class of an attribute, or more than one."""
 
     def __init__(
-        self, prompt: str, attribute: str, found: Sequence[str], words: Sequence[str]
+        self, prompt: str, attribute: str, named: Sequence[str], words: Sequence[str]
     ) -> None:
         self.prompt = prompt
         self.attribute = attribute
-        self.found = tuple(found)
+        self.named = tuple(named)
         self.words = tuple(words)
-        named = "none of them" if not found else f"{len(found)} of them ({', '.join(found)})"
+        what = f"{len(named)} of them ({', '.join(named)})" if named else "none of them"
         super().__init__(
             f"prompt {prompt!r}, attribute {attribute!r}: exactly one of {', '.join(words)} must "
             "stand in the prompt as a whole word, "
-            f"because the judge's answer is compared with it; it holds {named}. "
+            f"because the judge's answer is compared with it; it holds {what}. "
             "Reword the prompt, or report without a judge on prompts that it was not made for."
         )
 
 
 def labels_of(prompt: str, attributes: Attributes) -> dict[str, int]:
-    """The class index that `prompt` names, for every attribute. Case does not matter; "seventeen"
-    is not "seven".
+    """Find the class index that `prompt` names, for every attribute.
+
+    Case does not matter; "seventeen" is not "seven".
 
     Raises PromptLabelError if an attribute has no word, or two different ones, in the prompt.
     """
     words = set(re.findall(r"\w+", prompt.lower()))
     labels = {}
     for attribute, classes in attributes.items():
-        found = [index for index, word in enumerate(classes) if word.lower() in words]
-        if len(found) != 1:
-            raise PromptLabelError(prompt, attribute, [classes[index] for index in found], classes)
-        labels[attribute] = found[0]
+        named = [index for index, word in enumerate(classes) if word.lower() in words]
+        if len(named) != 1:
+            raise PromptLabelError(prompt, attribute, [classes[index] for index in named], classes)
+        labels[attribute] = named[0]
     return labels
 
 
 def label_prompts(prompts: Sequence[str], attributes: Attributes) -> dict[str, list[int]]:
-    """`labels_of` for many prompts, one list per attribute. Same errors."""
+    """Find the class indices of many prompts, one list per attribute. Errors as `labels_of`."""
     labels = [labels_of(prompt, attributes) for prompt in prompts]
     return {attribute: [each[attribute] for each in labels] for attribute in attributes}
 
 
 def read_prompts(file: Path) -> list[str]:
-    """One prompt a line; empty lines do not count. DataError if there is none to read."""
+    """Read one prompt per line; empty lines do not count. DataError if there is none to read."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Samples as files that a person can look at: mp4 clips and a contact sheet.
+"""Samples as files for people to watch: mp4 clips and a contact sheet.
 
 Clips are `[3, T, H, W]` or `[N, 3, T, H, W]`, in [0, 1]. Small clips are enlarged with hard pixel
 edges: an interpolated 32-pixel digit looks blurred, and blur is just what the reader is asked to
@@ -12,10 +12,9 @@ from pathlib import Path
 import attrs
 import av
 import numpy as np
+from distill_runtime import replace_file
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-
-from distill_evaluation.files import replacing
 
 _INK = (20, 20, 20)
 _PAPER = (250, 250, 250)
@@ -26,17 +25,20 @@ _X264 = {"crf": "12", "mbtree": "0"}
 
 
 def write_mp4(clip: Tensor, path: Path | str, *, fps: int = 8, smallest_side: int = 256) -> None:
-    """Write one clip `[3, T, H, W]` as H.264, every frame once, each pixel enlarged by the smallest
-    whole factor that reaches `smallest_side` pixels. ValueError for another shape.
+    """Write one clip `[3, T, H, W]` as H.264.
+
+    Each pixel is enlarged by the smallest whole factor that reaches `smallest_side` pixels.
+    ValueError for another shape.
     """
-    frames = _to_bytes(_single(clip))
+    frames = _to_uint8(_check_clip(clip))
     scale = max(1, -(-smallest_side // min(frames.shape[1:3])))
-    _encode(_even(frames.repeat(scale, 1).repeat(scale, 2)), path, fps)
+    _encode(_pad_to_even(frames.repeat(scale, 1).repeat(scale, 2)), path, fps)
 
 
 def _encode(frames: np.ndarray, path: Path | str, fps: int) -> None:
-    """`[T, H, W, 3]` uint8, even sides, as H.264; equal frames give equal bytes on a machine."""
-    with replacing(path) as staging, av.open(str(staging), "w") as container:
+    """Encode `[T, H, W, 3]` uint8 with even sides as H.264; on one machine, equal frames give equal
+    bytes."""
+    with replace_file(path) as staging, av.open(str(staging), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps), options=_X264)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"  # the only layout that browsers and phones all play
@@ -72,7 +74,7 @@ def write_contact_sheet(
     frames = max((row.clips.shape[2] for row in rows), default=1)
     picks = np.linspace(0, frames - 1, min(frames_shown, frames)).round().astype(int)
     sheet = _draw_sheet(rows, prompts, picks.tolist(), frame_side)
-    with replacing(path) as staging:
+    with replace_file(path) as staging:
         sheet.save(staging)
 
 
@@ -85,17 +87,17 @@ def write_sheet_mp4(
     repeats: int = 4,
     frame_side: int = 160,
 ) -> None:
-    """The contact sheet in motion: every cell plays its clip, `repeats` times over. Same errors."""
+    """Write the contact sheet in motion: every cell plays its clip `repeats` times. Same errors."""
     count = min((row.clips.shape[2] for row in rows), default=0)
     sheets = [_draw_sheet(rows, prompts, [index], frame_side) for index in range(count)]
-    frames = _even(np.stack([np.asarray(sheet) for sheet in sheets]))
+    frames = _pad_to_even(np.stack([np.asarray(sheet) for sheet in sheets]))
     _encode(np.concatenate([frames] * repeats), path, fps)
 
 
 def _draw_sheet(
     rows: Sequence[SheetRow], prompts: Sequence[str], picks: Sequence[int], frame_side: int
 ) -> Image.Image:
-    """Frames `picks` of every clip, a column per prompt and a row per model."""
+    """Draw frames `picks` of every clip, a column per prompt and a row per model."""
     cells = [_row_of_cells(row, len(prompts), picks, frame_side) for row in rows]
     if not cells or not prompts:
         raise ValueError(
@@ -105,7 +107,7 @@ def _draw_sheet(
         )
     height, width = cells[0][0].shape[:2]
     font = ImageFont.load_default(_FONT_SIZE)
-    captions = [_wrapped(prompt, font, width) for prompt in prompts]
+    captions = [_wrap_text(prompt, font, width) for prompt in prompts]
     gap, line = 12, _FONT_SIZE + 6
     left = (
         gap + max(int(font.getlength(part)) for row in rows for part in row.label.split("\n")) + gap
@@ -129,7 +131,7 @@ def _draw_sheet(
 def _row_of_cells(
     row: SheetRow, count: int, picks: Sequence[int], frame_side: int
 ) -> list[np.ndarray]:
-    """A picture `[h, w, 3]` per clip."""
+    """Draw a picture `[h, w, 3]` of each clip."""
     if row.clips.ndim != 5 or row.clips.shape[0] != count:
         raise ValueError(
             f"row {row.label!r}: clips of shape {tuple(row.clips.shape)} for {count} prompts; [N, "
@@ -137,11 +139,11 @@ def _row_of_cells(
             "needed, because a column shows one prompt for every row; sample each prompt once per "
             "row."
         )
-    return [_cell(_to_bytes(_single(clip)), picks, frame_side) for clip in row.clips]
+    return [_cell(_to_uint8(_check_clip(clip)), picks, frame_side) for clip in row.clips]
 
 
 def _cell(frames: np.ndarray, picks: Sequence[int], frame_side: int) -> np.ndarray:
-    """Frames `[T, H, W, 3]` to one picture, a thin line of paper between frames."""
+    """Draw frames `[T, H, W, 3]` side by side, with a thin line of paper between them."""
     scale = max(1, -(-frame_side // min(frames.shape[1:3])))
     large = [frames[pick].repeat(scale, 0).repeat(scale, 1) for pick in picks]
     line = np.full((large[0].shape[0], 2, 3), _PAPER, np.uint8)
@@ -149,7 +151,7 @@ def _cell(frames: np.ndarray, picks: Sequence[int], frame_side: int) -> np.ndarr
     return np.concatenate(parts, axis=1)
 
 
-def _wrapped(
+def _wrap_text(
     text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", width: int
 ) -> list[str]:
     """Break `text` at spaces into lines no wider than `width` pixels (a single longer word stays
@@ -165,7 +167,7 @@ def _wrapped(
     return lines or [""]
 
 
-def _single(clip: Tensor) -> Tensor:
+def _check_clip(clip: Tensor) -> Tensor:
     if clip.ndim != 4 or clip.shape[0] != 3:
         raise ValueError(
             f"a clip of shape {tuple(clip.shape)}: [3, T, H, W] in [0, 1] is needed, because "
@@ -175,14 +177,14 @@ def _single(clip: Tensor) -> Tensor:
     return clip
 
 
-def _to_bytes(clip: Tensor) -> np.ndarray:
-    """`[3, T, H, W]` in [0, 1] to `[T, H, W, 3]` uint8."""
+def _to_uint8(clip: Tensor) -> np.ndarray:
+    """Convert `[3, T, H, W]` in [0, 1] to `[T, H, W, 3]` uint8."""
     return (
         (clip.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).cpu().numpy()
     )
 
 
-def _even(frames: np.ndarray) -> np.ndarray:
+def _pad_to_even(frames: np.ndarray) -> np.ndarray:
     """Pad height and width to even numbers by repeating the edge: yuv420p stores colour for blocks
     of 2 x 2.
     """

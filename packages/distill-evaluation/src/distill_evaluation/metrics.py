@@ -1,4 +1,4 @@
-"""Numbers about samples, as pure functions of tensors. N samples, D features.
+"""Measures of samples, as pure functions of tensors. N samples, D features.
 
 The Frechet distance is that of Heusel et al. 2017 (arXiv 1706.08500, equation 6), on a judge's
 features instead of Inception's. It is biased upward by a small N: compare only distances measured
@@ -24,8 +24,9 @@ class FeatureStatistics:
 
 
 def feature_statistics(features: Tensor) -> FeatureStatistics:
-    """Fit `features [N, D]`; the covariance is the unbiased one. ValueError if it is no matrix or N
-    < 2.
+    """Fit a Gaussian to `features [N, D]`; the covariance is the unbiased one.
+
+    ValueError if it is no matrix or N < 2.
     """
     if features.ndim != 2 or features.shape[0] < 2:
         raise ValueError(
@@ -40,7 +41,7 @@ def feature_statistics(features: Tensor) -> FeatureStatistics:
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2), in float64.
+    """Compute |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2), in float64.
 
     The symmetric product has the eigenvalues of C1 C2, and `eigh` finds them without scipy's
     general matrix square root, whose result may come back complex. Never negative: rounding is
@@ -62,7 +63,7 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
 
 
 def frechet_distance_of_features(first: Tensor, second: Tensor) -> float:
-    """`frechet_distance` of two feature tables `[N1, D]`, `[N2, D]`."""
+    """Compute `frechet_distance` of two feature tables `[N1, D]`, `[N2, D]`."""
     return frechet_distance(feature_statistics(first), feature_statistics(second))
 
 
@@ -72,8 +73,9 @@ def _symmetric_root(matrix: Tensor) -> Tensor:
 
 
 def attribute_accuracy(predicted: Tensor, expected: Tensor) -> float:
-    """Share of equal entries of two integer tensors `[N]`. ValueError if the shapes differ or N is
-    0.
+    """Compute the share of equal entries of two integer tensors `[N]`.
+
+    ValueError if the shapes differ or N is 0.
     """
     if predicted.shape != expected.shape or predicted.numel() == 0:
         raise ValueError(
@@ -85,7 +87,7 @@ def attribute_accuracy(predicted: Tensor, expected: Tensor) -> float:
 
 
 def within_group_variance(values: Tensor, groups: Tensor) -> float:
-    """How different samples of the same caption are: 0 when every prompt has collapsed to one clip.
+    """Measure how different samples of one caption are: 0 if each prompt has collapsed to one clip.
 
     `values [N, ...]` (features or pixels), `groups [N]` integer caption ids. The unbiased variance
     of each element within each group, averaged over elements, then over the groups of two or more.
@@ -103,7 +105,7 @@ def within_group_variance(values: Tensor, groups: Tensor) -> float:
 
 
 def group_variances(values: Tensor, groups: Tensor) -> Tensor:
-    """`within_group_variance` of each group by itself, in the order of their ids: float64 [G].
+    """Compute `within_group_variance` of each group alone, in the order of their ids: float64 [G].
 
     nan for a group of one.
     """

@@ -1,11 +1,11 @@
-"""The `report` callback, as the app finds it. Imports no torch."""
+"""The plugin of the `report` callback. Imports no torch."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from distill_protocols import CallbackPlugin, DataError, PlannedRun, Problem, RunParts, below
+from distill_runtime import UnreadableFileError, read_json_object
 
 from distill_evaluation.config import ReportConfig
 from distill_evaluation.labels import PromptLabelError, label_prompts, read_prompts
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 FILES = ("judge.json", "judge.safetensors", "reference.safetensors")
 
 
-class ReportPlugin(CallbackPlugin):
+class ReportPlugin(CallbackPlugin[ReportConfig]):
     name = "report"
     contract = 2
-    help = "at the end or now and then: Frechet distance, accuracies, speed, contact sheet, MP4"
+    help = "at the end or at intervals: Frechet distance, accuracies, speed, contact sheet, MP4"
     config_class: ClassVar[type] = ReportConfig
 
     def problems(self, config: ReportConfig, run: PlannedRun) -> Iterator[Problem]:
@@ -37,9 +37,9 @@ class ReportPlugin(CallbackPlugin):
                 label_prompts(config.sheet_prompts, attributes)
             except PromptLabelError as error:
                 yield Problem("sheet_prompts", str(error))
-            except (ValueError, KeyError, TypeError) as error:
+            except (UnreadableFileError, AttributeError, KeyError, TypeError, ValueError) as error:
                 yield Problem(
-                    "judge", f"{judge / 'judge.json'} does not describe a judge: {error!r}"
+                    "judge", f"{judge / 'judge.json'} does not describe a judge ({error})"
                 )
             else:
                 try:
@@ -59,8 +59,8 @@ class ReportPlugin(CallbackPlugin):
     def metrics(self, config: ReportConfig) -> Mapping[str, int]:
         try:
             attributes = _attributes(Path(config.judge))
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}  # `problems` tells what is wrong with the judge
+        except (UnreadableFileError, AttributeError, KeyError, TypeError, ValueError):
+            return {}  # `problems` reports what is wrong with the judge
         return dict.fromkeys(config.metric_names(attributes), config.every_steps)
 
     def build(self, config: ReportConfig, parts: RunParts) -> "Callback":
@@ -70,10 +70,11 @@ class ReportPlugin(CallbackPlugin):
 
 
 def _attributes(judge: Path) -> Mapping[str, Any]:
-    """The judge's attributes and their classes. OSError, ValueError, KeyError or TypeError if its
-    settings cannot be read or are no judge's.
+    """Read the judge's attributes and their classes.
+
+    UnreadableFileError or KeyError if its settings cannot be read or are no judge's.
     """
-    return json.loads((judge / "judge.json").read_text())["attributes"]
+    return read_json_object(judge / "judge.json")["attributes"]
 
 
 report = ReportPlugin()

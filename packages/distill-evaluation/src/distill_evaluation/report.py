@@ -1,15 +1,14 @@
-"""The `report` callback: what a run was worth, as numbers in a table and as pictures.
+"""The `report` callback: the quality of a run's models, as numbers in a table and as pictures.
 
 Every entry samples the same prompts from the same initial noise; the judge was trained on other
-clips than the teacher. Prompts are spread over the ranks of the run, each with all of its clips:
-what one clip is depends on its place alone, and of a rank's clips only features and variances go
-to rank 0. So the numbers are those of one process, and all ranks have them.
+clips than the teacher. Prompts are divided among the ranks of the run, each with all of its clips:
+a clip depends on its place alone, and of a rank's clips only features and variances go to rank 0.
+So the numbers are those of one process, and all ranks have them.
 
 B clips of a chunk, P prompts, N clips of an entry, D features.
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,13 +27,12 @@ from distill_protocols import (
     StepRecord,
     StopRequested,
 )
-from distill_runtime import RowPartition
+from distill_runtime import RowPartition, json_text, replace_file
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from distill_evaluation.config import ReportConfig, ReportEntry, metric_name
-from distill_evaluation.files import replacing
 from distill_evaluation.judge import Judge
 from distill_evaluation.labels import read_prompts
 from distill_evaluation.media import SheetRow, write_contact_sheet, write_sheet_mp4
@@ -52,7 +50,7 @@ CHUNK = 64
 
 @attrs.frozen(kw_only=True)
 class EntryReport:
-    """One row: quality and cost of one way to sample.
+    """One row of the report: quality and cost of one entry.
 
     `within_caption_variance` is that of pixels among clips of one prompt: it falls to 0 where a
     student gives one clip a prompt. `seconds_per_clip` is wall time of denoising alone (no text
@@ -84,11 +82,11 @@ class ReportCallback(Callback):
     On several ranks all of them sample, and rank 0 alone writes and prints.
 
     With ``every_steps`` it also measures during the run and leaves the numbers in ``run.metrics``;
-    the run goes on as if nobody had looked. Put it behind callbacks that move what it looks at
-    (averages), as the app does.
+    the run goes on as if nothing had been measured. Put it behind callbacks that move what it
+    measures (averages), as the app does.
 
     Everything it reads (judge, reference, prompts and their labels, roles) is read when the run
-    starts, so that a wrong path is not found out at its end.
+    starts, so that a wrong path does not end the run at its very end.
 
     Raises:
         WeightsError, DataError: the judge, its reference or the prompts are missing or misfit.
@@ -103,7 +101,7 @@ class ReportCallback(Callback):
         self.parts = parts
         parts.method.bundle.require_roles({entry.role for entry in config.entries.values()})
         self.judge = Judge.load(config.judge)
-        self.reference = feature_statistics(_reference(Path(config.judge)))
+        self.reference = feature_statistics(read_reference(Path(config.judge)))
         self.prompts = read_prompts(Path(config.prompts))
         self.labels = self.judge.expected([*self.prompts, *config.sheet_prompts])
         self._check_clips(Path(config.judge))
@@ -118,19 +116,19 @@ class ReportCallback(Callback):
         if not self.config.every_steps or step.iteration % self.config.every_steps:
             return
         run.check_finite()
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, entry in self.config.entries.items():
-            run.method.stop.poll()  # a look that is left adds nothing
+            run.method.stop.poll()  # a report that is left unfinished adds nothing
             if entry.during:
-                found |= self._row(run, name, entry).metrics()
-        run.metrics |= found
+                metrics |= self._row(run, name, entry).metrics()
+        run.metrics |= metrics
 
     def on_train_end(self, run: RunState) -> None:
         try:
             run.method.stop.poll()
             self._report(run)
         except StopRequested as stop:
-            # All files are written after the last sampling: there is none, or the former ones.
+            # All files are written after the last sampling: now there are none, or the former ones.
             if run.ranks.is_first:
                 print(f"report: left out, as the run was stopped ({stop})")
 
@@ -161,7 +159,7 @@ class ReportCallback(Callback):
         print(f"\n{text}\n\nreport.json, contact_sheet.png, clips.mp4 in {run.output_dir}")
 
     def _check_clips(self, judge: Path) -> None:
-        """One clip through decoder and judge: sizes that do not fit are found now."""
+        """Send one clip through decoder and judge, so that sizes that do not fit raise now."""
         adapter = self.parts.adapter
         blank = adapter.decode(torch.zeros((1, *adapter.latent_shape)))
         try:
@@ -181,12 +179,12 @@ class ReportCallback(Callback):
         if spec is None:
             raise DataError(
                 f"report entry of role {entry.role!r} has no sampler, and the method states none; "
-                "how a clip is sampled must be said. Add `sampler:` to the entry."
+                "it must be known how to sample. Give the entry a sampler."
             )
         return spec
 
     def _row(self, run: RunState, name: str, entry: ReportEntry) -> EntryReport:
-        """Measured now; once a run where the weights do not move."""
+        """Measure an entry; once a run where the weights do not move."""
         if name in self._frozen_rows:
             return self._frozen_rows[name]
         row = self._measure(run, name, entry)
@@ -209,8 +207,9 @@ class ReportCallback(Callback):
             latents, seconds = self._sample(
                 entry, spec, cond, rows, clips_per_prompt=each, purpose="report.measure"
             )
-        clips = self._decoded(latents)
-        # By place and not by prompt: one that is done twice, to fill up, is a group of its own.
+        clips = self._decode(latents)
+        # Groups by place and not by prompt: RowPartition may repeat the last prompt to fill up a
+        # rank, and the copies would otherwise count as one group of twice the clips.
         groups = torch.arange(len(prompts.own)).repeat_interleave(each)
         features = prompts.gather(self.judge.features(clips).unflatten(0, (-1, each)))
         variances = prompts.gather(group_variances(clips, groups))
@@ -226,7 +225,7 @@ class ReportCallback(Callback):
         variances: Tensor | None,
         seconds_per_clip: float,
     ) -> EntryReport:
-        """On rank 0, from what all ranks have seen: features [P, N / P, D], variances [P]."""
+        """Make the row on rank 0 from all ranks' features [P, N / P, D] and variances [P]."""
         assert features is not None
         assert variances is not None
         spec, features = self._spec(entry), features.flatten(0, 1)
@@ -243,7 +242,7 @@ class ReportCallback(Callback):
         )
 
     def _accuracy(self, features: Tensor) -> dict[str, float]:
-        """By attribute, of the features [N, D] of all clips."""
+        """Compute the accuracy by attribute from the features [N, D] of all clips."""
         each = self.config.clips_per_prompt
         return {
             attribute: attribute_accuracy(
@@ -253,14 +252,14 @@ class ReportCallback(Callback):
         }
 
     def _sheet_rows(self, run: RunState, name: str, entry: ReportEntry) -> list[SheetRow]:
-        """The one row on rank 0; elsewhere none."""
+        """Sample one row of the sheet: a list of it on rank 0, elsewhere an empty one."""
         prompts = RowPartition(run.ranks, len(self.config.sheet_prompts))
         cond = self.parts.conditioning.encode(self.config.sheet_prompts)
         with self._weights_of(entry):
             latents, _ = self._sample(
                 entry, self._spec(entry), cond, prompts.own, purpose="report.sheet"
             )
-        clips = prompts.gather(self._decoded(latents))
+        clips = prompts.gather(self._decode(latents))
         return [] if clips is None else [SheetRow(name, clips)]
 
     def _sample(
@@ -273,12 +272,14 @@ class ReportCallback(Callback):
         clips_per_prompt: int = 1,
         purpose: str,
     ) -> tuple[Tensor, float]:
-        """Latents [len(rows), C, T, H, W] and wall seconds; no generator of the run is touched.
+        """Sample latents [len(rows), C, T, H, W]; return them and the seconds it took.
+
+        No generator of the run is touched.
 
         Args:
             cond: of all prompts.
             rows: which of all clips, ``clips_per_prompt`` of each prompt after each other; each
-                has noise of its own, whoever samples it.
+                has noise of its own, whichever rank samples it.
         """
         adapter = self.parts.adapter
         device = next(iter(cond.tensors.values())).device
@@ -305,8 +306,8 @@ class ReportCallback(Callback):
         latents = torch.cat(parts).cpu()  # waits for the device, so that the clock is right
         return latents.to(device), time.perf_counter() - start
 
-    def _decoded(self, latents: Tensor) -> Tensor:
-        """Clips [N, 3, F, H_px, W_px] on the CPU."""
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Decode latents to clips [N, 3, F, H_px, W_px] on the CPU."""
         clips = []
         for part in latents.split(CHUNK):
             self.parts.method.stop.poll()
@@ -314,8 +315,8 @@ class ReportCallback(Callback):
         return torch.cat(clips)
 
     def _write(self, folder: Path, report: Mapping[str, Any], sheets: Sequence[SheetRow]) -> None:
-        with replacing(folder / "report.json") as path:
-            path.write_text(json.dumps(report, indent=2) + "\n")
+        with replace_file(folder / "report.json") as path:
+            path.write_text(json_text(report))
         if sheets:
             prompts = self.config.sheet_prompts
             write_contact_sheet(sheets, prompts, folder / "contact_sheet.png")
@@ -323,7 +324,7 @@ class ReportCallback(Callback):
 
 
 def format_table(rows: Sequence[EntryReport]) -> str:
-    """The rows as aligned text."""
+    """Write the rows as aligned text."""
     attributes = list(rows[0].accuracy)
     head = ["sampled by", "weights", "FD", *attributes, "variance", "s/clip", "calls/clip"]
     lines = [head]
@@ -344,8 +345,8 @@ def format_table(rows: Sequence[EntryReport]) -> str:
     )
 
 
-def _reference(judge: Path) -> Tensor:
-    """Features [N, D] of real clips that neither teacher nor judge was trained on."""
+def read_reference(judge: Path) -> Tensor:
+    """Read features [N, D] of real clips that neither teacher nor judge was trained on."""
     file = judge / "reference.safetensors"
     if not file.is_file():
         raise DataError(

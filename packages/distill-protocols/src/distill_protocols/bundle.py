@@ -26,7 +26,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 class WeightAverage(Protocol):
-    """An average of one module's weights (see ``distill_trainer.ema``)."""
+    """An average of one module's weights (``distill_trainer`` has one)."""
 
     @property
     def updates(self) -> int: ...
@@ -99,8 +99,8 @@ class RoleHandle:
         """
         if enabled and not self.trainable:
             raise RoleError(
-                f"role {self.name!r} is frozen (trainable: false), so it has no optimizer and "
-                "must never get a gradient. Set models.<role>.trainable: true if it shall learn."
+                f"role {self.name!r} is frozen (trainable=False), so it has no optimizer and "
+                "must never get a gradient. Make it trainable if its weights shall move."
             )
         self.release_gathered()
         for key, module in self.modules.items():

@@ -101,5 +101,5 @@ class NonFiniteLossError(DistillError):
             f"iteration {iteration}: the loss is not finite ({terms}); batch: {ids}. Every loss "
             "must be finite, because one nan step spoils all weights that it reaches. Look at "
             "these samples first; then lower the learning rate, or raise the precision of the "
-            "role (models.<role>.precision)."
+            "role."
         )

@@ -320,6 +320,10 @@ class TrackerPlugin(ABC):
     help: ClassVar[str]
     contract: ClassVar[int]
 
+    def problems(self) -> Iterable[Problem]:
+        """What it needs and does not have on this machine, such as a package; paths are empty."""
+        return ()
+
     @abstractmethod
     def build(self, output_dir: Path) -> Tracker:
         """The tracker itself, which writes into ``output_dir`` or elsewhere.

@@ -32,6 +32,7 @@ from distill_runtime.json_files import (
     read_json_object,
 )
 from distill_runtime.plugins import GROUPS, load_plugin, plugin_names
+from distill_runtime.safetensors_header import SafetensorsHeader, read_header
 
 if TYPE_CHECKING:
     from distill_runtime.method import DistillMethod
@@ -41,10 +42,8 @@ if TYPE_CHECKING:
     from distill_runtime.safetensors_files import (
         DTYPE_NAMES,
         DTYPES,
-        SafetensorsHeader,
         file_layout,
         raw_bytes,
-        read_header,
         write_safetensors,
     )
 
@@ -54,8 +53,7 @@ _LAZY = {
     **dict.fromkeys(["ALONE", "Ranks"], "ranks"),
     "RowPartition": "row_partition",
     **dict.fromkeys(
-        ["DTYPES", "DTYPE_NAMES", "SafetensorsHeader", "file_layout", "raw_bytes", "read_header",
-         "write_safetensors"],
+        ["DTYPES", "DTYPE_NAMES", "file_layout", "raw_bytes", "write_safetensors"],
         "safetensors_files",
     ),
 }  # fmt: skip

@@ -72,13 +72,13 @@ class DistillMethod(ABC, Generic[AdapterT]):
             if name in bundle.roles and not bundle.roles[name].trainable:
                 raise RoleError(
                     f"role {name!r} is frozen, but {type(self).__name__} trains it: its loss would "
-                    f"reach nothing. Set models.{name}.trainable: true."
+                    "reach nothing. Make the role trainable."
                 )
         for name in self.frozen_roles:
             if name in bundle.roles and bundle.roles[name].trainable:
                 raise RoleError(
                     f"role {name!r} is trainable, but {type(self).__name__} takes it as a fixed "
-                    f"target and never updates it. Set models.{name}.trainable: false."
+                    "target and never updates it. Freeze the role."
                 )
         self.check_capabilities(self.required_capabilities)
         for role in bundle.roles.values():
@@ -137,7 +137,7 @@ class DistillMethod(ABC, Generic[AdapterT]):
         """
         raise CapabilityError(
             f"{type(self).__name__} does not sample, so there is nothing to show in validation. "
-            "Implement sample_for_logging, or leave the `validation` section out."
+            "Implement sample_for_logging, or leave validation out."
         )
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -292,5 +292,5 @@ class DistillMethod(ABC, Generic[AdapterT]):
         if fused:
             raise ContractError(
                 f"{', '.join(fused)}: a fused optimizer hides from its scheduler whether an fp16 "
-                "step was left out. Set optimizer.fused: false, or use bf16 or fp32."
+                "step was left out. Use optimizers that are not fused, or bf16 or fp32."
             )

@@ -1,4 +1,4 @@
-"""safetensors files, written tensor by tensor, and their headers read without trust.
+"""safetensors files, written tensor by tensor.
 
 safetensors' own writers take all tensors of a file at once, so whoever saves a model needs it in
 memory a second time. The format (huggingface.co/docs/safetensors) is eight bytes of header length,
@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -24,12 +23,10 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import torch
-from attrs import frozen
 from distill_protocols import ContractError, TensorInfo
 from torch import Tensor
 
 from distill_runtime.files import FileInfo
-from distill_runtime.json_files import UnreadableFileError, parse_json
 
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -44,8 +41,6 @@ DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.
 
 ALIGNMENT = 64
 
-_MAX_HEADER = 100_000_000
-"""Bytes; the limit of safetensors' own reader."""
 _AHEAD = 64 << 20
 """Bytes that may be written and not hashed yet: so much is held in memory beside a tensor."""
 
@@ -88,68 +83,6 @@ def write_safetensors(
                 )
             hashed.write(raw_bytes(tensor))
     return hashed.info
-
-
-@frozen(kw_only=True)
-class SafetensorsHeader:
-    """What the beginning of a safetensors file says.
-
-    Attributes:
-        tensors: by name, (dtype as the format calls it, shape, first byte, byte after the last),
-            counted from the first tensor.
-        metadata: texts by name.
-    """
-
-    tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]]
-    metadata: Mapping[str, str]
-
-
-def read_header(file: Path) -> SafetensorsHeader:
-    """The header of ``file``, if the file is as long as it says. No tensor is read.
-
-    Raises:
-        UnreadableFileError: missing, cut short, or no safetensors file.
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            # The file's own size bounds the read: 8 bytes of another kind of file are any number.
-            if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise UnreadableFileError(
-                    f"{file} is no whole safetensors file ({size} bytes): cut short, or a Git LFS "
-                    "pointer"
-                )
-            text = stream.read(length)
-    except OSError as error:
-        raise UnreadableFileError(f"{file} cannot be read ({error.strerror or error})") from error
-    value = parse_json(text, f"the header of {file}")
-    try:
-        metadata = value.pop("__metadata__", {})
-        header = SafetensorsHeader(
-            tensors={name: _entry(entry) for name, entry in value.items()},
-            metadata={str(key): str(text) for key, text in metadata.items()},
-        )
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise UnreadableFileError(f"{file} has a damaged safetensors header") from error
-    expected = 8 + length + max((end for *_, end in header.tensors.values()), default=0)
-    if size != expected:
-        raise UnreadableFileError(
-            f"{file} has {size} bytes where its header says {expected}: it was cut short or "
-            "overwritten"
-        )
-    return header
-
-
-def _entry(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    begin, end = (int(offset) for offset in entry["data_offsets"])
-    shape = tuple(int(n) for n in entry["shape"])
-    if not 0 <= begin <= end or any(n < 0 for n in shape):
-        raise ValueError("negative sizes")
-    kind = DTYPES.get(str(entry["dtype"]))
-    if kind is not None and math.prod(shape) * kind.itemsize != end - begin:
-        raise ValueError("a shape that is not as long as its bytes")
-    return str(entry["dtype"]), shape, begin, end
 
 
 class _HashedFile:

@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING
 
 from distill_protocols.lazy import lazy_exports
 
+from distill_trainer.callbacks.configs import (
+    DebugDumpConfig,
+    EmaConfig,
+    GradClipConfig,
+    ParamCountConfig,
+    ProfilerConfig,
+    StepTimerConfig,
+)
 from distill_trainer.config import (
     DistributedConfig,
     OptimizerConfig,
@@ -17,61 +25,53 @@ from distill_trainer.config import (
     ValidationConfig,
     ViewConfig,
 )
-from distill_trainer.plugins import (
-    DebugDumpConfig,
-    EmaConfig,
-    GradClipConfig,
-    ParamCountConfig,
-    ProfilerConfig,
-    StepTimerConfig,
-)
-from distill_trainer.trackers import build_trackers
+from distill_trainer.trackers import build_trackers, tracker_problems
 
 if TYPE_CHECKING:
-    from distill_trainer.batches import RestartingLoader
-    from distill_trainer.callbacks.debug_dump import DebugDumpCallback
-    from distill_trainer.callbacks.ema import EmaCallback
+    from distill_trainer.callbacks.diagnostics import DebugDumpCallback, ProfilerCallback
+    from distill_trainer.callbacks.ema import EmaCallback, ExponentialMovingAverage
     from distill_trainer.callbacks.grad_clip import GradClipCallback
-    from distill_trainer.callbacks.metrics import MetricsCallback
-    from distill_trainer.callbacks.param_count import ParamCountCallback
-    from distill_trainer.callbacks.profiler import ProfilerCallback
+    from distill_trainer.callbacks.metrics import (
+        MetricsCallback,
+        ParamCountCallback,
+        StepTimerCallback,
+    )
     from distill_trainer.callbacks.progress import ProgressCallback
-    from distill_trainer.callbacks.step_timer import StepTimerCallback
     from distill_trainer.callbacks.validation import ValidationCallback
-    from distill_trainer.ddp import DDPTrainStepWrapper
-    from distill_trainer.distribution import Distribution
-    from distill_trainer.ema import ExponentialMovingAverage
-    from distill_trainer.finite import FiniteGuard, NonFiniteGradientError
-    from distill_trainer.lockstep import check_same_run
+    from distill_trainer.distribution.ddp import DDPTrainStepWrapper
+    from distill_trainer.distribution.launch import check_same_run
+    from distill_trainer.distribution.strategy import Distribution
+    from distill_trainer.loop.batches import RestartingLoader
+    from distill_trainer.loop.trainer import DistillTrainer, TrainResult
+    from distill_trainer.monitoring.finite_guard import FiniteGuard, NonFiniteGradientError
     from distill_trainer.optimizers import build_optimizers, schedule_factor
     from distill_trainer.trackers.jsonl import JsonlTracker
     from distill_trainer.trackers.tensorboard import TensorBoardTracker
     from distill_trainer.trackers.wandb import WandbTracker
-    from distill_trainer.trainer import DistillTrainer, TrainResult
 
 _LAZY = {
-    "DDPTrainStepWrapper": "ddp",
-    "DebugDumpCallback": "callbacks.debug_dump",
-    "DistillTrainer": "trainer",
-    "Distribution": "distribution",
-    "check_same_run": "lockstep",
+    "DDPTrainStepWrapper": "distribution.ddp",
+    "DebugDumpCallback": "callbacks.diagnostics",
+    "DistillTrainer": "loop.trainer",
+    "Distribution": "distribution.strategy",
     "EmaCallback": "callbacks.ema",
-    "ExponentialMovingAverage": "ema",
-    "FiniteGuard": "finite",
-    "NonFiniteGradientError": "finite",
+    "ExponentialMovingAverage": "callbacks.ema",
+    "FiniteGuard": "monitoring.finite_guard",
     "GradClipCallback": "callbacks.grad_clip",
     "JsonlTracker": "trackers.jsonl",
     "MetricsCallback": "callbacks.metrics",
-    "ParamCountCallback": "callbacks.param_count",
-    "ProfilerCallback": "callbacks.profiler",
+    "NonFiniteGradientError": "monitoring.finite_guard",
+    "ParamCountCallback": "callbacks.metrics",
+    "ProfilerCallback": "callbacks.diagnostics",
     "ProgressCallback": "callbacks.progress",
-    "RestartingLoader": "batches",
-    "StepTimerCallback": "callbacks.step_timer",
+    "RestartingLoader": "loop.batches",
+    "StepTimerCallback": "callbacks.metrics",
     "TensorBoardTracker": "trackers.tensorboard",
-    "TrainResult": "trainer",
+    "TrainResult": "loop.trainer",
     "ValidationCallback": "callbacks.validation",
     "WandbTracker": "trackers.wandb",
     "build_optimizers": "optimizers",
+    "check_same_run": "distribution.launch",
     "schedule_factor": "optimizers",
 }
 
@@ -112,6 +112,7 @@ __all__ = [
     "build_trackers",
     "check_same_run",
     "schedule_factor",
+    "tracker_problems",
 ]
 
 __getattr__ = lazy_exports(__name__, _LAZY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ from attrs.validators import optional
 from distill_protocols import SamplerSpec
 from distill_protocols.validators import above, at_least, within
 
-TrackerName = Literal["tensorboard", "jsonl", "wandb"]
+from distill_trainer.trackers import tracker_problems
 
 
 def _not_blank(instance: Any, attribute: Attribute[str], value: str) -> None:
@@ -19,15 +18,9 @@ def _not_blank(instance: Any, attribute: Attribute[str], value: str) -> None:
         raise ValueError(f"{value!r} must not be empty: {attribute.name} has to name something")
 
 
-def _is_installed(package: str) -> bool:
-    spec = find_spec(package)
-    # Without an origin it is just a folder of that name, such as wandb leaves behind.
-    return spec is not None and spec.origin is not None
-
-
 @frozen(kw_only=True)
 class ScheduleConfig:
-    """How the learning rate moves, counted in the optimizer's own steps.
+    """How the learning rate changes, counted in the optimizer's own steps.
 
     Attributes:
         name: ``constant``, or ``cosine`` or ``linear`` down to ``final_ratio``.
@@ -55,7 +48,7 @@ class ScheduleConfig:
 
 @frozen(kw_only=True)
 class OptimizerConfig:
-    """One optimizer a trainable module, all alike.
+    """The optimizers of trainable modules: one for each, all alike.
 
     Attributes:
         name: ``adamw``, or ``sgd`` (plain: no momentum; ``betas`` and ``eps`` are AdamW's).
@@ -63,8 +56,8 @@ class OptimizerConfig:
         betas: decay of AdamW's first and second moment. 0 for the first is customary in DMD2.
         eps: AdamW's.
         weight_decay: decoupled for AdamW, L2 for SGD.
-        fused: one kernel for all parameters; left out, wherever it works (not under fp16, whose
-            loss scaling has to know whether a step was left out).
+        fused: one kernel for all parameters; left out, it is used wherever it works (not under
+            fp16, whose loss scaling has to know whether a step was left out).
         schedule: learning-rate schedule.
     """
 
@@ -73,8 +66,8 @@ class OptimizerConfig:
         default=1e-5,
         validator=above(
             0,
-            "at 0 nothing learns, and below 0 the loss is climbed. Freeze a role with "
-            "models.<role>.trainable: false",
+            "at 0 no weight moves, and below 0 the loss is climbed. A role that shall not move is "
+            "frozen instead",
         ),
     )
     betas: tuple[float, float] = field(default=(0.9, 0.999))
@@ -99,17 +92,17 @@ class OptimizerConfig:
 
 @frozen(kw_only=True)
 class DistributedConfig:
-    """How a run is spread over the processes that ``torchrun`` started.
+    """How a run is distributed over the processes that ``torchrun`` started.
 
     Attributes:
-        strategy: none: one process. ddp: each holds all of a trained role (and of a frozen one,
-            unless ``models.<role>.fsdp`` shards it). fsdp2: each holds a part of every role (unless
-            its policy says otherwise). hsdp: parts within a group of ``shard_size`` processes,
-            copies across groups. Left out: ddp where there are several processes, else none.
+        strategy: none: one process. ddp: each process has all of a trained role (and of a frozen
+            one, unless the role's ``FsdpPolicy`` shards it). fsdp2: each has a shard of every role
+            (unless its policy says otherwise). hsdp: shards within a group of ``shard_size``
+            processes, copies across groups. Left out: ddp for several processes, else none.
         shard_size: processes of one group of hsdp; left out, those of one machine.
         sync_every_micro_step: fsdp2 and hsdp: sum gradients over processes in every micro step
-            instead of the last one only: more traffic, but no whole gradient is held in between.
-        timeout_seconds: after which a process that does not come to where the others wait is
+            instead of the last one only: more traffic, but no full gradient waits in between.
+        timeout_seconds: time after which a process that does not come to where the others wait is
             given up, and the run ends with an error that names it.
     """
 
@@ -134,18 +127,18 @@ class DistributedConfig:
 
 @frozen(kw_only=True)
 class TrainingConfig:
-    """How long, how much at once, and what is written.
+    """How long a run trains, how much at once, and what it writes.
 
     Attributes:
         output_dir: folder of everything that the run writes.
-        max_train_steps: iterations; in one, all micro batches of a global batch go through.
+        max_train_steps: iterations; each processes all micro batches of a global batch.
         seed: of every random draw of the run.
-        global_batch_size: samples an iteration, over all devices and micro steps.
-        batch_size_per_device: samples a forward call; left out, the global batch goes at once.
+        global_batch_size: samples per iteration, over all devices and micro steps.
+        batch_size_per_device: samples per forward call; left out, the whole global batch at once.
             Gradients are accumulated over the rest.
-        optimizer: for every trainable role; keys of ``models.<role>.optimizer`` replace its own.
+        optimizer: for every trainable role that has no options of its own.
         log_every: iterations between two log points.
-        trackers: where numbers and clips go.
+        trackers: names of the trackers that numbers and clips go to.
         progress: a progress bar (plain lines where the output is no terminal).
         distributed: how the run is spread over processes.
         cpu_threads: threads of one CPU operation, set by the app; left out, torch's own choice.
@@ -170,7 +163,7 @@ class TrainingConfig:
     log_every: int = field(
         default=10, validator=at_least(1, "it is an interval; log rarely with a large one")
     )
-    trackers: tuple[TrackerName, ...] = field(default=("tensorboard", "jsonl"))
+    trackers: tuple[str, ...] = field(default=("tensorboard", "jsonl"))
     progress: bool = True
     distributed: DistributedConfig = field(factory=DistributedConfig)
     cpu_threads: int | None = field(
@@ -180,21 +173,16 @@ class TrainingConfig:
 
     @trackers.validator
     def _check_trackers(self, attribute: object, value: tuple[str, ...]) -> None:
-        twice = sorted({name for name in value if value.count(name) > 1})
-        if twice:
-            raise ValueError(f"{', '.join(twice)} is named twice: one run logs to it once")
-        if "wandb" in value and not _is_installed("wandb"):
-            raise ValueError(
-                "wandb must be installed to be logged to, and is not: it is an optional extra, as "
-                "it talks to a service. Install the package wandb, or leave the tracker out"
-            )
+        problems = [problem.message for problem in tracker_problems(value)]
+        if problems:
+            raise ValueError("; ".join(problems))
 
     def micro_batch(self, world_size: int = 1) -> int:
-        """Samples that one device takes in one micro step."""
+        """Return the samples that one device takes in one micro step."""
         return self.global_batch_size // (self.accumulation(world_size) * world_size)
 
     def accumulation(self, world_size: int = 1) -> int:
-        """Micro steps an iteration: global / (per device * ``world_size``).
+        """Return the micro steps of an iteration: global / (per device * ``world_size``).
 
         Raises:
             ValueError: it does not divide; the message holds the arithmetic.
@@ -223,12 +211,12 @@ class TrainingConfig:
 
 @frozen(kw_only=True)
 class ViewConfig:
-    """One thing to look at in validation.
+    """One set of clips in a validation.
 
     Attributes:
         role: which role samples.
-        sampler: how; left out, the method's own way for its student.
-        ema: with averaged weights instead of live ones.
+        sampler: how it samples; left out, as the method samples its student.
+        ema: use averaged weights instead of live ones.
     """
 
     role: str = field(validator=_not_blank)
@@ -238,22 +226,22 @@ class ViewConfig:
 
 @frozen(kw_only=True)
 class ValidationConfig:
-    """Clips to look at while training: the same prompts and the same noise each time.
+    """Clips sampled while training, from the same prompts and the same noise each time.
 
     Attributes:
-        every_steps: iterations between two looks; 0 looks only at start and end.
-        at_start: look before the first iteration of a fresh run.
-        at_end: look after the last one (not after a stop that was asked for).
+        every_steps: iterations between two validations; 0 validates only at start and end.
+        at_start: validate before the first iteration of a fresh run.
+        at_end: validate after the last one (not after a stop that was asked for).
         prompts: one clip each.
         images: PNG or JPEG files, the first frame of each prompt's clip, of the size of the run's
             clips: for image-to-video models, and others that take one.
         seed: of the noise; the run's own generators are not touched.
-        fps: frames a second of the clips that are written.
-        views: what to look at, by the name it is logged under.
+        fps: frames per second of the clips that are written.
+        views: what is sampled, by the name it is logged under.
     """
 
     every_steps: int = field(
-        default=0, validator=at_least(0, "it is an interval; 0 looks only at start and end")
+        default=0, validator=at_least(0, "it is an interval; 0 validates only at start and end")
     )
     at_start: bool = False
     at_end: bool = True
@@ -268,21 +256,21 @@ class ValidationConfig:
         if not value:
             raise ValueError(
                 "[] must hold at least one prompt: each is one clip. Leave the validation section "
-                "out if there is nothing to look at"
+                "out if there is nothing to sample"
             )
 
     @images.validator
     def _check_images(self, attribute: object, value: tuple[str, ...]) -> None:
         if value and len(value) != len(self.prompts):
             raise ValueError(
-                f"{len(value)} pictures for {len(self.prompts)} prompts; there must be one a "
+                f"{len(value)} images for {len(self.prompts)} prompts; there must be one for each "
                 "prompt, or none at all"
             )
         missing = [path for path in value if not Path(path).is_file()]
         if missing:
             raise ValueError(
-                f"{', '.join(missing)}: no such file, and a look would fail in the middle of the "
-                "run. Name PNG or JPEG files of the size of the run's clips"
+                f"{', '.join(missing)}: no such file, and a validation would fail in the middle of "
+                "the run. Name PNG or JPEG files of the size of the run's clips"
             )
 
     @views.validator

@@ -42,7 +42,7 @@ def build_optimizers(
     horizon: int | Mapping[str, int],
     scaled: bool = False,
 ) -> None:
-    """Hang one optimizer and one scheduler per module on ``role``.
+    """Give ``role`` one optimizer and one scheduler for each of its modules.
 
     Args:
         horizon: steps that these optimizers will take in the whole run (not iterations: a
@@ -57,37 +57,40 @@ def build_optimizers(
     """
     if not role.trainable:
         raise RoleError(
-            f"role {role.name!r} is frozen (trainable: false), so it must have no optimizer. Set "
-            f"models.{role.name}.trainable: true if it shall learn."
+            f"role {role.name!r} is frozen (trainable=False), so it must have no optimizer. Make "
+            "it trainable if its weights shall move."
         )
     scaled = scaled or role.precision == "fp16"
     if scaled and config.fused:
         raise ContractError(
-            f"role {role.name!r}: optimizer.fused: true where a trainable role of the run has "
-            "precision fp16; a fused step hides whether loss scaling left it out. Leave `fused` "
-            "out, or use bf16 or fp32 for every trainable role."
+            f"role {role.name!r}: a fused optimizer where a trainable role of the run has "
+            "precision fp16; a fused step hides whether loss scaling left it out. Leave "
+            "OptimizerConfig.fused out, or use bf16 or fp32 for every trainable role."
         )
     for key in role.modules:
-        optimizer = _optimizer(role, key, config, scaled)
+        optimizer = _build_optimizer(role, key, config, scaled)
         role.optimizers[key] = optimizer
         steps = horizon if isinstance(horizon, int) else horizon[key]
-        role.schedulers[key] = LambdaLR(optimizer, _factor(config.schedule, steps))
+        role.schedulers[key] = LambdaLR(optimizer, _schedule(config.schedule, steps))
 
 
-def _factor(config: ScheduleConfig, horizon: int) -> Callable[[int], float]:
+def _schedule(config: ScheduleConfig, horizon: int) -> Callable[[int], float]:
     # A closure, not an object: LambdaLR writes an object's fields into checkpoints, and a run
     # that is resumed with a longer horizon would get the old one back.
     return lambda done: schedule_factor(config, done, horizon)
 
 
-def _optimizer(role: RoleHandle, key: str, config: OptimizerConfig, scaled: bool) -> Optimizer:
+def _build_optimizer(
+    role: RoleHandle, key: str, config: OptimizerConfig, scaled: bool
+) -> Optimizer:
     parameters = list(role.trained_parameters(key).values())
     if not parameters:
         raise RoleError(
             f"{role.name}.{key} has no parameter that takes a gradient, but the role is "
-            "trainable; an optimizer needs something to move."
+            "trainable; an optimizer needs something to move. Freeze the role, or give it weights "
+            "that train."
         )
-    fused = not scaled and _fused(parameters, config.fused)
+    fused = not scaled and _use_fused(parameters, config.fused)
     if config.name == "sgd":
         return torch.optim.SGD(
             parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused
@@ -102,7 +105,7 @@ def _optimizer(role: RoleHandle, key: str, config: OptimizerConfig, scaled: bool
     )
 
 
-def _fused(parameters: Sequence[nn.Parameter], wanted: bool | None) -> bool:
+def _use_fused(parameters: Sequence[nn.Parameter], wanted: bool | None) -> bool:
     if wanted is not None:
         return wanted
     # Measured on CPU: fused AdamW is five times as fast as the loop that is torch's default there.

@@ -1,115 +1,28 @@
-"""The callbacks of this package as plugins, and their config classes. No torch here."""
+"""The callbacks and trackers of this package as plugins. No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from attrs import field, frozen
-from attrs.validators import optional
-from distill_protocols import CallbackPlugin, PlannedRun, Problem, RunParts
-from distill_protocols.validators import above, at_least
+from distill_protocols import CallbackPlugin, PlannedRun, Problem, RunParts, TrackerPlugin
+
+from distill_trainer.callbacks.configs import (
+    DebugDumpConfig,
+    EmaConfig,
+    GradClipConfig,
+    ParamCountConfig,
+    ProfilerConfig,
+    StepTimerConfig,
+)
 
 if TYPE_CHECKING:
-    from distill_protocols import Callback
+    from distill_protocols import Callback, Tracker
 
 
-@frozen(kw_only=True)
-class EmaConfig:
-    """Averages of weights, moved once an update of their module.
-
-    Attributes:
-        roles: trainable roles to average.
-        decay: d in e <- d e + (1 - d) p.
-        start_update: up to this update of a module its average only copies.
-    """
-
-    roles: tuple[str, ...] = field()
-    decay: float = field(default=0.99)
-    start_update: int = field(
-        default=0, validator=at_least(0, "it counts updates; 0 averages from the first one on")
-    )
-
-    @roles.validator
-    def _check_roles(self, attribute: object, value: tuple[str, ...]) -> None:
-        if not value:
-            raise ValueError("[] must name a role: nothing would be averaged. Leave ema out")
-
-    @decay.validator
-    def _check_decay(self, attribute: object, value: float) -> None:
-        if not 0 <= value < 1:
-            raise ValueError(
-                f"{value:g} must lie in [0, 1): it is the share of the old average that is kept, "
-                "and at 1 it would never move"
-            )
-
-
-@frozen(kw_only=True)
-class GradClipConfig:
-    """Gradient clipping, one norm an optimizer.
-
-    Attributes:
-        max_norm: the total L2 norm that gradients are scaled down to; null clips nothing.
-    """
-
-    max_norm: float | None = field(
-        default=1.0,
-        validator=optional(above(0, "gradients are scaled down to it. Set null to clip nothing")),
-    )
-
-
-@frozen(kw_only=True)
-class StepTimerConfig:
-    """Seconds an iteration and samples a second.
-
-    Attributes:
-        window: iterations that the mean goes over.
-    """
-
-    window: int = field(default=20, validator=at_least(1, "a mean needs an iteration"))
-
-
-@frozen(kw_only=True)
-class ProfilerConfig:
-    """A torch.profiler trace into ``profile/``.
-
-    Attributes:
-        start: the first iteration traced; let some pass, as the first ones are not typical.
-        steps: how many.
-        shapes: record the shapes of operands too (slower, larger).
-        all_ranks: a trace of every process, instead of the first one's.
-    """
-
-    start: int = field(default=10, validator=at_least(1, "iterations count from 1"))
-    steps: int = field(
-        default=3, validator=at_least(1, "a trace needs an iteration. Leave profiler out for none")
-    )
-    shapes: bool = False
-    all_ranks: bool = False
-
-
-@frozen(kw_only=True)
-class ParamCountConfig:
-    """A table of parameters by role and module. It has no keys."""
-
-
-@frozen(kw_only=True)
-class DebugDumpConfig:
-    """Outputs and losses of a step on disk.
-
-    Attributes:
-        every_steps: iterations between two dumps; 0: none.
-        on_exception: dump the last finished step when the run fails (keeps its outputs in
-            memory for one iteration).
-    """
-
-    every_steps: int = field(
-        default=0, validator=at_least(0, "it is an interval; 0 dumps only after an error")
-    )
-    on_exception: bool = True
-
-
-class EmaPlugin(CallbackPlugin):
+class EmaPlugin(CallbackPlugin[EmaConfig]):
     name = "ema"
     contract = 2
     help = "keeps an exponential moving average of a role's weights"
@@ -132,10 +45,10 @@ class EmaPlugin(CallbackPlugin):
         return EmaCallback(config)
 
 
-class GradClipPlugin(CallbackPlugin):
+class GradClipPlugin(CallbackPlugin[GradClipConfig]):
     name = "grad_clip"
     contract = 2
-    help = "clips gradients, by one norm an optimizer"
+    help = "clips gradients, with one norm for each optimizer"
     config_class = GradClipConfig
 
     def build(self, config: GradClipConfig, parts: RunParts) -> Callback:
@@ -144,52 +57,95 @@ class GradClipPlugin(CallbackPlugin):
         return GradClipCallback(config)
 
 
-class StepTimerPlugin(CallbackPlugin):
+class StepTimerPlugin(CallbackPlugin[StepTimerConfig]):
     name = "step_timer"
     contract = 2
-    help = "reports seconds an iteration and samples a second"
+    help = "reports seconds per iteration and samples per second"
     config_class = StepTimerConfig
 
     def build(self, config: StepTimerConfig, parts: RunParts) -> Callback:
-        from distill_trainer.callbacks.step_timer import StepTimerCallback
+        from distill_trainer.callbacks.metrics import StepTimerCallback
 
         return StepTimerCallback(config)
 
 
-class ProfilerPlugin(CallbackPlugin):
+class ProfilerPlugin(CallbackPlugin[ProfilerConfig]):
     name = "profiler"
     contract = 2
     help = "writes a torch.profiler trace of a few iterations"
     config_class = ProfilerConfig
 
     def build(self, config: ProfilerConfig, parts: RunParts) -> Callback:
-        from distill_trainer.callbacks.profiler import ProfilerCallback
+        from distill_trainer.callbacks.diagnostics import ProfilerCallback
 
         return ProfilerCallback(config)
 
 
-class ParamCountPlugin(CallbackPlugin):
+class ParamCountPlugin(CallbackPlugin[ParamCountConfig]):
     name = "param_count"
     contract = 2
     help = "logs how many parameters each role has"
     config_class = ParamCountConfig
 
-    def build(self, config: Any, parts: RunParts) -> Callback:
-        from distill_trainer.callbacks.param_count import ParamCountCallback
+    def build(self, config: ParamCountConfig, parts: RunParts) -> Callback:
+        from distill_trainer.callbacks.metrics import ParamCountCallback
 
         return ParamCountCallback()
 
 
-class DebugDumpPlugin(CallbackPlugin):
+class DebugDumpPlugin(CallbackPlugin[DebugDumpConfig]):
     name = "debug_dump"
     contract = 2
     help = "writes a step's outputs and losses to disk, now and then or after an error"
     config_class = DebugDumpConfig
 
     def build(self, config: DebugDumpConfig, parts: RunParts) -> Callback:
-        from distill_trainer.callbacks.debug_dump import DebugDumpCallback
+        from distill_trainer.callbacks.diagnostics import DebugDumpCallback
 
         return DebugDumpCallback(config)
+
+
+class JsonlPlugin(TrackerPlugin):
+    name = "jsonl"
+    contract = 2
+    help = "writes numbers and texts to metrics.jsonl, one JSON object per log point"
+
+    def build(self, output_dir: Path) -> Tracker:
+        from distill_trainer.trackers.jsonl import JsonlTracker
+
+        return JsonlTracker(output_dir / "metrics.jsonl")
+
+
+class TensorBoardPlugin(TrackerPlugin):
+    name = "tensorboard"
+    contract = 2
+    help = "writes numbers, texts and clips to tensorboard/"
+
+    def build(self, output_dir: Path) -> Tracker:
+        from distill_trainer.trackers.tensorboard import TensorBoardTracker
+
+        return TensorBoardTracker(output_dir / "tensorboard")
+
+
+class WandbPlugin(TrackerPlugin):
+    name = "wandb"
+    contract = 2
+    help = "sends numbers, texts and clips to Weights & Biases (needs the package wandb)"
+
+    def problems(self) -> Iterator[Problem]:
+        spec = find_spec("wandb")
+        # Without an origin it is just a folder of that name, such as wandb leaves behind.
+        if spec is None or spec.origin is None:
+            yield Problem(
+                "",
+                "wandb must be installed to be logged to, and is not: it is an optional extra, as "
+                "it talks to a service. Install the package wandb, or leave the tracker out.",
+            )
+
+    def build(self, output_dir: Path) -> Tracker:
+        from distill_trainer.trackers.wandb import WandbTracker
+
+        return WandbTracker(output_dir)
 
 
 ema = EmaPlugin()
@@ -198,3 +154,6 @@ step_timer = StepTimerPlugin()
 profiler = ProfilerPlugin()
 param_count = ParamCountPlugin()
 debug_dump = DebugDumpPlugin()
+jsonl = JsonlPlugin()
+tensorboard = TensorBoardPlugin()
+wandb = WandbPlugin()

@@ -1,1 +1,1 @@
-"""Callbacks, one a file. Their config classes are in ``distill_trainer.plugins``, without torch."""
+"""Callbacks. Their config classes are in ``configs``, without torch."""

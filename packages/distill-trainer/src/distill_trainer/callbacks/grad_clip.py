@@ -5,14 +5,14 @@ from __future__ import annotations
 from distill_protocols import Callback, RunState
 from torch import Tensor
 
-from distill_trainer.plugins import GradClipConfig
-from distill_trainer.shards import clip
+from distill_trainer.callbacks.configs import GradClipConfig
+from distill_trainer.distribution.tensors import clip_gradients
 
 
 class GradClipCallback(Callback):
-    """Clips the gradients of each stepping optimizer by themselves, to one total L2 norm.
+    """Clips the gradients of each stepping optimizer separately, to one total L2 norm.
 
-    By themselves, because roles take different losses: the critic's large gradient must not
+    Separately, because roles take different losses: the critic's large gradient must not
     shrink the student's. The norms are the trainer's own, ``grad_norm/<role.module>`` in
     ``run.metrics``, taken before any callback.
     """
@@ -27,6 +27,6 @@ class GradClipCallback(Callback):
             return
         for key, optimizer in run.method.get_optimizers(run.iteration).items():
             norm = run.metrics.get(f"grad_norm/{key}")
-            if isinstance(norm, Tensor):  # absent where no gradient came
+            if isinstance(norm, Tensor):  # absent where nothing has a gradient
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                clip(parameters, self.config.max_norm, norm)
+                clip_gradients(parameters, self.config.max_norm, norm)

@@ -1,13 +1,16 @@
-"""Numbers to the trackers, every few iterations."""
+"""What is measured and logged: means of losses and metrics, times, and numbers of parameters."""
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 
-from distill_protocols import Callback, RunState, StepRecord
+from distill_protocols import Callback, ModelBundle, RunState, StepRecord
 from torch import Tensor
 
-from distill_trainer.numbers import to_floats
+from distill_trainer.callbacks.configs import StepTimerConfig
+from distill_trainer.distribution.tensors import fetch_floats
 
 
 class MetricsCallback(Callback):
@@ -29,13 +32,13 @@ class MetricsCallback(Callback):
 
     def __init__(self, log_every: int) -> None:
         self.log_every = log_every
-        self._kept: dict[str, list[Tensor | float]] = {}
+        self._values: dict[str, list[Tensor | float]] = {}
 
     def on_step_end(self, run: RunState, step: StepRecord) -> None:
         for name, loss in step.losses.items():
-            self._kept.setdefault(f"loss/{name}", []).append(loss)
+            self._values.setdefault(f"loss/{name}", []).append(loss)
         for name, value in step.metrics.items():
-            self._kept.setdefault(name, []).append(value)
+            self._values.setdefault(name, []).append(value)
         if step.iteration % self.log_every == 0:
             self._log(run)
 
@@ -43,27 +46,29 @@ class MetricsCallback(Callback):
         self._log(run)
 
     def _log(self, run: RunState) -> None:
-        kept, self._kept = self._kept, {}
-        # On all ranks alike, even if this one has nothing to say.
+        values, self._values = self._values, {}
+        # All ranks come here alike, even one that has no value: the gather needs all of them.
         run.check_in_sync("mean over ranks")
-        sums: dict[str, float] = {}
+        totals: dict[str, float] = {}
         counts: dict[str, int] = {}
-        for told in run.ranks.gather_results(lambda: _sums(kept)):
-            for name, (total, count) in told.items():
-                sums[name] = sums.get(name, 0.0) + total
+        for sums in run.ranks.gather_results(lambda: _sum_by_name(values)):
+            for name, (total, count) in sums.items():
+                totals[name] = totals.get(name, 0.0) + total
                 counts[name] = counts.get(name, 0) + count
-        if not sums:
+        if not totals:
             return
-        values = {name: total / counts[name] for name, total in sums.items()} | _state_of(run)
+        scalars = {name: total / counts[name] for name, total in totals.items()} | _state_of(run)
         for tracker in run.trackers:
-            tracker.log_scalars(run.iteration, values)
+            tracker.log_scalars(run.iteration, scalars)
 
 
-def _sums(kept: Mapping[str, Sequence[Tensor | float]]) -> dict[str, tuple[float, int]]:
-    """(sum, number of values) by name."""
-    numbers = iter(to_floats([value for values in kept.values() for value in values]))
+def _sum_by_name(
+    values: Mapping[str, Sequence[Tensor | float]],
+) -> dict[str, tuple[float, int]]:
+    """Return (sum, number of values) by name."""
+    numbers = iter(fetch_floats([value for column in values.values() for value in column]))
     return {
-        name: (sum(next(numbers) for _ in values), len(values)) for name, values in kept.items()
+        name: (sum(next(numbers) for _ in column), len(column)) for name, column in values.items()
     }
 
 
@@ -74,3 +79,66 @@ def _state_of(run: RunState) -> dict[str, float]:
     if method.grad_scaler.is_enabled():
         values["grad_scale"] = method.grad_scaler.get_scale()
     return values
+
+
+class StepTimerCallback(Callback):
+    """Adds the mean over the last ``window`` iterations of these metrics.
+
+    ``time/iteration``: from end to end, in seconds, everything included; ``time/step``: that less
+    the wait for data (which the trainer reports as ``time/data``); ``samples_per_second``.
+
+    The device is not waited for, so on an accelerator the time of one iteration is the time to
+    *launch* it; over a window that holds a log point (which does wait) the mean is true.
+    """
+
+    name = "step_timer"
+
+    def __init__(self, config: StepTimerConfig) -> None:
+        # One more than the window: n iterations lie between n + 1 ends.
+        self._ends: deque[float] = deque(maxlen=config.window + 1)
+        self._waits: deque[float] = deque(maxlen=config.window)
+
+    def on_step_start(self, run: RunState) -> None:
+        if not self._ends:
+            self._ends.append(time.perf_counter())
+
+    def on_step_end(self, run: RunState, step: StepRecord) -> None:
+        self._ends.append(time.perf_counter())
+        self._waits.append(float(step.metrics["time/data"]))
+        seconds = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        run.metrics["time/iteration"] = seconds
+        run.metrics["time/step"] = seconds - sum(self._waits) / len(self._waits)
+        run.metrics["samples_per_second"] = run.global_batch_size / seconds
+
+
+class ParamCountCallback(Callback):
+    """Logs a table of parameters, all and trainable, by module; once, at the first iteration."""
+
+    name = "param_count"
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def on_step_start(self, run: RunState) -> None:
+        if self._done:
+            return
+        self._done = True
+        if not run.trackers:
+            return
+        table = parameter_table(run.method.bundle)
+        for tracker in run.trackers:
+            tracker.log_text(run.iteration, "parameters", table)
+
+
+def parameter_table(bundle: ModelBundle) -> str:
+    """Make a Markdown table: module, parameters, trainable parameters."""
+    lines = ["| module | parameters | trainable |", "|---|---:|---:|"]
+    for name, role in bundle.roles.items():
+        for key, module in role.modules.items():
+            count = sum(p.numel() for p in module.parameters())
+            # By the optimizer, not by requires_grad: methods switch that off and on by turns.
+            optimizer = role.optimizers.get(key)
+            groups = optimizer.param_groups if optimizer else []
+            moving = sum(p.numel() for group in groups for p in group["params"])
+            lines.append(f"| {name}.{key} | {count:,} | {moving:,} |")
+    return "\n".join(lines)

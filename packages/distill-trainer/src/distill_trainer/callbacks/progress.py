@@ -11,7 +11,7 @@ from distill_protocols import Callback, RunState, StepRecord
 from torch import Tensor
 from tqdm import tqdm
 
-from distill_trainer.numbers import to_floats
+from distill_trainer.distribution.tensors import fetch_floats
 
 
 class ProgressCallback(Callback):
@@ -20,10 +20,10 @@ class ProgressCallback(Callback):
     Rank 0 writes; losses are means over the ranks, so that they do not depend on their number.
 
     Args:
-        log_every: iterations between two looks at the losses (each waits for the device), and
-            between two lines where there is no terminal.
+        log_every: iterations between two times that the losses are read (each waits for the
+            device), and between two lines where there is no terminal.
         stream: where to write; None: stderr, so that stdout stays for results.
-        seconds_between_lines: of a fast run, only so many log points become lines.
+        seconds_between_lines: a fast run prints no line for log points that are closer together.
     """
 
     name = "progress"
@@ -41,13 +41,13 @@ class ProgressCallback(Callback):
         self._stream = stream
         self._bar: tqdm | None = None
         self._losses: dict[str, Tensor] = {}
-        self._began: tuple[float, int] | None = None
+        self._start: tuple[float, int] | None = None
 
     def on_step_start(self, run: RunState) -> None:
-        if self._began is None and run.ranks.is_first:
+        if self._start is None and run.ranks.is_first:
             # Here rather than at on_train_start: only now is a resume over.
             done = run.iteration - 1
-            self._began = (time.monotonic(), done)
+            self._start = (time.monotonic(), done)
             if self._out.isatty():
                 self._bar = tqdm(
                     total=run.max_train_steps, initial=done, unit="it", file=self._out,
@@ -58,12 +58,12 @@ class ProgressCallback(Callback):
         self._losses |= step.losses
         terms = ""
         if step.iteration % self.log_every == 0 or step.iteration == run.max_train_steps:
-            shown = self._bar is not None or (run.ranks.is_first and self._line_is_due(run))
-            # Only rank 0 knows whether a line is due, so the others always say theirs.
+            shown = self._bar is not None or (run.ranks.is_first and self._is_line_due(run))
+            # Only rank 0 knows whether a line is due, so the others always send theirs.
             if shown or run.ranks.size > 1:
-                terms = self._terms(run)
+                terms = self._mean_losses(run)
             if shown and self._bar is None:
-                self._line(run, terms)
+                self._print_line(run, terms)
         if self._bar is not None:
             if terms:
                 self._bar.set_postfix_str(terms, refresh=False)
@@ -86,28 +86,28 @@ class ProgressCallback(Callback):
     def _out(self) -> TextIO:
         return self._stream or sys.stderr
 
-    def _terms(self, run: RunState) -> str:
+    def _mean_losses(self, run: RunState) -> str:
         # total_loss is a sum of other terms, or another role's on each turn: shown only alone.
         names = [name for name in self._losses if name != "total_loss"] or list(self._losses)
-        values = to_floats([self._losses[name] for name in names])
+        values = fetch_floats([self._losses[name] for name in names])
         run.check_in_sync("progress")
-        told = run.ranks.gather_results(lambda: dict(zip(names, values, strict=True)))
-        kept: dict[str, list[float]] = {}
-        for rank in told:
-            for name, value in rank.items():
-                kept.setdefault(name, []).append(value)
-        return " ".join(f"{name} {sum(all_) / len(all_):.4g}" for name, all_ in kept.items())
+        by_rank = run.ranks.gather_results(lambda: dict(zip(names, values, strict=True)))
+        by_name: dict[str, list[float]] = {}
+        for losses in by_rank:
+            for name, value in losses.items():
+                by_name.setdefault(name, []).append(value)
+        return " ".join(f"{name} {sum(of) / len(of):.4g}" for name, of in by_name.items())
 
-    def _line_is_due(self, run: RunState) -> bool:
+    def _is_line_due(self, run: RunState) -> bool:
         now = time.monotonic()
         if now - self._last_line < self.seconds_between_lines:
             return run.iteration == run.max_train_steps
         self._last_line = now
         return True
 
-    def _line(self, run: RunState, terms: str) -> None:
-        assert self._began is not None
-        start, done = self._began
+    def _print_line(self, run: RunState, terms: str) -> None:
+        assert self._start is not None
+        start, done = self._start
         rate = (run.iteration - done) / max(time.monotonic() - start, 1e-9)
         left = tqdm.format_interval((run.max_train_steps - run.iteration) / rate)
         share = run.iteration / run.max_train_steps

@@ -1,36 +1,42 @@
-"""Where numbers, texts and clips go."""
+"""Where numbers, texts and clips are logged. Trackers are plugins of ``distill.trackers``.
+
+No torch here: run files are checked by ``tracker_problems``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill_trainer.config import TrackerName
+from distill_protocols import PluginError, Problem, TrackerPlugin
+from distill_runtime import load_plugin
 
 if TYPE_CHECKING:
     from distill_protocols import Tracker
 
 
-def build_trackers(names: Sequence[TrackerName], output_dir: str | Path) -> tuple[Tracker, ...]:
-    """The trackers called ``names``, writing into ``output_dir``.
+def build_trackers(names: Sequence[str], output_dir: str | Path) -> tuple[Tracker, ...]:
+    """Build the trackers called ``names``, which write into ``output_dir``.
 
     Raises:
-        ConfigError: wandb was asked for and is not installed.
+        PluginError: no installed package offers a tracker of that name.
+        ConfigError: a tracker needs something that is not installed.
     """
-    return tuple(_build(name, Path(output_dir)) for name in names)
+    plugins: list[TrackerPlugin] = [load_plugin("distill.trackers", name) for name in names]
+    return tuple(plugin.build(Path(output_dir)) for plugin in plugins)
 
 
-def _build(name: TrackerName, output_dir: Path) -> Tracker:
-    # Imports here: whoever logs to a file alone shall not wait for tensorboard.
-    if name == "tensorboard":
-        from distill_trainer.trackers.tensorboard import TensorBoardTracker
-
-        return TensorBoardTracker(output_dir / "tensorboard")
-    if name == "wandb":
-        from distill_trainer.trackers.wandb import WandbTracker
-
-        return WandbTracker(output_dir)
-    from distill_trainer.trackers.jsonl import JsonlTracker
-
-    return JsonlTracker(output_dir / "metrics.jsonl")
+def tracker_problems(names: Sequence[str]) -> Iterator[Problem]:
+    """Yield what is wrong with a run's trackers: names that nobody offers, or offered twice in the
+    list, and packages that a tracker needs and that are not installed. Paths are empty."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        yield Problem("", f"{', '.join(twice)} is named twice: one run logs to it once")
+    for name in dict.fromkeys(names):
+        try:
+            plugin: TrackerPlugin = load_plugin("distill.trackers", name)
+        except PluginError as error:
+            yield Problem("", str(error))
+        else:
+            yield from plugin.problems()

@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 class JsonlTracker:
-    """One JSON object a log point: ``iteration``, ``time`` (Unix seconds) and the numbers.
+    """Writes one JSON object per log point: ``iteration``, ``time`` (Unix seconds) and the numbers.
 
     Lines are complete as soon as they are logged. A resumed run appends; where an iteration
-    occurs twice, the later line holds. inf and nan, which JSON lacks, are strings. Texts go in as
+    occurs twice, the later line counts. inf and nan, which JSON lacks, are strings. Texts go in as
     lines of their own; clips are not written here.
     """
 
@@ -25,7 +25,7 @@ class JsonlTracker:
         self._file: TextIO | None = None
 
     def log_scalars(self, iteration: int, values: Mapping[str, float]) -> None:
-        self._write({"iteration": iteration, "time": time.time()} | _finite(values))
+        self._write({"iteration": iteration, "time": time.time()} | _json_numbers(values))
 
     def log_text(self, iteration: int, name: str, text: str) -> None:
         self._write({"iteration": iteration, "time": time.time(), name: text})
@@ -43,7 +43,7 @@ class JsonlTracker:
         self._file.write(json.dumps(entry, allow_nan=False) + "\n")
 
 
-def _finite(values: Mapping[str, float]) -> dict[str, float | str]:
+def _json_numbers(values: Mapping[str, float]) -> dict[str, float | str]:
     return {name: v if math.isfinite(v) else str(v) for name, v in values.items()}
 
 

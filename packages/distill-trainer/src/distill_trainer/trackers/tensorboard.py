@@ -9,7 +9,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from distill_trainer.gif import clips_to_gif, side_by_side
+from distill_trainer.trackers.gif import clips_to_gif, side_by_side
 
 
 class TensorBoardTracker:
@@ -45,8 +45,8 @@ class TensorBoardTracker:
             self._writer = None
 
     def _open(self, iteration: int) -> SummaryWriter:
-        # On first use: only then is it known where a resumed run goes on, and events of the
-        # former run from there on (it may have come further than its last checkpoint) are hidden.
+        # On first use, because only then a resumed run knows where it continues: purge_step hides
+        # events of the former run after that, which may have come further than its checkpoint.
         if self._writer is None:
             self._writer = SummaryWriter(str(self.folder), purge_step=iteration)
         return self._writer

@@ -12,7 +12,7 @@ from typing import Any
 from distill_protocols import ConfigError
 from torch import Tensor
 
-from distill_trainer.gif import clips_to_gif
+from distill_trainer.trackers.gif import clips_to_gif
 
 
 class WandbTracker:
@@ -28,9 +28,9 @@ class WandbTracker:
         except ImportError as error:
             raise ConfigError(
                 [
-                    "training.trackers: 'wandb' needs the package wandb, which is not installed; "
-                    "it is an optional extra, as it talks to a service. Install wandb, or leave "
-                    "the tracker out."
+                    "the tracker 'wandb' needs the package wandb, which is not installed; it is an "
+                    "optional extra, as it talks to a service. Install wandb, or leave the tracker "
+                    "out."
                 ]
             ) from error
         self.output_dir = Path(output_dir)
@@ -53,7 +53,8 @@ class WandbTracker:
 
     def _open(self) -> Any:
         if self._run is None:
-            # Of the whole path: a resumed run finds its own again, and no other of that name.
+            # A hash of the whole path: a resumed run continues its own wandb run, and never one of
+            # another folder of the same name.
             path = str(self.output_dir.resolve())
             run_id = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
             self._run = self._wandb.init(

@@ -1,4 +1,4 @@
-"""A latent data set as its files' names, sizes and shapes tell it. No torch, no tensor is read.
+"""The format of a latent data set: its files, and what its index says. No torch here.
 
 ::
 
@@ -6,19 +6,18 @@
     shard-00000.safetensors      latents [N, C, T, H, W], raw posterior means;
                                  conditions.<name> [P, ...], the shard's distinct conditions;
                                  condition_id [N] int64, rows of those tables;
-                                 trajectory [N, K, C, T, H, W] (optional), normalised: what the
-                                 sampling of the latents was at each of ``trajectory_times``
+                                 trajectory [N, K, C, T, H, W] (optional), normalised: the states
+                                 of the teacher's sampling at each of ``trajectory_times``
     constants.safetensors        negative.<name> [1, ...] (optional)
 
-What is no tensor is one JSON value under ``distill`` in a file's safetensors metadata (one,
-because safetensors writes several in random order and equal data should give equal bytes): a
+What is no tensor is one JSON object under ``distill`` in a file's safetensors metadata (one,
+because safetensors writes several in random order and equal data shall give equal bytes): a
 shard's ``{"ids", "captions"}``, the constants' ``{"negative_prompt", "encoder"}``.
 """
 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,19 @@ from typing import Any
 import attrs
 from attrs import frozen
 from distill_protocols import DataError
+from distill_runtime import UnreadableFileError, parse_json, read_header, read_json
 
 FORMAT = "distill-latents"
 VERSION = 1
 INDEX_FILE = "index.json"
 CONSTANTS_FILE = "constants.safetensors"
 METADATA_KEY = "distill"
+
+CONDITION = "conditions."
+"""Begins the names of a shard's condition tensors."""
+NEGATIVE = "negative."
+"""Begins the names of the tensors of the negative condition."""
+TRAJECTORY = "trajectory"
 
 REBUILD = "Preprocess the clips again, or copy the data set anew from where it was whole."
 
@@ -48,7 +54,7 @@ class ShardEntry:
 
 @frozen(kw_only=True)
 class DatasetIndex:
-    """What ``index.json`` says.
+    """The content of ``index.json``.
 
     Attributes:
         latent_shape: (C, T, H, W) of every sample.
@@ -71,7 +77,7 @@ class DatasetIndex:
     trajectory_times: tuple[float, ...] = ()
 
     def to_json(self) -> str:
-        """The text of ``index.json``."""
+        """Return the text of ``index.json``."""
         values = {"format": FORMAT, "version": VERSION, **attrs.asdict(self)}
         if not self.trajectory_times:
             del values["trajectory_times"]  # as release 1.0.0 wrote it
@@ -79,58 +85,58 @@ class DatasetIndex:
 
 
 def shard_file(number: int) -> str:
-    """Name of a shard."""
+    """Return the file name of a shard."""
     return f"shard-{number:05d}.safetensors"
 
 
 SAME_TIME = 0.1
-"""Levels t that are no further apart are one: x_t then differs by 1e-4 of v at most, which is less
-than float16 rounds it by."""
+"""Levels t that are no further apart count as one: x_t then differs by 1e-4 of v at most, which is
+less than float16 rounds it by."""
 
 
-def places_of(times: Iterable[float], stored: Sequence[float]) -> tuple[int, ...]:
-    """Where each of ``times`` is among ``stored``.
+def find_levels(times: Iterable[float], stored: Sequence[float]) -> tuple[int, ...]:
+    """Find the position of each of ``times`` among the ``stored`` levels.
 
     Raises:
-        DataError: one is not there.
+        DataError: one is not stored.
     """
-    found = []
+    positions = []
     for time in times:
         nearest = min(range(len(stored)), key=lambda i: abs(stored[i] - time), default=None)
         if nearest is None or abs(stored[nearest] - time) > SAME_TIME:
-            said = ", ".join(f"{t:g}" for t in stored) or "none"
-            raise DataError(f"there is no level t = {time:g} among those stored ({said})")
-        found.append(nearest)
-    return tuple(found)
+            levels = ", ".join(f"{t:g}" for t in stored) or "none"
+            raise DataError(f"there is no level t = {time:g} among those stored ({levels})")
+        positions.append(nearest)
+    return tuple(positions)
 
 
 def read_index(folder: Path) -> DatasetIndex:
-    """The index of the data set in ``folder``.
+    """Read the index of the data set in ``folder``.
 
     Raises:
         DataError: no folder, no index, another format or version, or it does not parse.
     """
     path = folder / INDEX_FILE
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder. data.path must name a latent data set.")
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
+        raise DataError(f"{folder}: no such folder; a latent data set is a folder.")
+    if not path.exists():
         raise DataError(
             f"{folder}: holds no {INDEX_FILE}, which is written last, so this is no latent data "
             "set or one whose preprocessing was interrupted. Preprocess the clips into a new "
-            "folder, or name another one in data.path."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}). {REBUILD}") from error
-    return _parse(path, values)
+            "folder, or name another one."
+        )
+    try:
+        values = read_json(path)
+    except UnreadableFileError as error:
+        raise DataError(f"{error}. {REBUILD}") from error
+    return _parse_index(path, values)
 
 
-def _parse(path: Path, values: Any) -> DatasetIndex:
-    found = (values.get("format"), values.get("version")) if isinstance(values, dict) else None
-    if found != (FORMAT, VERSION):
+def _parse_index(path: Path, values: Any) -> DatasetIndex:
+    stated = (values.get("format"), values.get("version")) if isinstance(values, dict) else None
+    if stated != (FORMAT, VERSION):
         raise DataError(
-            f"{path}: format and version are {found}, but this release reads {FORMAT!r} version "
+            f"{path}: format and version are {stated}, but this release reads {FORMAT!r} version "
             f"{VERSION} only. {REBUILD}"
         )
     try:
@@ -158,25 +164,22 @@ def _parse(path: Path, values: Any) -> DatasetIndex:
 
 
 def read_metadata(file: Path) -> dict[str, Any]:
-    """The JSON value under ``distill`` in the header of a safetensors file.
+    """Read the JSON object under ``distill`` in the header of a safetensors file.
 
     Raises:
-        DataError: not a safetensors file, or one without that value.
+        DataError: not a whole safetensors file, or one without that object.
     """
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            # The file's own size bounds the read: 8 bytes of a file of another kind are any number.
-            size = file.stat().st_size
-            if length > size:
-                raise ValueError("header longer than the file")
-            header = json.loads(stream.read(length))
-        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-        if size != 8 + length + max(ends, default=0):
-            raise ValueError("header that does not describe the bytes after it")
-        return json.loads(header["__metadata__"][METADATA_KEY])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        text = read_header(file).metadata.get(METADATA_KEY)
+        value = None if text is None else parse_json(text, f"the metadata of {file}")
+    except UnreadableFileError as error:
         raise DataError(
-            f"{file}: not a safetensors file of this framework ({error!r}); nothing else is read, "
-            f"because other formats can run code. {REBUILD}"
+            f"{error}. Nothing but safetensors is read, because other formats can run code. "
+            f"{REBUILD}"
         ) from error
+    if not isinstance(value, dict):
+        raise DataError(
+            f"{file}: not a safetensors file of this framework; its metadata holds no object "
+            f"{METADATA_KEY!r}. {REBUILD}"
+        )
+    return value

@@ -1,4 +1,4 @@
-"""What can be told of a data set before torch is imported: for run-file checks and dry runs."""
+"""What a data set holds and what is wrong with it, without torch: for run-file checks and plans."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from types import MappingProxyType
 from attrs import field, frozen
 from distill_protocols import DataError
 
-from distill_conditioning.index import (
+from distill_conditioning.format import (
     REBUILD,
     DatasetIndex,
-    places_of,
+    find_levels,
     read_index,
     read_metadata,
 )
 
 _MAKE_TRAJECTORIES = (
-    "The method learns from a teacher's stored trajectories; make them with apps/trajectories "
+    "The method is trained on a teacher's stored trajectories; make them with apps/trajectories "
     "--config FILE.yaml (configs/tiny/trajectories.yaml is one)."
 )
 
 
 @frozen(kw_only=True)
 class DatasetInfo:
-    """What a data set's index, file sizes and metadata tell; no tensor was read.
+    """What the index, file sizes and headers of a data set say; no tensor was read.
 
     Attributes:
         index: None where not even the index can be read.
@@ -40,17 +40,17 @@ class DatasetInfo:
 
     @property
     def has_negative(self) -> bool:
-        """Whether the data set brings a negative condition of its own."""
+        """Whether the data set has a negative condition of its own."""
         return self.negative_prompt is not None
 
     @property
     def samples(self) -> int:
-        """In all shards together; 0 without an index."""
+        """Number of samples in all shards; 0 without an index."""
         return self.index.samples if self.index else 0
 
     @property
     def shards(self) -> int:
-        """How many there are; 0 without an index."""
+        """Number of shards; 0 without an index."""
         return len(self.index.shards) if self.index else 0
 
     @property
@@ -66,9 +66,9 @@ def dataset_info(
     condition_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     times: tuple[float, ...] = (),
 ) -> DatasetInfo:
-    """Look at the data set in ``path``: index, files, sizes, headers, shapes.
+    """Check the data set in ``path``: index, files, sizes, headers, shapes.
 
-    Never raises for bad data.
+    It never raises for bad data; what is wrong is in ``DatasetInfo.problems``.
 
     Args:
         latent_shape: (C, T, H, W) that the model takes; None leaves it unchecked.
@@ -111,16 +111,11 @@ def _file_problems(folder: Path, index: DatasetIndex) -> list[str]:
                 f"truncated or another one. {REBUILD}"
             )
         else:
-            problems += _header_problems(file)
+            try:
+                read_metadata(file)
+            except DataError as error:
+                problems.append(str(error))
     return problems
-
-
-def _header_problems(file: Path) -> list[str]:
-    try:
-        read_metadata(file)
-    except DataError as error:
-        return [str(error)]
-    return []
 
 
 def _latent_problems(
@@ -130,40 +125,27 @@ def _latent_problems(
         return []
     return [
         f"{folder}: latents are {list(index.latent_shape)} [C, T, H, W], but the model takes "
-        f"{list(latent_shape)}. Preprocess clips of the run's size with the run's VAE, or set "
-        "frames, height and width of the run to those of the data set."
+        f"{list(latent_shape)}. Preprocess clips of the run's size with the run's VAE, or run with "
+        "the frames, height and width of the data set."
     ]
 
 
 def _condition_problems(
     folder: Path, index: DatasetIndex, shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    return [
-        _condition_problem(folder, name, index.conditions.get(name), shape)
-        for name, shape in shapes.items()
-        if index.conditions.get(name) != tuple(shape)
-    ]
-
-
-def _condition_problem(
-    folder: Path, name: str, found: tuple[int, ...] | None, shape: tuple[int, ...]
-) -> str:
-    if name == "text":
-        return (
-            f"{folder}: text embeddings are {list(found) if found else 'absent'} [L, D], but the "
-            f"model takes {list(shape)}: it was trained to attend the padding too, so another "
-            "L gives other clips, and another D does not fit. Set "
-            "pipeline_config.max_sequence_length to the data set's L (where the model allows it), "
-            "or preprocess with the text encoder and the length of the run's model."
-        )
-    return (
-        f"{folder}: {name} of the samples is {list(found) if found else 'absent'}, but the model "
-        f"reads {list(shape)} of each clip's first frame. Preprocess the clips with the run's "
-        "model and size, and first_frames=True"
-        if name.startswith("image")
-        else f"{folder}: {name} of the samples is {list(found) if found else 'absent'}, but the "
-        f"model reads {list(shape)}. Preprocess the clips with the run's model"
-    )
+    problems = []
+    for name, shape in shapes.items():
+        stored = index.conditions.get(name)
+        if stored != tuple(shape):
+            problems.append(
+                f"{folder}: the condition tensor {name!r} is "
+                f"{'absent' if stored is None else list(stored)} in each sample, but the model "
+                f"reads {list(shape)}; with another shape it fails, or gives other clips than it "
+                "was trained to. Preprocess the clips with the encoders, lengths and sizes of the "
+                "run's model (first_frames=True stores those of images), or give the run's model "
+                "the options that the data set was made with."
+            )
+    return problems
 
 
 def _trajectory_problems(folder: Path, index: DatasetIndex, times: tuple[float, ...]) -> list[str]:
@@ -172,12 +154,12 @@ def _trajectory_problems(folder: Path, index: DatasetIndex, times: tuple[float, 
     if not index.trajectory_times:
         return [f"{folder}: holds latents, but no trajectories. {_MAKE_TRAJECTORIES}"]
     try:
-        places_of(times, index.trajectory_times)
+        find_levels(times, index.trajectory_times)
     except DataError as error:
         wanted = ", ".join(f"{t:g}" for t in times)
         return [
-            f"{folder}: {error}, and the student is sampled at {wanted}: it learns at the levels "
-            "that it will be called with. Give method_config.student_sampler these timesteps, or "
-            "make trajectories that keep its own (trajectories.keep_times)."
+            f"{folder}: {error}, and the student is sampled at {wanted}: it is trained at the "
+            "levels that it will be called with. Sample the student at stored levels, or make "
+            "trajectories that keep its own."
         ]
     return []

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish to stop at the next safe point."""
+"""SIGTERM and SIGINT as requests to stop at the next safe point."""
 
 from __future__ import annotations
 
@@ -12,45 +12,52 @@ from types import FrameType
 
 from distill_protocols import RunState
 
-SAME_WISH_SECONDS = 3.0
-"""For which another SIGINT is taken for the same Ctrl-C, where a launcher may forward it."""
+REPEATED_SIGINT_SECONDS = 3.0
+"""Within these another SIGINT counts as the same Ctrl-C, where a launcher may forward it."""
 
 
 @contextlib.contextmanager
 def stop_on_signals(run: RunState) -> Iterator[None]:
-    """Within: the first SIGTERM or SIGINT asks ``run`` to stop; a SIGINT after it interrupts.
+    """Let the first SIGTERM or SIGINT ask ``run`` to stop, and a SIGINT after it interrupt.
 
     Under a launcher (torchrun, or anything else that started several ranks) one Ctrl-C may come
     twice or more: from the terminal, whose signal goes to its whole process group, and from each
-    launcher in between, which forwards its own. So there a SIGINT within ``SAME_WISH_SECONDS`` of
-    the last one that counted is the same wish; it must come later to interrupt.
+    launcher in between, which forwards its own. So there a SIGINT within
+    ``REPEATED_SIGINT_SECONDS`` of the last one that counted is the same request; it must come later
+    to interrupt.
 
-    Handlers can only be set in the main thread; elsewhere this does nothing. Former handlers are
-    put back at the end.
+    Handlers can only be set in the main thread; elsewhere this does nothing. The former handlers
+    are put back at the end.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     forwarded = run.ranks.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
-    moment = SAME_WISH_SECONDS if forwarded else 0.0
+    same_seconds = REPEATED_SIGINT_SECONDS if forwarded else 0.0
     counted: float | None = None
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle_signal(number: int, frame: FrameType | None) -> None:
         nonlocal counted
         now, last = time.monotonic(), counted
         if last is not None:
-            if number == signal.SIGTERM or now - last < moment:
+            if number == signal.SIGTERM or now - last < same_seconds:
                 return
             counted = now
             raise KeyboardInterrupt
         counted = now
         name = signal.Signals(number).name
         run.request_stop(f"received {name}")
-        again = f"Ctrl-C again after {moment:g} s: at once" if moment else "Ctrl-C again: at once"
+        again = (
+            f"Ctrl-C again after {same_seconds:g} s: at once"
+            if same_seconds
+            else "Ctrl-C again: at once"
+        )
         # os.write, as print and logging may be what the signal has just interrupted.
         os.write(2, f"\n{name}: stopping at the next safe point ({again})\n".encode())
 
-    former = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    former = {
+        number: signal.signal(number, handle_signal) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield
     finally:

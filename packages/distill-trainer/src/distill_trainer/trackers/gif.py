@@ -12,11 +12,11 @@ _MARGIN = 2
 
 
 def clips_to_gif(clips: Tensor, fps: float) -> bytes:
-    """A GIF of all clips side by side, endlessly repeated.
+    """Encode all clips side by side as one GIF that repeats without end.
 
     Args:
         clips: [B, 3, F, H, W] in [0, 1]; values outside are clamped.
-        fps: frames a second; GIF rounds a frame's time to 10 ms.
+        fps: frames per second; GIF rounds a frame's time to 10 ms.
     """
     frames = [Image.fromarray(frame.numpy()) for frame in side_by_side(clips)]
     buffer = io.BytesIO()
@@ -32,7 +32,7 @@ def clips_to_gif(clips: Tensor, fps: float) -> bytes:
 
 
 def side_by_side(clips: Tensor) -> Tensor:
-    """Frames [F, H, B (W + 2), 3] as uint8, with a margin behind each clip."""
+    """Arrange clips [B, 3, F, H, W] as frames [F, H, B (W + 2), 3] uint8, with margins between."""
     b, c, f, h, w = clips.shape
     pixels = (clips.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     padded = torch.zeros(b, c, f, h, w + _MARGIN, dtype=torch.uint8)

@@ -6,14 +6,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import attrs
 import lockstep_ranks as there
 import pytest
 import torch
 from distill_protocols import Callback, RankError, RunState
 from distill_runtime import ALONE, Ranks
-from distill_trainer import DistillTrainer, RestartingLoader, boards
-from distill_trainer.boards import Note
-from distill_trainer.lockstep import Lockstep
+from distill_trainer import DistillTrainer, RestartingLoader
+from distill_trainer.monitoring import status_store
+from distill_trainer.monitoring.rank_monitor import RankMonitor
+from distill_trainer.monitoring.status_store import RankStatus, StatusStore
 from ranks import together
 from toy_trainer import Recorder, alternating, batches, training
 
@@ -25,7 +27,7 @@ def test_ranks_that_stay_together_end_well(tmp_path: Path) -> None:
     assert together(there.fail_in_a_step, tmp_path, "none") == ["fine", "fine"]
 
 
-# Either rank, as each has one of the two boards.
+# Either rank, as each hosts one of the two stores.
 @pytest.mark.parametrize(("how", "rank"), [("kill", 0), ("kill", 1), ("stop", 1)])
 def test_a_rank_that_is_gone_is_named_with_its_place(tmp_path: Path, how: str, rank: int) -> None:
     told = together(there.fail_in_a_step, tmp_path, how, rank, timeout=there.patience(how))
@@ -42,10 +44,10 @@ def test_of_many_ranks_the_dead_one_is_named_by_all(tmp_path: Path) -> None:
     assert dead == ""
     for survivor in (first, last):
         assert re.search(rf"rank 1 did not {SEEN} {STEP}", survivor)
-        assert "Look at the log of rank 1 first" in survivor
+        assert "Read the log of rank 1 first" in survivor
 
 
-def test_where_all_boards_are_gone_the_last_look_is_named(tmp_path: Path) -> None:
+def test_where_all_stores_are_gone_the_last_check_is_named(tmp_path: Path) -> None:
     _, survivor, _ = together(there.fail_in_a_step, tmp_path, "kill", 0, 2, size=3)
     assert re.search(
         r"ranks 0, 2 did not (come|answer), no word of it; all were last together \d+\.\d s ago at "
@@ -57,7 +59,7 @@ def test_where_all_boards_are_gone_the_last_look_is_named(tmp_path: Path) -> Non
 def test_a_slow_rank_is_given_up_and_hears_of_it(tmp_path: Path) -> None:
     waited, slow = together(there.fail_in_a_step, tmp_path, "slow", 1, timeout=4)
     assert re.search(rf"rank 1 did not {SEEN} {STEP}", waited)
-    assert "raise training.distributed.timeout_seconds (4)" in waited
+    assert "raise DistributedConfig.timeout_seconds (4)" in waited
     assert slow.startswith("RankError: ")
     assert "they gave this rank up: rank 0 at iteration 3, " in slow
     # gloo's two words for its timeout: whichever of its threads sees it first.
@@ -82,7 +84,7 @@ def test_what_one_rank_fails_of_is_what_the_others_say(
     assert re.search(
         rf"rank {rank} failed at {STEP} \(\d+\.\d s ago\): {re.escape(error)}", told[1 - rank]
     )
-    assert f"Look at the log of rank {rank} first" in told[1 - rank]
+    assert f"Read the log of rank {rank} first" in told[1 - rank]
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path: Path) -> None:
@@ -129,12 +131,12 @@ def test_a_rank_that_fails_when_training_is_over(tmp_path: Path, how: str) -> No
 def test_ranks_in_two_places_say_where_instead_of_waiting(tmp_path: Path) -> None:
     asked = together(there.ask_unequally, tmp_path)
     assert asked[0] == asked[1]
-    assert "rank 0 at iteration 2, callback 'asks', on_step_end (look 3)" in asked[0]
-    assert "rank 1 at iteration 2, mean over ranks (look 1)" in asked[0]
+    assert "rank 0 at iteration 2, callback 'asks', on_step_end (check 3)" in asked[0]
+    assert "rank 1 at iteration 2, mean over ranks (check 1)" in asked[0]
     trained = together(there.train_unequally, tmp_path)
     assert trained[0] == trained[1]
     assert (
-        "rank 0 at iteration 2, end of the iteration (look 1), rank 1 at iteration 1, end"
+        "rank 0 at iteration 2, end of the iteration (check 1), rank 1 at iteration 1, end"
         in trained[0]
     )
 
@@ -153,8 +155,8 @@ def test_all_ranks_must_have_the_same_run() -> None:
 
 
 def test_a_process_alone_asks_nobody_and_its_errors_are_its_own(tmp_path: Path) -> None:
-    class Looks(Callback):
-        name = "looks"
+    class Checks(Callback):
+        name = "checks"
 
         def on_step_end(self, run: RunState, step: Any) -> None:
             run.enter("anything")
@@ -163,23 +165,22 @@ def test_a_process_alone_asks_nobody_and_its_errors_are_its_own(tmp_path: Path) 
 
     recorder = Recorder()
     with pytest.raises(ValueError, match="boom") as caught:
-        DistillTrainer(training(tmp_path, 3), callbacks=[recorder, Looks()]).run(
+        DistillTrainer(training(tmp_path, 3), callbacks=[recorder, Checks()]).run(
             alternating(), batches()
         )
     assert not hasattr(caught.value, "__notes__")
     assert recorder.calls[-1] == "recorder.exception:ValueError"
 
 
-class _Board:
-    """Where the others have pinned up what a test says."""
+class _FixedStore(StatusStore):
+    """Holds the statuses of the others that a test gives it."""
 
-    def __init__(self, notes: dict[int, Note]) -> None:
-        self.notes = notes
+    def __init__(self, statuses: dict[int, RankStatus]) -> None:
+        super().__init__(0, 4, [])
+        self.statuses = statuses
 
-    def pin(self, note: Note) -> None: ...
-
-    def exchange(self, note: Note) -> dict[int, Note]:
-        return self.notes
+    def exchange(self, status: RankStatus) -> dict[int, RankStatus]:
+        return self.statuses
 
 
 def test_who_has_come_is_not_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,11 +189,11 @@ def test_who_has_come_is_not_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         method=method, loader=RestartingLoader(batches()), streams=method.streams,
         output_dir=tmp_path, max_train_steps=1, ranks=ALONE, iteration=4,
     )  # fmt: skip
-    came = Note(number=9, iteration=4, phase="optimizer step", looks=1)
+    here = RankStatus(number=9, iteration=4, phase="optimizer step", checks=1)
     others = {
-        1: came,
-        2: Note(number=5, iteration=3, phase="data", looks=0),
-        3: Note(number=9, iteration=4, phase="optimizer step", looks=1, error="lost", lost=True),
+        1: here,
+        2: RankStatus(number=5, iteration=3, phase="data", checks=0),
+        3: attrs.evolve(here, error="lost", lost_others=True),
     }
 
     def gone(*_: Any, **__: Any) -> None:
@@ -201,20 +202,20 @@ def test_who_has_come_is_not_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.distributed, "all_reduce", gone)
     ranks = Ranks(rank=0, size=4, timeout=7.0)
     with pytest.raises(RankError) as caught:
-        Lockstep(run, ranks, _Board(others)).meet("optimizer step")  # type: ignore[arg-type]
+        RankMonitor(run, ranks, _FixedStore(others)).check_in_sync("optimizer step")
     assert "(Connection closed by peer [1]:2): rank 2 did not come, last seen" in str(caught.value)
     assert not re.search("ranks? 1|ranks? 3", str(caught.value))
 
 
-def test_a_board_that_cannot_be_put_up_ends_no_run(
+def test_a_store_that_cannot_be_started_ends_no_run(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("wait timeout after 5000ms, keys: /init/")
 
-    monkeypatch.setattr(boards, "TCPStore", fails)
-    board = boards.Boards.of(Ranks())
-    note = Note(number=1, iteration=3, phase="step", looks=0)
-    board.pin(note)
-    assert board.exchange(note) == {}
-    assert "no board can be put up" in caplog.text
+    monkeypatch.setattr(status_store, "TCPStore", fails)
+    store = StatusStore.connect(Ranks())
+    status = RankStatus(number=1, iteration=3, phase="step", checks=0)
+    store.publish(status)
+    assert store.exchange(status) == {}
+    assert "no status store can be started" in caplog.text

@@ -1,0 +1,292 @@
+"""Writing a latent data set: samples into shards, then the constants, then the index.
+
+The files are described in ``distill_conditioning.format``. A condition is stored once a shard,
+however many samples have it. Every file is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from distill_protocols import Condition, ConditioningError, DataError
+from distill_runtime import replace_file, sha256_of_file
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distill_conditioning.format import (
+    CONDITION,
+    CONSTANTS_FILE,
+    INDEX_FILE,
+    METADATA_KEY,
+    NEGATIVE,
+    DatasetIndex,
+    ShardEntry,
+    shard_file,
+)
+
+LatentDtype = Literal["float16", "bfloat16", "float32"]
+
+DTYPES: Mapping[LatentDtype, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+_Key = tuple[str, bytes]
+"""A caption, and the hash of its condition."""
+
+
+class ShardRows:
+    """The samples of one shard, in memory and in their order, until ``write``.
+
+    Attributes:
+        bytes: size of the file to be, without names and header.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._ids: list[str] = []
+        self._keys: list[_Key] = []
+        self._columns: dict[str, list[Tensor]] = {}
+        self._table: dict[_Key, Condition] = {}
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(
+        self, sample: str, caption: str, condition: Condition, columns: Mapping[str, Tensor]
+    ) -> None:
+        """Add a sample: its condition (one row) and its row of the shard's tensors, by name."""
+        # Copied: a view would keep the whole batch in memory, and change with it.
+        own = Condition(
+            {name: v.detach().to("cpu", copy=True) for name, v in condition.tensors.items()}
+        )
+        # By content too: clips of one caption may begin with different images.
+        key = (caption, _digest(own))
+        if key not in self._table:
+            self._table[key] = own
+            self.bytes += sum(v.nbytes for v in own.tensors.values())
+        self._ids.append(sample)
+        self._keys.append(key)
+        for name, value in columns.items():
+            self._columns.setdefault(name, []).append(value)
+            self.bytes += value.nbytes
+
+    def write(self, path: Path) -> ShardEntry:
+        """Write the shard's file. Equal samples give equal bytes."""
+        number = {key: row for row, key in enumerate(self._table)}
+        tensors = {name: torch.stack(values) for name, values in self._columns.items()}
+        tensors["condition_id"] = torch.tensor([number[key] for key in self._keys])
+        table = Condition.cat(list(self._table.values()))
+        tensors |= {CONDITION + name: value for name, value in table.tensors.items()}
+        captions = [caption for caption, _ in self._table]
+        write_tensors(path, tensors, {"ids": self._ids, "captions": captions})
+        return shard_entry(path, len(self))
+
+
+def shard_entry(path: Path, samples: int) -> ShardEntry:
+    """Make the index entry of a written shard."""
+    size, digest = path.stat().st_size, sha256_of_file(path)
+    return ShardEntry(file=path.name, samples=samples, bytes=size, sha256=digest)
+
+
+def check_finite(ids: Sequence[str], values: Tensor, what: str) -> None:
+    """Refuse what a cast to the stored type, or a model, has made infinite.
+
+    Raises:
+        DataError: with the ids of the samples.
+    """
+    finite = values.flatten(1).isfinite().all(dim=1)
+    if not finite.all():
+        bad = [ids[int(row)] for row in (~finite).nonzero()[:, 0]]
+        kind = str(values.dtype).removeprefix("torch.")
+        raise DataError(
+            f"{', '.join(bad)}: {what} are not finite as {kind}; training on them would spoil all "
+            "weights. Check these clips, or store float32."
+        )
+
+
+def _digest(row: Condition) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(row.tensors.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+class ShardWriter:
+    """Writes a data set, shard by shard; ``index.json`` comes last and only without an error.
+
+    ::
+
+        with ShardWriter(folder, encoder=adapter.condition_fingerprint()) as writer:
+            writer.set_negative("", adapter.encode_neg_condition(""))
+            writer.add(ids, captions, latents, condition)      # any number of times
+
+    Args:
+        folder: made if it does not exist; must hold no data set and no rest of one.
+        encoder: fingerprint of what encodes the captions, None if unknown.
+        shard_bytes: a shard is written once it holds this much; until then it is in memory.
+        latent_dtype: as stored. float16 keeps 11 bits of a posterior mean, whose values are ~10.
+
+    Raises:
+        DataError: the folder holds a data set already, or the rest of an interrupted one.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        encoder: str | None,
+        shard_bytes: int = 256 * 2**20,
+        latent_dtype: LatentDtype = "float16",
+    ) -> None:
+        self.folder = Path(folder)
+        self.encoder = encoder
+        self.samples = 0
+        self._shard_bytes = shard_bytes
+        self._latent_dtype: LatentDtype = latent_dtype
+        self._shards: list[ShardEntry] = []
+        self._latent_shape: tuple[int, ...] | None = None
+        self._conditions: dict[str, tuple[int, ...]] | None = None
+        self._negative: tuple[str, Condition] | None = None
+        self._rows = ShardRows()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        old = [*self.folder.glob("shard-*.safetensors"), *self.folder.glob(INDEX_FILE)]
+        if old:
+            raise DataError(
+                f"{self.folder}: holds {old[-1].name} already; two data sets in one folder could "
+                "not be told apart. Name a new folder, or delete this one (without an "
+                f"{INDEX_FILE} it is the rest of an interrupted preprocessing)."
+            )
+
+    def set_negative(self, prompt: str, condition: Condition) -> None:
+        """Store the negative condition (one row) beside the samples.
+
+        Raises:
+            ConditioningError: not one row.
+        """
+        if len(condition) != 1:
+            raise ConditioningError(
+                f"the negative condition has {len(condition)} rows; it must have one, because it "
+                "stands for every sample"
+            )
+        self._negative = (prompt, condition)
+
+    def add(
+        self, ids: Sequence[str], captions: Sequence[str], latents: Tensor, condition: Condition
+    ) -> None:
+        """Append B samples.
+
+        Args:
+            latents: [B, C, T, H, W], raw posterior means, not normalised.
+            condition: B rows.
+
+        Raises:
+            DataError: other counts or shapes than the samples before, or a value that is not
+                finite (also after the cast to the stored type).
+        """
+        counts = {len(ids), len(captions), latents.shape[0], len(condition)}
+        if len(counts) != 1:
+            raise DataError(
+                f"{len(ids)} ids, {len(captions)} captions, {latents.shape[0]} latents and "
+                f"{len(condition)} conditions; there must be one of each a sample"
+            )
+        stored = latents.detach().to("cpu", DTYPES[self._latent_dtype], copy=True)
+        self._check_shapes(ids, stored, condition)
+        for row, (sample, caption) in enumerate(zip(ids, captions, strict=True)):
+            own = condition[row : row + 1]
+            self._rows.add(sample, caption, own, {"latents": stored[row]})
+            if self._rows.bytes >= self._shard_bytes:
+                self._finish_shard()
+
+    def close(self) -> DatasetIndex:
+        """Write the last shard, the constants and then the index.
+
+        Raises:
+            DataError: no samples were added.
+        """
+        if len(self._rows):
+            self._finish_shard()
+        if self._latent_shape is None or self._conditions is None or self.samples == 0:
+            raise DataError(f"{self.folder}: no sample was added; a data set needs at least one")
+        if self._negative is not None:
+            write_constants(self.folder, *self._negative, encoder=self.encoder)
+        # Last: a folder without an index is no data set, whatever was interrupted before.
+        index = DatasetIndex(
+            latent_shape=self._latent_shape,  # type: ignore[arg-type]
+            latent_dtype=self._latent_dtype,
+            conditions=self._conditions,
+            encoder=self.encoder,
+            samples=self.samples,
+            shards=tuple(self._shards),
+            constants=CONSTANTS_FILE if self._negative else None,
+        )
+        write_text(self.folder / INDEX_FILE, index.to_json())
+        return index
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+
+    def _check_shapes(self, ids: Sequence[str], latents: Tensor, condition: Condition) -> None:
+        shape = tuple(latents.shape[1:])
+        rows = {name: tuple(value.shape[1:]) for name, value in condition.tensors.items()}
+        if self._latent_shape is None or self._conditions is None:
+            if len(shape) != 4:
+                raise DataError(f"{ids[0]}: latents are {list(shape)}; they must be [C, T, H, W]")
+            self._latent_shape, self._conditions = shape, rows
+        if (shape, rows) != (self._latent_shape, self._conditions):
+            raise DataError(
+                f"{ids[0]}: latents {list(shape)} and conditions {rows}, but the samples before "
+                f"have {list(self._latent_shape)} and {self._conditions}; all must be alike to "
+                "be batched. Preprocess each size into a folder of its own."
+            )
+        check_finite(ids, latents, "latents")
+
+    def _finish_shard(self) -> None:
+        path = self.folder / shard_file(len(self._shards))
+        self._shards.append(self._rows.write(path))
+        self.samples += len(self._rows)
+        self._rows = ShardRows()
+
+
+def write_constants(
+    folder: Path, prompt: str, condition: Condition, *, encoder: str | None
+) -> None:
+    """Write the negative condition of a data set: one row, with its prompt and encoder."""
+    write_tensors(
+        folder / CONSTANTS_FILE,
+        {NEGATIVE + name: value for name, value in condition.tensors.items()},
+        {"negative_prompt": prompt, "encoder": encoder},
+    )
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write ``tensors`` with ``metadata`` (JSON) as a safetensors file, whole or not at all."""
+    with replace_file(path) as part:
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+            part,
+            metadata={METADATA_KEY: json.dumps(dict(metadata))},
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replace_file(path) as part:
+        part.write_text(text)

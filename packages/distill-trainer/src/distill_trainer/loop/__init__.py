@@ -1,0 +1,1 @@
+"""The training loop: one trainer, one iteration at a time."""

@@ -1,0 +1,197 @@
+"""One iteration of training: micro steps, gradients, optimizer steps, and the record of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from distill_protocols import (
+    Callback,
+    ContractError,
+    DataError,
+    RunState,
+    StepRecord,
+    StepResult,
+    StopRequested,
+    TrainableMethod,
+)
+from torch import Tensor
+
+from distill_trainer.distribution.strategy import Distribution, TrainStep
+from distill_trainer.distribution.tensors import full_tensor, total_norm
+from distill_trainer.loop.batches import TimedIterator
+from distill_trainer.loop.snapshot import IterationSnapshot
+from distill_trainer.monitoring.finite_guard import FiniteGuard
+
+
+class IterationRunner:
+    """Runs the iterations of a run, one for each call.
+
+    Args:
+        run: a resume is over, so that its loader and its generators are where they shall begin.
+        callbacks: in the order of their hooks.
+        guard: checks losses and gradients.
+        distribution: averages gradients over processes.
+        train_step: of ``Distribution.prepare_step``.
+        accumulation: micro steps per iteration.
+    """
+
+    def __init__(
+        self,
+        run: RunState,
+        callbacks: Sequence[Callback],
+        guard: FiniteGuard,
+        distribution: Distribution,
+        train_step: TrainStep,
+        accumulation: int,
+    ) -> None:
+        self._run = run
+        self._callbacks = callbacks
+        self._guard = guard
+        self._distribution = distribution
+        self._train_step = train_step
+        self._accumulation = accumulation
+        self._batches = TimedIterator(iter(run.loader))
+        self._snapshot = IterationSnapshot(run)
+
+    def run_next(self) -> StepRecord | None:
+        """Run the next iteration, up to its optimizer steps.
+
+        Returns:
+            None if a stop came before the optimizers stepped: the run is then rolled back to the
+            end of the iteration before.
+        """
+        run, method = self._run, self._run.method
+        self._snapshot.take()
+        run.iteration += 1
+        run.metrics, run.carried = run.carried, {}
+        try:
+            losses, outputs = self._compute_gradients()
+        except StopRequested as stop:
+            run.request_stop(str(stop))
+            self._guard.forget(run.iteration)
+            self._distribution.drop_gradients(method)
+            self._snapshot.restore()
+            return None
+        # The last check before weights move: a rank that is missing here has not stepped, and no
+        # other one has, so all can resume from the same checkpoint.
+        run.check_in_sync("optimizer step")
+        stepped = method.optimizers_schedulers_step(run.iteration)
+        method.optimizers_zero_grad(run.iteration)
+        run.micro_steps += self._accumulation
+        return StepRecord(
+            iteration=run.iteration,
+            losses=losses,
+            metrics=run.metrics,
+            outputs=outputs,
+            stepped=stepped,
+        )
+
+    def _compute_gradients(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Run all micro steps, up to gradients that are ready for the optimizers.
+
+        Returns:
+            Mean losses over the micro steps, and the outputs of the last one.
+        """
+        run, method, iteration = self._run, self._run.method, self._run.iteration
+        for callback in each_callback(self._callbacks, run, "on_step_start"):
+            callback.on_step_start(run)
+        losses: list[dict[str, Tensor]] = []
+        metrics: list[dict[str, Tensor]] = []
+        ids: list[str] = []
+        outputs: dict[str, Tensor] = {}
+        for micro_step in range(self._accumulation):
+            if micro_step:
+                method.stop.poll()  # before the first one, the trainer itself has just asked
+            outputs = {}  # frees those of the micro step before, which may be whole clips
+            which = f"of micro step {micro_step + 1} of {self._accumulation}"
+            run.enter(f"data {which}")
+            batch = self._next_batch()
+            batch_ids = method.batch_ids(batch)
+            ids += batch_ids
+            run.enter(f"forward and backward {which}")
+            with self._distribution.micro_step(method, last=micro_step + 1 == self._accumulation):
+                micro_losses, outputs = self._micro_step(batch, batch_ids)
+            losses.append(micro_losses)
+            metrics.append(
+                {name: full_tensor(value) for name, value in outputs.items() if value.ndim == 0}
+            )
+        run.metrics |= _mean_by_name(metrics)
+        run.metrics["time/data"] = self._batches.reset_seconds()
+        run.enter("gradients")
+        method.unscale_gradients(iteration)
+        norms = _gradient_norms(method, iteration)
+        run.metrics |= norms
+        # Under fp16 scaling such gradients are common, and the scaler leaves their step out.
+        watched = {} if method.grad_scaler.is_enabled() else norms
+        self._guard.watch_gradients(iteration, watched, ids)
+        for callback in each_callback(self._callbacks, run, "on_before_optimizer_step"):
+            callback.on_before_optimizer_step(run)
+        return _mean_by_name(losses), outputs
+
+    def _next_batch(self) -> Any:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            raise DataError(
+                f"{type(self._run.loader).__name__} ran out in iteration {self._run.iteration} of "
+                f"{self._run.max_train_steps}; a loader with state_dict must yield without end, "
+                "because where it starts again is part of its state. Make its __iter__ start "
+                "over, or give a plain iterable, which the trainer starts again itself."
+            ) from None
+
+    def _micro_step(self, batch: Any, batch_ids: Sequence[str]) -> StepResult:
+        method, iteration = self._run.method, self._run.iteration
+        with method.autocast():
+            loss_map, outputs = self._train_step(batch, iteration)
+        if "total_loss" not in loss_map:
+            raise ContractError(
+                f"{type(method).__name__}.single_train_step returned the losses "
+                f"{sorted(loss_map)}; it must return 'total_loss', because that is what is "
+                "differentiated. Add loss_map['total_loss']."
+            )
+        losses = {name: full_tensor(loss.detach()) for name, loss in loss_map.items()}
+        self._guard.watch(iteration, losses, batch_ids)
+        loss = loss_map["total_loss"]
+        if self._accumulation > 1:
+            # Gradients of micro steps add up: divided here, their sum is that of the mean loss.
+            loss = loss / self._accumulation
+        method.grad_scaler.scale(loss).backward()
+        return StepResult(losses, outputs)
+
+
+def each_callback(callbacks: Iterable[Callback], run: RunState, hook: str) -> Iterator[Callback]:
+    """Yield each callback, and publish that this rank is in its ``hook``."""
+    for callback in callbacks:
+        run.enter(f"callback {callback.name!r}, {hook}")
+        yield callback
+
+
+def _gradient_norms(method: TrainableMethod, iteration: int) -> dict[str, Tensor]:
+    """Compute the total L2 norm for each optimizer that steps in ``iteration``.
+
+    On the device, and equal on all ranks.
+    """
+    norms = {}
+    for key, optimizer in method.get_optimizers(iteration).items():
+        gradients = [
+            gradient
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if (gradient := parameter.grad) is not None
+        ]
+        if gradients:
+            norms[f"grad_norm/{key}"] = total_norm(gradients)
+    return norms
+
+
+def _mean_by_name(micro_steps: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Take the mean of each value over the micro steps that have it; on the device."""
+    if len(micro_steps) == 1:
+        return dict(micro_steps[0])
+    names = dict.fromkeys(name for values in micro_steps for name in values)
+    return {
+        name: torch.stack([values[name].float() for values in micro_steps if name in values]).mean()
+        for name in names
+    }

@@ -1,0 +1,269 @@
+"""The trainer: what happens before, between and after iterations. It knows no method, no role and
+no model family."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+from distill_protocols import (
+    Callback,
+    Checkpointer,
+    ContractError,
+    RandomStreams,
+    RunState,
+    StopRequested,
+    Tracker,
+    TrainableMethod,
+)
+from distill_runtime import Ranks
+
+from distill_trainer.callbacks.metrics import MetricsCallback
+from distill_trainer.callbacks.progress import ProgressCallback
+from distill_trainer.config import TrainingConfig
+from distill_trainer.distribution.strategy import Distribution
+from distill_trainer.loop.batches import make_resumable
+from distill_trainer.loop.iteration import IterationRunner, each_callback
+from distill_trainer.loop.signals import stop_on_signals
+from distill_trainer.monitoring.finite_guard import FiniteGuard
+from distill_trainer.monitoring.rank_monitor import RankMonitor, monitor_ranks
+from distill_trainer.trackers import build_trackers
+
+
+@frozen(kw_only=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        iteration: the last finished one.
+        stop_reason: why it ended before ``max_train_steps``; None: it did not.
+        updates: optimizer steps taken, by ``role.module``.
+        resumed_from: the iteration that it continued after; 0: it started from the beginning.
+    """
+
+    iteration: int
+    stop_reason: str | None
+    updates: Mapping[str, int]
+    resumed_from: int = 0
+
+
+class DistillTrainer:
+    """Trains any ``TrainableMethod`` on any iterable of batches.
+
+    Args:
+        training: how long, how much at once, what is written.
+        callbacks: in this order within each hook; metrics and progress come after them.
+        trackers: None builds those that ``training`` names. Of several ranks only rank 0 uses its
+            own; the others close theirs unused.
+        checkpointer: saves and resumes; None does neither.
+        streams: the run's generators, for checkpoints; None takes the method's.
+        distribution: the processes, and what each holds of the roles; None: the processes that
+            torch.distributed has, each with all of what is not sharded, or this one alone.
+
+    Raises:
+        ContractError: two callbacks of one name: a checkpoint could not tell them apart.
+    """
+
+    def __init__(
+        self,
+        training: TrainingConfig,
+        *,
+        callbacks: Sequence[Callback] = (),
+        trackers: Sequence[Tracker] | None = None,
+        checkpointer: Checkpointer | None = None,
+        streams: RandomStreams | None = None,
+        distribution: Distribution | None = None,
+    ) -> None:
+        self.training = training
+        self.distribution = distribution
+        self.checkpointer = checkpointer
+        self._trackers = trackers
+        self._streams = streams
+        always: list[Callback] = [MetricsCallback(training.log_every)]
+        if training.progress:
+            always.append(ProgressCallback(training.log_every))
+        self.callbacks = _by_name([*callbacks, *always])
+
+    def run(self, method: TrainableMethod, loader: Iterable[Any]) -> TrainResult:
+        """Train until ``max_train_steps``, or until a callback or a signal asks for a stop.
+
+        A stop is seen between micro steps, wherever the method or a callback polls
+        (``method.stop.poll()``), and after each iteration. An unfinished iteration is rolled back,
+        so that the run ends, and is saved, exactly as it was before it.
+
+        On several ranks (torch.distributed is initialised) all of them call this alike, each with
+        micro batches of its own. A stop that one of them is asked for stops all at the same point,
+        and one that fails ends all.
+
+        Args:
+            loader: micro batches of this rank; a ``BatchLoader`` can be resumed exactly, and a
+                plain iterable is started again whenever it runs out.
+
+        Raises:
+            NonFiniteLossError: a loss became inf or nan, or a gradient where no fp16 scaling
+                leaves its step out; nothing was saved since it did.
+            DataError: the loader yields nothing, or is a ``BatchLoader`` that came to an end.
+            RankError: another rank failed, died, does not come, or is not where this one is.
+            ContractError: the global batch does not divide over the ranks, or the streams are
+                another rank's.
+            RoleError: the strategy shards, and the roles are not sharded.
+        """
+        with self._open_distribution(method) as distribution:
+            return self._run_on(distribution, method, loader)
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _open_distribution(self, method: TrainableMethod) -> AbstractContextManager[Distribution]:
+        if self.distribution is not None:
+            return contextlib.nullcontext(self.distribution)
+        weights = [p for module in method.model_dict.values() for p in module.parameters()]
+        return Distribution.adopt(self.training.distributed, weights)
+
+    def _run_on(
+        self, distribution: Distribution, method: TrainableMethod, loader: Iterable[Any]
+    ) -> TrainResult:
+        training, ranks = self.training, distribution.ranks
+        streams = self._streams or method.streams
+        ranks.run_each(lambda: _check_streams(streams, ranks))
+        output_dir = Path(training.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        trackers = self._trackers
+        if trackers is None:
+            trackers = build_trackers(training.trackers, output_dir)
+        guard = FiniteGuard(ranks=ranks)
+        run = RunState(
+            method=method,
+            loader=make_resumable(loader),
+            streams=streams,
+            output_dir=output_dir,
+            max_train_steps=training.max_train_steps,
+            trackers=tuple(trackers) if ranks.is_first else (),
+            global_batch_size=training.global_batch_size,
+            check_finite=guard.check,
+            ranks=ranks,
+        )
+        with (
+            _closing(trackers),
+            monitor_ranks(run, training.distributed.timeout_seconds) as monitor,
+            self._reporting_errors(run),
+            stop_on_signals(run),
+            # Innermost, so that callbacks see the error that names the rank at fault.
+            monitor.fail_together() if monitor else contextlib.nullcontext(),
+        ):
+            return self._train(run, guard, distribution, monitor)
+
+    def _train(
+        self,
+        run: RunState,
+        guard: FiniteGuard,
+        distribution: Distribution,
+        monitor: RankMonitor | None,
+    ) -> TrainResult:
+        callbacks = tuple(self.callbacks.values())
+        # First of all, because it makes the weights of all ranks equal: averages begin with those.
+        train_step = distribution.prepare_step(run.method)
+        accumulation = self._accumulation(run.ranks.size)
+        for callback in each_callback(callbacks, run, "on_train_start"):
+            callback.on_train_start(run)
+        # After on_train_start: a resume loads into what callbacks create there (averages ...).
+        run.enter("resume")
+        resumed_from = self.checkpointer.resume(run, self.callbacks) if self.checkpointer else 0
+        run.iteration = resumed_from
+        iterations = IterationRunner(run, callbacks, guard, distribution, train_step, accumulation)
+        run.enter("start of training")
+        # The stop is asked for first: after the last iteration too, all ranks must ask or none.
+        while not run.method.stop.requested() and run.iteration < run.max_train_steps:
+            self._iterate(run, guard, iterations)
+        run.enter("save of the end")
+        guard.check()
+        if self.checkpointer:
+            self.checkpointer.finish(run, self.callbacks)
+        for callback in each_callback(callbacks, run, "on_train_end"):
+            try:
+                callback.on_train_end(run)
+            except StopRequested as stop:  # the others still have to close what they opened
+                run.request_stop(str(stop))
+        # After the callbacks: in their last hook (validation, export) ranks still work together.
+        if monitor:
+            monitor.finish()
+        return TrainResult(
+            iteration=run.iteration,
+            stop_reason=run.stop_reason,
+            updates=run.method.update_counts,
+            resumed_from=resumed_from,
+        )
+
+    def _accumulation(self, ranks: int) -> int:
+        try:
+            return self.training.accumulation(ranks)
+        except ValueError as error:
+            raise ContractError(f"training: {error}") from None
+
+    def _iterate(self, run: RunState, guard: FiniteGuard, iterations: IterationRunner) -> None:
+        # A method of its own, so that the record's outputs are freed before the next forward call.
+        record = iterations.run_next()
+        if record is None:
+            return
+        if run.iteration % self.training.log_every == 0:
+            guard.check()
+        for callback in each_callback(self.callbacks.values(), run, "on_step_end"):
+            try:
+                callback.on_step_end(run, record)
+            except StopRequested as stop:  # it leaves its own work only: the step is done
+                run.request_stop(str(stop))
+        run.enter("save")
+        if self.checkpointer:
+            self.checkpointer.after_step(run, self.callbacks)
+        run.enter("end of the iteration")
+
+    @contextlib.contextmanager
+    def _reporting_errors(self, run: RunState) -> Iterator[None]:
+        try:
+            yield
+        # BaseException: torch's CheckpointException and KeyboardInterrupt are no Exceptions.
+        except BaseException as error:
+            for name, callback in self.callbacks.items():
+                try:
+                    callback.on_exception(run, error)
+                except Exception as second:
+                    # The first error is the one to mend: the second must not hide it.
+                    error.add_note(f"callback {name!r} failed in on_exception too: {second!r}")
+            if self.checkpointer:
+                try:
+                    self.checkpointer.on_exception(run, error)
+                except Exception as second:
+                    error.add_note(f"a save under way failed too: {second}")
+            raise
+
+
+def _check_streams(streams: RandomStreams, ranks: Ranks) -> None:
+    if (streams.rank, streams.world_size) != (ranks.rank, ranks.size):
+        raise ContractError(
+            f"the run's RandomStreams are those of rank {streams.rank} of {streams.world_size}, "
+            f"but this is rank {ranks.rank} of {ranks.size}; they must be its own, or samples of "
+            "several ranks would get the same noise. Make them with RandomStreams(seed, "
+            f"rank={ranks.rank}, world_size={ranks.size}) and give them to the method."
+        )
+
+
+def _by_name(callbacks: Sequence[Callback]) -> dict[str, Callback]:
+    names = [callback.name for callback in callbacks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ContractError(
+            f"two callbacks are called {', '.join(map(repr, twice))}; each name must occur once, "
+            "because a checkpoint keeps their state under it. Give one of them another `name`."
+        )
+    return dict(zip(names, callbacks, strict=True))
+
+
+@contextlib.contextmanager
+def _closing(trackers: Sequence[Tracker]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for tracker in trackers:
+            stack.callback(tracker.close)
+        yield
