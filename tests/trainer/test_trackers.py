@@ -98,5 +98,5 @@ def test_a_run_writes_what_its_configuration_names(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_wandb_without_the_package_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the tracker 'wandb'.*not installed"):
+    with pytest.raises(ConfigError, match=r"wandb must be installed"):
         build_trackers(("wandb",), tmp_path)

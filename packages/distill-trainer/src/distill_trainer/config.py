@@ -10,8 +10,6 @@ from attrs.validators import optional
 from distill_protocols import SamplerSpec
 from distill_protocols.validators import above, at_least, within
 
-from distill_trainer.trackers import tracker_problems
-
 
 def _not_blank(instance: Any, attribute: Attribute[str], value: str) -> None:
     if not value.strip():
@@ -170,12 +168,6 @@ class TrainingConfig:
         default=None,
         validator=optional(at_least(1, "work needs a thread. Leave it out for torch's own choice")),
     )
-
-    @trackers.validator
-    def _check_trackers(self, attribute: object, value: tuple[str, ...]) -> None:
-        problems = [problem.message for problem in tracker_problems(value)]
-        if problems:
-            raise ValueError("; ".join(problems))
 
     def micro_batch(self, world_size: int = 1) -> int:
         """Return the samples that one device takes in one micro step."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill_protocols import PluginError, Problem, TrackerPlugin
+from distill_protocols import ConfigError, PluginError, Problem, TrackerPlugin
 from distill_runtime import load_plugin
 
 if TYPE_CHECKING:
@@ -20,9 +20,10 @@ def build_trackers(names: Sequence[str], output_dir: str | Path) -> tuple[Tracke
     """Build the trackers called ``names``, which write into ``output_dir``.
 
     Raises:
-        PluginError: no installed package offers a tracker of that name.
-        ConfigError: a tracker needs something that is not installed.
+        ConfigError: one of them cannot be had (``tracker_problems``).
     """
+    if problems := [problem.message for problem in tracker_problems(names)]:
+        raise ConfigError(problems)
     plugins: list[TrackerPlugin] = [load_plugin("distill.trackers", name) for name in names]
     return tuple(plugin.build(Path(output_dir)) for plugin in plugins)
 
