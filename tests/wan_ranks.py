@@ -11,7 +11,7 @@ import torch._dynamo
 from attrs import frozen
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
 from distill_adapters_wan.adapter import WanAdapter
-from distill_diffusers.roles.lora import base_name, is_adapter
+from distill_diffusers.lora import base_name, is_adapter
 from distill_protocols import (
     Condition,
     DistillError,

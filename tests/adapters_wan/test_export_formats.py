@@ -161,7 +161,7 @@ def test_a_lora_role_is_merged_into_its_base(lora, tmp_path, format):
     """Against peft's own merge, bit for bit."""
     import copy
 
-    from distill_diffusers.roles.lora import base_name
+    from distill_diffusers.lora import base_name
     from peft.tuners.lora import LoraLayer
 
     lora.export(tmp_path / "s", format=format)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from distill_adapters_wan import PLUGIN, PUBLISHED, WAN
 from distill_diffusers.architecture import inspect_model
-from distill_diffusers.roles.lora import (
+from distill_diffusers.lora import (
     adapted_layers,
     adapter_names,
     base_name,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
 from distill_adapters_wan.experts import boundary_of, expert_of, module_ranges, ranges
-from distill_diffusers.roles.lora import base_name
+from distill_diffusers.lora import base_name
 from distill_protocols import (
     Condition,
     ConditioningError,

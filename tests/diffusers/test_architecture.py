@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from distill_diffusers.architecture import inspect_model, patch_size
 from distill_diffusers.kinds import ModelKind
-from distill_diffusers.roles.lora import adapted_layers, target_problems
+from distill_diffusers.lora import adapted_layers, target_problems
 from distill_protocols import LoraSpec, WeightsError
 from other_kinds import LTX, LTX_CONFIG
 

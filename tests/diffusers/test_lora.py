@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distill_diffusers.roles.lora import adapter_names, base_name, merge, names_of
+from distill_diffusers.lora import adapter_names, base_name, merge, names_of
 from distill_protocols import WeightsError
 
 

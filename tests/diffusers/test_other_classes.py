@@ -10,11 +10,11 @@ from diffusers.models import attention_dispatch
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
 from distill_diffusers.architecture import inspect_model
 from distill_diffusers.descriptions import describe_model
+from distill_diffusers.lora import is_adapter
 from distill_diffusers.planning.calls import measure_call, plan_call
 from distill_diffusers.planning.modules import plan_modules
 from distill_diffusers.roles import attention
 from distill_diffusers.roles.loading import RoleLoader
-from distill_diffusers.roles.lora import is_adapter
 from distill_protocols import (
     CompileSpec,
     DiscriminatorSpec,

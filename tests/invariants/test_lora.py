@@ -11,7 +11,7 @@ import torch
 from attrs import frozen
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
 from distill_checkpoint import CheckpointConfig, CheckpointManager
-from distill_diffusers.roles.lora import is_adapter
+from distill_diffusers.lora import is_adapter
 from distill_methods import DMD2Config, DMD2Method, FinetuneConfig, FinetuneMethod
 from distill_protocols import (
     Batch,

@@ -68,7 +68,7 @@ def built(folder: Path, layers: int) -> dict[str, int]:
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
     from distill_adapters_wan import PUBLISHED, WAN
     from distill_diffusers.architecture import inspect_model
-    from distill_diffusers.roles.lora import adapted_layers, names_of
+    from distill_diffusers.lora import adapted_layers, names_of
     from distill_protocols import LoraSpec, TensorInfo
     from distill_runtime import write_safetensors
 

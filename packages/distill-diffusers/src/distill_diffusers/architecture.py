@@ -13,7 +13,6 @@ from distill_protocols import WeightsError
 from torch import nn
 
 from distill_diffusers.kinds import ModelKind, class_name, load_class
-from distill_diffusers.roles.lora import has_suffix
 
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin
@@ -124,6 +123,18 @@ def find_block_lists(module: ModelMixin) -> tuple[str, ...]:
             "ModelKind.block_lists"
         )
     return found
+
+
+def has_suffix(name: str, suffix: str) -> bool:
+    """Compare whole parts of the dotted name, as peft does."""
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def block_problem(index: int, blocks: int) -> str | None:
+    """Say why ``index`` is no block of a transformer of ``blocks``; None where it is one."""
+    if 0 <= index < blocks:
+        return None
+    return f"block {index} must be within 0 .. {blocks - 1}, as the model has {blocks} blocks"
 
 
 def patch_size(config: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -42,7 +42,7 @@ from distill_diffusers.descriptions import (
     differing_entries,
     unknown_hub_id,
 )
-from distill_diffusers.export.rules import FORMATS, export_problems
+from distill_diffusers.export_rules import FORMATS, export_problems
 from distill_diffusers.folders import (
     DIFFUSERS_STEM,
     component_problems,
@@ -408,7 +408,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
             return
         with suppress(WeightsError):  # nothing says how it is built: a problem of the path
             from distill_diffusers.architecture import inspect_model
-            from distill_diffusers.roles.lora import target_problems
+            from distill_diffusers.lora import target_problems
 
             for config in self.describe(role.path).transformers.values():
                 architecture = inspect_model(self.kind, config)

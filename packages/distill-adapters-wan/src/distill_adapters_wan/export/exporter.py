@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from attrs import asdict
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-from distill_diffusers.export.exporter import (
+from distill_diffusers.export.exporter import PipelineExporter
+from distill_diffusers.export.formats import (
     Export,
     ExportFormat,
     LayerName,
-    PipelineExporter,
     Written,
     write_single_files,
 )

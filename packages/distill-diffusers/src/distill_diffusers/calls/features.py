@@ -14,7 +14,7 @@ from attrs import frozen
 from distill_protocols import ContractError
 from torch import Tensor, nn
 
-from distill_diffusers.roles.discriminator import block_problem
+from distill_diffusers.architecture import block_problem
 
 Features = MutableMapping[int, Tensor | None]
 """Hidden states by block index."""

@@ -8,20 +8,17 @@ know (``call_arguments``, ``notes``, ``index_entries``), and adds formats of its
 from __future__ import annotations
 
 import abc
-import json
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-from attrs import asdict, field, frozen
+from attrs import asdict
 from distill_protocols import (
-    DTYPES,
     ExportRequest,
     LoraSpec,
-    Precision,
     RoleSpec,
     TensorInfo,
     WeightsError,
@@ -33,8 +30,8 @@ from distill_diffusers.architecture import (
     Architecture,
     build_on_meta,
     inspect_model,
-    kept_in_fp32,
 )
+from distill_diffusers.export import verification
 from distill_diffusers.export.files import (
     SPEC_FILE,
     replace_export,
@@ -42,16 +39,24 @@ from distill_diffusers.export.files import (
     write_module,
     write_weights,
 )
+from distill_diffusers.export.formats import (
+    LORA_STEM,
+    Export,
+    ExportFormat,
+    LayerName,
+    Written,
+    adapter_factors,
+    diffusers_lora_name,
+)
 from distill_diffusers.folders import component_problems, fetch, locate, read_json
-from distill_diffusers.kinds import ModelKind, class_name
-from distill_diffusers.roles.lora import adapted_layers, adapter_names, names_of
+from distill_diffusers.kinds import class_name
+from distill_diffusers.lora import adapted_layers, names_of
 from distill_diffusers.sampling.scheduler import (
     SchedulerGrid,
     StepGrid,
     StockSchedule,
     stock_schedule,
 )
-from distill_diffusers.weights.derived import CastWeights, MergedWeights, round_to
 from distill_diffusers.weights.extraction import Extraction, extract
 from distill_diffusers.weights.modules import check_keys
 from distill_diffusers.weights.sources import folder_weights
@@ -59,88 +64,8 @@ from distill_diffusers.weights.sources import folder_weights
 if TYPE_CHECKING:
     from distill_diffusers.family import DiffusersFamily
 
-LORA_STEM = "pytorch_lora_weights"
-"""The file name that ``load_lora_weights(folder)`` looks for."""
 TOLERABLE_DEVIATION = 0.5
 """Units of t; one step of the 1000 that models are trained on is 1."""
-
-LayerName = Callable[[str, str], str]
-"""(layer, ``A`` or ``B``) -> the name of that factor in a LoRA file."""
-
-
-@frozen(kw_only=True, eq=False)
-class Export:
-    """One export that is being written or verified.
-
-    Attributes:
-        name: of the folder.
-        kind: class of the transformers.
-        modules: the role's transformers, on the meta device.
-        weights: of the role, by module: whole, or adapters alone.
-        schedule: the stock scheduler for ``request.sampler``.
-        record: what ``sampler_spec.json`` says whatever the format is.
-    """
-
-    name: str
-    kind: ModelKind
-    role: RoleSpec
-    request: ExportRequest
-    modules: Mapping[str, nn.Module]
-    weights: Mapping[str, WeightSource]
-    schedule: StockSchedule
-    record: Mapping[str, Any]
-
-    def full_weights(self) -> dict[str, WeightSource]:
-        """Return full weights by module: a LoRA merged into its base, then rounded."""
-        sources: dict[str, WeightSource] = dict(self.weights)
-        if self.role.lora is not None:
-            base, scale = folder_weights(self.role.path, self.kind.modules), self.role.lora.scale
-            sources = {k: MergedWeights(base[k], v, scale) for k, v in sources.items()}
-        if self.request.precision is not None:
-            kept = kept_in_fp32(self.kind)
-            precision = self.request.precision
-            sources = {k: CastWeights(v, precision, kept) for k, v in sources.items()}
-        return sources
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """Header entries of a weight file that may be copied without ``sampler_spec.json``.
-
-        ComfyUI reads an entry ``config``, so there must be none of that name.
-        """
-        names = ("role", "weights", "sampler", "timesteps", "call")
-        return {"sampler_spec": json.dumps({name: self.record[name] for name in names})}
-
-    def suffix(self, module: str) -> str:
-        """End of the file names of a module: empty for the first."""
-        return "" if module == next(iter(self.modules)) else f"-{module}"
-
-
-@frozen(kw_only=True)
-class Written:
-    """What a format adds to the record of an export.
-
-    Attributes:
-        notes: lines that a person should read.
-        entries: further entries of ``sampler_spec.json``.
-    """
-
-    notes: tuple[str, ...] = ()
-    entries: Mapping[str, Any] = field(factory=dict)
-
-
-@frozen(kw_only=True)
-class ExportFormat:
-    """How one format is written and read back.
-
-    Attributes:
-        write: fills an empty folder.
-        verify: reads the folder with the reader that it is for; raises WeightsError where
-            something differs, and returns numbers by module (see ``verification``).
-    """
-
-    write: Callable[[Export, Path], Written]
-    verify: Callable[[Export, Path], Mapping[str, Any]]
 
 
 class PipelineExporter(abc.ABC):
@@ -178,8 +103,6 @@ class PipelineExporter(abc.ABC):
 
     def formats(self) -> Mapping[str, ExportFormat]:
         """Return the formats by name; a family adds its own to these two."""
-        from distill_diffusers.export import verification
-
         return {
             "diffusers": ExportFormat(
                 write=self._write_pipeline,
@@ -310,9 +233,18 @@ class PipelineExporter(abc.ABC):
         Raises:
             WeightsError: with the names of what is unmatched or differs.
         """
-        from distill_diffusers.export.verification import verify
-
-        return verify(self, role, weights, Path(folder), request)
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise WeightsError(f"{folder} is no folder, so there is no export to verify")
+        export = self.prepare(role, weights, folder.name, request)
+        # diffusers' loaders draw from the global generator (peft's first A); nothing may stay.
+        with torch.random.fork_rng(devices=[]), verification.without_messages():
+            modules = self.formats()[request.format].verify(export, folder)
+        notes = [
+            verification.describe_result(request.format, name, numbers)
+            for name, numbers in modules.items()
+        ]
+        return {"format": request.format, "notes": notes, **modules}
 
     def prepare(
         self,
@@ -458,53 +390,6 @@ class PipelineExporter(abc.ABC):
                 infos = {k: TensorInfo(tuple(t.shape), t.dtype) for k, t in tensors.items()}
                 write_weights(stage / file, infos, tensors.__getitem__, export.metadata)
         return Written(notes=tuple(notes), entries={"lora": summaries})
-
-
-def single_files(export: Export) -> dict[str, str]:
-    """Return by module the file name of its single-file export: ``<folder>.safetensors``."""
-    return {name: f"{export.name}{export.suffix(name)}.safetensors" for name in export.modules}
-
-
-def write_single_files(export: Export, stage: Path, to_original: Callable[[str], str]) -> None:
-    """Write each module's full weights to one file, under the names that ``to_original`` gives."""
-    files = single_files(export)
-    for name, full in export.full_weights().items():
-        ours = {to_original(key): key for key in export.modules[name].state_dict()}
-        infos = full.describe()
-
-        def read(
-            original: str, names: Mapping[str, str] = ours, source: WeightSource = full
-        ) -> Tensor:
-            return source.read([names[original]])[names[original]]
-
-        write_weights(
-            stage / files[name],
-            {original: infos[key] for original, key in ours.items()},
-            read,
-            export.metadata,
-        )
-
-
-def diffusers_lora_name(layer: str, side: str) -> str:
-    """Name a factor as ``save_lora_weights`` of the pipelines does, of any module."""
-    return f"transformer.{layer}.lora_{side}.weight"
-
-
-def adapter_factors(
-    lora: LoraSpec, source: WeightSource, precision: Precision | None
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return by layer (A, B) of a LoRA role as they are written: alpha / rank is in B."""
-    pairs = {}
-    for layer, names in adapter_names(source.describe()).items():
-        factors = source.read(names)
-        a, b = (factors[name] for name in names)
-        if lora.scale != 1:
-            b = b.float() * lora.scale
-        if precision is not None:
-            dtype = DTYPES[precision]
-            a, b = (round_to(x, dtype, n) for x, n in zip((a, b), names, strict=True))
-        pairs[layer] = (a, b.to(a.dtype))
-    return pairs
 
 
 def _adapter_shapes(lora: LoraSpec, architecture: Architecture) -> dict[str, Tensor]:

@@ -16,8 +16,6 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 from diffusers.utils import logging as diffusers_logging
 from distill_protocols import (
     DTYPES,
-    ExportRequest,
-    RoleSpec,
     TensorInfo,
     WeightsError,
     WeightSource,
@@ -26,9 +24,9 @@ from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from distill_diffusers.architecture import is_kept_in_fp32, kept_in_fp32
-from distill_diffusers.export.exporter import (
+from distill_diffusers.export.formats import (
     Export,
-    PipelineExporter,
+    StockPipeline,
     adapter_factors,
     single_files,
 )
@@ -46,33 +44,8 @@ NEAREST_TOLERANCE = 0.05
 randomised SVD as well, which projects the difference on its directions."""
 
 
-def verify(
-    exporter: PipelineExporter,
-    role: RoleSpec,
-    weights: Mapping[str, WeightSource],
-    folder: Path,
-    request: ExportRequest,
-) -> dict[str, Any]:
-    """Read ``folder`` and compare, with one module in memory at a time (of a LoRA, its base twice).
-
-    Returns:
-        by module, how many tensors were compared and the largest difference of outputs; in
-        ``notes`` the same as lines to read.
-
-    Raises:
-        WeightsError: naming what is missing, unexpected or different.
-    """
-    if not folder.is_dir():
-        raise WeightsError(f"{folder} is no folder, so there is no export to verify")
-    export = exporter.prepare(role, weights, folder.name, request)
-    # diffusers' loaders draw from the global generator (peft's first A); nothing of it may stay.
-    with torch.random.fork_rng(devices=[]), _without_messages():
-        modules = exporter.formats()[request.format].verify(export, folder)
-    notes = [_note(request.format, name, numbers) for name, numbers in modules.items()]
-    return {"format": request.format, "notes": notes, **modules}
-
-
-def _note(format_name: str, module: str, numbers: Mapping[str, Any]) -> str:
+def describe_result(format_name: str, module: str, numbers: Mapping[str, Any]) -> str:
+    """Say in a line what was compared."""
     if format_name != "lora":
         return f"{module}: no key unmatched, {numbers['tensors']} tensors and the outputs equal"
     return (
@@ -82,7 +55,7 @@ def _note(format_name: str, module: str, numbers: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _without_messages() -> Iterator[None]:
+def without_messages() -> Iterator[None]:
     """Hide diffusers' bar of read weights, which would write over the training's own, and its
     warning that weights are cast: they are read as fp32 for that."""
     enabled, level = diffusers_logging.is_progress_bar_enabled(), diffusers_logging.get_verbosity()
@@ -99,17 +72,17 @@ def _without_messages() -> Iterator[None]:
 # -- diffusers ------------------------------------------------------------------------------------
 
 
-def verify_pipeline(exporter: PipelineExporter, export: Export, folder: Path) -> dict[str, Any]:
+def verify_pipeline(pipeline: StockPipeline, export: Export, folder: Path) -> dict[str, Any]:
     """Load by ``from_pretrained``: no key unmatched, every number and the outputs equal bit for
     bit, and the scheduler's timesteps those that were written."""
-    transformer = load_class(exporter.kind.transformer)
+    transformer = load_class(pipeline.kind.transformer)
     numbers = {}
     for name, full in export.full_weights().items():
         dtype = _dtype(full, export)
         loaded, info = _from_pretrained(transformer, folder, name, torch_dtype=dtype)
         _refuse_unmatched(folder / name, info)
-        numbers[name] = compare(exporter, loaded, full, export.modules[name], dtype, folder / name)
-    _check_components(exporter, export, folder)
+        numbers[name] = compare(pipeline, loaded, full, export.modules[name], dtype, folder / name)
+    _check_components(pipeline, export, folder)
     return numbers
 
 
@@ -121,19 +94,19 @@ def _from_pretrained(
     )
 
 
-def _check_components(exporter: PipelineExporter, export: Export, folder: Path) -> None:
+def _check_components(pipeline: StockPipeline, export: Export, folder: Path) -> None:
     """Check the rest of the pipeline but for text encoders: these are copies, and large."""
-    _, info = _from_pretrained(load_class(exporter.kind.vae), folder, "vae")
+    _, info = _from_pretrained(load_class(pipeline.kind.vae), folder, "vae")
     _refuse_unmatched(folder / "vae", info)
-    classes = {class_name(name): name for name in exporter.kind.pipelines}
+    classes = {class_name(name): name for name in pipeline.kind.pipelines}
     index = read_json(folder / "model_index.json")
     modules = [name for name, entry in index.items() if isinstance(entry, list)]
     omitted: dict[str, Any] = dict.fromkeys(set(modules) - {"scheduler"})
-    pipeline = load_class(classes[index["_class_name"]]).from_pretrained(
+    loaded = load_class(classes[index["_class_name"]]).from_pretrained(
         folder, use_safetensors=True, **omitted
     )
-    exporter.grid.set_timesteps(pipeline.scheduler, export.request.sampler.steps)
-    made = pipeline.scheduler.timesteps.tolist()
+    pipeline.grid.set_timesteps(loaded.scheduler, export.request.sampler.steps)
+    made = loaded.scheduler.timesteps.tolist()
     if made != list(export.schedule.timesteps):
         raise WeightsError(
             f"{folder}/scheduler makes timesteps {made}, and the request's are "
@@ -145,7 +118,7 @@ def _check_components(exporter: PipelineExporter, export: Export, folder: Path) 
 
 
 def verify_single_files(
-    exporter: PipelineExporter,
+    pipeline: StockPipeline,
     export: Export,
     folder: Path,
     to_original: Callable[[str], str],
@@ -157,7 +130,7 @@ def verify_single_files(
     Args:
         to_diffusers: readers' translations of all names of a file, each of which must give ours.
     """
-    transformer = load_class(exporter.kind.transformer)
+    transformer = load_class(pipeline.kind.transformer)
     files = single_files(export)
     numbers = {}
     for name, full in export.full_weights().items():
@@ -172,7 +145,7 @@ def verify_single_files(
             loaded = transformer.from_single_file(
                 str(file), config=config, torch_dtype=torch.float32
             )
-        numbers[name] = compare(exporter, loaded, full, meta, torch.float32, file)
+        numbers[name] = compare(pipeline, loaded, full, meta, torch.float32, file)
     return numbers
 
 
@@ -183,16 +156,16 @@ def _save_config(module: Any, folder: str) -> None:
 # -- LoRA -----------------------------------------------------------------------------------------
 
 
-def verify_lora(exporter: PipelineExporter, export: Export, folder: Path) -> dict[str, Any]:
+def verify_lora(pipeline: StockPipeline, export: Export, folder: Path) -> dict[str, Any]:
     """Load by ``load_lora_weights`` on the base, from each file: every adapter number equal bit for
     bit (extracted ones: nearest to the role's difference to its base), the outputs those of the
     merged weights within ``LORA_TOLERANCE``."""
     role, request = export.role, export.request
-    base = folder_weights(role.path, exporter.kind.modules)
+    base = folder_weights(role.path, pipeline.kind.modules)
     source = fetch(role.path, tuple(export.modules))
     numbers = {}
     for name, meta in export.modules.items():
-        files = {folder / file: names for file, names in exporter.lora_files(export, name).items()}
+        files = {folder / file: names for file, names in pipeline.lora_files(export, name).items()}
         first, *others = files
         pairs = _read_pairs(first, meta, files[first])
         if role.lora is not None:
@@ -200,13 +173,13 @@ def verify_lora(exporter: PipelineExporter, export: Export, folder: Path) -> dic
             _check_equal(first, pairs, expected)
         else:
             _check_nearest(first, pairs, export.weights[name], base[name])
-        probe = exporter.probe(meta, torch.float32)
-        outputs = _outputs_with_lora(exporter, source, name, first, pairs, probe)
+        probe = pipeline.probe(meta, torch.float32)
+        outputs = _outputs_with_lora(pipeline, source, name, first, pairs, probe)
         for other in others:
-            theirs = _outputs_with_lora(exporter, source, name, other, pairs, probe)
+            theirs = _outputs_with_lora(pipeline, source, name, other, pairs, probe)
             if not torch.equal(outputs, theirs):
                 raise WeightsError(f"{first} and {other} give different outputs; export again")
-        merged = _outputs_of(exporter, _Added(base[name], pairs), meta, torch.float32)
+        merged = _outputs_of(pipeline, _Added(base[name], pairs), meta, torch.float32)
         difference = float((outputs - merged).abs().max() / merged.square().mean().sqrt())
         if not difference <= LORA_TOLERANCE:  # nan is not
             raise WeightsError(
@@ -217,7 +190,7 @@ def verify_lora(exporter: PipelineExporter, export: Export, folder: Path) -> dic
         numbers[name] = {"layers": len(pairs), "largest_difference": difference}
         if role.lora is None:
             full = CastWeights(export.weights[name], "fp32", frozenset())
-            expected = _outputs_of(exporter, full, meta, torch.float32)
+            expected = _outputs_of(pipeline, full, meta, torch.float32)
             error = (merged - expected).square().mean() / expected.square().mean()
             numbers[name]["relative_difference_to_role"] = float(error.sqrt())
     return numbers
@@ -273,7 +246,7 @@ def _check_nearest(
 
 
 def _outputs_with_lora(
-    exporter: PipelineExporter,
+    pipeline: StockPipeline,
     source: Path,
     name: str,
     file: Path,
@@ -281,8 +254,8 @@ def _outputs_with_lora(
     probe: Mapping[str, Tensor],
 ) -> Tensor:
     """Call the base after stock ``load_lora_weights`` of ``file``."""
-    pipeline_class = load_class(exporter.kind.pipelines[0])
-    transformer = load_class(exporter.kind.transformer).from_pretrained(
+    pipeline_class = load_class(pipeline.kind.pipelines[0])
+    transformer = load_class(pipeline.kind.transformer).from_pretrained(
         source, subfolder=name, torch_dtype=torch.float32, use_safetensors=True
     )
     # Nothing but the transformer takes part: the others that the pipeline asks for are None.
@@ -290,8 +263,8 @@ def _outputs_with_lora(
     required = [p.name for p in parameters if p.default is p.empty and p.name != "self"]
     parts: dict[str, Any] = dict.fromkeys(required)
     parts |= {"transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler()}
-    pipeline = pipeline_class(**parts)
-    pipeline.load_lora_weights(file.parent, weight_name=file.name)
+    base: Any = pipeline_class(**parts)
+    base.load_lora_weights(file.parent, weight_name=file.name)
     loaded = get_peft_model_state_dict(transformer, adapter_name="default_0")
     expected = {
         f"{layer}.lora_{side}.weight": tensor
@@ -340,7 +313,7 @@ def _dtype(source: WeightSource, export: Export) -> torch.dtype:
 
 
 def compare(
-    exporter: PipelineExporter,
+    pipeline: StockPipeline,
     loaded: Any,
     source: WeightSource,
     meta: nn.Module,
@@ -365,9 +338,9 @@ def compare(
     for parameter in loaded.parameters():
         # Out of the mapped file, where a matrix product may round otherwise by where numbers lie.
         parameter.data = parameter.data.clone()
-    outputs = _call(loaded, exporter.probe(meta, dtype))
+    outputs = _call(loaded, pipeline.probe(meta, dtype))
     del loaded, state  # one module at a time
-    expected = _outputs_of(exporter, source, meta, dtype)
+    expected = _outputs_of(pipeline, source, meta, dtype)
     difference = float((outputs.float() - expected.float()).abs().max())
     if not _has_same_bits(outputs, expected):
         raise WeightsError(
@@ -378,17 +351,17 @@ def compare(
 
 
 def _outputs_of(
-    exporter: PipelineExporter, source: WeightSource, meta: Any, dtype: torch.dtype
+    pipeline: StockPipeline, source: WeightSource, meta: Any, dtype: torch.dtype
 ) -> Tensor:
     """Call a module that is put together from ``source``, through no reader of diffusers."""
-    module = build_from(load_class(exporter.kind.transformer), dict(meta.config), source.where)
-    kept = kept_in_fp32(exporter.kind)
+    module = build_from(load_class(pipeline.kind.transformer), dict(meta.config), source.where)
+    kept = kept_in_fp32(pipeline.kind)
     state = {
         name: tensor.to(torch.float32 if is_kept_in_fp32(name, kept) else dtype, copy=True)
         for name, tensor in read_in_groups(source, source.describe())
     }
     module.load_state_dict(state, strict=True, assign=True)
-    return _call(module, exporter.probe(meta, dtype))
+    return _call(module, pipeline.probe(meta, dtype))
 
 
 @torch.no_grad()

@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_iter
 
 from distill_diffusers.architecture import build_on_meta, inspect_model
 from distill_diffusers.kinds import ModelKind
+from distill_diffusers.lora import adapted_layers
 from distill_diffusers.planning.modules import stored_dtype
 from distill_diffusers.roles import attention
 from distill_diffusers.roles.discriminator import HEADS, build_heads, logits
 from distill_diffusers.roles.injection import inject
-from distill_diffusers.roles.lora import adapted_layers
 
 LATENTS = "latents"
 """The input of a call that may take a gradient."""

@@ -11,8 +11,8 @@ from distill_protocols import DTYPES, ModulePlan, RoleSpec, TensorPlan, WeightsE
 from distill_diffusers.architecture import Architecture, inspect_model, is_kept_in_fp32
 from distill_diffusers.descriptions import ModelDescription
 from distill_diffusers.kinds import ModelKind
+from distill_diffusers.lora import adapted_layers, is_adapter, names_of
 from distill_diffusers.roles.discriminator import plan_heads
-from distill_diffusers.roles.lora import adapted_layers, is_adapter, names_of
 
 
 def plan_modules(

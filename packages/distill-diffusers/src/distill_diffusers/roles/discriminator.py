@@ -24,6 +24,8 @@ from distill_protocols import (
 )
 from torch import Tensor, nn
 
+from distill_diffusers.architecture import block_problem
+
 HEADS = "heads"
 """The one module of such a role."""
 _GROUP_CHANNELS = 16
@@ -85,13 +87,6 @@ def block_problems(spec: DiscriminatorSpec, count: int) -> Iterator[Problem]:
         if problem := block_problem(index, count):
             way_out = "The one in the middle, at three quarters and the last are customary"
             yield Problem("blocks", f"{problem}, counted from 0. {way_out}")
-
-
-def block_problem(index: int, blocks: int) -> str | None:
-    """Say why ``index`` is no block of a transformer of ``blocks``; None where it is one."""
-    if 0 <= index < blocks:
-        return None
-    return f"block {index} must be within 0 .. {blocks - 1}, as the model has {blocks} blocks"
 
 
 def logits(role: RoleHandle, features: Mapping[int, Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from peft import __version__ as peft_version
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from distill_diffusers.roles.lora import ADAPTER, names_of
+from distill_diffusers.lora import ADAPTER, names_of
 
 
 def inject(module: nn.Module, layers: Iterable[str], lora: LoraSpec) -> frozenset[str]:

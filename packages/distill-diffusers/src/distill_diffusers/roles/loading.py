@@ -27,6 +27,13 @@ from distill_diffusers.architecture import Architecture, inspect_model, transfor
 from distill_diffusers.descriptions import ModelDescription
 from distill_diffusers.folders import fetch, transformer_names
 from distill_diffusers.kinds import ModelKind
+from distill_diffusers.lora import (
+    adapted_layers,
+    adapter_names,
+    base_name,
+    is_adapter,
+    target_problems,
+)
 from distill_diffusers.roles import attention
 from distill_diffusers.roles.discriminator import (
     HEADS,
@@ -36,13 +43,6 @@ from distill_diffusers.roles.discriminator import (
     build_heads,
 )
 from distill_diffusers.roles.injection import InitialAdapters, inject
-from distill_diffusers.roles.lora import (
-    adapted_layers,
-    adapter_names,
-    base_name,
-    is_adapter,
-    target_problems,
-)
 from distill_diffusers.roles.offload import offload_between_calls
 from distill_diffusers.weights.filling import fill, move_buffers
 from distill_diffusers.weights.modules import (

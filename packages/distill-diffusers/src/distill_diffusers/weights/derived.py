@@ -9,7 +9,7 @@ from distill_protocols import DTYPES, Precision, TensorInfo, WeightsError, Weigh
 from torch import Tensor
 
 from distill_diffusers.architecture import is_kept_in_fp32
-from distill_diffusers.roles.lora import adapter_names, merge
+from distill_diffusers.lora import adapter_names, merge
 
 
 class MergedWeights(WeightSource):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill_diffusers.architecture import is_kept_in_fp32
 from distill_diffusers.folders import read_json
-from distill_diffusers.roles.lora import is_adapter
+from distill_diffusers.lora import is_adapter
 from distill_diffusers.weights.filling import fill, move_buffers
 from distill_diffusers.weights.sources import module_weights
 

@@ -1,4 +1,4 @@
-"""LoRA of a transformer: which layers it is on, and the names of its parameters. No torch.
+"""LoRA of a transformer: which layers it is on, and the names of its parameters.
 
 ``W' = W + scale B A`` (Hu et al. 2021, eq. 3), A [rank, in], B [out, rank], scale = alpha / rank.
 Where peft has put adapters into a module, layer ``L`` has three weights::
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from distill_protocols import LoraSpec, WeightsError
 
+from distill_diffusers.architecture import Architecture, has_suffix
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from distill_diffusers.architecture import Architecture
 
 ADAPTER = "default"
 """The name that peft knows the adapter by; it is part of every parameter's name."""
@@ -99,11 +99,6 @@ def target_problems(
                 f"{target!r} is the end of no linear layer's name, so it would train nothing"
                 f"{_hint(target, kinds, foreign_layers)} Linear layers: {', '.join(kinds)}"
             )
-
-
-def has_suffix(name: str, suffix: str) -> bool:
-    """Compare whole parts of the dotted name, as peft does."""
-    return name == suffix or name.endswith(f".{suffix}")
 
 
 def _hint(target: str, kinds: Iterable[str], foreign_layers: Mapping[str, str]) -> str:
