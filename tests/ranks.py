@@ -263,7 +263,7 @@ def train_and_lose_a_rank(
 
 def _dies_in_a_save(how: signal.Signals) -> None:
     def fail(snapshot: Snapshot, folder: Path, ranks: Any) -> Any:
-        path, share = next(iter(snapshot.shared.items()))
+        path, share = next(iter(snapshot.by_all_ranks.items()))
         write_tensors(folder / path, share, ranks=ranks)  # a part of it is on the disk
         os.kill(os.getpid(), how)
         raise AssertionError("it goes on")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from distill_adapters_wan import PLUGIN
-from distill_checkpoint import gather_on_rank0, ranks_that_save
+from distill_checkpoint import gather_on_rank0, new_checkpoint_group
 from distill_protocols import ExportRequest, ModelBundle, RoleSpec, SamplerSpec
 from ranks import shard, together
 
@@ -33,7 +33,7 @@ def export(config, path: str, folder: Path) -> None:
             exporter.export(role, sources, folder / name, request)
             exporter.verify(role, sources, folder / name, request)
 
-        gather_on_rank0(ranks_that_save(60.0), weights, write)
+        gather_on_rank0(new_checkpoint_group(60.0), weights, write)
 
 
 def files(folder: Path) -> dict[str, bytes]:

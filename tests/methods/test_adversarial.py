@@ -258,13 +258,13 @@ def test_frames_that_stay_out_of_the_loss_get_no_derivative():
         device=torch.device("cpu"),
         poll=lambda: None,
     )
-    adversary = Adversary(context, GanConfig(), on=("teacher",))
+    adversary = Adversary(context, GanConfig(), allowed_on=("teacher",))
     batch, loss_mask = toy_batch(2), torch.ones(1, 1, LATENT_SHAPE[1], 1, 1)
     loss_mask[:, :, 0] = 0
     gradient_of = []
     for mask in (None, loss_mask):
         x = batch.latents.clone().requires_grad_()
-        noised = noise.add_noise(x.detach(), "x.t", 1, TimeSampling(t_max=500))
+        noised = noise.add_noise_at_random_time(x.detach(), "x.t", 1, TimeSampling(t_max=500))
         noise.streams.load_state_dict(RandomStreams(0).state_dict())
         adversary.generator_loss(x, noised, batch.cond, loss_mask=mask).loss.backward()
         gradient_of.append(x.grad)

@@ -162,7 +162,7 @@ def against_raw(root: Path, parameters: int, repeats: int) -> None:
     run = train(root / "train", parameters, 2, None)
     tensors = {
         str(path): dict(shard.local)
-        for path, shard in capture(run, {}, ALONE, ChangesConfig()).shared.items()
+        for path, shard in capture(run, {}, ALONE, ChangesConfig()).by_all_ranks.items()
     }
     size = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
     print(f"1. {parameters:,} parameters: weights, two moments, EMA: {size / MB:,.0f} MB")

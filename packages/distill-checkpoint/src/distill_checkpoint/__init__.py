@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from distill_checkpoint.foreign.migration import MigrationReport, migrate
     from distill_checkpoint.manager import CheckpointManager
     from distill_checkpoint.start_weights import read_start_weights
-    from distill_checkpoint.tensors import ranks_that_save
+    from distill_checkpoint.tensors import new_checkpoint_group
     from distill_checkpoint.weights import StoredCheckpoint, write_weights_checkpoint
 
 _LAZY = {
@@ -34,7 +34,7 @@ _LAZY = {
     "StoredCheckpoint": "weights",
     "gather_on_rank0": "export",
     "migrate": "foreign.migration",
-    "ranks_that_save": "tensors",
+    "new_checkpoint_group": "tensors",
     "read_start_weights": "start_weights",
     "write_weights_checkpoint": "weights",
 }
@@ -54,8 +54,8 @@ __all__ = [
     "gather_on_rank0",
     "is_checkpoint",
     "migrate",
+    "new_checkpoint_group",
     "newest_checkpoint",
-    "ranks_that_save",
     "read_start_weights",
     "role_problems",
     "write_weights_checkpoint",

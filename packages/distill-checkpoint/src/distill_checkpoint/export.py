@@ -27,7 +27,7 @@ from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from distill_checkpoint.config import ExportConfig
-from distill_checkpoint.tensors import ranks_that_save, to_full
+from distill_checkpoint.tensors import new_checkpoint_group, to_full
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class ExportCallback(Callback):
                     run.stop_reason or "no reason given",
                 )
             return
-        ranks = ranks_that_save(self.timeout)
+        ranks = new_checkpoint_group(self.timeout)
         for export in self.exports:
             weights = run.method.bundle[export.role].weight_sources(ema=export.ema)
             write = functools.partial(self._export, export, _sampler_of(run))

@@ -62,7 +62,7 @@ from distill_checkpoint.snapshot import (
     capture,
     non_finite_weights,
 )
-from distill_checkpoint.tensors import ranks_that_save, to_full
+from distill_checkpoint.tensors import new_checkpoint_group, to_full
 
 logger = logging.getLogger(__name__)
 
@@ -120,13 +120,14 @@ class CheckpointManager:
         self._background.wait()
         ranks, _ = self._groups()
         ranks.run_on_first(lambda: clear_leftovers(self.output_dir))
-        source, iteration = self._source(ranks)
+        source, iteration = self._find_whole_checkpoint(ranks)
         if self.config.resume != "latest":
             ranks.run_on_first(lambda: self._refuse_newer_than(iteration))
         if source is None:
             return 0
-        notes: list[str] = []
-        ranks.gather_results(lambda: notes.extend(self._load(source, run, callbacks, ranks)))
+        # Each rank compares and loads by itself. One that refuses stops the others after they have
+        # loaded; the run ends then.
+        notes = ranks.run_each(lambda: self._load(source, run, callbacks, ranks))
         if ranks.is_first:
             for note in notes:
                 logger.warning("resuming %s: %s", source.name, note)
@@ -145,6 +146,7 @@ class CheckpointManager:
         if self.config.every_steps and run.iteration % self.config.every_steps == 0:
             self.save(run, callbacks)
         elif self._background.has_failed and self._groups()[0].size == 1:
+            # One process raises at once; several do at their next save, all at the same call.
             self._background.wait()
 
     def finish(self, run: RunState, callbacks: Mapping[str, Callback]) -> None:
@@ -159,7 +161,10 @@ class CheckpointManager:
             self._background.wait()
 
     def on_exception(self, run: RunState, error: BaseException) -> None:
-        """Wait for a save under way: it was made before the error."""
+        """Wait for a save under way: it was made before the error.
+
+        With a rank gone this lasts up to ``timeout_seconds``.
+        """
         self._background.wait()
 
     def save(self, run: RunState, callbacks: Mapping[str, Callback]) -> Path:
@@ -178,7 +183,7 @@ class CheckpointManager:
         waited = time.perf_counter() - began
         ranks, background_ranks = self._groups()
         target = self.output_dir / folder_name(run.iteration)
-        ranks.gather_results(lambda: _refuse_non_finite(run))
+        ranks.run_each(lambda: _refuse_non_finite(run))
         try:
             snapshot = capture(run, callbacks, ranks, self.config.changes)
         except CheckpointError as error:
@@ -230,6 +235,7 @@ class CheckpointManager:
             size = sum(info.size for info in files.values())
             seconds = time.perf_counter() - began
             logger.info("saved %s: %.1f MB in %.2f s", target, size / 1e6, seconds)
+            # Rank 0 alone, after the last common step: it must not raise, and logs what fails.
             self._delete_superseded(snapshot.iteration)
 
     def _metrics_to_keep(self, run: RunState, name: str, ranks: Ranks) -> dict[str, float]:
@@ -325,7 +331,7 @@ class CheckpointManager:
         refuse_changed_scales(source, then, self._resolved_config, loaded)
         return plan, [*change_notes(changed, self._resolved_config), *plan.notes]
 
-    def _source(self, ranks: Ranks) -> tuple[Path | None, int]:
+    def _find_whole_checkpoint(self, ranks: Ranks) -> tuple[Path | None, int]:
         """Find the folder to resume from, and compare its every byte with its manifest."""
         if self.config.resume == "none":
             return None, 0
@@ -378,11 +384,13 @@ class CheckpointManager:
     def _groups(self) -> tuple[Ranks, Ranks]:
         """The ranks for the training thread, and for the one in the background.
 
-        Two groups: collectives of two threads in one group would meet each other's messages.
+        Two groups: collectives of two threads in one group would meet each other's messages. Not
+        ``run.ranks``: a save may take longer, and its errors are others. The first call makes the
+        groups, so all ranks make it at the same point (in ``resume``, or at the first save).
         """
         if self._ranks is None:
             timeout = self.config.timeout_seconds
-            self._ranks = (ranks_that_save(timeout), ranks_that_save(timeout))
+            self._ranks = (new_checkpoint_group(timeout), new_checkpoint_group(timeout))
         return self._ranks
 
 

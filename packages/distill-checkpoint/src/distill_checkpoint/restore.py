@@ -101,6 +101,7 @@ def _load_averages(folder: Path, run: RunState, plan: ResumePlan) -> None:
             path = state_path(folder, "ema", role, key)
             _, tensors = pack(average.state_dict(), f"ema of {role}.{key}")
             StoredTensors(path).read_into(tensors)
+            # The tensors are filled in place; this sets what else an average counts.
             average.load_state_dict(unpack(read_json(json_of(path)), tensors))
         elif (role, key) in plan.modules("roles"):
             # An added average was made from the weights of a run that had not resumed yet.

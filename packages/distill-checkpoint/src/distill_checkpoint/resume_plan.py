@@ -88,9 +88,10 @@ def plan_resume(
         if had_state or (had_state is None and callback.state_dict()):
             present.add((CALLBACKS, name))
     table = _Rules(rules, _applied_rules(contents, changed_optimizers))
-    only_saved = {key for key in saved - present if not table.apply("dropped", key)}
-    only_present = {key for key in present - saved if not table.apply("added", key)}
-    anew = {key for key in saved & present if table.apply("anew", key)}
+    only_saved = {key for key in saved - present if not table.matches("dropped", key)}
+    only_present = {key for key in present - saved if not table.matches("added", key)}
+    # In both lists: it restarts, once (see ``ChangesConfig``), as the checkpoint remembers it.
+    anew = {key for key in saved & present if table.matches("anew", key)}
     return ResumePlan(
         load=frozenset((saved & present) - anew),
         fresh=frozenset((present - saved) | anew),
@@ -133,7 +134,7 @@ class _Rules:
     _applied_before: set[str]
     _used: dict[tuple[str, str], list[StateKey]] = field(factory=dict)
 
-    def apply(self, effect: str, key: StateKey) -> bool:
+    def matches(self, effect: str, key: StateKey) -> bool:
         """Whether a rule of ``effect`` ("added", "dropped" or "anew": both) is about ``key``."""
         added, dropped = set(self._rules.added), set(self._rules.dropped)
         entries = {

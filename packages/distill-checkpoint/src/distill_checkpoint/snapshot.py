@@ -119,14 +119,14 @@ class Snapshot:
     Attributes:
         iteration: the last finished one.
         documents: JSON, written by rank 0.
-        own: tensors that rank 0 writes.
-        shared: tensors that all ranks write together, each its shard.
+        by_rank0: tensors that rank 0 writes, in full.
+        by_all_ranks: tensors that all ranks write together, each its shard.
     """
 
     iteration: int
     documents: dict[Path, Any] = field(factory=dict)
-    own: dict[Path, LocalShard] = field(factory=dict)
-    shared: dict[Path, LocalShard] = field(factory=dict)
+    by_rank0: dict[Path, LocalShard] = field(factory=dict)
+    by_all_ranks: dict[Path, LocalShard] = field(factory=dict)
 
     def write(self, folder: Path, ranks: Ranks) -> dict[str, FileInfo]:
         """Write it into ``folder``, all ranks together.
@@ -138,12 +138,12 @@ class Snapshot:
             CheckpointError: it could not be written on some rank.
         """
         written: dict[Path, FileInfo] = {}
-        for path, shard in self.shared.items():
+        for path, shard in self.by_all_ranks.items():
             written |= write_tensors(folder / path, shard, ranks=ranks)
 
-        def write_own() -> dict[str, FileInfo]:
+        def write_own_and_list_all() -> dict[str, FileInfo]:
             if ranks.is_first:
-                for path, shard in self.own.items():
+                for path, shard in self.by_rank0.items():
                     written.update(write_tensors(folder / path, shard))
                 for path, value in self.documents.items():
                     (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -151,21 +151,21 @@ class Snapshot:
             return {path.relative_to(folder).as_posix(): info for path, info in written.items()}
 
         # Rank 0 writes the manifest, so it has to hear of the files of every rank.
-        by_rank = ranks.gather_results(write_own)
+        by_rank = ranks.gather_results(write_own_and_list_all)
         return {name: info for files in by_rank for name, info in files.items()}
 
-    def add(self, path: Path, state: Any, *, shared: bool = False) -> None:
+    def add(self, path: Path, state: Any, *, by_all_ranks: bool = False) -> None:
         """Add one state: its tensors under ``path``, the rest in ``path.json``.
 
         Args:
-            shared: all ranks write its tensors; else rank 0 does, which gathers sharded ones.
+            by_all_ranks: all ranks write its tensors; else rank 0 does, which gathers sharded ones.
         """
         packed, tensors = pack(state, path.as_posix())
-        if tensors and shared:
-            self.shared[path] = LocalShard.of(tensors)
+        if tensors and by_all_ranks:
+            self.by_all_ranks[path] = LocalShard.of(tensors)
         elif tensors:
             full = {name: to_full(value) for name, value in tensors.items()}
-            self.own[path] = LocalShard.of(full)
+            self.by_rank0[path] = LocalShard.of(full)
         self.documents[json_of(path)] = packed
 
 
@@ -186,7 +186,7 @@ def capture(
     snapshot = Snapshot(run.iteration)
 
     def collect() -> dict[str, Any]:
-        _add_shared_state(snapshot, run, callbacks, changes, ranks.size)
+        _add_run_state(snapshot, run, callbacks, changes, ranks.size)
         return {
             "iteration": run.iteration,
             "loader": run.loader.state_dict(),
@@ -214,7 +214,7 @@ def capture(
     return snapshot
 
 
-def _add_shared_state(
+def _add_run_state(
     snapshot: Snapshot,
     run: RunState,
     callbacks: Mapping[str, Callback],
@@ -227,15 +227,15 @@ def _add_shared_state(
     for (role, key), handle in trained_modules(bundle).items():
         tensors = module_tensors(handle, key)
         if tensors:
-            snapshot.shared[role_folder(root, role, key)] = LocalShard.of(tensors)
+            snapshot.by_all_ranks[role_folder(root, role, key)] = LocalShard.of(tensors)
     for (role, key), optimizer in optimizers(bundle).items():
         parameters = bundle.roles[role].trained_parameters(key)
         state = optimizer_state(optimizer, parameters, f"{role}.{key}")
-        snapshot.add(state_path(root, "optimizers", role, key), state, shared=True)
+        snapshot.add(state_path(root, "optimizers", role, key), state, by_all_ranks=True)
     for (role, key), scheduler in schedulers(bundle).items():
         snapshot.add(state_path(root, "schedulers", role, key), scheduler.state_dict())
     for (role, key), average in averages(bundle).items():
-        snapshot.add(state_path(root, "ema", role, key), average.state_dict(), shared=True)
+        snapshot.add(state_path(root, "ema", role, key), average.state_dict(), by_all_ranks=True)
     states = {name: callback.state_dict() for name, callback in callbacks.items()}
     for name, state in states.items():
         if state:
@@ -273,17 +273,19 @@ class SnapshotBuffers:
     _kept: dict[tuple[Path, str], Tensor] = field(factory=dict)
 
     def copy(self, snapshot: Snapshot) -> Snapshot:
-        """Copy ``snapshot``, so that training does not change its tensors. One copy lives at once.
+        """Copy ``snapshot``, so that training does not change its tensors.
 
-        Buffers of tensors that it does not have any more are freed.
+        The next call overwrites this copy. Buffers of tensors that the snapshot does not have any
+        more are freed.
         """
+        # Documents stay as they are: `pack` built them anew, and nothing of the run's is in them.
         before, self._kept = self._kept, {}
         copied = evolve(
             snapshot,
-            own=self._copy_shards(snapshot.own, before),
-            shared=self._copy_shards(snapshot.shared, before),
+            by_rank0=self._copy_shards(snapshot.by_rank0, before),
+            by_all_ranks=self._copy_shards(snapshot.by_all_ranks, before),
         )
-        shards = [*snapshot.own.values(), *snapshot.shared.values()]
+        shards = [*snapshot.by_rank0.values(), *snapshot.by_all_ranks.values()]
         if any(tensor.is_cuda for shard in shards for tensor in shard.local.values()):
             # Copies to pinned memory are only queued, and the next step writes to their source.
             torch.cuda.synchronize()

@@ -77,7 +77,7 @@ _SHARDING = "DCP_SHARDING_INFO"
 _OFFSETS = "saved_offsets"
 
 
-def ranks_that_save(timeout: float) -> Ranks:
+def new_checkpoint_group(timeout: float) -> Ranks:
     """Make a group for what is written and read, beside that of the training.
 
     All ranks call it together.
@@ -160,6 +160,7 @@ def write_tensors(
         with _as_checkpoint_error(folder):
             folder.mkdir(parents=True)
             return _write_items(folder, shard.items, shard.local, files, rank=0)
+    # `save` only plans: it makes `folder`, and leaves this rank's part in `planned.items`.
     planned = _PlannedWriter(folder, files)
     # `save` is a chain of collectives in torch, whose errors and time-outs do not say which rank
     # it was that did not come; the barrier does.
@@ -181,8 +182,9 @@ def write_tensors(
         with _as_checkpoint_error(folder):
             written.update(_write_items(folder, planned.items, shard.local, files, rank=ranks.rank))
 
-    # Not within `save`: a full disk on one rank is then an error of the framework on all.
-    ranks.gather_results(write)
+    # Outside of `save`, which turns a full disk into an exception of torch without its reason; here
+    # every rank raises a CheckpointError that names it.
+    ranks.run_each(write)
     return written
 
 

@@ -610,6 +610,7 @@ def checked_rollout(
             f"{len(exit_steps)} exit_steps and {len(gradients)} requires_grad for "
             f"{chunks} chunks of role {role!r}; there must be one of each a chunk"
         )
+    # The sampler's set_grad_enabled(True) would override a caller's no_grad (the critic's turn).
     return [gradient and torch.is_grad_enabled() for gradient in gradients]
 
 

@@ -51,6 +51,10 @@ def dmd_gradient(
     """Return ``g = nan_to_num((f - r) / mean |x - r|)``: the direction from the data to the
     student's clips (DMD, Yin et al. 2024, eq. 7 and 8; tianweiy/DMD2 ``sd_guidance.py``).
 
+    With scores (alpha x0 - x_t) / sigma^2 the difference of two scores is alpha / sigma^2 times
+    that of two x0. The weight of eq. 8 cancels that factor but for one alpha, which DMD2's code
+    leaves out.
+
     Args:
         x: the student's clean latents.
         fake_x0: f, the critic's prediction at the noised x.

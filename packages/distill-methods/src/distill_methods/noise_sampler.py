@@ -32,15 +32,16 @@ class NoisedLatents(NamedTuple):
 class NoiseSampler:
     """Draws t, noise and choices, each from the random stream of its own ``purpose``.
 
-    What a sample gets depends on the seed, the purpose and the sample's place in the run, and on
-    nothing else: one large batch, micro batches and several ranks see the same numbers.
+    Equal purposes share a stream. What a sample gets depends on the seed, the purpose and the
+    sample's place in the run, and on nothing else: one large batch, micro batches and several ranks
+    see the same numbers.
     """
 
     def __init__(self, adapter: LatentDiffusion, streams: RandomStreams) -> None:
         self._adapter = adapter
         self.streams = streams
 
-    def add_noise(
+    def add_noise_at_random_time(
         self,
         x0: Tensor,
         purpose: str,
@@ -49,8 +50,15 @@ class NoiseSampler:
         *roles: str,
         chunks: Sequence[Chunk] = (),
     ) -> NoisedLatents:
-        """Noise each clip of ``x0`` [B, C, T, H, W] at a fresh t (``sample_timesteps``) with fresh
-        noise."""
+        """Noise each clip of ``x0`` [B, C, T, H, W] at a fresh t with fresh noise.
+
+        Args:
+            purpose: of the two random streams, ``<purpose>.t`` and ``<purpose>.noise``.
+            iteration: decides, with the seed, which expert's range of t is meant.
+            time: the distribution of t.
+            roles: those that will be called at t; see ``sample_timesteps``.
+            chunks: with a t for each of them.
+        """
         t = self.sample_timesteps(
             f"{purpose}.t", len(x0), iteration, time, *roles, chunks=chunks
         ).to(x0.device)
@@ -116,7 +124,8 @@ class NoiseSampler:
 
     def sample_shared_integer(self, purpose: str, high: int) -> int:
         """Draw a uniform integer in 0 .. high - 1, the same on all ranks: for choices that decide
-        which calls are made, as all ranks must make the same calls of a sharded model."""
+        which calls are made, as all ranks must make the same calls of a sharded model. The stream
+        moves on with each call, once a micro step, unlike that of ``sample_index``."""
         generator = self.streams.get(purpose, shared=True)
         return int(torch.randint(high, (), generator=generator))
 

@@ -96,6 +96,7 @@ class StudentRollouts:
         return self._simulate(batch, purpose, exit_steps)
 
     def _simulate(self, batch: Batch, purpose: str, exit_steps: tuple[int, ...]) -> Rollout:
+        # k calls of the student without gradient, then one at level k: with gradient in its turn.
         context, size = self._context, len(batch)
         # Shared, as k decides how many calls there are: the ranks of a sharded student would
         # otherwise wait for each other for ever.

@@ -66,7 +66,7 @@ class RowGenerators:
 
 
 class RandomStreams:
-    """Generators by purpose (``dmd2.score_t``, ``rollout.noise`` ...), made on first use.
+    """Generators by purpose (``dmd2.student.t``, ``dmd2.student.noise`` ...), made on first use.
 
     ``rows`` is for what is drawn once a sample: noise, t. The numbers depend on (seed, purpose,
     the sample's place in the run) only: never on the batch size, the accumulation, or how many

@@ -78,7 +78,10 @@ class Ranks:
         return self.rank == 0
 
     def gather_results(self, action: Callable[[], T]) -> list[T]:
-        """Every rank does ``action``; what came of it, by rank.
+        """Let every rank do ``action``, and return what came of it, by rank.
+
+        ``action`` may itself wait for other ranks. If it fails on one rank before that, the others
+        wait there until the timeout of the group that they wait in.
 
         Raises:
             DistillError: it failed on some rank: the same error on all. Where a rank's own is
@@ -92,16 +95,18 @@ class Ranks:
             value = action()
         except Exception as caught:
             error = caught
-        told: list[Any] = [None] * self.size
+        answers: list[Any] = [None] * self.size
         self.barrier()  # a gather would know only that not all came
         with self.within_timeout():
-            distributed.all_gather_object(told, (_said(error), value), group=self.group)
-        failures = [f"rank {rank}: {said}" for rank, (said, _) in enumerate(told) if said]
+            distributed.all_gather_object(
+                answers, (_describe_error(error), value), group=self.group
+            )
+        failures = [f"rank {rank}: {said}" for rank, (said, _) in enumerate(answers) if said]
         if failures:
             if isinstance(error, DistillError) and not isinstance(error, self.error):
                 raise error
             raise self.error("; ".join(failures)) from error
-        return [cast(T, value) for _, value in told]
+        return [cast(T, value) for _, value in answers]
 
     def run_each(self, action: Callable[[], T]) -> T:
         """Every rank does ``action`` by itself, and keeps what comes of it.
@@ -161,7 +166,7 @@ ALONE = Ranks()
 """A process by itself."""
 
 
-def _said(error: Exception | None) -> str | None:
+def _describe_error(error: Exception | None) -> str | None:
     if error is None or isinstance(error, DistillError | OSError):
         return None if error is None else str(error)
     return f"{type(error).__name__}: {error}"

@@ -65,7 +65,7 @@ def sample(
         with torch.set_grad_enabled(requires_grad and at_exit):
             v = velocity(x, (sigma * 1000).expand(x.shape[0])).float()
             if at_exit:
-                return x - sigma * v  # bit for bit what Euler's last step gives
+                return x - sigma * v  # x0; at the last level the same bits as Euler's step to 0
             if not spec.stochastic:
                 x = x + (after - sigma) * v
                 continue

@@ -50,14 +50,14 @@ class Adversary:
 
         x_t = (1 - s) x + s eps                     of the student's clips and of the data's
         D   = heads(features(x_t, t, c))            one logit a head, [B, heads]
-        L_G = softplus(-D(fake))
-        L_D = softplus(D(fake)) + softplus(-D(real)) + w |D(real_t) - D(real_t + sigma n)|^2
+        L_gan = softplus(-D(fake))                   the student's
+        L_D   = softplus(D(fake)) + softplus(-D(real)) + w |D(real_t) - D(real_t + sigma n)|^2
 
     The real and the fake clip of a sample are noised with the same t and noise (FastGen's Wan run
     files; tianweiy/DMD2 draws both for each), so that D compares the clips and not the noises.
 
     Args:
-        on: the roles that may give features.
+        allowed_on: the roles that may give features.
         trains_features: whether L_D also reaches the weights of the role that gives them.
 
     Raises:
@@ -71,15 +71,16 @@ class Adversary:
         context: MethodContext,
         options: DiscriminatorOptions,
         *,
-        on: Sequence[str],
+        allowed_on: Sequence[str],
         trains_features: bool = False,
     ) -> None:
         spec = context.bundle[DISCRIMINATOR].discriminator
-        if spec is None or spec.on not in on:
+        if spec is None or spec.on not in allowed_on:
             actual = "a model" if spec is None else f"heads on {spec.on!r}"
             raise RoleError(
-                f"role {DISCRIMINATOR!r} is {actual}; it must be heads on {' or '.join(on)}, whose "
-                f"features {context.name} reads. Put the heads on one of these"
+                f"role {DISCRIMINATOR!r} is {actual}; it must be heads on "
+                f"{' or '.join(allowed_on)}, whose features {context.name} reads. Put the heads on "
+                "one of these"
             )
         if trains_features and not context.bundle[spec.on].trainable:
             raise RoleError(
@@ -99,7 +100,7 @@ class Adversary:
     def generator_loss(
         self, x: Tensor, noised: NoisedLatents, cond: Condition, *, loss_mask: Tensor | None = None
     ) -> GeneratorLoss:
-        """Return L_G of the student's clips ``x`` [B, C, T, H, W].
+        """Return L_gan of the student's clips ``x`` [B, C, T, H, W].
 
         Args:
             noised: the t and noise to noise ``x`` with.
@@ -110,6 +111,8 @@ class Adversary:
         # student's loss), and so that their graph is freed before the student's is walked.
         clips = x.detach().requires_grad_()
         bundle = self._context.bundle
+        # enable_grad: the derivative is taken whether or not the caller records one. x_t is made
+        # again of the same noise and t, so that it has a derivative by the clip.
         with torch.enable_grad(), bundle[DISCRIMINATOR].frozen(), bundle[self.on].frozen():
             x_t = self._context.adapter.add_noise(clips, noised.noise, noised.t)
             logits = self._call_discriminator(x_t, noised.t, cond, through_features=True)

@@ -145,7 +145,7 @@ class ContinuousConsistency:
         square of g (nan: a derivative was not finite, and its samples were left out)."""
         adapter = self._context.adapter
         x0 = adapter.normalize_latents(batch.latents)
-        x_t, _, t = self._context.noise.add_noise(
+        x_t, _, t = self._context.noise.add_noise_at_random_time(
             x0, self._context.name, iteration, self._config.time, "student", *self._teachers.names
         )
         velocity = adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="v")

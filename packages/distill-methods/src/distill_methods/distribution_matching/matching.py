@@ -24,23 +24,27 @@ class DistributionMatching:
     With frozen teachers and a critic that follows the student::
 
         x   = a clip of the student
-        x_t = (1 - s) x + s eps,  t = clamp(1000 S_k(u), t_min, t_max), per sample
-        f   = critic(x_t, c);  r = sum_i a_i (u + w_i (c - u)) of teacher i; as x0, no gradient
+        x_t = (1 - s) x + s eps,  t = 1000 s drawn per sample from ``score_time``
+        f   = x0 that the critic predicts at x_t            no gradient
+        r   = sum_i a_i (u_i + w_i (c_i - u_i))             x0 of teacher i with guidance, likewise
         g   = nan_to_num((f - r) / mean |x - r|)            per sample
-        L_G = 0.5 mean((x - stop(x - g))^2)                 so that dL_G/dx = g / numel
-        L_C = mean |critic_v(x'_t) - (eps' - x')|^2         x' detached, t' and eps' its own
+        L_dmd    = 0.5 mean((x - stop(x - g))^2)            so that dL_dmd/dx = g / numel
+        L_critic = mean |v_critic(x'_t') - (eps' - x')|^2   x' another clip, t' and eps' its own
 
-    With ``gan``, a discriminator is trained in the critic's turn and adds its loss to the student's
-    (``Adversary``); with ``f_divergence``, g is multiplied by h(r), r from the logits.
+    The critic is the network of DMD's fake score, not that of a GAN. With ``gan`` there is a
+    discriminator beside it: it is trained in the critic's turn and adds its loss to the student's
+    (``Adversary``). With ``f_divergence`` g is multiplied by h, a function of the density ratio
+    that the discriminator's logits give.
 
     ``MatchingConfig.turns`` says which roles step when. In an iteration in which student and critic
-    step, the two losses are added and differentiated at once; they share no graph, as every call of
-    a role that does not step runs with its weights frozen, or without gradient.
+    step, the two losses are added and differentiated at once. They share no graph: a turn calls the
+    other turn's role with its weights frozen and in eval mode, or without gradient.
 
     ``outputs``: ``student_x0`` of the turn, its mean and std, and the (mean) exit step; in the
-    student's turn ``teacher_x0`` and ``critic_x0``, the mean normaliser, the rms of g and the mean
-    |f - r|; with ``gan`` D's mean logits, in its turn its accuracy, and mean and extremes of h. A
-    nan normaliser means that a prediction was not finite and that nan_to_num left its samples out.
+    student's turn ``teacher_x0`` and ``critic_x0``, the mean normaliser, the rms of g (before h)
+    and the mean |f - r|; with ``gan`` D's mean logits, in its turn its accuracy, and mean and
+    extremes of h. A nan normaliser means that a prediction was not finite and that nan_to_num left
+    its samples out.
 
     Args:
         rollout: makes the student's clips.
@@ -58,7 +62,7 @@ class DistributionMatching:
             adversary = Adversary(
                 context,
                 config.gan,
-                on=config.feature_roles,
+                allowed_on=config.feature_roles,
                 trains_features=config.gan.train_features,
             )
             self._gan = config.gan, adversary
@@ -69,7 +73,8 @@ class DistributionMatching:
         them without their weights; ``total_loss`` is the sum with them."""
         bundle, turns = self._context.bundle, self._config.turns(iteration)
         results: list[TurnResult] = []
-        # The critic first: where both step, the student's outputs are the ones to log.
+        # The critic first: where both step, the student's outputs are the ones to log. The
+        # discriminator has no turn of its own: it is trained in the critic's.
         if "critic" in turns:
             with bundle["student"].frozen():
                 results.append(self._critic_turn(batch, iteration))
@@ -87,7 +92,7 @@ class DistributionMatching:
         # No gradient through noising and the two score models: g is the gradient of the KL by x
         # already (DMD, eq. 7).
         with torch.no_grad():
-            noised = context.noise.add_noise(
+            noised = context.noise.add_noise_at_random_time(
                 x,
                 f"{context.name}.student",
                 iteration,
@@ -96,29 +101,29 @@ class DistributionMatching:
                 *self._teachers.names,
             )
             x_t, _, t = noised
-            fake = context.adapter.forward("critic", x_t, t, batch.cond, fwd_pred_type="x0")
-            real = self._teachers.predict(x_t, t, batch.cond, pred_type="x0")
-            gradient = dmd_gradient(x, fake, real, loss_mask)
+            critic_x0 = context.adapter.forward("critic", x_t, t, batch.cond, fwd_pred_type="x0")
+            teacher_x0 = self._teachers.predict(x_t, t, batch.cond, pred_type="x0")
+            gradient = dmd_gradient(x, critic_x0, teacher_x0, loss_mask)
             outputs = rollout.outputs() | {
-                "teacher_x0": real,
-                "critic_x0": fake,
-                "dmd_normaliser": dmd_normaliser(x, real, loss_mask).mean(),
+                "teacher_x0": teacher_x0,
+                "critic_x0": critic_x0,
+                "dmd_normaliser": dmd_normaliser(x, teacher_x0, loss_mask).mean(),
                 "dmd_gradient_rms": gradient.square().mean().sqrt(),
-                "score_distance": (fake - real).abs().mean(),
+                "score_distance": (critic_x0 - teacher_x0).abs().mean(),
             }
         if self._gan is None:
             loss = dmd_loss(x, gradient, loss_mask)
             return TurnResult(loss, {"dmd_loss": loss}, outputs)
 
         gan, adversary = self._gan
-        if gan.time is not None:
-            noised = context.noise.add_noise(
+        if gan.time is not None:  # Otherwise the discriminator reads the x_t of the scores.
+            noised = context.noise.add_noise_at_random_time(
                 x.detach(), f"{context.name}.student.gan", iteration, gan.time, adversary.on
             )
-        generator = adversary.generator_loss(x, noised, batch.cond, loss_mask=loss_mask)
-        outputs["gan_fake_logit"] = generator.logits_fake.mean()
+        gan_loss = adversary.generator_loss(x, noised, batch.cond, loss_mask=loss_mask)
+        outputs["gan_fake_logit"] = gan_loss.logits_fake.mean()
         if self._config.f_divergence != "reverse_kl":  # The reverse KL has h = 1.
-            ratio = density_ratio(generator.logits_fake, self._config.f_ratio_limits)
+            ratio = density_ratio(gan_loss.logits_fake, self._config.f_ratio_limits)
             h = divergence_weight(self._config.f_divergence, ratio)
             gradient = gradient * h.view(-1, *[1] * (gradient.ndim - 1))
             outputs |= {
@@ -128,8 +133,8 @@ class DistributionMatching:
             }
         loss = dmd_loss(x, gradient, loss_mask)
         return TurnResult(
-            loss + gan.generator_weight * generator.loss,
-            {"dmd_loss": loss, "gan_generator_loss": generator.loss},
+            loss + gan.generator_weight * gan_loss.loss,
+            {"dmd_loss": loss, "gan_generator_loss": gan_loss.loss},
             outputs,
         )
 
@@ -140,10 +145,11 @@ class DistributionMatching:
             rollout = self._rollout(batch, "critic", iteration)
             time = self._config.critic_time or self._config.score_time
             # Fresh t and noise: one clip has any number of noised versions to learn from.
-            x_t, noise, t = context.noise.add_noise(
+            x_t, noise, t = context.noise.add_noise_at_random_time(
                 rollout.x0, f"{context.name}.critic", iteration, time, "critic"
             )
             target = context.adapter.target(rollout.x0, noise, t, "v")
+        # Of the clip's frames; ``rollout.loss_mask`` is of the student's gradient alone.
         velocity = context.adapter.forward("critic", x_t, t, batch.cond, fwd_pred_type="v")
         loss = velocity_loss(velocity, target, loss_mask=loss_mask_of(context.adapter, batch.cond))
         if self._gan is None:
@@ -151,7 +157,7 @@ class DistributionMatching:
 
         gan, adversary = self._gan
         with torch.no_grad():
-            noised_fake = context.noise.add_noise(
+            noised_fake = context.noise.add_noise_at_random_time(
                 rollout.x0, f"{context.name}.gan", iteration, self._config.gan_time, adversary.on
             )
             real = context.adapter.normalize_latents(batch.latents)

@@ -28,9 +28,11 @@ class DMD2Method(LatentMethod[DMD2Config]):
       CausVid, FastVideo). tianweiy/DMD2 gives the critic the very clips of the student's turn.
     - The normaliser is per sample (all but FastVideo, which averages over the batch).
     - t is per sample (Self-Forcing and FastVideo draw one for the batch).
-    - With ``rollout: simulate`` the exit step k is one for the batch and all ranks, drawn for
-      each micro batch; with ``rollout: data`` it is per sample. The calls that sampling would
-      still make after k are never made (FastVideo makes them all and discards them).
+    - With ``rollout: simulate`` the exit step k (the sampler's step whose call is trained) is one
+      for the batch and all ranks, drawn for each micro batch; with ``rollout: data`` it is per
+      sample.
+      The calls that sampling would still make after k are never made (FastVideo makes them all and
+      discards them).
     - If a model has two experts, an iteration takes the student at the steps of one of them, and
       computes the scores at the t of one. Which one is drawn for the iteration, with their shares
       as probabilities.

@@ -43,7 +43,7 @@ class FinetuneMethod(LatentMethod[FinetuneConfig]):
         """Compute the weighted velocity loss of one micro batch."""
         x0 = self.adapter.normalize_latents(batch.latents)
         chunks = chunks_of(self.adapter, "student") if self.config.times == "per_chunk" else ()
-        x_t, noise, t = self.noise.add_noise(
+        x_t, noise, t = self.noise.add_noise_at_random_time(
             x0, "finetune", iteration, self.config.time, "student", chunks=chunks
         )
         velocity = self.adapter.forward(

@@ -60,7 +60,7 @@ class LaddMethod(LatentMethod[LaddConfig]):
         streams: RandomStreams | None = None,
     ) -> None:
         super().__init__(bundle, adapter, config, conditioning=conditioning, streams=streams)
-        self._adversary = Adversary(self.context, config, on=("teacher",))
+        self._adversary = Adversary(self.context, config, allowed_on=("teacher",))
         self._rollout = StudentRollouts(self.context, config, config.rollout)
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
@@ -95,4 +95,6 @@ class LaddMethod(LatentMethod[LaddConfig]):
 
     def _add_noise(self, rollout: Rollout, turn: str, iteration: int) -> NoisedLatents:
         x0, time = rollout.x0.detach(), self.config.time
-        return self.noise.add_noise(x0, f"ladd.{turn}", iteration, time, self._adversary.on)
+        return self.noise.add_noise_at_random_time(
+            x0, f"ladd.{turn}", iteration, time, self._adversary.on
+        )

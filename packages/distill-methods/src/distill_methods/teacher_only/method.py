@@ -58,7 +58,7 @@ class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """Compute the distance of student and guided teachers on one micro batch."""
-        x_t, _, t = self.noise.add_noise(
+        x_t, _, t = self.noise.add_noise_at_random_time(
             self._clean_latents(batch),
             "teacher_only",
             iteration,

@@ -143,6 +143,8 @@ class IterationRunner:
 
     def _micro_step(self, batch: Any, batch_ids: Sequence[str]) -> StepResult:
         method, iteration = self._run.method, self._run.iteration
+        # autocast does nothing unless a method overrides it: each role's calls set their own
+        # precision. In one process _train_step is method.single_train_step itself.
         with method.autocast():
             loss_map, outputs = self._train_step(batch, iteration)
         if "total_loss" not in loss_map:

@@ -17,7 +17,9 @@ class IterationSnapshot:
     It holds what a checkpoint holds and micro steps move: generators (the run's and torch's own),
     the loader's position, the method's ``state_dict``, persistent buffers of trainable roles
     (batch norm and the like). Weights, optimizers, schedulers and averages have not moved yet. So
-    the state after ``restore`` is, bit for bit, that of the iteration before.
+    the state after ``restore`` is, bit for bit, that of the iteration before. The run ends then:
+    an iterator over the data that is already open does not go back. What a checkpoint holds is
+    another snapshot, the checkpointer's own.
 
     ``take`` comes with every iteration and is cheap: generator states are some KB and live on the
     host, buffers are copied on their own device. It makes no device wait, but for the scale of
