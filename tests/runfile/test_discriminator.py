@@ -79,6 +79,11 @@ HEADS = {"on": "teacher", "blocks": [1], "width": 8}
         ("discriminator", {"heads": HEADS | {"width": 0}}, "heads.width: 0 must be at least 1"),
         ("discriminator", {"path": "./wan"}, "path: has no place beside heads"),
         ("discriminator", {"base": "teacher"}, "base: has no place beside heads"),
+        (
+            "discriminator",
+            {"attention_backend": "native"},
+            "attention_backend: has no place beside heads",
+        ),
         ("discriminator", {"lora": {"rank": 2}}, "lora: has no place beside heads"),
         ("discriminator", {"precision": "bf16"}, "precision: bf16 of heads"),
         ("discriminator", {"offload": True}, "offload: true, but 'discriminator' is trained"),

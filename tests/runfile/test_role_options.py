@@ -26,6 +26,9 @@ class Family(WanFamily):
     def attention_backends(self, role: RoleSpec, config: Any) -> Collection[str]:
         return ("native", "flash")
 
+    def attention_problem(self, role: RoleSpec, config: Any) -> None:
+        """Whether the kernel can run depends on the machine."""
+
     def plan(self, role: RoleSpec, config: Any) -> RolePlan:
         self.planned.append(role)
         return super().plan(role, config)

@@ -113,7 +113,8 @@ ROLE_OPTIONS = frozenset(
         "offload",
     )
 )
-"""The options of a role that ``RoleLoader`` honours for every model class."""
+"""The options of a role that ``RoleLoader`` honours for every model class. A family that honours
+more overrides ``role_options``, and ``load`` and ``plan`` where it does so."""
 
 
 class DiffusersFamily(FamilyPlugin[ConfigT]):

@@ -126,9 +126,12 @@ class CompileSpec:
 class RoleOptions:
     """How one role is built and held. A run file's ``models.<role>`` has these keys.
 
-    A new option is added here, and used where the family honours it: the run file, the plan and
-    the loading pass the whole object on. A family names the options that it honours
-    (``FamilyPlugin.role_options``); any other that is set is refused.
+    The run file, the plan and the loading pass the whole object on, so a new option is added here,
+    named by the families that honour it (``FamilyPlugin.role_options``; any other that is set is
+    refused), and used where they load a role (``RoleLoader`` of distill-diffusers). ``compile`` is
+    the example to follow. One that changes how weights are held also changes what a plan counts
+    (``stored_dtype`` there) and what a role beside another's weights has from it (``FROM_BASE`` of
+    distill-runfile).
 
     Attributes:
         precision: compute precision of the role's calls; None: fp32, or that of ``base``.

@@ -1,4 +1,8 @@
-"""From what a file says of its roles to roles with nothing left open. No torch."""
+"""From what a file says of its roles to roles with nothing left open. No torch.
+
+``RoleConfig`` (a section of the file) and ``RoleNeed`` (what the method asks) make a ``RoleSpec``
+(complete, for the family) within a ``Role`` (with its optimizer); a loaded one is a ``RoleHandle``.
+"""
 
 from __future__ import annotations
 

@@ -39,15 +39,12 @@ def plan_module(
     architecture = inspect_model(kind, config)
     lists = (role.fsdp and role.fsdp.blocks) or architecture.block_lists
     blocks = frozenset(architecture.entries(*_known_lists(architecture, lists)))
-    text = (
-        f"{architecture.class_name}, {len(architecture.blocks)} layers of width "
-        f"{architecture.width}"
-    )
-    if role.attention_backend is not None:
-        text += f", attention {role.attention_backend}"
     return ModulePlan(
         name=name,
-        architecture=text,
+        architecture=(
+            f"{architecture.class_name}, {len(architecture.blocks)} layers of width "
+            f"{architecture.width}"
+        ),
         tensors=tuple(_tensors(architecture, role, blocks)),
         buffers=architecture.buffers,
         buffer_bytes=architecture.buffer_bytes,

@@ -189,21 +189,16 @@ def _head_problems(
             f"{heads.on!r} has compile, and each call that gives features would compile its "
             f"blocks anew. Leave compile out under models.{heads.on}",
         )
-    model_options = {
-        "path": role.path,
-        "base": role.base,
-        "lora": role.lora,
-        "compile": role.compile,
-        "activation_checkpointing": role.activation_checkpointing or None,
-    }
     if role.precision not in (None, "fp32"):
         yield Problem(
             ("precision",),
             f"{role.precision} of heads; they are small, and compute in fp32 whatever the role "
             "that they are on does. Leave it out",
         )
-    for key, value in model_options.items():
-        if value is not None:
+    stated = [*(["path"] if role.path is not None else []), *role.options_set()]
+    for key in stated:
+        # precision and offload have rules of their own.
+        if key not in ("heads", "fsdp", "precision", "offload"):
             yield Problem(
                 (key,),
                 f"has no place beside heads: {name!r} is small networks on the features of "
