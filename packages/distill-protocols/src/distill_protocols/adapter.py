@@ -76,18 +76,20 @@ class Denoiser(Protocol):
 
 
 class Discriminating(Protocol):
-    """Roles that are heads on another's features (``supports_features``)."""
+    """Roles that are discriminators on another's features (``supports_features``)."""
 
     def discriminate(self, role: str, features: Mapping[int, Tensor]) -> Tensor:
-        """Logits of the heads ``role`` [B, heads], fp32, in the order of its ``heads.blocks``.
+        """Logits of the discriminator ``role`` [B, heads], fp32, one head per block in the order of
+        ``DiscriminatorSpec.blocks``.
 
-        Above 0 a head holds the clip for real. A row's logits depend on that row alone.
+        Above 0 a head takes the clip for real. A row's logits depend on that row alone.
 
         Args:
-            features: of the blocks ``RoleHandle.heads`` names, as ``Denoiser.forward`` gives them.
+            features: of the blocks that ``RoleHandle.discriminator`` names, as ``Denoiser.forward``
+                gives them.
 
         Raises:
-            ContractError: ``role`` is no heads, or ``features`` are those of other blocks.
+            ContractError: ``role`` is no discriminator, or ``features`` are those of other blocks.
         """
         ...
 
