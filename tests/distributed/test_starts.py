@@ -16,8 +16,8 @@ def test_ranks_with_other_run_files_take_no_folder(tmp_path):
     values["training"]["seed"] += 1
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump(values))
-    for said in together(train_own, [file, other]):
-        assert said.startswith("RankError: rank 1 differs from rank 0 in training.seed"), said
+    for outcome in together(train_own, [file, other]):
+        assert outcome.startswith("RankError: rank 1 differs from rank 0 in training.seed"), outcome
     assert not (tmp_path / "run").exists()
     assert together(train, file) == ["", ""]
 
