@@ -23,7 +23,7 @@ def test_ranks_with_other_run_files_take_no_folder(tmp_path):
 
 
 # Before what they do together in loading; before what they do in training.
-@pytest.mark.parametrize("what", ["_warm_starts", "LatentDataset", "_callbacks"])
+@pytest.mark.parametrize("what", ["_start_weights", "LatentDataset", "_callbacks"])
 def test_what_one_rank_cannot_read_ends_all(tmp_path, what):
     file = run_file(tmp_path / "run.yaml", "finetune", training=FEW)
     (first, waited), (second, _) = together(train_where_one_cannot, file, what)
