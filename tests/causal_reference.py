@@ -17,10 +17,10 @@ Seen = list[tuple[list[int], list[int], int]]
 
 def chunk_lists(frames: int, *, size: int, alone: bool) -> list[list[int]]:
     """[[0], [1, 2, 3], ...]"""
-    chunks, room = [], 1 if alone else size
+    chunks, capacity = [], 1 if alone else size
     for frame in range(frames):
-        if not chunks or len(chunks[-1]) == room:
-            room = 1 if alone and not chunks else size
+        if not chunks or len(chunks[-1]) == capacity:
+            capacity = 1 if alone and not chunks else size
             chunks.append([])
         chunks[-1].append(frame)
     return chunks

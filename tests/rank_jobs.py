@@ -45,7 +45,7 @@ from toy_data import CountingEncoder
 TIMEOUT = 30.0
 
 
-def said(action: Callable[[], Any]) -> Any:
+def text_of_error(action: Callable[[], Any]) -> Any:
     """What ``action`` returned, or the error of the framework that it raised."""
     try:
         return action()
@@ -83,7 +83,9 @@ def save_at(folder: Path, iterations: Sequence[int]) -> str:
     """Save, each rank at its own iteration."""
     run = run_of_rank(seed=0, strategy="ddp")
     manager = CheckpointManager(CheckpointConfig(timeout_seconds=TIMEOUT), folder, {})
-    return said(lambda: str(manager.save(run.state(folder, iterations[rank()]), run.callbacks)))
+    return text_of_error(
+        lambda: str(manager.save(run.state(folder, iterations[rank()]), run.callbacks))
+    )
 
 
 class Score(Callback):
@@ -216,7 +218,7 @@ def train_and_export(folder: Path, strategy: str, problem: str = "") -> Any:
         return full
 
     export.to_full = watched
-    return said(
+    return text_of_error(
         lambda: (run.train(folder, 3, CheckpointManager(config, folder, {})), most[0], count[0])[1:]
     )
 
@@ -250,7 +252,7 @@ def encode(
             conditioning.negative()
         return {"found": [_numbers(each) for each in found], "calls": encoder.calls}
 
-    return said(ask)
+    return text_of_error(ask)
 
 
 def _numbers(condition: Condition) -> dict[str, list[Any]]:

@@ -1,4 +1,4 @@
-"""Build every package as sdist and wheel, look into the files, and use them outside the workspace.
+"""Build every package as sdist and wheel, check the files, and use them outside the workspace.
 
     uv run python tools/check_wheels.py
 

@@ -4,7 +4,7 @@
     uv run python tools/release.py distill-trainer --bump minor
 
 The first command prints the changes and makes none. The second one makes them, builds every member,
-looks into the sdist and the wheel of the package, installs all wheels in a fresh environment, and
+checks the sdist and the wheel of the package, installs all wheels in a fresh environment, and
 prints the tag to create. If one of these steps fails, the tree is put back as it was. With `--tag`
 the changes are committed and the tag is created as well. Nothing is ever pushed or uploaded.
 

@@ -49,8 +49,8 @@ def test_it_is_the_export_of_the_checkpoint_byte_for_byte(tmp_path, strategy, si
     ],
 )
 def test_what_fails_on_the_first_rank_fails_on_all(tmp_path, problem, first, others):
-    said = together(train_and_export, tmp_path, "fsdp2", problem)
-    assert said == [first, others]
+    outcomes = together(train_and_export, tmp_path, "fsdp2", problem)
+    assert outcomes == [first, others]
 
 
 def test_a_rank_that_dies_meanwhile_does_not_hold_up_the_first(tmp_path):

@@ -23,12 +23,12 @@ def test_the_first_rank_holds_it_for_all(tmp_path):
 
 def test_a_refusal_is_the_same_on_all(tmp_path):
     with claim_output_dir(tmp_path, resume=True):
-        said = claims(tmp_path)
-    assert said[0] == said[1]
-    assert f"pid {os.getpid()}" in said[0]
-    said = claims(tmp_path, resume=False)
-    assert said[0] == said[1]
-    assert "already holds another run" in said[0]
+        outcomes = claims(tmp_path)
+    assert outcomes[0] == outcomes[1]
+    assert f"pid {os.getpid()}" in outcomes[0]
+    outcomes = claims(tmp_path, resume=False)
+    assert outcomes[0] == outcomes[1]
+    assert "already holds another run" in outcomes[0]
     assert claims(tmp_path)[0] == "held"
 
 
@@ -46,6 +46,6 @@ def test_a_run_that_did_not_start_gives_it_back(tmp_path):
 
 def test_folders_of_two_hosts_are_refused(tmp_path):
     """As where the output folder is on no shared storage."""
-    said = together(claim, [tmp_path / "here", tmp_path / "there"], False, "")
-    assert all("is not the" in each and "of rank 1" in each for each in said)
+    outcomes = together(claim, [tmp_path / "here", tmp_path / "there"], False, "")
+    assert all("is not the" in each and "of rank 1" in each for each in outcomes)
     assert list(tmp_path.iterdir()) == []

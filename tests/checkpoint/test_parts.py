@@ -277,10 +277,10 @@ def test_the_best_stay(tmp_path, caplog):
     run.callbacks["tally"].on_step_end = measure
     run.train(tmp_path, 7, CheckpointManager(config, tmp_path, {}))
     assert list(checkpoints(tmp_path)) == [7, 4, 3]
-    told = [r.getMessage() for r in caplog.records if "no candidate" in r.getMessage()]
-    assert len(told) == 1
-    assert told[0].startswith("checkpoint-000006 is no candidate for keep_best, as rep")
-    assert "grad_norm/" in told[0]
+    messages = [r.getMessage() for r in caplog.records if "no candidate" in r.getMessage()]
+    assert len(messages) == 1
+    assert messages[0].startswith("checkpoint-000006 is no candidate for keep_best, as rep")
+    assert "grad_norm/" in messages[0]
 
 
 def test_nothing_is_deleted_before_the_new_one_is_there(tmp_path, monkeypatch):

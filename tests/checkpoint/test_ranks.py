@@ -114,9 +114,9 @@ def test_weights_that_a_forward_pass_left_whole_are_saved_in_parts(tmp_path):
 
 
 def test_ranks_at_different_iterations_save_nothing(tmp_path):
-    said = together(save_at, tmp_path, [3, 4])
-    assert "rank 0: 3, rank 1: 4" in said[0]
-    assert "rank 0: 3, rank 1: 4" in said[1]
+    outcomes = together(save_at, tmp_path, [3, 4])
+    assert "rank 0: 3, rank 1: 4" in outcomes[0]
+    assert "rank 0: 3, rank 1: 4" in outcomes[1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -148,10 +148,10 @@ def test_what_one_rank_alone_measured_counts(tmp_path):
     ],
 )
 def test_what_one_rank_cannot_save_is_saved_by_none(tmp_path, how, config, word):
-    said = together(train_and_lose_a_rank, tmp_path, "fsdp2", how, config)
-    assert said[0] == said[1]
-    assert word in said[0]
-    assert "rank 1" in said[0]
+    outcomes = together(train_and_lose_a_rank, tmp_path, "fsdp2", how, config)
+    assert outcomes[0] == outcomes[1]
+    assert word in outcomes[0]
+    assert "rank 1" in outcomes[0]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000002"]
     assert isinstance(together(train, tmp_path, 4, "fsdp2")[0], dict)
 
@@ -169,9 +169,9 @@ def test_what_one_rank_cannot_save_is_saved_by_none(tmp_path, how, config, word)
 )
 def test_a_rank_that_is_lost_tears_nothing(tmp_path, strategy, size, how, who, config):
     began = time.monotonic()
-    said = together(train_and_lose_a_rank, tmp_path, strategy, how, config, who, size=size)
+    outcomes = together(train_and_lose_a_rank, tmp_path, strategy, how, config, who, size=size)
     assert time.monotonic() - began < 100  # far from the half hour of torch's own timeout
-    for rank, text in enumerate(said):
+    for rank, text in enumerate(outcomes):
         if rank == who:
             assert not text
         elif how == "step":

@@ -47,15 +47,15 @@ def test_without_a_fingerprint_and_with_constants(tmp_path):
 )
 def test_what_fails_on_the_first_rank_fails_on_all(tmp_path, negative, fingerprint, word):
     data = write_dataset(tmp_path / "data", 3, negative=None)
-    said = together(encode, tmp_path / "run", data, negative, fingerprint, [PROMPTS] * 2)
-    assert said[0] == said[1]
-    assert said[0].startswith("ConditioningError: rank 0: ")
-    assert all(part in said[0] for part in word.split(".*"))
+    outcomes = together(encode, tmp_path / "run", data, negative, fingerprint, [PROMPTS] * 2)
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0].startswith("ConditioningError: rank 0: ")
+    assert all(part in outcomes[0] for part in word.split(".*"))
 
 
 def test_ranks_that_ask_for_different_prompts_are_refused(tmp_path):
-    said = together(encode, tmp_path, None, "", "encoder-a", [["a"], ["b"]])
-    for own, text in zip("ab", said, strict=True):
+    outcomes = together(encode, tmp_path, None, "", "encoder-a", [["a"], ["b"]])
+    for own, text in zip("ab", outcomes, strict=True):
         assert text.startswith("ConditioningError: rank 1 and rank 0 ask for different things")
         assert f"conditions of ['{own}']" in text
         assert "on every rank" in text

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from distill_runtime import load_plugin
+from distill_trainer import DistillTrainer
+from toy_trainer import alternating, batches, training
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = ROOT / "docs" / "extend"
@@ -115,7 +117,7 @@ def test_the_method_of_the_guide_passes_the_suite(install):
 
 
 def test_the_run_file_of_the_method_guide_is_valid(install):
-    from distill_train.check import read_config
+    from distill_runfile import read_config
 
     file = install("method.md") / "match.yaml"
     for name in ("wan", "data"):
@@ -130,6 +132,17 @@ def test_the_family_of_the_guide_passes_the_suite(install):
     outcomes = run_suite(folder)
     assert outcomes.failed == []
     assert outcomes.passed >= 35
+
+
+def test_the_callback_of_the_guide_stops_a_run(install, tmp_path):
+    install("README.md")
+    plugin = load_plugin("distill.callbacks", "time_limit")
+    callback = plugin.build(plugin.config_class(hours=1e-9), parts=None)
+    config = training(tmp_path / "run", 5, trackers=("jsonl",))
+    result = DistillTrainer(config, callbacks=[callback]).run(alternating(), batches())
+    assert (result.iteration, result.stop_reason) == (1, "1e-09 hours are over")
+    numbers = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "time/left" in numbers
 
 
 def test_the_readme_of_the_suites_shows_what_exists():

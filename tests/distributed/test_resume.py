@@ -68,11 +68,11 @@ def test_a_rank_lost_in_a_step_ends_all_and_latest_resumes(tmp_path, how, distri
     file = file_of(tmp_path, "run", 4, settings, checkpoint={"every_steps": 2})
     began = time.monotonic()
     lost, survivor = 1, 0
-    said = together(train_and_lose, file, lost, 3, how)
+    outcomes = together(train_and_lose, file, lost, 3, how)
     assert time.monotonic() - began < 100  # bounded: torch's own patience is half an hour
-    assert said[survivor].startswith("RankError: "), said
-    assert "rank 1" in said[survivor]
-    assert "iteration 3" in said[survivor]
+    assert outcomes[survivor].startswith("RankError: "), outcomes
+    assert "rank 1" in outcomes[survivor]
+    assert "iteration 3" in outcomes[survivor]
     folders = sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*"))
     assert folders == ["checkpoint-000002"]
     assert inspect(tmp_path / "run" / folders[0], checksums=True).damage is None

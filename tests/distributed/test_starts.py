@@ -16,14 +16,14 @@ def test_ranks_with_other_run_files_take_no_folder(tmp_path):
     values["training"]["seed"] += 1
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump(values))
-    for said in together(train_own, [file, other]):
-        assert said.startswith("RankError: rank 1 differs from rank 0 in training.seed"), said
+    for outcome in together(train_own, [file, other]):
+        assert outcome.startswith("RankError: rank 1 differs from rank 0 in training.seed"), outcome
     assert not (tmp_path / "run").exists()
     assert together(train, file) == ["", ""]
 
 
 # Before what they do together in loading; before what they do in training.
-@pytest.mark.parametrize("what", ["_warm_starts", "LatentDataset", "_callbacks"])
+@pytest.mark.parametrize("what", ["_start_weights", "LatentDataset", "_callbacks"])
 def test_what_one_rank_cannot_read_ends_all(tmp_path, what):
     file = run_file(tmp_path / "run.yaml", "finetune", training=FEW)
     (first, waited), (second, _) = together(train_where_one_cannot, file, what)

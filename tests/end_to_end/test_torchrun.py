@@ -63,17 +63,19 @@ def test_a_killed_worker_comes_back_and_goes_on_from_latest(tiny, tmp_path):
         os.kill(victim, signal.SIGKILL)
         while state(survivor) not in "ZX":
             time.sleep(0.05)
-        told = log.read_text()
+        first_log = log.read_text()
         os.kill(run.pid, signal.SIGCONT)
         status = run.wait()
     finally:
         run.kill()
-    assert re.search(r"rank 0 waited for the others at iteration \d+.* lost them .*rank 1 ", told)
-    said = log.read_text()
-    assert status == 0, said
-    assert "resumed" in said
-    assert f"finished after iteration {STEPS}" in said
-    assert "Warning" not in said, "torch's own, once a process"
+    assert re.search(
+        r"rank 0 waited for the others at iteration \d+.* lost them .*rank 1 ", first_log
+    )
+    second_log = log.read_text()
+    assert status == 0, second_log
+    assert "resumed" in second_log
+    assert f"finished after iteration {STEPS}" in second_log
+    assert "Warning" not in second_log, "torch's own, once a process"
     facts = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["iteration"] for line in facts if "loss/total_loss" in line]
     assert losses == list(range(1, STEPS + 1))

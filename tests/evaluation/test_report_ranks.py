@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from looks import report
 from ranks import together
+from validation_ranks import report
 
 
 def numbers(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Invariant 13 over the whole road: n steps, save, load, m steps == n + m steps, bit for bit, for
+"""Invariant 13 in whole runs: n steps, save, load, m steps == n + m steps, bit for bit, for
 run files of every shipped method on the tiny Wan, its data set and loader."""
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Case:
     def data(self, folder: Path) -> Path:
         if self.method != "kd":
             return TINY / "data"
-        path = folder.parent / "ways"
+        path = folder.parent / "trajectories"
         return path if path.exists() else toy_ways(path)
 
     def train(self, folder: Path, steps: int) -> Run:
@@ -133,20 +133,20 @@ class Case:
 def toy_ways(path: Path) -> Path:
     """A data set of trajectories that lead nowhere in particular."""
     source = LatentDataset(DataConfig(path=str(TINY / "data")))
-    ways = TrajectoryFolder(
+    trajectories = TrajectoryFolder(
         path, settings={}, times=(1000.0, 700.0), samples=11, samples_per_shard=4, ids=str,
         dtype="float16",
     )  # fmt: skip
-    for shard in ways.missing():
-        rows, numbers = ShardRows(), ways.span(shard)
+    for shard in trajectories.missing():
+        rows, numbers = ShardRows(), trajectories.span(shard)
         batch = source.read(torch.tensor(numbers))
         states = batch.latents[:, None] * torch.tensor([0.1, 0.5]).view(1, 2, 1, 1, 1, 1)
         captions = [source.caption(number) for number in numbers]
-        ways.add(rows, numbers, captions, batch.cond, batch.latents, states)
-        ways.write(shard, rows)
+        trajectories.add(rows, numbers, captions, batch.cond, batch.latents, states)
+        trajectories.write(shard, rows)
     stored = source.negative()
     assert stored is not None
-    ways.finish(negative=(stored.prompt, stored.condition), encoder=source.index.encoder)
+    trajectories.finish(negative=(stored.prompt, stored.condition), encoder=source.index.encoder)
     return path
 
 

@@ -169,8 +169,8 @@ def test_another_runs_discriminator_to_start_from(gan, write, tmp_path):
 @pytest.mark.parametrize("name", ["ladd", "dmd2_gan"])
 def test_what_would_fit_never_asks_of_heads_what_they_have_not(name, capsys):
     file = TINY.parent / "wan" / f"{name}_1.3b.yaml"
-    told = ["--dry-run", "--world-size", "16", "--device-memory", "30GB"]
-    assert main(["--config", str(file), *told]) == 0
+    options = ["--dry-run", "--world-size", "16", "--device-memory", "30GB"]
+    assert main(["--config", str(file), *options]) == 0
     plan = capsys.readouterr().out
     assert "does not fit" in plan
     for key in ("precision", "activation_checkpointing", "fsdp.mixed_precision", "offload"):

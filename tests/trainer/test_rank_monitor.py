@@ -30,12 +30,12 @@ def test_ranks_that_stay_together_end_well(tmp_path: Path) -> None:
 # Either rank, as each hosts one of the two stores.
 @pytest.mark.parametrize(("how", "rank"), [("kill", 0), ("kill", 1), ("stop", 1)])
 def test_a_rank_that_is_gone_is_named_with_its_place(tmp_path: Path, how: str, rank: int) -> None:
-    told = together(there.fail_in_a_step, tmp_path, how, rank, timeout=there.patience(how))
-    assert told[rank] == ""
-    assert told[1 - rank].startswith(
+    outcomes = together(there.fail_in_a_step, tmp_path, how, rank, timeout=there.patience(how))
+    assert outcomes[rank] == ""
+    assert outcomes[1 - rank].startswith(
         f"RankError: rank {1 - rank} waited for the others at iteration 3, "
     )
-    assert re.search(rf"rank {rank} did not {SEEN} {STEP}", told[1 - rank])
+    assert re.search(rf"rank {rank} did not {SEEN} {STEP}", outcomes[1 - rank])
 
 
 def test_of_many_ranks_the_dead_one_is_named_by_all(tmp_path: Path) -> None:
@@ -77,20 +77,22 @@ def test_a_slow_rank_is_given_up_and_hears_of_it(tmp_path: Path) -> None:
 def test_what_one_rank_fails_of_is_what_the_others_say(
     tmp_path: Path, how: str, rank: int, error: str
 ) -> None:
-    told = together(there.fail_in_a_step, tmp_path, how, rank)
-    assert told[rank].startswith(error), "it keeps its own error"
-    assert f"rank {rank} of 2 was at {STEP}. The others: rank {1 - rank} last seen" in told[rank]
-    assert told[1 - rank].startswith(f"RankError: rank {1 - rank} waited for the others")
-    assert re.search(
-        rf"rank {rank} failed at {STEP} \(\d+\.\d s ago\): {re.escape(error)}", told[1 - rank]
+    outcomes = together(there.fail_in_a_step, tmp_path, how, rank)
+    assert outcomes[rank].startswith(error), "it keeps its own error"
+    assert (
+        f"rank {rank} of 2 was at {STEP}. The others: rank {1 - rank} last seen" in outcomes[rank]
     )
-    assert f"Read the log of rank {rank} first" in told[1 - rank]
+    assert outcomes[1 - rank].startswith(f"RankError: rank {1 - rank} waited for the others")
+    assert re.search(
+        rf"rank {rank} failed at {STEP} \(\d+\.\d s ago\): {re.escape(error)}", outcomes[1 - rank]
+    )
+    assert f"Read the log of rank {rank} first" in outcomes[1 - rank]
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path: Path) -> None:
-    for rank, told in enumerate(together(there.fail_in_a_step, tmp_path, "inf", 1)):
-        assert "iteration 3: the loss is not finite (total_loss=inf" in told
-        assert rank == 1 or "rank 1" in told
+    for rank, outcomes in enumerate(together(there.fail_in_a_step, tmp_path, "inf", 1)):
+        assert "iteration 3: the loss is not finite (total_loss=inf" in outcomes
+        assert rank == 1 or "rank 1" in outcomes
 
 
 @pytest.mark.parametrize("how", ["kill", "raise", "stop"])
@@ -145,13 +147,13 @@ def test_all_ranks_must_have_the_same_run() -> None:
     run = {"training": {"seed": 1, "steps": 5}, "roles": ["a", "b"]}
     other = {"training": {"seed": 2}, "roles": ["a", "b"], "more": {}}
     assert together(there.resolve, [run, dict(reversed(run.items()))]) == ["fine", "fine"]
-    told = together(there.resolve, [run, run, other], size=3)
-    assert told[0] == told[1] == told[2]
-    assert told[0].startswith(
+    outcomes = together(there.resolve, [run, run, other], size=3)
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    assert outcomes[0].startswith(
         "RankError: rank 2 differs from rank 0 in training.seed: 2 (rank 0: 1), training.steps: "
         "absent (rank 0: 5), more: {} (rank 0: absent). All ranks must"
     )
-    assert "Start all ranks with the same run file" in told[0]
+    assert "Start all ranks with the same run file" in outcomes[0]
 
 
 def test_a_process_alone_asks_nobody_and_its_errors_are_its_own(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from looks import validate
 from ranks import together
+from validation_ranks import validate
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -9,7 +9,7 @@
 3. Peak memory of a run that saves, and of a fresh process that resumes it and goes on: anonymous
    pages (what the process allocates) and mapped file pages (what the system may take back) apart.
 
-A box that others use too is noisy: compare what stands in one line.
+A machine that others use too is noisy: compare numbers of one line.
 """
 
 from __future__ import annotations
@@ -281,11 +281,11 @@ def memory(root: Path, parameters: int) -> None:
     folder = root / "memory"
     for name, steps, resume in (("4 steps and a save", 4, "none"), ("resume, 4 more", 8, "latest")):
         what = [str(folder), str(parameters), str(steps), resume]
-        told = subprocess.run(
+        result = subprocess.run(
             [sys.executable, __file__, "--memory-of", *what],
             check=True, capture_output=True, text=True,
         )  # fmt: skip
-        print(f"   {name:20} {told.stdout.strip()}")
+        print(f"   {name:20} {result.stdout.strip()}")
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     uv run python tools/bench/export.py [--layers 4]
 
 A Wan as wide as the 1.3B one (four layers: 211M parameters, 0.84 GB in fp32) with random weights is
-written to a temporary folder, a second one beside it as what training made of it, and adapters.
+written to a temporary folder, with a second one that stands for the trained weights, and adapters.
 Each export runs in a process of its own, which reads the role from those files. Counted is what the
 export adds to the process once everything is imported: the peak of its resident memory, which
 includes pages of mapped files, and the peak of its anonymous memory, which is its own. Aim: at most
@@ -53,8 +53,8 @@ def main() -> None:
         )
         for case in CASES:
             command = [sys.executable, __file__, "--case", case, "--folder", name]
-            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found = json.loads(said.splitlines()[-1])
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found = json.loads(output.splitlines()[-1])
             print(
                 f"{case:<20} {found['seconds']:6.1f} s   resident +{found['resident'] / 1e6:5.0f} "
                 f"MB = {found['resident'] / facts['bytes']:.2f} x role   anonymous "

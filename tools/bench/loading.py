@@ -10,8 +10,8 @@ written to a temporary folder. Each load runs in one or two new processes, over 
 - sharded: the same under FSDP2;
 - three LoRA: student and critic with adapters of rank 32 beside a teacher's weights.
 
-diffusers refuses ``from_pretrained(low_cpu_mem_usage=False)`` for this model; its other way gives
-the mapped file itself, read when it is first called, and to be copied before it is trained.
+diffusers refuses ``from_pretrained(low_cpu_mem_usage=False)`` for this model; its default gives the
+mapped file itself, which is read when it is first called and must be copied before it is trained.
 
 Counted is what a load adds to its process once everything is imported: the peak of its resident
 memory (VmHWM), which includes pages of mapped files, and the peak of its anonymous memory, which is
@@ -71,17 +71,17 @@ def processes(folder: Path, case: str, size: int) -> list[dict[str, float]]:
     """One load on each rank, in processes forked from one that has imported everything."""
     store = folder / "store"
     store.unlink(missing_ok=True)
-    found = []
+    started = []
     for rank in range(size):
         ours, theirs = CONTEXT.Pipe(duplex=False)
         child = CONTEXT.Process(target=process, args=(theirs, folder, case, rank, size))
         child.start()
         theirs.close()
-        found.append((ours, child))
-    said = [pipe.recv() for pipe, _ in found]
-    for _, child in found:
+        started.append((ours, child))
+    numbers = [pipe.recv() for pipe, _ in started]
+    for _, child in started:
         child.join()
-    return said
+    return numbers
 
 
 def process(pipe: Any, folder: Path, case: str, rank: int, size: int) -> None:

@@ -2,11 +2,11 @@
 
     uv run python tools/bench/memory_plan.py [--width 1152] [--layers 9]
 
-A Wan transformer of random weights (200M parameters as it stands) is loaded as a run loads it, on
-each process; spread over one process, two of DDP and two of FSDP2; called, differentiated and
-stepped, with an average. Then the storages of weights, gradients, moments and average are added up
-and put beside the plan, and the growth of the process beside their sum. Last, one call is watched:
-what it holds for its backward pass beside what the plan says of it.
+A Wan transformer of random weights (200M parameters by default) is loaded as a run loads it, on one
+process, two of DDP and two of FSDP2, and is called, differentiated and stepped, with an average.
+Then the storages of weights, gradients, moments and average are added up and put beside the plan,
+and the growth of the process beside their sum. Last, one call is watched: what it holds for its
+backward pass beside what the plan says of it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ processes, the largest counts. One and several take turns; each pair is a line, 
 last.
 
 --mmap sets glibc's MALLOC_MMAP_THRESHOLD_ for all of them; 0 leaves it. Without it glibc keeps what
-gathered blocks were in, and a process of FSDP2 on a CPU looks as large as one alone.
+gathered blocks were in, and a process of FSDP2 on a CPU appears as large as one alone.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Regression(DistillMethod[None]):
 
 
 class Memory(Callback):
-    """Looks at the two places where it is known what there is."""
+    """Measures memory where its contents are known: with full gradients, and after a step."""
 
     name = "memory"
 
@@ -201,8 +201,8 @@ def main() -> None:
             one = measured("none", 1, given.parameters, given.mmap)
             many = measured(strategy, given.processes, given.parameters, given.mmap)
             pairs.append({key: (one[key], many[key]) for key in one if key != "parameters"})
-            said = ", ".join(f"{k} {a:.0f} -> {b:.0f} MB" for k, (a, b) in pairs[-1].items())
-            print(f"pair {number + 1}, {one['parameters'] / 1e6:.0f}M parameters: {said}")
+            changes = ", ".join(f"{k} {a:.0f} -> {b:.0f} MB" for k, (a, b) in pairs[-1].items())
+            print(f"pair {number + 1}, {one['parameters'] / 1e6:.0f}M parameters: {changes}")
         for key in pairs[0]:
             ratios = [many / one for one, many in (pair[key] for pair in pairs)]
             print(

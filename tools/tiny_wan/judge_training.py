@@ -129,7 +129,7 @@ def train_judge(vae: AutoencoderKLWan, config: JudgeTraining) -> Judge:
 
 
 def spoil(clips: Tensor, partners: Tensor) -> Tensor:
-    """Spoil clips `[B, T, H, W]` in one of four ways, each a problem that video models have.
+    """Spoil clips `[B, T, H, W]` by one of four defects that video models have.
 
     `partners` are other clips of the same captions.
     """

@@ -29,10 +29,9 @@ CROP = 20
 class Jitter:
     """How far, in pixels, a clip may start from the one that crosses the middle of the canvas.
 
-    Across the motion the wide +-6 is what makes the data hard: one caption then covers 13 tracks, a
-    model that averages over them draws a smear, and that smear is the fault which distillation has
-    to mend. Along the motion +-2 is all the room there is: 20 pixels of digit and 8 of travel in
-    32.
+    Across the motion the wide +-6 makes the data hard: one caption then covers 13 tracks, and a
+    model that averages over them draws a smear, which distillation has to avoid. Along the motion
+    no more than +-2 fits: 20 pixels of digit and 8 of travel in 32.
     """
 
     across: int = 6
@@ -59,18 +58,18 @@ class Images:
 
 
 def load_images(split: str) -> Images:
-    """The images of `split` ("train", "judge" or "reference"), always the same ones: the deal is
-    part of the data, not of a seed.
+    """Load the images of `split` ("train", "judge" or "reference"), always the same ones: how they
+    are divided is part of the data, and does not depend on a seed.
     """
     flat, labels = _mnist()
     row = (28 - CROP) // 2
     pixels = flat.reshape(-1, 28, 28)[:, row : row + CROP, row : row + CROP].astype(np.uint8)
     counts = attrs.asdict(Split())
     start = sum(list(counts.values())[: list(counts).index(split)])
-    deal = np.random.default_rng(20240607)
+    shuffler = np.random.default_rng(20240607)
     chosen = []
     for digit in range(len(DIGITS)):
-        shuffled = deal.permutation(np.flatnonzero(labels == digit))
+        shuffled = shuffler.permutation(np.flatnonzero(labels == digit))
         chosen.append(shuffled[start : start + counts[split]])
     order = np.concatenate(chosen)
     return Images(pixels[order], labels[order].astype(np.int64))

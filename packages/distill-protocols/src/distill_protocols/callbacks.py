@@ -70,19 +70,19 @@ class RunState:
     """Samples an iteration."""
     check_finite: Callable[[], None] = field(default=lambda: None)
     """Raises ``NonFiniteLossError`` if any loss so far was inf or nan, and ``RankError`` if one of
-    another process was: all of them call it alike. Before the weights are saved or shown, as on an
-    accelerator the trainer itself only looks now and then."""
+    another process was: all of them call it alike. Call it before the weights are saved or shown,
+    because on an accelerator the trainer itself checks only at intervals."""
 
     ranks: RankGroup
     """The processes of the run. What only one shall do (files, trackers) is for
     ``ranks.is_first``; what asks the others must be done by all of them alike."""
     enter: Callable[[str], None] = field(default=lambda phase: None)
-    """Notes what this process does from now on (``run.enter("validation")``): where there are
-    several, the others say it of one that they have lost. The trainer enters each hook of a
-    callback by itself; whatever takes long may say more. Not from threads."""
+    """Publishes the phase that this process enters (``run.enter("validation")``): where there are
+    several, the others name it in the error if they lose this one. The trainer enters each hook of
+    a callback by itself; whatever takes long may publish more. Not from threads."""
     check_in_sync: Callable[[str], None] = field(default=lambda phase: None)
-    """``enter`` on all processes together, which may be nowhere else. Raises ``RankError`` on each
-    that comes if one does not, or is elsewhere."""
+    """Enters a phase and waits until all processes are in it. Raises ``RankError`` on every process
+    that arrives if one does not, or is in another phase."""
 
     @property
     def stop_reason(self) -> str | None:
@@ -104,13 +104,13 @@ class Callback:
     on_exception                       instead of the rest, if something was raised
     on_train_end                       also after a requested stop
 
-    A stop may come in the middle of an iteration, which is then taken back: ``on_step_end`` never
+    A stop may come in the middle of an iteration, which is then rolled back: ``on_step_end`` never
     follows its ``on_step_start``, and ``RunState.iteration`` is again the one before. So what
     ``state_dict`` returns must not move before ``on_step_end``.
 
-    A hook that takes long (sampling) does ``run.method.stop.poll()`` on all ranks alike, and lets
-    ``StopRequested`` out: the trainer goes on with the next callback. Not in ``on_train_start``,
-    which has no checkpoint to stop at.
+    A hook that takes long (sampling) calls ``run.method.stop.poll()`` on all ranks alike, and does
+    not catch ``StopRequested``: the trainer continues with the next callback. Not in
+    ``on_train_start``, which has no checkpoint to stop at.
     """
 
     name: str = "callback"

@@ -18,16 +18,16 @@ class Capabilities:
     """What an adapter supports. A method names what it needs; the check runs at construction.
 
     Attributes:
-        supports_features: ``forward`` fills ``features``, a role may be heads on them, and the
-            adapter is a ``Discriminating``.
-        supports_kv_cache: causal roles take ``ChunkCall``, one chunk at a time.
+        supports_features: ``forward`` fills ``features``, a role may be a discriminator on them,
+            and the adapter has ``discriminators``.
+        supports_kv_cache: causal roles take ``ChunkCall``, one chunk at a time, and the adapter has
+            ``causal``.
         supports_expert_routing: a role may have several modules, each for a range of t, and the
-            adapter is an ``ExpertRouting``.
-        supports_image_condition: a condition may hold a picture, and the adapter is an
-            ``ImageConditioning``.
+            adapter has ``experts``.
+        supports_image_condition: a condition may hold a picture, and the adapter has ``images``.
         supports_teacher_forcing: causal roles take ``CleanPast``.
         supports_frame_times: t may be [B, T], a time of its own for each frame, for any role.
-        supports_jvp: the adapter is a ``Tangents``: a call can be differentiated along a direction.
+        supports_jvp: a call can be differentiated along a direction: the adapter has ``tangents``.
         causal_roles: roles of this run whose chunks do not see later ones; all others see the
             whole clip.
     """

@@ -56,7 +56,7 @@ class TrainableMethod(Protocol):
         ...
 
     def unscale_gradients(self, iteration: int) -> None:
-        """Make gradients true-sized before anything looks at them."""
+        """Undo loss scaling of the gradients before anything reads them."""
         ...
 
     def optimizers_schedulers_step(self, iteration: int) -> tuple[str, ...]:

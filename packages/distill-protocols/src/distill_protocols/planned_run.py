@@ -13,7 +13,7 @@ from distill_protocols.sampler import SamplerSpec
 
 @frozen(kw_only=True)
 class PlannedRun:
-    """A run as it stands in its file: what rules of methods and callbacks may look at, without
+    """A run as its file describes it: what rules of methods and callbacks may read, without
     torch.
 
     Attributes:

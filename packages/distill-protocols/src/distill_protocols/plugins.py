@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from distill_protocols.weights import WeightSource
 
 CONTRACT_VERSION = 2
-"""Raised with every change of this package after which a plugin must be looked at."""
+"""Raised with every change of this package after which plugins must be adapted."""
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -163,20 +163,20 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
         return None
 
     def latent_shape(self, config: ConfigT, *, source: str) -> tuple[int, int, int, int] | None:
-        """(C, T, H, W) of the run's latents; None where it cannot be told without weights."""
+        """(C, T, H, W) of the run's latents; None where that is unknown without weights."""
         return None
 
     def latent_tokens(self, config: ConfigT, *, source: str) -> int | None:
         """Tokens that the model makes of one clip, which a dynamic shift depends on; None where
-        it cannot be told, or nothing depends on it."""
+        that is unknown, or nothing depends on it."""
         return None
 
     def condition_shapes(self, config: ConfigT, *, source: str) -> Mapping[str, tuple[int, ...]]:
         """By name, the shape of one row of every condition tensor that the model of ``source`` (a
         role's path) cannot do without: text, masks, pooled embeddings, image parts.
 
-        A data set must hold them. Left out are those that cannot be told without weights, and
-        those that any shape will do for.
+        A data set must hold them. Left out are those whose shape is unknown without weights, and
+        those that may have any shape.
         """
         return EMPTY
 
@@ -299,8 +299,8 @@ class CallbackPlugin(ABC, Generic[ConfigT]):
     def metrics(self, config: ConfigT) -> Mapping[str, int]:
         """Names of metrics that this callback measures, with the interval in iterations.
 
-        It puts them into ``RunState.metrics`` in ``on_step_end``. Empty where they cannot be told
-        because something that it reads is missing: ``problems`` says so.
+        It puts them into ``RunState.metrics`` in ``on_step_end``. Empty where they are unknown
+        because something that it reads is missing: ``problems`` reports that.
         """
         return EMPTY
 

@@ -17,8 +17,8 @@ class RoleNeed:
 
     Attributes:
         help: what it is, in a few words.
-        reason: why the method cannot do without it, and what a person can who has none; said
-            where it is missing. Empty where that goes without saying.
+        reason: why the method cannot do without it, and what can be done without one; part of the
+            error where it is missing. Empty where the reason is obvious.
         features_of: of a discriminator: the roles whose features it may read, one of them; empty:
             the role is a model by itself.
     """
@@ -124,7 +124,7 @@ class CompileSpec:
 
 @frozen(kw_only=True)
 class RoleOptions:
-    """How one role is built and held. A run file's ``models.<role>`` has these keys.
+    """How one role is built and kept in memory. A run file's ``models.<role>`` has these keys.
 
     The run file, the plan and the loading pass the whole object on, so a new option is added here,
     named by the families that honour it (``FamilyPlugin.role_options``; any other that is set is
@@ -135,7 +135,7 @@ class RoleOptions:
 
     Attributes:
         precision: compute precision of the role's calls; None: fp32, or that of ``base``.
-        base: train ``lora`` beside the weights of this frozen role, which are held once.
+        base: train ``lora`` beside the weights of this frozen role, which are in memory once.
         lora: train low-rank adapters beside the role's weights, which stay as they are.
         heads: the role is a discriminator: small networks on the features of another role's
             blocks.

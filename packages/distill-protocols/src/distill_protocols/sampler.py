@@ -200,7 +200,7 @@ class SamplerSpec:
 
 @frozen(kw_only=True)
 class SampleView:
-    """One thing to look at: a role, its weights (live or EMA), and how it is sampled.
+    """One view of a validation: a role, its weights (live or EMA), and how it is sampled.
 
     ``sampler=None`` means the method's own spec for its student.
     """

@@ -78,8 +78,8 @@ class _AskedFor(StopFlag):
         super().poll()
 
 
-def _look(callback: Callback, method: DistillMethod[Any], ranks: Ranks, folder: Path) -> dict:
-    """What one look in iteration 1 and one at the end left on this rank."""
+def _run_hooks(callback: Callback, method: DistillMethod[Any], ranks: Ranks, folder: Path) -> dict:
+    """What a call in iteration 1 and one at the end left on this rank."""
     tracker, printed, end = MemoryTracker(), io.StringIO(), "whole"
     run = RunState(
         method=method, loader=None, streams=method.streams, output_dir=folder, max_train_steps=1,
@@ -117,7 +117,7 @@ def _weights(method: DistillMethod[Any]) -> dict[str, Tensor]:
 
 
 def validate(folder: Path, prompts: int, stop_at: int = 0) -> dict[str, Any]:
-    """A look at the student, at its average and at a guided teacher."""
+    """Validate the student, its average and a guided teacher."""
     ranks = Ranks.of_this_run(60)
     bundle = toy_bundle(student=1, teacher=2)
     bundle["student"].ema["transformer"] = Average()
@@ -132,7 +132,7 @@ def validate(folder: Path, prompts: int, stop_at: int = 0) -> dict[str, Any]:
     validation = ValidationConfig(
         every_steps=1, prompts=tuple(f"prompt {n}" for n in range(prompts)), views=views
     )
-    return _look(ValidationCallback(validation, Texts()), method, ranks, folder)
+    return _run_hooks(ValidationCallback(validation, Texts()), method, ranks, folder)
 
 
 @define(eq=False)
@@ -190,4 +190,4 @@ def report(
     )
     callback = ReportCallback(made, parts)
     own.unlink()
-    return _look(callback, method, ranks, folder)
+    return _run_hooks(callback, method, ranks, folder)

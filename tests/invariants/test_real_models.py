@@ -1,4 +1,4 @@
-"""Invariants 2, 4, 11 and 14 over the whole road: random shapes, real tiny Wan, real run files."""
+"""Invariants 2, 4, 11 and 14 with real models: random shapes, the tiny Wan, real run files."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def accepted(section, file) -> set[str]:
 
 
 @given(st.sampled_from(SECTIONS), st.from_regex(r"[a-z_]{1,12}", fullmatch=True))
-def test_14_an_unknown_key_anywhere_is_a_fault_that_names_it(tmp_path_factory, section, key):
+def test_14_an_unknown_key_anywhere_is_a_problem_that_names_it(tmp_path_factory, section, key):
     values = copy.deepcopy(RUN)
     target = values
     for part in section:
