@@ -17,10 +17,14 @@ EVERY = pytest.mark.parametrize("hub_id", PUBLISHED)
 PARAMETERS = {28: 1_923_385_472, 48: 13_042_569_344}
 
 
+def architecture(hub_id):
+    return PUBLISHED[hub_id].transformers["transformer"]
+
+
 @functools.cache
 def shapes(hub_id):
     with torch.device("meta"):
-        transformer = LTXVideoTransformer3DModel(**PUBLISHED[hub_id])
+        transformer = LTXVideoTransformer3DModel(**architecture(hub_id))
     return {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
 
 
@@ -37,7 +41,7 @@ def by_hand(width, layers, taken, text):
 
 @EVERY
 def test_parameter_counts(hub_id):
-    config = PUBLISHED[hub_id]
+    config = architecture(hub_id)
     counted = sum(torch.Size(shape).numel() for shape in shapes(hub_id).values())
     assert counted == PARAMETERS[config["num_layers"]]
     width = config["num_attention_heads"] * config["attention_head_dim"]
