@@ -11,15 +11,14 @@ from distill_protocols import (
     Condition,
     ConditioningError,
     DynamicShift,
+    Precision,
     RoleSpec,
     SamplerSpec,
     WeightsError,
 )
 from torch import Tensor
 
-CONFIG = LTXPipelineConfig(
-    num_frames=17, height=64, width=96, frame_rate=24, max_sequence_length=8
-)
+CONFIG = LTXPipelineConfig(num_frames=17, height=64, width=96, frame_rate=24, max_sequence_length=8)
 CLIP = {
     "num_frames": 17, "height": 64, "width": 96, "frame_rate": 24, "max_sequence_length": 8,
 }  # fmt: skip
@@ -29,11 +28,12 @@ PUBLISHED_SHIFT = DynamicShift(
 )
 """Of the schedulers of 0.9.0 and 0.9.1."""
 CPU = torch.device("cpu")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 @pytest.fixture(scope="module")
 def load(folder_of):
-    def load(version="0.9.0", config=CONFIG, precision="fp32"):
+    def load(version="0.9.0", config=CONFIG, precision: Precision = "fp32"):
         folder = str(folder_of(version))
         role = RoleSpec(name="teacher", path=folder, trainable=False, precision=precision)
         bundle = PLUGIN.load([role], config, device=CPU)
@@ -165,8 +165,7 @@ def test_a_bf16_role_computes_in_bf16(load):
     cond = load().encode_condition(PROMPTS)
     t = torch.tensor([900.0, 300.0])
     wide, narrow = (
-        load(precision=precision).forward("teacher", noise(), t, cond)
-        for precision in ("fp32", "bf16")
+        load(precision=precision).forward("teacher", noise(), t, cond) for precision in PRECISIONS
     )
     assert narrow.dtype == torch.float32
     assert 1e-4 < (wide - narrow).abs().max() < 0.1

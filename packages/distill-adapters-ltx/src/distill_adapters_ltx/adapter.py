@@ -22,7 +22,7 @@ from distill_protocols import (
 )
 from torch import Tensor
 
-from distill_adapters_ltx.calling import call_transformer
+from distill_adapters_ltx.calling import call_transformer, transformer_of
 from distill_adapters_ltx.codec import LtxCodec, latent_statistics
 from distill_adapters_ltx.config import LTXPipelineConfig
 from distill_adapters_ltx.guidance import rescale_guidance
@@ -59,7 +59,7 @@ class LtxAdapter(FlowMatchingAdapter):
         info = latent_info(vae)
         for name, role in bundle.roles.items():
             if role.discriminator is None:
-                for problem in fit_problems(info, role.modules["transformer"].config):
+                for problem in fit_problems(info, transformer_of(role).config):
                     raise WeightsError(f"role {name!r} and the VAE of {source}: {problem}")
         device = device_of(bundle)
         encoders = ltx_encoders(source, config, device=device)
@@ -130,7 +130,7 @@ class LtxAdapter(FlowMatchingAdapter):
 
     def _check_condition(self, role: RoleHandle, cond: Condition) -> None:
         length = self._config.max_sequence_length
-        width = role.modules["transformer"].config["caption_channels"]
+        width = transformer_of(role).config["caption_channels"]
         for name, expected in ((TEXT, (length, width)), (TEXT_MASK, (length,))):
             if name not in cond.tensors:
                 raise ConditioningError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
 from distill_diffusers.calls.precision import call_in_precision
 from distill_protocols import RoleHandle
 from torch import Tensor
@@ -9,6 +12,14 @@ from torch import Tensor
 from distill_adapters_ltx.kind import LTX
 from distill_adapters_ltx.packing import pack, unpack
 from distill_adapters_ltx.positions import token_positions
+
+
+MODULE = LTX.modules[0]
+
+
+def transformer_of(role: RoleHandle) -> LTXVideoTransformer3DModel:
+    """Return the role's transformer."""
+    return cast(LTXVideoTransformer3DModel, role.modules[MODULE])
 
 
 def call_transformer(
@@ -25,9 +36,8 @@ def call_transformer(
     """
     frames, height, width = size = (x_t.shape[2], x_t.shape[3], x_t.shape[4])
     positions = token_positions(size, frame_rate, causal=False, device=x_t.device)
-    (module,) = role.modules
-    with call_in_precision(role, module, LTX, x_t.device) as dtype:
-        (tokens,) = role.modules[module](
+    with call_in_precision(role, MODULE, LTX, x_t.device) as dtype:
+        (tokens,) = transformer_of(role)(
             hidden_states=pack(x_t).to(dtype),
             encoder_hidden_states=text.to(x_t.device, dtype),
             timestep=t.float(),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from distill_protocols import DistillAdapter, Exporter, ModelBundle, RoleHandle
     from torch import Tensor
 
+
 class LtxFamily(DiffusersFamily[LTXPipelineConfig]):
     """LTX-Video from text, as ``LTXPipeline`` calls it, on diffusers' own modules."""
 
