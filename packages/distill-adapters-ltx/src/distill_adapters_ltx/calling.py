@@ -13,7 +13,6 @@ from distill_adapters_ltx.kind import LTX
 from distill_adapters_ltx.packing import pack, unpack
 from distill_adapters_ltx.positions import token_positions
 
-
 MODULE = LTX.modules[0]
 
 
