@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from attrs import evolve
-from distill_adapters_ltx import PLUGIN, LTXPipelineConfig, pack, unpack
+from distill_adapters_ltx import PLUGIN, LTXPipelineConfig
+from distill_adapters_ltx.arithmetic import pack, unpack
 from distill_adapters_ltx.codec import DECODE_SEED
 from distill_protocols import (
     Condition,

@@ -17,7 +17,8 @@ from app_ranks import furthest, losses, weights
 from app_ranks import train as train_rank
 from attrs import evolve
 from diffusers import LTXPipeline
-from distill_adapters_ltx import PLUGIN, LTXPipelineConfig, pack, unpack
+from distill_adapters_ltx import PLUGIN, LTXPipelineConfig
+from distill_adapters_ltx.arithmetic import pack, unpack
 from distill_conditioning import ShardWriter, preprocess
 from distill_protocols import ModelBundle, RowGenerators, SamplerSpec
 from distill_train.build import Run, build

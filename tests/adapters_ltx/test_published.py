@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import LTXVideoTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_ltx_transformer_checkpoint_to_diffusers
-from distill_adapters_ltx import LATENT_CHANNELS, PUBLISHED
+from distill_adapters_ltx import PUBLISHED
 from distill_adapters_ltx.original_names import to_diffusers, to_original
+from distill_adapters_ltx.published import LATENT_CHANNELS
 from safetensors.torch import load_file, save_file
 
 EVERY = pytest.mark.parametrize("hub_id", PUBLISHED)

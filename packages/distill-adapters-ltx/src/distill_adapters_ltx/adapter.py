@@ -8,10 +8,13 @@ Letters: B batch, C channels, T latent frames, H and W latent height and width, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
+from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
 from distill_diffusers.adapter import FlowMatchingAdapter, VelocityCall, device_of
 from distill_diffusers.calls.features import FeatureLayout
+from distill_diffusers.calls.precision import call_in_precision
 from distill_diffusers.folders import fetch, read_json
 from distill_protocols import (
     Condition,
@@ -22,10 +25,16 @@ from distill_protocols import (
 )
 from torch import Tensor
 
-from distill_adapters_ltx.calling import call_transformer, transformer_of
+from distill_adapters_ltx.arithmetic import (
+    denormalize,
+    normalize,
+    pack,
+    rescale_guidance,
+    token_positions,
+    unpack,
+)
 from distill_adapters_ltx.codec import LtxCodec, latent_statistics
 from distill_adapters_ltx.config import LTXPipelineConfig
-from distill_adapters_ltx.guidance import rescale_guidance
 from distill_adapters_ltx.kind import (
     CAPABILITIES,
     LTX,
@@ -34,8 +43,6 @@ from distill_adapters_ltx.kind import (
     fit_problems,
     latent_info,
 )
-from distill_adapters_ltx.latents import denormalize, normalize
-from distill_adapters_ltx.packing import pack, unpack
 from distill_adapters_ltx.text import encode_text, ltx_encoders
 
 
@@ -113,16 +120,14 @@ class LtxAdapter(FlowMatchingAdapter):
         return unpack(latents, self.latent_shape[1:])
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
-        """See ``latents.normalize``; fp32, or fp64 of fp64."""
+        """See ``arithmetic.normalize``; fp32, or fp64 of fp64."""
         wide = latents if latents.dtype == torch.float64 else latents.float()
-        mean, std = self._statistics.mean, self._statistics.std
-        return normalize(wide, mean, std, self._scaling_factor)
+        return normalize(wide, self._statistics.mean, self._statistics.std, self._scaling_factor)
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
-        """See ``latents.denormalize``; fp32, or fp64 of fp64."""
+        """See ``arithmetic.denormalize``; fp32, or fp64 of fp64."""
         wide = latents if latents.dtype == torch.float64 else latents.float()
-        mean, std = self._statistics.mean, self._statistics.std
-        return denormalize(wide, mean, std, self._scaling_factor)
+        return denormalize(wide, self._statistics.mean, self._statistics.std, self._scaling_factor)
 
     def encode_condition(self, raw_cond: Sequence[str]) -> Condition:
         """See ``encode_text``."""
@@ -131,17 +136,46 @@ class LtxAdapter(FlowMatchingAdapter):
     def _check_condition(self, role: RoleHandle, cond: Condition) -> None:
         length = self._config.max_sequence_length
         width = transformer_of(role).config["caption_channels"]
-        for name, expected in ((TEXT, (length, width)), (TEXT_MASK, (length,))):
-            if name not in cond.tensors:
-                raise ConditioningError(
-                    f"the condition holds {sorted(cond.tensors)}, but LTX reads {TEXT!r} [B, L, D] "
-                    f"and {TEXT_MASK!r} [B, L]; rebuild the data set with this family's encoder"
-                )
-            if tuple(cond.tensors[name].shape[1:]) != expected:
-                sizes = ", ".join(map(str, expected))
-                raise ConditioningError(
-                    f"{name!r} is {list(cond.tensors[name].shape)}, it must be [B, {sizes}] "
-                    "(max_sequence_length, the model's caption_channels): T5 attends to the "
-                    "padding, so a prompt of another length has other embeddings. Make "
-                    "max_sequence_length the data set's, or encode the data again"
-                )
+        shapes = {name: tuple(tensor.shape[1:]) for name, tensor in cond.tensors.items()}
+        expected = {TEXT: (length, width), TEXT_MASK: (length,)}
+        if {name: shapes.get(name) for name in expected} != expected:
+            raise ConditioningError(
+                f"a row of the condition is {shapes}, it must hold {expected} (max_sequence_length,"
+                " the model's caption_channels): T5 attends to the padding, so a prompt of another "
+                "length has other embeddings. Make max_sequence_length the data set's, or encode "
+                "the data again with this family"
+            )
+
+
+def transformer_of(role: RoleHandle) -> LTXVideoTransformer3DModel:
+    """Return the role's transformer."""
+    return cast(LTXVideoTransformer3DModel, role.modules[LTX.modules[0]])
+
+
+def call_transformer(
+    role: RoleHandle, x_t: Tensor, t: Tensor, text: Tensor, mask: Tensor, *, frame_rate: float
+) -> Tensor:
+    """Return v [B, C, T, H, W] in the precision of the role, for the adapter and for plans.
+
+    Args:
+        x_t: [B, C, T, H, W].
+        t: [B].
+        text: [B, L, D].
+        mask: [B, L], 1 at tokens that are attended to.
+        frame_rate: frames a second.
+    """
+    frames, height, width = size = (x_t.shape[2], x_t.shape[3], x_t.shape[4])
+    positions = token_positions(size, frame_rate, device=x_t.device)
+    with call_in_precision(role, LTX.modules[0], LTX, x_t.device) as dtype:
+        (tokens,) = transformer_of(role)(
+            hidden_states=pack(x_t).to(dtype),
+            encoder_hidden_states=text.to(x_t.device, dtype),
+            timestep=t.float(),
+            encoder_attention_mask=mask.to(x_t.device),
+            num_frames=frames,
+            height=height,
+            width=width,
+            video_coords=positions.expand(len(x_t), -1, -1),
+            return_dict=False,
+        )
+    return unpack(tokens, size)

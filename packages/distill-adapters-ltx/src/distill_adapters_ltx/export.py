@@ -12,8 +12,8 @@ from distill_diffusers.sampling.scheduler import UniformGrid
 from distill_protocols import ExportRequest, RoleSpec
 from torch import Tensor, nn
 
+from distill_adapters_ltx.arithmetic import token_positions
 from distill_adapters_ltx.config import LTXPipelineConfig
-from distill_adapters_ltx.positions import token_positions
 
 
 class LtxExporter(PipelineExporter):
@@ -58,7 +58,7 @@ class LtxExporter(PipelineExporter):
             "timestep": torch.tensor([640.0]),
             "encoder_hidden_states": torch.randn(1, 8, width, generator=generator).to(dtype),
             "encoder_attention_mask": (torch.arange(8) < 6)[None],
-            "video_coords": token_positions((1, 2, 2), 25, causal=False, device=device),
+            "video_coords": token_positions((1, 2, 2), 25, device=device),
         }
 
     def pipeline_notes(self, role: RoleSpec, request: ExportRequest) -> Iterator[str]:

@@ -69,7 +69,7 @@ class LtxFamily(DiffusersFamily[LTXPipelineConfig]):
         return {TEXT: (length, width), TEXT_MASK: (length,)}
 
     def call_model(self, role: RoleHandle, inputs: Mapping[str, Tensor]) -> Tensor:
-        from distill_adapters_ltx.calling import call_transformer
+        from distill_adapters_ltx.adapter import call_transformer
 
         latents, t, text, mask = (inputs[n] for n in ("latents", "t", TEXT, TEXT_MASK))
         return call_transformer(role, latents, t, text, mask, frame_rate=25.0)
