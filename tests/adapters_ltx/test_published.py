@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import LTXVideoTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_ltx_transformer_checkpoint_to_diffusers
-from distill_adapters_ltx import LATENT_CHANNELS, PUBLISHED
+from distill_adapters_ltx import PUBLISHED
 from distill_adapters_ltx.original_names import to_diffusers, to_original
+from distill_adapters_ltx.published import LATENT_CHANNELS
 from safetensors.torch import load_file, save_file
 
 EVERY = pytest.mark.parametrize("hub_id", PUBLISHED)
@@ -17,10 +18,14 @@ EVERY = pytest.mark.parametrize("hub_id", PUBLISHED)
 PARAMETERS = {28: 1_923_385_472, 48: 13_042_569_344}
 
 
+def architecture(hub_id):
+    return PUBLISHED[hub_id].transformers["transformer"]
+
+
 @functools.cache
 def shapes(hub_id):
     with torch.device("meta"):
-        transformer = LTXVideoTransformer3DModel(**PUBLISHED[hub_id])
+        transformer = LTXVideoTransformer3DModel(**architecture(hub_id))
     return {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
 
 
@@ -37,7 +42,7 @@ def by_hand(width, layers, taken, text):
 
 @EVERY
 def test_parameter_counts(hub_id):
-    config = PUBLISHED[hub_id]
+    config = architecture(hub_id)
     counted = sum(torch.Size(shape).numel() for shape in shapes(hub_id).values())
     assert counted == PARAMETERS[config["num_layers"]]
     width = config["num_attention_heads"] * config["attention_head_dim"]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from distill_adapters_ltx import STRIDE_HW, STRIDE_T, LTXPipelineConfig
+from distill_adapters_ltx import LTXPipelineConfig
+from distill_adapters_ltx.published import STRIDE_HW, STRIDE_T
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "ltx").glob("*.yaml"))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LTXVideoTransformer3DModel
-from distill_adapters_ltx import pack, token_positions
+from distill_adapters_ltx.arithmetic import pack, token_positions
 from distill_protocols import SamplerSpec
 
 SIZE = (3, 2, 3)

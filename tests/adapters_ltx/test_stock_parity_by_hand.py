@@ -11,7 +11,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from distill_adapters_ltx import denormalize, pack, rescale_guidance, token_positions, unpack
+from distill_adapters_ltx.arithmetic import (
+    denormalize,
+    pack,
+    rescale_guidance,
+    token_positions,
+    unpack,
+)
 
 FRAMES, HEIGHT, WIDTH, FRAME_RATE = 17, 64, 96, 24
 SIZE = (3, 2, 3)  # latent frames, height and width

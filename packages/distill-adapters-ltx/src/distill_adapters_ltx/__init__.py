@@ -1,4 +1,4 @@
-"""The LTX-Video family: its section of a run file, its numbers, and its pure functions.
+"""The LTX-Video family: load, adapt, sample, export.
 
 Names that need torch are imported on first use: run files are checked without it.
 """
@@ -10,35 +10,22 @@ from typing import TYPE_CHECKING
 from distill_protocols.lazy import lazy_exports
 
 from distill_adapters_ltx.config import LTXPipelineConfig
-from distill_adapters_ltx.published import LATENT_CHANNELS, PUBLISHED, STRIDE_HW, STRIDE_T
+from distill_adapters_ltx.kind import LTX
+from distill_adapters_ltx.plugin import PLUGIN, LtxFamily
+from distill_adapters_ltx.published import PUBLISHED
 
 if TYPE_CHECKING:
-    from distill_adapters_ltx.guidance import rescale_guidance
-    from distill_adapters_ltx.latents import denormalize, normalize
-    from distill_adapters_ltx.packing import pack, unpack
-    from distill_adapters_ltx.positions import token_positions
-
-_LAZY = {
-    "denormalize": "latents",
-    "normalize": "latents",
-    "pack": "packing",
-    "rescale_guidance": "guidance",
-    "token_positions": "positions",
-    "unpack": "packing",
-}
+    from distill_adapters_ltx.adapter import LtxAdapter
+    from distill_adapters_ltx.export import LtxExporter
 
 __all__ = [
-    "LATENT_CHANNELS",
+    "LTX",
+    "PLUGIN",
     "PUBLISHED",
-    "STRIDE_HW",
-    "STRIDE_T",
     "LTXPipelineConfig",
-    "denormalize",
-    "normalize",
-    "pack",
-    "rescale_guidance",
-    "token_positions",
-    "unpack",
+    "LtxAdapter",
+    "LtxExporter",
+    "LtxFamily",
 ]
 
-__getattr__ = lazy_exports(__name__, _LAZY)
+__getattr__ = lazy_exports(__name__, {"LtxAdapter": "adapter", "LtxExporter": "export"})

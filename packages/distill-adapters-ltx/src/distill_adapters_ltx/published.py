@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from distill_diffusers.descriptions import LatentInfo, PublishedModel
+
 LATENT_CHANNELS = 128
 """Channels of a latent cell, in all published VAEs."""
 STRIDE_T = 8
@@ -33,12 +35,23 @@ _COMMON: Mapping[str, Any] = {
 _2B = {**_COMMON, "attention_head_dim": 64, "cross_attention_dim": 2048, "num_layers": 28}
 _13B = {**_COMMON, "attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48}
 
-PUBLISHED: Mapping[str, Mapping[str, Any]] = {
-    "Lightricks/LTX-Video": _2B,
-    "Lightricks/LTX-Video-0.9.1": _2B,
-    "Lightricks/LTX-Video-0.9.5": _2B,
-    "Lightricks/LTX-Video-0.9.7-dev": _13B,
-    "Lightricks/LTX-Video-0.9.7-distilled": _13B,
-    "Lightricks/LTX-Video-0.9.8-13B-distilled": _13B,
+_LATENTS = LatentInfo(channels=LATENT_CHANNELS, stride_t=STRIDE_T, stride_hw=STRIDE_HW)
+
+
+def _published(transformer: Mapping[str, Any], pipeline: str = "LTXPipeline") -> PublishedModel:
+    return PublishedModel(
+        transformers={"transformer": transformer},
+        latents=_LATENTS,
+        call_options={"_class_name": pipeline},
+    )
+
+
+PUBLISHED: Mapping[str, PublishedModel] = {
+    "Lightricks/LTX-Video": _published(_2B),
+    "Lightricks/LTX-Video-0.9.1": _published(_2B),
+    "Lightricks/LTX-Video-0.9.5": _published(_2B),
+    "Lightricks/LTX-Video-0.9.7-dev": _published(_13B, "LTXConditionPipeline"),
+    "Lightricks/LTX-Video-0.9.7-distilled": _published(_13B, "LTXConditionPipeline"),
+    "Lightricks/LTX-Video-0.9.8-13B-distilled": _published(_13B, "LTXConditionPipeline"),
 }
-"""Hub id -> keyword arguments of ``LTXVideoTransformer3DModel``."""
+"""Hub id -> numbers."""

@@ -1,0 +1,82 @@
+"""LTX-Video's model class as one value, and what cannot be called as one. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from distill_diffusers.descriptions import LatentInfo, ModelDescription
+from distill_diffusers.kinds import ModelKind
+from distill_protocols import Capabilities
+
+from distill_adapters_ltx.published import LATENT_CHANNELS, STRIDE_HW, STRIDE_T
+
+PIPELINE = "_class_name"
+"""Entry of ``model_index.json``: pipelines call the same transformer with other positions."""
+TEXT, TEXT_MASK = "text", "text_mask"
+"""Tensors of a condition: T5's embeddings [B, L, D], and [B, L], 1 at tokens of the prompt."""
+
+LTX = ModelKind(
+    transformer="diffusers.models.transformers.transformer_ltx:LTXVideoTransformer3DModel",
+    vae="diffusers.models.autoencoders.autoencoder_kl_ltx:AutoencoderKLLTXVideo",
+    pipelines=("diffusers.pipelines.ltx.pipeline_ltx:LTXPipeline",),
+    call_options=MappingProxyType({PIPELINE: "LTXPipeline"}),
+    stored_like="scale_shift_table",
+    # What Lightricks' trainer adapts (LTX-Video-Trainer, configs/ltxv_2b_lora.yaml).
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+)
+
+CAPABILITIES = Capabilities(
+    supports_cfg=True,
+    supports_decode=True,
+    supports_features=True,
+    supports_jvp=True,
+    supported_pred_types=frozenset({"v", "x0", "eps"}),
+)
+
+
+def latent_info(vae: Mapping[str, Any]) -> LatentInfo:
+    """Read off ``vae/config.json`` what the VAE makes of pixels, as its class computes it."""
+    halvings = sum(vae.get("spatio_temporal_scaling", (True, True, True, False)))
+    stride_t = vae.get("temporal_compression_ratio")
+    stride_hw = vae.get("spatial_compression_ratio")
+    return LatentInfo(
+        channels=vae.get("latent_channels", LATENT_CHANNELS),
+        stride_t=stride_t or vae.get("patch_size_t", 1) * 2**halvings,
+        stride_hw=stride_hw or vae.get("patch_size", 4) * 2**halvings,
+    )
+
+
+def unsupported(model: ModelDescription) -> Iterator[str]:
+    """Say why the adapter would call the model wrongly."""
+    pipeline = model.call_options[PIPELINE]
+    if pipeline != "LTXPipeline":
+        yield (
+            f"its model_index.json names {pipeline}, which gives the transformer other positions "
+            "and other text embeddings; this adapter calls models as LTXPipeline does. Use a model "
+            "of LTXPipeline (0.9.0 to 0.9.5)"
+        )
+    patch = model.main.get("patch_size", 1), model.main.get("patch_size_t", 1)
+    if patch != (1, 1):
+        yield (
+            f"its transformer has patches of {patch[1]} x {patch[0]} x {patch[0]} latent cells, "
+            "and a token must be one cell, as in all published models. Use one of these"
+        )
+
+
+def fit_problems(info: LatentInfo, transformer: Mapping[str, Any]) -> Iterator[str]:
+    """Say where a VAE does not fit a transformer, or neither fits LTX's positions."""
+    channels = {transformer.get(name, LATENT_CHANNELS) for name in ("in_channels", "out_channels")}
+    if channels != {info.channels}:
+        yield (
+            f"the transformer has {' and '.join(map(str, sorted(channels)))} latent channels but "
+            f"the VAE {info.channels}; they must be of one model family. Take both from one, or "
+            "name the right `components`"
+        )
+    if (info.stride_t, info.stride_hw) != (STRIDE_T, STRIDE_HW):
+        yield (
+            f"a latent cell of the VAE spans {info.stride_t} frames of {info.stride_hw} x "
+            f"{info.stride_hw} pixels; it must span {STRIDE_T} of {STRIDE_HW} x {STRIDE_HW}, which "
+            "LTX's positions count in. Use the VAE of an LTX-Video model"
+        )

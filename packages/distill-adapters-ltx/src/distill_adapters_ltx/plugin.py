@@ -1,0 +1,90 @@
+"""The family as an app sees it before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from distill_diffusers.descriptions import LatentInfo, ModelDescription
+from distill_diffusers.family import DiffusersFamily
+from distill_protocols import Capabilities, RoleSpec, WeightsError
+from distill_protocols.plugins import EMPTY
+
+from distill_adapters_ltx.config import LTXPipelineConfig
+from distill_adapters_ltx.kind import (
+    CAPABILITIES,
+    LTX,
+    TEXT,
+    TEXT_MASK,
+    fit_problems,
+    latent_info,
+    unsupported,
+)
+from distill_adapters_ltx.published import PUBLISHED
+
+if TYPE_CHECKING:
+    from distill_protocols import DistillAdapter, Exporter, ModelBundle, RoleHandle
+    from torch import Tensor
+
+
+class LtxFamily(DiffusersFamily[LTXPipelineConfig]):
+    """LTX-Video from text, as ``LTXPipeline`` calls it, on diffusers' own modules."""
+
+    name = "ltx"
+    contract = 2
+    help = "LTX-Video 0.9.0 to 0.9.5, from Diffusers-format folders or hub ids"
+    config_class = LTXPipelineConfig
+    kind = LTX
+    published = PUBLISHED
+
+    def capabilities(self, config: LTXPipelineConfig) -> Capabilities:
+        return CAPABILITIES
+
+    def unsupported(self, model: ModelDescription, config: LTXPipelineConfig) -> Iterator[str]:
+        return unsupported(model)
+
+    def fit_problems(
+        self, role: RoleSpec, config: LTXPipelineConfig, model: ModelDescription
+    ) -> Iterator[str]:
+        info = self.latents(config.components or role.path)
+        return iter(()) if info is None else fit_problems(info, model.main)
+
+    def latent_info(self, vae: Mapping[str, Any]) -> LatentInfo:
+        return latent_info(vae)
+
+    def latent_tokens(self, config: LTXPipelineConfig, *, source: str) -> int | None:
+        """Count latent cells: each is one token."""
+        shape = self.latent_shape(config, source=source)
+        return None if shape is None else shape[1] * shape[2] * shape[3]
+
+    def condition_shapes(
+        self, config: LTXPipelineConfig, *, source: str
+    ) -> Mapping[str, tuple[int, ...]]:
+        """Give ``text`` [L, D] and ``text_mask`` [L]."""
+        try:
+            width = self.describe(source).main.get("caption_channels", 4096)
+        except WeightsError:
+            return EMPTY
+        length = config.max_sequence_length
+        return {TEXT: (length, width), TEXT_MASK: (length,)}
+
+    def call_model(self, role: RoleHandle, inputs: Mapping[str, Tensor]) -> Tensor:
+        from distill_adapters_ltx.adapter import call_transformer
+
+        latents, t, text, mask = (inputs[n] for n in ("latents", "t", TEXT, TEXT_MASK))
+        return call_transformer(role, latents, t, text, mask, frame_rate=25.0)
+
+    def adapter(
+        self, bundle: ModelBundle, config: LTXPipelineConfig, *, source: str
+    ) -> DistillAdapter:
+        from distill_adapters_ltx.adapter import LtxAdapter
+
+        return LtxAdapter(bundle, config, source=source)
+
+    def exporter(self, config: LTXPipelineConfig, *, source: str) -> Exporter:
+        from distill_adapters_ltx.export import LtxExporter
+
+        return LtxExporter(self, config, source=source)
+
+
+PLUGIN = LtxFamily()

@@ -1,0 +1,180 @@
+"""The adapter's clips are the stock pipeline's, and its conditions are checked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attrs import evolve
+from distill_adapters_ltx import PLUGIN, LTXPipelineConfig
+from distill_adapters_ltx.arithmetic import pack, unpack
+from distill_adapters_ltx.codec import DECODE_SEED
+from distill_protocols import (
+    Condition,
+    ConditioningError,
+    DynamicShift,
+    Precision,
+    RoleSpec,
+    SamplerSpec,
+    WeightsError,
+)
+from torch import Tensor
+
+CONFIG = LTXPipelineConfig(num_frames=17, height=64, width=96, frame_rate=24, max_sequence_length=8)
+CLIP = {
+    "num_frames": 17, "height": 64, "width": 96, "frame_rate": 24, "max_sequence_length": 8,
+}  # fmt: skip
+PROMPTS, NEGATIVE = ["a seven moving left", "a"], "moving"
+PUBLISHED_SHIFT = DynamicShift(
+    base_tokens=1024, base_mu=0.95, max_tokens=4096, max_mu=2.05, terminal=0.1
+)
+"""Of the schedulers of 0.9.0 and 0.9.1."""
+CPU = torch.device("cpu")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+
+
+@pytest.fixture(scope="module")
+def load(folder_of):
+    def load(version="0.9.0", config=CONFIG, precision: Precision = "fp32"):
+        folder = str(folder_of(version))
+        role = RoleSpec(name="teacher", path=folder, trainable=False, precision=precision)
+        bundle = PLUGIN.load([role], config, device=CPU)
+        return PLUGIN.adapter(bundle, config, source=folder)
+
+    return load
+
+
+def noise(rows: int = 2, seed: int = 0) -> Tensor:
+    return torch.randn(rows, 8, 3, 2, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def conditions(adapter, rows: int = 2) -> tuple[Condition, Condition]:
+    return adapter.encode_condition(PROMPTS[:rows]), adapter.encode_neg_condition(NEGATIVE)
+
+
+def sampler_of(version: str, steps: int, guidance: float = 1.0) -> SamplerSpec:
+    if version == "0.9.5":
+        return SamplerSpec(steps=steps, guidance=guidance)
+    spec = SamplerSpec(steps=steps, shift=PUBLISHED_SHIFT, guidance=guidance)
+    tokens = PLUGIN.latent_tokens(CONFIG, source="")
+    return spec.resolved(18 if tokens is None else tokens)
+
+
+def exact(spec: SamplerSpec, scheduler) -> SamplerSpec:
+    """Take the scheduler's own numbers, which may be one fp32 step from those of a spec."""
+    assert torch.allclose(scheduler.sigmas[:-1], torch.tensor(spec.sigmas()), rtol=0, atol=2.4e-7)
+    times = tuple(1000 * float(sigma) for sigma in scheduler.sigmas[:-1].double())
+    return evolve(spec, shift=1.0, timesteps=times)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize("version", ["0.9.0", "0.9.1", "0.9.5"])
+def test_sampled_latents_are_the_stock_pipelines(load, stock, version, rescale, guidance):
+    adapter = load(version, evolve(CONFIG, guidance_rescale=rescale))
+    pipeline, rows = stock(version), noise()
+    theirs = pipeline(
+        prompt=PROMPTS, negative_prompt=[NEGATIVE] * 2, latents=pack(rows), **CLIP,
+        num_inference_steps=5, guidance_scale=guidance, guidance_rescale=rescale,
+        output_type="latent",
+    ).frames  # fmt: skip
+    cond, negative = conditions(adapter)
+    spec = exact(sampler_of(version, 5, guidance), pipeline.scheduler)
+    ours = adapter.sample("teacher", spec, rows, cond, neg_cond=negative)
+    assert torch.equal(ours, unpack(theirs, (3, 2, 3)))
+
+
+@pytest.mark.parametrize("version", ["0.9.0", "0.9.1", "0.9.5"])
+def test_decoded_clips_are_the_stock_pipelines(load, stock, version):
+    adapter, pipeline = load(version), stock(version)
+    rows = noise(1)
+    ending = {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
+    with torch.random.fork_rng():
+        torch.manual_seed(DECODE_SEED)
+        theirs = pipeline(
+            prompt=PROMPTS[:1], latents=pack(rows), **CLIP, **ending, num_inference_steps=2,
+            guidance_scale=1.0, generator=torch.Generator().manual_seed(DECODE_SEED),
+            output_type="pt",
+        ).frames  # fmt: skip
+    spec = exact(sampler_of(version, 2), pipeline.scheduler)
+    latents = adapter.sample("teacher", spec, rows, conditions(adapter, 1)[0])
+    state = torch.get_rng_state()
+    clip = adapter.decode(latents)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(clip, theirs.permute(0, 2, 1, 3, 4))
+    assert theirs.std() > 0.01
+    both = adapter.decode(torch.cat([noise(1, seed=3), latents]))
+    assert torch.allclose(both[1:], clip, atol=1e-5)  # noise of a decoder is a clip's own
+
+
+def test_raw_latents_are_normalised_by_the_vaes_buffers(load, stock):
+    adapter, vae = load(), stock().vae
+    raw = noise()
+    mean, std = (b.view(1, -1, 1, 1, 1) for b in (vae.latents_mean, vae.latents_std))
+    normalised = adapter.normalize_latents(raw)
+    torch.testing.assert_close(normalised, (raw - mean) * 0.8 / std)
+    torch.testing.assert_close(adapter.denormalize_latents(normalised), raw)
+    video = torch.rand(1, 3, 17, 64, 96)
+    assert adapter.encode(video).shape == (1, 8, 3, 2, 3)
+    assert PLUGIN.latent_shape(CONFIG, source=adapter._codec._source) == adapter.latent_shape
+
+
+def test_a_condition_has_the_planned_shapes_and_is_zero_beyond_its_prompt(load, folder_of):
+    cond = load().encode_condition(PROMPTS)
+    shapes = PLUGIN.condition_shapes(CONFIG, source=str(folder_of("0.9.0")))
+    assert {name: tuple(t.shape[1:]) for name, t in cond.tensors.items()} == dict(shapes)
+    assert cond.tensors["text_mask"].sum(dim=1).tolist() == [5, 2]
+    assert not cond.tensors["text"][1, 2:].any()
+    assert cond.tensors["text"][1, :2].all()
+
+
+def test_a_condition_without_its_mask_or_of_another_length_is_refused(load):
+    adapter, t = load(), torch.full((2,), 500.0)
+    cond = adapter.encode_condition(PROMPTS)
+    with pytest.raises(ConditioningError, match="text_mask"):
+        adapter.forward("teacher", noise(), t, Condition({"text": cond.tensors["text"]}))
+    short = Condition({name: tensor[:, :4] for name, tensor in cond.tensors.items()})
+    with pytest.raises(ConditioningError, match="attends to the padding"):
+        adapter.forward("teacher", noise(), t, short)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@torch.no_grad()
+def test_guidance_in_training_is_rescaled_too(load, batched):
+    adapter = load(config=evolve(CONFIG, guidance_rescale=0.7, cfg_batched=batched))
+    cond, negative = conditions(adapter)
+    t = torch.tensor([900.0, 300.0])
+    c = adapter.forward("teacher", noise(), t, cond)
+    u = adapter.forward("teacher", noise(), t, negative)
+    guided = u + 3 * (c - u)
+    spread = c.std(dim=(1, 2, 3, 4), keepdim=True) / guided.std(dim=(1, 2, 3, 4), keepdim=True)
+    found = adapter.forward("teacher", noise(), t, cond, neg_cond=negative, cfg=3.0)
+    torch.testing.assert_close(found, 0.7 * guided * spread + 0.3 * guided)
+
+
+@torch.no_grad()
+def test_frame_rate_and_mask_reach_the_model(load):
+    t = torch.tensor([900.0, 300.0])
+    cond = load().encode_condition(PROMPTS)
+    at_24 = load().forward("teacher", noise(), t, cond)
+    at_30 = load(config=evolve(CONFIG, frame_rate=30)).forward("teacher", noise(), t, cond)
+    assert (at_24 - at_30).abs().max() > 1e-3
+    whole = Condition({**cond.tensors, "text_mask": torch.ones(2, 8)})
+    assert (at_24 - load().forward("teacher", noise(), t, whole)).abs().max() > 1e-3
+
+
+def test_a_bf16_role_computes_in_bf16(load):
+    cond = load().encode_condition(PROMPTS)
+    t = torch.tensor([900.0, 300.0])
+    wide, narrow = (
+        load(precision=precision).forward("teacher", noise(), t, cond) for precision in PRECISIONS
+    )
+    assert narrow.dtype == torch.float32
+    assert 1e-4 < (wide - narrow).abs().max() < 0.1
+
+
+def test_a_condition_pipelines_model_is_refused(folder_of):
+    role = RoleSpec(name="teacher", path=str(folder_of("0.9.7")), trainable=False)
+    (problem,) = PLUGIN.role_problems(role, CONFIG)
+    assert "LTXConditionPipeline" in problem.message
+    with pytest.raises(WeightsError, match="LTXConditionPipeline"):
+        PLUGIN.load([role], CONFIG, device=CPU)
