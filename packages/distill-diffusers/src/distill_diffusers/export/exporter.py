@@ -64,6 +64,11 @@ LORA_STEM = "pytorch_lora_weights"
 TOLERABLE_DEVIATION = 0.5
 """Units of t; one step of the 1000 that models are trained on is 1."""
 
+ENCODER_FOLDERS = tuple(
+    f"{name}{suffix}" for name in ("text_encoder", "tokenizer") for suffix in ("", "_2", "_3")
+)
+"""As pipelines of diffusers name them."""
+
 LayerName = Callable[[str, str], str]
 """(layer, ``A`` or ``B``) -> the name of that factor in a LoRA file."""
 
@@ -152,7 +157,7 @@ class PipelineExporter(abc.ABC):
         grid: what the pipeline's scheduler starts from; None: ``SchedulerGrid``.
     """
 
-    components: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
+    components: tuple[str, ...] = ("vae", *ENCODER_FOLDERS)
     """Folders that are copied from ``source``, those of them that it has."""
 
     def __init__(
