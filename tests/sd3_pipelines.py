@@ -11,7 +11,7 @@ import torch
 from attrs import frozen
 
 LATENT_CHANNELS = 4
-CLIP_TOKENS = 10
+CLIP_TOKENS = 77
 CLIP_WIDTHS = (12, 16)
 TEXT_WIDTH = 32
 """Of T5 and of the transformer; both CLIPs together have 28, and 4 zeros follow."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sd3_pipelines
@@ -60,3 +63,15 @@ def installed(tmp_path_factory) -> Path:
         )
         assert result.returncode == 0, result.stderr
     return root / "site"
+
+
+@pytest.fixture(scope="module")
+def sd3(installed):
+    """The installed package's modules; afterwards it is as if it had never been there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(installed))
+        names = ("config", "models", "text", "plugin", "adapter", "export")
+        modules = {name: importlib.import_module(f"distill_family_sd3.{name}") for name in names}
+        yield SimpleNamespace(**modules)
+    for name in [name for name in sys.modules if name.startswith("distill_family_sd3")]:
+        del sys.modules[name]
