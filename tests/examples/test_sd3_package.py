@@ -131,6 +131,33 @@ def test_conditions_of_other_shapes_are_refused(sd3, folders):
             adapter.forward("student", x_t, torch.tensor([500.0]), type(cond)(tensors))
 
 
+def test_features_are_the_pictures_hidden_states_and_calls_have_tangents(sd3, folders):
+    config = config_of(sd3)
+    bundle = sd3.plugin.PLUGIN.load([student(folders())], config, device=CPU)
+    adapter = sd3.plugin.PLUGIN.adapter(bundle, config, source=str(folders()))
+    cond, t = adapter.encode_condition(["a", "seven"]), torch.tensor([900.0, 300.0])
+    x_t, dx = torch.randn(2, 2, 4, 1, 4, 6, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    block = bundle["student"].modules["transformer"].get_submodule("transformer_blocks.0")
+    hook = block.register_forward_hook(lambda *call: outputs.append(call[2]))
+    features = {0: None}
+    with torch.no_grad():
+        adapter.forward("student", x_t, t, cond, features=features)
+    hook.remove()
+    _text, image = outputs[0]
+    assert features[0].shape == (2, 32, 1, 2, 3)
+    assert torch.equal(features[0].flatten(2).transpose(1, 2), image)
+
+    dt, step = torch.tensor([-100.0, 50.0]), 1e-3
+    _v, tangent = adapter.forward_jvp("student", x_t, t, cond, dx=dx, dt=dt)
+    with torch.no_grad():
+        after, before = (
+            adapter.forward("student", x_t + h * dx, t + h * dt, cond) for h in (step, -step)
+        )
+    torch.testing.assert_close(tangent, (after - before) / (2 * step), rtol=2e-2, atol=2e-2)
+    assert tangent.abs().max() > 0.05
+
+
 def test_latents_are_shaped_as_the_stock_pipeline_draws_them(sd3, stock, folders):
     shape = sd3.plugin.PLUGIN.latent_shape(config_of(sd3), source=str(folders()))
     drawn = stock().prepare_latents(1, 4, 32, 48, torch.float32, "cpu", torch.Generator())
