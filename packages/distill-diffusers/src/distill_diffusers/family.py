@@ -13,7 +13,7 @@ module on the meta device and ``ModelKind`` tell; a family adds what is true of 
 
         def capabilities(self, config): ...       # what the adapter supports
         def latent_info(self, vae): ...           # what vae/config.json says of the latents
-        def condition_shapes(self, config, *, source): ...   # one row of each condition tensor
+        def condition_rows(self, transformer, config): ...   # shapes of each condition tensor
         def call_model(self, role, inputs): ...   # one call of the transformer, to plan its memory
         def adapter(self, bundle, config, *, source): ...    # how the models are called
         def exporter(self, config, *, source): ...
@@ -156,6 +156,15 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         or the VAE (``self.latents``)."""
         return ()
 
+    def condition_rows(
+        self, transformer: Mapping[str, Any], config: ConfigT
+    ) -> Mapping[str, tuple[int, ...]]:
+        """Give the shapes of ``condition_shapes`` from the configuration of the transformer.
+
+        A family whose shapes depend on more overrides ``condition_shapes``.
+        """
+        return EMPTY
+
     def call_shapes(
         self, role: RoleSpec, config: ConfigT, latents: tuple[int, int, int, int]
     ) -> Mapping[str, tuple[int, ...]] | None:
@@ -289,6 +298,14 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         """Give (C, T, H, W) from the numbers of ``source``'s VAE."""
         info = self.latents(source)
         return info and info.shape(config.num_frames, config.height, config.width)
+
+    def condition_shapes(self, config: ConfigT, *, source: str) -> Mapping[str, tuple[int, ...]]:
+        """Give ``condition_rows`` of the model; none where nothing says how it is built, which is
+        a problem of the role's path."""
+        try:
+            return self.condition_rows(self.describe(source).main, config)
+        except WeightsError:
+            return EMPTY
 
     def plan(self, role: RoleSpec, config: ConfigT) -> RolePlan:
         """Plan modules and sizes, from the meta device.

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from attrs import frozen
-from distill_protocols import WeightsError
+from distill_protocols import ConditioningError, WeightsError
 from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -20,6 +20,7 @@ from distill_diffusers.folders import (
     fetch,
     locate,
     module_problems,
+    transformer_names,
     weight_files,
 )
 from distill_diffusers.kinds import load_class
@@ -72,6 +73,25 @@ class TextEncoderPart:
         ]
 
 
+def numbered_parts(source: str, classes: Sequence[str]) -> list[TextEncoderPart]:
+    """Describe ``text_encoder``, ``text_encoder_2`` ... of a pipeline, those that its index has.
+
+    Args:
+        source: Diffusers folder or hub id.
+        classes: ``module:Class`` of each, in order.
+
+    Raises:
+        WeightsError: no index, or a damaged one.
+    """
+    suffixes = ["", *(f"_{number}" for number in range(2, len(classes) + 1))]
+    parts = [
+        TextEncoderPart(model=model, encoder=f"text_encoder{end}", tokenizer=f"tokenizer{end}")
+        for model, end in zip(classes, suffixes, strict=True)
+    ]
+    names = transformer_names(fetch(source, ()), [part.encoder for part in parts])
+    return [part for part in parts if part.encoder in names]
+
+
 @frozen(eq=False)
 class LoadedEncoder:
     """A tokenizer and its encoder, of the classes that the folder names."""
@@ -112,6 +132,11 @@ class TextEncoders:
         """Where they run."""
         return self._device
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the encoders, in the order of ``parts``."""
+        return tuple(self._parts)
+
     @contextlib.contextmanager
     def loaded(self, name: str = "text_encoder") -> Iterator[LoadedEncoder]:
         """Enter with one tokenizer and encoder in memory.
@@ -125,6 +150,34 @@ class TextEncoders:
         if name not in self._kept:
             self._kept[name] = self._load(name)
         yield self._kept[name]
+
+    @torch.no_grad()
+    def outputs(self, name: str, prompts: Sequence[str], *, length: int | None = None) -> Any:
+        """Call one encoder on prompts padded and cut to ``length`` tokens, without a mask.
+
+        For the encoders of models that attend the padding.
+
+        Args:
+            length: tokens; None: the tokenizer's own ``model_max_length``.
+
+        Returns:
+            what the encoder gives, all hidden states with it.
+
+        Raises:
+            ConditioningError: no prompts.
+            WeightsError: as ``loaded``.
+        """
+        if not prompts:
+            raise ConditioningError("no prompts to encode; give one a sample (it may be empty)")
+        with self.loaded(name) as text:
+            tokens = text.tokenizer(
+                list(prompts),
+                padding="max_length",
+                max_length=text.tokenizer.model_max_length if length is None else length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            return text.encoder(tokens.input_ids.to(self._device), output_hidden_states=True)
 
     @contextlib.contextmanager
     def keep_loaded(self) -> Iterator[None]:

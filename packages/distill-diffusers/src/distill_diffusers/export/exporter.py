@@ -67,6 +67,11 @@ if TYPE_CHECKING:
 TOLERABLE_DEVIATION = 0.5
 """Units of t; one step of the 1000 that models are trained on is 1."""
 
+ENCODER_FOLDERS = tuple(
+    f"{name}{suffix}" for name in ("text_encoder", "tokenizer") for suffix in ("", "_2", "_3")
+)
+"""As pipelines of diffusers name them."""
+
 
 class PipelineExporter(abc.ABC):
     """``Exporter`` of a family on diffusers.
@@ -77,7 +82,7 @@ class PipelineExporter(abc.ABC):
         grid: what the pipeline's scheduler starts from; None: ``SchedulerGrid``.
     """
 
-    components: tuple[str, ...] = ("vae", "text_encoder", "tokenizer")
+    components: tuple[str, ...] = ("vae", *ENCODER_FOLDERS)
     """Folders that are copied from ``source``, those of them that it has."""
 
     def __init__(

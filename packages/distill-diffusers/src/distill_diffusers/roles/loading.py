@@ -19,7 +19,7 @@ from distill_protocols import (
 )
 from distill_protocols.plugins import EMPTY
 from distill_runtime import ALONE, Ranks
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
@@ -375,6 +375,20 @@ def _fill(
     # The tensors themselves become the weights. Not `to(device)` after it: some wait on the CPU.
     part.module.load_state_dict(shared | state, strict=True, assign=True)
     move_buffers(part.module, device)
+    if role.lora is not None:
+        _leave_buffers_to_the_base(part.module)
+
+
+def _leave_buffers_to_the_base(module: nn.Module) -> None:
+    """Take stored buffers (SD 3's table of positions) out of the state dict of a LoRA role.
+
+    They are of the base, which is read from the role's path. In the state dict they would be part
+    of what training moves (``RoleHandle.moving_state``): each checkpoint would hold them, and
+    adapters read from it would be refused for the tensors beside them.
+    """
+    for part in module.modules():
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            part.register_buffer(name, buffer, persistent=False)
 
 
 def _check_alike(role: RoleSpec, built: _Built, ranks: Ranks) -> None:

@@ -56,11 +56,14 @@ def load_module(
 
 
 def build_module(module_class: type[ModuleT], folder: Path) -> ModuleT:
-    """Build the module of ``config.json``, with parameters on meta and real buffers.
+    """Build the module of ``config.json``, with parameters on meta, and with real buffers unless
+    all of them are in its state dict.
 
-    Buffers must not go through meta: Wan's rotary tables are in no state dict, so nothing would
-    fill them again, and the loaded weights would still compare equal. The global generator is
-    left as it was: on their way to meta, Wan's scale_shift_tables are drawn from it.
+    Other buffers must not go through meta: Wan's rotary tables are in no state dict, so nothing
+    would fill them again, and the loaded weights would still compare equal. SD 3's table of
+    positions is in it, and to compute its 56 to 226 million numbers only to read them from the
+    file takes seconds and a gigabyte. The global generator is left as it was: on their way to
+    meta, Wan's scale_shift_tables are drawn from it.
 
     Raises:
         WeightsError: the configuration is missing or damaged, or of another class.
@@ -75,8 +78,13 @@ def build_from(module_class: type[ModuleT], config: Mapping[str, Any], where: ob
         where: where the configuration comes from, for messages.
     """
     try:
-        with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        with torch.device("meta"):
             # From ConfigMixin, which every model class of diffusers has beside ModelMixin.
+            module = module_class.from_config(dict(config))  # type: ignore[attr-defined]
+        buffers = {name for name, _ in module.named_buffers()}
+        if buffers and buffers <= module.state_dict().keys():
+            return module
+        with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
             return module_class.from_config(dict(config))  # type: ignore[attr-defined]
     except (TypeError, ValueError, KeyError) as error:
         raise WeightsError(
