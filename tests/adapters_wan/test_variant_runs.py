@@ -97,12 +97,12 @@ def test_a_run_looks_at_clips_that_begin_with_the_pictures(values, tmp_path, nam
     assert (tmp_path / "out" / "student" / "model_index.json").exists()
 
 
-def test_pictures_that_cannot_be_are_faults_of_the_file(values, tmp_path):
+def test_pictures_that_cannot_be_are_problems_of_the_file(values, tmp_path):
     given = values("i2v-2.1")
     for images, message in [
         ([], "bring no first frame"),
         ([str(tmp_path / "none.png")] * 2, "no such file"),
-        ([picture(tmp_path / "a.png", 9)], "1 pictures for 2 prompts"),
+        ([picture(tmp_path / "a.png", 9)], "1 images for 2 prompts"),
     ]:
         given["validation"]["images"] = images
         with pytest.raises(ConfigError, match=message):
@@ -116,7 +116,7 @@ def test_a_picture_of_another_size_or_kind_ends_a_run_before_its_first_step(valu
     for images, message in [
         ([wide, wide], "of the size of the run's clips"),
         ([good, wide], "several sizes"),
-        ([good, str(tmp_path / "c.png")], "no PNG or JPEG picture"),
+        ([good, str(tmp_path / "c.png")], "cannot be read as a PNG or JPEG image"),
     ]:
         given["validation"]["images"] = images
         with pytest.raises(Exception, match=message):

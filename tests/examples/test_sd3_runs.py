@@ -16,9 +16,10 @@ import torch
 import yaml
 from distill_conditioning import ShardWriter, preprocess
 from distill_protocols import ModelBundle, RowGenerators, SamplerSpec
+from distill_runfile.cli import EXIT_OK, EXIT_USAGE
+from distill_runfile.read import read_config
 from distill_train.build import build
-from distill_train.check import read_config
-from distill_train.cli import EXIT_CONFIG, EXIT_OK, main
+from distill_train.cli import main
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_run import alone
@@ -278,5 +279,5 @@ def test_a_run_looks_at_its_pictures(values, tmp_path):
 def test_data_of_another_length_is_a_problem_of_the_file(values, tmp_path, capsys):
     given = values()
     given["pipeline_config"]["max_sequence_length"] = LENGTH + 1
-    assert main(["--config", str(write(given, tmp_path))]) == EXIT_CONFIG
+    assert main(["--config", str(write(given, tmp_path))]) == EXIT_USAGE
     assert "[85, 32] [L, D], but the model takes [86, 32]" in capsys.readouterr().err

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from distill_adapters_ltx import LtxAdapter
+from distill_adapters_ltx.plugin import PLUGIN as LTX_FAMILY
 from distill_adapters_wan import WanAdapter
 from distill_adapters_wan.plugin import PLUGIN as WAN_FAMILY
 from distill_evaluation.plugins import report
@@ -61,10 +63,11 @@ from distill_trainer.plugins import (
     step_timer,
 )
 
-ADAPTERS: tuple[type[DistillAdapter], ...] = (WanAdapter,)
+ADAPTERS: tuple[type[DistillAdapter], ...] = (LtxAdapter, WanAdapter)
 """Each satisfies the whole contract, and with it what every method below asks for."""
 
 PLUGINS: tuple[Plugin, ...] = (
+    LTX_FAMILY,
     WAN_FAMILY,
     causvid,
     consistency,
