@@ -153,12 +153,8 @@ def test_an_attention_backend_that_cannot_be_set_is_explained():
         assert "install" in str(attention.backend_problem(name))
 
 
-def test_the_plan_shows_the_attention_backend(ltx_folder):
+def test_a_plan_counts_what_the_attention_backend_holds(ltx_folder):
     role = spec(ltx_folder, attention_backend="_native_math")
-    (plan,) = plan_modules(LTX, describe(role.path), role)
-    assert plan.architecture == (
-        "LTXVideoTransformer3DModel, 4 layers of width 16, attention _native_math"
-    )
     main = describe(role.path).main
     long = {"latents": (1, 12, 6), "t": (1,), "text": (1, 5, 12)}
     fused = plan_call(LTX, main, spec(ltx_folder), call, long)
