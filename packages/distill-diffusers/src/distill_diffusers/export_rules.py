@@ -98,15 +98,9 @@ def _rank_problems(
 
 def _base_problems(use: str, role: RoleSpec, modules: Collection[str]) -> Iterator[Problem]:
     folder = locate(role.path)
-    if folder is None:
-        problems = [f"{role.path} is not on this machine"]
-    else:
-        problems = [
-            problem
-            for name in modules
-            for problem in module_problems(folder / name, DIFFUSERS_STEM)
-        ]
-    for problem in problems:
-        yield Problem(
-            "format", f"role {role.name!r} must be {use} the weights of its path, but {problem}"
-        )
+    # A hub id that is not downloaded yet is no problem of a plan: whoever loads it is told then.
+    for name in modules if folder is not None else ():
+        for problem in module_problems(folder / name, DIFFUSERS_STEM):
+            yield Problem(
+                "format", f"role {role.name!r} must be {use} the weights of its path, but {problem}"
+            )
