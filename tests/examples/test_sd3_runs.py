@@ -280,4 +280,5 @@ def test_data_of_another_length_is_a_problem_of_the_file(values, tmp_path, capsy
     given = values()
     given["pipeline_config"]["max_sequence_length"] = LENGTH + 1
     assert main(["--config", str(write(given, tmp_path))]) == EXIT_USAGE
-    assert "[85, 32] [L, D], but the model takes [86, 32]" in capsys.readouterr().err
+    message = "'text' is [85, 32] in each sample, but the model reads [86, 32]"
+    assert message in capsys.readouterr().err

@@ -301,7 +301,7 @@ SPOILT = {
     "start from no path": (put("models", "student", "init_from", value={"path": "nowhere"}), "models.student.init_from.path: 'nowhere' is neither a folder"),
     "start from an average of a folder": (put("models", "student", "init_from", value={"path": str(Path(__file__).resolve().parents[2] / "configs/tiny/wan"), "ema": True}), "models.student.init_from.ema: "),
     "adapters of a whole role": (put("checkpoint", "export", value=[{"role": "student", "folder": "s", "format": "lora"}]), "checkpoint.export.0.lora_rank: "),
-    "an unknown format": (put("checkpoint", "export", value=[{"role": "student", "folder": "s", "format": "comfy"}]), "checkpoint.export.0.format: 'comfy' is none of diffusers, comfyui, lora"),
+    "an unknown format": (put("checkpoint", "export", value=[{"role": "student", "folder": "s", "format": "comfy"}]), "checkpoint.export.0.format: 'comfy' is none of diffusers, lora, comfyui"),
     "best by what nobody measures": (lambda v: v["checkpoint"].update(every_steps=2, keep_best={"metric": "report/student/fd"}), "checkpoint.keep_best.metric: 'report/student/fd' is measured by no callback"),
     "best by what is measured at other times": (
         lambda v: (report(every_steps=4)(v), v["checkpoint"].update(every_steps=5, keep_best={"metric": "report/a/fd"})),

@@ -98,8 +98,9 @@ def _rank_problems(
 
 def _base_problems(use: str, role: RoleSpec, modules: Collection[str]) -> Iterator[Problem]:
     folder = locate(role.path)
-    # A hub id that is not downloaded yet is no problem of a plan: whoever loads it is told then.
-    for name in modules if folder is not None else ():
+    if folder is None:  # Not downloaded yet: no problem of a plan, and loading says so.
+        return
+    for name in modules:
         for problem in module_problems(folder / name, DIFFUSERS_STEM):
             yield Problem(
                 "format", f"role {role.name!r} must be {use} the weights of its path, but {problem}"
