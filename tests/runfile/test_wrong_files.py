@@ -227,7 +227,7 @@ SPOILT = {
     "missing role": (drop("models", "critic"), "models.critic: missing role; dmd2 calls student, teacher, critic"),
     "a role that nothing can stand in for": (
         drop("models", "critic"),
-        "models.critic: missing role; dmd2 calls student, teacher, critic (critic: follows the student's own clips): the student is led by",
+        "models.critic: missing role; dmd2 calls student, teacher, critic (critic: follows the distribution of the student's own clips (DMD's fake score)): the student learns from",
     ),
     "teacher that is left out of the teachers": (
         teachers(second={"weight": 1.0}),
