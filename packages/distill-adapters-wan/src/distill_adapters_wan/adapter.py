@@ -58,7 +58,7 @@ from distill_adapters_wan.images.conditions import (
 from distill_adapters_wan.images.encoder import ImageEncoder
 from distill_adapters_wan.images.shapes import EMBEDS, LATENTS, TEXT, ImageKind, image_kind
 from distill_adapters_wan.kind import WAN
-from distill_adapters_wan.shape import clip_problems, latent_facts, latent_shape
+from distill_adapters_wan.shape import clip_problems, latent_info
 from distill_adapters_wan.text import encode_text, wan_encoders
 
 
@@ -82,7 +82,8 @@ class WanAdapter(FlowMatchingAdapter):
     def __init__(self, bundle: ModelBundle, config: WanPipelineConfig, *, source: str) -> None:
         self._config = config
         vae_folder = fetch(source, ("vae",)) / "vae"
-        latents = latent_facts(vae_folder)
+        vae = read_json(vae_folder / "config.json")
+        latents = latent_info(vae)
         self._models = {
             name: role for name, role in bundle.roles.items() if role.discriminator is None
         }
@@ -96,8 +97,8 @@ class WanAdapter(FlowMatchingAdapter):
             bundle,
             kind=WAN,
             capabilities=capabilities_of(config),
-            latent_shape=latent_shape(config, latents),
-            statistics=_latent_statistics(read_json(vae_folder / "config.json")),
+            latent_shape=latents.shape(config.num_frames, config.height, config.width),
+            statistics=_latent_statistics(vae),
             codec=VideoCodec(
                 WAN.vae, source, strides=(latents.stride_t, latents.stride_hw), device=device
             ),

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from distill_diffusers.descriptions import LatentInfo, ModelDescription, as_json
-from distill_diffusers.folders import read_json
 
 from distill_adapters_wan.config import WanPipelineConfig
 
@@ -24,16 +22,6 @@ def latent_info(vae: Mapping[str, Any]) -> LatentInfo:
         stride_t=vae.get("scale_factor_temporal", 4),
         stride_hw=vae.get("scale_factor_spatial", 8),
     )
-
-
-def latent_facts(vae_folder: Path) -> LatentInfo:
-    """Read off ``config.json`` of a VAE's folder what it makes of pixels."""
-    return latent_info(read_json(vae_folder / "config.json"))
-
-
-def latent_shape(config: WanPipelineConfig, info: LatentInfo) -> tuple[int, int, int, int]:
-    """(C, T, H, W) of one clip."""
-    return info.shape(config.num_frames, config.height, config.width)
 
 
 def unsupported(model: ModelDescription, boundary_ratio: float | None = None) -> Iterator[str]:
@@ -124,7 +112,7 @@ def clip_problems(
                 f"{name} {pixels} must be divisible by {unit}: VAE stride {info.stride_hw} x "
                 f"patch {patch_size}"
             )
-    _, frames, height, width = latent_shape(config, info)
+    _, frames, height, width = info.shape(config.num_frames, config.height, config.width)
     if frames % patch[0]:
         yield f"{frames} latent frames must be divisible by the temporal patch {patch[0]}"
     cells = (frames // patch[0], height // patch[1], width // patch[2])

@@ -101,7 +101,7 @@ class Ranks:
             distributed.all_gather_object(
                 answers, (_describe_error(error), value), group=self.group
             )
-        failures = [f"rank {rank}: {said}" for rank, (said, _) in enumerate(answers) if said]
+        failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text]
         if failures:
             if isinstance(error, DistillError) and not isinstance(error, self.error):
                 raise error
