@@ -416,13 +416,19 @@ def test_requests_that_cannot_be_had(full, lora, tmp_path):
         full.export(tmp_path / "s", format="lora")
 
 
-def test_an_absent_base_is_told_where_it_is_needed(full, lora):
-    hub = {"path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
-    assert "merged into" in problems(attrs.evolve(lora.role, **hub))["format"]
-    assert problems(attrs.evolve(lora.role, **hub), format="lora") == {}
-    needs = problems(attrs.evolve(full.role, **hub), format="lora", lora_rank=32)
+def test_a_base_without_weights_is_refused_where_they_are_needed(full, lora, tmp_path):
+    folder = tmp_path / "configuration-alone"
+    shutil.copytree(full.role.path, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    without = {"path": str(folder)}
+    assert "merged into" in problems(attrs.evolve(lora.role, **without))["format"]
+    assert problems(attrs.evolve(lora.role, **without), format="lora") == {}
+    needs = problems(attrs.evolve(full.role, **without), format="lora", lora_rank=8)
     assert "difference" in needs["format"]
-    assert problems(attrs.evolve(full.role, **hub)) == {}
+    assert problems(attrs.evolve(full.role, **without)) == {}
+    # A hub id that is not downloaded yet can be planned; whoever loads it is told.
+    hub = {"path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
+    assert problems(attrs.evolve(lora.role, **hub)) == {}
+    assert problems(attrs.evolve(full.role, **hub), format="lora", lora_rank=32) == {}
 
 
 # -- two experts ----------------------------------------------------------------------------------
