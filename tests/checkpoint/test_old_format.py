@@ -1,4 +1,4 @@
-"""A checkpoint and a data set that an earlier release wrote are still read, to the bit.
+"""A checkpoint and a data set that an earlier release wrote are still read.
 
 ``tests/fixtures/format-2`` was written by the code of commit 3dc878b: seven iterations of
 ``run.yaml`` on the random pipeline of ``wan_variants`` (whose path was ``/fixture/wan`` then), of
@@ -29,14 +29,6 @@ def sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
-def is_the_recording_machine() -> bool:
-    """The last bits of a CPU's arithmetic are those of its kind, and of a version of torch."""
-    cpuinfo = Path("/proc/cpuinfo")
-    processors = cpuinfo.read_text() if cpuinfo.exists() else ""
-    machine = EXPECTED["machine"]
-    return f": {machine['processor']}\n" in processors and machine["torch"] == torch.__version__
-
-
 def test_an_old_checkpoint_goes_on_with_the_same_numbers(tmp_path):
     build("t2v", template(tmp_path / "template"), tmp_path / "wan")
     shutil.copytree(FIXTURE / "data", tmp_path / "data")
@@ -49,11 +41,9 @@ def test_an_old_checkpoint_goes_on_with_the_same_numbers(tmp_path):
         {name: value for name, value in json.loads(line).items() if not name.startswith("time")}
         for line in lines
     ]
-    if is_the_recording_machine():
-        assert measured == EXPECTED["iterations"]
-    else:
-        for found, expected in zip(measured, EXPECTED["iterations"], strict=True):
-            assert found == pytest.approx(expected, rel=1e-3)
+    # Not to the bit: processors of one name differ in the last bits.
+    for measurement, expected in zip(measured, EXPECTED["iterations"], strict=True):
+        assert measurement == pytest.approx(expected, rel=1e-4)
 
 
 def test_an_old_data_set_is_read_as_it_was():

@@ -13,7 +13,8 @@ iterations of 16 clips, and the record holds
 
 The trajectories that KD learns from are made and hashed first. The bits of a CPU's arithmetic are
 those of one kind of processor and one version of torch, so the record names both: on another
-machine record the older tree there first. About six minutes on one core.
+machine, also one whose processor has the same name, record the older tree there first. About six
+minutes on one core.
 """
 
 from __future__ import annotations
@@ -198,13 +199,15 @@ def absolute(value: Any) -> Any:
 
 
 def machine() -> dict[str, str]:
-    models = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
+    """Name what decides the last bits: the processor's kind (its name is not enough), and code."""
+    lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    values = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    kind = [
+        values[key] for key in ("model name", "cpu family", "model", "stepping") if key in values
     ]
+    vectors = sorted(word for word in values.get("flags", "").split() if word.startswith("avx"))
     return {
-        "processor": models[0] if models else platform.processor(),
+        "processor": " ".join([*(kind or [platform.processor()]), *vectors]),
         "torch": metadata.version("torch"),
         "diffusers": metadata.version("diffusers"),
     }
