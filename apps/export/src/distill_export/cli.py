@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         models = read_models(args.config or checkpoint / "config.json", args.role)
         role, request = _request(args, checkpoint, models)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        cli.say(error, sys.stderr)
         if args.config is None:
             print(
                 "The checkpoint's own run file cannot be used; name one with --config RUN.yaml "
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         return EXIT_USAGE
     except DistillError as error:
-        print(error, file=sys.stderr)
+        cli.say(error, sys.stderr)
         return EXIT_USAGE
 
     def write() -> int:
@@ -114,7 +114,7 @@ def _checkpoint(path: Path) -> Path:
         return path
     newest = newest_checkpoint(path)
     if newest is not None:
-        print(f"taking {newest}")
+        cli.say(f"taking {newest}")
         return newest
     inside = ", ".join(folder.name for folder in checkpoints(path).values())
     raise CheckpointError(

@@ -212,11 +212,11 @@ class _Loader(yaml.SafeLoader):
         finally:
             self._depth -= 1
 
-    def fetch_flow_collection_start(self, token: Any) -> None:
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803
         """Stop at once: the scanner looks ahead, at a cost that is quadratic in the levels."""
         if self.flow_level > MAX_DEPTH:
             raise _ExcessError(_TOO_DEEP, self.line + 1)
-        super().fetch_flow_collection_start(token)
+        super().fetch_flow_collection_start(TokenClass)
 
 
 for _tag, _first in (
