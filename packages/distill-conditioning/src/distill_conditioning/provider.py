@@ -264,10 +264,10 @@ class ConditionCache:
             return
         try:
             tensors, metadata = map_tensors(file)
+            condition = Condition(tensors)
         except DataError as error:
             _log.warning("%s: encoding the prompt again", error)
             return
-        condition = Condition(tensors)
         if metadata != {**origin, "sha256": _hash_tensors(condition)}:
             _log.warning(
                 "%s: does not hold what its name stands for (prompt, encoder or content changed); "

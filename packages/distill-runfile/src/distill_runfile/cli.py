@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 from distill_protocols import ConfigError, DistillError
 from distill_runtime import printable
@@ -80,10 +80,10 @@ def say(text: object, stream: TextIO | None = None) -> None:
     Args:
         stream: None: stdout. What its encoding does not have is escaped too.
     """
-    stream = sys.stdout if stream is None else stream
-    encoding: str = stream.encoding or "utf-8"
+    target = cast(TextIO, stream or sys.stdout)
+    encoding = target.encoding or "utf-8"
     fit = printable(str(text)).encode(encoding, "backslashreplace").decode(encoding)
-    print(fit, file=stream)
+    print(fit, file=target)
 
 
 def print_problems(error: ConfigError, outcome: str) -> int:

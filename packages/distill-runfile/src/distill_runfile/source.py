@@ -212,7 +212,7 @@ class _Loader(yaml.SafeLoader):
         finally:
             self._depth -= 1
 
-    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
         """Stop at once: the scanner looks ahead, at a cost that is quadratic in the levels."""
         if self.flow_level > MAX_DEPTH:
             raise _ExcessError(_TOO_DEEP, self.line + 1)
