@@ -262,6 +262,10 @@ class ConditionCache:
     def _read(self, file: Path, key: str, origin: dict[str, str | None]) -> None:
         if not file.exists():
             return
+        if not file.is_file():
+            raise ConditioningError(
+                f"{file} is no file, and an encoded prompt is kept under that name. Move it away"
+            )
         try:
             tensors, metadata = map_tensors(file)
             condition = Condition(tensors)
