@@ -1,5 +1,5 @@
-"""Run files that somebody wrote to do harm, or that a program wrote wrongly: an answer at once, with
-exit status 2, a line for each problem, and nothing that a terminal would obey.
+"""Run files that somebody wrote to do harm, or a program wrongly: an answer at once, with exit
+status 2, a line for each problem, and nothing that a terminal would obey.
 """
 
 from __future__ import annotations

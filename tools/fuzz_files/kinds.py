@@ -137,7 +137,10 @@ class _Yaml12(yaml.SafeLoader):
     }
 
 
-_FLOAT = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+_FLOAT = (
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
 for _tag, _pattern, _first in (
     ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", "[-+]?[0-9]+", "-+0123456789"),
@@ -421,7 +424,8 @@ def _use_pipeline(folder: Path, *, plan: bool = True, encode: bool = False) -> N
     bundle = PLUGIN.load([role], config, device=torch.device("cpu"))
     adapter = PLUGIN.adapter(bundle, config, source=path)
     latents = torch.zeros(1, *adapter.latent_shape)
-    text = Condition({"text": torch.zeros(1, *adapter.condition_rows["text"])})  # type: ignore[attr-defined]
+    transformer: Any = bundle["student"].modules["transformer"]
+    text = Condition({"text": torch.zeros(1, 6, transformer.config.text_dim)})
     adapter.forward("student", latents, torch.tensor([500.0]), text)
     adapter.decode(latents)
     adapter.condition_fingerprint()
@@ -490,12 +494,12 @@ def _use_judge(folder: Path) -> None:
     from distill_evaluation.plugins import report
     from distill_evaluation.report import read_reference
 
-    config = report.config_class(
+    section = report.config_class(
         judge=str(folder / "judge"), prompts=str(folder / "judge" / "prompts.txt"),
         sheet_prompts=("the digit three moving up",), entries={},
     )  # fmt: skip
-    problems = list(report.problems(config, None))  # type: ignore[arg-type]
-    report.metrics(config)
+    problems = list(report.problems(section, None))  # type: ignore[arg-type]
+    report.metrics(section)
     judge = Judge.load(folder / "judge")
     label_prompts(read_prompts(folder / "judge" / "prompts.txt"), judge.attributes)
     read_reference(folder / "judge")
@@ -539,6 +543,8 @@ def all_kinds() -> list[Kind]:
     trajectories, image = _made(_write_trajectories), _made(_write_image_pipeline)
     cache, marker = _made(_write_cache), _made(_write_marker)
     json_, tensors = mutate_json, mutate_safetensors
+    vision, steps = "i2v/image_encoder/config.json", "data/trajectories.json"
+    pixels = "i2v/image_processor/preprocessor_config.json"
     stem = "diffusion_pytorch_model.safetensors"
     with_yaml = functools.partial(_use_run_file, name="with-yaml.yaml")
     with_json = functools.partial(_use_run_file, name="with-json.yaml")
@@ -554,7 +560,7 @@ def all_kinds() -> list[Kind]:
         ("output folder: run.json", marker, "out/run.json", json_, _use_marker),
         ("data set: index.json", data, "data/index.json", json_, _use_data),
         ("data set: constants", data, "data/constants.safetensors", tensors, _use_data),
-        ("trajectories: settings", trajectories, "data/trajectories.json", json_, _use_trajectories),
+        ("trajectories: settings", trajectories, steps, json_, _use_trajectories),
         ("cached condition", cache, f"cache/{row}", tensors, _use_cache),
         ("model_index.json", wan, "wan/model_index.json", json_, _use_pipeline),
         ("model_index.json, exported", wan, "wan/model_index.json", json_, _use_export),
@@ -568,8 +574,8 @@ def all_kinds() -> list[Kind]:
         ("tokenizer.json", wan, "wan/tokenizer/tokenizer.json", json_, _use_text),
         ("tokenizer_config.json", wan, "wan/tokenizer/tokenizer_config.json", json_, _use_text),
         ("tokenizer.json, whole run", wan, "wan/tokenizer/tokenizer.json", json_, encode),
-        ("image encoder: config.json", image, "i2v/image_encoder/config.json", json_, _use_image_encoder),
-        ("image processor", image, "i2v/image_processor/preprocessor_config.json", json_, _use_image_encoder),
+        ("image encoder: config.json", image, vision, json_, _use_image_encoder),
+        ("image processor", image, pixels, json_, _use_image_encoder),
         ("judge.json", judge, "judge/judge.json", json_, _use_judge),
         ("judge: weights", judge, "judge/judge.safetensors", tensors, _use_judge),
         ("judge: reference", judge, "judge/reference.safetensors", tensors, _use_judge),

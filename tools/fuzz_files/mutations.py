@@ -236,9 +236,10 @@ def _mutate_line(lines: list[str], at: int, draw: random.Random) -> tuple[str, s
         [
             "!!int abc", "!!bool maybe", "!!float x", "!!null x", "!!str [a]", "!!binary aaa=",
             "!!python/object/apply:os.system [ls]", "!x y", "&a [*a]", "*nothing", "9" * 6000,
-            "1e999", ".inf", ".nan", "~", "[" * 3000, "{a: " * 300, '"\\ud800"', '"\\0"', '"\\e[2J"',
-            '"\\U0001F98A"', '"\\xff"', '"\\UFFFFFFFF"', "0x10", "0o7", "1_000", "- - -", "@", "`", "%",
-            "|\n  text", ">-", "2001-01-01", "'", '"', "? [a, b]", "<<", "=", "\t1",
+            "1e999", ".inf", ".nan", "~", "[" * 3000, "{a: " * 300,
+            '"\\ud800"', '"\\0"', '"\\e[2J"',
+            '"\\U0001F98A"', '"\\xff"', '"\\UFFFFFFFF"', "0x10", "0o7", "1_000", "- - -", "@",
+            "`", "%", "|\n  text", ">-", "2001-01-01", "'", '"', "? [a, b]", "<<", "=", "\t1",
         ]
     )  # fmt: skip
     options = [
