@@ -93,7 +93,7 @@ def fuzz(kind: Kind, count: int, *, seed: int = 0, first: int = 0) -> Tally:
 
 def mutate(kind: Kind, folder: Path, draw: random.Random) -> str:
     """Mutate the file of ``kind`` in ``folder``; returns what was done."""
-    file = folder / kind.file
+    [file] = folder.glob(kind.file)
     if draw.random() < 0.03:
         return _replace(file, draw)
     mutation: Mutation = kind.mutate(file.read_bytes(), draw)

@@ -45,7 +45,7 @@ class Kind:
     Attributes:
         name: for the report.
         template: makes the folder with a whole file, once.
-        file: to be mutated, relative to it.
+        file: to be mutated, relative to it, as a pattern of which it is the only match.
         mutate: how.
         use: reads it, from a copy of the folder.
         sign: called after the mutation, for files whose checksums stand elsewhere.
@@ -214,7 +214,7 @@ def _as_text(value: Any) -> Any:
 
 
 def _use_checkpoint(folder: Path, *, signed: bool = False) -> None:
-    from distill_checkpoint import StoredCheckpoint, is_checkpoint, role_problems
+    from distill_checkpoint import StoredCheckpoint, is_checkpoint_folder, role_problems
     from distill_protocols import DistillError
 
     states = _states()
@@ -222,7 +222,7 @@ def _use_checkpoint(folder: Path, *, signed: bool = False) -> None:
     if not signed:  # who signs has said that it is meant
         _require(states.get(iteration) == state, f"resumed {iteration} with another state")
     newest = folder / "checkpoint-000002"
-    is_checkpoint(newest)
+    is_checkpoint_folder(newest)
     list(role_problems(newest, "student", ema=True))
     stored = StoredCheckpoint.open(newest)
     for ema in (False, True):
@@ -270,18 +270,12 @@ def _checkpoint_kinds() -> Iterator[Kind]:
         "ema/student.transformer.json": mutate_json, "callbacks/tally.json": mutate_json,
     }  # fmt: skip
     folders = ("roles/student/transformer", "optimizers/critic.transformer", "rng")
-    shards = [
-        next((_CHECKPOINTS() / newest / name).glob("*.safetensors")).relative_to(
-            _CHECKPOINTS() / newest
-        )
-        for name in folders
-    ]
-    for name, mutate in (files | dict.fromkeys(map(str, shards), mutate_safetensors)).items():
-        short = re.sub(r"/shard-.*", "/*.safetensors", name)
+    shards = {f"{name}/*.safetensors": mutate_safetensors for name in folders}
+    for name, mutate in (files | shards).items():
         common: Any = {"template": _CHECKPOINTS, "file": f"{newest}/{name}", "mutate": mutate}
-        yield Kind(name=f"checkpoint: {short}", use=_use_checkpoint, **common)
+        yield Kind(name=f"checkpoint: {name}", use=_use_checkpoint, **common)
         yield Kind(
-            name=f"checkpoint, signed: {short}",
+            name=f"checkpoint, signed: {name}",
             use=functools.partial(_use_checkpoint, signed=True),
             sign=_sign_manifest if name == "manifest.json" else _sign,
             **common,
@@ -550,7 +544,6 @@ def all_kinds() -> list[Kind]:
     with_json = functools.partial(_use_run_file, name="with-json.yaml")
     with_models = functools.partial(_use_run_file, models="models.json")
     encode = functools.partial(_use_pipeline, plan=False, encode=True)
-    [row] = [path.name for path in (cache() / "cache").glob("*.safetensors")]
     rows: list[tuple[str, Callable[[], Path], str, Mutator, Use]] = [
         ("run file", runs, "run.yaml", mutate_yaml, _use_yaml),
         ("--models_json", runs, "models.json", json_, with_models),
@@ -561,7 +554,7 @@ def all_kinds() -> list[Kind]:
         ("data set: index.json", data, "data/index.json", json_, _use_data),
         ("data set: constants", data, "data/constants.safetensors", tensors, _use_data),
         ("trajectories: settings", trajectories, steps, json_, _use_trajectories),
-        ("cached condition", cache, f"cache/{row}", tensors, _use_cache),
+        ("cached condition", cache, "cache/*.safetensors", tensors, _use_cache),
         ("model_index.json", wan, "wan/model_index.json", json_, _use_pipeline),
         ("model_index.json, exported", wan, "wan/model_index.json", json_, _use_export),
         ("transformer: config.json", wan, "wan/transformer/config.json", json_, _use_pipeline),

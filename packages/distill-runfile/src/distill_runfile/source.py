@@ -476,12 +476,14 @@ class Document:
         return source.problem(inside, message)
 
     def is_unreadable(self, problem: LocatedProblem) -> bool:
-        """Whether the value that ``problem`` is of has a problem as YAML, from which it follows."""
+        """Whether ``problem`` follows from a value, at or below its path, that cannot be read."""
         sources = (self.main, self.over, self.under)
+        length = len(problem.path)
         return any(
-            source.file == problem.file and problem.path in source.unreadable
+            problem.path == path[:length]
             for source in sources
-            if source
+            if source and source.file == problem.file and length
+            for path in source.unreadable
         )
 
     def folder_of(self, path: KeyPath) -> Path:
