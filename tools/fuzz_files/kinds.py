@@ -236,6 +236,8 @@ def _sign(folder: Path) -> None:
     body = json.loads(file.read_text())
     del body["digest"]
     for name, facts in body["files"].items():
+        if not (checkpoint / name).is_file():
+            continue  # replaced by a pipe, or taken away
         content = (checkpoint / name).read_bytes()
         facts |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -246,7 +248,7 @@ def _sign_manifest(folder: Path) -> None:
     """Give a mutated manifest its digest, where it still is an object."""
     file = folder / "checkpoint-000002" / "manifest.json"
     try:
-        body = json.loads(file.read_bytes())
+        body = json.loads(file.read_bytes()) if file.is_file() else None
         body.pop("digest", None)
         text = json.dumps(body, sort_keys=True)
     except (ValueError, AttributeError, RecursionError):
@@ -325,7 +327,8 @@ def _sign_data(folder: Path) -> None:
     file = folder / "data" / "index.json"
     index = json.loads(file.read_text())
     for shard in index["shards"]:
-        shard["bytes"] = (folder / "data" / shard["file"]).stat().st_size
+        if (folder / "data" / shard["file"]).is_file():
+            shard["bytes"] = (folder / "data" / shard["file"]).stat().st_size
     file.write_text(json.dumps(index))
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-MAX_PARTS = 200_000
+MAX_PARTS = 100_000
 """Modules and parameters of one model; a transformer of 100 blocks has about ten thousand."""
 MAX_BUFFER_BYTES = 8 << 30
 """Of all buffers of a module, such as tables of positions, which are computed and not read."""

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from attrs import frozen
 from distill_protocols import ConditioningError, WeightsError
-from distill_runtime import UnreadableFileError, read_json
+from distill_runtime import UnreadableFileError, read_json_object
 from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -245,7 +245,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     try:
         for file in sorted(folder.glob("*.json")):
-            read_json(file)
+            read_json_object(file)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer(["a"], padding="max_length", max_length=4, truncation=True)
     except UnreadableFileError as error:
