@@ -7,7 +7,12 @@ import math
 import sys
 from pathlib import Path
 
-from distill_checkpoint import checkpoints, is_checkpoint, newest_checkpoint, role_problems
+from distill_checkpoint import (
+    find_newest_checkpoint,
+    is_checkpoint_folder,
+    list_checkpoints,
+    role_problems,
+)
 from distill_protocols import CheckpointError, ConfigError, DistillError, ExportRequest, RoleSpec
 from distill_runfile import ModelsConfig, cli, read_models
 from distill_runfile.cli import EXIT_OK, EXIT_USAGE
@@ -33,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         models = read_models(args.config or checkpoint / "config.json", args.role)
         role, request = _request(args, checkpoint, models)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        cli.say(error, sys.stderr)
         if args.config is None:
             print(
                 "The checkpoint's own run file cannot be used; name one with --config RUN.yaml "
@@ -42,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         return EXIT_USAGE
     except DistillError as error:
-        print(error, file=sys.stderr)
+        cli.say(error, sys.stderr)
         return EXIT_USAGE
 
     def write() -> int:
@@ -110,15 +115,15 @@ def _bytes(text: str) -> int:
 
 
 def _checkpoint(path: Path) -> Path:
-    if is_checkpoint(path):
+    if is_checkpoint_folder(path):
         return path
-    newest = newest_checkpoint(path)
+    newest = find_newest_checkpoint(path)
     if newest is not None:
-        print(f"taking {newest}")
+        cli.say(f"taking {newest}")
         return newest
-    inside = ", ".join(folder.name for folder in checkpoints(path).values())
+    inside = ", ".join(folder.name for folder in list_checkpoints(path).values())
     raise CheckpointError(
-        f"--checkpoint: {path} is no whole checkpoint (which has a manifest.json) and no output "
+        f"--checkpoint: {path} is no checkpoint (which has a manifest.json) and no output "
         f"folder of a run that holds one (it holds: {inside or 'none'}). Name a folder such as "
         "outputs/mine/checkpoint-000400."
     )

@@ -71,7 +71,7 @@ def _plan(config: RunConfig, args: argparse.Namespace) -> int:
         from distill_runfile import describe, world_size_of
 
         world_size = args.world_size or world_size_of(os.environ)
-        print(describe(config, world_size=world_size, device_memory=args.device_memory))
+        cli.say(describe(config, world_size=world_size, device_memory=args.device_memory))
     return EXIT_OK
 
 

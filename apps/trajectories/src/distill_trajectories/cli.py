@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 def _plan(config: SampledConfig[TrajectoriesConfig]) -> int:
     from distill_trajectories.plan import describe
 
-    print(describe(config))
+    cli.say(describe(config))
     return EXIT_OK
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from attrs import field, frozen
-from distill_checkpoint import CheckpointConfig, checkpoints
+from distill_checkpoint import CheckpointConfig, list_checkpoints
 from distill_conditioning.config import ConditioningConfig, DataConfig
 from distill_protocols import (
     CallbackPlugin,
@@ -20,6 +20,7 @@ from distill_protocols import (
     RoleSpec,
     SamplerSpec,
 )
+from distill_runtime import path_problem
 from distill_trainer.config import OptimizerConfig, TrainingConfig, ValidationConfig
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -49,6 +50,8 @@ class RecipeConfig(FamilyConfig):
 
 
 def _folder_or_hub_id(_config: object, _attribute: object, value: str | None) -> None:
+    if value is not None and (problem := path_problem(value)):
+        raise ValueError(problem)
     if value is not None and not is_local(value) and not _HUB_ID.fullmatch(value):
         raise ValueError(
             f"{value!r} is neither a folder (begin it with ./ or ../ or /) nor a hub id "
@@ -115,7 +118,7 @@ class Role:
         if f"roles.{self.spec.name}" in checkpoint.changes.added:
             return False
         resumes = checkpoint.resume not in ("none", "latest") or (
-            checkpoint.resume == "latest" and bool(checkpoints(output_dir))
+            checkpoint.resume == "latest" and bool(list_checkpoints(output_dir))
         )
         return resumes and self.spec.trainable and self.spec.lora is None
 

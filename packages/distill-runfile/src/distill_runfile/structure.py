@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import attrs
 from attrs import frozen
+from distill_runtime import path_problem
 
 from distill_runfile.problems import KeyPath
 
@@ -170,6 +171,9 @@ def _structure_class(cls: Any, value: Any, path: KeyPath, how: Structuring) -> A
         if name in value:
             item = _structure(f.type, value[name], where, inner)
             if "path" in f.metadata:
+                if problem := _path_problem(item):
+                    note(where, problem)
+                    continue
                 item = _absolute(item, how.folder_of(where), keep=f.metadata["path"])
         elif f.default is attrs.NOTHING:
             note(where, f"missing; {'.'.join(path)} needs it")
@@ -205,6 +209,12 @@ def _run_validators(
                 raise
         except (ValueError, TypeError) as error:
             note((*path, name), str(error.args[0] if error.args else error))
+
+
+def _path_problem(item: Any) -> str | None:
+    """Say why a path, or one of several, can be none; None for anything else."""
+    paths = [one for one in (item if isinstance(item, tuple) else [item]) if isinstance(one, str)]
+    return next(filter(None, map(path_problem, paths)), None)
 
 
 def _absolute(item: Any, base: Path, *, keep: tuple[str, ...]) -> Any:
