@@ -22,6 +22,8 @@ from distill_protocols import (
 )
 from distill_trainer.config import OptimizerConfig, TrainingConfig, ValidationConfig
 
+from distill_runfile.paths import path_problem
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -49,6 +51,8 @@ class RecipeConfig(FamilyConfig):
 
 
 def _folder_or_hub_id(_config: object, _attribute: object, value: str | None) -> None:
+    if value is not None and (problem := path_problem(value)):
+        raise ValueError(problem)
     if value is not None and not is_local(value) and not _HUB_ID.fullmatch(value):
         raise ValueError(
             f"{value!r} is neither a folder (begin it with ./ or ../ or /) nor a hub id "

@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 from attrs import define, field
 
+from distill_runfile.paths import path_problem
 from distill_runfile.problems import KeyPath, LocatedProblem
 
 MAX_VALUES = 100_000
@@ -405,6 +406,10 @@ def _include_pipeline(document: Document) -> None:
     if not isinstance(name, str) or not name.strip():
         document.unreadable |= {section}
         message = f"{name!r} must be the path of a YAML or JSON file, from the folder of this file"
+        document.main.problems.append(document.main.problem((section, key), message))
+        return
+    if message := path_problem(name):
+        document.unreadable |= {section}
         document.main.problems.append(document.main.problem((section, key), message))
         return
     file = document.folder_of((section, key)) / Path(name).expanduser()

@@ -24,6 +24,7 @@ from distill_protocols import (
     WeightsError,
     WeightSource,
 )
+from distill_protocols.exports import SPEC_FILE
 from torch import Tensor, nn
 
 from distill_diffusers.architecture import (
@@ -33,7 +34,6 @@ from distill_diffusers.architecture import (
 )
 from distill_diffusers.export import verification
 from distill_diffusers.export.files import (
-    SPEC_FILE,
     replace_export,
     write_json,
     write_module,

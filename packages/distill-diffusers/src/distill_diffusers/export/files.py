@@ -10,15 +10,11 @@ from types import MappingProxyType
 from typing import Any
 
 from distill_protocols import OutputError, TensorInfo, WeightsError, WeightSource
-from distill_runtime import replace_folder, write_safetensors
+from distill_runtime import export_folder_problem, replace_folder, write_safetensors
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from distill_diffusers.folders import DIFFUSERS_STEM
-
-SPEC_FILE = "sampler_spec.json"
-"""Beside the weights in every format; an older export is recognised by it."""
-
 
 @contextmanager
 def replace_export(folder: Path) -> Iterator[Path]:
@@ -27,12 +23,8 @@ def replace_export(folder: Path) -> Iterator[Path]:
     Raises:
         OutputError: ``folder`` holds something that is no export, or cannot be written.
     """
-    is_export = (folder / SPEC_FILE).is_file()
-    if folder.exists() and not (folder.is_dir() and (is_export or not any(folder.iterdir()))):
-        raise OutputError(
-            f"{folder} already holds something that is no export; it would be lost. Choose another "
-            "folder or empty this one"
-        )
+    if problem := export_folder_problem(folder):
+        raise OutputError(problem)
     try:
         with replace_folder(folder) as stage:
             yield stage

@@ -4,7 +4,7 @@ no model family."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from distill_protocols import (
     Checkpointer,
     ContractError,
     RandomStreams,
+    ResumableTracker,
     RunState,
     StopRequested,
+    StorageError,
     Tracker,
     TrainableMethod,
 )
@@ -107,6 +109,8 @@ class DistillTrainer:
             NonFiniteLossError: a loss became inf or nan, or a gradient where no fp16 scaling
                 leaves its step out; nothing was saved since it did.
             DataError: the loader yields nothing, or is a ``BatchLoader`` that came to an end.
+            StorageError: a file could not be written or read, by a tracker or a callback; saves
+                that were under way are done.
             RankError: another rank failed, died, does not come, or is not where this one is.
             ContractError: the global batch does not divide over the ranks, or the streams are
                 another rank's.
@@ -151,6 +155,7 @@ class DistillTrainer:
             monitor_ranks(run, training.distributed.timeout_seconds) as monitor,
             self._reporting_errors(run),
             stop_on_signals(run),
+            _naming_storage(run),
             # Innermost, so that callbacks see the error that names the rank at fault.
             monitor.fail_together() if monitor else contextlib.nullcontext(),
         ):
@@ -173,6 +178,9 @@ class DistillTrainer:
         run.enter("resume")
         resumed_from = self.checkpointer.resume(run, self.callbacks) if self.checkpointer else 0
         run.iteration = resumed_from
+        for tracker in run.trackers:
+            if isinstance(tracker, ResumableTracker):
+                tracker.resume(resumed_from)
         iterations = IterationRunner(run, callbacks, guard, distribution, train_step, accumulation)
         run.enter("start of training")
         # The stop is asked for first: after the last iteration too, all ranks must ask or none.
@@ -263,7 +271,50 @@ def _by_name(callbacks: Sequence[Callback]) -> dict[str, Callback]:
 
 @contextlib.contextmanager
 def _closing(trackers: Sequence[Tracker]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for tracker in trackers:
-            stack.callback(tracker.close)
+    """Close all ``trackers`` at the end, also where one of them fails."""
+    try:
         yield
+    except BaseException as error:
+        for failure in _close_all(trackers):
+            # The first error is the one to mend: the second must not hide it.
+            error.add_note(f"a tracker could not be closed either: {failure}")
+        raise
+    failures = _close_all(trackers)
+    if failures:
+        raise _storage_error("all iterations are done, closing the trackers", failures[0]) from failures[0]
+
+
+def _close_all(trackers: Sequence[Tracker]) -> list[OSError]:
+    failures = []
+    for tracker in trackers:
+        try:
+            tracker.close()
+        except OSError as error:
+            failures.append(error)
+    return failures
+
+
+@contextlib.contextmanager
+def _naming_storage(run: RunState) -> Iterator[None]:
+    """Within: an OSError of whatever writes or reads files becomes a StorageError that says where
+    in the run it came up."""
+    place = "start of the run"
+    enter: Callable[[str], None] = run.enter
+
+    def remember(phase: str) -> None:
+        nonlocal place
+        place = phase
+        enter(phase)
+
+    run.enter = remember
+    try:
+        yield
+    except OSError as error:
+        raise _storage_error(f"iteration {run.iteration}, {place}", error) from error
+
+
+def _storage_error(place: str, error: OSError) -> StorageError:
+    return StorageError(
+        f"{place}: {error}. What a run writes must reach the disk, or its record has holes. Make "
+        "room or mend the folder and start the same command again: saved checkpoints are whole."
+    )
