@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import socket
 import time
@@ -18,8 +17,6 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import text as text_summary
 
 from distill_trainer.trackers.gif import clips_to_gif, side_by_side
-
-_NUMBERS = itertools.count()
 
 
 class TensorBoardTracker:
@@ -68,7 +65,8 @@ class TensorBoardTracker:
     def _open(self) -> BinaryIO:
         # On first use: a run that logs nothing leaves no file.
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
+        # Files are read in the order of their names, and two processes may start in one second.
+        name = f"{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
         file = (self.folder / f"events.out.tfevents.{name}").open("xb")
         _write(file, Event(wall_time=time.time(), file_version="brain.Event:2"))
         if self._next is not None:
