@@ -11,6 +11,7 @@ from pathlib import Path
 
 from attrs import frozen
 from distill_protocols import Problem
+from distill_runtime import printable
 
 KeyPath = tuple[str, ...]
 """Keys from the top of a file: ``("models", "student", "path")``."""
@@ -26,8 +27,9 @@ class LocatedProblem:
     message: str
 
     def __str__(self) -> str:
-        key = ".".join(self.path)
-        return f"{self.file.name}:{self.line}: {key + ': ' if key else ''}{self.message}"
+        key = printable(".".join(self.path), one_line=True)
+        name = printable(self.file.name, one_line=True)
+        return f"{name}:{self.line}: {key + ': ' if key else ''}{printable(self.message)}"
 
 
 def independent(problems: Iterable[Problem]) -> list[Problem]:

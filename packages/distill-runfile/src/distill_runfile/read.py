@@ -354,6 +354,7 @@ def _raise_if_wrong(
         for problem in independent(problems)
         if only(problem)
     ]
+    located = [problem for problem in located if not document.is_unreadable(problem)]
     if located or document.problems:
         ordered = in_order([*document.problems, *located], document.main.file)
         raise ConfigError([str(problem) for problem in ordered])

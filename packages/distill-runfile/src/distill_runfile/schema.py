@@ -22,7 +22,7 @@ from distill_protocols import (
 )
 from distill_trainer.config import OptimizerConfig, TrainingConfig, ValidationConfig
 
-from distill_runfile.paths import path_problem
+from distill_runfile.paths import written_path_problem
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -51,7 +51,7 @@ class RecipeConfig(FamilyConfig):
 
 
 def _folder_or_hub_id(_config: object, _attribute: object, value: str | None) -> None:
-    if value is not None and (problem := path_problem(value)):
+    if value is not None and (problem := written_path_problem(value)):
         raise ValueError(problem)
     if value is not None and not is_local(value) and not _HUB_ID.fullmatch(value):
         raise ValueError(

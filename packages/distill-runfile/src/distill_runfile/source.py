@@ -3,6 +3,9 @@
 YAML files are read with YAML 1.2 scalars (``1e-3`` is a float, ``no`` is a word), which PyYAML's
 own 1.1 rules get wrong for run files; JSON files are read as JSON. In both, duplicate keys are
 problems: the second would silently win.
+
+A file may be hostile: bytes, values (each alias counts as what it names), levels and digits are
+limited, and of PyYAML only the parser is used: scalars, keys and merges (``<<``) are read here.
 """
 
 from __future__ import annotations
@@ -10,17 +13,21 @@ from __future__ import annotations
 import bisect
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import yaml
 from attrs import define, field
+from distill_runtime import UnreadableFileError, read_bytes
+from distill_runtime.json_files import MAX_DEPTH, parse_float, parse_integer, refuse_constant
 
-from distill_runfile.paths import path_problem
+from distill_runfile.paths import written_path_problem
 from distill_runfile.problems import KeyPath, LocatedProblem
 
-MAX_VALUES = 100_000
+MAX_BYTES = 1 << 20
+"""A hundred times what a long run file has."""
+MAX_VALUES = 20_000
 """More values than any file needs; aliases of aliases reach it at once."""
 
 RUN_FILE = "--config takes a run file: a mapping of sections (recipe:, models:, training: ...)"
@@ -30,12 +37,19 @@ PIPELINE_FILE = "pipeline_config_path takes a YAML or JSON file: the keys of pip
 
 @define
 class Source:
-    """A parsed file: ``values`` as plain Python (None: not readable), ``lines`` by key path."""
+    """A parsed file: ``values`` as plain Python (None: not readable), ``lines`` by key path.
+
+    Attributes:
+        unreadable: paths of values that have a problem already, and are None in ``values``.
+        count: of the values that were read, aliases as often as they stand.
+    """
 
     file: Path
     values: dict[str, Any] | None
     lines: dict[KeyPath, int] = field(factory=dict)
     problems: list[LocatedProblem] = field(factory=list)
+    unreadable: set[KeyPath] = field(factory=set)
+    count: int = 0
 
     def line(self, path: KeyPath) -> int:
         """Line of ``path``, or of the nearest key above it that is in the file."""
@@ -59,11 +73,14 @@ def read_source(
     """
     source = Source(file=file, values=None)
     try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return _unreadable(source, f"there is no file {file}; {expected}")
-    except (OSError, ValueError) as error:  # no UTF-8, or a NUL in the name
+        if not file.exists():
+            return _unreadable(source, f"there is no file {file}; {expected}")
+        text = str(read_bytes(file, max_bytes=MAX_BYTES), "utf-8")
+    except (OSError, UnreadableFileError) as error:
+        return _unreadable(source, f"{error}; {expected}")
+    except ValueError as error:  # no UTF-8, or a NUL in the name
         return _unreadable(source, f"cannot be read as UTF-8 text: {error}; {expected}")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if format == "json" or (format is None and file.suffix == ".json"):
         value = _parse_json(text, source)
     else:
@@ -84,19 +101,24 @@ def _unreadable(source: Source, message: str, line: int = 1) -> Source:
 
 def _note_value(source: Source, path: KeyPath, line: int) -> None:
     source.lines.setdefault(path, line)
-    if len(source.lines) > MAX_VALUES:
-        raise _TooManyValuesError(line)
+    source.count += 1
+    if source.count > MAX_VALUES:
+        raise _ExcessError(
+            f"holds more than {MAX_VALUES} values (each alias counts as what it names)", line
+        )
+    if len(path) > MAX_DEPTH:
+        raise _ExcessError(_TOO_DEEP, line)
 
 
-class _TooManyValuesError(Exception):
-    """A file holds more values than are read."""
+class _ExcessError(Exception):
+    """A file holds more than is read."""
 
-    def __init__(self, line: int) -> None:
-        super().__init__()
+    def __init__(self, reason: str, line: int) -> None:
+        super().__init__(reason)
         self.line = line
 
 
-_TOO_MANY = f"holds more than {MAX_VALUES} values (each alias counts as what it names)"
+_TOO_DEEP = f"is nested too deeply to be read (more than {MAX_DEPTH} levels)"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -104,8 +126,11 @@ def _as_text(value: str) -> str:
     """Join escaped UTF-16 pairs (``"\\ud83e\\udd8a"``), which YAML reads as two halves.
 
     Raises:
-        ValueError: half of a pair stands alone, which no file and no terminal can show.
+        ValueError: half of a pair stands alone, which no file and no terminal can show; or a NUL,
+            which ends a file's name for the system.
     """
+    if "\0" in value:
+        raise ValueError(f"{value!a} holds a NUL character, which neither names nor prompts have")
     if value.isascii() or not _SURROGATE.search(value):
         return value
     try:
@@ -117,30 +142,92 @@ def _as_text(value: str) -> str:
 # -- YAML ---------------------------------------------------------------------------------------
 
 _CORE = "tag:yaml.org,2002:"
-_TAGS = frozenset({"map", "seq", "str", "int", "float", "bool", "null", "merge"})
+_MERGE = "merge"
+
+
+def _as_integer(text: str) -> int:
+    if not re.fullmatch(_PATTERNS["int"], text):
+        raise ValueError(f"{text[:40]!r} is no integer")
+    return parse_integer(text)  # a leading zero is no octal, as in YAML 1.1
+
+
+def _as_float(text: str) -> float:
+    if not re.fullmatch(_PATTERNS["float"], text):
+        raise ValueError(f"{text[:40]!r} is no number")
+    if text.lower().endswith(("inf", "nan")):
+        return float(text.replace(".", ""))
+    return parse_float(text)
+
+
+def _as_boolean(text: str) -> bool:
+    if not re.fullmatch(_PATTERNS["bool"], text):
+        raise ValueError(f"{text[:40]!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def _as_null(text: str) -> None:
+    if not re.fullmatch(_PATTERNS["null"], text):
+        raise ValueError(f"{text[:40]!r} is not null")
+
+
+_PATTERNS = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?[0-9]+",
+    "float": (
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)"
+        r"|\.(?:nan|NaN|NAN)"
+    ),
+    _MERGE: r"<<",
+}
+_SCALARS: dict[str, Callable[[str], Any]] = {
+    "str": _as_text,
+    "int": _as_integer,
+    "float": _as_float,
+    "bool": _as_boolean,
+    "null": _as_null,
+}
 
 
 class _Loader(yaml.SafeLoader):
+    """PyYAML's parser and composer, which stop at the limits. Nothing is constructed by it."""
+
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (as PyYAML declares it)
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._nodes = 0
+        self._depth = 0
 
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)"
-        r"|\.(?:nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-    ("merge", r"<<", ["<"]),
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Count nodes and levels."""
+        self._nodes += 1
+        self._depth += 1
+        line = self.peek_event().start_mark.line + 1
+        if self._nodes > 2 * MAX_VALUES:  # keys are nodes too
+            raise _ExcessError(f"holds more than {MAX_VALUES} values", line)
+        if self._depth > MAX_DEPTH:
+            raise _ExcessError(_TOO_DEEP, line)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        """Stop at once: the scanner looks ahead, at a cost that is quadratic in the levels."""
+        if self.flow_level > MAX_DEPTH:
+            raise _ExcessError(_TOO_DEEP, self.line + 1)
+        super().fetch_flow_collection_start(token)
+
+
+for _tag, _first in (
+    ("null", ["~", "n", "N", ""]),
+    ("bool", list("tTfF")),
+    ("int", list("-+0123456789")),
+    ("float", list("-+.0123456789")),
+    (_MERGE, ["<"]),
 ):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first
-    )
-# PyYAML's int constructor takes a leading zero for octal; a run file means the decimal number.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+    _Loader.add_implicit_resolver(f"{_CORE}{_tag}", re.compile(f"^(?:{_PATTERNS[_tag]})$"), _first)
 
 
 def _parse_yaml(text: str, source: Source) -> Any:
@@ -151,68 +238,112 @@ def _parse_yaml(text: str, source: Source) -> Any:
         return _unreadable(source, f"holds the unprintable character #x{error.character:04x}", line)
     try:
         node = loader.get_single_node()
-        return None if node is None else _plain_value(loader, node, (), source)
+        return None if node is None else _YamlReader(source).value(node, ())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         reason = str(error.problem or error)
         hint = " (indent with spaces)" if r"'\t'" in reason else ""
         _unreadable(source, f"not valid YAML: {reason}{hint}", mark.line + 1 if mark else 1)
-    except RecursionError:
-        _unreadable(source, "an alias (*name) stands inside the very thing that it names")
-    except _TooManyValuesError as error:
-        _unreadable(source, _TOO_MANY, error.line)
+    except (ValueError, OverflowError) as error:  # the scanner's: an escape of no character
+        _unreadable(source, f"not valid YAML: {error}", loader.line + 1)
+    except _ExcessError as error:
+        _unreadable(source, str(error), error.line)
     finally:
         loader.dispose()
     return None
 
 
-def _plain_value(loader: _Loader, node: yaml.Node, path: KeyPath, source: Source) -> Any:
-    line = node.start_mark.line + 1
-    _note_value(source, path, line)
-    if node.tag.removeprefix(_CORE) not in _TAGS:
-        source.problems.append(
-            source.problem(path, f"the tag {node.tag!r} is not read: a run file holds plain values")
-        )
-        return None
-    if isinstance(node, yaml.MappingNode):
-        _note_duplicates(node, path, source)
-        loader.flatten_mapping(node)
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(_scalar(loader, key_node, path, source))
-            source.lines[(*path, key)] = key_node.start_mark.line + 1
-            result[key] = _plain_value(loader, value_node, (*path, key), source)
-        return result
-    if isinstance(node, yaml.SequenceNode):
-        return [
-            _plain_value(loader, item, (*path, str(i)), source) for i, item in enumerate(node.value)
-        ]
-    return _scalar(loader, node, path, source)
+class _YamlReader:
+    """Turns nodes into plain values, and notes their lines and problems."""
 
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._open: set[int] = set()
+        """Nodes that are being read: one that stands in itself has no value."""
 
-def _scalar(loader: _Loader, node: yaml.Node, path: KeyPath, source: Source) -> Any:
-    try:
-        value = loader.construct_object(node, deep=True)
-        return _as_text(value) if isinstance(value, str) else value
-    except (ValueError, LookupError) as error:  # such as ``!!int abc`` or a number of 6000 digits
+    def value(self, node: yaml.Node, path: KeyPath) -> Any:
         line = node.start_mark.line + 1
-        message = f"cannot be read as {node.tag.removeprefix(_CORE)}: {error}"
-        source.problems.append(LocatedProblem(source.file, line, path, message))
-        return None
+        _note_value(self._source, path, line)
+        if not self._has_known_tag(node, path):
+            return None
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node, path)
+        if id(node) in self._open:
+            self._report(node, path, "an alias (*name) stands inside the very thing that it names")
+            return None
+        self._open.add(id(node))
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self._mapping(node, path)
+            return [self.value(item, (*path, str(i))) for i, item in enumerate(node.value)]
+        finally:
+            self._open.discard(id(node))
 
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        merges = [value for key, value in node.value if key.tag == _CORE + _MERGE]
+        for merged in reversed([one for value in merges for one in self._merged(value, path)]):
+            result |= self.value(merged, path) or {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            if key_node.tag == _CORE + _MERGE:
+                continue
+            key = self._key(key_node, path)
+            if key is None:
+                continue
+            line = key_node.start_mark.line + 1
+            if key in lines:
+                self._source.problems.append(
+                    _duplicate(self._source, (*path, key), line, lines[key])
+                )
+            lines.setdefault(key, line)
+            self._source.lines[(*path, key)] = line
+            result[key] = self.value(value_node, (*path, key))
+        return result
 
-def _note_duplicates(node: yaml.MappingNode, path: KeyPath, source: Source) -> None:
-    first: dict[str, int] = {}
-    for key_node, _ in _own_keys(node):
-        line = key_node.start_mark.line + 1
-        key = str(key_node.value)
-        if key in first:
-            source.problems.append(_duplicate(source, (*path, key), line, first[key]))
-        first.setdefault(key, line)
+    def _merged(self, node: yaml.Node, path: KeyPath) -> list[yaml.Node]:
+        """The mappings behind ``<<``; of equal keys the first one's counts."""
+        nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        if all(isinstance(one, yaml.MappingNode) for one in nodes):
+            return nodes
+        self._report(node, path, "<<: takes a mapping, or a list of mappings")
+        return []
 
+    def _key(self, node: yaml.Node, path: KeyPath) -> str | None:
+        """A key as it is written."""
+        if not isinstance(node, yaml.ScalarNode):
+            self._report(node, path, "a key must be a word, and no list or mapping")
+            return None
+        if not self._has_known_tag(node, path):
+            return None
+        try:
+            return _as_text(node.value)
+        except ValueError as error:
+            self._report(node, path, f"cannot be read as key: {error}")
+            return None
 
-def _own_keys(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node]]:
-    return (pair for pair in node.value if pair[0].tag != "tag:yaml.org,2002:merge")
+    def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
+        kind = node.tag.removeprefix(_CORE)
+        try:
+            return _SCALARS[kind](node.value)
+        except ValueError as error:  # such as ``!!int abc`` or a number of 6000 digits
+            self._report(node, path, f"cannot be read as {kind}: {error}")
+            return None
+
+    def _has_known_tag(self, node: yaml.Node, path: KeyPath) -> bool:
+        kinds = {yaml.MappingNode: ("map",), yaml.SequenceNode: ("seq",)}
+        known = kinds.get(type(node), tuple(_SCALARS))
+        if node.tag in [_CORE + kind for kind in known]:
+            return True
+        self._report(
+            node, path, f"the tag {node.tag!r} is not read here: a run file holds plain values"
+        )
+        return False
+
+    def _report(self, node: yaml.Node, path: KeyPath, message: str) -> None:
+        line = node.start_mark.line + 1
+        self._source.problems.append(LocatedProblem(self._source.file, line, path, message))
+        self._source.unreadable.add(path)
 
 
 def _duplicate(source: Source, path: KeyPath, line: int, first: int) -> LocatedProblem:
@@ -236,15 +367,9 @@ def _parse_json(text: str, source: Source) -> Any:
         _unreadable(source, f"not valid JSON: {error.msg}", error.lineno)
     except ValueError as error:
         _unreadable(source, f"not valid JSON: {error}", reader.line(reader.at))
-    except RecursionError:
-        _unreadable(source, "is nested too deeply to be read")
-    except _TooManyValuesError as error:
-        _unreadable(source, _TOO_MANY, error.line)
+    except _ExcessError as error:
+        _unreadable(source, str(error), error.line)
     return None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
 
 
 class _JsonReader:
@@ -258,7 +383,7 @@ class _JsonReader:
         self._text, self._source = text, source
         self._line_ends = [match.start() for match in re.finditer("\n", text)]
         self._decode: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(
-            parse_constant=_refuse_constant
+            parse_constant=refuse_constant, parse_int=parse_integer, parse_float=parse_float
         ).raw_decode
 
     def line(self, at: int) -> int:
@@ -351,6 +476,15 @@ class Document:
         source, inside = self._origin(path)
         return source.problem(inside, message)
 
+    def is_unreadable(self, problem: LocatedProblem) -> bool:
+        """Whether the value that ``problem`` is of has a problem as YAML, from which it follows."""
+        sources = (self.main, self.over, self.under)
+        return any(
+            source.file == problem.file and problem.path in source.unreadable
+            for source in sources
+            if source
+        )
+
     def folder_of(self, path: KeyPath) -> Path:
         """Folder that a relative path which is written at ``path`` begins from."""
         return self._origin(path)[0].file.parent.resolve()
@@ -408,7 +542,7 @@ def _include_pipeline(document: Document) -> None:
         message = f"{name!r} must be the path of a YAML or JSON file, from the folder of this file"
         document.main.problems.append(document.main.problem((section, key), message))
         return
-    if message := path_problem(name):
+    if message := written_path_problem(name):
         document.unreadable |= {section}
         document.main.problems.append(document.main.problem((section, key), message))
         return

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from distill_protocols.lazy import lazy_exports
 
+from distill_runtime.file_names import path_inside, path_problem
 from distill_runtime.files import (
     DELETED_PREFIX,
     FileInfo,
@@ -28,12 +29,16 @@ from distill_runtime.files import (
 )
 from distill_runtime.json_files import (
     UnreadableFileError,
+    as_count,
+    as_text,
     json_text,
     parse_json,
+    read_bytes,
     read_json,
     read_json_object,
 )
 from distill_runtime.plugins import GROUPS, load_plugin, plugin_names
+from distill_runtime.printing import printable
 from distill_runtime.safetensors_header import SafetensorsHeader, read_header
 
 if TYPE_CHECKING:
@@ -72,6 +77,8 @@ __all__ = [
     "RowPartition",
     "SafetensorsHeader",
     "UnreadableFileError",
+    "as_count",
+    "as_text",
     "device_type",
     "export_folder_problem",
     "file_layout",
@@ -81,9 +88,13 @@ __all__ = [
     "make_readable",
     "naming_file",
     "parse_json",
+    "path_inside",
+    "path_problem",
     "plugin_names",
+    "printable",
     "publish_folder",
     "raw_bytes",
+    "read_bytes",
     "read_header",
     "read_json",
     "read_json_object",

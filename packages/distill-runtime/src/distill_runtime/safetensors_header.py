@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from attrs import frozen
 
-from distill_runtime.json_files import UnreadableFileError, parse_json
+from distill_runtime.json_files import UnreadableFileError, as_count, as_text, parse_json
 
 _BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
@@ -19,6 +20,8 @@ _BYTES = {
 
 _MAX_HEADER = 100_000_000
 """Bytes; the limit of safetensors' own reader."""
+_MAX_DIMENSIONS = 64
+"""Of a tensor; torch has no more."""
 
 
 @frozen(kw_only=True)
@@ -36,34 +39,26 @@ class SafetensorsHeader:
 
 
 def read_header(file: Path) -> SafetensorsHeader:
-    """The header of ``file``, if the file is as long as it says. No tensor is read.
+    """The header of ``file``, if the file is as long as it says and its tensors fill it without
+    gaps or overlaps, as the format demands. No tensor is read.
 
     Raises:
         UnreadableFileError: missing, cut short, or no safetensors file.
     """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            # The file's own size bounds the read: 8 bytes of another kind of file are any number.
-            if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise UnreadableFileError(
-                    f"{file} is no whole safetensors file ({size} bytes): cut short, or a Git LFS "
-                    "pointer"
-                )
-            text = stream.read(length)
-    except OSError as error:
-        raise UnreadableFileError(f"{file} cannot be read ({error.strerror or error})") from error
+    text, size = _header_text(file)
     value = parse_json(text, f"the header of {file}")
     try:
         metadata = value.pop("__metadata__", {})
         header = SafetensorsHeader(
-            tensors={name: _entry(entry) for name, entry in value.items()},
-            metadata={str(key): str(text) for key, text in metadata.items()},
+            tensors={name: _entry(name, entry) for name, entry in value.items()},
+            metadata={key: as_text(text) for key, text in metadata.items()},
         )
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise UnreadableFileError(f"{file} has a damaged safetensors header") from error
-    expected = 8 + length + max((end for *_, end in header.tensors.values()), default=0)
+        end = _end_of_tensors(header)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UnreadableFileError(
+            f"{file} has a damaged safetensors header ({type(error).__name__}: {error})"
+        ) from error
+    expected = 8 + len(text) + end
     if size != expected:
         raise UnreadableFileError(
             f"{file} has {size} bytes where its header says {expected}: it was cut short or "
@@ -72,12 +67,44 @@ def read_header(file: Path) -> SafetensorsHeader:
     return header
 
 
-def _entry(entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    begin, end = (int(offset) for offset in entry["data_offsets"])
-    shape = tuple(int(n) for n in entry["shape"])
-    if not 0 <= begin <= end or any(n < 0 for n in shape):
-        raise ValueError("negative sizes")
-    size = _BYTES.get(str(entry["dtype"]))
+def _header_text(file: Path) -> tuple[bytes, int]:
+    """The bytes of the header, and the size of the whole file."""
+    try:
+        info = file.stat()
+        if not stat.S_ISREG(info.st_mode):
+            raise UnreadableFileError(f"{file} is no regular file")
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            # The file's own size bounds the read: 8 bytes of another kind of file are any number.
+            if info.st_size < 8 or length > min(info.st_size - 8, _MAX_HEADER):
+                raise UnreadableFileError(
+                    f"{file} is no whole safetensors file ({info.st_size} bytes): cut short, or a "
+                    "Git LFS pointer"
+                )
+            return stream.read(length), info.st_size
+    except OSError as error:
+        raise UnreadableFileError(f"{file} cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # a NUL in the name
+        raise UnreadableFileError(f"{str(file)!r} is no file name ({error})") from error
+
+
+def _entry(name: str, entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    begin, end = (as_count(offset) for offset in entry["data_offsets"])
+    shape = tuple(as_count(n) for n in entry["shape"])
+    dtype = as_text(entry["dtype"])
+    if begin > end or len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"{name!a}: it ends before it begins, or has too many dimensions")
+    size = _BYTES.get(dtype)
     if size is not None and math.prod(shape) * size != end - begin:
-        raise ValueError("a shape that is not as long as its bytes")
-    return str(entry["dtype"]), shape, begin, end
+        raise ValueError(f"{name!a}: its shape is not as long as its bytes")
+    return dtype, shape, begin, end
+
+
+def _end_of_tensors(header: SafetensorsHeader) -> int:
+    """The byte after the last tensor, all being one after the other."""
+    last = 0
+    for begin, end, name in sorted((b, e, n) for n, (_, _, b, e) in header.tensors.items()):
+        if begin != last:
+            raise ValueError(f"{name!a}: begins at byte {begin}, and the one before ends at {last}")
+        last = end
+    return last
