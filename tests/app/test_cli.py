@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint
 import distill_runfile.cli
 import distill_runtime.plugins
 import pytest
+from distill_runfile.cli import EXIT_INCOMPLETE, EXIT_OK
 from distill_train.cli import main
 
 
@@ -73,8 +74,8 @@ def test_who_alone_finds_something_wrong_says_it_in_the_end(values, write, monke
 
 
 def test_the_plan_says_where_the_negative_condition_comes_from(values, write, capsys, tmp_path):
-    def plan() -> str:
-        assert main(["--config", str(write(values)), "--dry-run"]) == 0
+    def plan(status: int = EXIT_OK) -> str:
+        assert main(["--config", str(write(values)), "--dry-run"]) == status
         return capsys.readouterr().out
 
     assert "in the data set's constants (prompt '')" in plan()
@@ -82,11 +83,12 @@ def test_the_plan_says_where_the_negative_condition_comes_from(values, write, ca
     assert "encoded once at set-up from 'blurred'" in plan()
     del values["conditioning"]
     values["data"]["path"] = str(tmp_path / "to_come")
-    text = plan()
+    text = plan(EXIT_INCOMPLETE)
+    assert text.splitlines()[-1] == f"a run still needs the data set {tmp_path / 'to_come'}"
     assert "needed; the data set must bring it" in text
     assert "not on this machine yet" in text
     values["method_config"]["real_score_guidance_scale"] = 1.0
-    assert "none, and no step needs one" in plan()
+    assert "none, and no step needs one" in plan(EXIT_INCOMPLETE)
 
 
 def test_the_plan_counts(values, write, capsys):

@@ -20,7 +20,8 @@ formats:
               of that rank for the difference between the role and its base
 A LoRA role is merged into its base for the first two. Nothing else of the run is built or read.
 
-exit status: 0 written (and verified, if asked), 1 failed, 2 the request is wrong, 130 interrupted.
+exit status: 0 written (and verified, if asked), 1 failed, 2 the request is wrong, 74 the
+disk failed, 130 interrupted.
 """
 
 

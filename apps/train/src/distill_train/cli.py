@@ -31,8 +31,10 @@ _UNITS = {
 }
 
 _EPILOG = """\
-exit status: 0 finished, 1 failed, 2 the run file is wrong, 75 stopped on request with a
-checkpoint saved (start the same command again with checkpoint.resume: latest), 130 interrupted.
+exit status: 0 finished, 1 failed, 2 the run file is wrong, 3 with --dry-run: it is right, but data
+or weights are not here yet (the last line says which), 74 a file could not be written or read (a
+full disk ...), 75 stopped on request with a checkpoint saved (start the same command again with
+checkpoint.resume: latest), 130 interrupted.
 
 several processes: uv run torchrun --nproc-per-node 8 apps/train --config RUN.yaml
 (see training.distributed and docs/processes.md). Under torchrun --max-restarts a stop on request
@@ -68,11 +70,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _plan(config: RunConfig, args: argparse.Namespace) -> int:
     with _collector_off():
-        from distill_runfile import describe, world_size_of
+        from distill_runfile import plan_run, world_size_of
 
         world_size = args.world_size or world_size_of(os.environ)
-        print(describe(config, world_size=world_size, device_memory=args.device_memory))
-    return EXIT_OK
+        plan = plan_run(config, world_size=world_size, device_memory=args.device_memory)
+        print(plan.text)
+    return cli.print_needs(plan.needs)
 
 
 def _train(config: RunConfig) -> int:

@@ -11,15 +11,26 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distill_protocols import ConfigError, DistillError
+from distill_protocols import (
+    CheckpointError,
+    ConfigError,
+    DistillError,
+    OutputError,
+    StorageError,
+)
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 """The file or the request is wrong; nothing was started."""
+EXIT_INCOMPLETE = 3
+"""A plan of a file that is right, for a run that needs what is not on this machine yet."""
+EXIT_STORAGE = 74
+"""A file could not be written or read while a run was under way: a full disk, a folder that is
+gone. What was saved before is whole: the same command goes on."""
 EXIT_STOPPED = 75
 """Stopped on request (SIGTERM, Ctrl-C) with everything saved: the same command goes on."""
 EXIT_INTERRUPTED = 130
@@ -65,11 +76,34 @@ def run_command(
         return action()
     except DistillError as error:
         print(f"{rank_prefix()}{type(error).__name__}: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        return EXIT_STORAGE if _is_of_storage(error) else EXIT_FAILED
+    except OSError as error:
+        print(f"{rank_prefix()}{type(error).__name__}: {error}", file=sys.stderr)
+        return EXIT_STORAGE
     except KeyboardInterrupt:
         stream = sys.stdout if status == EXIT_STOPPED else sys.stderr
         print(interrupted(), file=stream)
         return status
+
+
+def _is_of_storage(error: DistillError) -> bool:
+    """Whether ``error`` came of a disk: a folder that another process holds is no trouble of one."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__
+    return isinstance(error, StorageError) or (
+        isinstance(error, OutputError | CheckpointError)
+        and cause is not None
+        and not isinstance(cause, BlockingIOError)
+    )
+
+
+def print_needs(needs: Sequence[str]) -> int:
+    """Print what a run still needs, as the last line of a plan; returns the status."""
+    if not needs:
+        return EXIT_OK
+    print(f"\na run still needs {'; '.join(needs)}")
+    return EXIT_INCOMPLETE
 
 
 def print_problems(error: ConfigError, outcome: str) -> int:

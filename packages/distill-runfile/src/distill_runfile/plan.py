@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from attrs import frozen
 from distill_conditioning import dataset_info
 from distill_protocols import RolePlan, RoleSpec
 
@@ -41,8 +42,28 @@ def horizons(config: RunConfig, role: str) -> dict[str, int]:
     }
 
 
+@frozen(kw_only=True)
+class RunPlan:
+    """What a run would be.
+
+    Attributes:
+        text: to be read.
+        needs: what the run needs and this machine does not have yet.
+    """
+
+    text: str
+    needs: tuple[str, ...]
+
+
 def describe(config: RunConfig, *, world_size: int = 1, device_memory: int | None = None) -> str:
-    """Describe the resolved plan as text.
+    """Describe the resolved plan as text (``plan_run``)."""
+    return plan_run(config, world_size=world_size, device_memory=device_memory).text
+
+
+def plan_run(
+    config: RunConfig, *, world_size: int = 1, device_memory: int | None = None
+) -> RunPlan:
+    """Plan a run.
 
     Args:
         world_size: processes that it is planned for.
@@ -60,7 +81,9 @@ def describe(config: RunConfig, *, world_size: int = 1, device_memory: int | Non
         ("output", [f"  {config.training.output_dir}"]),
     )
     head = f"{config.recipe.method} on {config.recipe.family}: {config.method_plugin.help}"
-    return "\n".join([head, *(line for name, lines in sections for line in ("", name, *lines))])
+    text = "\n".join([head, *(line for name, lines in sections for line in ("", name, *lines))])
+    absent = dict.fromkeys(plan.source for plan in plans if not plan.present)
+    return RunPlan(text=text, needs=(*config.missing, *(f"the weights of {s}" for s in absent)))
 
 
 def _roles(config: RunConfig, plans: Sequence[RolePlan]) -> list[str]:

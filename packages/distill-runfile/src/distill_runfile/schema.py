@@ -162,6 +162,7 @@ class SampledConfig(Generic[SectionT]):
     Attributes:
         pipeline: of the family's own ``config_class``.
         section: that of the app which samples the role.
+        missing: what is not on this machine yet; empty unless the file was read for a plan.
     """
 
     recipe: FamilyConfig
@@ -171,6 +172,7 @@ class SampledConfig(Generic[SectionT]):
     conditioning: ConditioningConfig
     family_plugin: FamilyPlugin[Any]
     section: SectionT
+    missing: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -187,6 +189,7 @@ class RunConfig(ModelsConfig):
     Attributes:
         callbacks: by name, of the plugin's own ``config_class``.
         resolved: every section as plain values, defaults included: what is saved beside the run.
+        missing: what is not on this machine yet; empty unless the file was read for a plan.
     """
 
     training: TrainingConfig
@@ -197,6 +200,7 @@ class RunConfig(ModelsConfig):
     callbacks: Mapping[str, object]
     callback_plugins: Mapping[str, CallbackPlugin[Any]]
     resolved: Mapping[str, Any]
+    missing: tuple[str, ...] = ()
 
 
 def components_source(
