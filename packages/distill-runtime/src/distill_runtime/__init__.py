@@ -37,6 +37,7 @@ from distill_runtime.json_files import (
     read_json,
     read_json_object,
 )
+from distill_runtime.locks import is_still_at, try_lock
 from distill_runtime.plugins import GROUPS, load_plugin, plugin_names
 from distill_runtime.printing import printable
 from distill_runtime.safetensors_header import SafetensorsHeader, read_header
@@ -83,6 +84,7 @@ __all__ = [
     "export_folder_problem",
     "file_layout",
     "files_below",
+    "is_still_at",
     "json_text",
     "load_plugin",
     "make_readable",
@@ -106,6 +108,7 @@ __all__ = [
     "sync_file",
     "sync_folder",
     "sync_tree",
+    "try_lock",
     "write_new_file",
     "write_safetensors",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attrs import evolve
-from distill_checkpoint import checkpoints, is_checkpoint, role_problems
+from distill_checkpoint import is_checkpoint_folder, list_checkpoints, role_problems
 from distill_protocols import LoraSpec, Problem, below
 
 from distill_runfile.draft import ConfiguredFamily, Draft
@@ -102,7 +102,7 @@ def _init_problems(
             made = made_by(init_from.path, draft.document.main.file)
             yield Problem(("path",), f"{init_from.path} is not there yet{made}, or misspelt")
         return
-    stored = is_local(init_from.path) and is_checkpoint(path)
+    stored = is_local(init_from.path) and is_checkpoint_folder(path)
     if role.spec.heads is not None and not stored:
         yield Problem(
             ("path",),
@@ -115,7 +115,7 @@ def _init_problems(
         problems = list(role_problems(path, source, ema=init_from.ema))
         yield from problems or _stored_problems(path, source, role, family)
         return
-    inside = checkpoints(path) if is_local(init_from.path) else {}
+    inside = list_checkpoints(path) if is_local(init_from.path) else {}
     if inside:
         yield Problem(
             ("path",),
