@@ -1,4 +1,4 @@
-"""A run that logs every third iteration and saves every second one. Importable by forked processes."""
+"""A run that logs every third iteration and saves every second. Importable by forked processes."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from distill_adapters_ltx import PLUGIN, LTXPipelineConfig
 from distill_adapters_ltx.arithmetic import pack, unpack
 from distill_conditioning import ShardWriter, preprocess
 from distill_protocols import ModelBundle, RowGenerators, SamplerSpec
-from distill_runfile.read import read_config
 from distill_runfile.cli import EXIT_INCOMPLETE
+from distill_runfile.read import read_config
 from distill_train.build import Run, build
 from distill_train.cli import main
 from distill_train.run import run as run_app

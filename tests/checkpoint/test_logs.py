@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from distill_checkpoint import CheckpointConfig, CheckpointManager, KeepBestConfig
 from distill_trainer import DistillTrainer
@@ -56,14 +54,14 @@ def test_values_of_another_number_of_ranks_are_not_lost(tmp_path):
 
 
 def test_checkpoints_are_kept_by_the_mean_of_a_loss(tmp_path, caplog):
-    """As trackers show it: the mean since the last log point, though the loss is the other turn's."""
+    """As trackers show it: the mean since the last log point, though it is the other turn's."""
     rule = KeepBestConfig(metric="loss/critic_loss", mode="max")
     config = CheckpointConfig(every_steps=2, keep_last=1, keep_best=rule)
     tracker = MemoryTracker()
     manager = CheckpointManager(config, tmp_path, {})
-    DistillTrainer(training(tmp_path, 8, log_every=2), trackers=[tracker], checkpointer=manager).run(
-        alternating(2), batches()
-    )
+    DistillTrainer(
+        training(tmp_path, 8, log_every=2), trackers=[tracker], checkpointer=manager
+    ).run(alternating(2), batches())
     shown = {i: values["loss/critic_loss"] for i, values in tracker.scalars}
     best = max(shown, key=shown.__getitem__)
     kept = sorted(int(path.name[-6:]) for path in tmp_path.glob("checkpoint-*"))

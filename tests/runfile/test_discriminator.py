@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 from distill_protocols import ConfigError, DiscriminatorSpec
-from distill_runfile.read import read_config
 from distill_runfile.cli import EXIT_INCOMPLETE
+from distill_runfile.read import read_config
 from distill_train.cli import main
 from distill_train.run import run
 

@@ -13,11 +13,11 @@ import pytest
 import yaml
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
 from distill_protocols import ConfigError, FsdpPolicy, RoleSpec, TensorPlan
+from distill_runfile.cli import EXIT_INCOMPLETE
 from distill_runfile.planning.memory import Planner, TensorTotals, shard_numel
 from distill_runfile.planning.suggestions import Change, _descent, fitting, suggestions
 from distill_runfile.planning.text import memory_sections
 from distill_runfile.read import read_config
-from distill_runfile.cli import EXIT_INCOMPLETE
 from distill_train.cli import main
 from hypothesis import given
 from hypothesis import strategies as st

@@ -40,7 +40,7 @@ def test_each_file_of_the_chain_names_the_one_that_comes_before(chain, tmp_path)
     )
     assert read_request(first).section.output_dir == str(tmp_path / "outputs/tiny-trajectories")
     problem = refusal(second)
-    assert re.match(r"kd_causal.yaml:\d+: data.path: .*outputs/tiny-trajectories is not there", problem)
+    assert re.match(r"kd_causal.yaml:\d+: data.path: .*/tiny-trajectories is not there", problem)
     assert "uv run apps/trajectories --config configs/tiny/trajectories.yaml" in problem
     problem = refusal(third)
     assert re.match(r"self_forcing.yaml:\d+: models.student.init_from.path: ", problem)

@@ -11,7 +11,7 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,10 +62,23 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing was started", file=sys.stderr)
         return EXIT_INTERRUPTED
+    unknown = sorted(set(args.again) - set(results_of(config)))
+    if unknown:
+        _parser().error(
+            f"--again {' '.join(unknown)}: this run has no such result (it has: "
+            f"{', '.join(results_of(config)) or 'none'})"
+        )
     return cli.run_command(
-        lambda: _plan(config, args) if args.dry_run else _train(config),
+        lambda: _plan(config, args) if args.dry_run else _train(config, args.again),
         interrupted=lambda: "interrupted: nothing was saved since the last checkpoint",
     )
+
+
+def results_of(config: RunConfig) -> tuple[str, ...]:
+    """Name what a run makes at its end, for ``--again``: exports, validation, callbacks."""
+    export = ("export",) if config.checkpoint.export else ()
+    validation = ("validation",) if config.validation is not None else ()
+    return (*export, *validation, *config.callbacks)
 
 
 def _plan(config: RunConfig, args: argparse.Namespace) -> int:
@@ -78,11 +91,22 @@ def _plan(config: RunConfig, args: argparse.Namespace) -> int:
     return cli.print_needs(plan.needs)
 
 
-def _train(config: RunConfig) -> int:
+def _train(config: RunConfig, again: Collection[str]) -> int:
+    from distill_checkpoint import finished_iteration
+
+    output_dir, steps = Path(config.training.output_dir), config.training.max_train_steps
+    is_finished = finished_iteration(output_dir) == steps and config.checkpoint.resume != "none"
+    if is_finished and not again:
+        print(
+            f"finished already: {output_dir} holds iteration {steps:,} of {steps:,}, and nothing "
+            "was touched. A larger max_train_steps goes on; --again NAME ... makes results anew "
+            f"({', '.join(results_of(config)) or 'this run has none'})"
+        )
+        return EXIT_OK
     cli.show_logs()
     from distill_train.run import run
 
-    if run(config).stop_reason is None:
+    if run(config, again=again).stop_reason is None:
         return EXIT_OK
     # torchrun starts processes again that end with any status but 0, as often as its
     # --max-restarts allows; a run that was asked to stop shall stay stopped.
@@ -127,6 +151,14 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="MODELS.json",
         help="role -> keys, laid over the file's models: section (for generated runs)",
+    )
+    parser.add_argument(
+        "--again",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="of a finished run: make these results anew from its last checkpoint (export, "
+        "validation, report or another callback), and nothing else",
     )
     parser.add_argument(
         "--plugins",

@@ -87,14 +87,12 @@ def run_command(
 
 
 def _is_of_storage(error: DistillError) -> bool:
-    """Whether ``error`` came of a disk: a folder that another process holds is no trouble of one."""
+    """Whether ``error`` came of a disk."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__
     return isinstance(error, StorageError) or (
-        isinstance(error, OutputError | CheckpointError)
-        and cause is not None
-        and not isinstance(cause, BlockingIOError)
+        isinstance(error, OutputError | CheckpointError) and cause is not None
     )
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill_runfile.draft import Draft
+from distill_runfile.paths import resolve_path
 from distill_runfile.schema import is_local
 from distill_runfile.source import read_source
-from distill_runfile.paths import resolve_path
 
 _WRITERS = {"training": "train", "trajectories": "trajectories"}
 """Sections that have an ``output_dir``, and the app of each."""

@@ -78,12 +78,52 @@ def plan_run(
         ("batch", _batch(config, world_size)),
         ("data", _data(config)),
         ("conditioning", _conditioning(config)),
-        ("output", [f"  {config.training.output_dir}"]),
+        ("output", [f"  {config.training.output_dir}", *_exports(config)]),
     )
     head = f"{config.recipe.method} on {config.recipe.family}: {config.method_plugin.help}"
     text = "\n".join([head, *(line for name, lines in sections for line in ("", name, *lines))])
     absent = dict.fromkeys(plan.source for plan in plans if not plan.present)
     return RunPlan(text=text, needs=(*config.missing, *(f"the weights of {s}" for s in absent)))
+
+
+def export_warnings(config: RunConfig) -> list[str]:
+    """Say of each export where its readers will not do what the run does."""
+    warnings = []
+    for export in config.checkpoint.export:
+        role, sampler = config.roles[export.role].spec, config.method.student_sampler
+        if sampler is None:
+            continue
+        found = config.family_plugin.export_warnings(
+            role, config.pipeline, export.request(sampler), source=config.source
+        )
+        warnings += [f"export {export.folder}: {text}" for text in found]
+    return warnings
+
+
+def _exports(config: RunConfig) -> list[str]:
+    lines = []
+    for export in config.checkpoint.export:
+        weights = "averaged" if export.ema else "live"
+        lines.append(
+            f"  {export.folder}: {export.role} ({weights} weights) as {export.format}, at the end"
+        )
+        role = config.roles[export.role].spec
+        if export.format == "lora" and role.lora is None:
+            lines += [
+                f"    {module} is never trained, so it is left out"
+                for module in _untrained(config, export.role)
+            ]
+    return [*lines, *(f"  warning: {text}" for text in export_warnings(config))]
+
+
+def _untrained(config: RunConfig, role: str) -> list[str]:
+    """Name the experts of ``role`` whose noise levels the method never trains at."""
+    ranges = config.family_plugin.expert_ranges(config.roles[role].spec, config.pipeline)
+    return [
+        module
+        for module, (low, high) in ranges.items()
+        if config.method.update_share(role, low, high) == 0
+    ]
 
 
 def _roles(config: RunConfig, plans: Sequence[RolePlan]) -> list[str]:

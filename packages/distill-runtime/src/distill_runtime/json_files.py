@@ -180,7 +180,7 @@ def as_text(value: Any) -> str:
         ValueError: it is anything else.
     """
     if not isinstance(value, str):
-        raise ValueError(f"{value!r} is no text")  # noqa: TRY004  (one error for wrong values)
+        raise ValueError(f"{value!r} is no text")
     return value
 
 

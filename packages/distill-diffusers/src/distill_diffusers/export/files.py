@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distill_diffusers.folders import DIFFUSERS_STEM
 
+
 @contextmanager
 def replace_export(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``folder``, which takes its place when the block ends well.

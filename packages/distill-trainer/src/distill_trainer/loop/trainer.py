@@ -4,7 +4,7 @@ no model family."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from attrs import frozen
 from distill_protocols import (
     Callback,
     Checkpointer,
+    CheckpointError,
     ContractError,
     RandomStreams,
     ResumableTracker,
@@ -65,6 +66,8 @@ class DistillTrainer:
         streams: the run's generators, for checkpoints; None takes the method's.
         distribution: the processes, and what each holds of the roles; None: the processes that
             torch.distributed has, each with all of what is not sharded, or this one alone.
+        again: names of callbacks. The run is complete, and of its end only what these do is done
+            anew; nothing is trained. Empty: it is a run as any other.
 
     Raises:
         ContractError: two callbacks of one name: a checkpoint could not tell them apart.
@@ -79,12 +82,14 @@ class DistillTrainer:
         checkpointer: Checkpointer | None = None,
         streams: RandomStreams | None = None,
         distribution: Distribution | None = None,
+        again: Collection[str] = (),
     ) -> None:
         self.training = training
         self.distribution = distribution
         self.checkpointer = checkpointer
         self._trackers = trackers
         self._streams = streams
+        self._again = frozenset(again)
         always: list[Callback] = [MetricsCallback(training.log_every)]
         if training.progress:
             always.append(ProgressCallback(training.log_every))
@@ -178,6 +183,12 @@ class DistillTrainer:
         run.enter("resume")
         resumed_from = self.checkpointer.resume(run, self.callbacks) if self.checkpointer else 0
         run.iteration = resumed_from
+        if self._again and resumed_from < run.max_train_steps:
+            raise CheckpointError(
+                f"the newest intact checkpoint is of iteration {resumed_from:,} of "
+                f"{run.max_train_steps:,}, so the end of the run is not there to be made anew "
+                "without training. Train to the end first."
+            )
         for tracker in run.trackers:
             if isinstance(tracker, ResumableTracker):
                 tracker.resume(resumed_from)
@@ -190,7 +201,8 @@ class DistillTrainer:
         guard.check()
         if self.checkpointer:
             self.checkpointer.finish(run, self.callbacks)
-        for callback in each_callback(callbacks, run, "on_train_end"):
+        last = [c for c in callbacks if not self._again or c.name in self._again]
+        for callback in each_callback(last, run, "on_train_end"):
             try:
                 callback.on_train_end(run)
             except StopRequested as stop:  # the others still have to close what they opened
@@ -281,7 +293,9 @@ def _closing(trackers: Sequence[Tracker]) -> Iterator[None]:
         raise
     failures = _close_all(trackers)
     if failures:
-        raise _storage_error("all iterations are done, closing the trackers", failures[0]) from failures[0]
+        raise _storage_error(
+            "all iterations are done, closing the trackers", failures[0]
+        ) from failures[0]
 
 
 def _close_all(trackers: Sequence[Tracker]) -> list[OSError]:

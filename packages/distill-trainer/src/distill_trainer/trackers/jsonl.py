@@ -34,9 +34,12 @@ class JsonlTracker:
                 stays = all(_stays(line, iteration) for line in lines)
             if stays:
                 return
-            with self.path.open("rb") as lines, replace_file(self.path) as part:
-                with part.open("wb") as rest:
-                    rest.writelines(line for line in lines if _stays(line, iteration))
+            with (
+                self.path.open("rb") as lines,
+                replace_file(self.path) as part,
+                part.open("wb") as rest,
+            ):
+                rest.writelines(line for line in lines if _stays(line, iteration))
 
     def log_scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         self._write({"iteration": iteration, "time": time.time()} | _json_numbers(values))
