@@ -504,5 +504,5 @@ def test_an_expert_that_never_moved_is_left_out_of_a_lora(experts, config, tmp_p
     assert checked["transformer_2"]["layers"] > 0
     for file in facts["files"]:
         (tmp_path / "s" / file).unlink()
-    with pytest.raises(WeightsError, match="is missing, and .* differs from the base's"):
+    with pytest.raises(WeightsError, match=r"is missing, and .* differs from the base's"):
         exporter.verify(role, weights, tmp_path / "s", request)

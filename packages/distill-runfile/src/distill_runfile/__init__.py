@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from distill_runfile.structure import to_plain
 
 _LAZY = {
-    **dict.fromkeys(["RunPlan", "describe", "export_warnings", "horizon", "horizons", "plan_run"], "plan"),
+    **dict.fromkeys(
+        ["RunPlan", "describe", "export_warnings", "horizon", "horizons", "plan_run"], "plan"
+    ),
     "LocatedProblem": "problems",
     **dict.fromkeys(["read_config", "read_models", "read_sampled", "world_size_of"], "read"),
     **dict.fromkeys(

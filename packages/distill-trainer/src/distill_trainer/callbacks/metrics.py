@@ -57,8 +57,10 @@ class MetricsCallback(Callback):
             self._log(run)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the values since the last log point, ``{"since_last_log": {rank: {name: [...]}}}``,
-        or nothing right after one. All ranks call it together."""
+        """Return the values since the last log point, by rank and name; nothing right after one.
+
+        All ranks call it together.
+        """
         own: dict[str, list[float]] = {
             name: fetch_floats(column) for name, column in self._values.items()
         }

@@ -4,6 +4,8 @@ no model family."""
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -140,6 +142,7 @@ class DistillTrainer:
         ranks.run_each(lambda: _check_streams(streams, ranks))
         output_dir = Path(training.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
+        self._folder = output_dir.stat()
         trackers = self._trackers
         if trackers is None:
             trackers = build_trackers(training.trackers, output_dir)
@@ -199,6 +202,7 @@ class DistillTrainer:
             self._iterate(run, guard, iterations)
         run.enter("save of the end")
         guard.check()
+        self._refuse_other_folder(run)
         if self.checkpointer:
             self.checkpointer.finish(run, self.callbacks)
         last = [c for c in callbacks if not self._again or c.name in self._again]
@@ -230,6 +234,7 @@ class DistillTrainer:
             return
         if run.iteration % self.training.log_every == 0:
             guard.check()
+            self._refuse_other_folder(run)
         for callback in each_callback(self.callbacks.values(), run, "on_step_end"):
             try:
                 callback.on_step_end(run, record)
@@ -239,6 +244,16 @@ class DistillTrainer:
         if self.checkpointer:
             self.checkpointer.after_step(run, self.callbacks)
         run.enter("end of the iteration")
+
+    def _refuse_other_folder(self, run: RunState) -> None:
+        # Writers make the folders that they need, so the rest of a run would lie in a new one,
+        # without its beginning and without its claim.
+        try:
+            same = os.path.samestat(run.output_dir.stat(), self._folder)
+        except FileNotFoundError:
+            same = False
+        if not same and run.ranks.is_first:
+            raise OSError(errno.ENOENT, "deleted or replaced by another", str(run.output_dir))
 
     @contextlib.contextmanager
     def _reporting_errors(self, run: RunState) -> Iterator[None]:
