@@ -21,7 +21,13 @@ from distill_protocols import (
     TensorInfo,
     WeightSource,
 )
-from distill_runtime import FileInfo, UnreadableFileError, read_json, write_safetensors
+from distill_runtime import (
+    FileInfo,
+    UnreadableFileError,
+    claim_folder,
+    read_json,
+    write_safetensors,
+)
 from torch import Tensor
 
 from distill_checkpoint.manifest import (
@@ -323,6 +329,7 @@ def write_weights_checkpoint(
     Raises:
         CheckpointError: ``folder`` exists, an average is of no role, a source is not what it
             describes, or it cannot be written.
+        OutputError: another process is writing it.
     """
     folder = Path(folder)
     if folder.exists():
@@ -349,24 +356,26 @@ def write_weights_checkpoint(
         callbacks={},
     )
     try:
-        staging = new_staging_folder(folder)
-        try:
-            files = _FilesWritten(staging, shard_bytes)
-            for key, source in roles.items():
-                files.write_tensors(role_folder(staging, *key), source, source.describe())
-            for key, source in ema.items():
-                files.write_state(state_path(staging, "ema", *key), source)
-            for key, source in (moments or {}).items():
-                path = state_path(staging, "optimizers", *key)
-                files.write_tensors(path, source, source.describe())
-            files.write_json(staging / CONFIG, dict(config))
-            files.write_json(staging / LOOP, contents.as_json())
-            write_manifest(staging, iteration, files.infos)
-            publish(staging, folder)
-        except BaseException:
-            # The error under way is the one to report, not that of clearing up behind it.
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+        # Or two migrations into one folder would each clear the other's staging folder away.
+        with claim_folder(folder.parent, folder.name):
+            staging = new_staging_folder(folder)
+            try:
+                files = _FilesWritten(staging, shard_bytes)
+                for key, source in roles.items():
+                    files.write_tensors(role_folder(staging, *key), source, source.describe())
+                for key, source in ema.items():
+                    files.write_state(state_path(staging, "ema", *key), source)
+                for key, source in (moments or {}).items():
+                    path = state_path(staging, "optimizers", *key)
+                    files.write_tensors(path, source, source.describe())
+                files.write_json(staging / CONFIG, dict(config))
+                files.write_json(staging / LOOP, contents.as_json())
+                write_manifest(staging, iteration, files.infos)
+                publish(staging, folder)
+            except BaseException:
+                # The error under way is the one to report, not that of clearing up behind it.
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
     except (OSError, ContractError) as error:
         raise CheckpointError(
             f"{folder} could not be written: {error}. Nothing of it was left behind. Make room, "

@@ -183,7 +183,8 @@ def list_plugins() -> int:
         for name in names:
             try:
                 text = load_plugin(group, name).help
-            except PluginError as error:
+            # Whatever a foreign package does when it is looked at: the others are listed too.
+            except (PluginError, AttributeError) as error:
                 text = f"broken: {error}"
             print(f"  {name:<14} {text}")
         if not names:

@@ -37,7 +37,7 @@ from distill_runtime.json_files import (
     read_json,
     read_json_object,
 )
-from distill_runtime.locks import is_still_at, try_lock
+from distill_runtime.locks import FolderClaim, claim_folder, is_still_at, try_lock
 from distill_runtime.plugins import GROUPS, load_plugin, plugin_names
 from distill_runtime.printing import printable
 from distill_runtime.safetensors_header import SafetensorsHeader, read_header
@@ -74,12 +74,14 @@ __all__ = [
     "GROUPS",
     "DistillMethod",
     "FileInfo",
+    "FolderClaim",
     "Ranks",
     "RowPartition",
     "SafetensorsHeader",
     "UnreadableFileError",
     "as_count",
     "as_text",
+    "claim_folder",
     "device_type",
     "export_folder_problem",
     "file_layout",
