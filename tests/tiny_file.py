@@ -13,8 +13,12 @@ TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny"
 
 
 def tiny_values(name: str) -> dict[str, Any]:
-    """What ``configs/tiny/<name>.yaml`` says, with absolute paths."""
-    return _absolute(read_source(TINY / f"{name}.yaml").values)
+    """What ``configs/tiny/<name>.yaml`` says, with absolute paths, and no start from a run that
+    would have to come first."""
+    values = _absolute(read_source(TINY / f"{name}.yaml").values)
+    for role in values["models"].values():
+        role.pop("init_from", None)
+    return values
 
 
 def write_laid_over(path: Path, values: dict[str, Any], changes: Mapping[str, Any]) -> Path:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from distill_protocols import (
     Callback,
+    Condition,
     ModelBundle,
     RandomStreams,
     RoleHandle,
+    RowGenerators,
     RunState,
+    SampleView,
     StepRecord,
     StepResult,
 )
 from distill_runtime import DistillMethod
-from distill_trainer import OptimizerConfig, TrainingConfig, build_optimizers
+from distill_trainer import (
+    OptimizerConfig,
+    TrainingConfig,
+    ValidationConfig,
+    ViewConfig,
+    build_optimizers,
+)
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
@@ -183,3 +192,46 @@ class MemoryCheckpointer:
     def _save(self, run: RunState) -> None:
         run.check_finite()
         self.saved.append(run.iteration)
+
+
+class Sampling(Alternating):
+    """Clips of the student's weights and of the seed's noise, as a real method makes them."""
+
+    def sample_for_logging(
+        self,
+        views: Sequence[SampleView],
+        cond: Condition,
+        *,
+        seed: int,
+        rows: Sequence[int] | None = None,
+    ) -> dict[str, Tensor]:
+        clips = {}
+        for view in views:
+            role = self.bundle[view.role]
+            assert rows is not None
+            assert len(rows) == len(cond)
+            noise = RowGenerators.seeded(seed, "look", rows).normal((3, 2, 4, 4))
+            with role.averaged(ema=view.ema):
+                net = role.modules["net"]
+                assert not net.training
+                assert not torch.is_grad_enabled()
+                clips[view.name] = net(noise.transpose(1, 4)[..., :3]).transpose(1, 4)[
+                    :, :3, :, :, :4
+                ]
+                clips[view.name] = clips[view.name].sigmoid()
+        return clips
+
+
+class Prompts:
+    def negative(self) -> Condition:
+        raise AssertionError("validation needs no negative condition of its own")
+
+    def encode(self, prompts: Sequence[str], images: object = None) -> Condition:
+        return Condition({"text": torch.zeros(len(prompts), 1, 1)})
+
+
+def validation_config(**changes: object) -> ValidationConfig:
+    views = {"live": ViewConfig(role="student"), "ema": ViewConfig(role="student", ema=True)}
+    return ValidationConfig(
+        **{"prompts": ("a seven", "a three"), "views": views, "every_steps": 2, **changes}  # type: ignore[arg-type]
+    )

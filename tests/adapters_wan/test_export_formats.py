@@ -485,3 +485,24 @@ def test_two_experts_are_two_of_everything(experts, config, tmp_path, format, fi
     for name, source in weights.items():
         found = load_file(tmp_path / "s" / name / "diffusion_pytorch_model.safetensors")
         assert all(torch.equal(found[key], value) for key, value in source.tensors.items())
+
+
+def test_an_expert_that_never_moved_is_left_out_of_a_lora(experts, config, tmp_path):
+    """A method may train one of two; the other has nothing that adapters could hold."""
+    role, weights = experts
+    weights = {**weights, "transformer": PLUGIN.weights(role.path)["transformer"]}
+    exporter = PLUGIN.exporter(config, source=role.path)
+    request = ExportRequest(sampler=SPEC, format="lora", lora_rank=2)
+    facts = exporter.export(role, weights, tmp_path / "s", request)
+    assert set(facts["files"]) == {
+        "pytorch_lora_weights-transformer_2.safetensors",
+        "s-comfyui-transformer_2.safetensors",
+    }
+    assert any("transformer: no linear layer differs" in note for note in facts["notes"])
+    checked = exporter.verify(role, weights, tmp_path / "s", request)
+    assert checked["transformer"]["layers"] == 0
+    assert checked["transformer_2"]["layers"] > 0
+    for file in facts["files"]:
+        (tmp_path / "s" / file).unlink()
+    with pytest.raises(WeightsError, match=r"is missing, and .* differs from the base's"):
+        exporter.verify(role, weights, tmp_path / "s", request)

@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint
 import distill_runfile.cli
 import distill_runtime.plugins
 import pytest
+from distill_runfile.cli import EXIT_INCOMPLETE, EXIT_OK
 from distill_train.cli import main
 
 
@@ -73,8 +74,8 @@ def test_who_alone_finds_something_wrong_says_it_in_the_end(values, write, monke
 
 
 def test_the_plan_says_where_the_negative_condition_comes_from(values, write, capsys, tmp_path):
-    def plan() -> str:
-        assert main(["--config", str(write(values)), "--dry-run"]) == 0
+    def plan(status: int = EXIT_OK) -> str:
+        assert main(["--config", str(write(values)), "--dry-run"]) == status
         return capsys.readouterr().out
 
     assert "in the data set's constants (prompt '')" in plan()
@@ -82,11 +83,12 @@ def test_the_plan_says_where_the_negative_condition_comes_from(values, write, ca
     assert "encoded once at set-up from 'blurred'" in plan()
     del values["conditioning"]
     values["data"]["path"] = str(tmp_path / "to_come")
-    text = plan()
+    text = plan(EXIT_INCOMPLETE)
+    assert text.splitlines()[-1] == f"a run still needs the data set {tmp_path / 'to_come'}"
     assert "needed; the data set must bring it" in text
     assert "not on this machine yet" in text
     values["method_config"]["real_score_guidance_scale"] = 1.0
-    assert "none, and no step needs one" in plan()
+    assert "none, and no step needs one" in plan(EXIT_INCOMPLETE)
 
 
 def test_the_plan_counts(values, write, capsys):
@@ -100,18 +102,42 @@ def test_the_plan_counts(values, write, capsys):
     assert updates.split(")")[1].split() == [*"...x...x..", "1"]
 
 
-def test_a_broken_plugin_is_named_and_the_others_are_listed(capsys, monkeypatch):
+SILENT = """
+from distill_protocols import CONTRACT_VERSION, FamilyPlugin
+class Silent(FamilyPlugin):
+    contract = CONTRACT_VERSION
+Silent.__abstractmethods__ = frozenset()
+PLUGIN = Silent()
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import no_such_package", "No module named 'no_such_package'"),
+        ("import sys; sys.exit('no licence')", "no licence"),
+        ("raise ValueError('two\\nlines')", "two"),
+        ("PLUGIN = 3", "is a int, not an instance of FamilyPlugin"),
+        (SILENT, "has no attribute 'help'"),
+    ],
+)
+def test_a_broken_plugin_is_named_and_the_others_are_listed(
+    capsys, monkeypatch, tmp_path, source, reason
+):
+    (tmp_path / "foreign_plugin.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "foreign_plugin", raising=False)
     real = distill_runtime.plugins.entry_points
 
     def with_broken(*, group: str):
-        broken = EntryPoint("broken", "no_such_package.plugin:PLUGIN", group)
+        broken = EntryPoint("broken", "foreign_plugin:PLUGIN", group)
         return (broken, *real(group=group)) if group == "distill.families" else real(group=group)
 
     monkeypatch.setattr(distill_runtime.plugins, "entry_points", with_broken)
     assert main(["--plugins"]) == 0
     lines = capsys.readouterr().out.splitlines()
     (broken,) = [line for line in lines if line.startswith("  broken ")]
-    assert "No module named 'no_such_package'" in broken
+    assert reason in broken
     assert any(line.startswith("  wan ") for line in lines)
     assert any(line.startswith("  dmd2 ") for line in lines)
     assert "distill.trackers" in lines

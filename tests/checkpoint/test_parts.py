@@ -293,7 +293,7 @@ def test_nothing_is_deleted_before_the_new_one_is_there(tmp_path, monkeypatch):
     def remove(folder: Path) -> None:
         seen.append((folder.name, sorted(list_checkpoints(tmp_path))))
 
-    monkeypatch.setattr("distill_checkpoint.manager.remove_folder", remove)
+    monkeypatch.setattr("distill_checkpoint.output_folder.remove_folder", remove)
     manager.save(run.state(tmp_path, 2), run.callbacks)
     assert seen == [("checkpoint-000001", [1, 2])]
 

@@ -13,7 +13,9 @@ from distill_checkpoint import (
     CheckpointConfig,
     CheckpointManager,
     StoredCheckpoint,
+    hold_checkpoint,
     is_checkpoint_folder,
+    list_checkpoints,
     write_weights_checkpoint,
 )
 from distill_checkpoint.manifest import inspect
@@ -246,3 +248,34 @@ def test_a_source_that_lies_is_found(tmp_path):
 def test_a_type_that_safetensors_lacks_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"no type for torch\.complex64"):
         write(tmp_path / "checkpoint-000001", Lazy({"a": torch.ones(2, dtype=torch.complex64)}))
+
+
+def test_a_run_does_not_delete_what_somebody_reads(tmp_path, caplog):
+    caplog.set_level("INFO")
+    run = new_run(Shape(ema_roles=()))
+    manager = CheckpointManager(CheckpointConfig(keep_last=1), tmp_path, {})
+    manager.save(run.state(tmp_path, 1), run.callbacks)
+    sources = StoredCheckpoint.open(tmp_path / "checkpoint-000001").weights("student")
+    manager.save(run.state(tmp_path, 2), run.callbacks)
+    assert list(list_checkpoints(tmp_path)) == [2, 1]
+    assert "checkpoint-000001 stays for now: another process reads it" in caplog.text
+    source = sources["transformer"]
+    assert source.read(source.describe())
+    del source, sources
+    manager.save(run.state(tmp_path, 3), run.callbacks)
+    assert list(list_checkpoints(tmp_path)) == [3]
+
+
+def test_what_was_deleted_meanwhile_is_an_error_that_says_so(tmp_path):
+    """By hand, or by a run of an older version."""
+    run = new_run(Shape(ema_roles=()))
+    CheckpointManager(CheckpointConfig(), tmp_path, {}).save(run.state(tmp_path, 1), run.callbacks)
+    folder = tmp_path / "checkpoint-000001"
+    source = StoredCheckpoint.open(folder).weights("student")["transformer"]
+    (name, *_) = source.describe()
+    fresh = StoredCheckpoint.open(folder).weights("student")["transformer"]
+    shutil.rmtree(folder)
+    for reader in (source, fresh):
+        with pytest.raises(CheckpointError, match=r"deleted|not an intact checkpoint|has no"):
+            reader.read([name])
+    assert hold_checkpoint(folder) is None

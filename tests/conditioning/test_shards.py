@@ -12,7 +12,7 @@ import torch
 from distill_conditioning import DataConfig, LatentDataset, ShardWriter, dataset_info
 from distill_conditioning.reading import map_tensors
 from distill_conditioning.writing import write_tensors
-from distill_protocols import Condition, ConditioningError, DataError
+from distill_protocols import Condition, ConditioningError, DataError, OutputError
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -248,6 +248,16 @@ def test_a_shard_whose_parts_do_not_belong_together_is_refused(tmp_path, make_fo
     (tmp_path / "index.json").write_text(json.dumps(index))
     with pytest.raises(DataError, match=r"shard-00000.*do not belong together"):
         _open(tmp_path).read(torch.tensor([0]))
+
+
+def test_a_second_writer_is_refused_while_the_first_one_writes(tmp_path):
+    with ShardWriter(tmp_path, encoder=None) as writer:
+        with pytest.raises(OutputError, match="another process is writing there"):
+            ShardWriter(tmp_path, encoder=None)
+        writer.add(*_some(2))
+    with pytest.raises(DataError, match="already"):
+        ShardWriter(tmp_path, encoder=None)
+    assert not (tmp_path / ".writer.lock").exists()
 
 
 def test_a_writer_whose_only_samples_were_refused_writes_no_data_set(tmp_path):

@@ -14,6 +14,7 @@ from distill_conditioning import (
     ShardRows,
     TrajectoryFolder,
     dataset_info,
+    trajectories,
 )
 from distill_protocols import Condition, DataError
 from toy_data import FINGERPRINT, SHAPE, embedding, write_dataset
@@ -180,3 +181,19 @@ def test_a_damaged_shard_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(DataError, match="shard-00001"):
         folder(data).missing()
+
+
+def test_of_two_that_begin_at_once_one_gives_way(tmp_path, monkeypatch):
+    """Both have seen that there are no settings yet, and the other one's come first."""
+    write = trajectories.write_new_text
+
+    def beaten(path: Path, text: str) -> bool:
+        write(path, json.dumps({**SETTINGS, "seed": 1}))
+        return write(path, text)
+
+    monkeypatch.setattr(trajectories, "write_new_text", beaten)
+    with pytest.raises(DataError, match="seed was 1 and is 0"):
+        folder(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "trajectories.json").read_text())["seed"] == 1
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["trajectories.json"]
+    folder(tmp_path / "b", settings={**SETTINGS, "seed": 1})  # the same ones are taken

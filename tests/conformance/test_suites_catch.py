@@ -460,6 +460,18 @@ class SharesTooMuch(MatchConfig):
         return min(1.0, (high - low) / 500)
 
 
+class MeasuresMore(Match):
+    def single_train_step(self, batch, iteration):
+        losses, outputs = super().single_train_step(batch, iteration)
+        return StepResult({**losses, "penalty": losses["total_loss"]}, outputs)
+
+
+@frozen(kw_only=True)
+class NamesWhatIsNotMeasured(MatchConfig):
+    def metrics(self, iteration):
+        return (*super().metrics(iteration), "spread")
+
+
 BROKEN_METHODS: list[tuple[type, Callable[[MethodCase], None]]] = [
     (TeacherMoves, steps.check_isolation),
     (TeacherGetsGradient, steps.check_isolation),
@@ -474,6 +486,8 @@ BROKEN_METHODS: list[tuple[type, Callable[[MethodCase], None]]] = [
     (ChoicesOfItsOwn, randomness.check_ranks),
     (NamesNoTotal, steps.check_losses),
     (KeepsTheGraph, steps.check_losses),
+    (MeasuresMore, steps.check_losses),
+    (NamesWhatIsNotMeasured, steps.check_losses),
     (TakesAnyFamily, configs.check_capability_names),
     (TakesAnyRoles, configs.check_missing_roles),
     (NobodysTurn, configs.check_roles_and_turns),

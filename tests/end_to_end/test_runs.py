@@ -16,7 +16,13 @@ import torch
 import yaml
 from diffusers import WanPipeline
 from distill_protocols import RowGenerators
-from distill_runfile.cli import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
+from distill_runfile.cli import (
+    EXIT_FAILED,
+    EXIT_INCOMPLETE,
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+)
 from distill_train.cli import main
 from distill_trajectories.cli import main as make_trajectories
 from PIL import Image
@@ -155,10 +161,18 @@ FILES = sorted((ROOT / "configs").glob("*/*.yaml"))
 TRAJECTORIES = [file for file in FILES if file.stem.startswith("trajectories")]
 
 
+def _status_of(plan: str) -> int:
+    """What a plan's last line says is what its status says."""
+    is_incomplete = plan.splitlines()[-1].startswith("a run still needs ")
+    return EXIT_INCOMPLETE if is_incomplete else EXIT_OK
+
+
 @pytest.mark.parametrize("config", TRAJECTORIES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_file_of_trajectories_can_be_planned_without_weights(config, capsys):
-    assert make_trajectories(["--config", str(config), "--dry-run"]) == EXIT_OK
-    assert "model calls a clip" in capsys.readouterr().out
+    status = make_trajectories(["--config", str(config), "--dry-run"])
+    plan = capsys.readouterr().out
+    assert status == _status_of(plan)
+    assert "model calls a clip" in plan
 
 
 @pytest.mark.parametrize(
@@ -167,8 +181,11 @@ def test_every_file_of_trajectories_can_be_planned_without_weights(config, capsy
     ids=lambda p: f"{p.parent.name}-{p.stem}",
 )
 def test_every_run_file_can_be_planned_without_weights(config, capsys):
-    assert main(["--config", str(config), "--dry-run"]) == EXIT_OK
+    status = main(["--config", str(config), "--dry-run"])
     plan = capsys.readouterr().out
+    assert status == _status_of(plan)
+    if config.parent.name != "tiny":
+        assert status == EXIT_INCOMPLETE
     for part in (
         "models",
         "memory",

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import distill_export.cli
 import pytest
 import torch
 import yaml
@@ -192,3 +193,25 @@ def test_what_is_there_and_is_no_export_stays(whole, tmp_path, capsys):
     (tmp_path / "x" / "thesis.tex").write_text("years of work")
     assert export(whole, tmp_path / "x") == 1
     assert (tmp_path / "x" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_checkpoint_that_is_deleted_as_it_is_chosen_gives_way_to_the_next(
+    whole, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    shutil.copytree(whole / LAST, out / "checkpoint-000003")
+    shutil.copytree(whole / LAST, out / "checkpoint-000009")
+    hold = distill_export.cli.hold_checkpoint
+
+    def beaten(folder: Path):
+        if folder.name == "checkpoint-000009":
+            shutil.rmtree(folder)
+        return hold(folder)
+
+    monkeypatch.setattr(distill_export.cli, "hold_checkpoint", beaten)
+    argv = ["--checkpoint", str(out), "--role", "student", "--to", str(tmp_path / "s")]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "checkpoint-000009 has been deleted since; taking the next" in printed
+    assert "taking " + str(out / "checkpoint-000003") in printed
+    assert (tmp_path / "s" / "sampler_spec.json").is_file()

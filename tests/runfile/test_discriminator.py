@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from distill_protocols import ConfigError, DiscriminatorSpec
+from distill_runfile.cli import EXIT_INCOMPLETE
 from distill_runfile.read import read_config
 from distill_train.cli import main
 from distill_train.run import run
@@ -170,7 +171,7 @@ def test_another_runs_discriminator_to_start_from(gan, write, tmp_path):
 def test_what_would_fit_never_asks_of_heads_what_they_have_not(name, capsys):
     file = TINY.parent / "wan" / f"{name}_1.3b.yaml"
     options = ["--dry-run", "--world-size", "16", "--device-memory", "30GB"]
-    assert main(["--config", str(file), *options]) == 0
+    assert main(["--config", str(file), *options]) == EXIT_INCOMPLETE
     plan = capsys.readouterr().out
     assert "does not fit" in plan
     for key in ("precision", "activation_checkpointing", "fsdp.mixed_precision", "offload"):

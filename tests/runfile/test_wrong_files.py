@@ -160,6 +160,15 @@ def beside(base: str, **keys: Any) -> Callable[[Values], None]:
     return put("models", "student", value={k: v for k, v in role.items() if v is not None})
 
 
+def view_called(name: str) -> Callable[[Values], None]:
+    section = {"prompts": ["the digit one moving up"], "views": {name: {"role": "student"}}}
+    return put("validation", value=section)
+
+
+def export_to(*folders: str) -> Callable[[Values], None]:
+    return put("checkpoint", "export", value=[{"role": "student", "folder": f} for f in folders])
+
+
 def teachers(**terms: Any) -> Callable[[Values], None]:
     return put("method_config", "teachers", value=terms)
 
@@ -307,6 +316,37 @@ SPOILT = {
         lambda v: (report(every_steps=4)(v), v["checkpoint"].update(every_steps=5, keep_best={"metric": "report/a/fd"})),
         "checkpoint.keep_best.metric: 'report/a/fd' is measured every 4 iterations and saves come every 5",
     ),
+    "best by a metric of no method": (lambda v: v["checkpoint"].update(every_steps=2, keep_best={"metric": "fid"}), "checkpoint.keep_best.metric: 'fid' is measured by no callback of this file, and not by dmd2"),
+    "best by a loss that is not so called": (lambda v: v["checkpoint"].update(every_steps=2, keep_best={"metric": "loss/critic"}), "checkpoint.keep_best.metric: 'loss/critic' is measured by no callback of this file, and not by dmd2; did you mean 'loss/critic_loss'?"),
+    "best by a loss of other iterations": (
+        lambda v: (
+            v["training"].update(log_every=1),
+            v["method_config"].update(critic_update="alternate", generator_update_interval=2),
+            v["checkpoint"].update(every_steps=2, keep_best={"metric": "loss/critic_loss"}),
+        ),
+        "checkpoint.keep_best.metric: 'loss/critic_loss' is never measured in an iteration that is saved (every 2)",
+    ),
+    "best by a loss that is not logged when it is saved": (
+        lambda v: (
+            v["training"].update(log_every=4),
+            v["checkpoint"].update(every_steps=3, keep_best={"metric": "loss/critic_loss"}),
+        ),
+        "checkpoint.keep_best.metric: 'loss/critic_loss' is never measured in an iteration that is saved (every 3)",
+    ),
+    "view that is no file name": (view_called("a" * 201), "validation.views: 'aaaaaaaaaaaaaaaaaaaa' ... is 201 bytes long and must have at most 200"),
+    "view with a NUL": (view_called("a\0b"), "validation.views: 'a\\x00b' must hold no control characters"),
+    "export into a name that no disk takes": (export_to("s" * 300), "checkpoint.export.0.folder: 'ssssssssssssssssssss' ... is 300 bytes long"),
+    "export into a NUL": (export_to("a/b\0"), "checkpoint.export.0.folder: 'b\\x00' must hold no control characters"),
+    "exports inside each other": (export_to("a/b", "a"), "checkpoint.export: 'a/b' lies inside 'a', which is the folder of another export"),
+    "output folder with a variable": (put("training", "output_dir", value="${OUT_DIR}/run1"), "training.output_dir: '${OUT_DIR}/run1' holds ${OUT_DIR}, and nothing is expanded in a run file"),
+    "data with a variable": (put("data", "path", value="$DATA/clips"), "data.path: '$DATA/clips' holds $DATA, and nothing is expanded"),
+    "model with a variable": (put("models", "teacher", "path", value="${MODELS}/wan"), "models.teacher.path: '${MODELS}/wan' holds ${MODELS}, and nothing is expanded"),
+    "start with a variable": (put("models", "student", "init_from", value={"path": "./$RUN/checkpoint-000100"}), "models.student.init_from.path: './$RUN/checkpoint-000100' holds $RUN"),
+    "components with a variable": (put("pipeline_config", "components", value="$VAE"), "pipeline_config.components: '$VAE' holds $VAE"),
+    "pipeline of a variable": (put("pipeline_config", "pipeline_config_path", value="$HOME/wan.yaml"), "pipeline_config.pipeline_config_path: '$HOME/wan.yaml' holds $HOME"),
+    "output of nobody": (put("training", "output_dir", value="~nobody-has-this-name/x"), "training.output_dir: '~nobody-has-this-name/x': there is no such user"),
+    "output with a NUL": (put("training", "output_dir", value="./a\0b"), "training.output_dir: './a\\x00b' holds a NUL"),
+    "output that no disk takes": (put("training", "output_dir", value="x" * 300), "training.output_dir: 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx' ... has 300 bytes"),
     "more workers than anyone has": (put("data", "workers", value=1000), "data.workers: "),
     "gathered in another precision": (put("models", "teacher", "fsdp", value={"mixed_precision": "bf16"}), "models.teacher.fsdp.mixed_precision: bf16 must be the role's precision (fp32)"),
     "wrong key in a policy": (put("models", "teacher", "fsdp", value={"blcks": []}), "models.teacher.fsdp.blcks: unknown key; did you mean 'blocks'? (models.teacher.fsdp accepts: shard, "),
@@ -521,3 +561,24 @@ def test_prompts_alone_sample_no_image_to_video_model(values, write):
     # TI2V takes a first frame or none.
     values["pipeline_config"] = {}
     assert planned(values, write, "Wan-AI/Wan2.2-TI2V-5B-Diffusers") == ()
+
+
+def test_an_export_may_not_take_the_place_of_something_else(values, write, tmp_path):
+    folder = Path(values["training"]["output_dir"]) / "student"
+    folder.mkdir(parents=True)
+    assert read_config(write(values))  # an empty folder
+    (folder / "thesis.tex").touch()
+    (problem,) = problems(write(values))
+    assert "checkpoint.export.0.folder: " in problem
+    assert "already holds something that is no export" in problem
+    (folder / "sampler_spec.json").touch()
+    assert read_config(write(values))  # an older export
+
+
+def test_checkpoints_can_be_kept_by_a_loss(values, write):
+    """In an iteration of the student the critic's loss is the mean over those of the critic."""
+    values["training"] |= {"log_every": 2}
+    values["method_config"] |= {"critic_update": "alternate", "generator_update_interval": 2}
+    for metric in ("loss/critic_loss", "loss/dmd_loss", "loss/total_loss", "score_distance"):
+        values["checkpoint"] |= {"every_steps": 2, "keep_best": {"metric": metric}}
+        assert read_config(write(values)).checkpoint.keep_best.metric == metric

@@ -6,17 +6,13 @@ import io
 import json
 import math
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from distill_protocols import (
-    Condition,
     NonFiniteLossError,
     RoleError,
-    RowGenerators,
-    SampleView,
     StepRecord,
 )
 from distill_runtime import load_plugin, plugin_names
@@ -35,7 +31,6 @@ from distill_trainer import (
     StepTimerCallback,
     StepTimerConfig,
     ValidationCallback,
-    ValidationConfig,
     ViewConfig,
 )
 from hypothesis import given
@@ -44,13 +39,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from toy_trainer import (
-    Alternating,
     MemoryCheckpointer,
     MemoryTracker,
+    Prompts,
     Recorder,
+    Sampling,
     alternating,
     batches,
     training,
+    validation_config,
 )
 
 
@@ -121,57 +118,14 @@ def test_an_average_of_a_frozen_or_absent_role_is_refused(
         trainer.run(method, batches())
 
 
-class _Sampling(Alternating):
-    """Clips of the student's weights and of the seed's noise, as a real method makes them."""
-
-    def sample_for_logging(
-        self,
-        views: Sequence[SampleView],
-        cond: Condition,
-        *,
-        seed: int,
-        rows: Sequence[int] | None = None,
-    ) -> dict[str, Tensor]:
-        clips = {}
-        for view in views:
-            role = self.bundle[view.role]
-            assert rows is not None
-            assert len(rows) == len(cond)
-            noise = RowGenerators.seeded(seed, "look", rows).normal((3, 2, 4, 4))
-            with role.averaged(ema=view.ema):
-                net = role.modules["net"]
-                assert not net.training
-                assert not torch.is_grad_enabled()
-                clips[view.name] = net(noise.transpose(1, 4)[..., :3]).transpose(1, 4)[
-                    :, :3, :, :, :4
-                ]
-                clips[view.name] = clips[view.name].sigmoid()
-        return clips
-
-
-class _Prompts:
-    def negative(self) -> Condition:
-        raise AssertionError("validation needs no negative condition of its own")
-
-    def encode(self, prompts: Sequence[str], images: object = None) -> Condition:
-        return Condition({"text": torch.zeros(len(prompts), 1, 1)})
-
-
-def _validation(**changes: object) -> ValidationConfig:
-    views = {"live": ViewConfig(role="student"), "ema": ViewConfig(role="student", ema=True)}
-    return ValidationConfig(
-        **{"prompts": ("a seven", "a three"), "views": views, "every_steps": 2, **changes}  # type: ignore[arg-type]
-    )
-
-
 def test_validation_does_not_change_the_run(tmp_path: Path) -> None:
     weights = []
     for look in (False, True):
-        method = _Sampling(alternating(2).bundle, 2)
+        method = Sampling(alternating(2).bundle, 2)
         method.bundle["critic"].modules["net"].eval()
         callbacks = [EmaCallback(EmaConfig(roles=("student",), decay=0.5))]
         if look:
-            callbacks.append(ValidationCallback(_validation(at_start=True), _Prompts()))
+            callbacks.append(ValidationCallback(validation_config(at_start=True), Prompts()))
         draws = method.streams.get("noise").get_state()
         ambient = torch.get_rng_state()
         DistillTrainer(training(tmp_path, 5), callbacks=callbacks).run(method, batches())
@@ -184,10 +138,10 @@ def test_validation_does_not_change_the_run(tmp_path: Path) -> None:
 
 
 def test_validation_looks_when_it_should_and_writes_what_it_saw(tmp_path: Path) -> None:
-    method, tracker = _Sampling(alternating(1).bundle, 1), MemoryTracker()
+    method, tracker = Sampling(alternating(1).bundle, 1), MemoryTracker()
     callbacks = [
         EmaCallback(EmaConfig(roles=("student",), decay=0.9)),
-        ValidationCallback(_validation(at_start=True), _Prompts()),
+        ValidationCallback(validation_config(at_start=True), Prompts()),
     ]
     DistillTrainer(training(tmp_path, 5), callbacks=callbacks, trackers=[tracker]).run(
         method, batches()
@@ -214,12 +168,12 @@ def test_a_resumed_or_stopped_run_is_not_looked_at_start_or_end(tmp_path: Path) 
             run.request_stop("preempted")
 
     tracker = MemoryTracker()
-    callbacks = [ValidationCallback(_validation(at_start=True, every_steps=0, views={
-        "live": ViewConfig(role="student")}), _Prompts()), Stopper()]  # fmt: skip
+    callbacks = [ValidationCallback(validation_config(at_start=True, every_steps=0, views={
+        "live": ViewConfig(role="student")}), Prompts()), Stopper()]  # fmt: skip
     DistillTrainer(
         training(tmp_path, 5), callbacks=callbacks, trackers=[tracker],
         checkpointer=MemoryCheckpointer(resume_at=2),
-    ).run(_Sampling(alternating(1).bundle, 1), batches())  # fmt: skip
+    ).run(Sampling(alternating(1).bundle, 1), batches())  # fmt: skip
     assert tracker.videos == []
 
 

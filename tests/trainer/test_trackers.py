@@ -51,8 +51,9 @@ def test_tensorboard_holds_scalars_texts_and_animated_clips(tmp_path: Path) -> N
 
 
 def test_a_resumed_run_hides_what_it_does_anew(tmp_path: Path) -> None:
-    for steps, value in (((1, 2, 3), 1.0), ((3, 4), 2.0)):
+    for resumed, steps, value in ((0, (1, 2, 3), 1.0), (2, (3, 4), 2.0)):
         tracker = TensorBoardTracker(tmp_path)
+        tracker.resume(resumed)
         for step in steps:
             tracker.log_scalars(step, {"x": value})
         tracker.close()

@@ -21,6 +21,7 @@ from distill_conditioning import DataConfig, LatentDataset
 from distill_protocols import ConfigError, RoleSpec, RowGenerators, SamplerSpec
 from distill_runfile.cli import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
 from distill_runfile.read import read_config
+from distill_runtime import claim_folder
 from distill_train.cli import main as train
 from distill_trajectories.cli import main
 from distill_trajectories.request import read_request
@@ -152,6 +153,14 @@ def test_processes_share_the_shards(made, tmp_path, monkeypatch):
         assert not (tmp_path / "data" / "index.json").exists()
         assert main(["--config", str(config)]) == EXIT_OK
     assert contents(tmp_path / "data") == contents(made)
+
+
+def test_a_second_start_in_the_same_folder_is_refused(tmp_path, capsys):
+    config = written(tmp_path, request(tmp_path / "data"))
+    with claim_folder(tmp_path / "data", "worker-0"):
+        assert main(["--config", str(config)]) == EXIT_FAILED
+    assert "another process is writing there (pid " in capsys.readouterr().err
+    assert list((tmp_path / "data").iterdir()) == []
 
 
 def test_other_settings_are_refused_and_nothing_is_touched(made, tmp_path, capsys, caplog):

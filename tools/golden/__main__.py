@@ -107,6 +107,8 @@ def train(name: str, folder: Path) -> dict[str, Any]:
     if "tiny-trajectories" in values["data"]["path"]:
         values["data"]["path"] = str(folder / "trajectories")
     values["checkpoint"] |= {"every_steps": ITERATIONS, "resume": "none"}
+    for role in values["models"].values():
+        role.pop("init_from", None)  # the run that it would start from is another one
     for callback in ("report", "step_timer"):
         values["callbacks"].pop(callback, None)
     values["callbacks"]["ema"] |= {"start_update": 1}  # or the average is the live student still

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import time
 from pathlib import Path
+from typing import IO
 
 from distill_checkpoint import (
     find_newest_checkpoint,
+    hold_checkpoint,
     is_checkpoint_folder,
     list_checkpoints,
     role_problems,
@@ -25,8 +28,12 @@ formats:
               of that rank for the difference between the role and its base
 A LoRA role is merged into its base for the first two. Nothing else of the run is built or read.
 
-exit status: 0 written (and verified, if asked), 1 failed, 2 the request is wrong, 130 interrupted.
+exit status: 0 written (and verified, if asked), 1 failed, 2 the request is wrong, 74 the
+disk failed, 130 interrupted.
 """
+
+PAUSE = 0.1
+"""Seconds after which a run has finished deleting a checkpoint."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     cli.show_logs()
     try:
-        checkpoint = _checkpoint(args.checkpoint)
+        checkpoint, held = _hold(args.checkpoint)
         models = read_models(args.config or checkpoint / "config.json", args.role)
         role, request = _request(args, checkpoint, models)
     except ConfigError as error:
@@ -55,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
         from distill_export.run import export
 
-        with sigterm_as_interrupt():
+        with held, sigterm_as_interrupt():
             # Files are named after the folder, and "." is no name.
             export(checkpoint, role, args.to.resolve(), request, models=models, verify=args.verify)
         return EXIT_OK
@@ -114,13 +121,27 @@ def _bytes(text: str) -> int:
     return int(size)
 
 
-def _checkpoint(path: Path) -> Path:
+def _hold(path: Path) -> tuple[Path, IO[bytes]]:
+    """Choose the checkpoint of ``path``, and keep its run from deleting it until the file closes.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if is_checkpoint_folder(path):
-        return path
-    newest = find_newest_checkpoint(path)
-    if newest is not None:
-        cli.say(f"taking {newest}")
-        return newest
+        held = hold_checkpoint(path)
+        if held is not None:
+            return path, held
+        raise CheckpointError(
+            f"--checkpoint: {path} has just been deleted, as its run keeps only the newest. Name "
+            "the output folder, whose newest checkpoint is taken then."
+        )
+    while (newest := find_newest_checkpoint(path)) is not None:
+        held = hold_checkpoint(newest)
+        if held is not None:
+            cli.say(f"taking {newest}")
+            return newest, held
+        cli.say(f"{newest} has been deleted since; taking the next")
+        time.sleep(PAUSE)
     inside = ", ".join(folder.name for folder in list_checkpoints(path).values())
     raise CheckpointError(
         f"--checkpoint: {path} is no checkpoint (which has a manifest.json) and no output "

@@ -22,7 +22,8 @@ No file is unpickled: what is more than tensors and plain values is refused.
 The result holds weights (and averages), not optimizers: start roles from it with
 models.<role>.init_from, or write them out with apps/export --config RUN.yaml.
 
-exit status: 0 written, 1 failed, 2 the request is wrong, 130 interrupted.
+exit status: 0 written, 1 failed, 2 the request is wrong, 74 the disk failed, 130
+interrupted.
 """
 
 

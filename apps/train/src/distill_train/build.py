@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from attrs import frozen
@@ -46,11 +46,14 @@ class Run:
     adapter: DistillAdapter
 
 
-def build(config: RunConfig, *, distribution: Distribution) -> Run:
+def build(config: RunConfig, *, distribution: Distribution, again: Collection[str] = ()) -> Run:
     """Weights, optimizers, adapter, conditioning, method, loader, callbacks, trainer: in order.
 
     All ranks build together: each takes its part of sharded roles and its samples of every batch.
     What one cannot read, none goes on without: the others would wait for it in what comes next.
+
+    Args:
+        again: as in ``run``. What is logged is there already, so there are no trackers then.
     """
     ranks, device = distribution.ranks, distribution.device
     output_dir = Path(config.training.output_dir)
@@ -105,11 +108,16 @@ def build(config: RunConfig, *, distribution: Distribution) -> Run:
         config.training,
         callbacks=_callbacks(config, parts),
         trackers=ranks.run_each(
-            lambda: build_trackers(config.training.trackers, output_dir) if ranks.is_first else ()
+            lambda: (
+                build_trackers(config.training.trackers, output_dir)
+                if ranks.is_first and not again
+                else ()
+            )
         ),
         checkpointer=CheckpointManager(config.checkpoint, output_dir, config.resolved),
         streams=streams,
         distribution=distribution,
+        again=again,
     )
     return Run(trainer=trainer, method=method, loader=loader, bundle=bundle, adapter=adapter)
 

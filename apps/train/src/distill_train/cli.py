@@ -11,7 +11,7 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,8 +31,10 @@ _UNITS = {
 }
 
 _EPILOG = """\
-exit status: 0 finished, 1 failed, 2 the run file is wrong, 75 stopped on request with a
-checkpoint saved (start the same command again with checkpoint.resume: latest), 130 interrupted.
+exit status: 0 finished, 1 failed, 2 the run file is wrong, 3 with --dry-run: it is right, but data
+or weights are not here yet (the last line says which), 74 a file could not be written or read (a
+full disk ...), 75 stopped on request with a checkpoint saved (start the same command again with
+checkpoint.resume: latest), 130 interrupted.
 
 several processes: uv run torchrun --nproc-per-node 8 apps/train --config RUN.yaml
 (see training.distributed and docs/processes.md). Under torchrun --max-restarts a stop on request
@@ -60,26 +62,51 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing was started", file=sys.stderr)
         return EXIT_INTERRUPTED
+    unknown = sorted(set(args.again) - set(results_of(config)))
+    if unknown:
+        _parser().error(
+            f"--again {' '.join(unknown)}: this run has no such result (it has: "
+            f"{', '.join(results_of(config)) or 'none'})"
+        )
     return cli.run_command(
-        lambda: _plan(config, args) if args.dry_run else _train(config),
+        lambda: _plan(config, args) if args.dry_run else _train(config, args.again),
         interrupted=lambda: "interrupted: nothing was saved since the last checkpoint",
     )
 
 
+def results_of(config: RunConfig) -> tuple[str, ...]:
+    """Name what a run makes at its end, for ``--again``: exports, validation, callbacks."""
+    export = ("export",) if config.checkpoint.export else ()
+    validation = ("validation",) if config.validation is not None else ()
+    return (*export, *validation, *config.callbacks)
+
+
 def _plan(config: RunConfig, args: argparse.Namespace) -> int:
     with _collector_off():
-        from distill_runfile import describe, world_size_of
+        from distill_runfile import plan_run, world_size_of
 
         world_size = args.world_size or world_size_of(os.environ)
-        cli.say(describe(config, world_size=world_size, device_memory=args.device_memory))
-    return EXIT_OK
+        plan = plan_run(config, world_size=world_size, device_memory=args.device_memory)
+        cli.say(plan.text)
+    return cli.print_needs(plan.needs)
 
 
-def _train(config: RunConfig) -> int:
+def _train(config: RunConfig, again: Collection[str]) -> int:
+    from distill_checkpoint import finished_iteration
+
+    output_dir, steps = Path(config.training.output_dir), config.training.max_train_steps
+    is_finished = finished_iteration(output_dir) == steps and config.checkpoint.resume != "none"
+    if is_finished and not again:
+        cli.say(
+            f"finished already: {output_dir} holds iteration {steps:,} of {steps:,}, and nothing "
+            "was touched. A larger max_train_steps goes on; --again NAME ... makes results anew "
+            f"({', '.join(results_of(config)) or 'this run has none'})"
+        )
+        return EXIT_OK
     cli.show_logs()
     from distill_train.run import run
 
-    if run(config).stop_reason is None:
+    if run(config, again=again).stop_reason is None:
         return EXIT_OK
     # torchrun starts processes again that end with any status but 0, as often as its
     # --max-restarts allows; a run that was asked to stop shall stay stopped.
@@ -124,6 +151,14 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="MODELS.json",
         help="role -> keys, laid over the file's models: section (for generated runs)",
+    )
+    parser.add_argument(
+        "--again",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="of a finished run: make these results anew from its last checkpoint (export, "
+        "validation, report or another callback), and nothing else",
     )
     parser.add_argument(
         "--plugins",

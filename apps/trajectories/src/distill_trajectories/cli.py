@@ -22,7 +22,9 @@ A process that was killed goes on when it is started again: whole shards stay, a
 same, byte for byte. Several processes share the shards, on one machine or on several:
   uv run torchrun --nproc-per-node 8 apps/trajectories --config FILE.yaml
 
-exit status: 0 done, 1 failed, 2 the file is wrong, 75 stopped on request.
+exit status: 0 done, 1 failed, 2 the file is wrong, 3 with --dry-run: it is right, but what it needs
+is not here yet (the last line says what), 74 a file could not be written or read, 75 stopped on
+request.
 """
 
 
@@ -47,7 +49,7 @@ def _plan(config: SampledConfig[TrajectoriesConfig]) -> int:
     from distill_trajectories.plan import describe
 
     cli.say(describe(config))
-    return EXIT_OK
+    return cli.print_needs(config.missing)
 
 
 def _sample(config: SampledConfig[TrajectoriesConfig]) -> int:

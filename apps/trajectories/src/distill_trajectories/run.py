@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from distill_conditioning import (
 )
 from distill_protocols import Condition, DistillAdapter, RowGenerators
 from distill_runfile import SampledConfig, to_plain
-from distill_runtime import device_type, sigterm_as_interrupt
+from distill_runtime import claim_folder, device_type, sigterm_as_interrupt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -64,13 +65,18 @@ def run(config: SampledConfig[TrajectoriesConfig]) -> bool:
     if own.cpu_threads is not None:
         torch.set_num_threads(own.cpu_threads)
     with sigterm_as_interrupt():  # complete shards stay: the next start goes on with them
-        return _run(config, own, Worker.of_this_process())
+        source, worker = LatentDataset(config.data), Worker.of_this_process()
+        # By the number of the process: the others of its torchrun write there too.
+        with claim_folder(Path(own.output_dir), f"worker-{worker.rank}"):
+            return _make(config, own, source, worker)
 
 
-def _run(
-    config: SampledConfig[TrajectoriesConfig], own: TrajectoriesConfig, worker: Worker
+def _make(
+    config: SampledConfig[TrajectoriesConfig],
+    own: TrajectoriesConfig,
+    source: LatentDataset,
+    worker: Worker,
 ) -> bool:
-    source = LatentDataset(config.data)
     folder = _folder(config, own, source)
     if folder.complete():
         _log.info("nothing to do: %s is whole", own.output_dir)

@@ -20,6 +20,8 @@ from distill_checkpoint.output_folder import (
     Claim,
     claim_output_dir,
     find_newest_checkpoint,
+    finished_iteration,
+    hold_checkpoint,
     list_checkpoints,
 )
 
@@ -58,7 +60,9 @@ __all__ = [
     "StoredCheckpoint",
     "claim_output_dir",
     "find_newest_checkpoint",
+    "finished_iteration",
     "gather_on_rank0",
+    "hold_checkpoint",
     "is_checkpoint_folder",
     "list_checkpoints",
     "migrate",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from attrs import Attribute, field, frozen
 from distill_protocols import ExportRequest, SamplerSpec
+from distill_protocols.validators import file_name_problem
 
 _RESERVED = frozenset(
     {
@@ -77,6 +78,8 @@ class ExportConfig:
                 "folder belong to the checkpoints, which are deleted by age; for example "
                 "'export/student'"
             )
+        for problem in filter(None, map(file_name_problem, path.parts)):
+            raise ValueError(problem)
         if path.parts[0] in _RESERVED:
             raise ValueError(
                 f"{value!r} must not begin with {path.parts[0]!r}: the run itself writes that into "
@@ -226,3 +229,11 @@ class CheckpointConfig:
                 f"{', '.join(twice)} is the folder of two exports, so one would overwrite the "
                 "other; give each its own"
             )
+        for folder in folders:
+            for inner in folders:
+                if folder in inner.parents:
+                    raise ValueError(
+                        f"'{inner}' lies inside '{folder}', which is the folder of another export: "
+                        "an export takes the place of its whole folder, so the one would delete "
+                        "the other. Put them beside each other"
+                    )

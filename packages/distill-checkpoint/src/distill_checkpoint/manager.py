@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_protocols import Callback, CheckpointError, DistillError, RunState
-from distill_runtime import FileInfo, Ranks, remove_folder
+from distill_runtime import FileInfo, Ranks
 from torch import Tensor
 
 from distill_checkpoint.config import CheckpointConfig
@@ -39,6 +39,7 @@ from distill_checkpoint.manifest import (
 )
 from distill_checkpoint.output_folder import (
     clear_leftovers,
+    delete_checkpoint,
     find_superseded,
     folder_name,
     list_checkpoints,
@@ -285,7 +286,8 @@ class CheckpointManager:
             keep_best=self.config.keep_best,
         ):
             try:
-                remove_folder(folders[iteration])
+                if not delete_checkpoint(folders[iteration]):
+                    logger.info("%s stays for now: another process reads it", folders[iteration])
             except OSError as error:
                 # The new checkpoint is safe; a full disk will be an error of the next save.
                 logger.warning("%s could not be deleted: %s", folders[iteration], error)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
-import fcntl
 import json
 import logging
 import os
@@ -27,10 +25,18 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from attrs import frozen
 from distill_protocols import OutputError
-from distill_runtime import DELETED_PREFIX, UnreadableFileError, parse_json, publish_folder
+from distill_runtime import (
+    DELETED_PREFIX,
+    UnreadableFileError,
+    is_still_at,
+    parse_json,
+    publish_folder,
+    remove_folder,
+    try_lock,
+)
 
 from distill_checkpoint.config import KeepBestConfig
-from distill_checkpoint.manifest import is_checkpoint_folder
+from distill_checkpoint.manifest import MANIFEST, is_checkpoint_folder
 
 if TYPE_CHECKING:
     from distill_runtime import Ranks
@@ -69,6 +75,12 @@ class Claim:
     folder: Path
     _file: IO[str] | None
     _made_marker: bool
+
+    def mark_finished(self, iteration: int) -> None:
+        """Note that the run is done with ``iteration``, exports and reports included
+        (``finished_iteration``). The next claim takes the note away."""
+        if self._file is not None:
+            _write_marker(self._file, finished=iteration)
 
     def close(self) -> None:
         """Let another process go on in the folder. The marker stays: a run has been here."""
@@ -193,28 +205,20 @@ def _mark(folder: Path, resume: bool) -> Claim:
 
 
 def _lock(file: IO[str], folder: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    locked = try_lock(file)
+    if locked is False:
         raise OutputError(
             f"{folder}: another process is running there ({_holder(file)}); two runs in one "
             "folder would overwrite each other's logs and checkpoints. Wait for it or stop it, "
             "or choose another output folder."
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            raise
-        # Some network file systems have no locks; a run there is no worse off than without them.
-        logger.warning("%s has no file locks: start no second run there (%s)", folder, error)
+        )
+    if locked is None:  # a run there is no worse off than without them
+        logger.warning("%s has no file locks: start no second run there", folder)
 
 
 def _refuse_unlinked(file: IO[str], folder: Path) -> None:
     """Another process may have released the folder between our opening and our locking."""
-    try:
-        ours = os.path.samestat(os.fstat(file.fileno()), (folder / MARKER).stat())
-    except FileNotFoundError:
-        ours = False
-    if not ours:
+    if not is_still_at(file, folder / MARKER):
         raise OutputError(
             f"{folder}: another process gave it up this very moment, so that this claim would be "
             "of a file that is gone. Start again."
@@ -237,10 +241,27 @@ def _read_marker(file: IO[str]) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _write_marker(file: IO[str]) -> None:
+def finished_iteration(folder: Path) -> int | None:
+    """Return the last iteration of the run in ``folder``; None: it is not done, or there is none.
+
+    Nothing is written, and no lock is asked for.
+    """
+    try:
+        with (folder / MARKER).open(encoding="utf-8") as file:
+            finished = _read_marker(file).get("finished")
+    except OSError:
+        return None
+    return finished if isinstance(finished, int) else None
+
+
+def _write_marker(file: IO[str], *, finished: int | None = None) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    file.seek(0)
     record = {"format": "distill-run", "version": 1, "started": now} | _read_marker(file)
     record |= {"pid": os.getpid(), "host": socket.gethostname()}
+    record.pop("finished", None)
+    if finished is not None:
+        record["finished"] = finished
     file.seek(0)
     json.dump(record, file)
     file.truncate()
@@ -308,6 +329,34 @@ def find_newest_checkpoint(output_dir: Path) -> Path | None:
     return next(
         (path for path in list_checkpoints(output_dir).values() if is_checkpoint_folder(path)), None
     )
+
+
+def hold_checkpoint(folder: Path) -> IO[bytes] | None:
+    """Keep the run of the checkpoint ``folder`` from deleting it until the result is closed.
+
+    None: it is gone, or is being deleted.
+    """
+    try:
+        file = (folder / MANIFEST).open("rb")
+    except FileNotFoundError:
+        return None
+    if try_lock(file, shared=True) is False or not is_still_at(file, folder / MANIFEST):
+        file.close()
+        return None
+    return file
+
+
+def delete_checkpoint(folder: Path) -> bool:
+    """Delete a checkpoint, unless somebody reads it (``hold_checkpoint``); whether it was deleted.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    with (folder / MANIFEST).open("r+b") as file:
+        if try_lock(file) is False:
+            return False
+        remove_folder(folder)
+    return True
 
 
 def new_staging_folder(target: Path) -> Path:

@@ -326,7 +326,7 @@ class StoredTensors:
 
     def files_of(self, names: Iterable[str]) -> set[Path]:
         """The files that hold any part of ``names``."""
-        return {piece.file for name in names for piece in self._pieces()[name]}
+        return {piece.file for name in names for piece in self._pieces_of(name)}
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill ``tensors`` in place with what is stored under their names; of a DTensor its shard.
@@ -352,15 +352,19 @@ class StoredTensors:
             raise CheckpointError(f"{self.folder}: could not be read: {cause}") from error
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The full tensors of ``names`` on the CPU."""
-        infos = self.infos
-        tensors = {n: torch.empty(infos[n].size, dtype=infos[n].dtype) for n in names}
+        """The full tensors of ``names`` on the CPU.
+
+        Raises:
+            CheckpointError: a name is not there.
+        """
+        infos = {n: _full_info(self._pieces_of(n)) for n in names}
+        tensors = {n: torch.empty(info.size, dtype=info.dtype) for n, info in infos.items()}
         self.read_into(tensors)
         return tensors
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """``[start:stop]`` of the first dimension of ``name``, on the CPU; maps nothing else."""
-        pieces = self._pieces()[name]
+        pieces = self._pieces_of(name)
         info = _full_info(pieces)
         start, stop, _ = slice(start, stop).indices(info.size[0])
         rows = torch.empty((max(0, stop - start), *info.size[1:]), dtype=info.dtype)
@@ -373,6 +377,14 @@ class StoredTensors:
                 with safe_open(piece.file, framework="pt") as stream:
                     rows[box] = stream.get_slice(name)[first - offset : last - offset]
         return rows
+
+    def _pieces_of(self, name: str) -> list[_Piece]:
+        if name not in self._pieces():
+            raise CheckpointError(
+                f"{self.folder} holds no tensor {name!r}: the folder was deleted or changed since "
+                "it was opened. Take another checkpoint of the run."
+            )
+        return self._pieces()[name]
 
     def _pieces(self) -> Mapping[str, list[_Piece]]:
         if not self._headers and self.folder.is_dir():

@@ -7,6 +7,7 @@ no run of ours saved.
 from __future__ import annotations
 
 import shutil
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,13 @@ from distill_protocols import (
     TensorInfo,
     WeightSource,
 )
-from distill_runtime import FileInfo, UnreadableFileError, read_json, write_safetensors
+from distill_runtime import (
+    FileInfo,
+    UnreadableFileError,
+    claim_folder,
+    read_json,
+    write_safetensors,
+)
 from torch import Tensor
 
 from distill_checkpoint.manifest import (
@@ -39,7 +46,7 @@ from distill_checkpoint.manifest import (
     write_json,
     write_manifest,
 )
-from distill_checkpoint.output_folder import new_staging_folder, publish
+from distill_checkpoint.output_folder import hold_checkpoint, new_staging_folder, publish
 from distill_checkpoint.state_dicts import pack, unpack
 from distill_checkpoint.tensors import SHARD_BYTES, StoredTensors, shard_name, sharding_metadata
 
@@ -49,6 +56,8 @@ from distill_checkpoint.tensors import SHARD_BYTES, StoredTensors, shard_name, s
 @frozen(eq=False)
 class StoredCheckpoint:
     """One intact checkpoint, to read roles from. Nothing but small JSON is read to open it.
+
+    While it or a source of it is there, the run that saved it does not delete it.
 
     Attributes:
         folder: where it is.
@@ -75,10 +84,16 @@ class StoredCheckpoint:
             CheckpointError: it is no intact checkpoint.
         """
         folder = Path(folder)
+        held = hold_checkpoint(folder)
         inspection = inspect(folder, checksums=False)
         if inspection.manifest is None:
+            if held is not None:
+                held.close()
             raise _not_intact(folder, inspection.damage)
         files = _VerifiedFiles(folder, inspection.manifest)
+        if held is not None:
+            # Sources may outlive this object, and have the files.
+            weakref.finalize(files, held.close)
         files.verify([folder / LOOP, folder / CONFIG])
         try:
             contents, config = Contents.read(folder), read_config(folder)
@@ -314,6 +329,7 @@ def write_weights_checkpoint(
     Raises:
         CheckpointError: ``folder`` exists, an average is of no role, a source is not what it
             describes, or it cannot be written.
+        OutputError: another process is writing it.
     """
     folder = Path(folder)
     if folder.exists():
@@ -340,24 +356,26 @@ def write_weights_checkpoint(
         callbacks={},
     )
     try:
-        staging = new_staging_folder(folder)
-        try:
-            files = _FilesWritten(staging, shard_bytes)
-            for key, source in roles.items():
-                files.write_tensors(role_folder(staging, *key), source, source.describe())
-            for key, source in ema.items():
-                files.write_state(state_path(staging, "ema", *key), source)
-            for key, source in (moments or {}).items():
-                path = state_path(staging, "optimizers", *key)
-                files.write_tensors(path, source, source.describe())
-            files.write_json(staging / CONFIG, dict(config))
-            files.write_json(staging / LOOP, contents.as_json())
-            write_manifest(staging, iteration, files.infos)
-            publish(staging, folder)
-        except BaseException:
-            # The error under way is the one to report, not that of clearing up behind it.
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+        # Or two migrations into one folder would each clear the other's staging folder away.
+        with claim_folder(folder.parent, folder.name):
+            staging = new_staging_folder(folder)
+            try:
+                files = _FilesWritten(staging, shard_bytes)
+                for key, source in roles.items():
+                    files.write_tensors(role_folder(staging, *key), source, source.describe())
+                for key, source in ema.items():
+                    files.write_state(state_path(staging, "ema", *key), source)
+                for key, source in (moments or {}).items():
+                    path = state_path(staging, "optimizers", *key)
+                    files.write_tensors(path, source, source.describe())
+                files.write_json(staging / CONFIG, dict(config))
+                files.write_json(staging / LOOP, contents.as_json())
+                write_manifest(staging, iteration, files.infos)
+                publish(staging, folder)
+            except BaseException:
+                # The error under way is the one to report, not that of clearing up behind it.
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
     except (OSError, ContractError) as error:
         raise CheckpointError(
             f"{folder} could not be written: {error}. Nothing of it was left behind. Make room, "

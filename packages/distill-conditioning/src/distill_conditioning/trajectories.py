@@ -34,6 +34,7 @@ from distill_conditioning.writing import (
     check_finite,
     shard_entry,
     write_constants,
+    write_new_text,
     write_text,
 )
 
@@ -195,7 +196,9 @@ class TrajectoryFolder:
                 f"{self.folder}: holds {old[-1].name}, but no {SETTINGS_FILE}, so it is another "
                 "data set, and shards of two could not be told apart. Name a new folder."
             )
-        write_text(file, json.dumps(self._settings, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(self._settings, indent=1, ensure_ascii=False) + "\n"
+        if not write_new_text(file, text):  # another process has begun this very moment
+            self._compare(file)
 
     def _compare(self, file: Path) -> None:
         try:

@@ -6,16 +6,20 @@ however many samples have it. Every file is written whole or not at all.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
+from uuid import uuid4
 
 import torch
 from distill_protocols import Condition, ConditioningError, DataError
-from distill_runtime import replace_file, sha256_of_file
+from distill_runtime import claim_folder, replace_file, sha256_of_file, write_new_file
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -137,6 +141,7 @@ class ShardWriter:
 
     Raises:
         DataError: the folder holds a data set already, or the rest of an interrupted one.
+        OutputError: another process is writing there.
     """
 
     def __init__(
@@ -157,9 +162,10 @@ class ShardWriter:
         self._conditions: dict[str, tuple[int, ...]] | None = None
         self._negative: tuple[str, Condition] | None = None
         self._rows = ShardRows()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._claim = claim_folder(self.folder, "writer")
         old = [*self.folder.glob("shard-*.safetensors"), *self.folder.glob(INDEX_FILE)]
         if old:
+            self._claim.close()
             raise DataError(
                 f"{self.folder}: holds {old[-1].name} already; two data sets in one folder could "
                 "not be told apart. Name a new folder, or delete this one (without an "
@@ -229,6 +235,7 @@ class ShardWriter:
             constants=CONSTANTS_FILE if self._negative else None,
         )
         write_text(self.folder / INDEX_FILE, index.to_json())
+        self._claim.close()
         return index
 
     def __enter__(self) -> ShardWriter:
@@ -240,8 +247,9 @@ class ShardWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self.close()
+        with self._claim:
+            if kind is None:
+                self.close()
 
     def _check_shapes(self, ids: Sequence[str], latents: Tensor, condition: Condition) -> None:
         shape = tuple(latents.shape[1:])
@@ -279,14 +287,38 @@ def write_constants(
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write ``tensors`` with ``metadata`` (JSON) as a safetensors file, whole or not at all."""
     with replace_file(path) as part:
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-            part,
-            metadata={METADATA_KEY: json.dumps(dict(metadata))},
-        )
+        try:
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+                part,
+                metadata={METADATA_KEY: json.dumps(dict(metadata))},
+            )
+        except SafetensorError as error:  # a full disk
+            raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replace_file(path) as part:
         part.write_text(text)
+
+
+def write_new_text(path: Path, text: str) -> bool:
+    """Write a text file that must not be there yet, whole or not at all; whether it was this
+    process that wrote it."""
+    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    try:
+        write_new_file(part, text.encode())
+        try:
+            # Unlike a rename, this refuses to take the place of what another has just written.
+            os.link(part, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            try:
+                write_new_file(path, text.encode())
+            except FileExistsError:
+                return False
+    finally:
+        part.unlink(missing_ok=True)
+    return True

@@ -277,6 +277,15 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
             role, request, formats=self.export_formats(), modules=modules, max_rank=max_rank
         )
 
+    def export_warnings(
+        self, role: RoleSpec, config: ConfigT, request: ExportRequest, *, source: str
+    ) -> Iterator[str]:
+        from distill_diffusers.export.exporter import PipelineExporter
+
+        exporter = self.exporter(config, source=source)
+        if isinstance(exporter, PipelineExporter):
+            yield from exporter.warnings(role, request)
+
     # -- shapes and numbers, without weights --------------------------------------------------
 
     def describe(self, path: str) -> ModelDescription:

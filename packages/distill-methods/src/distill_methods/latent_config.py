@@ -13,6 +13,9 @@ RolloutSource = Literal["simulate", "data"]
 """Where the input of the student's training call comes from: its own sampling from noise (DMD2,
 section 4.5, backward simulation), or a noised clip of the data set (FastGen, CausVid)."""
 
+ROLLOUT_METRICS = ("student_mean", "student_std", "exit_step")
+"""Metrics of every turn that makes clips of the student (``Rollout.outputs``)."""
+
 
 @frozen(kw_only=True, slots=False)  # Without slots, so that a config may have a second base.
 class LatentMethodConfig(MethodConfig, ABC):

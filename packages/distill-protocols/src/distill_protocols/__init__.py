@@ -23,6 +23,7 @@ from distill_protocols.errors import (
     PluginError,
     RankError,
     RoleError,
+    StorageError,
     WeightsError,
 )
 from distill_protocols.exports import Exporter, ExportRequest, ForeignNames
@@ -70,7 +71,14 @@ if TYPE_CHECKING:
     )
     from distill_protocols.batch import Batch, BatchLoader, Condition, ConditioningProvider
     from distill_protocols.bundle import DTYPES, ModelBundle, RoleHandle, WeightAverage
-    from distill_protocols.callbacks import Callback, Checkpointer, RunState, StepRecord, Tracker
+    from distill_protocols.callbacks import (
+        Callback,
+        Checkpointer,
+        ResumableTracker,
+        RunState,
+        StepRecord,
+        Tracker,
+    )
     from distill_protocols.method import StepResult, TrainableMethod
     from distill_protocols.plans import CallPlan, ModulePlan, RolePlan, TensorPlan
     from distill_protocols.random import RandomStreams, RowGenerators, derive_seed
@@ -86,7 +94,10 @@ _LAZY = {
     ),
     **dict.fromkeys(["Batch", "BatchLoader", "Condition", "ConditioningProvider"], "batch"),
     **dict.fromkeys(["DTYPES", "ModelBundle", "RoleHandle", "WeightAverage"], "bundle"),
-    **dict.fromkeys(["Callback", "Checkpointer", "RunState", "StepRecord", "Tracker"], "callbacks"),
+    **dict.fromkeys(
+        ["Callback", "Checkpointer", "ResumableTracker", "RunState", "StepRecord", "Tracker"],
+        "callbacks",
+    ),
     **dict.fromkeys(["StepResult", "TrainableMethod"], "method"),
     **dict.fromkeys(["CallPlan", "ModulePlan", "RolePlan", "TensorPlan"], "plans"),
     **dict.fromkeys(["RandomStreams", "RowGenerators", "derive_seed"], "random"),
@@ -151,6 +162,7 @@ __all__ = [
     "RandomStreams",
     "RankError",
     "RankGroup",
+    "ResumableTracker",
     "RoleError",
     "RoleHandle",
     "RoleNeed",
@@ -167,6 +179,7 @@ __all__ = [
     "StepResult",
     "StopFlag",
     "StopRequested",
+    "StorageError",
     "Tangents",
     "TensorInfo",
     "TensorPlan",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from attrs import define, field, frozen
 from torch import Tensor
@@ -25,6 +25,16 @@ class Tracker(Protocol):
 
     def log_text(self, iteration: int, name: str, text: str) -> None: ...
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class ResumableTracker(Tracker, Protocol):
+    """A tracker that can forget what a former process logged and this one will log again."""
+
+    def resume(self, iteration: int) -> None:
+        """Take back what was logged after ``iteration``, from which the run goes on (0: it starts
+        afresh). Called once, before anything is logged."""
+        ...
 
 
 @frozen(eq=False, kw_only=True)

@@ -14,6 +14,7 @@
     ├── CheckpointError        nothing whole to resume from, or a save that failed
     ├── RankError              processes of one run that do not act as one: lost, late, different
     ├── OutputError            the output folder cannot be used
+    ├── StorageError           a file could not be written or read while a run was under way
     └── NonFiniteLossError     a loss became inf or nan; carries iteration, terms and batch ids
 
 Every message holds four things: the value that was found, the rule that it breaks, the reason
@@ -78,6 +79,11 @@ class RankError(DistillError):
 
 class OutputError(DistillError):
     """The output folder is not writable or already holds another run."""
+
+
+class StorageError(DistillError):
+    """A file could not be written or read while a run was under way: a full disk, a folder that
+    is gone. Its ``__cause__`` is the OSError."""
 
 
 class NonFiniteLossError(DistillError):

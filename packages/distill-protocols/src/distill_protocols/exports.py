@@ -79,6 +79,10 @@ class Exporter(Protocol):
         ...
 
 
+SPEC_FILE = "sampler_spec.json"
+"""Beside the weights in every format; an older export is recognised by it."""
+
+
 @frozen(kw_only=True)
 class ForeignNames:
     """What a family knows of the names that its weights have in other codes.

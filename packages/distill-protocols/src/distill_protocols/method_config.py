@@ -37,6 +37,15 @@ class MethodConfig:
         """Roles whose optimizers step in ``iteration`` (1-based): the whole update schedule."""
         raise NotImplementedError
 
+    def metrics(self, iteration: int) -> tuple[str, ...]:
+        """Names of what a step of ``iteration`` measures, as trackers show them: ``loss/<term>``
+        of each loss, and the 0-d outputs by their own names.
+
+        A checkpoint can be kept by these alone. Every loss is named; an output that is left out
+        is logged all the same.
+        """
+        return ("loss/total_loss",)
+
     @property
     def capabilities(self) -> tuple[str, ...]:
         """What the adapter must be able to do (``Capabilities.missing``)."""

@@ -156,6 +156,13 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
         """What of ``request`` cannot be had for ``role``; paths are keys of the request."""
         return ()
 
+    def export_warnings(
+        self, role: RoleSpec, config: ConfigT, request: ExportRequest, *, source: str
+    ) -> Iterable[str]:
+        """Where tools that read the export will not do what the run does; a person should know
+        before training. Reads no weights, and may import torch."""
+        return ()
+
     # -- shapes and numbers, without weights --------------------------------------------------
 
     def components(self, config: ConfigT) -> str | None:

@@ -7,6 +7,7 @@ None wrap them in ``attrs.validators.optional``.
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,31 @@ def within(low: float, high: float, why: str) -> Validator:
             raise ValueError(f"{value} must be within [{low}, {high}]: {why}")
 
     return check
+
+
+LONGEST_NAME = 200
+"""Bytes of a name in UTF-8. File systems take 255, and what is written under a temporary name, or
+as several files, gets some more."""
+
+
+def file_name_problem(name: str) -> str | None:
+    """Say why ``name`` cannot be that of a file or folder which a run makes; None: it can."""
+    size = len(name.encode("utf-8", "surrogatepass"))
+    if size > LONGEST_NAME:
+        return (
+            f"{name[:20]!r} ... is {size} bytes long and must have at most {LONGEST_NAME}: a file "
+            "is called so, and file systems end at 255"
+        )
+    if has_control_characters(name):
+        return f"{name!r} must hold no control characters: a file is called so"
+    if not name or set(name) & set("/\\") or name[0] == ".":
+        return f"{name!r} must be usable as a file name: no slash, and no dot at its beginning"
+    return None
+
+
+def has_control_characters(text: str) -> bool:
+    """Tell whether ``text`` holds NUL, a line break, or what else steers a terminal."""
+    return any(unicodedata.category(character) == "Cc" for character in text)
 
 
 def _and_finite(value: float) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from distill_protocols.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from distill_runfile.plan import describe, horizon, horizons
+    from distill_runfile.plan import RunPlan, describe, export_warnings, horizon, horizons, plan_run
     from distill_runfile.problems import LocatedProblem
     from distill_runfile.read import read_config, read_models, read_sampled, world_size_of
     from distill_runfile.schema import (
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from distill_runfile.structure import to_plain
 
 _LAZY = {
-    **dict.fromkeys(["describe", "horizon", "horizons"], "plan"),
+    **dict.fromkeys(
+        ["RunPlan", "describe", "export_warnings", "horizon", "horizons", "plan_run"], "plan"
+    ),
     "LocatedProblem": "problems",
     **dict.fromkeys(["read_config", "read_models", "read_sampled", "world_size_of"], "read"),
     **dict.fromkeys(
@@ -48,10 +50,13 @@ __all__ = [
     "Role",
     "RoleConfig",
     "RunConfig",
+    "RunPlan",
     "SampledConfig",
     "describe",
+    "export_warnings",
     "horizon",
     "horizons",
+    "plan_run",
     "read_config",
     "read_models",
     "read_sampled",

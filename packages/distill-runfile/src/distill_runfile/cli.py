@@ -11,17 +11,28 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO, cast
 
-from distill_protocols import ConfigError, DistillError
+from distill_protocols import (
+    CheckpointError,
+    ConfigError,
+    DistillError,
+    OutputError,
+    StorageError,
+)
 from distill_runtime import printable
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 """The file or the request is wrong; nothing was started."""
+EXIT_INCOMPLETE = 3
+"""A plan of a file that is right, for a run that needs what is not on this machine yet."""
+EXIT_STORAGE = 74
+"""A file could not be written or read while a run was under way: a full disk, a folder that is
+gone. What was saved before is whole: the same command goes on."""
 EXIT_STOPPED = 75
 """Stopped on request (SIGTERM, Ctrl-C) with everything saved: the same command goes on."""
 EXIT_INTERRUPTED = 130
@@ -67,7 +78,10 @@ def run_command(
         return action()
     except DistillError as error:
         say(f"{rank_prefix()}{type(error).__name__}: {error}", sys.stderr)
-        return EXIT_FAILED
+        return EXIT_STORAGE if _is_of_storage(error) else EXIT_FAILED
+    except OSError as error:
+        say(f"{rank_prefix()}{type(error).__name__}: {error}", sys.stderr)
+        return EXIT_STORAGE
     except KeyboardInterrupt:
         stream = sys.stdout if status == EXIT_STOPPED else sys.stderr
         print(interrupted(), file=stream)
@@ -84,6 +98,24 @@ def say(text: object, stream: TextIO | None = None) -> None:
     encoding = target.encoding or "utf-8"
     fit = printable(str(text)).encode(encoding, "backslashreplace").decode(encoding)
     print(fit, file=target)
+
+
+def _is_of_storage(error: DistillError) -> bool:
+    """Whether ``error`` came of a disk."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__
+    return isinstance(error, StorageError) or (
+        isinstance(error, OutputError | CheckpointError) and cause is not None
+    )
+
+
+def print_needs(needs: Sequence[str]) -> int:
+    """Print what a run still needs, as the last line of a plan; returns the status."""
+    if not needs:
+        return EXIT_OK
+    say(f"\na run still needs {'; '.join(needs)}")
+    return EXIT_INCOMPLETE
 
 
 def print_problems(error: ConfigError, outcome: str) -> int:
@@ -174,7 +206,8 @@ def list_plugins() -> int:
         for name in names:
             try:
                 text = load_plugin(group, name).help
-            except PluginError as error:
+            # Whatever a foreign package does when it is looked at: the others are listed too.
+            except (PluginError, AttributeError) as error:
                 text = f"broken: {error}"
             say(f"  {name:<14} {text}")
         if not names:

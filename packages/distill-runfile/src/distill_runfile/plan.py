@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from attrs import frozen
 from distill_conditioning import dataset_info
 from distill_protocols import RolePlan, RoleSpec
 
@@ -41,8 +42,28 @@ def horizons(config: RunConfig, role: str) -> dict[str, int]:
     }
 
 
+@frozen(kw_only=True)
+class RunPlan:
+    """What a run would be.
+
+    Attributes:
+        text: to be read.
+        needs: what the run needs and this machine does not have yet.
+    """
+
+    text: str
+    needs: tuple[str, ...]
+
+
 def describe(config: RunConfig, *, world_size: int = 1, device_memory: int | None = None) -> str:
-    """Describe the resolved plan as text.
+    """Describe the resolved plan as text (``plan_run``)."""
+    return plan_run(config, world_size=world_size, device_memory=device_memory).text
+
+
+def plan_run(
+    config: RunConfig, *, world_size: int = 1, device_memory: int | None = None
+) -> RunPlan:
+    """Plan a run.
 
     Args:
         world_size: processes that it is planned for.
@@ -57,10 +78,52 @@ def describe(config: RunConfig, *, world_size: int = 1, device_memory: int | Non
         ("batch", _batch(config, world_size)),
         ("data", _data(config)),
         ("conditioning", _conditioning(config)),
-        ("output", [f"  {config.training.output_dir}"]),
+        ("output", [f"  {config.training.output_dir}", *_exports(config)]),
     )
     head = f"{config.recipe.method} on {config.recipe.family}: {config.method_plugin.help}"
-    return "\n".join([head, *(line for name, lines in sections for line in ("", name, *lines))])
+    text = "\n".join([head, *(line for name, lines in sections for line in ("", name, *lines))])
+    absent = dict.fromkeys(plan.source for plan in plans if not plan.present)
+    return RunPlan(text=text, needs=(*config.missing, *(f"the weights of {s}" for s in absent)))
+
+
+def export_warnings(config: RunConfig) -> list[str]:
+    """Say of each export where its readers will not do what the run does."""
+    warnings = []
+    for export in config.checkpoint.export:
+        role, sampler = config.roles[export.role].spec, config.method.student_sampler
+        if sampler is None:
+            continue
+        found = config.family_plugin.export_warnings(
+            role, config.pipeline, export.request(sampler), source=config.source
+        )
+        warnings += [f"export {export.folder}: {text}" for text in found]
+    return warnings
+
+
+def _exports(config: RunConfig) -> list[str]:
+    lines = []
+    for export in config.checkpoint.export:
+        weights = "averaged" if export.ema else "live"
+        lines.append(
+            f"  {export.folder}: {export.role} ({weights} weights) as {export.format}, at the end"
+        )
+        role = config.roles[export.role].spec
+        if export.format == "lora" and role.lora is None:
+            lines += [
+                f"    {module} is never trained, so it is left out"
+                for module in _untrained(config, export.role)
+            ]
+    return [*lines, *(f"  warning: {text}" for text in export_warnings(config))]
+
+
+def _untrained(config: RunConfig, role: str) -> list[str]:
+    """Name the experts of ``role`` whose noise levels the method never trains at."""
+    ranges = config.family_plugin.expert_ranges(config.roles[role].spec, config.pipeline)
+    return [
+        module
+        for module, (low, high) in ranges.items()
+        if config.method.update_share(role, low, high) == 0
+    ]
 
 
 def _roles(config: RunConfig, plans: Sequence[RolePlan]) -> list[str]:

@@ -28,6 +28,7 @@ from distill_runfile.draft import (
     SectionReader,
     planned_run,
 )
+from distill_runfile.missing import missing_parts
 from distill_runfile.problems import in_order, independent
 from distill_runfile.roles import join_roles, plain_or_none, plain_role
 from distill_runfile.schema import (
@@ -69,7 +70,8 @@ def read_config(
 
     Args:
         models_json: a JSON object role -> keys, laid over the file's ``models:`` key by key.
-        planning: nothing will be started, so a data folder that is not there yet is no problem.
+        planning: nothing will be started, so what is not there yet (data, weights that another run
+            makes) is no problem, but listed in the config's ``missing``.
         world_size: processes that the run is meant for; None: as torchrun says, or one.
 
     Raises:
@@ -131,6 +133,7 @@ def read_config(
         callbacks=callbacks,
         callback_plugins={name: callback.plugin for name, callback in draft.callbacks.items()},
         resolved=_resolved(recipe, draft),
+        missing=tuple(missing_parts(draft)) if planning else (),
     )
 
 
@@ -247,6 +250,7 @@ def read_sampled(
         conditioning=draft.conditioning,
         family_plugin=draft.family.plugin,
         section=own,
+        missing=tuple(missing_parts(draft)) if planning else (),
     )
     _raise_if_wrong(reader, draft, (lambda _: rules(config),))
     return config

@@ -13,10 +13,11 @@ from attrs import evolve, fields
 from distill_protocols import RoleNeed, RoleOptions, RoleSpec
 from distill_trainer.config import OptimizerConfig, TrainingConfig
 
+from distill_runfile.paths import resolve_path
 from distill_runfile.problems import KeyPath
 from distill_runfile.schema import Role, RoleConfig, is_local
 from distill_runfile.source import Document
-from distill_runfile.structure import Structuring, resolve_path, structure, to_plain
+from distill_runfile.structure import Structuring, structure, to_plain
 
 OPTIONS = tuple(f.name for f in fields(RoleOptions))
 FROM_BASE = ("precision", "fsdp")

@@ -20,8 +20,9 @@ from distill_protocols import (
     RoleSpec,
     SamplerSpec,
 )
-from distill_runtime import path_problem
 from distill_trainer.config import OptimizerConfig, TrainingConfig, ValidationConfig
+
+from distill_runfile.paths import written_path_problem
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -50,7 +51,7 @@ class RecipeConfig(FamilyConfig):
 
 
 def _folder_or_hub_id(_config: object, _attribute: object, value: str | None) -> None:
-    if value is not None and (problem := path_problem(value)):
+    if value is not None and (problem := written_path_problem(value)):
         raise ValueError(problem)
     if value is not None and not is_local(value) and not _HUB_ID.fullmatch(value):
         raise ValueError(
@@ -161,6 +162,7 @@ class SampledConfig(Generic[SectionT]):
     Attributes:
         pipeline: of the family's own ``config_class``.
         section: that of the app which samples the role.
+        missing: what is not on this machine yet; empty unless the file was read for a plan.
     """
 
     recipe: FamilyConfig
@@ -170,6 +172,7 @@ class SampledConfig(Generic[SectionT]):
     conditioning: ConditioningConfig
     family_plugin: FamilyPlugin[Any]
     section: SectionT
+    missing: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -186,6 +189,7 @@ class RunConfig(ModelsConfig):
     Attributes:
         callbacks: by name, of the plugin's own ``config_class``.
         resolved: every section as plain values, defaults included: what is saved beside the run.
+        missing: what is not on this machine yet; empty unless the file was read for a plan.
     """
 
     training: TrainingConfig
@@ -196,6 +200,7 @@ class RunConfig(ModelsConfig):
     callbacks: Mapping[str, object]
     callback_plugins: Mapping[str, CallbackPlugin[Any]]
     resolved: Mapping[str, Any]
+    missing: tuple[str, ...] = ()
 
 
 def components_source(

@@ -22,6 +22,7 @@ from attrs import define, field
 from distill_runtime import UnreadableFileError, read_bytes
 from distill_runtime.json_files import MAX_DEPTH, parse_float, parse_integer, refuse_constant
 
+from distill_runfile.paths import written_path_problem
 from distill_runfile.problems import KeyPath, LocatedProblem
 
 MAX_BYTES = 1 << 20
@@ -541,6 +542,10 @@ def _include_pipeline(document: Document) -> None:
     if not isinstance(name, str) or not name.strip():
         document.unreadable |= {section}
         message = f"{name!r} must be the path of a YAML or JSON file, from the folder of this file"
+        document.main.problems.append(document.main.problem((section, key), message))
+        return
+    if message := written_path_problem(name):
+        document.unreadable |= {section}
         document.main.problems.append(document.main.problem((section, key), message))
         return
     file = document.folder_of((section, key)) / Path(name).expanduser()

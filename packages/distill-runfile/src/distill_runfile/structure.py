@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import attrs
 from attrs import frozen
-from distill_runtime import path_problem
 
+from distill_runfile.paths import resolve_path
 from distill_runfile.problems import KeyPath
 
 Report = Callable[[KeyPath, str], None]
@@ -171,10 +171,11 @@ def _structure_class(cls: Any, value: Any, path: KeyPath, how: Structuring) -> A
         if name in value:
             item = _structure(f.type, value[name], where, inner)
             if "path" in f.metadata:
-                if problem := _path_problem(item):
-                    note(where, problem)
-                    continue
-                item = _absolute(item, how.folder_of(where), keep=f.metadata["path"])
+                try:
+                    item = _absolute(item, how.folder_of(where), keep=f.metadata["path"])
+                except ValueError as error:
+                    note(where, str(error))
+                    item = _BROKEN
         elif f.default is attrs.NOTHING:
             note(where, f"missing; {'.'.join(path)} needs it")
             continue
@@ -211,24 +212,11 @@ def _run_validators(
             note((*path, name), str(error.args[0] if error.args else error))
 
 
-def _path_problem(item: Any) -> str | None:
-    """Say why a path, or one of several, can be none; None for anything else."""
-    paths = [one for one in (item if isinstance(item, tuple) else [item]) if isinstance(one, str)]
-    return next(filter(None, map(path_problem, paths)), None)
-
-
 def _absolute(item: Any, base: Path, *, keep: tuple[str, ...]) -> Any:
     """A path, or each of several, as absolute ones; anything else (nothing was given) as it is."""
     if isinstance(item, tuple):
         return tuple(_absolute(one, base, keep=keep) for one in item)
     return resolve_path(item, base, keep=keep) if isinstance(item, str) else item
-
-
-def resolve_path(value: str, base: Path, *, keep: tuple[str, ...] = ()) -> str:
-    """``value`` as an absolute path from ``base``; words in ``keep`` stay as they are."""
-    if value in keep or not value.strip():
-        return value  # an empty string is no folder: the field's own rule refuses it
-    return str((base / Path(value).expanduser()).resolve())
 
 
 def unknown_key(key: str, known: tuple[str, ...], *, owner: str) -> str:

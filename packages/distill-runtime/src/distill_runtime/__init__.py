@@ -13,8 +13,10 @@ from distill_runtime.file_names import path_inside, path_problem
 from distill_runtime.files import (
     DELETED_PREFIX,
     FileInfo,
+    export_folder_problem,
     files_below,
     make_readable,
+    naming_file,
     publish_folder,
     remove_folder,
     replace_file,
@@ -35,6 +37,7 @@ from distill_runtime.json_files import (
     read_json,
     read_json_object,
 )
+from distill_runtime.locks import FolderClaim, claim_folder, is_still_at, try_lock
 from distill_runtime.plugins import GROUPS, load_plugin, plugin_names
 from distill_runtime.printing import printable
 from distill_runtime.safetensors_header import SafetensorsHeader, read_header
@@ -71,18 +74,23 @@ __all__ = [
     "GROUPS",
     "DistillMethod",
     "FileInfo",
+    "FolderClaim",
     "Ranks",
     "RowPartition",
     "SafetensorsHeader",
     "UnreadableFileError",
     "as_count",
     "as_text",
+    "claim_folder",
     "device_type",
+    "export_folder_problem",
     "file_layout",
     "files_below",
+    "is_still_at",
     "json_text",
     "load_plugin",
     "make_readable",
+    "naming_file",
     "parse_json",
     "path_inside",
     "path_problem",
@@ -102,6 +110,7 @@ __all__ = [
     "sync_file",
     "sync_folder",
     "sync_tree",
+    "try_lock",
     "write_new_file",
     "write_safetensors",
 ]

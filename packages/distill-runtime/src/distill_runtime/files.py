@@ -15,6 +15,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from attrs import frozen
+from distill_protocols.exports import SPEC_FILE
 
 DELETED_PREFIX = ".deleted-"
 """What ``remove_folder`` puts before a name; a process that is killed meanwhile leaves it there."""
@@ -45,6 +46,17 @@ def write_new_file(path: Path, content: bytes) -> FileInfo:
 
 
 @contextlib.contextmanager
+def naming_file(path: Path | str) -> Iterator[None]:
+    """Within: an OSError that names no file (a full disk's does not) names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
 def replace_file(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside ``path``, which takes its place when the block ends well.
 
@@ -57,7 +69,8 @@ def replace_file(path: Path | str) -> Iterator[Path]:
     # Several ranks, perhaps on several hosts, may write the same file at once.
     part = target.with_name(f".{target.stem}.{uuid4().hex}.part{target.suffix}")
     try:
-        yield part
+        with naming_file(target):
+            yield part
         part.chmod(0o666 & ~_umask())  # safetensors' writer creates files for the owner alone
         sync_file(part)
         part.replace(target)
@@ -77,13 +90,26 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     stage = folder.with_name(f".{folder.name}.{uuid4().hex}.part")
     stage.mkdir()
     try:
-        yield stage
+        with naming_file(folder):
+            yield stage
         make_readable(stage)
         publish_folder(stage, folder)
     except BaseException:
         # The error under way is the one to hear of, not that of clearing up behind it.
         shutil.rmtree(stage, ignore_errors=True)
         raise
+
+
+def export_folder_problem(folder: Path) -> str | None:
+    """Say what ``folder`` holds that an export there would destroy; None: nothing."""
+    if not folder.exists():
+        return None
+    if folder.is_dir() and ((folder / SPEC_FILE).is_file() or not any(folder.iterdir())):
+        return None
+    return (
+        f"{folder} already holds something that is no export; it would be lost. Choose another "
+        "folder or empty this one"
+    )
 
 
 def publish_folder(

@@ -73,8 +73,10 @@ def load_plugin(group: Group, name: str) -> Any:
 def _import(entry: EntryPoint, kind: str) -> Any:
     try:
         return entry.load()
-    except Exception as error:
+    # SystemExit: a module may be written as a script, or look for a licence.
+    except (Exception, SystemExit) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise PluginError(
-            f"{kind} {entry.name!r} ({entry.value}) does not import: {error}. The package that "
+            f"{kind} {entry.name!r} ({entry.value}) does not import: {reason}. The package that "
             "offers it is installed but broken; reinstall it."
         ) from error

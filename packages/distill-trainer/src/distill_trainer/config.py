@@ -8,7 +8,7 @@ from typing import Any, Literal
 from attrs import Attribute, field, frozen
 from attrs.validators import optional
 from distill_protocols import SamplerSpec
-from distill_protocols.validators import above, at_least, within
+from distill_protocols.validators import above, at_least, file_name_problem, within
 
 
 def _not_blank(instance: Any, attribute: Attribute[str], value: str) -> None:
@@ -272,6 +272,5 @@ class ValidationConfig:
                 "{} must hold at least one view: nothing would be sampled. Name a role, such as "
                 "views: {student: {role: student}}"
             )
-        bad = [name for name in value if not name or set(name) & set("/\\") or name[0] == "."]
-        if bad:
-            raise ValueError(f"{bad[0]!r} must be usable as a file name: clips are saved under it")
+        for problem in filter(None, map(file_name_problem, value)):
+            raise ValueError(f"{problem}; clips are saved under the names of views")

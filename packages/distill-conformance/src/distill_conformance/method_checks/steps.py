@@ -6,7 +6,7 @@ import json
 
 import torch
 from attrs import evolve
-from distill_protocols import Batch, Condition, SampleView
+from distill_protocols import Batch, Condition, SampleView, StepResult
 
 from distill_conformance.failures import (
     applies_if,
@@ -81,9 +81,11 @@ def check_isolation(case: MethodCase) -> None:
 
 
 def check_losses(case: MethodCase) -> None:
-    """A step gives scalar finite losses, ``total_loss`` among them, and detached outputs.
+    """A step gives scalar finite losses, ``total_loss`` among them, and detached outputs; the
+    config names all losses, and nothing that the step does not measure.
 
-    The trainer differentiates the total, logs the others, and keeps outputs for callbacks.
+    The trainer differentiates the total, logs the others, and keeps outputs for callbacks. A run
+    may keep its checkpoints by what the config names.
     """
     method = case.build()
     for iteration in range(1, case.iterations + 1):
@@ -92,6 +94,7 @@ def check_losses(case: MethodCase) -> None:
         for name, loss in result.loss_map.items():
             require_shape(loss, (), f"loss {name!r}")
             require(bool(loss.isfinite()), f"loss {name!r} is {float(loss)}")
+        _check_names(case.config.metrics(iteration), result, iteration)
         require(result.loss_map["total_loss"].requires_grad, "total_loss has no gradient")
         for name, value in result.outputs.items():
             require(not value.requires_grad, f"output {name!r} keeps the graph of the step")
@@ -99,6 +102,16 @@ def check_losses(case: MethodCase) -> None:
             tuple(method.batch_ids(case.batch(2, iteration))) in ((), case.batch(2, 0).ids),
             "batch_ids are not those of the batch",
         )
+
+
+def _check_names(named: tuple[str, ...], result: StepResult, iteration: int) -> None:
+    """Compare the metrics that a config names with those of a step."""
+    losses = {f"loss/{name}" for name in result.loss_map}
+    outputs = {name for name, value in result.outputs.items() if value.ndim == 0}
+    unnamed = sorted(losses - set(named))
+    require(not unnamed, f"iteration {iteration}: config.metrics does not name {unnamed}")
+    absent = sorted(set(named) - losses - outputs)
+    require(not absent, f"iteration {iteration}: config.metrics names {absent}, not measured")
 
 
 def check_accumulation(case: MethodCase) -> None:

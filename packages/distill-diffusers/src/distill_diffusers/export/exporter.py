@@ -24,6 +24,7 @@ from distill_protocols import (
     WeightsError,
     WeightSource,
 )
+from distill_protocols.exports import SPEC_FILE
 from torch import Tensor, nn
 
 from distill_diffusers.architecture import (
@@ -33,7 +34,6 @@ from distill_diffusers.architecture import (
 )
 from distill_diffusers.export import verification
 from distill_diffusers.export.files import (
-    SPEC_FILE,
     replace_export,
     write_json,
     write_module,
@@ -48,6 +48,7 @@ from distill_diffusers.export.formats import (
     adapter_factors,
     diffusers_lora_name,
 )
+from distill_diffusers.export_rules import FORMATS
 from distill_diffusers.folders import (
     component_problems,
     fetch,
@@ -178,6 +179,22 @@ class PipelineExporter(abc.ABC):
                 "a LoRA file holds no scheduler: give the base's pipeline "
                 "FlowMatchEulerDiscreteScheduler.from_config(`scheduler`) to sample as `sampler` "
                 "says"
+            )
+
+    def warnings(self, role: RoleSpec, request: ExportRequest) -> Iterator[str]:
+        """Yield what of the notes one should know before training: that stock pipelines will take
+        other steps than the student was trained for."""
+        if request.format not in FORMATS:
+            return
+        schedule = stock_schedule(request.sampler, self.grid)
+        if schedule.deviation > TOLERABLE_DEVIATION:
+            own = ", ".join(f"{1000 * sigma:.6g}" for sigma in request.sampler.sigmas())
+            stock = ", ".join(f"{t:.6g}" for t in schedule.timesteps)
+            yield (
+                f"stock pipelines will take t = {stock} for the sampler's {own}, off by up to "
+                f"{schedule.deviation:.1f}: their scheduler begins at 1000 and has two numbers to "
+                "meet the others. Train at times that it can walk, such as those of a shift, or "
+                "sample the export by its `timesteps`"
             )
 
     def pipeline_notes(self, role: RoleSpec, request: ExportRequest) -> Iterator[str]:
@@ -392,10 +409,11 @@ class PipelineExporter(abc.ABC):
                 summaries[name] = {"rank": rank, **extraction.summary()}
                 notes += _extraction_notes(role, name, extraction)
             if not pairs:
-                raise WeightsError(
-                    f"role {role.name!r}, {name}: no linear layer differs from {role.path}, so "
-                    "there is nothing to make a LoRA of. Was it trained, and from this path?"
+                notes.append(
+                    f"{name}: no linear layer differs from {role.path}, so it is left out, and the "
+                    "base's stays"
                 )
+                continue
             for file, layer_name in self.lora_files(export, name).items():
                 tensors = {
                     layer_name(layer, side): tensor
@@ -404,6 +422,11 @@ class PipelineExporter(abc.ABC):
                 }
                 infos = {k: TensorInfo(tuple(t.shape), t.dtype) for k, t in tensors.items()}
                 write_weights(stage / file, infos, tensors.__getitem__, export.metadata)
+        if not any(stage.glob("*.safetensors")):
+            raise WeightsError(
+                f"role {role.name!r}: no linear layer differs from {role.path}, so there is "
+                "nothing to make a LoRA of. Was it trained, and from this path?"
+            )
         return Written(notes=tuple(notes), entries={"lora": summaries})
 
 

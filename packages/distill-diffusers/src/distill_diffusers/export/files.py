@@ -10,14 +10,16 @@ from types import MappingProxyType
 from typing import Any
 
 from distill_protocols import OutputError, TensorInfo, WeightsError, WeightSource
-from distill_runtime import replace_folder, write_safetensors
+from distill_runtime import (
+    claim_folder,
+    export_folder_problem,
+    replace_folder,
+    write_safetensors,
+)
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from distill_diffusers.folders import DIFFUSERS_STEM
-
-SPEC_FILE = "sampler_spec.json"
-"""Beside the weights in every format; an older export is recognised by it."""
 
 
 @contextmanager
@@ -25,16 +27,13 @@ def replace_export(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``folder``, which takes its place when the block ends well.
 
     Raises:
-        OutputError: ``folder`` holds something that is no export, or cannot be written.
+        OutputError: ``folder`` holds something that is no export, another process writes it, or it
+            cannot be written.
     """
-    is_export = (folder / SPEC_FILE).is_file()
-    if folder.exists() and not (folder.is_dir() and (is_export or not any(folder.iterdir()))):
-        raise OutputError(
-            f"{folder} already holds something that is no export; it would be lost. Choose another "
-            "folder or empty this one"
-        )
+    if problem := export_folder_problem(folder):
+        raise OutputError(problem)
     try:
-        with replace_folder(folder) as stage:
+        with claim_folder(folder.parent, folder.name), replace_folder(folder) as stage:
             yield stage
     except OSError as error:
         raise OutputError(

@@ -167,6 +167,10 @@ def verify_lora(pipeline: StockPipeline, export: Export, folder: Path) -> dict[s
     for name, meta in export.modules.items():
         files = {folder / file: names for file, names in pipeline.lora_files(export, name).items()}
         first, *others = files
+        if role.lora is None and not any(file.exists() for file in files):
+            _check_untouched(first, export.weights[name], base[name])
+            numbers[name] = {"layers": 0, "largest_difference": 0.0}
+            continue
         pairs = _read_pairs(first, meta, files[first])
         if role.lora is not None:
             expected = adapter_factors(role.lora, export.weights[name], request.precision)
@@ -194,6 +198,16 @@ def verify_lora(pipeline: StockPipeline, export: Export, folder: Path) -> dict[s
             error = (merged - expected).square().mean() / expected.square().mean()
             numbers[name]["relative_difference_to_role"] = float(error.sqrt())
     return numbers
+
+
+def _check_untouched(file: Path, full: WeightSource, base: WeightSource) -> None:
+    """Check that a module without a file has the matrices of its base."""
+    for name, info in base.describe().items():
+        if len(info.size) != 2:
+            continue
+        new, old = (source.read([name])[name] for source in (full, base))
+        if not torch.equal(new, old):
+            raise WeightsError(f"{file} is missing, and {name} differs from the base's")
 
 
 def _read_pairs(

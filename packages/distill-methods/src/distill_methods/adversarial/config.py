@@ -46,6 +46,13 @@ class DiscriminatorOptions:
         default=0.1, validator=[above(0, "at 0 both clips are the same"), _has_an_effect]
     )
 
+    @property
+    def discriminator_metrics(self) -> tuple[str, ...]:
+        """Names of what the discriminator's turn measures (``MethodConfig.metrics``)."""
+        penalty = ("loss/gan_r1",) if self.r1_weight > 0 else ()
+        logits = ("gan_accuracy", "gan_fake_logit", "gan_real_logit")
+        return ("loss/gan_discriminator_loss", *penalty, *logits)
+
 
 @frozen(kw_only=True)
 class GanConfig(DiscriminatorOptions):

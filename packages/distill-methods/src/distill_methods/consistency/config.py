@@ -91,6 +91,11 @@ class Discrete:
         ends = (*self.levels[self.skip :], *[0.0] * self.skip)
         return tuple(zip(self.levels, ends, strict=True))
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that the loss gives beside itself."""
+        return ()
+
     def probability_within(self, low: float, high: float) -> float:
         """Return the probability that the student is trained at a t in [low, high)."""
         return fraction_within(self.levels, low, high)
@@ -119,6 +124,11 @@ class Continuous:
     def warmup_at(self, update: int) -> float:
         """Return the weight of the derivative in the student's ``update`` (from 1)."""
         return min(1.0, update / self.tangent_warmup) if self.tangent_warmup else 1.0
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that the loss gives beside itself."""
+        return ("tangent_rms",)
 
     def probability_within(self, low: float, high: float) -> float:
         """Return the probability that the student is trained at a t in [low, high)."""
@@ -182,6 +192,10 @@ class ConsistencyConfig(TeachersConfig):
         """See ``MethodConfig.problems``."""
         yield from super().problems(run)
         yield from form_problems(self.form, run)
+
+    def metrics(self, iteration: int) -> tuple[str, ...]:
+        """See ``MethodConfig.metrics``."""
+        return (*super().metrics(iteration), *self.form.metrics)
 
     def update_share(self, role: str, low: float, high: float) -> float:
         """See ``MethodConfig.update_share``."""

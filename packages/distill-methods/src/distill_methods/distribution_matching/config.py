@@ -11,6 +11,7 @@ from distill_protocols import RoleNeed, SamplerSpec
 from distill_protocols.validators import above, at_least, within
 
 from distill_methods.adversarial.config import FDivergence, GanConfig
+from distill_methods.latent_config import ROLLOUT_METRICS
 from distill_methods.roles import CRITIC, DISCRIMINATOR, STUDENT, discriminator
 from distill_methods.teachers.config import NEGATIVE_GUIDANCE, DefaultGuidance, TeachersConfig
 from distill_methods.time_sampling import TimeSampling, fraction_within, probability_within
@@ -148,6 +149,20 @@ class MatchingConfig(TeachersConfig):
         if iteration % self.generator_update_interval:
             return critic
         return (STUDENT.name,) if self.critic_update == "alternate" else (STUDENT.name, *critic)
+
+    def metrics(self, iteration: int) -> tuple[str, ...]:
+        """See ``MethodConfig.metrics``."""
+        turns = self.turns(iteration)
+        names = ["loss/total_loss", *ROLLOUT_METRICS]
+        if CRITIC.name in turns:
+            names += ["loss/critic_loss", *(self.gan.discriminator_metrics if self.gan else ())]
+        if STUDENT.name in turns:
+            names += ["loss/dmd_loss", "dmd_normaliser", "dmd_gradient_rms", "score_distance"]
+            if self.gan is not None:
+                names += ["loss/gan_generator_loss", "gan_fake_logit"]
+            if self.f_divergence != "reverse_kl":
+                names += ["f_weight_mean", "f_weight_min", "f_weight_max"]
+        return tuple(dict.fromkeys(names))
 
     @property
     def feature_roles(self) -> tuple[str, ...]:

@@ -54,6 +54,10 @@ class KDConfig(LatentMethodConfig):
         """Levels t that the student is trained at, falling."""
         return self.student_levels
 
+    def metrics(self, iteration: int) -> tuple[str, ...]:
+        """See ``MethodConfig.metrics``."""
+        return (*super().metrics(iteration), "mean_t")
+
     @property
     def capabilities(self) -> tuple[str, ...]:
         """Capabilities that the adapter must have."""

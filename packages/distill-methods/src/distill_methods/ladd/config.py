@@ -11,7 +11,7 @@ from distill_protocols.validators import at_least
 
 from distill_methods.adversarial.config import DiscriminatorOptions
 from distill_methods.distribution_matching.config import is_unguided
-from distill_methods.latent_config import LatentMethodConfig, RolloutSource
+from distill_methods.latent_config import ROLLOUT_METRICS, LatentMethodConfig, RolloutSource
 from distill_methods.roles import DISCRIMINATOR, STUDENT, TEACHER, discriminator
 from distill_methods.time_sampling import TimeSampling, fraction_within, probability_within
 
@@ -69,6 +69,16 @@ class LaddConfig(DiscriminatorOptions, LatentMethodConfig):
             return (DISCRIMINATOR,)
         alternates = self.discriminator_update == "alternate"
         return (STUDENT.name,) if alternates else (STUDENT.name, DISCRIMINATOR)
+
+    def metrics(self, iteration: int) -> tuple[str, ...]:
+        """See ``MethodConfig.metrics``."""
+        turns = self.turns(iteration)
+        names = ["loss/total_loss", *ROLLOUT_METRICS]
+        if DISCRIMINATOR in turns:
+            names += self.discriminator_metrics
+        if STUDENT.name in turns:
+            names += ["loss/gan_generator_loss", "gan_fake_logit"]
+        return tuple(dict.fromkeys(names))
 
     @property
     def capabilities(self) -> tuple[str, ...]:

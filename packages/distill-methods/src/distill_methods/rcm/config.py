@@ -51,6 +51,13 @@ class RCMConfig(MatchingConfig):
         """Return how many updates the student has had at the end of ``iteration``."""
         return iteration // self.generator_update_interval
 
+    def metrics(self, iteration: int) -> tuple[str, ...]:
+        """See ``MethodConfig.metrics``."""
+        names = super().metrics(iteration)
+        if STUDENT.name not in self.turns(iteration):
+            return names
+        return (*names, "loss/consistency_loss", *self.form.metrics)
+
     @property
     def capabilities(self) -> tuple[str, ...]:
         """Capabilities that the adapter must have."""

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill_checkpoint.config import CheckpointConfig
-from distill_protocols import Problem, SamplerSpec, below
-from distill_runtime import plugin_names
+from distill_protocols import MethodConfig, Problem, SamplerSpec, below
+from distill_runtime import export_folder_problem
+from distill_trainer.config import TrainingConfig
 
 from distill_runfile.draft import Draft
 
@@ -36,40 +37,81 @@ def _export_problems(draft: Draft, checkpoint: CheckpointConfig) -> Iterator[Pro
             request = export.request(draft.run.student_sampler or SamplerSpec(steps=1))
             role = draft.run.roles[export.role]
             problems += draft.family.plugin.export_problems(role, request)
+        if draft.training is not None:
+            folder = Path(draft.training.output_dir, export.folder)
+            if message := export_folder_problem(folder):
+                problems.append(Problem("folder", message))
         yield from below(problems, "checkpoint", "export", str(i))
 
 
 def _keep_best_problems(draft: Draft, checkpoint: CheckpointConfig) -> Iterator[Problem]:
-    """The metric to keep by, against what callbacks say that they measure, and when."""
-    if checkpoint.keep_best is None or draft.training is None:
+    """The metric to keep by, against what callbacks and the method measure, and when."""
+    if checkpoint.keep_best is None or draft.training is None or draft.method is None:
         return
     path = ("checkpoint", "keep_best", "metric")
     metric = checkpoint.keep_best.metric
-    measured: dict[str, int] = {}
+    steps, saves = draft.training.max_train_steps, checkpoint.every_steps or 0
+    by_callback: dict[str, int] = {}
     for callback in draft.callbacks.values():
         if callback.config is not None:
-            measured |= callback.plugin.metrics(callback.config)
+            by_callback |= callback.plugin.metrics(callback.config)
     owner = metric.split("/")[0]
-    if metric not in measured:
-        # Other names are a method's own numbers, which are known when it runs.
-        if owner in plugin_names("distill.callbacks"):
-            near = difflib.get_close_matches(metric, measured, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+    if metric in by_callback:
+        interval = by_callback[metric]
+        if not 0 < math.lcm(interval, saves) <= steps:
             yield Problem(
                 path,
-                f"{metric!r} is measured by no callback of this file{hint} (measured: "
-                f"{', '.join(measured) or 'none'}); name one, or add the callback",
-                # One that could not be read measures nothing that is known.
-                follows_from=("callbacks", owner),
+                f"{metric!r} is measured every {interval} iterations and saves come every {saves} "
+                f"(0: at the end only), which never meet in {steps} iterations; a checkpoint is "
+                f"judged by what was measured in its own. Set callbacks.{owner}.every_steps and "
+                "checkpoint.every_steps alike",
             )
         return
-    interval, saves = measured[metric], checkpoint.every_steps or 0
-    both = math.lcm(interval, saves)
-    if not 0 < both <= draft.training.max_train_steps:
+    config = draft.method.config
+    # No schedule of updates is longer than this; a run may be.
+    by_method = {n for i in range(1, min(steps, 1_000) + 1) for n in config.metrics(i)}
+    if metric not in by_method:
+        measured = sorted({*by_callback, *by_method})
+        near = difflib.get_close_matches(metric, measured, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
         yield Problem(
             path,
-            f"{metric!r} is measured every {interval} iterations and saves come every {saves} "
-            f"(0: at the end only), which never meet in {draft.training.max_train_steps} "
-            "iterations; a checkpoint is judged by what was measured in its own. Set "
-            f"callbacks.{owner}.every_steps and checkpoint.every_steps alike",
+            f"{metric!r} is measured by no callback of this file, and not by "
+            f"{draft.method.plugin.name}{hint} (measured: {', '.join(measured)}); name one, or add "
+            "the callback",
+            # One that could not be read measures nothing that is known.
+            follows_from=("callbacks", owner),
         )
+    elif not _meets_a_save(config, metric, draft.training, saves):
+        log_every = draft.training.log_every
+        way_out = (
+            f"a loss is the mean since the last log point, so let checkpoint.every_steps be a "
+            f"multiple of training.log_every ({log_every}) after which it is measured"
+            if metric.startswith("loss/")
+            else "let checkpoint.every_steps be a multiple of the interval at which it is measured"
+        )
+        yield Problem(
+            path,
+            f"{metric!r} is never measured in an iteration that is saved (every {saves}); a "
+            f"checkpoint is judged by what was measured in its own. Here {way_out}",
+        )
+
+
+def _meets_a_save(config: MethodConfig, metric: str, training: TrainingConfig, saves: int) -> bool:
+    """Whether ``metric``, one of the method's, is there in some iteration that is saved."""
+    for iteration in range(saves, min(training.max_train_steps, _SAVES * saves) + 1, saves):
+        if not metric.startswith("loss/"):
+            window = range(iteration, iteration + 1)
+        elif iteration % training.log_every:
+            continue
+        else:
+            # From the end: where turns are short, the answer is there.
+            first = max(1, iteration - training.log_every + 1)
+            window = range(iteration, first - 1, -1)
+        if any(metric in config.metrics(i) for i in window):
+            return True
+    return False
+
+
+_SAVES = 100
+"""So many saves are looked at: a schedule of updates that meets none of them meets none."""

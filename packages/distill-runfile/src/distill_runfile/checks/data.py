@@ -9,6 +9,7 @@ from distill_conditioning import DatasetInfo, dataset_info
 from distill_protocols import Problem
 
 from distill_runfile.draft import Draft
+from distill_runfile.missing import made_by
 from distill_runfile.schema import components_source
 
 
@@ -37,8 +38,12 @@ def read_dataset(draft: Draft) -> DatasetInfo | None:
 
 def check_data(draft: Draft) -> Iterator[Problem]:
     """Problems of the data set, and a run that would write into its folder."""
-    if draft.dataset is not None:
-        for message in draft.dataset.problems:
+    if draft.data is not None and draft.dataset is not None:
+        made = ""
+        if not Path(draft.data.path).exists():
+            made = made_by(draft.data.path, draft.document.main.file)
+        problems = draft.dataset.problems
+        for message in [f"{draft.data.path} is not there yet{made}"] if made else problems:
             yield Problem(("data", "path"), message)
     if draft.training is None:
         return

@@ -11,6 +11,7 @@ from distill_checkpoint import is_checkpoint_folder, list_checkpoints, role_prob
 from distill_protocols import LoraSpec, Problem, below
 
 from distill_runfile.draft import ConfiguredFamily, Draft
+from distill_runfile.missing import is_missing, made_by
 from distill_runfile.schema import InitFromConfig, Role, is_local
 from distill_runfile.source import read_source
 
@@ -28,7 +29,7 @@ def check_models(draft: Draft) -> Iterator[Problem]:
         yield from below(_backend_problems(role, family), "models", name)
         yield from below(family.plugin.role_problems(role.spec, family.config), "models", name)
         if role.init_from is not None and not _comes_from_checkpoint(draft, role):
-            problems = _init_problems(role.init_from, role, family)
+            problems = _init_problems(draft, role.init_from, role, family)
             yield from below(problems, "models", name, "init_from")
 
 
@@ -92,10 +93,15 @@ def _comes_from_checkpoint(draft: Draft, role: Role) -> bool:
 
 
 def _init_problems(
-    init_from: InitFromConfig, role: Role, family: ConfiguredFamily
+    draft: Draft, init_from: InitFromConfig, role: Role, family: ConfiguredFamily
 ) -> Iterator[Problem]:
     """What is wrong with the weights that a role shall start with; paths are keys of them."""
     path = Path(init_from.path)
+    if is_missing(init_from.path):
+        if not draft.planning:
+            made = made_by(init_from.path, draft.document.main.file)
+            yield Problem(("path",), f"{init_from.path} is not there yet{made}, or misspelt")
+        return
     stored = is_local(init_from.path) and is_checkpoint_folder(path)
     if role.spec.heads is not None and not stored:
         yield Problem(

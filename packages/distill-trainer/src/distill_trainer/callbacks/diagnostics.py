@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from distill_protocols import Callback, NonFiniteLossError, RunState, StepRecord
 from distill_runtime import json_text, replace_file, replace_folder
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -88,7 +88,8 @@ def _write_dump(
         for name, value in outputs.items()
     }
     with replace_folder(folder) as stage:
-        save_file(tensors, stage / "outputs.safetensors")
+        # Not safetensors' own writer, whose error on a full disk is no OSError.
+        (stage / "outputs.safetensors").write_bytes(save(tensors))
         (stage / "step.json").write_text(json_text(description))
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from distill_protocols import Callback, ModelBundle, RunState, StepRecord
+from distill_protocols import Callback, ModelBundle, RankGroup, RunState, StepRecord
 from torch import Tensor
 
 from distill_trainer.callbacks.configs import StepTimerConfig
 from distill_trainer.distribution.tensors import fetch_floats
+
+_STATE = "since_last_log"
 
 
 class MetricsCallback(Callback):
@@ -24,6 +27,9 @@ class MetricsCallback(Callback):
     report is rank 0's, a loss term may need a sample of some kind) counts where it is, as it does
     with the iterations that lack it.
 
+    The values since the last log point are state, so that a resumed run logs the same means. A run
+    that is stopped between two log points logs nothing more.
+
     Logged: ``loss/<term>``, metrics under their own names, ``lr/<role.module>`` (of the next
     step), ``updates/<role.module>``, and ``grad_scale`` under fp16.
     """
@@ -33,6 +39,10 @@ class MetricsCallback(Callback):
     def __init__(self, log_every: int) -> None:
         self.log_every = log_every
         self._values: dict[str, list[Tensor | float]] = {}
+        self._ranks: RankGroup | None = None
+
+    def on_train_start(self, run: RunState) -> None:
+        self._ranks = run.ranks
 
     def on_step_end(self, run: RunState, step: StepRecord) -> None:
         for name, loss in step.losses.items():
@@ -43,7 +53,33 @@ class MetricsCallback(Callback):
             self._log(run)
 
     def on_train_end(self, run: RunState) -> None:
-        self._log(run)
+        if run.iteration >= run.max_train_steps:  # else the run that goes on logs them
+            self._log(run)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the values since the last log point, by rank and name; nothing right after one.
+
+        All ranks call it together.
+        """
+        own: dict[str, list[float]] = {
+            name: fetch_floats(column) for name, column in self._values.items()
+        }
+        self._values = {name: list[Tensor | float](column) for name, column in own.items()}
+        by_rank = [own] if self._ranks is None else self._ranks.gather_results(lambda: own)
+        if not any(by_rank):
+            return {}
+        return {_STATE: {f"rank-{rank:05d}": values for rank, values in enumerate(by_rank)}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        by_rank: list[dict[str, list[float]]] = list(state[_STATE].values())
+        rank, size = (0, 1) if self._ranks is None else (self._ranks.rank, self._ranks.size)
+        # Means are over all ranks, so with another number of them it does not matter whose these
+        # are; only with the same number are the sums the same to the last bit.
+        own = by_rank[rank : rank + 1] if size == len(by_rank) else by_rank if rank == 0 else []
+        self._values = {}
+        for values in own:
+            for name, column in values.items():
+                self._values.setdefault(name, []).extend(column)
 
     def _log(self, run: RunState) -> None:
         values, self._values = self._values, {}
@@ -57,7 +93,10 @@ class MetricsCallback(Callback):
                 counts[name] = counts.get(name, 0) + count
         if not totals:
             return
-        scalars = {name: total / counts[name] for name, total in totals.items()} | _state_of(run)
+        means = {name: total / counts[name] for name, total in totals.items()}
+        # As trackers show them, so that a checkpoint of this iteration can be kept by a loss.
+        run.metrics |= {name: mean for name, mean in means.items() if name.startswith("loss/")}
+        scalars = means | _state_of(run)
         for tracker in run.trackers:
             tracker.log_scalars(run.iteration, scalars)
 
@@ -116,14 +155,9 @@ class ParamCountCallback(Callback):
 
     name = "param_count"
 
-    def __init__(self) -> None:
-        self._done = False
-
     def on_step_start(self, run: RunState) -> None:
-        if self._done:
-            return
-        self._done = True
-        if not run.trackers:
+        # Not once a process: the table of a resumed run is there already.
+        if run.iteration != 1 or not run.trackers:
             return
         table = parameter_table(run.method.bundle)
         for tracker in run.trackers:

@@ -4,7 +4,9 @@ no model family."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import errno
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,13 @@ from attrs import frozen
 from distill_protocols import (
     Callback,
     Checkpointer,
+    CheckpointError,
     ContractError,
     RandomStreams,
+    ResumableTracker,
     RunState,
     StopRequested,
+    StorageError,
     Tracker,
     TrainableMethod,
 )
@@ -63,6 +68,8 @@ class DistillTrainer:
         streams: the run's generators, for checkpoints; None takes the method's.
         distribution: the processes, and what each holds of the roles; None: the processes that
             torch.distributed has, each with all of what is not sharded, or this one alone.
+        again: names of callbacks. The run is complete, and of its end only what these do is done
+            anew; nothing is trained. Empty: it is a run as any other.
 
     Raises:
         ContractError: two callbacks of one name: a checkpoint could not tell them apart.
@@ -77,12 +84,14 @@ class DistillTrainer:
         checkpointer: Checkpointer | None = None,
         streams: RandomStreams | None = None,
         distribution: Distribution | None = None,
+        again: Collection[str] = (),
     ) -> None:
         self.training = training
         self.distribution = distribution
         self.checkpointer = checkpointer
         self._trackers = trackers
         self._streams = streams
+        self._again = frozenset(again)
         always: list[Callback] = [MetricsCallback(training.log_every)]
         if training.progress:
             always.append(ProgressCallback(training.log_every))
@@ -107,6 +116,8 @@ class DistillTrainer:
             NonFiniteLossError: a loss became inf or nan, or a gradient where no fp16 scaling
                 leaves its step out; nothing was saved since it did.
             DataError: the loader yields nothing, or is a ``BatchLoader`` that came to an end.
+            StorageError: a file could not be written or read, by a tracker or a callback; saves
+                that were under way are done.
             RankError: another rank failed, died, does not come, or is not where this one is.
             ContractError: the global batch does not divide over the ranks, or the streams are
                 another rank's.
@@ -131,6 +142,7 @@ class DistillTrainer:
         ranks.run_each(lambda: _check_streams(streams, ranks))
         output_dir = Path(training.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
+        self._folder = output_dir.stat()
         trackers = self._trackers
         if trackers is None:
             trackers = build_trackers(training.trackers, output_dir)
@@ -151,6 +163,7 @@ class DistillTrainer:
             monitor_ranks(run, training.distributed.timeout_seconds) as monitor,
             self._reporting_errors(run),
             stop_on_signals(run),
+            _naming_storage(run),
             # Innermost, so that callbacks see the error that names the rank at fault.
             monitor.fail_together() if monitor else contextlib.nullcontext(),
         ):
@@ -173,6 +186,15 @@ class DistillTrainer:
         run.enter("resume")
         resumed_from = self.checkpointer.resume(run, self.callbacks) if self.checkpointer else 0
         run.iteration = resumed_from
+        if self._again and resumed_from < run.max_train_steps:
+            raise CheckpointError(
+                f"the newest intact checkpoint is of iteration {resumed_from:,} of "
+                f"{run.max_train_steps:,}, so the end of the run is not there to be made anew "
+                "without training. Train to the end first."
+            )
+        for tracker in run.trackers:
+            if isinstance(tracker, ResumableTracker):
+                tracker.resume(resumed_from)
         iterations = IterationRunner(run, callbacks, guard, distribution, train_step, accumulation)
         run.enter("start of training")
         # The stop is asked for first: after the last iteration too, all ranks must ask or none.
@@ -180,9 +202,11 @@ class DistillTrainer:
             self._iterate(run, guard, iterations)
         run.enter("save of the end")
         guard.check()
+        self._refuse_other_folder(run)
         if self.checkpointer:
             self.checkpointer.finish(run, self.callbacks)
-        for callback in each_callback(callbacks, run, "on_train_end"):
+        last = [c for c in callbacks if not self._again or c.name in self._again]
+        for callback in each_callback(last, run, "on_train_end"):
             try:
                 callback.on_train_end(run)
             except StopRequested as stop:  # the others still have to close what they opened
@@ -210,6 +234,7 @@ class DistillTrainer:
             return
         if run.iteration % self.training.log_every == 0:
             guard.check()
+            self._refuse_other_folder(run)
         for callback in each_callback(self.callbacks.values(), run, "on_step_end"):
             try:
                 callback.on_step_end(run, record)
@@ -219,6 +244,16 @@ class DistillTrainer:
         if self.checkpointer:
             self.checkpointer.after_step(run, self.callbacks)
         run.enter("end of the iteration")
+
+    def _refuse_other_folder(self, run: RunState) -> None:
+        # Writers make the folders that they need, so the rest of a run would lie in a new one,
+        # without its beginning and without its claim.
+        try:
+            same = os.path.samestat(run.output_dir.stat(), self._folder)
+        except FileNotFoundError:
+            same = False
+        if not same and run.ranks.is_first:
+            raise OSError(errno.ENOENT, "deleted or replaced by another", str(run.output_dir))
 
     @contextlib.contextmanager
     def _reporting_errors(self, run: RunState) -> Iterator[None]:
@@ -263,7 +298,52 @@ def _by_name(callbacks: Sequence[Callback]) -> dict[str, Callback]:
 
 @contextlib.contextmanager
 def _closing(trackers: Sequence[Tracker]) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for tracker in trackers:
-            stack.callback(tracker.close)
+    """Close all ``trackers`` at the end, also where one of them fails."""
+    try:
         yield
+    except BaseException as error:
+        for failure in _close_all(trackers):
+            # The first error is the one to mend: the second must not hide it.
+            error.add_note(f"a tracker could not be closed either: {failure}")
+        raise
+    failures = _close_all(trackers)
+    if failures:
+        raise _storage_error(
+            "all iterations are done, closing the trackers", failures[0]
+        ) from failures[0]
+
+
+def _close_all(trackers: Sequence[Tracker]) -> list[OSError]:
+    failures = []
+    for tracker in trackers:
+        try:
+            tracker.close()
+        except OSError as error:
+            failures.append(error)
+    return failures
+
+
+@contextlib.contextmanager
+def _naming_storage(run: RunState) -> Iterator[None]:
+    """Within: an OSError of whatever writes or reads files becomes a StorageError that says where
+    in the run it came up."""
+    place = "start of the run"
+    enter: Callable[[str], None] = run.enter
+
+    def remember(phase: str) -> None:
+        nonlocal place
+        place = phase
+        enter(phase)
+
+    run.enter = remember
+    try:
+        yield
+    except OSError as error:
+        raise _storage_error(f"iteration {run.iteration}, {place}", error) from error
+
+
+def _storage_error(place: str, error: OSError) -> StorageError:
+    return StorageError(
+        f"{place}: {error}. What a run writes must reach the disk, or its record has holes. Make "
+        "room or mend the folder and start the same command again: saved checkpoints are whole."
+    )

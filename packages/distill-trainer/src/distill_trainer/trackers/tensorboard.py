@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
+from distill_runtime import naming_file
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard.writer import SummaryWriter
+from torch.utils.tensorboard.summary import text as text_summary
 
 from distill_trainer.trackers.gif import clips_to_gif, side_by_side
 
 
 class TensorBoardTracker:
-    """Writes event files into ``folder``; a clip is an animated GIF among the images."""
+    """Writes event files into ``folder``; a clip is an animated GIF among the images.
+
+    Events are on their way to the disk when a call returns, and an error is the call's own:
+    SummaryWriter has a thread, which prints a traceback when the disk is full.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._writer: SummaryWriter | None = None
+        self._file: BinaryIO | None = None
+        self._next: int | None = None
+
+    def resume(self, iteration: int) -> None:
+        """Hide events after ``iteration`` of former processes, which may have come further."""
+        self._next = iteration + 1
 
     def log_scalars(self, iteration: int, values: Mapping[str, float]) -> None:
-        writer = self._open(iteration)
-        for name, value in values.items():
-            writer.add_scalar(name, value, iteration)
+        summary = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add(iteration, Summary(value=summary))
 
     def log_text(self, iteration: int, name: str, text: str) -> None:
-        self._open(iteration).add_text(name, text, iteration)
+        self._add(iteration, text_summary(name, text))
 
     def log_video(self, iteration: int, name: str, clips: Tensor, fps: float) -> None:
         # SummaryWriter.add_video wants moviepy for this; an image summary may hold any GIF.
@@ -33,20 +48,34 @@ class TensorBoardTracker:
         image = Summary.Image(
             height=height, width=width, colorspace=3, encoded_image_string=clips_to_gif(clips, fps)
         )
-        writer = self._open(iteration)
-        assert writer.file_writer is not None
-        writer.file_writer.add_summary(
-            Summary(value=[Summary.Value(tag=name, image=image)]), iteration
-        )
+        self._add(iteration, Summary(value=[Summary.Value(tag=name, image=image)]))
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._file is not None:
+            file, self._file = self._file, None
+            with naming_file(self.folder):
+                file.close()
 
-    def _open(self, iteration: int) -> SummaryWriter:
-        # On first use, because only then a resumed run knows where it continues: purge_step hides
-        # events of the former run after that, which may have come further than its checkpoint.
-        if self._writer is None:
-            self._writer = SummaryWriter(str(self.folder), purge_step=iteration)
-        return self._writer
+    def _add(self, iteration: int, summary: Summary) -> None:
+        with naming_file(self.folder):
+            if self._file is None:
+                self._file = self._open()
+            _write(self._file, Event(wall_time=time.time(), step=iteration, summary=summary))
+
+    def _open(self) -> BinaryIO:
+        # On first use: a run that logs nothing leaves no file.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Files are read in the order of their names, and two processes may start in one second.
+        name = f"{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        file = (self.folder / f"events.out.tfevents.{name}").open("xb")
+        _write(file, Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if self._next is not None:
+            start = SessionLog(status=SessionLog.START)
+            _write(file, Event(wall_time=time.time(), step=self._next, session_log=start))
+        return file
+
+
+def _write(file: BinaryIO, event: Event) -> None:
+    # At once, so that a process that is killed leaves at most one record unfinished.
+    RecordWriter(file).write(event.SerializeToString())
+    file.flush()

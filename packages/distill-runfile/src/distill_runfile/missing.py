@@ -1,0 +1,57 @@
+"""What a run needs and this machine does not have yet, and which command makes it. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill_runfile.draft import Draft
+from distill_runfile.paths import resolve_path
+from distill_runfile.schema import is_local
+from distill_runfile.source import read_source
+
+_WRITERS = {"training": "train", "trajectories": "trajectories"}
+"""Sections that have an ``output_dir``, and the app of each."""
+_MOST_FILES = 200
+
+
+def missing_parts(draft: Draft) -> Iterator[str]:
+    """Yield what of a file's data and starts is not there, each with the command that makes it."""
+    beside = draft.document.main.file
+    if draft.data is not None and not Path(draft.data.path).exists():
+        yield f"the data set {draft.data.path}{made_by(draft.data.path, beside)}"
+    for name, role in draft.roles.items():
+        start = role.init_from
+        if start is not None and is_missing(start.path):
+            yield f"the start of {name}, {start.path}{made_by(start.path, beside)}"
+
+
+def is_missing(path: str) -> bool:
+    """Whether ``path`` is a folder, rather than a hub id, and not there."""
+    return is_local(path) and not Path(path).exists()
+
+
+def made_by(path: str, beside: Path) -> str:
+    """Say which command makes ``path``, as the end of a sentence: one of the run files in the
+    folder of ``beside`` may write it. Empty where none does."""
+    for file in sorted(beside.resolve().parent.glob("*.yaml"))[:_MOST_FILES]:
+        if app := _writer_of(path, file):
+            return f" (which `uv run apps/{app} --config {os.path.relpath(file)}` makes)"
+    return ""
+
+
+def _writer_of(path: str, file: Path) -> str | None:
+    values = read_source(file).values or {}
+    for section, app in _WRITERS.items():
+        written = values.get(section)
+        output_dir = written.get("output_dir") if isinstance(written, dict) else None
+        if not isinstance(output_dir, str) or not output_dir.strip():
+            continue
+        try:
+            folder = Path(resolve_path(output_dir, file.parent))
+        except ValueError:
+            continue
+        if folder == Path(path) or folder in Path(path).parents:
+            return app
+    return None

@@ -1,0 +1,77 @@
+"""A finished run that is started again touches nothing, unless results are asked for anew."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from distill_runfile.cli import EXIT_FAILED, EXIT_OK
+from distill_train.cli import main
+from run_files import tiny_run
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """Run file of a run that is done, with a validation and an export."""
+    folder = tmp_path_factory.mktemp("finished")
+    values = tiny_run(folder / "out")
+    values["training"] |= {"max_train_steps": 2, "global_batch_size": 2, "progress": False}
+    values["method_config"]["generator_update_interval"] = 2
+    values["validation"] = {
+        "prompts": ["the digit one moving up"], "views": {"student": {"role": "student"}},
+    }  # fmt: skip
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    assert main(["--config", str(file)]) == EXIT_OK
+    return file
+
+
+def test_it_says_so_and_touches_nothing(finished, capsys):
+    before = contents(finished.parent)
+    assert main(["--config", str(finished)]) == EXIT_OK
+    assert capsys.readouterr().out.startswith(
+        f"finished already: {finished.parent / 'out'} holds iteration 2 of 2, and nothing was"
+    )
+    assert contents(finished.parent) == before
+
+
+def test_results_are_made_anew_one_by_one(finished, capsys):
+    out = finished.parent / "out"
+    before = contents(out)
+    shutil.rmtree(out / "student")
+    shutil.rmtree(out / "validation")
+    assert main(["--config", str(finished), "--again", "export"]) == EXIT_OK
+    after = contents(out)
+    assert not (out / "validation").exists()
+    exported = [name for name in before if name.startswith("student/")]
+    assert exported
+    assert all(after[name][1] == before[name][1] for name in exported)
+    logs = [name for name in before if name.startswith(("tensorboard", "metrics", "checkpoint-"))]
+    assert all(after[name] == before[name] for name in logs), "nothing else is written"
+    assert json.loads((out / "run.json").read_text())["finished"] == 2
+    with pytest.raises(SystemExit):
+        main(["--config", str(finished), "--again", "report"])
+    assert "this run has no such result (it has: export, validation" in capsys.readouterr().err
+
+
+def test_it_is_not_trained_for_that(finished, tmp_path, capsys):
+    shutil.copytree(finished.parent / "out", tmp_path / "out")
+    values = yaml.safe_load(finished.read_text())
+    values["training"] |= {"output_dir": str(tmp_path / "out"), "max_train_steps": 4}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    before = contents(tmp_path / "out")
+    assert main(["--config", str(file), "--again", "export"]) == EXIT_FAILED
+    assert "no checkpoint of iteration 4, the run's last" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
