@@ -48,7 +48,7 @@ def fill(made: TrajectoryFolder, shard: int) -> None:
 
 
 def finish(made: TrajectoryFolder):
-    return made.finish(negative=("", Condition({"text": -embedding("")})), encoder=FINGERPRINT)
+    return made.finish(negative=("", Condition({"text": -embedding("")})), fingerprint={"text_encoder.weights": FINGERPRINT, "encoder": "whole"})
 
 
 def whole(path: Path, samples: int = 10) -> Path:

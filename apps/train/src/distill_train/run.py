@@ -40,6 +40,8 @@ def run(config: RunConfig) -> TrainResult:
             try:
                 parts = build(config, distribution=distribution)
                 _log.info("%s", _opening(config, parts, distribution))
+                for note in config.notes:
+                    _log.info("%s", note)
                 result = parts.trainer.run(parts.method, parts.loader)
                 # torchrun ends all as soon as one ends with a status: the first may still be busy
                 # with its trackers.

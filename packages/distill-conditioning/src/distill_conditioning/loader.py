@@ -102,6 +102,7 @@ class LatentLoader:
             "seed": self.seed,
             "shuffle": self.shuffle,
             "dataset_samples": len(self.dataset),
+            "dataset": self.dataset.content_hash,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from distill_conditioning.format import (
     REBUILD,
     TRAJECTORY,
     ShardEntry,
+    content_hash,
     find_levels,
     read_metadata,
 )
@@ -33,10 +34,9 @@ from distill_conditioning.format import (
 
 @frozen(eq=False, kw_only=True)
 class StoredNegative:
-    """The negative condition of a data set, with the prompt and encoder it came from."""
+    """The negative condition of a data set, with the prompt that it came from."""
 
     prompt: str
-    encoder: str | None
     condition: Condition
 
 
@@ -86,6 +86,7 @@ class LatentDataset:
         self.config = config
         self.path = info.path
         self.index = info.index
+        self.content_hash = content_hash(info.path, info.index)
         if config.verify == "full":
             self._compare_hashes()
         self._shards: list[_Shard | None] = [None] * len(self.index.shards)
@@ -173,9 +174,7 @@ class LatentDataset:
                 f"{path}: the negative condition holds {stored}, but the samples need {expected}; "
                 f"one must be able to stand for the other. {REBUILD}"
             )
-        return StoredNegative(
-            prompt=metadata["negative_prompt"], encoder=metadata["encoder"], condition=condition
-        )
+        return StoredNegative(prompt=metadata["negative_prompt"], condition=condition)
 
     def _compare_hashes(self) -> None:
         damaged = [

@@ -26,6 +26,7 @@ from distill_protocols.errors import (
     WeightsError,
 )
 from distill_protocols.exports import Exporter, ExportRequest, ForeignNames
+from distill_protocols.fingerprint import WHOLE_ENCODER, Fingerprint
 from distill_protocols.lazy import lazy_exports
 from distill_protocols.method_config import MethodConfig
 from distill_protocols.planned_run import PlannedRun
@@ -97,6 +98,7 @@ _LAZY = {
 __all__ = [
     "CONTRACT_VERSION",
     "DTYPES",
+    "WHOLE_ENCODER",
     "Batch",
     "BatchLoader",
     "CallPlan",
@@ -128,6 +130,7 @@ __all__ = [
     "ExportRequest",
     "Exporter",
     "FamilyPlugin",
+    "Fingerprint",
     "ForeignNames",
     "FsdpPolicy",
     "Group",

@@ -58,6 +58,7 @@ def describe(config: RunConfig, *, world_size: int = 1, device_memory: int | Non
         ("data", _data(config)),
         ("conditioning", _conditioning(config)),
         ("output", [f"  {config.training.output_dir}"]),
+        *([("notes", [f"  {note}" for note in config.notes])] if config.notes else []),
     )
     head = f"{config.recipe.method} on {config.recipe.family}: {config.method_plugin.help}"
     return "\n".join([head, *(line for name, lines in sections for line in ("", name, *lines))])

@@ -131,6 +131,7 @@ def read_config(
         callbacks=callbacks,
         callback_plugins={name: callback.plugin for name, callback in draft.callbacks.items()},
         resolved=_resolved(recipe, draft),
+        notes=_notes(draft),
     )
 
 
@@ -247,6 +248,7 @@ def read_sampled(
         conditioning=draft.conditioning,
         family_plugin=draft.family.plugin,
         section=own,
+        notes=_notes(draft),
     )
     _raise_if_wrong(reader, draft, (lambda _: rules(config),))
     return config
@@ -357,6 +359,10 @@ def _raise_if_wrong(
     if located or document.problems:
         ordered = in_order([*document.problems, *located], document.main.file)
         raise ConfigError([str(problem) for problem in ordered])
+
+
+def _notes(draft: Draft) -> tuple[str, ...]:
+    return () if draft.dataset is None else draft.dataset.notes
 
 
 def _resolved(recipe: RecipeConfig, draft: Draft) -> dict[str, Any]:

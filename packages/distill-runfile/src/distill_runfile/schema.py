@@ -158,6 +158,7 @@ class SampledConfig(Generic[SectionT]):
     Attributes:
         pipeline: of the family's own ``config_class``.
         section: that of the app which samples the role.
+        notes: as of ``RunConfig``.
     """
 
     recipe: FamilyConfig
@@ -167,6 +168,7 @@ class SampledConfig(Generic[SectionT]):
     conditioning: ConditioningConfig
     family_plugin: FamilyPlugin[Any]
     section: SectionT
+    notes: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -183,6 +185,7 @@ class RunConfig(ModelsConfig):
     Attributes:
         callbacks: by name, of the plugin's own ``config_class``.
         resolved: every section as plain values, defaults included: what is saved beside the run.
+        notes: what is no problem and is to be said once; a line each.
     """
 
     training: TrainingConfig
@@ -193,6 +196,7 @@ class RunConfig(ModelsConfig):
     callbacks: Mapping[str, object]
     callback_plugins: Mapping[str, CallbackPlugin[Any]]
     resolved: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def components_source(
