@@ -77,7 +77,8 @@ def write_dataset(
     latents = torch.arange(samples).view(-1, 1, 1, 1, 1).expand(-1, *SHAPE).float()
     words = [f"word {i % captions}" for i in range(samples)]
     encoder = CountingEncoder()
-    with ShardWriter(folder, fingerprint=encoder.condition_fingerprint(), shard_bytes=shard_bytes) as writer:
+    fingerprint = encoder.condition_fingerprint()
+    with ShardWriter(folder, fingerprint=fingerprint, shard_bytes=shard_bytes) as writer:
         if negative is not None:
             writer.set_negative(negative, encoder.encode_neg_condition(negative))
         ids = [f"clip-{i}" for i in range(samples)]

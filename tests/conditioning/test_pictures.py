@@ -38,6 +38,9 @@ class Pictured:
     def encode_neg_condition(self, raw_neg_cond):
         return Condition({"text": torch.full((1, 3, 4), -1.0)})
 
+    def latent_fingerprint(self):
+        return {}
+
     def condition_fingerprint(self):
         return {"text_encoder.weights": "encoder"}
 
