@@ -70,7 +70,13 @@ if TYPE_CHECKING:
         Tangents,
     )
     from distill_protocols.batch import Batch, BatchLoader, Condition, ConditioningProvider
-    from distill_protocols.bundle import DTYPES, ModelBundle, RoleHandle, WeightAverage
+    from distill_protocols.bundle import (
+        DTYPES,
+        ModelBundle,
+        RestartableSchedule,
+        RoleHandle,
+        WeightAverage,
+    )
     from distill_protocols.callbacks import Callback, Checkpointer, RunState, StepRecord, Tracker
     from distill_protocols.method import StepResult, TrainableMethod
     from distill_protocols.plans import CallPlan, ModulePlan, RolePlan, TensorPlan
@@ -86,7 +92,7 @@ _LAZY = {
         "adapter",
     ),
     **dict.fromkeys(["Batch", "BatchLoader", "Condition", "ConditioningProvider"], "batch"),
-    **dict.fromkeys(["DTYPES", "ModelBundle", "RoleHandle", "WeightAverage"], "bundle"),
+    **dict.fromkeys(["DTYPES", "ModelBundle", "RestartableSchedule", "RoleHandle", "WeightAverage"], "bundle"),
     **dict.fromkeys(["Callback", "Checkpointer", "RunState", "StepRecord", "Tracker"], "callbacks"),
     **dict.fromkeys(["StepResult", "TrainableMethod"], "method"),
     **dict.fromkeys(["CallPlan", "ModulePlan", "RolePlan", "TensorPlan"], "plans"),
@@ -154,6 +160,7 @@ __all__ = [
     "RandomStreams",
     "RankError",
     "RankGroup",
+    "RestartableSchedule",
     "RoleError",
     "RoleHandle",
     "RoleNeed",

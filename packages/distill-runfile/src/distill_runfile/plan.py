@@ -20,13 +20,17 @@ from distill_runfile.structure import to_plain
 SHOWN_ITERATIONS = 10
 
 
-def horizon(config: RunConfig, role: str) -> int:
-    """Count the steps of ``role``'s optimizers in the whole run: the length of their schedules."""
-    steps = range(1, config.training.max_train_steps + 1)
+def horizon(config: RunConfig, role: str, *, after: int = 0) -> int:
+    """Count the steps of ``role``'s optimizers: the length of their schedules.
+
+    Args:
+        after: iteration of the run after which they start.
+    """
+    steps = range(after + 1, config.training.max_train_steps + 1)
     return sum(role in config.method.turns(iteration) for iteration in steps)
 
 
-def horizons(config: RunConfig, role: str) -> dict[str, int]:
+def horizons(config: RunConfig, role: str, *, after: int = 0) -> dict[str, int]:
     """Estimate the steps of each expert of a role, by module; empty for a role without experts.
 
     The share is what the method expects: which expert is trained is drawn, so an expert's own
@@ -34,7 +38,7 @@ def horizons(config: RunConfig, role: str) -> dict[str, int]:
     fallen by then or stays that near its end.
     """
     ranges = config.family_plugin.expert_ranges(config.roles[role].spec, config.pipeline)
-    steps = horizon(config, role)
+    steps = horizon(config, role, after=after)
     return {
         module: max(1, round(steps * config.method.update_share(role, low, high)))
         for module, (low, high) in ranges.items()
