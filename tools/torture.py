@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from distill_checkpoint import checkpoints
+from distill_checkpoint import list_checkpoints
 from distill_checkpoint.manifest import inspect
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,7 +119,7 @@ class Torture:
             if child.exitcode == -9:
                 self.counts["kills"] += 1
                 self.counts["in a save"] += any(out.glob(".staging-*"))
-                self.counts["before the first checkpoint"] += not checkpoints(out)
+                self.counts["before the first checkpoint"] += not list_checkpoints(out)
 
     def wait_for_a_save(self, child: BaseProcess, out: Path, *, whole: bool) -> None:
         """Until a staging folder is there that was not, or (``whole``) a checkpoint."""
@@ -130,7 +130,7 @@ class Torture:
             time.sleep(0.0005)
 
     def inspect_all(self, out: Path) -> None:
-        for path in checkpoints(out).values():
+        for path in list_checkpoints(out).values():
             damage = inspect(path, checksums=True).damage
             assert damage is None, f"{path}: {damage}"
             self.counts["checkpoints inspected"] += 1

@@ -22,10 +22,10 @@ from distill_checkpoint import (
     KeepBestConfig,
     claim_output_dir,
 )
-from distill_checkpoint.layout import as_file_name, checkpoints, superseded
-from distill_checkpoint.manifest import inspect
+from distill_checkpoint.manifest import as_file_name, inspect
+from distill_checkpoint.output_folder import find_superseded, list_checkpoints
+from distill_checkpoint.state_dicts import pack, unpack
 from distill_checkpoint.tensors import read_tensors, write_tensors
-from distill_checkpoint.values import pack, unpack
 from distill_protocols import (
     CapabilityError,
     ExportRequest,
@@ -199,7 +199,7 @@ def test_names_are_different_single_file_names(a, b):
     ),
 )
 def test_retention(metrics, keep_last, keep_every, keep_best):
-    gone = superseded(metrics, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
+    gone = find_superseded(metrics, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
     assert list(gone) == sorted(set(gone))
     candidates = [i for i in metrics if "fd" in metrics[i]]
 
@@ -227,12 +227,12 @@ def test_retention_on_disk_keeps_the_last_whole_one_when_newer_ones_are_damaged(
     config = CheckpointConfig(every_steps=1, keep_last=2, keep_every=3)
     run = new_run(Shape(ema_roles=()))
     run.train(tmp_path, 5, CheckpointManager(config, tmp_path, {}))
-    assert list(checkpoints(tmp_path)) == [5, 4, 3]
+    assert list(list_checkpoints(tmp_path)) == [5, 4, 3]
     for iteration in (5, 4):
         (tmp_path / f"checkpoint-00000{iteration}" / "manifest.json").unlink()
     CheckpointManager(config, tmp_path, {}).save(run.state(tmp_path, 6), run.callbacks)
     # Damaged ones neither count among the last two nor are deleted: a person may want to look.
-    assert list(checkpoints(tmp_path)) == [6, 5, 4, 3]
+    assert list(list_checkpoints(tmp_path)) == [6, 5, 4, 3]
 
 
 @pytest.mark.parametrize("best", [None, KeepBestConfig(metric="report/fd")])
@@ -248,7 +248,7 @@ def test_retention_does_not_count_later_ones_that_a_resume_passed_over(tmp_path,
     run = new_run(Shape(ema_roles=()))
     run.train(tmp_path, 3, CheckpointManager(config, tmp_path, {}))
     # Counted, the damaged one would be the newest, and what was just saved would go for its sake.
-    assert list(checkpoints(tmp_path)) == [4, 3]
+    assert list(list_checkpoints(tmp_path)) == [4, 3]
     assert inspect(tmp_path / "checkpoint-000003", checksums=True).damage is None
 
 
@@ -256,7 +256,7 @@ def test_a_folder_that_cannot_be_listed_ends_no_run(tmp_path, monkeypatch, caplo
     def fails(folder: Path) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("distill_checkpoint.manager.checkpoints", fails)
+    monkeypatch.setattr("distill_checkpoint.manager.list_checkpoints", fails)
     run = new_run(Shape(ema_roles=()))
     # On several ranks only one deletes: raised there, the error would leave the others waiting.
     CheckpointManager(CheckpointConfig(), tmp_path, {}).save(run.state(tmp_path, 1), run.callbacks)
@@ -276,7 +276,7 @@ def test_the_best_stay(tmp_path, caplog):
 
     run.callbacks["tally"].on_step_end = measure
     run.train(tmp_path, 7, CheckpointManager(config, tmp_path, {}))
-    assert list(checkpoints(tmp_path)) == [7, 4, 3]
+    assert list(list_checkpoints(tmp_path)) == [7, 4, 3]
     messages = [r.getMessage() for r in caplog.records if "no candidate" in r.getMessage()]
     assert len(messages) == 1
     assert messages[0].startswith("checkpoint-000006 is no candidate for keep_best, as rep")
@@ -291,7 +291,7 @@ def test_nothing_is_deleted_before_the_new_one_is_there(tmp_path, monkeypatch):
     seen = []
 
     def remove(folder: Path) -> None:
-        seen.append((folder.name, sorted(checkpoints(tmp_path))))
+        seen.append((folder.name, sorted(list_checkpoints(tmp_path))))
 
     monkeypatch.setattr("distill_checkpoint.manager.remove_folder", remove)
     manager.save(run.state(tmp_path, 2), run.callbacks)

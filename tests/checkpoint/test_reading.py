@@ -13,7 +13,7 @@ from distill_checkpoint import (
     CheckpointConfig,
     CheckpointManager,
     StoredCheckpoint,
-    is_checkpoint,
+    is_checkpoint_folder,
     write_weights_checkpoint,
 )
 from distill_checkpoint.manifest import inspect
@@ -122,18 +122,18 @@ def test_a_folder_that_is_no_whole_checkpoint(checkpoint, tmp_path):
     (checkpoint / "loader.json").unlink()
     with pytest.raises(CheckpointError, match=r"loader\.json is missing"):
         StoredCheckpoint.open(checkpoint)
-    with pytest.raises(CheckpointError, match="not a whole checkpoint: it has no manifest"):
+    with pytest.raises(CheckpointError, match="not an intact checkpoint: it has no manifest"):
         StoredCheckpoint.open(tmp_path)
 
 
 def test_what_is_a_checkpoint(checkpoint, tmp_path):
-    assert is_checkpoint(checkpoint)
-    assert not is_checkpoint(tmp_path)
-    assert not is_checkpoint(tmp_path / "absent")
+    assert is_checkpoint_folder(checkpoint)
+    assert not is_checkpoint_folder(tmp_path)
+    assert not is_checkpoint_folder(tmp_path / "absent")
     (tmp_path / "manifest.json").write_text('{"name": "a web app"}')
-    assert not is_checkpoint(tmp_path)
+    assert not is_checkpoint_folder(tmp_path)
     (checkpoint / "manifest.json").unlink()  # damaged, and still to be told as a checkpoint
-    assert is_checkpoint(str(checkpoint))
+    assert is_checkpoint_folder(str(checkpoint))
 
 
 # -- what a migration writes ---------------------------------------------------------------------

@@ -7,7 +7,12 @@ import math
 import sys
 from pathlib import Path
 
-from distill_checkpoint import checkpoints, is_checkpoint, newest_checkpoint, role_problems
+from distill_checkpoint import (
+    find_newest_checkpoint,
+    is_checkpoint_folder,
+    list_checkpoints,
+    role_problems,
+)
 from distill_protocols import CheckpointError, ConfigError, DistillError, ExportRequest, RoleSpec
 from distill_runfile import ModelsConfig, cli, read_models
 from distill_runfile.cli import EXIT_OK, EXIT_USAGE
@@ -110,15 +115,15 @@ def _bytes(text: str) -> int:
 
 
 def _checkpoint(path: Path) -> Path:
-    if is_checkpoint(path):
+    if is_checkpoint_folder(path):
         return path
-    newest = newest_checkpoint(path)
+    newest = find_newest_checkpoint(path)
     if newest is not None:
         print(f"taking {newest}")
         return newest
-    inside = ", ".join(folder.name for folder in checkpoints(path).values())
+    inside = ", ".join(folder.name for folder in list_checkpoints(path).values())
     raise CheckpointError(
-        f"--checkpoint: {path} is no whole checkpoint (which has a manifest.json) and no output "
+        f"--checkpoint: {path} is no checkpoint (which has a manifest.json) and no output "
         f"folder of a run that holds one (it holds: {inside or 'none'}). Name a folder such as "
         "outputs/mine/checkpoint-000400."
     )

@@ -15,27 +15,31 @@ from distill_checkpoint.config import (
     ExportConfig,
     KeepBestConfig,
 )
-from distill_checkpoint.layout import checkpoints
-from distill_checkpoint.manifest import is_checkpoint, newest_checkpoint, role_problems
-from distill_checkpoint.output_folder import Claim, claim_output_dir
+from distill_checkpoint.manifest import is_checkpoint_folder, role_problems
+from distill_checkpoint.output_folder import (
+    Claim,
+    claim_output_dir,
+    find_newest_checkpoint,
+    list_checkpoints,
+)
+from distill_checkpoint.weights import read_start_weights
 
 if TYPE_CHECKING:
     from distill_checkpoint.export import ExportCallback, gather_on_rank0
-    from distill_checkpoint.foreign.migration import MigrationReport, migrate
+    from distill_checkpoint.foreign import MigrationReport, migrate
     from distill_checkpoint.manager import CheckpointManager
-    from distill_checkpoint.start_weights import read_start_weights
     from distill_checkpoint.tensors import new_checkpoint_group
     from distill_checkpoint.weights import StoredCheckpoint, write_weights_checkpoint
 
 _LAZY = {
     "CheckpointManager": "manager",
     "ExportCallback": "export",
-    "MigrationReport": "foreign.migration",
+    "MigrationReport": "foreign",
     "StoredCheckpoint": "weights",
     "gather_on_rank0": "export",
-    "migrate": "foreign.migration",
+    "migrate": "foreign",
     "new_checkpoint_group": "tensors",
-    "read_start_weights": "start_weights",
+    "read_start_weights": "weights",
     "write_weights_checkpoint": "weights",
 }
 
@@ -49,13 +53,13 @@ __all__ = [
     "KeepBestConfig",
     "MigrationReport",
     "StoredCheckpoint",
-    "checkpoints",
     "claim_output_dir",
+    "find_newest_checkpoint",
     "gather_on_rank0",
-    "is_checkpoint",
+    "is_checkpoint_folder",
+    "list_checkpoints",
     "migrate",
     "new_checkpoint_group",
-    "newest_checkpoint",
     "read_start_weights",
     "role_problems",
     "write_weights_checkpoint",

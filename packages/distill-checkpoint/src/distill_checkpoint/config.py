@@ -149,7 +149,7 @@ class CheckpointConfig:
         keep_last: how many of the newest checkpoints stay.
         keep_every: also keep every checkpoint whose iteration is a multiple of this.
         keep_best: also keep those that were best by a metric.
-        resume: ``latest`` (the default: newest whole checkpoint of the output folder; afresh if it
+        resume: ``latest`` (the default: newest intact checkpoint of the output folder; afresh if it
             has none), ``none``, or the path of one checkpoint folder.
         changes: what this run has more or less than the checkpoint that it resumes.
         save_at_end: save when the run is complete. A run that is asked to stop always saves.

@@ -8,7 +8,7 @@ A save, on all ranks together::
 
 A resume::
 
-    clear leftovers  ->  newest whole checkpoint, every byte verified (manifest.py)
+    clear leftovers  ->  newest intact checkpoint, every byte verified (manifest.py)
     ->  plan: which state goes where (resume_plan.py)  ->  compare, load (restore.py)
 """
 
@@ -28,22 +28,22 @@ from distill_runtime import FileInfo, Ranks, remove_folder
 from torch import Tensor
 
 from distill_checkpoint.config import CheckpointConfig
-from distill_checkpoint.layout import (
-    CONFIG,
-    checkpoints,
-    clear_leftovers,
-    folder_name,
-    new_staging_folder,
-    publish,
-    superseded,
-)
 from distill_checkpoint.manifest import (
+    CONFIG,
     Contents,
     Inspection,
     find_damage,
     inspect,
     read_config,
     write_manifest,
+)
+from distill_checkpoint.output_folder import (
+    clear_leftovers,
+    find_superseded,
+    folder_name,
+    list_checkpoints,
+    new_staging_folder,
+    publish,
 )
 from distill_checkpoint.restore import check_plan, load_state
 from distill_checkpoint.resume_plan import (
@@ -73,7 +73,7 @@ STALL = "time/checkpoint"
 class CheckpointManager:
     """Saves a run as ``checkpoint-<iteration>`` folders and resumes it bit for bit.
 
-    A checkpoint appears whole or not at all: everything is written to a staging folder, the
+    A checkpoint appears complete or not at all: everything is written to a staging folder, the
     manifest with sizes and checksums last, then fsynced and renamed. Old ones are deleted only
     after a new one is there. Files are safetensors and JSON: nothing in them can run code.
 
@@ -113,14 +113,14 @@ class CheckpointManager:
             The last finished iteration; 0 to start afresh.
 
         Raises:
-            CheckpointError: the checkpoint is damaged or of another run, none is whole, its
+            CheckpointError: the checkpoint is damaged or of another run, none is intact, its
                 optimizers had other settings, or starting from it would mix two runs in the
                 output folder.
         """
         self._background.wait()
         ranks, _ = self._groups()
         ranks.run_on_first(lambda: clear_leftovers(self.output_dir))
-        source, iteration = self._find_whole_checkpoint(ranks)
+        source, iteration = self._find_intact_checkpoint(ranks)
         if self.config.resume != "latest":
             ranks.run_on_first(lambda: self._refuse_newer_than(iteration))
         if source is None:
@@ -264,11 +264,11 @@ class CheckpointManager:
     def _delete_superseded(self, saved: int) -> None:
         """Delete what ``saved``, the newest checkpoint of this run, supersedes.
 
-        Later ones are damaged (``resume`` has passed them over, and refuses to start before whole
+        Later ones are damaged (``resume`` has passed them over, and refuses to start before intact
         ones). That may show in their checksums alone, so nothing is deleted for their sake.
         """
         try:
-            folders = checkpoints(self.output_dir)
+            folders = list_checkpoints(self.output_dir)
         except OSError as error:
             logger.warning("no old checkpoint was deleted, as they cannot be listed: %s", error)
             return
@@ -278,7 +278,7 @@ class CheckpointManager:
             if iteration <= saved
         }
         metrics = {i: manifest.metrics for i, manifest in manifests.items() if manifest is not None}
-        for iteration in superseded(
+        for iteration in find_superseded(
             metrics,
             keep_last=self.config.keep_last,
             keep_every=self.config.keep_every,
@@ -331,25 +331,27 @@ class CheckpointManager:
         refuse_changed_scales(source, then, self._resolved_config, loaded)
         return plan, [*change_notes(changed, self._resolved_config), *plan.notes]
 
-    def _find_whole_checkpoint(self, ranks: Ranks) -> tuple[Path | None, int]:
+    def _find_intact_checkpoint(self, ranks: Ranks) -> tuple[Path | None, int]:
         """Find the folder to resume from, and compare its every byte with its manifest."""
         if self.config.resume == "none":
             return None, 0
         if self.config.resume == "latest":
-            return self._newest_whole(ranks)
+            return self._find_newest_intact(ranks)
         folder = Path(self.config.resume)
         inspection = _inspect_together(folder, ranks)
         if inspection.manifest is None:
             raise CheckpointError(
-                f"{folder} is not a whole checkpoint: {inspection.damage}. Nothing of it was "
+                f"{folder} is not an intact checkpoint: {inspection.damage}. Nothing of it was "
                 "loaded, because a run that goes on from damaged state is wrong without a sign. "
-                "Resume from another one, or set resume: latest for the newest whole one."
+                "Resume from another one, or set resume: latest for the newest intact one."
             )
         return folder, inspection.manifest.iteration
 
-    def _newest_whole(self, ranks: Ranks) -> tuple[Path | None, int]:
+    def _find_newest_intact(self, ranks: Ranks) -> tuple[Path | None, int]:
         skipped = []
-        for iteration, folder in ranks.run_on_first(lambda: checkpoints(self.output_dir)).items():
+        for iteration, folder in ranks.run_on_first(
+            lambda: list_checkpoints(self.output_dir)
+        ).items():
             inspection = _inspect_together(folder, ranks)
             if inspection.manifest is not None and inspection.manifest.iteration == iteration:
                 return folder, iteration
@@ -360,7 +362,7 @@ class CheckpointManager:
         if skipped:
             raise CheckpointError(
                 f"The newest checkpoint is to be resumed, and none of those in {self.output_dir} "
-                f"is whole ({'; '.join(skipped)}). Starting afresh would hide that, so it must be "
+                f"is intact ({'; '.join(skipped)}). Starting afresh would hide that, so it must be "
                 "asked for: name another checkpoint, or use a new output folder with resume: none."
             )
         if ranks.is_first:
@@ -370,7 +372,7 @@ class CheckpointManager:
     def _refuse_newer_than(self, iteration: int) -> None:
         newer = [
             folder.name
-            for number, folder in checkpoints(self.output_dir).items()
+            for number, folder in list_checkpoints(self.output_dir).items()
             if number > iteration and inspect(folder, checksums=False).manifest
         ]
         if newer:
@@ -417,7 +419,7 @@ def _commit(
     write_manifest(staging, iteration, files, metrics)
     inspection = inspect(staging, checksums=False)
     if inspection.damage:  # another process in the folder, or a disk that loses files
-        raise CheckpointError(f"what was just written is not whole: {inspection.damage}")
+        raise CheckpointError(f"what was just written is not intact: {inspection.damage}")
     publish(staging, target)
 
 

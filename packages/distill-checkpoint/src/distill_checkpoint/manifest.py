@@ -1,8 +1,26 @@
-"""What a checkpoint says of itself, and whether the folder agrees. No torch here.
+"""What a checkpoint holds, where, and whether its folder is as it was written. No torch here.
+
+::
+
+    checkpoint-000400/
+      manifest.json                     sizes and checksums; written last
+      config.json                       the resolved run file
+      loop.json                         iteration, and which of everything below there is
+      method.json                       update counts and loss scaler
+      loader{/,.json}                   data position, by rank
+      roles/<role>/<module>/            safetensors under the module's own names
+      optimizers/<role>.<module>{/,.json}
+      schedulers/<role>.<module>{/,.json}
+      ema/<role>.<module>{/,.json}
+      callbacks/<name>{/,.json}
+      rng{/,.json}                      generator states, by rank
+
+State that has a folder and a ``.json`` has its tensors in the one and the rest in the other
+(``state_dicts.py``); state without tensors has no folder.
 
 ``manifest.json`` is written last: names, sizes and sha256 of every other file, so that a folder
-that agrees with it is whole. ``loop.json`` lists which state there is. Either may be damaged in any
-manner, by a disk or by hand, and none of it may end in another error than "it is not whole".
+that agrees with it is intact. ``loop.json`` lists which state there is. Either may be damaged in
+any manner, by a disk or by hand, and none of it may end in another error than "it is not intact".
 """
 
 from __future__ import annotations
@@ -16,6 +34,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from attrs import field, frozen
 from distill_protocols import Problem
@@ -29,7 +48,12 @@ from distill_runtime import (
     write_new_file,
 )
 
-from distill_checkpoint.layout import CONFIG, LOOP, MANIFEST, ModuleKey, checkpoints
+ModuleKey = tuple[str, str]
+"""(role, module)."""
+
+MANIFEST = "manifest.json"
+LOOP = "loop.json"
+CONFIG = "config.json"
 
 FORMAT = "distill-checkpoint"
 VERSION = 2
@@ -38,9 +62,41 @@ KINDS = ("roles", "optimizers", "schedulers", "ema")
 """The kinds of state that modules of roles have, as ``loop.json`` and the folders call them."""
 
 
+# -- files in a checkpoint ------------------------------------------------------------------------
+
+
+def as_file_name(name: str) -> str:
+    """``name`` as one file name, different for different names: any string may name a role."""
+    # A dot separates role from module, and ".." would leave the folder.
+    return quote(name, safe=" ").replace(".", "%2E") or "%"
+
+
+def role_folder(checkpoint: Path, role: str, module: str) -> Path:
+    """The folder of one module's weights."""
+    return checkpoint / "roles" / as_file_name(role) / as_file_name(module)
+
+
+def state_path(checkpoint: Path, kind: str, *names: str) -> Path:
+    """The path without suffix of one state of ``kind``: ``state_path(c, "ema", role, module)``."""
+    return checkpoint / kind / ".".join(as_file_name(name) for name in names)
+
+
+def json_of(state: Path) -> Path:
+    """The JSON file of the state at ``state_path``."""
+    return state.with_name(f"{state.name}.json")
+
+
+def rank_key(rank: int) -> str:
+    """The key of a rank's own states in ``loader`` and ``rng``."""
+    return f"rank-{rank:05d}"
+
+
+# -- what is in it --------------------------------------------------------------------------------
+
+
 @frozen(kw_only=True)
 class Manifest:
-    """The files of a whole checkpoint.
+    """The files of an intact checkpoint.
 
     Attributes:
         iteration: the last finished iteration.
@@ -151,7 +207,7 @@ def write_manifest(
     write_json(folder / MANIFEST, {**body, "digest": _digest(body)})
 
 
-# -- is it whole ----------------------------------------------------------------------------------
+# -- is it intact ---------------------------------------------------------------------------------
 
 
 @frozen(kw_only=True)
@@ -171,7 +227,7 @@ def inspect(folder: Path, *, checksums: bool) -> Inspection:
     try:
         manifest = _read_manifest(folder)
         _compare_names_and_sizes(folder, manifest)
-    except (_NotWholeError, UnreadableFileError) as error:
+    except (_NotIntactError, UnreadableFileError) as error:
         return Inspection(damage=str(error))
     except OSError as error:
         return Inspection(damage=f"it cannot be read ({error})")
@@ -201,7 +257,7 @@ def find_damage(folder: Path, files: Mapping[str, FileInfo]) -> str | None:
         return next((reason for reason in pool.map(compare, files) if reason), None)
 
 
-class _NotWholeError(Exception):
+class _NotIntactError(Exception):
     """Carries the reason from where it is found to ``inspect``."""
 
 
@@ -209,28 +265,28 @@ def _compare_names_and_sizes(folder: Path, manifest: Manifest) -> None:
     present = set(files_below(folder)) - {MANIFEST}
     missing = sorted(set(manifest.files) - present)
     if missing:
-        raise _NotWholeError(f"{', '.join(missing)} is missing")
+        raise _NotIntactError(f"{', '.join(missing)} is missing")
     # The safetensors reader takes every such file in a folder, so a stray one would be loaded.
     stray = sorted(name for name in present - set(manifest.files) if name.endswith(".safetensors"))
     if stray:
-        raise _NotWholeError(f"{', '.join(stray)} is not in its manifest")
+        raise _NotIntactError(f"{', '.join(stray)} is not in its manifest")
     for name, info in manifest.files.items():
         size = (folder / name).stat().st_size
         if size != info.size:
-            raise _NotWholeError(f"{name} has {size} bytes where {info.size} were written")
+            raise _NotIntactError(f"{name} has {size} bytes where {info.size} were written")
 
 
 def _read_manifest(folder: Path) -> Manifest:
     if not (folder / MANIFEST).is_file():
-        raise _NotWholeError(f"it has no {MANIFEST}, which is written last")
+        raise _NotIntactError(f"it has no {MANIFEST}, which is written last")
     value = read_json_object(folder / MANIFEST)
     if value.get("format") != FORMAT:
-        raise _NotWholeError(f"{MANIFEST} is not a manifest of {FORMAT}")
+        raise _NotIntactError(f"{MANIFEST} is not a manifest of {FORMAT}")
     body = {key: item for key, item in value.items() if key != "digest"}
     if value.get("digest") != _digest(body):
-        raise _NotWholeError(f"{MANIFEST} is damaged (its digest is not the one written)")
+        raise _NotIntactError(f"{MANIFEST} is damaged (its digest is not the one written)")
     if value.get("version") != VERSION:
-        raise _NotWholeError(
+        raise _NotIntactError(
             f"its format is version {value.get('version')}, and this release reads version "
             f"{VERSION}"
         )
@@ -245,7 +301,7 @@ def _read_manifest(folder: Path) -> Manifest:
             metrics={name: _number(value) for name, value in body["metrics"].items()},
         )
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise _NotWholeError(f"{MANIFEST} is damaged ({type(error).__name__}: {error})") from error
+        raise _NotIntactError(f"{MANIFEST} is damaged ({type(error).__name__}: {error})") from error
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -274,8 +330,8 @@ def _module_key(value: Any) -> ModuleKey:
 # -- questions that apps ask before torch is there ------------------------------------------------
 
 
-def is_checkpoint(path: Path | str) -> bool:
-    """Whether ``path`` is a checkpoint folder of this package, whole or damaged."""
+def is_checkpoint_folder(path: Path | str) -> bool:
+    """Whether ``path`` is a checkpoint folder of this package, intact or damaged."""
     folder = Path(path)
     if (folder / MANIFEST).is_file():
         try:
@@ -283,11 +339,6 @@ def is_checkpoint(path: Path | str) -> bool:
         except UnreadableFileError:
             pass
     return (folder / LOOP).is_file()
-
-
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """Find the newest checkpoint in a run's output folder, whole or damaged."""
-    return next((path for path in checkpoints(output_dir).values() if is_checkpoint(path)), None)
 
 
 def role_problems(checkpoint: Path, role: str, *, ema: bool) -> Iterator[Problem]:

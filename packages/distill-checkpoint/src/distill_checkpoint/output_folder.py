@@ -1,4 +1,10 @@
-"""One output folder, one run. No torch here: it is claimed before anything heavy is loaded."""
+"""A run's output folder: which process may use it, and which checkpoints come and go in it.
+
+No torch here: it is claimed before anything heavy is loaded.
+
+A checkpoint is written under a name that begins with a dot and renamed once it is complete, so that
+whatever is called ``checkpoint-<iteration>`` was intact when it got that name.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +15,22 @@ import fcntl
 import json
 import logging
 import os
+import re
+import shutil
 import socket
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from attrs import frozen
 from distill_protocols import OutputError
-from distill_runtime import UnreadableFileError, parse_json
+from distill_runtime import DELETED_PREFIX, UnreadableFileError, parse_json, publish_folder
 
-from distill_checkpoint.layout import checkpoints
+from distill_checkpoint.config import KeepBestConfig
+from distill_checkpoint.manifest import is_checkpoint_folder
 
 if TYPE_CHECKING:
     from distill_runtime import Ranks
@@ -31,7 +40,16 @@ MARKER = "run.json"
 VISIBLE_AFTER = 60.0
 """Seconds that a network file system may take to show one host what another has just made."""
 
+_STAGING = ".staging-"
+"""Before the name of a checkpoint that is being written."""
+_REPLACED = ".replaced-"
+"""Before the name of a checkpoint that gives way to a new one of the same iteration."""
+_NAME = re.compile(r"checkpoint-(\d{6,})")
+
 logger = logging.getLogger(__name__)
+
+
+# -- one run in it --------------------------------------------------------------------------------
 
 
 @frozen(eq=False)
@@ -62,7 +80,7 @@ class Claim:
         folder with checkpoints stays as it is.
         """
         is_ours = self._file is not None and not self._file.closed
-        if is_ours and self._made_marker and not checkpoints(self.folder):
+        if is_ours and self._made_marker and not list_checkpoints(self.folder):
             (self.folder / MARKER).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty: what is in it is not ours to delete
                 self.folder.rmdir()
@@ -120,8 +138,8 @@ def _refuse_unshared(folder: Path, ranks: Ranks) -> None:
         raise OutputError(
             f"{folder} on rank 0 is not the {folder} of rank {missing}, where its {MARKER} has not "
             f"come up within {VISIBLE_AFTER:g} s; all ranks write their parts of a checkpoint into "
-            "one folder, or no checkpoint would be whole. Choose an output folder on storage that "
-            "all hosts share."
+            "one folder, or none would be complete. Choose an output folder on storage that all "
+            "hosts share."
         )
 
 
@@ -141,8 +159,8 @@ def _claim(folder: Path, resume: bool) -> Claim:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"is there space and permission?")
         # A marker that is locked comes first: "resume" is no advice while the run is alive.
-        if not resume and checkpoints(folder) and not (folder / MARKER).exists():
-            raise _taken(folder, next(iter(checkpoints(folder).values())).name)
+        if not resume and list_checkpoints(folder) and not (folder / MARKER).exists():
+            raise _taken(folder, next(iter(list_checkpoints(folder).values())).name)
         return _mark(folder, resume)
 
 
@@ -228,7 +246,7 @@ def _write_marker(file: IO[str]) -> None:
 
 
 def _taken(folder: Path, evidence: str) -> OutputError:
-    has_checkpoints = bool(checkpoints(folder))
+    has_checkpoints = bool(list_checkpoints(folder))
     state = "" if has_checkpoints else ", which has left no checkpoint"
     afresh = "" if has_checkpoints else ", and starts afresh in the same folder"
     return OutputError(
@@ -261,3 +279,89 @@ def _removed_on_error(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # not made, or another run is in it by now
                 parent.rmdir()
         raise
+
+
+# -- checkpoints in it ----------------------------------------------------------------------------
+
+
+def folder_name(iteration: int) -> str:
+    """``checkpoint-000400``."""
+    return f"checkpoint-{iteration:06d}"
+
+
+def list_checkpoints(output_dir: Path) -> dict[int, Path]:
+    """List the folders with a checkpoint's name, intact or not, by iteration, the newest first."""
+    if not output_dir.is_dir():
+        return {}
+    folders = {
+        int(match[1]): path
+        for path in output_dir.iterdir()
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    }
+    return dict(sorted(folders.items(), reverse=True))
+
+
+def find_newest_checkpoint(output_dir: Path) -> Path | None:
+    """Find the newest checkpoint in a run's output folder, intact or damaged."""
+    return next(
+        (path for path in list_checkpoints(output_dir).values() if is_checkpoint_folder(path)), None
+    )
+
+
+def new_staging_folder(target: Path) -> Path:
+    """Make an empty folder beside ``target``, to be filled and then published."""
+    staging = target.with_name(f"{_STAGING}{target.name}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    return staging
+
+
+def publish(staging: Path, target: Path) -> None:
+    """Rename ``staging``, whose files are on the disk, to ``target``.
+
+    A folder of that name (damaged, or of a run that was resumed from before it) gives way. When
+    this returns, the new name is on the disk.
+    """
+    aside = target.with_name(f"{_REPLACED}{target.name}")
+    publish_folder(staging, target, aside=aside, files_are_synced=True)
+
+
+def clear_leftovers(output_dir: Path) -> None:
+    """Remove what a killed process left under dot names."""
+    if not output_dir.is_dir():
+        return
+    for path in sorted(output_dir.iterdir()):
+        if path.name.startswith(_REPLACED):
+            # Killed between the two renames of `publish`: the old one is still the newest.
+            target = path.with_name(path.name.removeprefix(_REPLACED))
+            if not target.exists():
+                path.rename(target)
+                continue
+        if path.name.startswith((_STAGING, _REPLACED, DELETED_PREFIX)):
+            logger.info("removed %s, left by a process that was killed", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def find_superseded(
+    metrics: Mapping[int, Mapping[str, float]],
+    *,
+    keep_last: int,
+    keep_every: int | None = None,
+    keep_best: KeepBestConfig | None = None,
+) -> tuple[int, ...]:
+    """Choose which of the intact checkpoints to delete, the oldest first.
+
+    The newest ``keep_last`` (at least 1) stay, multiples of ``keep_every``, and those that were
+    best by a metric; of equals the newer.
+
+    Args:
+        metrics: by iteration, what was measured in it.
+    """
+    best: set[int] = set()
+    if keep_best is not None:
+        sign = 1 if keep_best.mode == "min" else -1
+        measured = {i: m[keep_best.metric] for i, m in metrics.items() if keep_best.metric in m}
+        best.update(sorted(measured, key=lambda i: (sign * measured[i], -i))[: keep_best.count])
+    older = sorted(metrics)[:-keep_last]
+    return tuple(i for i in older if (keep_every is None or i % keep_every) and i not in best)

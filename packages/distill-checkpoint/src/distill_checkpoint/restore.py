@@ -11,9 +11,7 @@ from distill_protocols import Callback, CheckpointError, RunState, TensorInfo
 from distill_runtime import Ranks, read_json
 from torch import Tensor
 
-from distill_checkpoint.layout import json_of, rank_key, role_folder, state_path
-from distill_checkpoint.manifest import Contents
-from distill_checkpoint.optimizers import groups_problem, load_optimizer_state
+from distill_checkpoint.manifest import Contents, json_of, rank_key, role_folder, state_path
 from distill_checkpoint.resume_plan import CALLBACKS, ResumePlan
 from distill_checkpoint.snapshot import (
     averages,
@@ -22,8 +20,8 @@ from distill_checkpoint.snapshot import (
     schedulers,
     trained_modules,
 )
+from distill_checkpoint.state_dicts import groups_problem, load_optimizer_state, pack, unpack
 from distill_checkpoint.tensors import StoredTensors, read_tensors
-from distill_checkpoint.values import pack, unpack
 
 
 def check_plan(folder: Path, run: RunState, plan: ResumePlan) -> None:

@@ -17,8 +17,7 @@ from attrs import define, field, frozen
 from distill_protocols import Callback, CheckpointError, ModelBundle
 
 from distill_checkpoint.config import ChangesConfig
-from distill_checkpoint.layout import ModuleKey
-from distill_checkpoint.manifest import KINDS, Contents
+from distill_checkpoint.manifest import KINDS, Contents, ModuleKey
 from distill_checkpoint.snapshot import modules_by_kind
 
 CALLBACKS = "callbacks"

@@ -27,11 +27,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from distill_checkpoint.config import ChangesConfig
-from distill_checkpoint.layout import LOOP, ModuleKey, json_of, rank_key, role_folder, state_path
-from distill_checkpoint.manifest import Contents, write_json
-from distill_checkpoint.optimizers import optimizer_state
+from distill_checkpoint.manifest import (
+    LOOP,
+    Contents,
+    ModuleKey,
+    json_of,
+    rank_key,
+    role_folder,
+    state_path,
+    write_json,
+)
+from distill_checkpoint.state_dicts import optimizer_state, pack
 from distill_checkpoint.tensors import LocalShard, to_full, to_local, write_tensors
-from distill_checkpoint.values import pack
 
 # -- what there is in a run -----------------------------------------------------------------------
 

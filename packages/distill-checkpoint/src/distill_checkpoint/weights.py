@@ -13,38 +13,42 @@ from typing import Any
 
 import torch
 from attrs import field, frozen
-from distill_protocols import CheckpointError, ContractError, TensorInfo, WeightSource
+from distill_protocols import (
+    CheckpointError,
+    ContractError,
+    FamilyPlugin,
+    TensorInfo,
+    WeightSource,
+)
 from distill_runtime import FileInfo, UnreadableFileError, read_json, write_safetensors
 from torch import Tensor
 
-from distill_checkpoint.layout import (
+from distill_checkpoint.manifest import (
     CONFIG,
     LOOP,
-    ModuleKey,
-    json_of,
-    new_staging_folder,
-    publish,
-    role_folder,
-    state_path,
-)
-from distill_checkpoint.manifest import (
     Contents,
     Manifest,
+    ModuleKey,
     find_damage,
     inspect,
+    is_checkpoint_folder,
+    json_of,
     read_config,
+    role_folder,
+    state_path,
     write_json,
     write_manifest,
 )
+from distill_checkpoint.output_folder import new_staging_folder, publish
+from distill_checkpoint.state_dicts import pack, unpack
 from distill_checkpoint.tensors import SHARD_BYTES, StoredTensors, shard_name, sharding_metadata
-from distill_checkpoint.values import pack, unpack
 
 # -- reading --------------------------------------------------------------------------------------
 
 
 @frozen(eq=False)
 class StoredCheckpoint:
-    """One whole checkpoint, to read roles from. Nothing but small JSON is read to open it.
+    """One intact checkpoint, to read roles from. Nothing but small JSON is read to open it.
 
     Attributes:
         folder: where it is.
@@ -68,18 +72,18 @@ class StoredCheckpoint:
         """Compare ``folder`` with its manifest by names and sizes, and read what it lists.
 
         Raises:
-            CheckpointError: it is no whole checkpoint.
+            CheckpointError: it is no intact checkpoint.
         """
         folder = Path(folder)
         inspection = inspect(folder, checksums=False)
         if inspection.manifest is None:
-            raise _not_whole(folder, inspection.damage)
+            raise _not_intact(folder, inspection.damage)
         files = _VerifiedFiles(folder, inspection.manifest)
         files.verify([folder / LOOP, folder / CONFIG])
         try:
             contents, config = Contents.read(folder), read_config(folder)
         except UnreadableFileError as error:  # deleted since: its run keeps only the newest
-            raise _not_whole(folder, str(error)) from error
+            raise _not_intact(folder, str(error)) from error
         return cls(
             folder,
             contents.iteration,
@@ -233,10 +237,10 @@ class _VerifiedFiles:
         names = {path.relative_to(self._folder).as_posix() for path in paths} - self._verified
         unknown = sorted(names - self._manifest.files.keys())
         if unknown:
-            raise _not_whole(self._folder, f"{', '.join(unknown)} is not in its manifest")
+            raise _not_intact(self._folder, f"{', '.join(unknown)} is not in its manifest")
         damage = find_damage(self._folder, {name: self._manifest.files[name] for name in names})
         if damage:
-            raise _not_whole(self._folder, damage)
+            raise _not_intact(self._folder, damage)
         self._verified.update(names)
 
     def read_json(self, path: Path) -> Any:
@@ -244,18 +248,38 @@ class _VerifiedFiles:
         try:
             return read_json(path)
         except UnreadableFileError as error:  # deleted since: its run keeps only the newest
-            raise _not_whole(self._folder, str(error)) from error
+            raise _not_intact(self._folder, str(error)) from error
 
 
-def _not_whole(folder: Path, damage: str | None) -> CheckpointError:
+def _not_intact(folder: Path, damage: str | None) -> CheckpointError:
     return CheckpointError(
-        f"{folder} is not a whole checkpoint: {damage}. Nothing of it is used, because damaged "
+        f"{folder} is not an intact checkpoint: {damage}. Nothing of it is used, because damaged "
         "weights look like any others. Take another checkpoint of the run."
     )
 
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
+
+
+def read_start_weights(
+    path: str, role: str, *, ema: bool, family: FamilyPlugin[Any]
+) -> Mapping[str, WeightSource]:
+    """Open the weights in ``path``, by module.
+
+    Args:
+        path: a checkpoint's folder, or whatever the family reads: a model's folder or a hub id.
+            Folders are absolute, so that no folder is taken for a hub id.
+        role: which role of a checkpoint.
+        ema: a checkpoint's averaged weights instead of its live ones.
+
+    Raises:
+        DistillError: there are none, or they are damaged.
+    """
+    folder = Path(path)
+    if folder.is_absolute() and is_checkpoint_folder(folder):
+        return StoredCheckpoint.open(folder).weights(role, ema=ema)
+    return family.weights(path)
 
 
 # -- writing --------------------------------------------------------------------------------------
@@ -274,7 +298,7 @@ def write_weights_checkpoint(
     origin: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the new checkpoint ``folder``, whole or not at all, one tensor in memory at a time.
+    """Write the new checkpoint ``folder``, complete or not at all, one tensor in memory at a time.
 
     It has weights only: no update counts, generators or data position. So no run resumes from it,
     and warm starts, exports and ``StoredCheckpoint`` read it like any other.

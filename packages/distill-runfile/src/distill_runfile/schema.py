@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from attrs import field, frozen
-from distill_checkpoint import CheckpointConfig, checkpoints
+from distill_checkpoint import CheckpointConfig, list_checkpoints
 from distill_conditioning.config import ConditioningConfig, DataConfig
 from distill_protocols import (
     CallbackPlugin,
@@ -115,7 +115,7 @@ class Role:
         if f"roles.{self.spec.name}" in checkpoint.changes.added:
             return False
         resumes = checkpoint.resume not in ("none", "latest") or (
-            checkpoint.resume == "latest" and bool(checkpoints(output_dir))
+            checkpoint.resume == "latest" and bool(list_checkpoints(output_dir))
         )
         return resumes and self.spec.trainable and self.spec.lora is None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attrs import evolve
-from distill_checkpoint import checkpoints, is_checkpoint, role_problems
+from distill_checkpoint import is_checkpoint_folder, list_checkpoints, role_problems
 from distill_protocols import LoraSpec, Problem, below
 
 from distill_runfile.draft import ConfiguredFamily, Draft
@@ -96,7 +96,7 @@ def _init_problems(
 ) -> Iterator[Problem]:
     """What is wrong with the weights that a role shall start with; paths are keys of them."""
     path = Path(init_from.path)
-    stored = is_local(init_from.path) and is_checkpoint(path)
+    stored = is_local(init_from.path) and is_checkpoint_folder(path)
     if role.spec.heads is not None and not stored:
         yield Problem(
             ("path",),
@@ -109,7 +109,7 @@ def _init_problems(
         problems = list(role_problems(path, source, ema=init_from.ema))
         yield from problems or _stored_problems(path, source, role, family)
         return
-    inside = checkpoints(path) if is_local(init_from.path) else {}
+    inside = list_checkpoints(path) if is_local(init_from.path) else {}
     if inside:
         yield Problem(
             ("path",),
