@@ -145,7 +145,7 @@ def position_problem(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | 
         "shuffle": "shuffle was {} and is {}",
     }
     changed = [
-        text.format(saved[key], own[key])
+        text.format(str(saved[key]), str(own[key]))
         for key, text in texts.items()
         if key in saved and saved[key] != own[key]
     ]

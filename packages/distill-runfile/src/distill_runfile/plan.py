@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill_checkpoint import preview_resume
 from distill_conditioning import dataset_info
 from distill_protocols import RolePlan, RoleSpec
 
@@ -61,7 +62,7 @@ def describe(config: RunConfig, *, world_size: int = 1, device_memory: int | Non
         ("batch", _batch(config, world_size)),
         ("data", _data(config)),
         ("conditioning", _conditioning(config)),
-        ("output", [f"  {config.training.output_dir}"]),
+        ("output", [f"  {config.training.output_dir}", *_resume(config)]),
         *([("notes", [f"  {note}" for note in config.notes])] if config.notes else []),
     )
     head = f"{config.recipe.method} on {config.recipe.family}: {config.method_plugin.help}"
@@ -149,6 +150,14 @@ def _data(config: RunConfig) -> list[str]:
         f"{list(dataset.latent_shape or ())}; the run sees each {epochs:.2f} times",
         f"  {config.data.path}",
     ]
+
+
+def _resume(config: RunConfig) -> list[str]:
+    output_dir = Path(config.training.output_dir)
+    preview = preview_resume(config.checkpoint, output_dir, config.resolved)
+    if preview is None:
+        return []
+    return [f"  goes on from {preview.folder}", *(f"    {note}" for note in preview.notes)]
 
 
 def _conditioning(config: RunConfig) -> list[str]:
