@@ -1,8 +1,8 @@
 """What of a checkpoint goes into a run: everything, unless a rule says otherwise.
 
-Before any state is compared, it is which roles, optimizers, averages and callbacks there are (and the
-settings of the two run files: ``changed_settings.py``). What only one side has is an error that
-spells out the ``ChangesConfig`` with which it is meant.
+Which roles, optimizers, averages and callbacks there are is compared before any state is (as are
+the settings of the two run files, in ``changed_settings.py``). What only one side has is an error
+that spells out the ``ChangesConfig`` with which it is meant.
 """
 
 from __future__ import annotations
@@ -94,8 +94,9 @@ def plan_resume(
     both = set(rules.added) & set(rules.dropped)
     # In both lists: it restarts, once (see ``ChangesConfig``), as the checkpoint remembers it.
     anew = {key for key in saved & present if table.matches("anew", key)}
+    load = frozenset((saved & present) - anew)
     return ResumePlan(
-        load=frozenset((saved & present) - anew),
+        load=load,
         fresh=frozenset((present - saved) | anew),
         problems=(
             *_one_sided(only_saved, "is in the checkpoint but not in the run"),
@@ -106,9 +107,7 @@ def plan_resume(
         ),
         notes=tuple(table.notes()),
         other_settings=frozenset(
-            role
-            for role in changed_optimizers
-            if not any(k[:2] == ("optimizers", role) for k in anew)
+            key[1] for key in load if key[0] == "optimizers" and key[1] in changed_optimizers
         ),
         takes_other_data=DATA in both,
     )

@@ -92,7 +92,9 @@ _LAZY = {
         "adapter",
     ),
     **dict.fromkeys(["Batch", "BatchLoader", "Condition", "ConditioningProvider"], "batch"),
-    **dict.fromkeys(["DTYPES", "ModelBundle", "RestartableSchedule", "RoleHandle", "WeightAverage"], "bundle"),
+    **dict.fromkeys(
+        ["DTYPES", "ModelBundle", "RestartableSchedule", "RoleHandle", "WeightAverage"], "bundle"
+    ),
     **dict.fromkeys(["Callback", "Checkpointer", "RunState", "StepRecord", "Tracker"], "callbacks"),
     **dict.fromkeys(["StepResult", "TrainableMethod"], "method"),
     **dict.fromkeys(["CallPlan", "ModulePlan", "RolePlan", "TensorPlan"], "plans"),
