@@ -153,7 +153,8 @@ def _load_position(run: RunState, position: Any, plan: ResumePlan) -> list[str]:
     except DataError as error:
         if plan.takes_other_data:
             return [
-                f"{DATA} is dropped and added (changes): it is read from its beginning ({error})"
+                f"{DATA} is dropped and added (changes): another data set than that of the "
+                "checkpoint is read, from its beginning"
             ]
         raise DataError(
             f"{error} Or state that another data set is meant, which is then read from its "
