@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from distill_conditioning import DataConfig, LatentDataset, ShardWriter, dataset_info
+from distill_conditioning import (
+    CachedConditioning,
+    ConditioningConfig,
+    DataConfig,
+    LatentDataset,
+    ShardWriter,
+    dataset_info,
+)
 from distill_conditioning.reading import map_tensors
 from distill_conditioning.writing import write_tensors
 from distill_protocols import Condition, ConditioningError, DataError
@@ -263,3 +271,19 @@ def test_a_writer_whose_only_samples_were_refused_writes_no_data_set(tmp_path):
     with pytest.raises(DataError, match="at least one"):
         writer.close()
     assert not (tmp_path / "index.json").exists()
+
+
+def test_files_are_readable_as_the_umask_allows(tmp_path, encoder):
+    before = os.umask(0o027)
+    try:
+        with ShardWriter(tmp_path / "data") as writer:
+            writer.set_negative("", encoder.encode_neg_condition(""))
+            writer.add(*_some(2))
+        CachedConditioning(
+            ConditioningConfig(), encoder=encoder, output_dir=tmp_path / "run"
+        ).encode(["a"])
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 4, "a shard, constants, an index and a cached prompt"
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
