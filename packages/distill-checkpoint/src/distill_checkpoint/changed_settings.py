@@ -162,14 +162,13 @@ def change_notes(
             f"the optimizer of {role} goes on with {settings}; its moments and its count of steps "
             "stay"
         )
-    told = {change.key for changes in by_role.values() for change in changes}
-    # What all roles' settings are derived from, and each role's is told.
-    told |= {f"training.optimizer.{key.partition('.optimizer.')[2]}" for key in told}
+    told = {change.key for role in kept for change in by_role[role]}
+    # training.optimizer is what settings of roles are derived from, and each role's are told.
+    derived = {change.key.partition(".optimizer.")[2] for c in by_role.values() for change in c}
+    told |= {f"training.optimizer.{setting}" for setting in derived}
     for change in changed:
         note = ""
-        if change.key in told and (match := _OPTIMIZER.fullmatch(change.key)) is None:
-            continue
-        if change.key in told and match and match["role"] in kept:
+        if change.key in told:
             continue
         if change.key == "training.max_train_steps" and schedules:
             note = (
