@@ -105,7 +105,7 @@ def test_a_warm_start_or_an_export_from_a_checkpoint(tmp_path, evil, plant, ema)
 
 def test_a_data_sets_shard(tmp_path, evil, plant):
     text = Condition({"text": torch.ones(2, 3, 4)})
-    with ShardWriter(tmp_path / "data", encoder=None) as writer:
+    with ShardWriter(tmp_path / "data") as writer:
         writer.add(["a", "b"], ["x", "y"], torch.ones(2, 2, 1, 2, 2), text)
     [shard] = (tmp_path / "data").glob("shard-*.safetensors")
     plant(shard)

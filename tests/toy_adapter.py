@@ -203,8 +203,11 @@ class ToyAdapter:
     def encode_neg_condition(self, raw_neg_cond: str) -> Condition:
         raise NotImplementedError
 
-    def condition_fingerprint(self) -> str:
-        return "toy"
+    def condition_fingerprint(self) -> dict[str, str]:
+        return {"toy.text": "1"}
+
+    def latent_fingerprint(self) -> dict[str, str]:
+        return {"toy.vae": "1"}
 
     def chunks(self, role: str, frames: int | None = None) -> tuple[Chunk, ...]:
         frames = LATENT_SHAPE[1] if frames is None else frames

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 SHAPE = (2, 1, 2, 2)
 TEXT = (3, 4)
 FINGERPRINT = "encoder-a"
+"""Hash of the weights of a text encoder."""
 
 
 def embedding(text: str) -> Tensor:
@@ -53,8 +54,11 @@ class CountingEncoder:
         self.loads += not self._kept
         return Condition({"text": -embedding(raw_neg_cond)})
 
-    def condition_fingerprint(self) -> str | None:
-        return self.fingerprint
+    def condition_fingerprint(self) -> Mapping[str, str]:
+        return {} if self.fingerprint is None else {"text_encoder.weights": self.fingerprint}
+
+    def latent_fingerprint(self) -> Mapping[str, str]:
+        return {"vae.weights": "vae-a"}
 
     def encode(self, video: Tensor) -> Tensor:
         # [B, 3, F, H, W] -> [B, 2, F, H / 2, W / 2]
@@ -73,7 +77,8 @@ def write_dataset(
     latents = torch.arange(samples).view(-1, 1, 1, 1, 1).expand(-1, *SHAPE).float()
     words = [f"word {i % captions}" for i in range(samples)]
     encoder = CountingEncoder()
-    with ShardWriter(folder, encoder=FINGERPRINT, shard_bytes=shard_bytes) as writer:
+    fingerprint = encoder.condition_fingerprint()
+    with ShardWriter(folder, fingerprint=fingerprint, shard_bytes=shard_bytes) as writer:
         if negative is not None:
             writer.set_negative(negative, encoder.encode_neg_condition(negative))
         ids = [f"clip-{i}" for i in range(samples)]

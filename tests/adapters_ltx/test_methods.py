@@ -74,7 +74,7 @@ def data(folder_of, tmp_path_factory) -> Path:
     clips = (
         (f"clip-{i}", PROMPT, torch.rand(3, 17, 64, 96, generator=generator)) for i in range(6)
     )
-    with ShardWriter(folder, encoder=adapter.condition_fingerprint()) as writer:
+    with ShardWriter(folder) as writer:
         preprocess(clips, adapter, writer, negative_prompt=NEGATIVE)
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import attrs
 import pytest
@@ -233,23 +234,34 @@ def test_text_as_stock_wan_encodes_it(adapter, pipeline_template):
     assert len(adapter.encode_neg_condition("")) == 1
 
 
-def test_fingerprint_follows_weights_tokenizer_and_length(make_adapter, pipeline, config):
-    from safetensors.torch import load_file, save_file
-
+def test_fingerprint_follows_length_and_precision(make_adapter, pipeline, config):
     def fingerprint(**change):
         adapter, _ = make_adapter(config=attrs.evolve(config, **change), source=pipeline)
         return adapter.condition_fingerprint()
 
-    seen = [fingerprint(), fingerprint(max_sequence_length=5)]
-    assert fingerprint() == seen[0]
-    file = pipeline / "text_encoder/model.safetensors"
-    weights = load_file(file)
-    weights["shared.weight"][3, 3] += 1e-3
-    save_file(weights, file, metadata={"format": "pt"})
-    seen.append(fingerprint())
-    (pipeline / "tokenizer/tokenizer_config.json").write_text("{}")
-    seen.append(fingerprint())
-    assert len(set(seen)) == 4
+    first = fingerprint()
+    assert fingerprint() == first
+    for option, value, entry in (
+        ("max_sequence_length", 5, "text_encoder.length"),
+        ("text_encoder_precision", "bf16", "text_encoder.precision"),
+    ):
+        other = fingerprint(**{option: value})
+        assert {name for name in first if other[name] != first[name]} == {entry, "encoder"}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"latents_mean": [0.5]}, "statistics of 1 "),
+        ({"latents_std": [0.0] * 4}, "above 0"),
+        ({"latents_std": [1.0, 1.0, 1.0, float("inf")]}, "finite"),
+    ],
+)
+def test_statistics_that_cannot_normalise_are_refused(make_adapter, pipeline, change, word):
+    file = pipeline / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(WeightsError, match=word):
+        make_adapter(source=pipeline)
 
 
 def test_an_untied_embedding_is_refused(make_adapter, pipeline, monkeypatch):
@@ -274,7 +286,7 @@ def test_a_missing_text_encoder_is_told_when_it_is_needed(make_adapter, pipeline
 
     shutil.rmtree(pipeline / "text_encoder")
     adapter, _ = make_adapter(source=pipeline, teacher=(False, "fp32"))
-    assert adapter.condition_fingerprint() is None
+    assert adapter.condition_fingerprint() == {}
     with pytest.raises(WeightsError, match="store the embeddings"):
         adapter.encode_condition(["a"])
 
@@ -293,7 +305,7 @@ def test_a_fingerprint_is_never_worth_a_download(make_adapter, pipeline_template
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     config = make_adapter(teacher=(False, "fp32"))[0]._config
     encoders = wan_encoders("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", config, device=torch.device("cpu"))
-    assert encoders.fingerprint() is None
+    assert encoders.fingerprint() == {}
     assert asked == [True]
 
 

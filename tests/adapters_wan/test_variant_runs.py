@@ -32,7 +32,7 @@ def values(folder_of, tmp_path):
     def values(name, method="finetune"):
         variant, path = VARIANTS[name], folder_of(name)
         adapter = WanAdapter(ModelBundle({}), variant.config, source=path)
-        with ShardWriter(tmp_path / "data", encoder=adapter.condition_fingerprint()) as writer:
+        with ShardWriter(tmp_path / "data") as writer:
             encoder = _Encoder(name, path) if variant.image else adapter
             preprocess(clips(), encoder, writer, negative_prompt="", first_frames=variant.image)
         roles = {"student": {"path": path}}

@@ -170,7 +170,11 @@ def test_other_numbers_of_ranks_go_on_in_the_same_stream(dataset_of, samples, se
 
 @pytest.mark.parametrize(
     ("samples", "seed", "shuffle", "word"),
-    [(8, 0, True, "7 and is 8"), (7, 1, True, "seed was 0"), (7, 0, False, "shuffle was True")],
+    [
+        (8, 0, True, "7 samples and has 8"),
+        (7, 1, True, "seed was 0"),
+        (7, 0, False, "shuffle was True"),
+    ],
 )
 def test_a_position_of_another_order_is_refused(dataset_of, samples, seed, shuffle, word):
     state = LatentLoader(dataset_of(7), batch_size=2, seed=0).state_dict()

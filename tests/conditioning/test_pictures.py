@@ -38,8 +38,11 @@ class Pictured:
     def encode_neg_condition(self, raw_neg_cond):
         return Condition({"text": torch.full((1, 3, 4), -1.0)})
 
+    def latent_fingerprint(self):
+        return {}
+
     def condition_fingerprint(self):
-        return "encoder"
+        return {"text_encoder.weights": "encoder"}
 
     def with_image(self, cond, images):
         return Condition({"image_latents": images.flatten(1)}).merged_onto(cond)
@@ -58,7 +61,7 @@ def clips(count=6):
 @pytest.fixture
 def folder(tmp_path):
     encoder = Pictured()
-    with ShardWriter(tmp_path / "d", encoder=encoder.condition_fingerprint()) as writer:
+    with ShardWriter(tmp_path / "d", fingerprint=encoder.condition_fingerprint()) as writer:
         preprocess(clips(), encoder, writer, negative_prompt="", batch_size=4, first_frames=True)
     return tmp_path / "d"
 
@@ -78,7 +81,7 @@ def test_clips_of_one_caption_keep_their_own_pictures(folder):
 
 
 def test_equal_conditions_are_still_stored_once(tmp_path):
-    with ShardWriter(tmp_path / "d", encoder=None) as writer:
+    with ShardWriter(tmp_path / "d") as writer:
         for i in range(6):
             cond = Condition({"text": embedding("a"), "image": torch.full((1, 2), float(i % 2))})
             writer.add([str(i)], ["a"], torch.zeros(1, 2, 1, 2, 2), cond)
@@ -117,7 +120,7 @@ def test_what_the_model_reads_of_a_picture_must_be_there(folder, tmp_path):
 
 
 def test_pictures_are_of_one_size(tmp_path):
-    writer = ShardWriter(tmp_path / "d", encoder=None)
+    writer = ShardWriter(tmp_path / "d")
     latents = torch.zeros(1, 2, 1, 2, 2)
     writer.add(["a"], ["x"], latents, Condition({"text": embedding("x"), "p": torch.zeros(1, 2)}))
     with pytest.raises(DataError, match="must be alike"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from distill_conditioning import DataConfig, LatentDataset, ShardWriter, preprocess
-from distill_protocols import ConditioningError, DataError
+from distill_protocols import DataError
 
 
 def _clips(count: int):
@@ -16,9 +16,7 @@ def _clips(count: int):
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_every_clip_arrives_with_its_caption(tmp_path, encoder, batch_size):
-    with ShardWriter(
-        tmp_path, encoder="encoder-a", shard_bytes=200, latent_dtype="float32"
-    ) as writer:
+    with ShardWriter(tmp_path, shard_bytes=200, latent_dtype="float32") as writer:
         count = preprocess(
             _clips(10), encoder, writer, negative_prompt="ugly", batch_size=batch_size
         )
@@ -37,7 +35,11 @@ def test_every_clip_arrives_with_its_caption(tmp_path, encoder, batch_size):
         assert torch.equal(batch.cond.tensors["text"][i], text[0])
     stored = dataset.negative()
     assert stored is not None
-    assert (stored.prompt, stored.encoder) == ("ugly", "encoder-a")
+    assert stored.prompt == "ugly"
+    assert dataset.index.fingerprint == {
+        "text_encoder.weights": "encoder-a",
+        "vae.weights": "vae-a",
+    }
     negative = encoder.encode_neg_condition("ugly").tensors["text"]
     assert torch.equal(stored.condition.tensors["text"], negative)
 
@@ -54,13 +56,28 @@ def test_every_clip_arrives_with_its_caption(tmp_path, encoder, batch_size):
 def test_a_bad_clip_is_named_and_leaves_no_data_set(tmp_path, encoder, clip, word):
     with (
         pytest.raises(DataError, match=word),
-        ShardWriter(tmp_path, encoder="encoder-a", shard_bytes=1) as writer,
+        ShardWriter(tmp_path, shard_bytes=1) as writer,
     ):
         preprocess([*_clips(4), clip], encoder, writer, negative_prompt=None, batch_size=1)
     assert not (tmp_path / "index.json").exists()
 
 
 def test_the_writer_must_note_the_encoder_that_is_used(tmp_path, encoder):
-    writer = ShardWriter(tmp_path, encoder="encoder-b")
-    with pytest.raises(ConditioningError, match=r"encoder-b.*encoder-a"):
+    writer = ShardWriter(tmp_path, fingerprint={"text_encoder.weights": "encoder-b"})
+    with pytest.raises(DataError, match=r"text_encoder\.weights was encoder-b and is encoder-a"):
         preprocess(_clips(1), encoder, writer, negative_prompt=None)
+
+
+def test_a_part_that_is_downloaded_meanwhile_is_recorded_too(tmp_path, make_encoder):
+    late = make_encoder(None)
+    encode = late.encode
+
+    def download_and_encode(video):
+        late.fingerprint = "encoder-a"
+        return encode(video)
+
+    late.encode = download_and_encode
+    with ShardWriter(tmp_path) as writer:
+        preprocess(_clips(1), late, writer, negative_prompt=None)
+    index = LatentDataset(DataConfig(path=str(tmp_path))).index
+    assert index.fingerprint["text_encoder.weights"] == "encoder-a"

@@ -67,6 +67,22 @@ def test_a_data_set_of_another_encoder_is_refused_with_both(provide, make_encode
         provide(stored="", by=make_encoder("encoder-b"))
 
 
+def test_what_is_accepted_may_differ(tmp_path, make_folder, make_encoder):
+    folder = make_folder(tmp_path / "data", 3, negative="")
+
+    def build(*accept: str) -> CachedConditioning:
+        return CachedConditioning(
+            ConditioningConfig(),
+            encoder=make_encoder("encoder-b"),
+            dataset=LatentDataset(DataConfig(path=str(folder), accept=accept)),
+            output_dir=tmp_path,
+        )
+
+    with pytest.raises(ConditioningError, match=r"text_encoder\.weights is encoder-a"):
+        build("tokenizer")
+    assert len(build("text_encoder").negative()) == 1
+
+
 def test_an_unknown_encoder_is_taken_at_the_data_sets_word(provide, make_encoder):
     assert len(provide(stored="", by=make_encoder(None)).negative()) == 1
 

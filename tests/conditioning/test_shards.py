@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from distill_conditioning import DataConfig, LatentDataset, ShardWriter, dataset_info
+from distill_conditioning import (
+    CachedConditioning,
+    ConditioningConfig,
+    DataConfig,
+    LatentDataset,
+    ShardWriter,
+    dataset_info,
+)
 from distill_conditioning.reading import map_tensors
 from distill_conditioning.writing import write_tensors
 from distill_protocols import Condition, ConditioningError, DataError, OutputError
@@ -34,7 +42,12 @@ def _some(count: int, seed: int = 0) -> tuple[list[str], list[str], torch.Tensor
 def test_round_trip_however_it_is_cut(tmp_path_factory, cuts, shard_bytes):
     folder = tmp_path_factory.mktemp("cut")
     ids, captions, latents, condition = _some(sum(cuts))
-    with ShardWriter(folder, encoder="e", shard_bytes=shard_bytes, latent_dtype="float32") as w:
+    with ShardWriter(
+        folder,
+        fingerprint={"text_encoder.weights": "e"},
+        shard_bytes=shard_bytes,
+        latent_dtype="float32",
+    ) as w:
         start = 0
         for cut in cuts:
             rows = slice(start, start + cut)
@@ -54,7 +67,7 @@ def test_round_trip_however_it_is_cut(tmp_path_factory, cuts, shard_bytes):
 
 def test_latents_are_stored_in_half_and_given_in_full_precision(tmp_path):
     ids, captions, latents, condition = _some(3)
-    with ShardWriter(tmp_path, encoder=None) as writer:
+    with ShardWriter(tmp_path) as writer:
         writer.add(ids, captions, latents, condition)
     batch = _open(tmp_path).read(torch.tensor([2, 0]))
     assert batch.latents.dtype == torch.float32
@@ -153,7 +166,7 @@ def test_a_file_that_is_no_safetensors_is_a_problem_though_its_size_is_right(
 def test_a_shard_of_another_data_set_is_refused(tmp_path, make_folder):
     folder = make_folder(tmp_path / "a", 4, shard_bytes=10**6)
     ids, captions, latents, condition = _some(4)
-    with ShardWriter(tmp_path / "b", encoder=None) as writer:
+    with ShardWriter(tmp_path / "b") as writer:
         writer.add(ids, captions, latents, condition)
     shard = folder / "shard-00000.safetensors"
     shard.write_bytes((tmp_path / "b" / shard.name).read_bytes())
@@ -178,7 +191,7 @@ def test_an_interrupted_writer_leaves_no_data_set_and_says_so_next_time(tmp_path
     ids, captions, latents, condition = _some(4)
 
     def interrupted() -> None:
-        with ShardWriter(tmp_path, encoder=None, shard_bytes=1) as writer:
+        with ShardWriter(tmp_path, shard_bytes=1) as writer:
             writer.add(ids, captions, latents, condition)
             raise KeyboardInterrupt
 
@@ -187,7 +200,7 @@ def test_an_interrupted_writer_leaves_no_data_set_and_says_so_next_time(tmp_path
     assert not (tmp_path / "index.json").exists()
     assert "interrupted" in dataset_info(tmp_path).problems[0]
     with pytest.raises(DataError, match="interrupted"):
-        ShardWriter(tmp_path, encoder=None)
+        ShardWriter(tmp_path)
 
 
 def test_a_shard_that_cannot_be_written_leaves_no_part(tmp_path, monkeypatch):
@@ -198,7 +211,7 @@ def test_a_shard_that_cannot_be_written_leaves_no_part(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("distill_conditioning.writing.save_file", full_disk)
-    writer = ShardWriter(tmp_path, encoder=None, shard_bytes=1)
+    writer = ShardWriter(tmp_path, shard_bytes=1)
     with pytest.raises(OSError, match="No space"):
         writer.add(ids, captions, latents, condition)
     assert list(tmp_path.iterdir()) == []
@@ -207,12 +220,12 @@ def test_a_shard_that_cannot_be_written_leaves_no_part(tmp_path, monkeypatch):
 def test_a_writer_refuses_a_folder_that_holds_a_data_set(tmp_path, make_folder):
     make_folder(tmp_path, 4)
     with pytest.raises(DataError, match="already"):
-        ShardWriter(tmp_path, encoder=None)
+        ShardWriter(tmp_path)
 
 
 def test_a_writer_refuses_what_cannot_be_batched_or_trained_on(tmp_path):
     ids, captions, latents, condition = _some(4)
-    writer = ShardWriter(tmp_path, encoder=None)
+    writer = ShardWriter(tmp_path)
     writer.add(ids, captions, latents, condition)
     with pytest.raises(DataError, match=r"id 0.*\[2, 2, 4, 5\]"):
         writer.add(ids, captions, latents[:, :, :2], condition)
@@ -221,13 +234,13 @@ def test_a_writer_refuses_what_cannot_be_batched_or_trained_on(tmp_path):
     latents[2, 0, 0, 0, 0] = 70_000  # inf in float16
     with pytest.raises(DataError, match=r"id 2.*float16"):
         writer.add(ids, captions, latents, condition)
-    with pytest.raises(DataError, match="at least one"), ShardWriter(tmp_path, encoder=None):
+    with pytest.raises(DataError, match="at least one"), ShardWriter(tmp_path):
         pass
 
 
 def test_constants_that_do_not_fit_the_samples_are_refused(tmp_path):
     ids, captions, latents, condition = _some(2)
-    with ShardWriter(tmp_path, encoder=None) as writer:
+    with ShardWriter(tmp_path) as writer:
         writer.add(ids, captions, latents, condition)
         writer.set_negative("", Condition({"text": torch.zeros(1, 9, 4)}))
     with pytest.raises(ConditioningError, match=r"constants.*9"):
@@ -262,9 +275,25 @@ def test_a_second_writer_is_refused_while_the_first_one_writes(tmp_path):
 
 def test_a_writer_whose_only_samples_were_refused_writes_no_data_set(tmp_path):
     ids, captions, latents, condition = _some(2)
-    writer = ShardWriter(tmp_path, encoder=None)
+    writer = ShardWriter(tmp_path)
     with pytest.raises(DataError, match="not finite"):
         writer.add(ids, captions, latents * float("nan"), condition)
     with pytest.raises(DataError, match="at least one"):
         writer.close()
     assert not (tmp_path / "index.json").exists()
+
+
+def test_files_are_readable_as_the_umask_allows(tmp_path, encoder):
+    before = os.umask(0o027)
+    try:
+        with ShardWriter(tmp_path / "data") as writer:
+            writer.set_negative("", encoder.encode_neg_condition(""))
+            writer.add(*_some(2))
+        CachedConditioning(
+            ConditioningConfig(), encoder=encoder, output_dir=tmp_path / "run"
+        ).encode(["a"])
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 4, "a shard, constants, an index and a cached prompt"
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}

@@ -49,7 +49,8 @@ def fill(made: TrajectoryFolder, shard: int) -> None:
 
 
 def finish(made: TrajectoryFolder):
-    return made.finish(negative=("", Condition({"text": -embedding("")})), encoder=FINGERPRINT)
+    negative = ("", Condition({"text": -embedding("")}))
+    return made.finish(negative=negative, fingerprint={"text_encoder.weights": FINGERPRINT})
 
 
 def whole(path: Path, samples: int = 10) -> Path:

@@ -6,6 +6,7 @@ import gc
 import shutil
 import weakref
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def folder(template, tmp_path) -> Path:
     return Path(shutil.copytree(template, tmp_path / "pipeline"))
 
 
-def encoders_of(folder: Path, *, settings: tuple[object, ...] = (8,)) -> TextEncoders:
+def encoders_of(folder: Path, *, settings=MappingProxyType({"text_encoder.length": 8})):
     return TextEncoders(str(folder), PARTS, settings=settings, device=torch.device("cpu"))
 
 
@@ -67,14 +68,18 @@ def test_all_stay_loaded_within_and_none_outside(folder, monkeypatch):
 
 def test_a_fingerprint_is_of_all_encoders_and_settings(folder):
     first = encoders_of(folder).fingerprint()
-    assert first is not None
+    assert first["text_encoder.length"] == "8"
     assert encoders_of(folder).fingerprint() == first
-    assert encoders_of(folder, settings=(9,)).fingerprint() != first
+    longer = encoders_of(folder, settings={"text_encoder.length": 9}).fingerprint()
+    differ = {name for name in first if longer[name] != first[name]}
+    assert differ == {"text_encoder.length", "encoder"}
     config = folder / "text_encoder_2" / "config.json"
-    config.write_text(config.read_text() + "\n")
-    assert encoders_of(folder).fingerprint() != first
+    config.write_text(config.read_text().replace('"num_heads": 2', '"num_heads": 1'))
+    other = encoders_of(folder).fingerprint()
+    differ = {name for name in first if other[name] != first[name]}
+    assert differ == {"text_encoder_2.config.num_heads", "encoder"}
     shutil.rmtree(folder / "tokenizer_2")
-    assert encoders_of(folder).fingerprint() is None
+    assert encoders_of(folder).fingerprint() == {}
 
 
 def test_an_encoder_that_is_missing_or_wrong_is_refused(folder):

@@ -146,7 +146,9 @@ def toy_ways(path: Path) -> Path:
         trajectories.write(shard, rows)
     stored = source.negative()
     assert stored is not None
-    trajectories.finish(negative=(stored.prompt, stored.condition), encoder=source.index.encoder)
+    trajectories.finish(
+        negative=(stored.prompt, stored.condition), fingerprint=source.index.computed_by
+    )
     return path
 
 

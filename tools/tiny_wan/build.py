@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from distill_adapters_wan import WanAdapter, WanPipelineConfig
+from distill_adapters_wan import PLUGIN, WanPipelineConfig
 from distill_conditioning import ShardWriter
 from distill_evaluation import (
     Judge,
@@ -18,7 +18,7 @@ from distill_evaluation import (
     frechet_distance,
     within_group_variance,
 )
-from distill_protocols import Condition, ModelBundle
+from distill_protocols import Condition, Fingerprint
 from distill_runtime import replace_file
 from folders import replacing_folder
 from judge_training import JudgeTraining, train_judge
@@ -63,7 +63,7 @@ def build_data(out: Path) -> None:
     captions = clips.captions()
     row = {caption: index for index, caption in enumerate(all_captions())}
     with replacing_folder(out / "data") as staging:
-        with ShardWriter(staging, encoder=_encoder_fingerprint(out)) as writer:
+        with ShardWriter(staging, fingerprint=_fingerprint(out)) as writer:
             writer.set_negative("", Condition({"text": embeddings[-1:]}))
             ids = [f"digit-{number:05d}" for number in range(TRAIN_CLIPS)]
             text = embeddings[torch.tensor([row[caption] for caption in captions])]
@@ -83,11 +83,10 @@ def _save_config(vae: AutoencoderKLWan, folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _encoder_fingerprint(out: Path) -> str | None:
-    """What the adapter calls the text encoder: a run refuses a data set of another one."""
+def _fingerprint(out: Path) -> Fingerprint:
+    """What computes the data set: a run refuses one of other parts than its own."""
     config = WanPipelineConfig(num_frames=9, height=32, width=32, max_sequence_length=8)
-    adapter = WanAdapter(ModelBundle({}), config, source=str((out / "wan").resolve()))
-    return adapter.condition_fingerprint()
+    return PLUGIN.fingerprint(config, source=str((out / "wan").resolve()))
 
 
 def build_judge(out: Path) -> None:

@@ -140,7 +140,10 @@ def _attach_optimizers(config: RunConfig, bundle: ModelBundle) -> None:
     scaled = any(r.trainable and r.precision == "fp16" for r in bundle.roles.values())
     for name, role in config.roles.items():
         if role.optimizer is not None:
-            steps = horizons(config, name) or horizon(config, name)
+
+            def steps(after: int, name: str = name) -> int | dict[str, int]:
+                return horizons(config, name, after=after) or horizon(config, name, after=after)
+
             build_optimizers(bundle[name], role.optimizer, horizon=steps, scaled=scaled)
 
 

@@ -50,6 +50,8 @@ def run(config: RunConfig, *, again: Collection[str] = ()) -> TrainResult:
                 _log.info("%s", _opening(config, parts, distribution))
                 for warning in export_warnings(config):
                     _log.warning("%s", warning)
+                for note in config.notes:
+                    _log.info("%s", note)
                 result = parts.trainer.run(parts.method, parts.loader)
                 # torchrun ends all as soon as one ends with a status: the first may still be busy
                 # with its trackers.

@@ -24,6 +24,7 @@ def describe(config: SampledConfig[TrajectoriesConfig]) -> str:
         f"  kept: x_t at t = {', '.join(f'{t:.6g}' for t in own.times)}, and the clip",
         *_size(config, own),
         f"  into {own.output_dir}",
+        *(f"  {note}" for note in config.notes),
     ]
     return "\n".join(lines)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import define, frozen
+from attrs import define, evolve, frozen
 from distill_checkpoint import read_start_weights
 from distill_conditioning import (
     CachedConditioning,
@@ -110,6 +110,8 @@ def _make(
     )
     missing = folder.missing(worker.rank, worker.size)
     _log.info("%s", _opening(config, own, folder, worker, missing, device))
+    for note in config.notes:
+        _log.info("%s", note)
     progress = Progress(total=sum(len(folder.span(shard)) for shard in missing))
     for shard in missing:
         rows = ShardRows()
@@ -119,7 +121,7 @@ def _make(
             teacher.add(folder, rows, numbers)
             progress.advance(len(numbers))
         folder.write(shard, rows)
-    index = folder.finish(negative=negative, encoder=source.index.encoder)
+    index = folder.finish(negative=negative, fingerprint=source.index.computed_by)
     if index is None:
         left = len(folder.missing())
         _log.info("this process is done; %d shard(s) are still with others", left)
@@ -215,7 +217,10 @@ def settings(config: SampledConfig[TrajectoriesConfig], source: LatentDataset) -
             "init_from": None if start is None else to_plain(start),
         },
         "pipeline_config": to_plain(config.pipeline),
-        "captions": hashlib.sha256(source.index.to_json().encode()).hexdigest(),
+        # Without the fingerprint, which earlier releases did not record: their folders go on.
+        "captions": hashlib.sha256(
+            evolve(source.index, fingerprint={}).to_json().encode()
+        ).hexdigest(),
         "negative_prompt": config.conditioning.negative_prompt,
         "sampler": to_plain(own.sampler),
         "times": list(own.times),

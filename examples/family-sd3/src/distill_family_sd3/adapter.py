@@ -27,7 +27,7 @@ class SD3Adapter(ImageAdapter):
         self._text = TextEncoders(
             source,
             numbered_parts(source, TEXT_ENCODERS),
-            settings=[config.max_sequence_length],
+            settings=PLUGIN.text_settings(config),
             device=device_of(bundle),
         )
         super().__init__(bundle, PLUGIN, config, source=source, encoders=self._text)

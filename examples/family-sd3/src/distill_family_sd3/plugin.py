@@ -50,6 +50,9 @@ class SD3Family(DiffusersFamily[SD3PipelineConfig]):
             "pooled": (transformer.get("pooled_projection_dim", 2048),),
         }
 
+    def text_settings(self, config: SD3PipelineConfig) -> Mapping[str, object]:
+        return {"text_encoder.length": config.max_sequence_length}
+
     def fit_problems(
         self, role: RoleSpec, config: SD3PipelineConfig, model: ModelDescription
     ) -> Iterator[str]:

@@ -68,6 +68,9 @@ class LtxFamily(DiffusersFamily[LTXPipelineConfig]):
         length = config.max_sequence_length
         return {TEXT: (length, width), TEXT_MASK: (length,)}
 
+    def text_settings(self, config: LTXPipelineConfig) -> Mapping[str, object]:
+        return config.text_settings
+
     def call_model(self, role: RoleHandle, inputs: Mapping[str, Tensor]) -> Tensor:
         from distill_adapters_ltx.adapter import call_transformer
 

@@ -18,8 +18,7 @@ def ltx_encoders(source: str, config: LTXPipelineConfig, *, device: torch.device
         model="transformers.models.t5.modeling_t5:T5EncoderModel",
         dtype=DTYPES[config.text_encoder_precision],
     )
-    settings = (config.max_sequence_length, config.text_encoder_precision)
-    return TextEncoders(source, [part], settings=settings, device=device)
+    return TextEncoders(source, [part], settings=config.text_settings, device=device)
 
 
 @torch.no_grad()

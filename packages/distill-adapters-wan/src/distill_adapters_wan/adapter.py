@@ -22,6 +22,7 @@ from distill_diffusers.adapter import (
 )
 from distill_diffusers.calls.features import FeatureLayout, Features
 from distill_diffusers.components.codec import VideoCodec
+from distill_diffusers.fingerprints import image_fingerprint
 from distill_diffusers.folders import fetch
 from distill_diffusers.model_configs import read_config
 from distill_diffusers.sampling import sampler
@@ -34,6 +35,7 @@ from distill_protocols import (
     ConditioningError,
     ContractError,
     ExpertRouting,
+    Fingerprint,
     ImageConditioning,
     ModelBundle,
     RoleHandle,
@@ -323,6 +325,10 @@ class WanAdapter(FlowMatchingAdapter):
         text = encode_text(self._text, raw_cond, self._config.max_sequence_length)
         cond = Condition({TEXT: text})
         return cond if images is None else self.with_image(cond, images)
+
+    def condition_fingerprint(self) -> Fingerprint:
+        """Name UMT5, its tokenizer and settings, and an encoder of first frames if there is one."""
+        return {**super().condition_fingerprint(), **image_fingerprint(self._codec.source)}
 
     # -- causal roles -------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from attrs import field, frozen
@@ -44,6 +45,14 @@ class WanPipelineConfig:
         default="fp32", validator=in_(("fp32", "bf16"))
     )
     causal: CausalConfig | None = None
+
+    @property
+    def text_settings(self) -> Mapping[str, object]:
+        """What an embedding depends on beside encoder and tokenizer, by entry of a fingerprint."""
+        return {
+            "text_encoder.length": self.max_sequence_length,
+            "text_encoder.precision": self.text_encoder_precision,
+        }
 
     @num_frames.validator
     def _check_frames(self, attribute: object, value: int) -> None:

@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from distill_diffusers.descriptions import LatentInfo, ModelDescription
 from distill_diffusers.family import DiffusersFamily
+from distill_diffusers.fingerprints import image_fingerprint
 from distill_diffusers.folders import locate
 from distill_diffusers.model_configs import read_config
-from distill_protocols import Capabilities, ForeignNames, Problem, RoleSpec, WeightsError
+from distill_protocols import (
+    Capabilities,
+    Fingerprint,
+    ForeignNames,
+    Problem,
+    RoleSpec,
+    WeightsError,
+)
 from distill_protocols.plugins import EMPTY
 
 from distill_adapters_wan.capabilities import capabilities_of
@@ -127,6 +135,12 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
             return shapes
         tokens = _clip_tokens(components)
         return shapes | needed_shapes(model.main, _image_kind(model), latents, tokens)
+
+    def text_settings(self, config: WanPipelineConfig) -> Mapping[str, object]:
+        return config.text_settings
+
+    def fingerprint(self, config: WanPipelineConfig, *, source: str) -> Fingerprint:
+        return {**super().fingerprint(config, source=source), **image_fingerprint(source)}
 
     def needs_image(self, role: RoleSpec, config: WanPipelineConfig) -> bool:
         if role.heads is not None:

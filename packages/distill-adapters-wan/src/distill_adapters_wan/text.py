@@ -21,8 +21,7 @@ def wan_encoders(source: str, config: WanPipelineConfig, *, device: torch.device
         dtype=DTYPES[config.text_encoder_precision],
         check=check_tied_embedding,
     )
-    settings = (config.max_sequence_length, config.text_encoder_precision)
-    return TextEncoders(source, [part], settings=settings, device=device)
+    return TextEncoders(source, [part], settings=config.text_settings, device=device)
 
 
 @torch.no_grad()

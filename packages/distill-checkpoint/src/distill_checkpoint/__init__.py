@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from distill_protocols.lazy import lazy_exports
 
+from distill_checkpoint.changed_settings import ResumePreview, preview_resume
 from distill_checkpoint.config import (
     ChangesConfig,
     CheckpointConfig,
@@ -57,6 +58,7 @@ __all__ = [
     "ExportConfig",
     "KeepBestConfig",
     "MigrationReport",
+    "ResumePreview",
     "StoredCheckpoint",
     "claim_output_dir",
     "find_newest_checkpoint",
@@ -67,6 +69,7 @@ __all__ = [
     "list_checkpoints",
     "migrate",
     "new_checkpoint_group",
+    "preview_resume",
     "read_start_weights",
     "role_problems",
     "write_weights_checkpoint",

@@ -88,16 +88,18 @@ class ExportConfig:
 
 
 _CHANGEABLE = ("roles", "optimizers", "ema", "callbacks")
-"""What ``ChangesConfig`` may name: ``roles.critic``, ``callbacks.report`` ..."""
+"""What ``ChangesConfig`` may name: ``roles.critic``, ``callbacks.report`` ... and ``data``."""
 
 
 def _check_entries(_: object, attribute: object, value: tuple[str, ...]) -> None:
     for entry in value:
         kind, dot, name = entry.partition(".")
+        if entry == "data":
+            continue
         if kind not in _CHANGEABLE or not dot or not name:
             raise ValueError(
                 f"{entry!r} must be one of {', '.join(f'{kind}.<name>' for kind in _CHANGEABLE)}, "
-                "because that is what a run can gain or lose; for example 'roles.critic' or "
+                "data, because that is what a run can gain or lose; for example 'roles.critic' or "
                 "'callbacks.report'"
             )
     twice = sorted({entry for entry in value if value.count(entry) > 1})
@@ -113,6 +115,8 @@ class ChangesConfig:
     ``optimizers.<role>`` (with its schedules), ``ema.<role>`` or ``callbacks.<name>``. What is
     in both lists starts anew: ``optimizers.student`` with new settings.
     That happens once: checkpoints that were saved under these rules are taken as they are.
+    ``data`` in both lists: another data set (or seed, or order of samples) is read from its
+    beginning.
 
     Attributes:
         added: in the run only; starts as a fresh run would have it.
@@ -121,6 +125,14 @@ class ChangesConfig:
 
     added: tuple[str, ...] = field(default=(), validator=_check_entries)
     dropped: tuple[str, ...] = field(default=(), validator=_check_entries)
+
+    @dropped.validator
+    def _check_data(self, attribute: object, value: tuple[str, ...]) -> None:
+        if ("data" in value) != ("data" in self.added):
+            raise ValueError(
+                "'data' is in one of added and dropped; a run always has a data set, so another "
+                "one is both: list it in both"
+            )
 
 
 @frozen(kw_only=True)

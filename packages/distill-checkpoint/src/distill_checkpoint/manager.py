@@ -9,7 +9,8 @@ A save, on all ranks together::
 A resume::
 
     clear leftovers  ->  newest intact checkpoint, every byte verified (manifest.py)
-    ->  plan: which state goes where (resume_plan.py)  ->  compare, load (restore.py)
+    ->  which settings differ (changed_settings.py), which state goes where (resume_plan.py)
+    ->  compare, load (restore.py)
 """
 
 from __future__ import annotations
@@ -23,10 +24,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill_protocols import Callback, CheckpointError, DistillError, RunState
+from distill_protocols import (
+    Callback,
+    CheckpointError,
+    DistillError,
+    RestartableSchedule,
+    RunState,
+)
 from distill_runtime import FileInfo, Ranks
 from torch import Tensor
 
+from distill_checkpoint.changed_settings import (
+    ChangedKey,
+    change_notes,
+    changed_keys,
+    changed_optimizers,
+    need_restart,
+    optimizers_problem,
+    scale_problems,
+)
 from distill_checkpoint.config import CheckpointConfig
 from distill_checkpoint.manifest import (
     CONFIG,
@@ -47,15 +63,7 @@ from distill_checkpoint.output_folder import (
     publish,
 )
 from distill_checkpoint.restore import check_plan, load_state
-from distill_checkpoint.resume_plan import (
-    ResumePlan,
-    change_notes,
-    changed_keys,
-    changed_optimizers,
-    plan_resume,
-    refuse_changed_optimizers,
-    refuse_changed_scales,
-)
+from distill_checkpoint.resume_plan import ResumePlan, plan_resume
 from distill_checkpoint.snapshot import (
     BackgroundJob,
     Snapshot,
@@ -115,7 +123,7 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: the checkpoint is damaged or of another run, none is intact, its
-                optimizers had other settings, or starting from it would mix two runs in the
+                optimizers were of another kind, or starting from it would mix two runs in the
                 output folder.
         """
         self._background.wait()
@@ -325,13 +333,24 @@ class CheckpointManager:
             )
         then = read_config(source)
         changed = changed_keys(then, self._resolved_config)
-        reset = changed_optimizers(changed)
-        plan = plan_resume(contents, run.method.bundle, callbacks, self.config.changes, reset)
-        fresh = {key[1] for key in plan.fresh if key[0] == "optimizers"}
-        refuse_changed_optimizers(source, {r: c for r, c in reset.items() if r not in fresh})
+        by_role = changed_optimizers(changed)
+        plan = plan_resume(contents, run.method.bundle, callbacks, self.config.changes, by_role)
+        refused: dict[str, list[ChangedKey]] = {}
+        for role in plan.other_settings:
+            schedules = run.method.bundle.roles[role].schedulers.values()
+            if all(isinstance(schedule, RestartableSchedule) for schedule in schedules):
+                refused[role] = need_restart(by_role[role])
+            else:
+                # torch's own schedules take their rates from the state that they load.
+                refused[role] = by_role[role]
+        refused = {role: changes for role, changes in sorted(refused.items()) if changes}
+        if refused:
+            raise CheckpointError(optimizers_problem(source, refused))
         loaded = [role for role, _ in plan.modules("roles")]
-        refuse_changed_scales(source, then, self._resolved_config, loaded)
-        return plan, [*change_notes(changed, self._resolved_config), *plan.notes]
+        for _, problem in scale_problems(source, then, self._resolved_config, loaded):
+            raise CheckpointError(problem)
+        kept = sorted(plan.other_settings)
+        return plan, [*change_notes(changed, self._resolved_config, kept), *plan.notes]
 
     def _find_intact_checkpoint(self, ranks: Ranks) -> tuple[Path | None, int]:
         """Find the folder to resume from, and compare its every byte with its manifest."""

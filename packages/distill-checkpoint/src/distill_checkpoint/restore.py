@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distill_protocols import Callback, CheckpointError, RunState, TensorInfo
+from distill_protocols import (
+    Callback,
+    CheckpointError,
+    DataError,
+    RestartableSchedule,
+    RunState,
+    TensorInfo,
+)
 from distill_runtime import Ranks, read_json
 from torch import Tensor
 
+from distill_checkpoint.changed_settings import DATA, changes_section
 from distill_checkpoint.manifest import Contents, json_of, rank_key, role_folder, state_path
 from distill_checkpoint.resume_plan import CALLBACKS, ResumePlan
 from distill_checkpoint.snapshot import (
@@ -75,10 +83,13 @@ def load_state(
             read_json(json_of(path)),
             StoredTensors(path),
             f"{role}.{key}",
+            keep_settings=role in plan.other_settings,
         )
-    for role, key in plan.modules("schedulers"):
-        state = _read_state(state_path(folder, "schedulers", role, key))
-        schedulers(bundle)[role, key].load_state_dict(state)
+    for (role, key), schedule in schedulers(bundle).items():
+        if (role, key) in plan.modules("schedulers"):
+            schedule.load_state_dict(_read_state(state_path(folder, "schedulers", role, key)))
+        elif isinstance(schedule, RestartableSchedule):
+            schedule.start_after(contents.iteration)
     _load_averages(folder, run, plan)
     for name in plan.callbacks:
         callbacks[name].load_state_dict(_read_state(state_path(folder, CALLBACKS, name)))
@@ -90,7 +101,7 @@ def load_state(
     assert contents.micro_steps is not None  # a checkpoint of weights alone is refused before
     run.micro_steps = contents.micro_steps
     # Last, as anything before may have drawn from torch's own generator.
-    return _load_state_of_rank(folder, run, ranks)
+    return _load_state_of_rank(folder, run, ranks, plan)
 
 
 def _load_averages(folder: Path, run: RunState, plan: ResumePlan) -> None:
@@ -109,24 +120,48 @@ def _load_averages(folder: Path, run: RunState, plan: ResumePlan) -> None:
                     value.copy_(live[name])
 
 
-def _load_state_of_rank(folder: Path, run: RunState, ranks: Ranks) -> list[str]:
+def _load_state_of_rank(folder: Path, run: RunState, ranks: Ranks, plan: ResumePlan) -> list[str]:
     """Load data position and generators of this rank."""
     positions, states = _read_state(folder / "loader"), _read_state(folder / "rng")
     own, first = rank_key(ranks.rank), rank_key(0)
     # With as many ranks as then each has its own; otherwise the position of all together counts.
     same_ranks = len(positions) == ranks.size
-    run.loader.load_state_dict(positions[own if same_ranks else first])
+    notes = _load_position(run, positions[own if same_ranks else first], plan)
     if own in states:
         _load_random_state(run, states[own])
     else:
         run.streams.load_state_dict(states[first]["streams"], shared_only=True)
     if same_ranks:
-        return []
+        return notes
     new = max(0, ranks.size - len(states))
     return [
+        *notes,
         f"{len(states)} rank(s) saved, {ranks.size} go on: tensors and data position are exact"
-        + (f"; the generators of {new} new rank(s) start from the seed" if new else "")
+        + (f"; the generators of {new} new rank(s) start from the seed" if new else ""),
     ]
+
+
+def _load_position(run: RunState, position: Any, plan: ResumePlan) -> list[str]:
+    """Load the data position, unless it is one in another data set and a rule says that it is
+    meant: then the loader stays at its beginning.
+
+    Raises:
+        DataError: another data set, and no rule.
+    """
+    try:
+        run.loader.load_state_dict(position)
+    except DataError as error:
+        if plan.takes_other_data:
+            return [
+                f"{DATA} is dropped and added (changes): another data set than that of the "
+                "checkpoint is read, from its beginning"
+            ]
+        raise DataError(
+            f"{error} Or state that another data set is meant, which is then read from its "
+            f"beginning:\n{changes_section(added=[DATA], dropped=[DATA])}"
+        ) from error
+    unused = f"changes: {DATA} matches nothing, so it changes nothing (it is the same data set)"
+    return [unused] if plan.takes_other_data else []
 
 
 def _load_random_state(run: RunState, state: Mapping[str, Any]) -> None:

@@ -197,12 +197,15 @@ def load_optimizer_state(
     packed: Any,
     stored: StoredTensors,
     where: str,
+    *,
+    keep_settings: bool = False,
 ) -> None:
     """Load the state of ``optimizer_state`` exactly, reading each moment to where it will stay.
 
     Args:
         packed: its JSON, of ``pack``.
         stored: its tensors.
+        keep_settings: leave the optimizer its own weight decay, eps and the like.
     """
     names = _names(optimizer, parameters, where)
     numbers = {name: number for number, name in enumerate(names)}
@@ -213,15 +216,17 @@ def load_optimizer_state(
         tensors[name] = _empty_moment(info, parameter)
     stored.read_into(tensors)
     state = unpack(packed, tensors)
-    optimizer.load_state_dict(
-        {
-            "state": {numbers[name]: dict(value) for name, value in state["state"].items()},
-            "param_groups": [
-                {**group, "params": [numbers[name] for name in group["params"]]}
-                for group in state["param_groups"]
-            ],
-        }
-    )
+    groups = [
+        {**group, "params": [numbers[name] for name in group["params"]]}
+        for group in state["param_groups"]
+    ]
+    if keep_settings:
+        own = optimizer.state_dict()["param_groups"]
+        groups = [
+            {**then, **now, "params": then["params"]} for then, now in zip(groups, own, strict=True)
+        ]
+    moments = {numbers[name]: dict(value) for name, value in state["state"].items()}
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
     _restore_dtypes(optimizer, names, state["state"])
 
 

@@ -11,6 +11,7 @@ from distill_protocols.lazy import lazy_exports
 
 from distill_conditioning.config import ConditioningConfig, DataConfig
 from distill_conditioning.dataset_info import DatasetInfo, dataset_info
+from distill_conditioning.fingerprints import Comparison, Difference, compare_fingerprints
 from distill_conditioning.format import DatasetIndex, ShardEntry
 
 if TYPE_CHECKING:
@@ -36,10 +37,12 @@ _LAZY = {
 __all__ = [
     "CachedConditioning",
     "ClipEncoder",
+    "Comparison",
     "ConditioningConfig",
     "DataConfig",
     "DatasetIndex",
     "DatasetInfo",
+    "Difference",
     "LatentDataset",
     "LatentLoader",
     "ShardEntry",
@@ -47,6 +50,7 @@ __all__ = [
     "ShardWriter",
     "StoredNegative",
     "TrajectoryFolder",
+    "compare_fingerprints",
     "dataset_info",
     "preprocess",
 ]

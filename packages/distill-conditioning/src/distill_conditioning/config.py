@@ -36,6 +36,9 @@ class DataConfig:
         workers: threads that read the next batches while a step computes; 0 reads each batch
             when it is asked for. The batches are the same ones. 1 or 2 do for a local disk; more
             where the shards lie on slow storage. Two batches per worker are kept ready.
+        accept: entries of what computed the data set that may differ from the run's own parts
+            (``text_encoder.precision``, or ``vae`` for all entries of the VAE), where it is known
+            that the difference does no harm.
     """
 
     path: str = field(validator=_not_empty, metadata={"path": ()})
@@ -47,6 +50,7 @@ class DataConfig:
             0, 64, "each worker is a thread that keeps two batches in memory; 2 are usually enough"
         ),
     )
+    accept: tuple[str, ...] = field(default=())
 
 
 @frozen(kw_only=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 from attrs import field, frozen
-from distill_protocols import DataError
+from distill_protocols import DataError, Fingerprint
 
+from distill_conditioning.fingerprints import compare_fingerprints
 from distill_conditioning.format import (
     REBUILD,
     DatasetIndex,
@@ -32,13 +33,16 @@ class DatasetInfo:
     Attributes:
         index: None where not even the index can be read.
         negative_prompt: the constants' prompt, None where there are none.
-        problems: one line a problem; empty if all files are there and of the right size and shape.
+        problems: one line a problem; empty if all files are there and of the right size and shape,
+            and nothing else computed them than computes in the run.
+        notes: what could not be compared, or was accepted; one line each.
     """
 
     path: Path
     index: DatasetIndex | None = None
     negative_prompt: str | None = None
     problems: tuple[str, ...] = field(default=(), converter=tuple)
+    notes: tuple[str, ...] = field(default=(), converter=tuple)
 
     @property
     def has_negative(self) -> bool:
@@ -67,8 +71,10 @@ def dataset_info(
     latent_shape: tuple[int, ...] | None = None,
     condition_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     times: tuple[float, ...] = (),
+    fingerprint: Fingerprint | None = None,
+    accept: Iterable[str] = (),
 ) -> DatasetInfo:
-    """Check the data set in ``path``: index, files, sizes, headers, shapes.
+    """Check the data set in ``path``: index, files, sizes, headers, shapes, what computed it.
 
     It never raises for bad data; what is wrong is in ``DatasetInfo.problems``.
 
@@ -77,6 +83,8 @@ def dataset_info(
         condition_shapes: of one row of every condition tensor that the model cannot do without,
             by name.
         times: levels t of a teacher's trajectories that the method reads.
+        fingerprint: of the run's VAE and encoders; None leaves them uncompared.
+        accept: entries of it that may differ (see ``compare_fingerprints``).
     """
     folder = Path(path)
     try:
@@ -97,7 +105,14 @@ def dataset_info(
             prompt = read_negative_prompt(file, read_metadata(file))
         except DataError as error:
             problems.append(str(error))
-    return DatasetInfo(path=folder, index=index, negative_prompt=prompt, problems=problems)
+    notes: list[str] = []
+    if fingerprint is not None:
+        compared = compare_fingerprints(index.computed_by, fingerprint, accept)
+        problems += compared.problems(str(folder))
+        notes += compared.notes(str(folder))
+    return DatasetInfo(
+        path=folder, index=index, negative_prompt=prompt, problems=problems, notes=notes
+    )
 
 
 def _file_problems(folder: Path, index: DatasetIndex) -> list[str]:

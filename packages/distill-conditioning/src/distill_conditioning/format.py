@@ -12,19 +12,22 @@
 
 What is no tensor is one JSON object under ``distill`` in a file's safetensors metadata (one,
 because safetensors writes several in random order and equal data shall give equal bytes): a
-shard's ``{"ids", "captions"}``, the constants' ``{"negative_prompt", "encoder"}``.
+shard's ``{"ids", "captions"}``, the constants' ``{"negative_prompt", "encoder"}`` (``encoder`` is
+not read any more: what computed them is in the index).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import attrs
 from attrs import frozen
-from distill_protocols import DataError
+from distill_protocols import WHOLE_ENCODER, DataError, Fingerprint
 from distill_runtime import (
     UnreadableFileError,
     as_count,
@@ -33,7 +36,10 @@ from distill_runtime import (
     path_inside,
     read_header,
     read_json,
+    sha256_of_file,
 )
+
+from distill_conditioning.fingerprints import without_whole_encoder
 
 FORMAT = "distill-latents"
 VERSION = 1
@@ -71,11 +77,14 @@ class DatasetIndex:
         latent_shape: (C, T, H, W) of every sample.
         latent_dtype: as stored, a torch dtype's name; the loader gives fp32.
         conditions: shape of one row of each condition tensor, ``{"text": (L, D)}``.
-        encoder: fingerprint of what encoded the captions, None if unknown.
+        encoder: one hash of all that encoded the captions, None if unknown. Releases before named
+            entries wrote and compared nothing else.
         samples: in all shards together.
         shards: in the order of the samples.
         constants: file of the negative condition, None if there is none.
         trajectory_times: levels t of the trajectories, falling; empty if there are none.
+        fingerprint: what computed latents and conditions, as named entries; empty in data sets of
+            earlier releases.
     """
 
     latent_shape: tuple[int, int, int, int]
@@ -86,13 +95,72 @@ class DatasetIndex:
     shards: tuple[ShardEntry, ...]
     constants: str | None
     trajectory_times: tuple[float, ...] = ()
+    fingerprint: Fingerprint = MappingProxyType({})
+
+    @property
+    def computed_by(self) -> dict[str, str]:
+        """All that is recorded of what computed the data set."""
+        whole = {} if self.encoder is None else {WHOLE_ENCODER: self.encoder}
+        return {**self.fingerprint, **whole}
 
     def to_json(self) -> str:
         """Return the text of ``index.json``."""
         values = {"format": FORMAT, "version": VERSION, **attrs.asdict(self)}
-        if not self.trajectory_times:
-            del values["trajectory_times"]  # as release 1.0.0 wrote it
+        if self.fingerprint:
+            values["fingerprint"] = dict(sorted(self.fingerprint.items()))
+        for name in ("trajectory_times", "fingerprint"):
+            if not values[name]:
+                del values[name]  # as earlier releases wrote it
         return json.dumps(values, indent=1) + "\n"
+
+
+def split_fingerprint(fingerprint: Fingerprint) -> dict[str, Any]:
+    """Return ``encoder`` and ``fingerprint`` of an index from an adapter's fingerprint."""
+    return {
+        "encoder": fingerprint.get(WHOLE_ENCODER),
+        "fingerprint": without_whole_encoder(fingerprint),
+    }
+
+
+def content_hash(folder: Path, index: DatasetIndex) -> str:
+    """Hash what a run reads of a data set, from the checksums in its index.
+
+    Only the constants, a few megabytes, are read. What the data set was computed by is no part of
+    it: that may be recorded later.
+    """
+    digest = hashlib.sha256(index.latent_dtype.encode())
+    for shard in index.shards:
+        digest.update(f"{shard.samples} {shard.sha256}".encode())
+    if index.constants is not None:
+        digest.update(sha256_of_file(folder / index.constants).encode())
+    return digest.hexdigest()
+
+
+def position_problem(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
+    """Say why a loader's position in ``saved`` means nothing to a run; None: it does.
+
+    Args:
+        saved: ``LatentLoader.state_dict()`` of then; what an earlier release did not save is not
+            compared.
+        own: the same entries of the run.
+    """
+    texts = {
+        "dataset_samples": "the data set had {} samples and has {}",
+        "dataset": "the data set holds other samples (its checksum was {:.12} and is {:.12})",
+        "seed": "the seed was {} and is {}",
+        "shuffle": "shuffle was {} and is {}",
+    }
+    changed = [
+        text.format(str(saved[key]), str(own[key]))
+        for key, text in texts.items()
+        if key in saved and saved[key] != own[key]
+    ]
+    if not changed:
+        return None
+    return (
+        f"the data position of the checkpoint does not fit this run: {'; '.join(changed)}. They "
+        "decide which samples are still to come, so the run could not go on where it stopped"
+    )
 
 
 def shard_file(number: int) -> str:
@@ -161,6 +229,7 @@ def _parse_index(path: Path, values: Any) -> DatasetIndex:
             shards=tuple(_shard_entry(path, **shard) for shard in values["shards"]),
             constants=None if constants is None else _file_name(path, constants),
             trajectory_times=tuple(map(_time, values.get("trajectory_times", ()))),
+            fingerprint={as_text(k): as_text(v) for k, v in values.get("fingerprint", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError, UnreadableFileError) as error:
         raise DataError(

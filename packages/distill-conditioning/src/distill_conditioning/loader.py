@@ -11,6 +11,7 @@ from attrs import evolve
 from distill_protocols import Batch, Condition, ConditioningError, DataError
 from torch import Tensor
 
+from distill_conditioning.format import position_problem
 from distill_conditioning.order import drops_condition, epoch_order, rank_positions
 from distill_conditioning.reading import LatentDataset
 
@@ -102,26 +103,21 @@ class LatentLoader:
             "seed": self.seed,
             "shuffle": self.shuffle,
             "dataset_samples": len(self.dataset),
+            "dataset": self.dataset.content_hash,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the last batch that was yielded before ``state`` was taken.
 
         Raises:
-            DataError: another data set size, seed or shuffling, with which the rest of the epoch
+            DataError: another data set, seed or shuffling, with which the rest of the epoch
                 would be other samples than those that are still to come.
         """
-        own = self.state_dict()
-        changed = [
-            f"{key} was {state[key]} and is {own[key]}"
-            for key in ("dataset_samples", "seed", "shuffle")
-            if state[key] != own[key]
-        ]
-        if changed:
+        problem = position_problem(state, self.state_dict())
+        if problem is not None:
             raise DataError(
-                f"the data position of the checkpoint does not fit this run: {'; '.join(changed)}."
-                " They decide the order, so the run could not go on where it stopped. Put data "
-                "set and run file back as they were, or start a new run with another output_dir."
+                f"{problem}. Put data set and run file back as they were, or start a new run with "
+                "another output_dir."
             )
         self._samples_yielded = int(state["samples_given"])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -30,6 +30,10 @@ class ClipEncoder(ConditionEncoder, Protocol):
         """Used only with ``first_frames``."""
         ...
 
+    def latent_fingerprint(self) -> Mapping[str, str]:
+        """Say what computes latents, as ``LatentCodec.latent_fingerprint``."""
+        ...
+
     def encode(self, video: Tensor) -> Tensor:
         """Encode clips [B, 3, F, H_px, W_px] in [0, 1] as raw posterior means [B, C, T, H, W]."""
         ...
@@ -54,14 +58,20 @@ def preprocess(
 
     Raises:
         DataError: a clip of another shape or range, or two of one id.
-        ConditioningError: ``writer`` was opened with the fingerprint of another encoder.
+        DataError: ``writer`` has samples of other encoders.
     """
     with encoder.keep_encoders_loaded():
-        # Compared only now: an encoder that had to be downloaded has a fingerprint from here on.
-        _check_writer(writer, encoder.condition_fingerprint())
+        writer.record(_fingerprint(encoder))
         if negative_prompt is not None:
             writer.set_negative(negative_prompt, encoder.encode_neg_condition(negative_prompt))
-        return _add_clips(clips, encoder, writer, batch_size, first_frames=first_frames)
+        samples = _add_clips(clips, encoder, writer, batch_size, first_frames=first_frames)
+        # Again: parts that had to be downloaded have a fingerprint only once they were used.
+        writer.record(_fingerprint(encoder))
+        return samples
+
+
+def _fingerprint(encoder: ClipEncoder) -> dict[str, str]:
+    return {**encoder.latent_fingerprint(), **encoder.condition_fingerprint()}
 
 
 def _add_first_frames(encoder: ClipEncoder, cond: Condition, videos: Tensor) -> Condition:
@@ -71,15 +81,6 @@ def _add_first_frames(encoder: ClipEncoder, cond: Condition, videos: Tensor) -> 
             "image-to-video model"
         )
     return encoder.images.with_image(cond, videos[:, :, 0])
-
-
-def _check_writer(writer: ShardWriter, fingerprint: str | None) -> None:
-    if writer.encoder != fingerprint:
-        raise ConditioningError(
-            f"the writer was opened for the encoder {writer.encoder}, but the captions are encoded "
-            f"by {fingerprint}; a run could not tell whether they fit its model. Open the writer "
-            "with encoder=adapter.condition_fingerprint()."
-        )
 
 
 def _add_clips(

@@ -16,6 +16,7 @@ from distill_protocols import (
     ConditionEncoder,
     ConditioningError,
     DataError,
+    Fingerprint,
     ImageConditioning,
 )
 from distill_runtime import ALONE, Ranks
@@ -23,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, distributed
 
 from distill_conditioning.config import ConditioningConfig
+from distill_conditioning.fingerprints import compare_fingerprints, without_whole_encoder
 from distill_conditioning.reading import LatentDataset, map_tensors
 from distill_conditioning.writing import write_tensors
 
@@ -42,7 +44,7 @@ class CachedConditioning:
     """A ``ConditioningProvider``: data set's constants, else the cache, else the encoder.
 
     The encoder is called only for what is neither stored nor cached, so a second run loads no
-    text encoder at all. Without a fingerprint (the encoder is not on this machine) stored
+    text encoder at all. With an empty fingerprint (the encoder is not on this machine) stored
     conditions are trusted, and encoded ones are kept in memory only.
 
     Of several ranks the first one alone uses data set, cache and encoder (a text encoder of 11 to
@@ -59,7 +61,8 @@ class CachedConditioning:
         ranks: the processes of the run.
 
     Raises:
-        ConditioningError: the data set's captions were encoded by another encoder. This and all
+        ConditioningError: the data set's captions were encoded by other parts, and not all of that
+            is accepted (``DataConfig.accept``). This and all
             other errors of one rank are errors of all.
     """
 
@@ -84,14 +87,13 @@ class CachedConditioning:
         )
         self._negative: Condition | None = None
         if dataset is not None:
-            what, fingerprint = f"the captions of {dataset.path}", dataset.index.encoder
-            self._ranks.run_on_first(lambda: self._check_encoder(what, fingerprint))
+            self._ranks.run_on_first(lambda: self._compare_encoders(dataset))
 
     def negative(self) -> Condition:
         """Return the negative condition, one row, fp32.
 
         Raises:
-            ConditioningError: there is none, or the data set's was made by another encoder.
+            ConditioningError: there is none.
         """
         if self._negative is None:
             [row] = self._get_from_first("the negative condition", lambda: [self._find_negative()])
@@ -169,7 +171,6 @@ class CachedConditioning:
         stored = self._dataset.negative() if self._dataset is not None else None
         prompt = self._config.negative_prompt
         if stored is not None and prompt in (None, stored.prompt):
-            self._check_encoder("the data set's constants", stored.encoder)
             return stored.condition
         if prompt is None:
             raise ConditioningError(
@@ -182,10 +183,10 @@ class CachedConditioning:
         return row
 
     @functools.cached_property
-    def _fingerprint(self) -> str | None:
+    def _fingerprint(self) -> Fingerprint:
         # Computed once: it reads files, and a download in between must not change the cache's keys.
         fingerprint = self._encoder.condition_fingerprint()
-        if fingerprint is None:
+        if not fingerprint:
             _log.info(
                 "no text encoder on this machine that could be compared: stored embeddings are "
                 "taken to be those of the run's model, and encoded prompts are not kept on disk"
@@ -196,20 +197,18 @@ class CachedConditioning:
         [prompt] = prompts
         return self._encoder.encode_neg_condition(prompt)
 
-    def _check_encoder(self, what: str, fingerprint: str | None) -> None:
-        own = self._fingerprint if fingerprint is not None else None
-        if own is not None and fingerprint != own:
-            raise ConditioningError(
-                f"{what} were encoded by the text encoder {fingerprint}, but the run's is {own}; "
-                "embeddings of one mean nothing to a model that reads the other's. Preprocess the "
-                "data set with the run's encoder, or use the models that it was made for."
-            )
+    def _compare_encoders(self, dataset: LatentDataset) -> None:
+        compared = compare_fingerprints(
+            dataset.index.computed_by, self._fingerprint, dataset.config.accept
+        )
+        if compared.differences:
+            raise ConditioningError("\n".join(compared.problems(str(dataset.path))))
 
 
 class ConditionCache:
     """Encoded prompts in memory and in a folder, one safetensors file each.
 
-    A file is named by the hash of (kind, prompt, encoder) and repeats all three inside, with a
+    A file is named by the hash of (kind, prompt, fingerprint) and repeats all three inside, with a
     hash of its tensors; one that does not agree with its name is encoded again, with a warning.
     Without a fingerprint nothing is kept on disk: no run could tell later which encoder it was.
     """
@@ -222,18 +221,19 @@ class ConditionCache:
         self,
         prompts: Sequence[str],
         kind: str,
-        fingerprint: str | None,
+        fingerprint: Fingerprint,
         encode: Callable[[Sequence[str]], Condition],
     ) -> list[Condition]:
         """Return one row for each prompt, on the CPU in fp32; ``encode`` gets those that are not
         cached, all at once."""
-        origins = {p: {"kind": kind, "prompt": p, "encoder": fingerprint} for p in prompts}
+        encoder = _hash_entries(fingerprint)
+        origins = {p: {"kind": kind, "prompt": p, "encoder": encoder} for p in prompts}
         keys = {
             prompt: hashlib.sha256(repr(sorted(origin.items())).encode()).hexdigest()[:32]
             for prompt, origin in origins.items()
         }
         for prompt, key in keys.items():
-            if key not in self._memory and fingerprint is not None:
+            if key not in self._memory and fingerprint:
                 self._read(self._file(key), key, origins[prompt])
         missing = [prompt for prompt, key in keys.items() if key not in self._memory]
         if missing:
@@ -252,14 +252,14 @@ class ConditionCache:
                     }
                 )
                 self._memory[keys[prompt]] = row
-                if fingerprint is not None:
+                if fingerprint:
                     self._write(self._file(keys[prompt]), row, origins[prompt])
         return [self._memory[keys[prompt]] for prompt in prompts]
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
 
-    def _read(self, file: Path, key: str, origin: dict[str, str | None]) -> None:
+    def _read(self, file: Path, key: str, origin: dict[str, str]) -> None:
         if not file.exists():
             return
         if not file.is_file():
@@ -281,8 +281,13 @@ class ConditionCache:
             return
         self._memory[key] = condition
 
-    def _write(self, file: Path, row: Condition, origin: dict[str, str | None]) -> None:
+    def _write(self, file: Path, row: Condition, origin: dict[str, str]) -> None:
         write_tensors(file, row.tensors, {**origin, "sha256": _hash_tensors(row)})
+
+
+def _hash_entries(fingerprint: Fingerprint) -> str:
+    entries = sorted(without_whole_encoder(fingerprint).items())
+    return hashlib.sha256(repr(entries).encode()).hexdigest()[:32]
 
 
 def _hash_tensors(condition: Condition) -> str:

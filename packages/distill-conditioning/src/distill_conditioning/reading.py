@@ -26,6 +26,7 @@ from distill_conditioning.format import (
     REBUILD,
     TRAJECTORY,
     ShardEntry,
+    content_hash,
     find_levels,
     read_metadata,
     read_negative_prompt,
@@ -35,10 +36,9 @@ from distill_conditioning.format import (
 
 @frozen(eq=False, kw_only=True)
 class StoredNegative:
-    """The negative condition of a data set, with the prompt and encoder it came from."""
+    """The negative condition of a data set, with the prompt that it came from."""
 
     prompt: str
-    encoder: str | None
     condition: Condition
 
 
@@ -88,6 +88,7 @@ class LatentDataset:
         self.config = config
         self.path = info.path
         self.index = info.index
+        self.content_hash = content_hash(info.path, info.index)
         if config.verify == "full":
             self._compare_hashes()
         self._shards: list[_Shard | None] = [None] * len(self.index.shards)
@@ -177,11 +178,8 @@ class LatentDataset:
                 f"{path}: the negative condition holds {stored}, but the samples need {expected}; "
                 f"one must be able to stand for the other. {REBUILD}"
             )
-        return StoredNegative(
-            prompt=read_negative_prompt(path, metadata),
-            encoder=metadata.get("encoder"),
-            condition=condition,
-        )
+        prompt = read_negative_prompt(path, metadata)
+        return StoredNegative(prompt=prompt, condition=condition)
 
     def _compare_hashes(self) -> None:
         damaged = [

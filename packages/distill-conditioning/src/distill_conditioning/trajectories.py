@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill_protocols import Condition, DataError
+from distill_protocols import WHOLE_ENCODER, Condition, DataError, Fingerprint
 from distill_runtime import UnreadableFileError, read_json
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from distill_conditioning.format import (
     read_metadata,
     read_texts,
     shard_file,
+    split_fingerprint,
 )
 from distill_conditioning.reading import map_tensors
 from distill_conditioning.writing import (
@@ -132,7 +133,7 @@ class TrajectoryFolder:
         rows.write(self.folder / shard_file(shard))
 
     def finish(
-        self, *, negative: tuple[str, Condition] | None, encoder: str | None
+        self, *, negative: tuple[str, Condition] | None, fingerprint: Fingerprint
     ) -> DatasetIndex | None:
         """Write constants and index; None while a shard of another process is missing.
 
@@ -140,7 +141,7 @@ class TrajectoryFolder:
 
         Args:
             negative: prompt and condition (one row).
-            encoder: fingerprint of what encoded the captions.
+            fingerprint: of what computed the data set that captions and conditions are from.
         """
         stored = [self._stored_samples(shard) for shard in range(self.shards)]
         counts = [count for count in stored if count is not None]
@@ -150,6 +151,7 @@ class TrajectoryFolder:
         for part in self.folder.glob(".shard-*.part*"):
             part.unlink(missing_ok=True)
         if negative is not None:
+            encoder = fingerprint.get(WHOLE_ENCODER)
             write_constants(self.folder, *negative, encoder=encoder)
         files = [self.folder / shard_file(shard) for shard in range(self.shards)]
         tensors, _ = map_tensors(files[0])
@@ -163,11 +165,11 @@ class TrajectoryFolder:
             latent_shape=rows["latents"],  # type: ignore[arg-type]
             latent_dtype=self._dtype,
             conditions=conditions,
-            encoder=encoder,
             samples=sum(counts),
             shards=tuple(map(shard_entry, files, counts)),
             constants=CONSTANTS_FILE if negative is not None else None,
             trajectory_times=self._times,
+            **split_fingerprint(fingerprint),
         )
         write_text(self.folder / INDEX_FILE, index.to_json())
         return index

@@ -17,12 +17,14 @@ from typing import Any, Literal
 from uuid import uuid4
 
 import torch
-from distill_protocols import Condition, ConditioningError, DataError
+from distill_protocols import WHOLE_ENCODER, Condition, ConditioningError, DataError, Fingerprint
+from distill_protocols.plugins import EMPTY
 from distill_runtime import claim_folder, replace_file, sha256_of_file, write_new_file
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distill_conditioning.fingerprints import compare_fingerprints, without_whole_encoder
 from distill_conditioning.format import (
     CONDITION,
     CONSTANTS_FILE,
@@ -32,6 +34,7 @@ from distill_conditioning.format import (
     DatasetIndex,
     ShardEntry,
     shard_file,
+    split_fingerprint,
 )
 
 LatentDtype = Literal["float16", "bfloat16", "float32"]
@@ -129,13 +132,18 @@ class ShardWriter:
 
     ::
 
-        with ShardWriter(folder, encoder=adapter.condition_fingerprint()) as writer:
+        fingerprint = {**adapter.latent_fingerprint(), **adapter.condition_fingerprint()}
+        with ShardWriter(folder, fingerprint=fingerprint) as writer:
             writer.set_negative("", adapter.encode_neg_condition(""))
             writer.add(ids, captions, latents, condition)      # any number of times
 
+    ``preprocess`` does all of that, the fingerprint included. What is not recorded, no run can
+    compare with its own parts.
+
     Args:
         folder: made if it does not exist; must hold no data set and no rest of one.
-        encoder: fingerprint of what encodes the captions, None if unknown.
+        fingerprint: what computes latents and conditions, as far as it is known now (see
+            ``record``).
         shard_bytes: a shard is written once it holds this much; until then it is in memory.
         latent_dtype: as stored. float16 keeps 11 bits of a posterior mean, whose values are ~10.
 
@@ -148,12 +156,12 @@ class ShardWriter:
         self,
         folder: str | Path,
         *,
-        encoder: str | None,
+        fingerprint: Fingerprint = EMPTY,
         shard_bytes: int = 256 * 2**20,
         latent_dtype: LatentDtype = "float16",
     ) -> None:
         self.folder = Path(folder)
-        self.encoder = encoder
+        self.fingerprint = dict(fingerprint)
         self.samples = 0
         self._shard_bytes = shard_bytes
         self._latent_dtype: LatentDtype = latent_dtype
@@ -171,6 +179,24 @@ class ShardWriter:
                 "not be told apart. Name a new folder, or delete this one (without an "
                 f"{INDEX_FILE} it is the rest of an interrupted preprocessing)."
             )
+
+    def record(self, fingerprint: Fingerprint) -> None:
+        """Record what computes latents and conditions: entries are added to those before.
+
+        Raises:
+            DataError: an entry has another value than before: no run could tell which samples are
+                of which.
+        """
+        known = without_whole_encoder(self.fingerprint)
+        changed = compare_fingerprints(known, fingerprint).differences
+        if changed:
+            listed = "; ".join(f"{d.name} was {d.stored} and is {d.own}" for d in changed)
+            raise DataError(
+                f"{self.folder}: what computes the data set has changed while it is written "
+                f"({listed}); no run could tell which samples fit its model. Encode all with the "
+                "same parts, into a new folder"
+            )
+        self.fingerprint.update(fingerprint)
 
     def set_negative(self, prompt: str, condition: Condition) -> None:
         """Store the negative condition (one row) beside the samples.
@@ -223,16 +249,17 @@ class ShardWriter:
         if self._latent_shape is None or self._conditions is None or self.samples == 0:
             raise DataError(f"{self.folder}: no sample was added; a data set needs at least one")
         if self._negative is not None:
-            write_constants(self.folder, *self._negative, encoder=self.encoder)
+            encoder = self.fingerprint.get(WHOLE_ENCODER)
+            write_constants(self.folder, *self._negative, encoder=encoder)
         # Last: a folder without an index is no data set, whatever was interrupted before.
         index = DatasetIndex(
             latent_shape=self._latent_shape,  # type: ignore[arg-type]
             latent_dtype=self._latent_dtype,
             conditions=self._conditions,
-            encoder=self.encoder,
             samples=self.samples,
             shards=tuple(self._shards),
             constants=CONSTANTS_FILE if self._negative else None,
+            **split_fingerprint(self.fingerprint),
         )
         write_text(self.folder / INDEX_FILE, index.to_json())
         self._claim.close()
@@ -276,7 +303,11 @@ class ShardWriter:
 def write_constants(
     folder: Path, prompt: str, condition: Condition, *, encoder: str | None
 ) -> None:
-    """Write the negative condition of a data set: one row, with its prompt and encoder."""
+    """Write the negative condition of a data set: one row, with its prompt.
+
+    Args:
+        encoder: ``DatasetIndex.encoder``, which earlier releases look for here too.
+    """
     write_tensors(
         folder / CONSTANTS_FILE,
         {NEGATIVE + name: value for name, value in condition.tensors.items()},

@@ -44,6 +44,7 @@ from distill_protocols import (
     Exporter,
     ExportRequest,
     FamilyPlugin,
+    Fingerprint,
     ModelBundle,
     ModulePlan,
     PredType,
@@ -70,6 +71,8 @@ LATENT_SHAPE = (3, 2, 4, 4)
 TEXT_DIM = 5
 WIDTH = 24
 MEAN, STD = 0.5, 2.0
+LATENT_FINGERPRINT: Fingerprint = {"vae.statistics": f"{MEAN:g}, {STD:g}"}
+CONDITION_FINGERPRINT: Fingerprint = {"text_encoder.weights": "a function of the prompt"}
 CAPABILITIES = Capabilities(
     supports_cfg=True,
     supports_decode=True,
@@ -542,8 +545,11 @@ class ToyAdapter:
     def encode_neg_condition(self, raw_neg_cond: str) -> Condition:
         return self.encode_condition([raw_neg_cond])
 
-    def condition_fingerprint(self) -> str | None:
-        return "toy"
+    def condition_fingerprint(self) -> Fingerprint:
+        return CONDITION_FINGERPRINT
+
+    def latent_fingerprint(self) -> Fingerprint:
+        return LATENT_FINGERPRINT
 
     def keep_encoders_loaded(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -600,6 +606,9 @@ class ToyFamily(FamilyPlugin[ToyConfig]):
 
     def condition_shapes(self, config: ToyConfig, *, source: str) -> Mapping[str, tuple[int, ...]]:
         return {"text": (TEXT_DIM,)}
+
+    def fingerprint(self, config: ToyConfig, *, source: str) -> Fingerprint:
+        return {**LATENT_FINGERPRINT, **CONDITION_FINGERPRINT}
 
     def plan(self, role: RoleSpec, config: ToyConfig) -> RolePlan:
         plans = [

@@ -37,6 +37,7 @@ from distill_protocols import (
     ContractError,
     Discriminating,
     ExpertRouting,
+    Fingerprint,
     ImageConditioning,
     ModelBundle,
     PredType,
@@ -44,6 +45,7 @@ from distill_protocols import (
     RowGenerators,
     SamplerSpec,
     Tangents,
+    WeightsError,
 )
 from torch import Tensor
 
@@ -52,6 +54,7 @@ from distill_diffusers.calls.features import FeatureLayout, Features, collect_fe
 from distill_diffusers.calls.forward_mode import derivative
 from distill_diffusers.components.codec import VideoCodec
 from distill_diffusers.components.encoders import TextEncoders
+from distill_diffusers.fingerprints import latent_fingerprint
 from distill_diffusers.kinds import ModelKind
 from distill_diffusers.roles.discriminator import logits
 from distill_diffusers.sampling import sampler
@@ -79,10 +82,22 @@ class LatentStatistics:
 
     A VAE with a scaling factor f alone has mean 0 and std 1 / f; one that shifts by m too has mean
     m (SD 3: ``(z - shift_factor) * scaling_factor``).
+
+    Raises:
+        WeightsError: a number is not finite, or a deviation not above 0: latents divided by it
+            would be of no use.
     """
 
     mean: Tensor
     std: Tensor
+
+    def __attrs_post_init__(self) -> None:
+        if not (self.mean.isfinite().all() and self.std.isfinite().all() and (self.std > 0).all()):
+            raise WeightsError(
+                f"the statistics of latents are mean {self.mean.flatten().tolist()} and standard "
+                f"deviation {self.std.flatten().tolist()}; all must be finite, and deviations "
+                "above 0, as latents are divided by them. Use the VAE's own"
+            )
 
     @classmethod
     def of_channels(cls, mean: Sequence[float], std: Sequence[float]) -> LatentStatistics:
@@ -109,6 +124,9 @@ class FlowMatchingAdapter(abc.ABC):
         encoders: what turns prompts into conditions; None: all conditions are stored.
         batch_guidance: guidance in one call of 2B instead of two of B: faster, more memory. In
             training alone; sampling does as the family's pipeline (``pipeline_batches_guidance``).
+
+    Raises:
+        WeightsError: there is not one mean and one deviation for each channel of the latents.
     """
 
     pipeline_batches_guidance: ClassVar[bool] = False
@@ -127,6 +145,13 @@ class FlowMatchingAdapter(abc.ABC):
         encoders: TextEncoders | None,
         batch_guidance: bool = True,
     ) -> None:
+        channels = statistics.mean.shape[1], statistics.std.shape[1]
+        if set(channels) != {latent_shape[0]}:
+            raise WeightsError(
+                f"the VAE has {latent_shape[0]} channels, and statistics of {channels[0]} (mean) "
+                f"and {channels[1]} (deviation); there must be one of each a channel. Mend the "
+                "VAE's configuration, or use another copy of it"
+            )
         self._bundle = bundle
         self._kind = kind
         self._capabilities = capabilities
@@ -569,9 +594,13 @@ class FlowMatchingAdapter(abc.ABC):
 
     # -- conditions ---------------------------------------------------------------------------
 
-    def condition_fingerprint(self) -> str | None:
-        """Hash encoders, tokenizers and settings; None if there are none on this machine."""
-        return None if self._encoders is None else self._encoders.fingerprint()
+    def condition_fingerprint(self) -> Fingerprint:
+        """Name encoders, tokenizers and settings; empty if there are none on this machine."""
+        return {} if self._encoders is None else self._encoders.fingerprint()
+
+    def latent_fingerprint(self) -> Fingerprint:
+        """Name the VAE and its statistics; empty if it is not on this machine."""
+        return latent_fingerprint(self._codec.source)
 
     def keep_encoders_loaded(self) -> AbstractContextManager[None]:
         """Keep encoders in memory within, for many encodings after each other.

@@ -5,7 +5,8 @@ Nothing here imports torch or reads weights: run files are checked against it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -138,6 +139,36 @@ def _call_option(folder: Path, name: str, value: Any, default: Any) -> Any:
         f"{folder / 'model_index.json'}: {name!a} is {value!a:.80} and must be {kinds[kind]}, as "
         "it says how the model is called; download it again"
     )
+
+
+def statistics_problems(vae: str, statistics: Mapping[str, Any], channels: int) -> Iterator[str]:
+    """Say what is wrong with what a VAE's latents are normalised by.
+
+    Args:
+        vae: what to call it.
+        statistics: ``latents_mean`` and ``latents_std`` (one number a channel), ``scaling_factor``
+            and ``shift_factor`` (numbers), as far as the VAE has them.
+        channels: of its latents.
+    """
+    for key, value in statistics.items():
+        by_channel = key.startswith("latents_")
+        numbers = value if by_channel and isinstance(value, list) else [value]
+        right = all(
+            isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n)
+            for n in numbers
+        )
+        if by_channel and (len(numbers) != channels or not isinstance(value, list)):
+            yield (
+                f"{key} of {vae} has {len(numbers)} number(s), and its latents have {channels} "
+                "channels; there must be one for each, or they would be normalised wrongly. Mend "
+                "it, or download the VAE again"
+            )
+        elif not right or (key in ("latents_std", "scaling_factor") and not min(numbers) > 0):
+            rule = "finite" if key in ("latents_mean", "shift_factor") else "finite and above 0"
+            yield (
+                f"{key} of {vae} is {value}; it must be {rule}, as latents are normalised by it. "
+                "Mend it, or download the VAE again"
+            )
 
 
 def unknown_hub_id(path: str, published: Mapping[str, PublishedModel]) -> str:

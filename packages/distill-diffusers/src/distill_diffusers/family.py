@@ -31,8 +31,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
-from distill_protocols import FamilyPlugin, Problem, RoleSpec, WeightsError, below
+from distill_protocols import (
+    FamilyPlugin,
+    Fingerprint,
+    Problem,
+    RoleSpec,
+    WeightsError,
+    below,
+)
 from distill_protocols.plugins import EMPTY
+from distill_runtime import UnreadableFileError
 
 from distill_diffusers.descriptions import (
     LatentInfo,
@@ -40,9 +48,16 @@ from distill_diffusers.descriptions import (
     PublishedModel,
     describe_model,
     differing_entries,
+    statistics_problems,
     unknown_hub_id,
 )
 from distill_diffusers.export_rules import FORMATS, export_problems
+from distill_diffusers.fingerprints import (
+    condition_fingerprint,
+    latent_fingerprint,
+    latent_statistics,
+    text_encoder_folders,
+)
 from distill_diffusers.folders import (
     DIFFUSERS_STEM,
     component_problems,
@@ -245,6 +260,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         folder = locate(path)
         if folder is not None and not is_hub_id(path):
             yield from (Problem("components", text) for text in component_problems(folder))
+        yield from (Problem("components", text) for text in self._statistics_problems(path))
 
     def weights_problems(self, role: RoleSpec, path: str) -> Iterator[str]:
         """Report entries of the configurations that differ, such as how many heads share one
@@ -307,6 +323,20 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         """Give (C, T, H, W) from the numbers of ``source``'s VAE."""
         info = self.latents(source)
         return info and info.shape(config.num_frames, config.height, config.width)
+
+    def text_settings(self, config: ConfigT) -> Mapping[str, object]:
+        """Say what a text's embedding depends on beside encoders and tokenizers, by entry of the
+        fingerprint: ``{"text_encoder.length": 512, "text_encoder.precision": "bf16"}``. The
+        adapter gives its ``TextEncoders`` the same."""
+        return EMPTY
+
+    def fingerprint(self, config: ConfigT, *, source: str) -> Fingerprint:
+        """Name the VAE, and all text encoders of ``source``."""
+        parts = text_encoder_folders(source)
+        return {
+            **latent_fingerprint(source),
+            **condition_fingerprint(source, parts, self.text_settings(config)),
+        }
 
     def condition_shapes(self, config: ConfigT, *, source: str) -> Mapping[str, tuple[int, ...]]:
         """Give ``condition_rows`` of the model; none where nothing says how it is built, which is
@@ -414,6 +444,8 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         if folder is not None and not is_hub_id(path):
             with_components = config.components is None
             missing += pipeline_problems(folder, self.kind.modules, components=with_components)
+        if config.components is None:
+            missing += self._statistics_problems(path)
         if missing:
             return missing
         try:
@@ -422,6 +454,18 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
             return reasons or list(self.fit_problems(role, config, model))
         except WeightsError as error:
             return [str(error)]
+
+    def _statistics_problems(self, path: str) -> Iterator[str]:
+        """Report what the latents of ``path``'s VAE could not be normalised by."""
+        folder = locate(path)
+        if folder is None:
+            return
+        # A VAE that is not there, or not whole, is a problem of its own.
+        with suppress(WeightsError, UnreadableFileError):
+            info = self.latents(path)
+            statistics = latent_statistics(folder / "vae")
+            if info is not None:
+                yield from statistics_problems(str(folder / "vae"), statistics, info.channels)
 
     def _location_problem(self, path: str) -> str | None:
         """Say why nothing is known of ``path``."""

@@ -27,6 +27,7 @@ from distill_protocols.errors import (
     WeightsError,
 )
 from distill_protocols.exports import Exporter, ExportRequest, ForeignNames
+from distill_protocols.fingerprint import WHOLE_ENCODER, Fingerprint
 from distill_protocols.lazy import lazy_exports
 from distill_protocols.method_config import MethodConfig
 from distill_protocols.planned_run import PlannedRun
@@ -70,7 +71,13 @@ if TYPE_CHECKING:
         Tangents,
     )
     from distill_protocols.batch import Batch, BatchLoader, Condition, ConditioningProvider
-    from distill_protocols.bundle import DTYPES, ModelBundle, RoleHandle, WeightAverage
+    from distill_protocols.bundle import (
+        DTYPES,
+        ModelBundle,
+        RestartableSchedule,
+        RoleHandle,
+        WeightAverage,
+    )
     from distill_protocols.callbacks import (
         Callback,
         Checkpointer,
@@ -93,7 +100,9 @@ _LAZY = {
         "adapter",
     ),
     **dict.fromkeys(["Batch", "BatchLoader", "Condition", "ConditioningProvider"], "batch"),
-    **dict.fromkeys(["DTYPES", "ModelBundle", "RoleHandle", "WeightAverage"], "bundle"),
+    **dict.fromkeys(
+        ["DTYPES", "ModelBundle", "RestartableSchedule", "RoleHandle", "WeightAverage"], "bundle"
+    ),
     **dict.fromkeys(
         ["Callback", "Checkpointer", "ResumableTracker", "RunState", "StepRecord", "Tracker"],
         "callbacks",
@@ -108,6 +117,7 @@ _LAZY = {
 __all__ = [
     "CONTRACT_VERSION",
     "DTYPES",
+    "WHOLE_ENCODER",
     "Batch",
     "BatchLoader",
     "CallPlan",
@@ -139,6 +149,7 @@ __all__ = [
     "ExportRequest",
     "Exporter",
     "FamilyPlugin",
+    "Fingerprint",
     "ForeignNames",
     "FsdpPolicy",
     "Group",
@@ -162,6 +173,7 @@ __all__ = [
     "RandomStreams",
     "RankError",
     "RankGroup",
+    "RestartableSchedule",
     "ResumableTracker",
     "RoleError",
     "RoleHandle",

@@ -17,6 +17,7 @@ from torch import Tensor
 from distill_protocols.batch import Condition
 from distill_protocols.capabilities import Capabilities, PredType
 from distill_protocols.causal import Chunk, ChunkCall, CleanPast
+from distill_protocols.fingerprint import Fingerprint
 from distill_protocols.random import RowGenerators
 from distill_protocols.sampler import SamplerSpec
 
@@ -127,6 +128,11 @@ class LatentCodec(Protocol):
         """z std + mean per channel."""
         ...
 
+    def latent_fingerprint(self) -> Fingerprint:
+        """What computes latents, as ``ConditionEncoder.condition_fingerprint`` does for conditions:
+        the VAE's weights and settings, and the statistics that latents are normalised with."""
+        ...
+
     def encode(self, video: Tensor) -> Tensor:
         """Raw (not normalised) latents [B, C, T, H, W] of clips [B, 3, F, H_px, W_px] in [0, 1]."""
         ...
@@ -144,10 +150,12 @@ class ConditionEncoder(Protocol):
         """One row."""
         ...
 
-    def condition_fingerprint(self) -> str | None:
-        """Hash of the encoder's weights and settings: a cached embedding is valid under it only.
+    def condition_fingerprint(self) -> Fingerprint:
+        """What computes conditions, as named entries: a stored condition is valid under the same
+        ones only. Values are hashes (weights, tokenizers) or short texts (precision, length), and
+        names are dotted, ``text_encoder.weights``, with the component first.
 
-        None where the run has no encoder, because all conditions are stored.
+        Entries of parts that are not on this machine are left out; nothing is downloaded for it.
         """
         ...
 

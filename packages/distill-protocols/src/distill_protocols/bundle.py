@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from attrs import define, field
@@ -44,6 +44,20 @@ class WeightAverage(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class RestartableSchedule(Protocol):
+    """A learning-rate schedule that is a function of the run's settings and of its own steps.
+
+    Of a state that it loads it takes how many steps were taken, and no rate: a run that goes on
+    with other settings has those. (``distill_trainer`` has one.)
+    """
+
+    def start_after(self, iteration: int) -> None:
+        """Let the schedule begin after ``iteration`` of the run, whose steps before it are none of
+        this optimizer's: one that a resumed run adds or restarts ends at the run's end too."""
+        ...
 
 
 @define(eq=False, kw_only=True)

@@ -22,6 +22,7 @@ from attrs import frozen
 from distill_protocols.capabilities import Capabilities
 from distill_protocols.errors import PluginError
 from distill_protocols.exports import ExportRequest, ForeignNames
+from distill_protocols.fingerprint import Fingerprint
 from distill_protocols.method_config import MethodConfig
 from distill_protocols.planned_run import PlannedRun
 from distill_protocols.problems import Problem
@@ -185,6 +186,12 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
         A data set must hold them. Left out are those whose shape is unknown without weights, and
         those that may have any shape.
         """
+        return EMPTY
+
+    def fingerprint(self, config: ConfigT, *, source: str) -> Fingerprint:
+        """What computes latents and conditions: the ``latent_fingerprint`` and the
+        ``condition_fingerprint`` of the adapter, from files alone. A data set is compared with it
+        before anything is loaded; empty: this family cannot tell, and nothing is compared."""
         return EMPTY
 
     def needs_image(self, role: RoleSpec, config: ConfigT) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attrs import frozen
+from distill_checkpoint import preview_resume
 from distill_conditioning import dataset_info
 from distill_protocols import RolePlan, RoleSpec
 
@@ -21,13 +22,17 @@ from distill_runfile.structure import to_plain
 SHOWN_ITERATIONS = 10
 
 
-def horizon(config: RunConfig, role: str) -> int:
-    """Count the steps of ``role``'s optimizers in the whole run: the length of their schedules."""
-    steps = range(1, config.training.max_train_steps + 1)
+def horizon(config: RunConfig, role: str, *, after: int = 0) -> int:
+    """Count the steps of ``role``'s optimizers: the length of their schedules.
+
+    Args:
+        after: iteration of the run after which they start.
+    """
+    steps = range(after + 1, config.training.max_train_steps + 1)
     return sum(role in config.method.turns(iteration) for iteration in steps)
 
 
-def horizons(config: RunConfig, role: str) -> dict[str, int]:
+def horizons(config: RunConfig, role: str, *, after: int = 0) -> dict[str, int]:
     """Estimate the steps of each expert of a role, by module; empty for a role without experts.
 
     The share is what the method expects: which expert is trained is drawn, so an expert's own
@@ -35,7 +40,7 @@ def horizons(config: RunConfig, role: str) -> dict[str, int]:
     fallen by then or stays that near its end.
     """
     ranges = config.family_plugin.expert_ranges(config.roles[role].spec, config.pipeline)
-    steps = horizon(config, role)
+    steps = horizon(config, role, after=after)
     return {
         module: max(1, round(steps * config.method.update_share(role, low, high)))
         for module, (low, high) in ranges.items()
@@ -78,7 +83,8 @@ def plan_run(
         ("batch", _batch(config, world_size)),
         ("data", _data(config)),
         ("conditioning", _conditioning(config)),
-        ("output", [f"  {config.training.output_dir}", *_exports(config)]),
+        ("output", [f"  {config.training.output_dir}", *_exports(config), *_resume(config)]),
+        *([("notes", [f"  {note}" for note in config.notes])] if config.notes else []),
     )
     head = f"{config.recipe.method} on {config.recipe.family}: {config.method_plugin.help}"
     text = "\n".join([head, *(line for name, lines in sections for line in ("", name, *lines))])
@@ -207,6 +213,14 @@ def _data(config: RunConfig) -> list[str]:
         f"{list(dataset.latent_shape or ())}; the run sees each {epochs:.2f} times",
         f"  {config.data.path}",
     ]
+
+
+def _resume(config: RunConfig) -> list[str]:
+    output_dir = Path(config.training.output_dir)
+    preview = preview_resume(config.checkpoint, output_dir, config.resolved)
+    if preview is None:
+        return []
+    return [f"  goes on from {preview.folder}", *(f"    {note}" for note in preview.notes)]
 
 
 def _conditioning(config: RunConfig) -> list[str]:

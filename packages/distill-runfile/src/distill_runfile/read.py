@@ -18,6 +18,7 @@ from distill_protocols import ConfigError, FamilyPlugin, MethodPlugin, Problem
 from distill_trainer.config import TrainingConfig, ValidationConfig
 
 from distill_runfile.checks import MODELS_CHECKS, RUN_CHECKS, SAMPLED_CHECKS, Check
+from distill_runfile.checks.checkpoints import check_resume
 from distill_runfile.checks.data import read_dataset
 from distill_runfile.draft import (
     ConfiguredFamily,
@@ -118,6 +119,9 @@ def read_config(
     assert draft.conditioning is not None
     assert draft.checkpoint is not None
     callbacks = {name: callback.config for name, callback in draft.callbacks.items()}
+    resolved = _resolved(recipe, draft)
+    # Only now: what a checkpoint is compared with is all of a file without problems.
+    _raise_if_wrong(reader, draft, (lambda draft: check_resume(draft, resolved),))
     return RunConfig(
         recipe=recipe,
         roles=draft.roles,
@@ -132,8 +136,9 @@ def read_config(
         validation=draft.validation,
         callbacks=callbacks,
         callback_plugins={name: callback.plugin for name, callback in draft.callbacks.items()},
-        resolved=_resolved(recipe, draft),
+        resolved=resolved,
         missing=tuple(missing_parts(draft)) if planning else (),
+        notes=_notes(draft),
     )
 
 
@@ -251,6 +256,7 @@ def read_sampled(
         family_plugin=draft.family.plugin,
         section=own,
         missing=tuple(missing_parts(draft)) if planning else (),
+        notes=_notes(draft),
     )
     _raise_if_wrong(reader, draft, (lambda _: rules(config),))
     return config
@@ -362,6 +368,10 @@ def _raise_if_wrong(
     if located or document.problems:
         ordered = in_order([*document.problems, *located], document.main.file)
         raise ConfigError([str(problem) for problem in ordered])
+
+
+def _notes(draft: Draft) -> tuple[str, ...]:
+    return () if draft.dataset is None else draft.dataset.notes
 
 
 def _resolved(recipe: RecipeConfig, draft: Draft) -> dict[str, Any]:

@@ -163,6 +163,7 @@ class SampledConfig(Generic[SectionT]):
         pipeline: of the family's own ``config_class``.
         section: that of the app which samples the role.
         missing: what is not on this machine yet; empty unless the file was read for a plan.
+        notes: as of ``RunConfig``.
     """
 
     recipe: FamilyConfig
@@ -173,6 +174,7 @@ class SampledConfig(Generic[SectionT]):
     family_plugin: FamilyPlugin[Any]
     section: SectionT
     missing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -190,6 +192,7 @@ class RunConfig(ModelsConfig):
         callbacks: by name, of the plugin's own ``config_class``.
         resolved: every section as plain values, defaults included: what is saved beside the run.
         missing: what is not on this machine yet; empty unless the file was read for a plan.
+        notes: what is no problem and is to be said once; a line each.
     """
 
     training: TrainingConfig
@@ -201,6 +204,7 @@ class RunConfig(ModelsConfig):
     callback_plugins: Mapping[str, CallbackPlugin[Any]]
     resolved: Mapping[str, Any]
     missing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def components_source(

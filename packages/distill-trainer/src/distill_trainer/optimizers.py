@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from distill_protocols import ContractError, RoleError, RoleHandle
@@ -35,11 +36,72 @@ def schedule_factor(config: ScheduleConfig, done: int, horizon: int) -> float:
     return config.final_ratio + (1 - config.final_ratio) * fall
 
 
+Horizon = int | Mapping[str, int]
+"""Steps of a role's optimizers, by module where they differ."""
+
+
+class OptimizerSchedule(LambdaLR):
+    """The learning rate of one optimizer: ``schedule_factor`` of the steps that it has taken.
+
+    Settings are those that it was made with, also after ``load_state_dict``, which takes over how
+    many steps were taken and where they began. So a run that goes on with another rate or another
+    schedule has that, and one with the same settings has the same rate, bit for bit.
+
+    Args:
+        optimizer: what it drives.
+        config: its settings.
+        horizon: gives the steps that the optimizer takes in the run's iterations after a given one.
+
+    Attributes:
+        started_after: iteration of the run after which the optimizer began; 0: with the run.
+    """
+
+    _OWN = ("started_after", "_config", "_horizon", "_steps")
+
+    def __init__(
+        self, optimizer: Optimizer, config: ScheduleConfig, horizon: Callable[[int], int]
+    ) -> None:
+        self.started_after = 0
+        self._config = config
+        self._horizon = horizon
+        self._steps = horizon(0)
+        super().__init__(optimizer, lambda done: schedule_factor(self._config, done, self._steps))
+
+    def start_after(self, iteration: int) -> None:
+        """Count the horizon from ``iteration`` on: see ``RestartableSchedule``."""
+        if iteration != self.started_after:
+            self.started_after, self._steps = iteration, self._horizon(iteration)
+        self._set_rates()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the count of steps, and where it began if that is not the run's beginning."""
+        state = {name: v for name, v in super().state_dict().items() if name not in self._OWN}
+        return state | ({"started_after": self.started_after} if self.started_after else {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the count of ``state_dict`` and the rates of this schedule's own settings."""
+        settings = {"base_lrs": self.base_lrs, "lr_lambdas": [None] * len(self.base_lrs)}
+        counts = {name: value for name, value in state_dict.items() if name != "started_after"}
+        super().load_state_dict(counts | settings)
+        self.start_after(state_dict.get("started_after", 0))
+
+    def _set_rates(self) -> None:
+        # As LambdaLR.get_lr computes them, so that a resumed run has the bits of one that went on.
+        rates = [
+            base * factor(self.last_epoch)
+            for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)
+        ]
+        groups = self.optimizer.param_groups
+        for group, base, rate in zip(groups, self.base_lrs, rates, strict=True):
+            group["initial_lr"], group["lr"] = base, rate
+        self._last_lr = rates
+
+
 def build_optimizers(
     role: RoleHandle,
     config: OptimizerConfig,
     *,
-    horizon: int | Mapping[str, int],
+    horizon: Horizon | Callable[[int], Horizon],
     scaled: bool = False,
 ) -> None:
     """Give ``role`` one optimizer and one scheduler for each of its modules.
@@ -47,7 +109,9 @@ def build_optimizers(
     Args:
         horizon: steps that these optimizers will take in the whole run (not iterations: a
             student that is updated every fifth iteration has a fifth of them). By module where
-            they differ: each of two experts takes a share of the role's steps.
+            they differ: each of two experts takes a share of the role's steps. A function gives
+            those after an iteration of the run, so that the schedule of a role which a resumed run
+            adds, or whose optimizer it restarts, ends at the run's end.
         scaled: whether a trainable role of the run, this or another, computes in fp16: loss
             scaling then goes for all of them.
 
@@ -70,14 +134,17 @@ def build_optimizers(
     for key in role.modules:
         optimizer = _build_optimizer(role, key, config, scaled)
         role.optimizers[key] = optimizer
-        steps = horizon if isinstance(horizon, int) else horizon[key]
-        role.schedulers[key] = LambdaLR(optimizer, _schedule(config.schedule, steps))
+        role.schedulers[key] = OptimizerSchedule(
+            optimizer, config.schedule, _steps_after(horizon, key)
+        )
 
 
-def _schedule(config: ScheduleConfig, horizon: int) -> Callable[[int], float]:
-    # A closure, not an object: LambdaLR writes an object's fields into checkpoints, and a run
-    # that is resumed with a longer horizon would get the old one back.
-    return lambda done: schedule_factor(config, done, horizon)
+def _steps_after(horizon: Horizon | Callable[[int], Horizon], module: str) -> Callable[[int], int]:
+    def steps_after(iteration: int) -> int:
+        steps = horizon(iteration) if callable(horizon) else horizon
+        return steps if isinstance(steps, int) else steps[module]
+
+    return steps_after
 
 
 def _build_optimizer(

@@ -82,16 +82,24 @@ def check_negative_is_merged(case: AdapterCase) -> None:
 
 
 def check_encoders(case: AdapterCase) -> None:
-    """The fingerprint is stable, and a kept encoder encodes as a fresh one does.
+    """Fingerprints are stable and told without weights, and a kept encoder encodes as a fresh one.
 
-    Cached embeddings are used while the fingerprint is the same.
+    Cached embeddings are used while the fingerprint is the same, and a data set is compared with
+    what the plugin says before any adapter is there.
     """
     fingerprint = case.adapter.condition_fingerprint()
-    require(
-        fingerprint is None or (isinstance(fingerprint, str) and bool(fingerprint)),
-        f"condition_fingerprint is {fingerprint!r}; it is a text or None",
-    )
+    latents = case.adapter.latent_fingerprint()
+    for name, value in {**latents, **fingerprint}.items():
+        require(
+            all(isinstance(text, str) and bool(text) for text in (name, value)),
+            f"the fingerprint has the entry {name!r}: {value!r}; both are texts",
+        )
+    require(not latents.keys() & fingerprint.keys(), "latents and conditions share entries")
     require(case.adapter.condition_fingerprint() == fingerprint, "two fingerprints differ")
+    require(
+        case.plugin.fingerprint(case.config, source=case.components) == {**latents, **fingerprint},
+        "the plugin's fingerprint is not that of its adapter",
+    )
     fresh = case.adapter.encode_condition(case.prompts)
     with case.adapter.keep_encoders_loaded():
         kept = [case.adapter.encode_condition(case.prompts) for _ in range(2)]
@@ -99,4 +107,4 @@ def check_encoders(case: AdapterCase) -> None:
         for name, value in fresh.tensors.items():
             case.require_close(again.tensors[name], value, f"{name!r} of a kept encoder")
     after = case.adapter.condition_fingerprint()
-    require(fingerprint is None or after == fingerprint, "encoding changes the fingerprint")
+    require(not fingerprint or after == fingerprint, "encoding changes the fingerprint")

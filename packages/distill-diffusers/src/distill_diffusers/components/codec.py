@@ -70,6 +70,11 @@ class VideoCodec:
         """Decode raw latents in one call to clips in about [-1, 1]."""
         return vae.decode(latents).sample
 
+    @property
+    def source(self) -> str:
+        """Folder or hub id of the VAE."""
+        return self._source
+
     def free(self) -> None:
         """Drop the VAE's weights; the next use reads them again."""
         self._vae = None

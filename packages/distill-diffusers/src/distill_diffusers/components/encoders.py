@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from attrs import frozen
 from distill_protocols import ConditioningError, WeightsError
+from distill_protocols.plugins import EMPTY
 from distill_runtime import UnreadableFileError, read_json_object
 from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from distill_diffusers.building import limited_building
+from distill_diffusers.fingerprints import condition_fingerprint
 from distill_diffusers.folders import (
     TRANSFORMERS_STEM,
     fetch,
-    locate,
     module_problems,
     transformer_names,
-    weight_files,
 )
 from distill_diffusers.kinds import load_class
 from distill_diffusers.model_configs import read_config
@@ -32,8 +31,6 @@ TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.j
 """One of these is in a tokenizer's folder."""
 MAX_TOKENS = 100_000
 """Of a prompt."""
-_SAMPLED_CHUNKS = 64
-_CHUNK_BYTES = 1 << 16
 
 
 def accept_any(encoder: nn.Module, folder: Path) -> None:
@@ -67,15 +64,6 @@ class TextEncoderPart:
                 f"{tokenizer} holds none of {', '.join(TOKENIZER_FILES)}, and {self.encoder}/ "
                 "beside it is of no use without. Download it again"
             )
-
-    def files(self, folder: Path) -> list[Path]:
-        """List the files that an embedding depends on."""
-        encoder, tokenizer = folder / self.encoder, folder / self.tokenizer
-        return [
-            encoder / "config.json",
-            *weight_files(encoder, TRANSFORMERS_STEM),
-            *sorted(path for path in tokenizer.iterdir() if path.is_file()),
-        ]
 
 
 def numbered_parts(source: str, classes: Sequence[str]) -> list[TextEncoderPart]:
@@ -114,7 +102,8 @@ class TextEncoders:
     Args:
         source: Diffusers folder or hub id.
         parts: one for each encoder.
-        settings: what else an embedding depends on (padding, precision ...); for the fingerprint.
+        settings: what else an embedding depends on (precision, length ...), by entry of the
+            fingerprint.
         device: where they run.
     """
 
@@ -123,12 +112,12 @@ class TextEncoders:
         source: str,
         parts: Sequence[TextEncoderPart],
         *,
-        settings: Sequence[object] = (),
+        settings: Mapping[str, object] = EMPTY,
         device: torch.device,
     ) -> None:
         self._source = source
         self._parts = {part.encoder: part for part in parts}
-        self._settings = tuple(settings)
+        self._settings = settings
         self._device = device
         self._kept: dict[str, LoadedEncoder] | None = None
 
@@ -203,21 +192,13 @@ class TextEncoders:
         finally:
             self._kept = None
 
-    def fingerprint(self) -> str | None:
-        """Hash encoder weights, tokenizer files and settings (``_digest`` says how much of each).
+    def fingerprint(self) -> dict[str, str]:
+        """Name encoder weights, tokenizers and settings (see ``distill_diffusers.fingerprints``).
 
-        None where they are not (whole) on this machine: nothing is downloaded to be hashed.
+        Empty where they are not (whole) on this machine: nothing is downloaded to be hashed.
         """
-        folder = locate(self._source)
-        if folder is None or any(p for part in self._parts.values() for p in part.problems(folder)):
-            return None
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(repr(self._settings).encode())
-        for part in self._parts.values():
-            for file in part.files(folder):
-                digest.update(file.relative_to(folder).as_posix().encode())
-                digest.update(_digest(file))
-        return digest.hexdigest()
+        parts = [(part.encoder, part.tokenizer) for part in self._parts.values()]
+        return condition_fingerprint(self._source, parts, self._settings)
 
     def _load(self, name: str) -> LoadedEncoder:
         part = self._parts[name]
@@ -299,25 +280,6 @@ def load_encoder(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Modul
     if unmatched:
         raise WeightsError(f"{folder}: the keys do not match {model_class.__name__}: {unmatched}")
     return encoder.eval().requires_grad_(False)
-
-
-def _digest(file: Path) -> bytes:
-    """Hash the whole file up to 64 MiB; of a larger one its size and 64 chunks spread over it.
-
-    UMT5-XXL has 11 GB or more: reading it all at every start would cost a minute, and two
-    trainings of one encoder differ in every chunk.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    size = file.stat().st_size
-    digest.update(size.to_bytes(8, "little"))
-    with file.open("rb") as stream:
-        if size <= 1 << 26:
-            digest.update(stream.read())
-        else:
-            for index in range(_SAMPLED_CHUNKS):
-                stream.seek((size - _CHUNK_BYTES) * index // (_SAMPLED_CHUNKS - 1))
-                digest.update(stream.read(_CHUNK_BYTES))
-    return digest.digest()
 
 
 @contextlib.contextmanager

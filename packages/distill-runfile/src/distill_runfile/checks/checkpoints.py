@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from distill_checkpoint import preview_resume
 from distill_checkpoint.config import CheckpointConfig
+from distill_conditioning.format import content_hash, position_problem
 from distill_protocols import MethodConfig, Problem, SamplerSpec, below
 from distill_runtime import export_folder_problem
 from distill_trainer.config import TrainingConfig
@@ -28,6 +31,37 @@ def check_checkpoints(draft: Draft) -> Iterator[Problem]:
         )
     yield from _export_problems(draft, checkpoint)
     yield from _keep_best_problems(draft, checkpoint)
+
+
+def check_resume(draft: Draft, resolved: Mapping[str, Any]) -> Iterator[Problem]:
+    """Rules over the checkpoint that the run would go on from, before any model is loaded.
+
+    Args:
+        resolved: the whole file as plain values.
+    """
+    if draft.checkpoint is None or draft.training is None:
+        return
+    preview = preview_resume(draft.checkpoint, Path(draft.training.output_dir), resolved)
+    if preview is None:
+        return
+    yield from preview.problems
+    dataset = draft.dataset
+    if dataset is None or dataset.index is None or draft.data is None or preview.takes_other_data:
+        return
+    own = {
+        "dataset_samples": dataset.samples,
+        "dataset": content_hash(dataset.path, dataset.index),
+        "seed": draft.training.seed,
+        "shuffle": draft.data.shuffle,
+    }
+    problem = position_problem(preview.position, own)
+    if problem is not None:
+        yield Problem(
+            ("data", "path"),
+            f"{problem} ({preview.folder}). Put data set and run file back as they were, start a "
+            "new run in another output_dir, or say that another data set is meant, which is then "
+            "read from its beginning (checkpoint.changes: {added: [data], dropped: [data]})",
+        )
 
 
 def _export_problems(draft: Draft, checkpoint: CheckpointConfig) -> Iterator[Problem]:

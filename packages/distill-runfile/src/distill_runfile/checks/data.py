@@ -20,19 +20,25 @@ def read_dataset(draft: Draft) -> DatasetInfo | None:
     """
     if draft.data is None or (draft.planning and not Path(draft.data.path).exists()):
         return None
-    latent_shape = None
+    latent_shape, fingerprint = None, None
     condition_shapes: dict[str, tuple[int, ...]] = {}
     if draft.family is not None and draft.roles:
         plugin, config = draft.family.plugin, draft.family.config
         source = components_source(plugin, config, draft.roles)
         latent_shape = plugin.latent_shape(config, source=source)
+        fingerprint = plugin.fingerprint(config, source=source) or None
         # Of roles, not of the components: it is the transformers that read conditions.
         for role in draft.roles.values():
             shapes = plugin.condition_shapes(config, source=role.spec.path)
             condition_shapes = {**shapes, **condition_shapes}
     times = () if draft.method is None else draft.method.config.trajectory_times
     return dataset_info(
-        draft.data.path, latent_shape=latent_shape, condition_shapes=condition_shapes, times=times
+        draft.data.path,
+        latent_shape=latent_shape,
+        condition_shapes=condition_shapes,
+        times=times,
+        fingerprint=fingerprint,
+        accept=draft.data.accept,
     )
 
 
