@@ -50,7 +50,7 @@ from distill_protocols.roles import (
     RoleOptions,
     RoleSpec,
 )
-from distill_protocols.sampler import DynamicShift, SamplerSpec, SampleView, shift_sigma
+from distill_protocols.sampler import DynamicShift, SamplerSpec, SampleView, Solver, shift_sigma
 from distill_protocols.stop import StopFlag, StopRequested
 
 if TYPE_CHECKING:
@@ -163,6 +163,7 @@ __all__ = [
     "SampleView",
     "Sampler",
     "SamplerSpec",
+    "Solver",
     "StepRecord",
     "StepResult",
     "StopFlag",

@@ -163,15 +163,13 @@ class PipelineExporter(abc.ABC):
         if schedule.deviation > TOLERABLE_DEVIATION:
             yield (
                 f"stock timesteps differ from the sampler's by up to {schedule.deviation:.2f} of "
-                "1000: FlowMatchEulerDiscreteScheduler cannot make them; `timesteps` holds the "
-                "exact ones"
+                f"1000: {schedule.class_name} cannot make them; `timesteps` holds the exact ones"
             )
         yield from self.pipeline_notes(role, request)
         if request.format == "lora":
             yield (
                 "a LoRA file holds no scheduler: give the base's pipeline "
-                "FlowMatchEulerDiscreteScheduler.from_config(`scheduler`) to sample as `sampler` "
-                "says"
+                f"{schedule.class_name}.from_config(`scheduler`) to sample as `sampler` says"
             )
 
     def pipeline_notes(self, role: RoleSpec, request: ExportRequest) -> Iterator[str]:
@@ -312,8 +310,8 @@ class PipelineExporter(abc.ABC):
             "format": request.format,
             "precision": request.precision,
             "sampler": asdict(request.sampler),
-            "timesteps": [1000 * sigma for sigma in request.sampler.sigmas()],
-            "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", **schedule.config},
+            "timesteps": list(schedule.sampler_timesteps),
+            "scheduler": {"_class_name": schedule.class_name, **schedule.config},
             **self.record_entries(role),
             "stock_timesteps": list(schedule.timesteps),
             "timestep_deviation": schedule.deviation,
@@ -337,23 +335,22 @@ class PipelineExporter(abc.ABC):
                 shutil.copytree(source / name, stage / name, symlinks=False)
         for file in stage.glob("tokenizer*/tokenizer_config.json"):
             _name_tokenizer(file)
-        index = self._model_index(export.role, source, stage, list(export.modules))
+        index = self._model_index(export, source, stage)
         write_json(stage / "model_index.json", index)
         return Written()
 
-    def _model_index(
-        self, role: RoleSpec, source: Path, stage: Path, modules: list[str]
-    ) -> dict[str, Any]:
+    def _model_index(self, export: Export, source: Path, stage: Path) -> dict[str, Any]:
         """Compose the source's index with our scheduler, the role's transformers, and only what
         is there."""
+        modules = list(export.modules)
         index = read_json(source / "model_index.json")
-        own = locate(role.path)
+        own = locate(export.role.path)
         own_index: Mapping[str, Any] = {}
         if own is not None and (own / "model_index.json").is_file():
             own_index = read_json(own / "model_index.json")
         index |= self.index_entries(own_index, modules)
         classes = {name: entry for name, entry in index.items() if isinstance(entry, list)}
-        classes["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+        classes["scheduler"] = ["diffusers", export.schedule.class_name]
         classes |= {name: ["diffusers", class_name(self.kind.transformer)] for name in modules}
         for name, entry in classes.items():
             if entry[1] == _NEW_TOKENIZER:

@@ -105,13 +105,26 @@ def _check_components(pipeline: StockPipeline, export: Export, folder: Path) -> 
     loaded = load_class(classes[index["_class_name"]]).from_pretrained(
         folder, use_safetensors=True, **omitted
     )
-    pipeline.grid.set_timesteps(loaded.scheduler, export.request.sampler.steps)
-    made = loaded.scheduler.timesteps.tolist()
-    if made != list(export.schedule.timesteps):
+    made, expected = (
+        _scheduler_steps(pipeline, scheduler, export.request.sampler.steps)
+        for scheduler in (loaded.scheduler, export.schedule.scheduler())
+    )
+    if made != expected:
         raise WeightsError(
-            f"{folder}/scheduler makes timesteps {made}, and the request's are "
-            f"{list(export.schedule.timesteps)}; it is the export of another sampler. Export again"
+            f"{folder}/scheduler is a {made[0]} with timesteps {made[1]}, and the request needs a "
+            f"{expected[0]} with {expected[1]}; it is the export of another sampler. Export again"
         )
+
+
+def _scheduler_steps(
+    pipeline: StockPipeline, scheduler: Any, steps: int
+) -> tuple[str, list[float], list[float]]:
+    """Return the class, and timesteps and noise levels as the pipeline has them made.
+
+    Noise levels too, as some schedulers round t to whole numbers.
+    """
+    pipeline.grid.set_timesteps(scheduler, steps)
+    return type(scheduler).__name__, scheduler.timesteps.tolist(), scheduler.sigmas.tolist()
 
 
 # -- single files ---------------------------------------------------------------------------------
