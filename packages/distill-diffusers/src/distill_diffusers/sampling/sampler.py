@@ -32,10 +32,10 @@ def sample(
 ) -> Tensor:
     """Walk ``spec.sigmas()`` down to 0, in fp32, or return the x0 that ``exit_step`` predicts.
 
-    ODE: Euler, ``x <- x + (s' - s) v``; or UniPC, by diffusers' own scheduler. Stochastic: ``x0 = x - s v``, then ``(1 - s') x0 + s' eps``
-    with fresh noise (Song et al. 2023, algorithm 1; DMD2, Yin et al. 2024, section 4.4). The order
-    of operations is that of diffusers' FlowMatchEulerDiscreteScheduler, so that an exported model
-    gives the same clip there.
+    ODE: Euler, ``x <- x + (s' - s) v``; or UniPC, by diffusers' own scheduler. Stochastic:
+    ``x0 = x - s v``, then ``(1 - s') x0 + s' eps`` with fresh noise (Song et al. 2023, algorithm 1;
+    DMD2, Yin et al. 2024, section 4.4). The order of operations is that of diffusers'
+    FlowMatchEulerDiscreteScheduler, so that an exported model gives the same clip there.
 
     Args:
         noise: x at the first sigma [B, C, T, H, W].
