@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +40,14 @@ from distill_diffusers.export.files import (
     write_weights,
 )
 from distill_diffusers.export.formats import (
+    DIFFUSERS_LORA,
     LORA_STEM,
     Export,
     ExportFormat,
-    LayerName,
+    LoraContents,
+    LoraNames,
     Written,
     adapter_factors,
-    diffusers_lora_name,
 )
 from distill_diffusers.folders import component_problems, fetch, locate, read_json
 from distill_diffusers.kinds import class_name
@@ -119,12 +120,12 @@ class PipelineExporter(abc.ABC):
             ),
         }
 
-    def lora_files(self, export: Export, module: str) -> Mapping[str, LayerName]:
-        """Return the files of a module's adapters: file name -> how layers are named in it.
+    def lora_files(self, export: Export, module: str) -> Mapping[str, LoraNames]:
+        """Return the files of a module's adapters: file name -> how it names what it holds.
 
         The first must be the one that ``load_lora_weights`` of the pipeline reads.
         """
-        return {f"{LORA_STEM}{export.suffix(module)}.safetensors": diffusers_lora_name}
+        return {f"{LORA_STEM}{export.suffix(module)}.safetensors": DIFFUSERS_LORA}
 
     def record_entries(self, role: RoleSpec) -> Mapping[str, Any]:
         """Return the family's own entries of ``sampler_spec.json``."""
@@ -368,6 +369,7 @@ class PipelineExporter(abc.ABC):
         for name in export.modules:
             if role.lora is not None:
                 pairs = adapter_factors(role.lora, export.weights[name], request.precision)
+                contents = LoraContents(factors=pairs)
                 summaries[name] = {"rank": role.lora.rank, "layers": len(pairs)}
             else:
                 base = folder_weights(role.path, self.kind.modules)[name]
@@ -375,20 +377,21 @@ class PipelineExporter(abc.ABC):
                 extraction = extract(
                     export.weights[name], base, rank, precision=request.precision, seed_name=name
                 )
-                pairs = extraction.factors
+                contents = LoraContents(
+                    factors=extraction.factors,
+                    biases=extraction.biases,
+                    differences=extraction.differences,
+                )
                 summaries[name] = {"rank": rank, **extraction.summary()}
-                notes += _extraction_notes(role, name, extraction)
-            if not pairs:
+                takers = [f for f, n in self.lora_files(export, name).items() if n.difference]
+                notes += _extraction_notes(role, name, extraction, takers)
+            if not contents.factors:
                 raise WeightsError(
                     f"role {role.name!r}, {name}: no linear layer differs from {role.path}, so "
                     "there is nothing to make a LoRA of. Was it trained, and from this path?"
                 )
-            for file, layer_name in self.lora_files(export, name).items():
-                tensors = {
-                    layer_name(layer, side): tensor
-                    for layer, pair in pairs.items()
-                    for side, tensor in zip("AB", pair, strict=True)
-                }
+            for file, names in self.lora_files(export, name).items():
+                tensors = contents.named(names)
                 infos = {k: TensorInfo(tuple(t.shape), t.dtype) for k, t in tensors.items()}
                 write_weights(stage / file, infos, tensors.__getitem__, export.metadata)
         return Written(notes=tuple(notes), entries={"lora": summaries})
@@ -403,19 +406,27 @@ def _adapter_shapes(lora: LoraSpec, architecture: Architecture) -> dict[str, Ten
     return shapes
 
 
-def _extraction_notes(role: RoleSpec, module: str, extraction: Extraction) -> Iterator[str]:
+def _extraction_notes(
+    role: RoleSpec, module: str, extraction: Extraction, takers: Sequence[str]
+) -> Iterator[str]:
     yield (
         f"{module}: the LoRA is an approximation of the difference to {role.path}, off by "
         f"{extraction.relative_error:.3g} of it (Frobenius norm over {len(extraction.factors)} "
         "layers; lora.<module>.by_layer has each)"
     )
-    if extraction.not_held:
-        worst = max(extraction.not_held, key=extraction.not_held.__getitem__)
+    if extraction.differences:
+        changes = {name: extraction.other_changes[name] for name in extraction.differences}
+        worst = max(changes, key=changes.__getitem__)
+        held = (
+            f"{' and '.join(takers)} has them as .diff and .diff_b, which ComfyUI adds; diffusers "
+            "drops them"
+            if takers
+            else "no file of this format holds them"
+        )
         yield (
-            f"{module}: {len(extraction.not_held)} tensors that changed are no linear layers "
-            "(biases, norms, scale/shift tables, patch embedding), so no LoRA holds them and the "
-            f"base's stay: most of all {worst}, by {extraction.not_held[worst]:.3g} of its norm "
-            "(lora.<module>.not_held has each)"
+            f"{module}: {len(changes)} tensors that changed are in no linear layer (norms, "
+            f"scale/shift tables, patch embedding). {held}: there the base's stay, most of all "
+            f"{worst}, by {changes[worst]:.3g} of its norm (lora.<module>.differences has each)"
         )
 
 
