@@ -1,6 +1,6 @@
 """The numbers of the README: tuned teacher baselines, and students over seeds and step counts.
 
-    uv run python tools/tiny_study.py baselines                  # teacher: shift x guidance x steps
+    uv run python tools/tiny_study.py baselines   # teacher: solver x steps x shift x guidance
     uv run python tools/tiny_study.py students --seeds 0 1 2 --steps 2
     uv run python tools/tiny_study.py experts --seeds 0 1 2      # two-expert teacher and students
     uv run python tools/tiny_study.py causal --seeds 0 1 2       # KD, then Self-Forcing
@@ -8,36 +8,52 @@
     uv run python tools/tiny_study.py table                      # markdown, from what was measured
 
 Every number comes from a `report.json` that the app wrote: this tool only writes run files, starts
-the app and reads its reports, all under outputs/study/.
+the app and reads its reports, all under outputs/study/ (or the folder that STUDY names).
+
+A teacher's best setting is that with the least Frechet distance by the judge. Beside it stand
+numbers that nothing was chosen by (`distill_evaluation.distances`): distances in pixels with their
+temporal differences and in latents, and the latents' standard deviation relative to real ones; all
+against 1,600 clips of the data set. The row "real, other clips" is what 400 other ones come to.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from distill_runfile.source import read_source
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "configs" / "tiny"
-STUDY = ROOT / "outputs" / "study"
+STUDY = Path(os.environ.get("STUDY", ROOT / "outputs" / "study"))
+SOLVERS = ("euler", "unipc")
 SHIFTS = (1.0, 2.0, 3.0, 5.0, 8.0)
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)
+REAL_CLIPS = 2000
+"""Of them as many as an entry samples (400) are kept out and measured, as all others are."""
+DISTANCES = ("pixels", "latents", "latent_std")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("baselines").add_argument(
-        "--steps", type=int, nargs="+", default=[1, 2, 4, 32]
-    )
+    baselines = commands.add_parser("baselines")
+    baselines.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 32])
+    baselines.add_argument("--solvers", nargs="+", choices=SOLVERS, default=SOLVERS)
+    baselines.add_argument("--shifts", type=float, nargs="+", default=SHIFTS)
+    baselines.add_argument("--guidances", type=float, nargs="+", default=GUIDANCES)
     students = commands.add_parser("students")
     students.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     students.add_argument("--steps", type=int, default=2)
@@ -48,8 +64,10 @@ def main() -> None:
     commands.add_parser("table")
     args = parser.parse_args()
     if args.command == "baselines":
-        for steps in args.steps:
-            run(f"teacher_{steps}", baseline_run(steps))
+        for solver in args.solvers:
+            for steps in args.steps:
+                grid = [(shift, w) for shift in args.shifts for w in args.guidances]
+                run(baseline_name(steps, solver), baseline_run(steps, solver, grid))
     elif args.command == "students":
         for seed in args.seeds:
             run(f"student_{args.steps}_seed{seed}", student_run(args.steps, seed))
@@ -87,20 +105,28 @@ def shipped(name: str = "dmd2") -> dict[str, Any]:
     return values
 
 
-def baseline_run(steps: int) -> dict[str, Any]:
-    """One training step (there is no run without), then the teacher over the whole grid."""
+def baseline_name(steps: int, solver: str) -> str:
+    """Name the run; Euler's is the one of studies before there were other solvers."""
+    return f"teacher_{steps}" + f"_{solver}" * (solver != "euler")
+
+
+def baseline_run(
+    steps: int, solver: str = "euler", grid: Sequence[tuple[float, float]] | None = None
+) -> dict[str, Any]:
+    """One training step (there is no run without), then the teacher over a grid of (shift, w)."""
     values = shipped()
     values["training"]["max_train_steps"] = 1
     values["method_config"]["generator_update_interval"] = 1  # or the student has no turn in it
-    shifts = SHIFTS if steps > 1 else (1.0,)  # one step starts at t = 1000, whatever the shift
+    grid = grid or [(shift, w) for shift in SHIFTS for w in GUIDANCES]
+    if steps == 1:  # it starts at t = 1000, whatever the shift
+        grid = [(1.0, w) for w in dict.fromkeys(w for _, w in grid)]
     values["callbacks"]["report"]["entries"] = {
         f"shift {shift:g}, w {w:g}": {
             "role": "teacher",
             "sheet": False,
-            "sampler": {"steps": steps, "shift": shift, "guidance": w},
+            "sampler": {"steps": steps, "shift": shift, "guidance": w, "solver": solver},
         }
-        for shift in shifts
-        for w in GUIDANCES
+        for shift, w in grid
     }
     values["checkpoint"] = {"save_at_end": False}
     return values
@@ -216,12 +242,30 @@ def run(name: str, values: dict[str, Any]) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     values["training"]["output_dir"] = str(folder)
+    values["callbacks"]["report"]["real_latents"] = str(real_latents())
     file = STUDY / f"{name}.yaml"
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     print(f"{name} ...", flush=True)
     subprocess.run(
         [sys.executable, str(ROOT / "apps" / "train"), "--config", str(file)], check=True
     )
+
+
+def real_latents() -> Path:
+    """Some clips of the data set, for the distances that nobody tuned by: once."""
+    file = STUDY / "real_latents.safetensors"
+    if not file.exists():
+        (shard,) = TINY.glob("data/shard-*.safetensors")
+        with safe_open(shard, "pt") as data:
+            latents = data.get_slice("latents")
+            chosen = torch.randperm(
+                latents.get_shape()[0], generator=torch.Generator().manual_seed(0)
+            )
+            picked = latents[:][chosen[:REAL_CLIPS]].contiguous()
+        part = file.with_suffix(".part")
+        save_file({"latents": picked}, part)
+        part.rename(file)
+    return file
 
 
 def entries(name: str) -> list[dict[str, Any]]:
@@ -231,18 +275,19 @@ def entries(name: str) -> list[dict[str, Any]]:
 def table() -> str:
     """Teacher at its best setting a step count, students as mean (min to max) over seeds."""
     lines = [
-        "| sampled by | FD | digit | direction | variance in a caption | model calls |",
-        "|---|---|---|---|---|---|",
+        "| sampled by | FD | pixels | latents | latent std | digit | direction "
+        "| variance in a caption | model calls |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *real_row(),
     ]
-    for steps in (32, 4, 2, 1):
-        if (STUDY / f"teacher_{steps}" / "report.json").exists():
-            best = min(entries(f"teacher_{steps}"), key=lambda e: e["frechet_distance"])
-            lines.append(
-                row(
-                    f"teacher, {steps} step{'s' * (steps > 1)}, best of the grid ({best['name']})",
-                    [best],
-                )
-            )
+    for steps in (32, 8, 4, 2, 1):
+        for solver in SOLVERS:
+            name = baseline_name(steps, solver)
+            if (STUDY / name / "report.json").exists():
+                best = min(entries(name), key=lambda e: e["frechet_distance"])
+                plural = "s" * (steps > 1)
+                label = f"teacher, {steps} step{plural} of {solver}, best of the grid"
+                lines.append(row(f"{label} ({best['name']})", [best]))
     for steps in (4, 2, 1):
         lines += seed_rows(f"student, {steps} step{'s' * (steps > 1)}", f"student_{steps}_seed*")
     lines += seed_rows("DMD2 with a GAN, 2 steps", "gan_2_seed*")
@@ -250,6 +295,16 @@ def table() -> str:
     lines += seed_rows("KD, then Self-Forcing, causal, 2 steps", "self_forcing_seed*")
     lines += expert_rows()
     return "\n".join(lines)
+
+
+def real_row() -> list[str]:
+    """As many real clips as an entry has, against the others: what no student can be below."""
+    for file in sorted(STUDY.glob("*/report.json")):
+        real = json.loads(file.read_text()).get("real")
+        if real is not None:
+            numbers = [f"{real[name]:.2f}" for name in DISTANCES]
+            return [f"| real, other clips | | {' | '.join(numbers)} | | | | |"]
+    return []
 
 
 def expert_rows() -> list[str]:
@@ -280,8 +335,14 @@ def row(label: str, found: list[dict[str, Any]]) -> str:
             return mean
         return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
+    def distance(name: str) -> str:
+        # Reports of older studies have none.
+        known = [e["distances"][name] for e in found if e.get("distances")]
+        return cell(known, 2) if known else ""
+
     columns = [
         cell([e["frechet_distance"] for e in found], 1),
+        *map(distance, DISTANCES),
         cell([e["accuracy"]["digit"] for e in found], 2),
         cell([e["accuracy"]["direction"] for e in found], 2),
         cell([e["within_caption_variance"] for e in found], 3),

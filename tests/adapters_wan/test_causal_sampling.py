@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from attrs import evolve
+from diffusers import UniPCMultistepScheduler
 from distill_adapters_wan import PLUGIN, CausalConfig, WanPipelineConfig
 from distill_diffusers.sampling import sampler as sampling
 from distill_protocols import (
@@ -106,6 +107,31 @@ def test_a_clip_by_hand(adapter, noise, spec):
     bidirectional = adapter.sample("teacher", spec, noise, text(2), neg_cond=neg)
     assert sampled.shape == bidirectional.shape
     assert not torch.allclose(sampled, bidirectional, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_clip_by_unipc_by_hand(adapter, noise):
+    """Each chunk has a scheduler of its own: what it keeps of one must not reach the next."""
+    spec = SamplerSpec(steps=3, shift=3.0, guidance=2.5, solver="unipc")
+    neg, out = text(1, seed=3), []
+    for chunk in adapter.chunks("student"):
+        call = ChunkCall(first_frame=chunk.first)
+        options = {"neg_cond": neg, "cfg": spec.guidance}
+        scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
+        scheduler.set_timesteps(3)
+        x = noise[:, :, chunk.span]
+        for t in scheduler.timesteps:
+            times = t.float().expand(2)
+            v = adapter.forward("student", x, times, text(2), caches=call, **options)
+            x = scheduler.step(v, t, x, return_dict=False)[0]
+        store = evolve(call, store=True)
+        adapter.forward("student", x, torch.zeros(2), text(2), caches=store, **options)
+        out.append(x)
+    adapter.clear_caches("student")
+    sampled = adapter.sample("student", spec, noise, text(2), neg_cond=neg)
+    assert torch.equal(sampled, torch.cat(out, dim=2))
 
 
 def test_each_call_is_made_once_and_the_last_chunk_is_not_stored(adapter, noise, calls):

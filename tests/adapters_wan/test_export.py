@@ -107,8 +107,13 @@ SHIPPED = SamplerSpec(steps=2, timesteps=(1000.0, 700.0), stochastic=True)
         SamplerSpec(steps=2, shift=3.0, guidance=4.0),
         SamplerSpec(steps=4, shift=3.0, guidance=1.5),
         SamplerSpec(steps=16, shift=3.0, guidance=2.0),
+        SamplerSpec(steps=1, solver="unipc"),
+        SamplerSpec(steps=2, shift=5.0, guidance=2.0, solver="unipc"),
+        SamplerSpec(steps=5, shift=3.0, guidance=5.0, solver="unipc"),
+        SamplerSpec(steps=16, shift=8.0, solver="unipc"),
+        SamplerSpec(steps=3, timesteps=(1000.0, 757.5, 522.0), solver="unipc"),
     ],
-    ids=lambda s: f"{'stochastic' if s.stochastic else 'ode'}-{s.steps}-w{s.guidance}",
+    ids=lambda s: f"{'stochastic' if s.stochastic else s.solver}-{s.steps}-w{s.guidance}",
 )
 def test_stock_pipeline_gives_the_same_clip_bit_for_bit(export, tmp_path, spec):
     write, adapter, _ = export

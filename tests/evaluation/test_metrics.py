@@ -1,5 +1,6 @@
 """The metrics against closed forms."""
 
+import numpy as np
 import pytest
 import torch
 from distill_evaluation import (
@@ -10,6 +11,8 @@ from distill_evaluation import (
     frechet_distance_of_features,
     within_group_variance,
 )
+from distill_evaluation.distances import DistanceReference
+from distill_evaluation.metrics import fit_whitening, motion_features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,3 +116,68 @@ def test_variance_skips_groups_of_one_and_collapse_is_zero() -> None:
     assert within_group_variance(values, torch.tensor([4, 4, 9])) == 0
     with pytest.raises(ValueError, match="two samples"):
         within_group_variance(values, torch.tensor([1, 2, 3]))
+
+
+# -- distances that nobody tuned by ---------------------------------------------------------------
+
+
+def by_numpy(reference: np.ndarray, samples: np.ndarray, components: int) -> float:
+    """Frechet distance in whitened components, by other decompositions than ours: numpy's SVD of
+    the data, and eigenvalues of the product of covariances, which is not symmetric."""
+    mean = reference.mean(0)
+    _, values, directions = np.linalg.svd(reference - mean, full_matrices=False)
+    scale = directions[:components].T / values[:components] * np.sqrt(len(reference) - 1)
+    first, second = ((x - mean) @ scale for x in (reference, samples))
+    assert np.allclose(np.cov(first.T), np.eye(components))
+    one, other = np.cov(first.T), np.cov(second.T)
+    cross = np.sqrt(np.linalg.eigvals(one @ other).real.clip(0)).sum()
+    shift = ((first.mean(0) - second.mean(0)) ** 2).sum()
+    return float(shift + np.trace(one) + np.trace(other) - 2 * cross)
+
+
+def smooth(count: int, *shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    """Clips whose pixels hang together, as those of real ones do."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, *shape, generator=generator)
+    return scale * (noise + noise.cumsum(-1) + noise.cumsum(2)) + 0.3
+
+
+@pytest.mark.parametrize(("count", "size"), [(150, 300), (300, 90)])
+def test_whitened_distances_against_numpy(count: int, size: int) -> None:
+    reference = smooth(count, 1, 2, size // 2, seed=0).flatten(1)
+    samples = smooth(70, 1, 2, size // 2, seed=1, scale=1.2).flatten(1)
+    whitening = fit_whitening(reference, 40)
+    ours = frechet_distance_of_features(whitening.apply(reference), whitening.apply(samples))
+    theirs = by_numpy(reference.double().numpy(), samples.double().numpy(), 40)
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert ours > 1
+
+
+def test_too_few_clips_for_the_components_are_refused() -> None:
+    with pytest.raises(ValueError, match="fewer than 40 directions"):
+        fit_whitening(torch.randn(40, 300), 40)  # 40 samples vary in 39
+    with pytest.raises(ValueError, match="fewer than 40 directions"):
+        fit_whitening(torch.randn(80, 30), 40)
+
+
+def test_distances_of_clips_against_numpy() -> None:
+    clips, latents = smooth(160, 3, 4, 6, 6, seed=0), smooth(160, 4, 2, 4, 4, seed=2)
+    fakes, codes = smooth(90, 3, 4, 6, 6, seed=3), smooth(90, 4, 2, 4, 4, seed=4, scale=1.25)
+    reference = DistanceReference.of_clips(clips, latents)
+    found = reference.distances(reference.features(fakes, codes))
+
+    def moving(x: torch.Tensor) -> np.ndarray:
+        frames = x.double().numpy()
+        steps = frames[:, :, 1:] - frames[:, :, :-1]
+        return np.concatenate([frames.reshape(len(x), -1), steps.reshape(len(x), -1)], axis=1)
+
+    assert np.allclose(motion_features(fakes).numpy(), moving(fakes), atol=1e-6)
+    assert found.pixels == pytest.approx(by_numpy(moving(clips), moving(fakes), 48), rel=1e-6)
+    flat = [x.double().flatten(1).numpy() for x in (latents, codes)]
+    assert found.latents == pytest.approx(by_numpy(flat[0], flat[1], 64), rel=1e-6)
+    assert found.latent_std == pytest.approx(flat[1].std() / flat[0].std(), rel=1e-4)
+    assert found.latent_std == pytest.approx(1.25, abs=0.1)
+    same = reference.distances(reference.features(clips, latents))
+    assert same.pixels == pytest.approx(0, abs=1e-6)
+    assert same.latents == pytest.approx(0, abs=1e-6)
+    assert same.latent_std == pytest.approx(1, abs=1e-4)

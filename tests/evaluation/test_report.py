@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import attrs
+import pytest
 import torch
 from distill_evaluation.config import ReportConfig, ReportEntry
+from distill_evaluation.distances import DistanceReference
 from distill_evaluation.judge import Judge
 from distill_evaluation.report import CHUNK, ReportCallback
-from distill_protocols import Condition, ModelBundle, RoleHandle, RunParts, RunState, SamplerSpec
+from distill_protocols import (
+    Condition,
+    DataError,
+    ModelBundle,
+    RoleHandle,
+    RowGenerators,
+    RunParts,
+    RunState,
+    SamplerSpec,
+)
 from distill_runtime import ALONE, DistillMethod
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+CPU = torch.device("cpu")
 JUDGE = Path(__file__).resolve().parents[2] / "configs" / "tiny" / "judge"
 
 
@@ -37,6 +53,9 @@ class Adapter:
         self.latent_shape = (3, judge.frames, judge.height, judge.width)
         self.done: list[str] = []
 
+    def normalize_latents(self, latents: Tensor) -> Tensor:
+        return (latents - 1) / 2
+
     def decode(self, latents: Tensor) -> Tensor:
         self.done.append("decode")
         return torch.sigmoid(latents)
@@ -56,7 +75,9 @@ class Conditioning:
         return Condition({"text": torch.zeros(len(prompts), 1)})
 
 
-def parts_of_a_run(folder: Path) -> tuple[ReportCallback, RunState, Adapter]:
+def parts_of_a_run(
+    folder: Path, real_latents: Path | None = None
+) -> tuple[ReportCallback, RunState, Adapter]:
     bundle = ModelBundle({"student": RoleHandle(name="student", modules={"net": nn.Linear(1, 1)})})
     method, adapter = Method(bundle, None), Adapter()
     prompts = (JUDGE / "prompts.txt").read_text().splitlines()
@@ -64,6 +85,7 @@ def parts_of_a_run(folder: Path) -> tuple[ReportCallback, RunState, Adapter]:
         judge=str(JUDGE), prompts=str(JUDGE / "prompts.txt"), clips_per_prompt=2,
         sheet_prompts=tuple(prompts[:2]),
         entries={"two": ReportEntry(role="student"), "again": ReportEntry(role="student")},
+        real_latents=None if real_latents is None else str(real_latents), every_steps=1,
     )  # fmt: skip
     parts: Any = RunParts(
         method=method, adapter=adapter, conditioning=Conditioning(), exporter=None,
@@ -114,3 +136,45 @@ def test_a_run_that_was_stopped_before_gets_no_report(tmp_path, capsys):
     report.on_train_end(run)
     assert adapter.done == []
     assert "left out, as the run was stopped (preempted)" in capsys.readouterr().out
+
+
+def test_distances_are_of_the_clips_that_the_entry_samples(tmp_path, capsys):
+    shape, prompts = Adapter().latent_shape, 40
+    generator = torch.Generator().manual_seed(0)
+    # Unlike unit noise, so that nothing is near: means, and a spread of half.
+    raw = 1 + 2 * (0.5 * torch.randn(180, *shape, generator=generator) + 0.2)
+    file = tmp_path / "real.safetensors"
+    save_file({"latents": raw.half()}, file)
+    (tmp_path / "out").mkdir()
+    report, run, _ = parts_of_a_run(tmp_path / "out", file)
+    assert len(report.prompts) == prompts
+    report.on_step_end(run, cast("Any", SimpleNamespace(iteration=1)))
+    report.on_train_end(run)
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    first, again = found["entries"]
+
+    real = (raw.half().float() - 1) / 2
+    kept = DistanceReference.of_clips(torch.sigmoid(real[:100]), real[:100])
+    noise = torch.cat([
+        RowGenerators.seeded(1234, "report.measure", rows, CPU).normal(shape)
+        for rows in (range(CHUNK), range(CHUNK, 80))
+    ])  # fmt: skip
+    expected = attrs.asdict(kept.distances(kept.features(torch.sigmoid(noise), noise)))
+    assert first["distances"] == again["distances"] == pytest.approx(expected, rel=1e-6)
+    assert first["distances"]["latent_std"] == pytest.approx(2, abs=0.01)
+    rest = attrs.asdict(kept.distances(kept.features(torch.sigmoid(real[100:]), real[100:])))
+    assert found["real"] == pytest.approx({"clips": 100, **rest}, rel=1e-6)
+    assert rest["latent_std"] == pytest.approx(1, abs=0.01)
+    for name, value in first["distances"].items():
+        assert run.metrics[f"report/two/{name}"] == value
+    names = report.config.metric_names(report.judge.attributes)
+    assert {n for n in run.metrics if n.startswith("report/")} == set(names)
+    assert "latent_std" in capsys.readouterr().out
+
+    for wrong, why in ((raw[:80], "more than the 80"), (raw[..., :-1], r"there must be \[N, 3, ")):
+        save_file({"latents": wrong.contiguous()}, file)
+        with pytest.raises(DataError, match=why):
+            parts_of_a_run(tmp_path, file)
+    file.write_bytes(b"no")
+    with pytest.raises(DataError, match="no safetensors file"):
+        parts_of_a_run(tmp_path, file)

@@ -10,8 +10,11 @@ from typing import get_args
 import pytest
 from distill_methods import (
     CausVidConfig,
+    ConsistencyConfig,
     DMD2Config,
     FinetuneConfig,
+    KDConfig,
+    LaddConfig,
     SelfForcingConfig,
     TeacherOnlyConfig,
     TimeSampling,
@@ -39,6 +42,15 @@ WRONG_OPTIONS = [
     (DMD2Config, {"real_score_guidance_scale": float("inf")}, "inf must be .* finite"),
     (DMD2Config, {"rollout": "replay"}, "'simulate', 'data'.*got 'replay'"),
     (DMD2Config, {"student_sampler": SamplerSpec(steps=4, guidance=3.0)}, "guidance 3.0 must be 1"),
+    *(
+        (config, {"student_sampler": SamplerSpec(steps=4, solver="unipc")}, "unipc makes each step")
+        for config in (DMD2Config, SelfForcingConfig, KDConfig, LaddConfig, ConsistencyConfig)
+    ),
+    (
+        TeacherOnlyConfig,
+        {"input": "student", "student_sampler": SamplerSpec(steps=4, solver="unipc")},
+        "unipc makes each step",
+    ),
     (DMD2Config, {"score_shift": 0.0}, "0.0 must be above 0"),
     (DMD2Config, {"score_t_min": -1.0}, r"-1.0 must be within \[0, 1000\]"),
     (DMD2Config, {"score_t_max": 1001.0}, r"1001.0 must be within \[0, 1000\]"),
@@ -94,7 +106,7 @@ def test_plugins_state_roles_capabilities_and_guidance():
     assert "supports_cfg" not in plain.capabilities
     assert [r.name for r in TeacherOnlyConfig().roles] == ["student", "teacher"]
     assert [r.name for r in FinetuneConfig().roles] == ["student"]
-    unguided = FinetuneConfig(student_sampler=SamplerSpec(steps=4))
+    unguided = FinetuneConfig(student_sampler=SamplerSpec(steps=4, solver="unipc"))
     assert not unguided.needs_negative
     assert FinetuneConfig().needs_negative
 

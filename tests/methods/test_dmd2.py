@@ -9,6 +9,7 @@ import attrs
 import pytest
 import torch
 from distill_methods import DMD2Config, DMD2Method, TimeSampling
+from distill_methods.rollouts import Rollout
 from distill_protocols import (
     CapabilityError,
     ConditioningError,
@@ -301,10 +302,31 @@ def test_outputs_name_what_a_person_needs_to_judge_a_collapse():
         "critic_x0",
     }
     assert {n for n, v in outputs.items() if v.ndim == 0} == {
-        "student_mean", "student_std", "exit_step", "dmd_normaliser", "dmd_gradient_rms",
-        "score_distance",
+        "student_mean", "student_std", f"student_std/exit_{int(outputs['exit_step'])}",
+        "exit_step", "dmd_normaliser", "dmd_gradient_rms", "score_distance",
     }  # fmt: skip
     assert not any(value.requires_grad for value in outputs.values())
+
+
+def test_the_spread_is_told_for_each_exit():
+    """One exit a clip of a simulated rollout; of clips of the data set each its own."""
+    method = build()
+    for iteration in range(1, 9):
+        outputs = method.single_train_step(toy_batch(3), iteration).outputs
+        key = f"student_std/exit_{int(outputs['exit_step'])}"
+        assert [n for n in outputs if n.startswith("student_std/")] == [key]
+        assert outputs[key] == outputs["student_std"] == outputs["student_x0"].std()
+    x0 = torch.randn(3, 4, 5, 2, 2)
+    exits = torch.tensor([[0, 0, 2, 2, 2], [1, 1, 0, 0, 0], [2, 2, 2, 2, 2]])
+    told = Rollout(x0, exits.float().mean(1), exits).outputs()
+    frames = {k: [] for k in (0, 1, 2)}
+    for row, numbers in enumerate(exits.tolist()):
+        for place, k in enumerate(numbers):
+            frames[k].append(x0[row, :, place].flatten())
+    for k, parts in frames.items():
+        assert float(told[f"student_std/exit_{k}"]) == pytest.approx(float(torch.cat(parts).std()))
+    by_clip = Rollout(x0, torch.tensor([0, 2, 2]), torch.tensor([[0], [2], [2]])).outputs()
+    assert float(by_clip["student_std/exit_2"]) == pytest.approx(float(x0[1:].std()))
 
 
 # -- batches and streams ----------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from attrs import evolve
+from distill_adapters_wan.capabilities import CAPABILITIES
 from distill_adapters_wan.plugin import WanFamily
 from distill_protocols import ConfigError, DynamicShift, SamplerSpec
 from distill_runfile import read_config
@@ -77,6 +79,51 @@ def test_a_wrong_rule_is_answered_with_its_own_problem(values, write, counted):
         read_config(write(values))
     (problem,) = caught.value.problems
     assert "method_config.student_sampler.shift.max_tokens: 5 must be above base_tokens" in problem
+
+
+def test_a_solver_is_known_and_resolved(values, write, counted):
+    dynamic(values)
+    values["validation"]["views"]["teacher"]["sampler"]["solver"] = "unipc"
+    config = read_config(write(values))
+    assert config.validation is not None
+    assert config.validation.views["teacher"].sampler == SamplerSpec(
+        steps=4, shift=DynamicShift(**RULE), solver="unipc"
+    ).resolved(TOKENS)
+    written = config.resolved["validation"]["views"]["teacher"]["sampler"]
+    assert written["solver"] == "unipc"
+    assert config.resolved["method_config"]["student_sampler"]["solver"] == "euler"
+
+
+def test_a_solver_that_is_unknown_or_not_the_familys_is_a_problem(values, write, monkeypatch):
+    views = {
+        "typo": {"role": "teacher", "sampler": {"steps": 4, "solver": "unipcc"}},
+        "mixed": {
+            "role": "teacher",
+            "sampler": {"steps": 4, "solver": "unipc", "stochastic": True},
+        },
+        "right": {"role": "teacher", "sampler": {"steps": 4, "solver": "unipc"}},
+    }
+    values["validation"] = {"prompts": ["x"], "views": views}
+    values["method_config"]["student_sampler"] = {"steps": 4, "solver": "unipc"}
+    path = write(values)
+
+    def problems():
+        with pytest.raises(ConfigError) as caught:
+            read_config(path)
+        return sorted(problem.split(": ", 1)[1] for problem in caught.value.problems)
+
+    method, mixed, typo = problems()
+    assert method.startswith("method_config.student_sampler: solver unipc makes each step")
+    assert mixed.startswith("validation.views.mixed.sampler.solver: unipc follows the ODE")
+    assert typo.startswith("validation.views.typo.sampler.solver: ")
+    assert "euler" in typo
+    eulers = evolve(CAPABILITIES, solvers={"euler"})
+    monkeypatch.setattr(WanFamily, "capabilities", lambda self, config: eulers)
+    refused = [p for p in problems() if "does not sample by solver unipc (it has euler)" in p]
+    assert [p.split(": ")[0] for p in refused] == [
+        "method_config.student_sampler",
+        "validation.views.right.sampler",
+    ]
 
 
 def test_the_walk_goes_through_configs_mappings_and_lists():

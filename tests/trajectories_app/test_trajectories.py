@@ -211,6 +211,9 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a learner": (put("models", "teacher", "trainable", value=True), "teacher.trainable: true"),
     "no such model": (put("models", "teacher", "path", value="/nowhere"), "models.teacher.path: "),
     "no such data": (put("data", "path", value="/nowhere"), "data.path: /nowhere: no such folder"),
+    "a solver whose states say nothing alone": (
+        own("sampler", {"steps": 4, "solver": "unipc"}), "sampler: solver unipc corrects",
+    ),
     "a stochastic sampler": (
         own("sampler", {"steps": 4, "stochastic": True}), "sampler: stochastic: true draws",
     ),

@@ -18,6 +18,11 @@ def _of_the_ode(_config: object, _: object, value: SamplerSpec) -> None:
             "stochastic: true draws fresh noise at each step, so no state of a trajectory would "
             "determine the clip that a student is to predict from it. Leave it out"
         )
+    if value.solver != "euler":
+        raise ValueError(
+            f"solver {value.solver} corrects each state after the call at it, so no state of its "
+            "trajectory alone determines the clip. Use solver: euler"
+        )
 
 
 def _not_empty(_config: object, _: object, value: str) -> None:

@@ -34,6 +34,7 @@ class SD3Family(DiffusersFamily[SD3PipelineConfig]):
             supports_features=True,
             supports_jvp=True,
             supported_pred_types=frozenset({"v", "x0", "eps"}),
+            solvers=frozenset({"euler", "unipc"}),
         )
 
     def latent_info(self, vae: Mapping[str, Any]) -> LatentInfo:

@@ -33,6 +33,7 @@ CAPABILITIES = Capabilities(
     supports_features=True,
     supports_jvp=True,
     supported_pred_types=frozenset({"v", "x0", "eps"}),
+    solvers=frozenset({"euler", "unipc"}),
 )
 
 

@@ -14,6 +14,7 @@ CAPABILITIES = Capabilities(
     supports_image_condition=True,
     supports_jvp=True,
     supported_pred_types=frozenset({"v", "x0", "eps"}),
+    solvers=frozenset({"euler", "unipc"}),
 )
 """Without causal roles."""
 

@@ -97,6 +97,7 @@ class AdapterSuite:
     test_rollout_predicts_at_its_exit = as_test(sampling.check_rollout_predicts_at_its_exit)
     test_rollout_trains_the_role = as_test(sampling.check_rollout_trains_the_role)
     test_generators = as_test(sampling.check_generators)
+    test_solvers = as_test(sampling.check_solvers)
     test_stop = as_test(sampling.check_stop)
     test_sampler_refusals = as_test(sampling.check_sampler_refusals)
 

@@ -473,6 +473,8 @@ class ToyAdapter:
         requires_grad: bool = False,
     ) -> Tensor:
         """One chunk from noise to the x0 of the exit step; ``at``: its first frame and stream."""
+        if spec.solver not in self.capabilities.solvers:
+            raise CapabilityError(f"solver {spec.solver} is none of this family's. Use euler")
         if spec.stochastic and spec.steps > 1:
             generators = _one_a_row(generators, noise)
         caches = None if at is None else ChunkCall(first_frame=at[0], stream=at[1])

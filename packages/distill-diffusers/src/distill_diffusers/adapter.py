@@ -528,7 +528,13 @@ class FlowMatchingAdapter(abc.ABC):
 
         Raises:
             ContractError: ``guidance_2`` for a role of one module.
+            CapabilityError: a solver that ``capabilities`` does not state.
         """
+        if spec.solver not in self._capabilities.solvers:
+            raise CapabilityError(
+                f"the sampler has solver {spec.solver}, and this family has "
+                f"{', '.join(sorted(self._capabilities.solvers))}. Use one of these"
+            )
         if spec.guidance_2 is not None and len(role.modules) == 1:
             raise ContractError(
                 f"the sampler has guidance_2 {spec.guidance_2:g}, and role {role.name!r} has one "

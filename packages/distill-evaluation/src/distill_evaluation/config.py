@@ -18,6 +18,10 @@ def _check_not_empty(instance: object, attribute: Attribute[Any], value: Sized) 
         )
 
 
+DISTANCES = ("pixels", "latents", "latent_std")
+"""Names of the numbers that ``real_latents`` adds."""
+
+
 @frozen(kw_only=True)
 class ReportEntry:
     """One row of the report.
@@ -51,9 +55,14 @@ class ReportConfig:
         entries: name -> what to sample; the order is that of the table.
         seed: of the initial noise, apart from the run's own generators.
         fps: of the MP4.
+        real_latents: safetensors file with ``latents`` of real clips, not normalised, as a data set
+            holds them: every entry is also compared with these in pixels and in latents, by numbers
+            that nobody tuned by (``distances``). As many as an entry has clips, the last ones of
+            the file, are kept out and compared with the others: what real clips come to.
         every_steps: also measure the entries in every so many iterations, as metrics
             ``report/<entry>/fd``, ``report/<entry>/<attribute>`` (accuracy) and
-            ``report/<entry>/variance``, by which checkpoints can be kept; 0: only at the end.
+            ``report/<entry>/variance``, by which checkpoints can be kept; with ``real_latents``
+            ``pixels``, ``latents`` and ``latent_std`` too. 0: only at the end.
     """
 
     judge: str = field(metadata={"path": ()})
@@ -64,6 +73,7 @@ class ReportConfig:
     sheet_prompts: tuple[str, ...] = field(validator=_check_not_empty)
     entries: dict[str, ReportEntry] = field(validator=_check_not_empty)
     seed: int = 1234
+    real_latents: str | None = field(default=None, metadata={"path": ()})
     fps: int = field(default=6, validator=at_least(1, "the MP4 shows at least one a second"))
     every_steps: int = field(
         default=0,
@@ -75,6 +85,8 @@ class ReportConfig:
         if not self.every_steps:
             return ()
         numbers = ("fd", *attributes, "variance")
+        if self.real_latents is not None:
+            numbers += DISTANCES
         entries = [name for name, entry in self.entries.items() if entry.during]
         return tuple(metric_name(entry, number) for entry in entries for number in numbers)
 

@@ -72,6 +72,63 @@ def _symmetric_root(matrix: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt() @ vectors.T
 
 
+@attrs.frozen
+class Whitening:
+    """Projects features on the `K` directions in which a reference varies most, each scaled to
+    variance 1 of the reference. float64.
+    """
+
+    mean: Tensor
+    directions: Tensor
+
+    def apply(self, features: Tensor) -> Tensor:
+        """Project `features [N, D]` to `[N, K]`."""
+        return torch.cat(
+            [(rows.double() - self.mean) @ self.directions for rows in features.split(64)]
+        )
+
+
+def fit_whitening(reference: Tensor, components: int) -> Whitening:
+    """Fit principal components of `reference [N, D]`, which may have far more features than
+    samples.
+
+    The eigenvectors of the covariance `X^T X / (N - 1)` are `X^T u / s`, for the eigenvectors `u`
+    and values `s^2` of the `N x N` matrix `X X^T`; so nothing of `D x D` is made.
+
+    ValueError if there are not so many directions of variance.
+    """
+    mean = torch.zeros(reference.shape[1], dtype=torch.float64)
+    for rows in reference.split(64):
+        mean += rows.double().sum(0)
+    mean /= len(reference)
+    gram = torch.zeros(len(reference), len(reference), dtype=torch.float64)
+    for columns in torch.arange(reference.shape[1]).split(4096):
+        centred = reference[:, columns].double() - mean[columns]
+        gram += centred @ centred.T
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values[-components:], vectors[:, -components:]
+    if len(values) < components or not values[0] > 1e-10 * values[-1]:
+        raise ValueError(
+            f"{len(reference)} reference samples of {reference.shape[1]} features vary in fewer "
+            f"than {components} directions, so that many components cannot be whitened; give more "
+            "samples."
+        )
+    # X^T u / s has length 1; over s / sqrt(N - 1), the standard deviation along it.
+    scaled = vectors * (len(reference) - 1) ** 0.5 / values
+    directions = torch.zeros(reference.shape[1], components, dtype=torch.float64)
+    for rows, weights in zip(reference.split(64), scaled.split(64), strict=True):
+        directions += (rows.double() - mean).T @ weights
+    return Whitening(mean, directions)
+
+
+def motion_features(clips: Tensor) -> Tensor:
+    """Flatten `clips [N, C, F, H, W]` and the differences of their frames to `[N, D]`.
+
+    Of the pixels alone a still clip and a moving one may have the same Gaussian.
+    """
+    return torch.cat([clips.flatten(1), clips.diff(dim=2).flatten(1)], dim=1)
+
+
 def attribute_accuracy(predicted: Tensor, expected: Tensor) -> float:
     """Compute the share of equal entries of two integer tensors `[N]`.
 

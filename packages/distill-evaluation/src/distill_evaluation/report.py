@@ -32,7 +32,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distill_evaluation.config import ReportConfig, ReportEntry, metric_name
+from distill_evaluation.config import DISTANCES, ReportConfig, ReportEntry, metric_name
+from distill_evaluation.distances import DistanceReference, Distances, read_real_latents
 from distill_evaluation.judge import Judge
 from distill_evaluation.labels import read_prompts
 from distill_evaluation.media import SheetRow, write_contact_sheet, write_sheet_mp4
@@ -53,7 +54,8 @@ class EntryReport:
     """One row of the report: quality and cost of one entry.
 
     `within_caption_variance` is that of pixels among clips of one prompt: it falls to 0 where a
-    student gives one clip a prompt. `seconds_per_clip` is wall time of denoising alone (no text
+    student gives one clip a prompt. `distances` are there if real latents were given.
+    `seconds_per_clip` is wall time of denoising alone (no text
     encoder, no VAE), in batches of `CHUNK`: on several ranks, rank 0's for its own clips.
     """
 
@@ -66,6 +68,7 @@ class EntryReport:
     within_caption_variance: float
     seconds_per_clip: float
     model_calls_per_clip: int
+    distances: Distances | None = None
 
     def metrics(self) -> dict[str, float]:
         """Its quality by the names of ``ReportConfig.metric_names``."""
@@ -74,6 +77,8 @@ class EntryReport:
             **self.accuracy,
             "variance": self.within_caption_variance,
         }
+        if self.distances is not None:
+            numbers |= attrs.asdict(self.distances)
         return {metric_name(self.name, number): value for number, value in numbers.items()}
 
 
@@ -110,6 +115,7 @@ class ReportCallback(Callback):
         # Encoded now and kept by the provider: a prompt must not fail after days of training.
         for prompts in (self.prompts, config.sheet_prompts):
             parts.conditioning.encode(prompts)
+        self._real, self._real_distances = self._read_real(config)
         self._frozen_rows: dict[str, EntryReport] = {}
 
     def on_step_end(self, run: RunState, step: StepRecord) -> None:
@@ -150,6 +156,7 @@ class ReportCallback(Callback):
             "update_counts": self.parts.method.update_counts,
             "seed": {"training": run.streams.seed, "report": self.config.seed},
             "reference_clips": self.reference.count,
+            **self._real_record(),
             "entries": [attrs.asdict(row) for row in rows],
         }
         self._write(run.output_dir, report, sheets)
@@ -173,6 +180,34 @@ class ReportCallback(Callback):
                 f"{judge}: the reference has {self.reference.mean.numel()} features a clip, the "
                 f"judge gives {width}; they belong to different judges. Rebuild the folder."
             )
+
+    def _read_real(self, config: ReportConfig) -> tuple[DistanceReference | None, Distances | None]:
+        """Read the real clips; and compare as many of them as an entry has with the others."""
+        if config.real_latents is None:
+            return None, None
+        file, adapter = Path(config.real_latents), self.parts.adapter
+        raw = read_real_latents(file)
+        kept_out = len(self.prompts) * config.clips_per_prompt
+        if raw.shape[1:] != tuple(adapter.latent_shape) or len(raw) <= kept_out:
+            raise DataError(
+                f"{file} holds latents {list(raw.shape)}; there must be [N, "
+                f"{', '.join(map(str, adapter.latent_shape))}] of this run's clips, and more than "
+                f"the {kept_out} that an entry has, as so many are kept out. Copy more."
+            )
+        device = self.parts.method.bundle[next(iter(config.entries.values())).role].call_device
+        latents = adapter.normalize_latents(raw.to(device))
+        clips, latents = self._decode(latents), latents.cpu()
+        try:
+            real = DistanceReference.of_clips(clips[:-kept_out], latents[:-kept_out])
+        except ValueError as error:
+            raise DataError(f"{file}: {error}") from error
+        rest = real.features(clips[-kept_out:], latents[-kept_out:])
+        return real, real.distances(rest)
+
+    def _real_record(self) -> dict[str, Any]:
+        if self._real is None or self._real_distances is None:
+            return {}
+        return {"real": {"clips": self._real.count, **attrs.asdict(self._real_distances)}}
 
     def _spec(self, entry: ReportEntry) -> SamplerSpec:
         spec = entry.sampler or self.parts.method.sampler_spec
@@ -213,8 +248,14 @@ class ReportCallback(Callback):
         groups = torch.arange(len(prompts.own)).repeat_interleave(each)
         features = prompts.gather(self.judge.features(clips).unflatten(0, (-1, each)))
         variances = prompts.gather(group_variances(clips, groups))
+        compared = None
+        if self._real is not None:
+            own = self._real.features(clips, latents.cpu())
+            compared = prompts.gather(own.unflatten(0, (-1, each)))
         return run.ranks.run_on_first(
-            lambda: self._entry_report(name, entry, features, variances, seconds / len(rows))
+            lambda: self._entry_report(
+                name, entry, features, variances, compared, seconds / len(rows)
+            )
         )
 
     def _entry_report(
@@ -223,9 +264,11 @@ class ReportCallback(Callback):
         entry: ReportEntry,
         features: Tensor | None,
         variances: Tensor | None,
+        compared: Tensor | None,
         seconds_per_clip: float,
     ) -> EntryReport:
-        """Make the row on rank 0 from all ranks' features [P, N / P, D] and variances [P]."""
+        """Make the row on rank 0 from all ranks' features [P, N / P, D] and variances [P], and
+        those of ``DistanceReference`` if there are any."""
         assert features is not None
         assert variances is not None
         spec, features = self._spec(entry), features.flatten(0, 1)
@@ -239,6 +282,9 @@ class ReportCallback(Callback):
             within_caption_variance=float(variances.mean()),
             seconds_per_clip=seconds_per_clip,
             model_calls_per_clip=spec.calls_per_clip,
+            distances=None
+            if self._real is None or compared is None
+            else self._real.distances(compared.flatten(0, 1)),
         )
 
     def _accuracy(self, features: Tensor) -> dict[str, float]:
@@ -326,11 +372,16 @@ class ReportCallback(Callback):
 def format_table(rows: Sequence[EntryReport]) -> str:
     """Write the rows as aligned text."""
     attributes = list(rows[0].accuracy)
-    head = ["sampled by", "weights", "FD", *attributes, "variance", "s/clip", "calls/clip"]
+    compared = DISTANCES if rows[0].distances is not None else ()
+    head = [
+        "sampled by", "weights", "FD", *compared, *attributes, "variance", "s/clip", "calls/clip",
+    ]  # fmt: skip
     lines = [head]
     for row in rows:
+        numbers = {} if row.distances is None else attrs.asdict(row.distances)
         lines.append([
             row.name, row.weights, f"{row.frechet_distance:.1f}",
+            *(f"{numbers[name]:.2f}" for name in compared),
             *(f"{row.accuracy[a]:.3f}" for a in attributes),
             f"{row.within_caption_variance:.4f}", f"{row.seconds_per_clip:.4f}",
             str(row.model_calls_per_clip),

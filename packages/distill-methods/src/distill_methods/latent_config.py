@@ -17,6 +17,16 @@ ROLLOUT_METRICS = ("student_mean", "student_std", "exit_step")
 """Metrics of every turn that makes clips of the student (``Rollout.outputs``)."""
 
 
+def can_be_left_early(_config: object, _attribute: object, value: SamplerSpec) -> None:
+    """Validate ``student_sampler`` of a student that is trained at the steps of its sampler."""
+    if value.solver != "euler":
+        raise ValueError(
+            f"solver {value.solver} makes each step of several calls, and this method trains the "
+            "student one call at a time, at the steps that its sampler takes. Use solver: euler "
+            "here; views and reports of a teacher may name another"
+        )
+
+
 @frozen(kw_only=True, slots=False)  # Without slots, so that a config may have a second base.
 class LatentMethodConfig(MethodConfig, ABC):
     """The description of a method whose student is sampled as latents.

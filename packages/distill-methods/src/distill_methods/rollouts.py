@@ -21,23 +21,43 @@ class Rollout(NamedTuple):
     Attributes:
         x0: clean latents [B, C, T, H, W].
         exit_steps: the (mean) sampler step of the call that made each clip, [B].
+        exits: the sampler step of the call that made each latent frame, [1 or B, 1 or T]; on the
+            CPU, so that nobody waits for a device to know it.
         loss_mask: 0 on frames that stay out of the student's loss, [1, 1, T, 1, 1]; None: those
             that the condition gives, if any.
     """
 
     x0: Tensor
     exit_steps: Tensor
+    exits: Tensor
     loss_mask: Tensor | None = None
 
     def outputs(self) -> dict[str, Tensor]:
-        """Return the clips and their statistics, detached, for logs."""
+        """Return the clips and their statistics, detached, for logs.
+
+        ``student_std`` is over all exit steps, which hides that early ones are too soft and late
+        ones too sharp; ``student_std/exit_<step>`` is of the frames that left at one.
+        """
         x0 = self.x0.detach()
         return {
             "student_x0": x0,
             "student_mean": x0.mean(),
             "student_std": x0.std(),
             "exit_step": self.exit_steps.float().mean(),
+            **self._std_by_exit(x0),
         }
+
+    def _std_by_exit(self, x0: Tensor) -> dict[str, Tensor]:
+        frames = x0.transpose(1, 2)  # [B, T, C, H, W]
+        exits = self.exits.expand(frames.shape[:2])
+        numbers: dict[str, Tensor] = {}
+        for step in exits.unique().tolist():
+            # Places and not a mask: their number is known without asking the device.
+            rows, places = (
+                (index.to(x0.device)) for index in (exits == step).nonzero(as_tuple=True)
+            )
+            numbers[f"student_std/exit_{step}"] = frames[rows, places].std()
+        return numbers
 
 
 class RolloutFunction(Protocol):
@@ -110,14 +130,15 @@ class StudentRollouts:
             generators=context.noise.streams.rows(f"{purpose}.rollout.fresh", size),
             poll=context.poll,
         )
-        return Rollout(x0, torch.full((size,), k, device=x0.device))
+        return Rollout(x0, torch.full((size,), k, device=x0.device), torch.tensor([[k]]))
 
     def _denoise_data(self, batch: Batch, purpose: str, exit_steps: tuple[int, ...]) -> Rollout:
         context, frames = self._context, self._chunk_frames
         indices = context.noise.streams.rows(f"{purpose}.data_step", len(batch)).integers(
             len(exit_steps), (len(frames),) if frames else ()
         )
-        steps = torch.tensor(exit_steps, device=indices.device)[indices].to(batch.latents.device)
+        exits = torch.tensor(exit_steps, device=indices.device)[indices]
+        steps = exits.to(batch.latents.device)
         t = self._levels[steps]
         if frames:
             t = repeat_per_frame(t, frames)
@@ -125,7 +146,8 @@ class StudentRollouts:
         x0_data = context.adapter.normalize_latents(batch.latents)
         x_t = context.adapter.add_noise(x0_data, noise, t)
         x0 = context.adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="x0")
-        return Rollout(x0, steps.float().mean(dim=1) if frames else steps)
+        exits = (repeat_per_frame(exits, frames) if frames else exits[:, None]).cpu()
+        return Rollout(x0, steps.float().mean(dim=1) if frames else steps, exits)
 
 
 def allowed_exit_steps(

@@ -52,7 +52,7 @@ from distill_protocols.roles import (
     RoleOptions,
     RoleSpec,
 )
-from distill_protocols.sampler import DynamicShift, SamplerSpec, SampleView, shift_sigma
+from distill_protocols.sampler import DynamicShift, SamplerSpec, SampleView, Solver, shift_sigma
 from distill_protocols.stop import StopFlag, StopRequested
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ __all__ = [
     "SampleView",
     "Sampler",
     "SamplerSpec",
+    "Solver",
     "StepRecord",
     "StepResult",
     "StopFlag",

@@ -8,6 +8,7 @@ from typing import Literal
 from attrs import field, fields, frozen
 
 from distill_protocols.errors import CapabilityError
+from distill_protocols.sampler import Solver
 
 PredType = Literal["v", "x0", "eps"]
 """What a model call returns: velocity ``eps - x0``, clean latents, or noise."""
@@ -28,6 +29,7 @@ class Capabilities:
         supports_teacher_forcing: causal roles take ``CleanPast``.
         supports_frame_times: t may be [B, T], a time of its own for each frame, for any role.
         supports_jvp: a call can be differentiated along a direction: the adapter has ``tangents``.
+        solvers: those of ``SamplerSpec`` that ``sample`` knows.
         causal_roles: roles of this run whose chunks do not see later ones; all others see the
             whole clip.
     """
@@ -42,6 +44,7 @@ class Capabilities:
     supports_decode: bool = False
     supports_jvp: bool = False
     supported_pred_types: frozenset[PredType] = field(default=frozenset({"v"}), converter=frozenset)
+    solvers: frozenset[Solver] = field(default=frozenset({"euler"}), converter=frozenset)
     causal_roles: frozenset[str] = field(default=frozenset(), converter=frozenset)
 
     def missing(self, needed: Iterable[str]) -> tuple[str, ...]:

@@ -7,14 +7,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Literal, TypeVar, get_args
 
 from attrs import evolve, field, frozen
+from attrs.validators import in_
 
 from distill_protocols.errors import ContractError
 from distill_protocols.validators import above, at_least, within
 
 Number = TypeVar("Number")
+
+Solver = Literal["euler", "unipc"]
+"""How the flow ODE is followed: Euler's method, or UniPC of second order (Zhao et al. 2023, arXiv
+2302.04867), which Wan's pipelines ship with."""
+
+UNIPC_FIRST_SIGMA = 1 - 1e-6
+"""UniPC starts here instead of at 1, where its log-SNR is infinite (diffusers 0.42
+``UniPCMultistepScheduler.set_timesteps``)."""
 
 
 def shift_sigma(u: Number, shift: float) -> Number:
@@ -97,7 +107,12 @@ class SamplerSpec:
         guidance_2: w of the expert for the low noise levels, where a model has two; left out, the
             same as ``guidance``, which is then the other's alone.
         stochastic: True re-noises the predicted x0 with fresh noise at each step (the few-step
-            sampler of DMD2 and consistency models); False follows the flow ODE (Euler).
+            sampler of DMD2 and consistency models); False follows the flow ODE.
+        solver: how the ODE is followed. ``unipc`` is diffusers' ``UniPCMultistepScheduler`` as
+            Wan's pipelines configure it, with ``shift`` as its ``flow_shift``: its grid is u = 1,
+            1 - .999/steps, ..., and it calls the model at t rounded down to a whole number. It
+            keeps what earlier calls gave, so it walks a whole clip (or chunk) and cannot be left
+            early: not for ``stochastic``, nor for rollouts in training.
         timesteps: t in (0, 1000], descending, instead of ``shift`` and the grid. Already
             shifted: they are used as they stand.
         context_noise: t in [0, 1000) at which a finished chunk of a causal role becomes past, and
@@ -113,6 +128,7 @@ class SamplerSpec:
     )
     guidance_2: float | None = field(default=None)
     stochastic: bool = False
+    solver: Solver = field(default="euler", validator=in_(get_args(Solver)))
     timesteps: tuple[float, ...] | None = field(default=None)
     context_noise: float = field(default=0.0)
 
@@ -129,6 +145,23 @@ class SamplerSpec:
         if value is not None:
             at_least(0, "u + w (c - u) with w < 0 leads away from the prompt; 1 is plain")(
                 self, attribute, value
+            )
+
+    @solver.validator
+    def _check_solver(self, attribute: object, value: Solver) -> None:
+        if value == "euler":
+            return
+        if self.stochastic:
+            raise ValueError(
+                f"{value} follows the ODE, and a stochastic sampler leaves it at each step for "
+                "fresh noise. Use euler, or stochastic: false"
+            )
+        second = self._second_sigma()
+        if second is not None and not second < UNIPC_FIRST_SIGMA:
+            raise ValueError(
+                f"{value} starts at t = {1000 * UNIPC_FIRST_SIGMA:g} instead of 1000, and the "
+                f"second time, {1000 * second:.8g}, must be below. Use euler, fewer steps or a "
+                "smaller shift"
             )
 
     @context_noise.validator
@@ -176,7 +209,23 @@ class SamplerSpec:
                 "the sampler's shift depends on the number of tokens of a clip, so its noise "
                 "levels are not known yet. Use SamplerSpec.resolved(tokens)"
             )
-        return tuple(float(shift_sigma(1 - i / self.steps, self.shift)) for i in range(self.steps))
+        return tuple(float(shift_sigma(u, self.shift)) for u in self._grid())
+
+    def _second_sigma(self) -> float | None:
+        """Return the noise level of the second call, if there is one and it is known."""
+        if self.timesteps is not None:
+            return self.timesteps[1] / 1000 if len(self.timesteps) > 1 else None
+        if self.steps < 2 or isinstance(self.shift, DynamicShift) or not self.shift > 0:
+            return None  # ``resolved`` comes back with the times of a dynamic shift
+        return self.sigmas()[1]
+
+    def _grid(self) -> Iterator[float]:
+        """Yield u of each call, as the solver's scheduler in diffusers spaces them."""
+        if self.solver == "euler":
+            yield from (1 - i / self.steps for i in range(self.steps))
+        else:  # the order of operations of numpy.linspace(1, 1 / 1000, steps + 1)
+            step = (1 / 1000 - 1) / self.steps
+            yield from (i * step + 1 for i in range(self.steps))
 
     @property
     def guidances(self) -> tuple[float, float]:

@@ -7,7 +7,7 @@ of them is missing, as that has a problem of its own.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Generic, TypeVar
 
 import attrs
@@ -26,6 +26,7 @@ from distill_protocols import (
     Problem,
     RoleNeed,
     SamplerSpec,
+    Solver,
 )
 from distill_protocols.plugins import Group
 from distill_runtime import load_plugin, plugin_names
@@ -223,7 +224,8 @@ class SectionReader:
 
 @frozen
 class SamplerCompletion:
-    """Gives each ``SamplerSpec`` with a ``DynamicShift`` the timesteps of this run's clips.
+    """Gives each ``SamplerSpec`` with a ``DynamicShift`` the timesteps of this run's clips, and
+    refuses a solver that the family does not have.
 
     It is applied to every value of every config before anybody sees it, so that samplers of a run
     always know their noise levels.
@@ -231,16 +233,19 @@ class SamplerCompletion:
     Attributes:
         family: its name, for messages.
         count_tokens: tells those of one clip, where they are needed; None: the family cannot.
+        solvers: that the family has; None: not known.
     """
 
     family: str
     count_tokens: Callable[[], int | None]
+    solvers: Collection[Solver] | None = None
 
     def __call__(self, value: Any) -> Any:
         """Walk ``value``; what holds no such sampler is returned as it is.
 
         Raises:
-            ValueError: there is one, and the number of tokens is not known.
+            ValueError: there is one and the number of tokens is not known, or the family does not
+                have a sampler's solver.
         """
         if isinstance(value, SamplerSpec):
             return self._resolved(value)
@@ -259,6 +264,11 @@ class SamplerCompletion:
         return attrs.evolve(config, **changed) if changed else config
 
     def _resolved(self, spec: SamplerSpec) -> SamplerSpec:
+        if self.solvers is not None and spec.solver not in self.solvers:
+            raise ValueError(
+                f"family {self.family!r} does not sample by solver {spec.solver} (it has "
+                f"{', '.join(sorted(self.solvers))}). Write one of these"
+            )
         if not isinstance(spec.shift, DynamicShift):
             return spec
         tokens = self.count_tokens()

@@ -321,7 +321,8 @@ def _pipeline(
             return 0  # no role can be read, which is a problem of its own
         return family.latent_tokens(config, source=components_source(family, config, roles))
 
-    reader.complete = SamplerCompletion(family.name, count_tokens)
+    solvers = family.capabilities(config).solvers
+    reader.complete = SamplerCompletion(family.name, count_tokens, solvers)
     return ConfiguredFamily(plugin=family, config=config)
 
 

@@ -13,7 +13,7 @@ from distill_diffusers.export.exporter import PipelineExporter
 from distill_diffusers.export.formats import (
     Export,
     ExportFormat,
-    LayerName,
+    LoraNames,
     Written,
     write_single_files,
 )
@@ -103,10 +103,10 @@ class WanExporter(PipelineExporter):
         comfyui = ExportFormat(write=_write_comfyui, verify=self._verify_comfyui)
         return {**super().formats(), "comfyui": comfyui}
 
-    def lora_files(self, export: Export, module: str) -> Mapping[str, LayerName]:
+    def lora_files(self, export: Export, module: str) -> Mapping[str, LoraNames]:
         """Add the file that ComfyUI reads."""
         comfyui = f"{export.name}-comfyui{export.suffix(module)}.safetensors"
-        return {**super().lora_files(export, module), comfyui: comfy_lora_name}
+        return {**super().lora_files(export, module), comfyui: COMFY_LORA}
 
     def probe(self, module: nn.Module, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """Draw seeded inputs of four tokens."""
@@ -209,7 +209,24 @@ def _comfy_notes(module: nn.Module) -> Iterator[str]:
             )
 
 
-def comfy_lora_name(layer: str, side: str) -> str:
-    """Name a factor as ComfyUI, WanVideoWrapper and musubi-tuner's converter do."""
-    original = to_original(f"{layer}.weight").removesuffix(".weight")
-    return f"diffusion_model.{original}.lora_{side}.weight"
+def _comfy_name(name: str) -> str:
+    return f"diffusion_model.{to_original(name)}"
+
+
+def _comfy_difference(name: str) -> str:
+    # A parameter that is no layer's weight or bias, such as a modulation, has no end to cut off.
+    original = _comfy_name(name)
+    if original.endswith(".bias"):
+        return f"{original.removesuffix('.bias')}.diff_b"
+    return f"{original.removesuffix('.weight')}.diff"
+
+
+COMFY_LORA = LoraNames(
+    factor=lambda layer, side: (
+        f"{_comfy_name(f'{layer}.weight').removesuffix('.weight')}.lora_{side}.weight"
+    ),
+    bias=lambda layer: _comfy_difference(f"{layer}.bias"),
+    difference=_comfy_difference,
+)
+"""As ComfyUI, WanVideoWrapper and musubi-tuner's converter name them. diffusers' converter takes
+the biases of linear layers and drops the other differences."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
+from attrs import evolve
 from distill_protocols import (
+    CapabilityError,
     ContractError,
     DynamicShift,
     RowGenerators,
     SamplerSpec,
+    Solver,
     StopRequested,
 )
 from torch import Tensor
@@ -290,6 +295,34 @@ def check_sampler_refusals(case: AdapterCase) -> None:
         longer = normal(ROWS, case.adapter.latent_shape[0], frames + 1, *case.noise().shape[3:])
         with must_raise(ContractError, "sampling more frames than the run's clips have"):
             case.adapter.sample(role, SPECS[0], longer, cond)
+
+
+def check_solvers(case: AdapterCase) -> None:
+    """A solver that ``capabilities.solvers`` states is used, clip by clip; another is refused.
+
+    A family that does not know one would otherwise sample by Euler, and say the other's name in
+    reports and exports.
+    """
+    cond, noise = case.condition(), case.noise()
+    for role in case.model_roles:
+        for solver in get_args(Solver):
+            spec = SamplerSpec(steps=4, shift=3.0, solver=solver)
+            if solver not in case.capabilities.solvers:
+                with must_raise(CapabilityError, f"sampling {role!r} by {solver}, not stated"):
+                    case.adapter.sample(role, spec, noise, cond)
+                continue
+            both = case.adapter.sample(role, spec, noise, cond)
+            for i in range(ROWS):
+                row = slice(i, i + 1)
+                alone = case.adapter.sample(role, spec, noise[row], cond[row])
+                case.require_close(both[row], alone, f"clip {i} by {solver} in a batch and alone")
+            if solver == "euler":
+                continue
+            euler = case.adapter.sample(role, evolve(spec, solver="euler"), noise, cond)
+            require(not torch.equal(both, euler), f"{solver} of {role!r} gives Euler's clips")
+            exits = [spec.steps - 1] * len(case.chunks(role))
+            with must_raise(ContractError, f"a rollout of {role!r} by {solver}"):
+                _rollout(case, role, spec, exits)
 
 
 def _sample(case: AdapterCase, role: str, spec: SamplerSpec) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +40,14 @@ from distill_diffusers.export.files import (
     write_weights,
 )
 from distill_diffusers.export.formats import (
+    DIFFUSERS_LORA,
     LORA_STEM,
     Export,
     ExportFormat,
-    LayerName,
+    LoraContents,
+    LoraNames,
     Written,
     adapter_factors,
-    diffusers_lora_name,
 )
 from distill_diffusers.export_rules import FORMATS
 from distill_diffusers.folders import (
@@ -126,12 +127,12 @@ class PipelineExporter(abc.ABC):
             ),
         }
 
-    def lora_files(self, export: Export, module: str) -> Mapping[str, LayerName]:
-        """Return the files of a module's adapters: file name -> how layers are named in it.
+    def lora_files(self, export: Export, module: str) -> Mapping[str, LoraNames]:
+        """Return the files of a module's adapters: file name -> how it names what it holds.
 
         The first must be the one that ``load_lora_weights`` of the pipeline reads.
         """
-        return {f"{LORA_STEM}{export.suffix(module)}.safetensors": diffusers_lora_name}
+        return {f"{LORA_STEM}{export.suffix(module)}.safetensors": DIFFUSERS_LORA}
 
     def record_entries(self, role: RoleSpec) -> Mapping[str, Any]:
         """Return the family's own entries of ``sampler_spec.json``."""
@@ -170,15 +171,13 @@ class PipelineExporter(abc.ABC):
         if schedule.deviation > TOLERABLE_DEVIATION:
             yield (
                 f"stock timesteps differ from the sampler's by up to {schedule.deviation:.2f} of "
-                "1000: FlowMatchEulerDiscreteScheduler cannot make them; `timesteps` holds the "
-                "exact ones"
+                f"1000: {schedule.class_name} cannot make them; `timesteps` holds the exact ones"
             )
         yield from self.pipeline_notes(role, request)
         if request.format == "lora":
             yield (
                 "a LoRA file holds no scheduler: give the base's pipeline "
-                "FlowMatchEulerDiscreteScheduler.from_config(`scheduler`) to sample as `sampler` "
-                "says"
+                f"{schedule.class_name}.from_config(`scheduler`) to sample as `sampler` says"
             )
 
     def warnings(self, role: RoleSpec, request: ExportRequest) -> Iterator[str]:
@@ -335,8 +334,8 @@ class PipelineExporter(abc.ABC):
             "format": request.format,
             "precision": request.precision,
             "sampler": asdict(request.sampler),
-            "timesteps": [1000 * sigma for sigma in request.sampler.sigmas()],
-            "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", **schedule.config},
+            "timesteps": list(schedule.sampler_timesteps),
+            "scheduler": {"_class_name": schedule.class_name, **schedule.config},
             **self.record_entries(role),
             "stock_timesteps": list(schedule.timesteps),
             "timestep_deviation": schedule.deviation,
@@ -360,17 +359,16 @@ class PipelineExporter(abc.ABC):
                 shutil.copytree(source / name, stage / name, symlinks=False)
         for file in stage.glob("tokenizer*/tokenizer_config.json"):
             _name_tokenizer(file)
-        index = self._model_index(export.role, source, stage, list(export.modules))
+        index = self._model_index(export, source, stage)
         write_json(stage / "model_index.json", index)
         return Written()
 
-    def _model_index(
-        self, role: RoleSpec, source: Path, stage: Path, modules: list[str]
-    ) -> dict[str, Any]:
+    def _model_index(self, export: Export, source: Path, stage: Path) -> dict[str, Any]:
         """Compose the source's index with our scheduler, the role's transformers, and only what
         is there."""
+        modules = list(export.modules)
         index = read_json(source / "model_index.json")
-        own = locate(role.path)
+        own = locate(export.role.path)
         own_index: Mapping[str, Any] = {}
         if own is not None and (own / "model_index.json").is_file():
             own_index = read_json(own / "model_index.json")
@@ -380,7 +378,7 @@ class PipelineExporter(abc.ABC):
             for name, entry in index.items()
             if isinstance(entry, list)
         }
-        classes["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+        classes["scheduler"] = ["diffusers", export.schedule.class_name]
         classes |= {name: ["diffusers", class_name(self.kind.transformer)] for name in modules}
         for name, entry in classes.items():
             if entry[1] == _NEW_TOKENIZER:
@@ -398,6 +396,7 @@ class PipelineExporter(abc.ABC):
         for name in export.modules:
             if role.lora is not None:
                 pairs = adapter_factors(role.lora, export.weights[name], request.precision)
+                contents = LoraContents(factors=pairs)
                 summaries[name] = {"rank": role.lora.rank, "layers": len(pairs)}
             else:
                 base = folder_weights(role.path, self.kind.modules)[name]
@@ -405,21 +404,22 @@ class PipelineExporter(abc.ABC):
                 extraction = extract(
                     export.weights[name], base, rank, precision=request.precision, seed_name=name
                 )
-                pairs = extraction.factors
+                contents = LoraContents(
+                    factors=extraction.factors,
+                    biases=extraction.biases,
+                    differences=extraction.differences,
+                )
                 summaries[name] = {"rank": rank, **extraction.summary()}
-                notes += _extraction_notes(role, name, extraction)
-            if not pairs:
+                takers = [f for f, n in self.lora_files(export, name).items() if n.difference]
+                notes += _extraction_notes(role, name, extraction, takers)
+            if not contents.factors and not contents.differences:
                 notes.append(
-                    f"{name}: no linear layer differs from {role.path}, so it is left out, and the "
+                    f"{name}: no weight differs from {role.path}, so it is left out, and the "
                     "base's stays"
                 )
                 continue
-            for file, layer_name in self.lora_files(export, name).items():
-                tensors = {
-                    layer_name(layer, side): tensor
-                    for layer, pair in pairs.items()
-                    for side, tensor in zip("AB", pair, strict=True)
-                }
+            for file, names in self.lora_files(export, name).items():
+                tensors = contents.named(names)
                 infos = {k: TensorInfo(tuple(t.shape), t.dtype) for k, t in tensors.items()}
                 write_weights(stage / file, infos, tensors.__getitem__, export.metadata)
         if not any(stage.glob("*.safetensors")):
@@ -439,19 +439,27 @@ def _adapter_shapes(lora: LoraSpec, architecture: Architecture) -> dict[str, Ten
     return shapes
 
 
-def _extraction_notes(role: RoleSpec, module: str, extraction: Extraction) -> Iterator[str]:
+def _extraction_notes(
+    role: RoleSpec, module: str, extraction: Extraction, takers: Sequence[str]
+) -> Iterator[str]:
     yield (
         f"{module}: the LoRA is an approximation of the difference to {role.path}, off by "
         f"{extraction.relative_error:.3g} of it (Frobenius norm over {len(extraction.factors)} "
         "layers; lora.<module>.by_layer has each)"
     )
-    if extraction.not_held:
-        worst = max(extraction.not_held, key=extraction.not_held.__getitem__)
+    if extraction.differences:
+        changes = {name: extraction.other_changes[name] for name in extraction.differences}
+        worst = max(changes, key=changes.__getitem__)
+        held = (
+            f"{' and '.join(takers)} has them as .diff and .diff_b, which ComfyUI adds; diffusers "
+            "drops them"
+            if takers
+            else "no file of this format holds them"
+        )
         yield (
-            f"{module}: {len(extraction.not_held)} tensors that changed are no linear layers "
-            "(biases, norms, scale/shift tables, patch embedding), so no LoRA holds them and the "
-            f"base's stay: most of all {worst}, by {extraction.not_held[worst]:.3g} of its norm "
-            "(lora.<module>.not_held has each)"
+            f"{module}: {len(changes)} tensors that changed are in no linear layer (norms, "
+            f"scale/shift tables, patch embedding). {held}: there the base's stay, most of all "
+            f"{worst}, by {changes[worst]:.3g} of its norm (lora.<module>.differences has each)"
         )
 
 

@@ -29,8 +29,49 @@ from distill_diffusers.weights.sources import folder_weights
 
 LORA_STEM = "pytorch_lora_weights"
 """The file name that ``load_lora_weights(folder)`` looks for."""
-LayerName = Callable[[str, str], str]
-"""(layer, ``A`` or ``B``) -> the name of that factor in a LoRA file."""
+
+
+@frozen(kw_only=True)
+class LoraNames:
+    """How a LoRA file names what it holds.
+
+    Attributes:
+        factor: (layer, ``A`` or ``B``) -> the name of that factor.
+        bias: layer -> the name of the difference of a linear layer's bias.
+        difference: name of any other parameter -> the name of its difference; None: the file's
+            reader takes none.
+    """
+
+    factor: Callable[[str, str], str]
+    bias: Callable[[str], str]
+    difference: Callable[[str], str] | None = None
+
+
+@frozen(kw_only=True)
+class LoraContents:
+    """What LoRA files of one module hold, whatever they name it.
+
+    Attributes:
+        factors: by layer, A and B.
+        biases: by layer, the difference of its bias.
+        differences: by name, those of parameters that are in no linear layer.
+    """
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    biases: Mapping[str, Tensor] = field(factory=dict)
+    differences: Mapping[str, Tensor] = field(factory=dict)
+
+    def named(self, names: LoraNames) -> dict[str, Tensor]:
+        """Give the tensors of a file; differences only where it takes them."""
+        tensors = {
+            names.factor(layer, side): tensor
+            for layer, pair in self.factors.items()
+            for side, tensor in zip("AB", pair, strict=True)
+        }
+        tensors |= {names.bias(layer): tensor for layer, tensor in self.biases.items()}
+        if names.difference is not None:
+            tensors |= {names.difference(name): t for name, t in self.differences.items()}
+        return tensors
 
 
 @frozen(kw_only=True, eq=False)
@@ -125,8 +166,8 @@ class StockPipeline(Protocol):
         """Draw seeded inputs of a few tokens for a transformer, by argument name."""
         ...
 
-    def lora_files(self, export: Export, module: str) -> Mapping[str, LayerName]:
-        """Give the files of a module's adapters: file name -> how layers are named in it."""
+    def lora_files(self, export: Export, module: str) -> Mapping[str, LoraNames]:
+        """Give the files of a module's adapters: file name -> how it names what it holds."""
         ...
 
 
@@ -155,9 +196,12 @@ def write_single_files(export: Export, stage: Path, to_original: Callable[[str],
         )
 
 
-def diffusers_lora_name(layer: str, side: str) -> str:
-    """Name a factor as ``save_lora_weights`` of the pipelines does, of any module."""
-    return f"transformer.{layer}.lora_{side}.weight"
+DIFFUSERS_LORA = LoraNames(
+    factor=lambda layer, side: f"transformer.{layer}.lora_{side}.weight",
+    bias=lambda layer: f"transformer.{layer}.lora_B.bias",
+)
+"""As ``save_lora_weights`` of the pipelines names them, of any module. Their reader refuses a file
+with names that are no adapter's."""
 
 
 def adapter_factors(

@@ -5,27 +5,33 @@ from __future__ import annotations
 import contextlib
 import inspect
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from attrs import evolve
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
 from diffusers.utils import logging as diffusers_logging
 from distill_protocols import (
     DTYPES,
+    Precision,
     TensorInfo,
     WeightsError,
     WeightSource,
 )
 from peft import get_peft_model_state_dict
+from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 
 from distill_diffusers.architecture import is_kept_in_fp32, kept_in_fp32
 from distill_diffusers.export.formats import (
     Export,
+    LoraContents,
+    LoraNames,
     StockPipeline,
     adapter_factors,
     single_files,
@@ -33,6 +39,7 @@ from distill_diffusers.export.formats import (
 from distill_diffusers.folders import fetch, read_json
 from distill_diffusers.kinds import class_name, load_class
 from distill_diffusers.weights.derived import CastWeights
+from distill_diffusers.weights.extraction import Extraction, extract_others
 from distill_diffusers.weights.modules import build_from
 from distill_diffusers.weights.sources import FileWeights, folder_weights, read_in_groups
 
@@ -57,12 +64,15 @@ def describe_result(format_name: str, module: str, numbers: Mapping[str, Any]) -
 @contextlib.contextmanager
 def without_messages() -> Iterator[None]:
     """Hide diffusers' bar of read weights, which would write over the training's own, and its
-    warning that weights are cast: they are read as fp32 for that."""
+    warning that weights are cast: they are read as fp32 for that. And peft's that a bias has one
+    dimension."""
     enabled, level = diffusers_logging.is_progress_bar_enabled(), diffusers_logging.get_verbosity()
     diffusers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LoRA tensor.s. have invalid shape", PeftWarning)
+            yield
     finally:
         diffusers_logging.set_verbosity(level)
         if enabled:
@@ -105,13 +115,26 @@ def _check_components(pipeline: StockPipeline, export: Export, folder: Path) -> 
     loaded = load_class(classes[index["_class_name"]]).from_pretrained(
         folder, use_safetensors=True, **omitted
     )
-    pipeline.grid.set_timesteps(loaded.scheduler, export.request.sampler.steps)
-    made = loaded.scheduler.timesteps.tolist()
-    if made != list(export.schedule.timesteps):
+    made, expected = (
+        _scheduler_steps(pipeline, scheduler, export.request.sampler.steps)
+        for scheduler in (loaded.scheduler, export.schedule.scheduler())
+    )
+    if made != expected:
         raise WeightsError(
-            f"{folder}/scheduler makes timesteps {made}, and the request's are "
-            f"{list(export.schedule.timesteps)}; it is the export of another sampler. Export again"
+            f"{folder}/scheduler is a {made[0]} with timesteps {made[1]}, and the request needs a "
+            f"{expected[0]} with {expected[1]}; it is the export of another sampler. Export again"
         )
+
+
+def _scheduler_steps(
+    pipeline: StockPipeline, scheduler: Any, steps: int
+) -> tuple[str, list[float], list[float]]:
+    """Return the class, and timesteps and noise levels as the pipeline has them made.
+
+    Noise levels too, as some schedulers round t to whole numbers.
+    """
+    pipeline.grid.set_timesteps(scheduler, steps)
+    return type(scheduler).__name__, scheduler.timesteps.tolist(), scheduler.sigmas.tolist()
 
 
 # -- single files ---------------------------------------------------------------------------------
@@ -171,19 +194,27 @@ def verify_lora(pipeline: StockPipeline, export: Export, folder: Path) -> dict[s
             _check_untouched(first, export.weights[name], base[name])
             numbers[name] = {"layers": 0, "largest_difference": 0.0}
             continue
-        pairs = _read_pairs(first, meta, files[first])
         if role.lora is not None:
-            expected = adapter_factors(role.lora, export.weights[name], request.precision)
-            _check_equal(first, pairs, expected)
+            factors = adapter_factors(role.lora, export.weights[name], request.precision)
+            layers, expected = list(factors), LoraContents(factors=factors)
         else:
-            _check_nearest(first, pairs, export.weights[name], base[name])
+            # What is no matrix is written as it is; factors are held against it below.
+            expected = _others_of(export.weights[name], base[name], request.precision)
+            layers = [k for k, part in meta.named_modules() if isinstance(part, nn.Linear)]
+        contents = {file: _read_lora(file, layers, files[file], expected) for file in files}
+        factors = contents[first].factors
+        if role.lora is not None:
+            _check_equal(first, factors, expected.factors)
+        else:
+            _check_nearest(first, factors, export.weights[name], base[name])
         probe = pipeline.probe(meta, torch.float32)
-        outputs = _outputs_with_lora(pipeline, source, name, first, pairs, probe)
+        outputs = _outputs_with_lora(pipeline, source, name, first, contents[first], probe)
         for other in others:
-            theirs = _outputs_with_lora(pipeline, source, name, other, pairs, probe)
+            theirs = _outputs_with_lora(pipeline, source, name, other, contents[first], probe)
             if not torch.equal(outputs, theirs):
                 raise WeightsError(f"{first} and {other} give different outputs; export again")
-        merged = _outputs_of(pipeline, _Added(base[name], pairs), meta, torch.float32)
+        added = _Added(base[name], contents[first])
+        merged = _outputs_of(pipeline, added, meta, torch.float32)
         difference = float((outputs - merged).abs().max() / merged.square().mean().sqrt())
         if not difference <= LORA_TOLERANCE:  # nan is not
             raise WeightsError(
@@ -191,36 +222,46 @@ def verify_lora(pipeline: StockPipeline, export: Export, folder: Path) -> dict[s
                 f"{difference:.3g} of the outputs' rms, more than {LORA_TOLERANCE:g}; this peft or "
                 "diffusers scales or places adapters otherwise"
             )
-        numbers[name] = {"layers": len(pairs), "largest_difference": difference}
+        numbers[name] = {"layers": len(factors), "largest_difference": difference}
         if role.lora is None:
             full = CastWeights(export.weights[name], "fp32", frozenset())
-            expected = _outputs_of(pipeline, full, meta, torch.float32)
-            error = (merged - expected).square().mean() / expected.square().mean()
+            expected_outputs = _outputs_of(pipeline, full, meta, torch.float32)
+            error = (merged - expected_outputs).square().mean() / expected_outputs.square().mean()
             numbers[name]["relative_difference_to_role"] = float(error.sqrt())
     return numbers
 
 
 def _check_untouched(file: Path, full: WeightSource, base: WeightSource) -> None:
-    """Check that a module without a file has the matrices of its base."""
-    for name, info in base.describe().items():
-        if len(info.size) != 2:
-            continue
+    """Check that a module without a file has the weights of its base."""
+    for name in base.describe():
         new, old = (source.read([name])[name] for source in (full, base))
         if not torch.equal(new, old):
             raise WeightsError(f"{file} is missing, and {name} differs from the base's")
 
 
-def _read_pairs(
-    file: Path, meta: nn.Module, layer_name: Callable[[str, str], str]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read (A, B) by layer; every name in ``file`` must be one of them."""
+def _others_of(
+    whole: WeightSource, base: WeightSource, precision: Precision | None
+) -> LoraContents:
+    others = Extraction()
+    extract_others(whole, base, others, precision=precision)
+    return LoraContents(factors={}, biases=others.biases, differences=others.differences)
+
+
+def _read_lora(
+    file: Path, layers: Iterable[str], names: LoraNames, expected: LoraContents
+) -> LoraContents:
+    """Read what a file holds: of ``layers`` those that have factors, and just the biases and
+    differences that are expected, bit for bit."""
     source = FileWeights(str(file), [file])
-    layers = [name for name, part in meta.named_modules() if isinstance(part, nn.Linear)]
-    names = {layer: [layer_name(layer, side) for side in "AB"] for layer in layers}
-    adapted = {layer: pair for layer, pair in names.items() if pair[0] in source.describe()}
-    check_names(file, source.describe(), [name for pair in adapted.values() for name in pair])
-    factors = source.read(source.describe())
-    return {layer: (factors[a], factors[b]) for layer, (a, b) in adapted.items()}
+    stored = source.describe()
+    pairs = {layer: [names.factor(layer, side) for side in "AB"] for layer in layers}
+    adapted = {layer: pair for layer, pair in pairs.items() if pair[0] in stored}
+    others = evolve(expected, factors={}).named(names)
+    check_names(file, stored, [*others, *(name for pair in adapted.values() for name in pair)])
+    tensors = source.read(stored)
+    _refuse_different(file, [k for k, v in others.items() if not _has_same_bits(tensors[k], v)])
+    factors = {layer: (tensors[a], tensors[b]) for layer, (a, b) in adapted.items()}
+    return evolve(expected, factors=factors)
 
 
 def _check_equal(
@@ -264,7 +305,7 @@ def _outputs_with_lora(
     source: Path,
     name: str,
     file: Path,
-    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    contents: LoraContents,
     probe: Mapping[str, Tensor],
 ) -> Tensor:
     """Call the base after stock ``load_lora_weights`` of ``file``."""
@@ -282,9 +323,14 @@ def _outputs_with_lora(
     loaded = get_peft_model_state_dict(transformer, adapter_name="default_0")
     expected = {
         f"{layer}.lora_{side}.weight": tensor
-        for layer, pair in pairs.items()
+        for layer, pair in contents.factors.items()
         for side, tensor in zip("AB", pair, strict=True)
     }
+    if contents.biases:  # one for every layer then
+        expected |= {
+            f"{layer}.lora_B.bias": contents.biases.get(layer, torch.zeros(len(b)))
+            for layer, (_, b) in contents.factors.items()
+        }
     check_names(file, loaded, expected)
     _refuse_different(
         file, [k for k, v in expected.items() if not _has_same_bits(loaded[k], v.float())]
@@ -293,10 +339,11 @@ def _outputs_with_lora(
 
 
 class _Added(WeightSource):
-    """A base and adapters by plain arithmetic, without a line of ``MergedWeights`` or peft."""
+    """A base, adapters and biases by plain arithmetic, without a line of ``MergedWeights`` or
+    peft."""
 
-    def __init__(self, base: WeightSource, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        self._base, self._pairs = base, pairs
+    def __init__(self, base: WeightSource, contents: LoraContents) -> None:
+        self._base, self._pairs, self._biases = base, contents.factors, contents.biases
 
     @property
     def where(self) -> str:
@@ -308,8 +355,11 @@ class _Added(WeightSource):
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         tensors = {name: tensor.float() for name, tensor in self._base.read(names).items()}
         for name in tensors:
-            if pair := self._pairs.get(name.removesuffix(".weight")):
+            if name.endswith(".weight") and (pair := self._pairs.get(name.removesuffix(".weight"))):
                 tensors[name] = tensors[name] + pair[1].float() @ pair[0].float()
+            bias = self._biases.get(name.removesuffix(".bias"))
+            if bias is not None and name.endswith(".bias"):
+                tensors[name] = tensors[name] + bias.float()
         return tensors
 
 

@@ -10,6 +10,7 @@ from distill_protocols import ContractError, RowGenerators, SamplerSpec
 from torch import Tensor
 
 from distill_diffusers.calls import flow
+from distill_diffusers.sampling.scheduler import unipc_scheduler
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B, C, T, H, W], t [B]) -> v [B, C, T, H, W], guidance included."""
@@ -31,10 +32,10 @@ def sample(
 ) -> Tensor:
     """Walk ``spec.sigmas()`` down to 0, in fp32, or return the x0 that ``exit_step`` predicts.
 
-    ODE: Euler, ``x <- x + (s' - s) v``. Stochastic: ``x0 = x - s v``, then ``(1 - s') x0 + s' eps``
-    with fresh noise (Song et al. 2023, algorithm 1; DMD2, Yin et al. 2024, section 4.4). The order
-    of operations is that of diffusers' FlowMatchEulerDiscreteScheduler, so that an exported model
-    gives the same clip there.
+    ODE: Euler, ``x <- x + (s' - s) v``; or UniPC, by diffusers' own scheduler. Stochastic:
+    ``x0 = x - s v``, then ``(1 - s') x0 + s' eps`` with fresh noise (Song et al. 2023, algorithm 1;
+    DMD2, Yin et al. 2024, section 4.4). The order of operations is that of diffusers'
+    FlowMatchEulerDiscreteScheduler, so that an exported model gives the same clip there.
 
     Args:
         noise: x at the first sigma [B, C, T, H, W].
@@ -45,8 +46,16 @@ def sample(
 
     Raises:
         ContractError: a stochastic spec of more than one step without one generator a row, or an
-            exit step that the spec does not have.
+            exit step that the spec does not have, or whose solver has none.
     """
+    if spec.solver == "unipc":
+        if exit_step is not None or requires_grad:
+            raise ContractError(
+                f"an exit step ({exit_step}) or a gradient of a sampler with solver unipc: what "
+                "it returns is made of several calls, so a call of its own trains nothing that it "
+                "samples. Use solver euler where a role is trained"
+            )
+        return _sample_unipc(velocity, spec, noise, on_step)
     last = spec.steps - 1 if exit_step is None else exit_step
     if not 0 <= last < spec.steps:
         raise ContractError(
@@ -73,6 +82,25 @@ def sample(
             fresh = generators.normal(x.shape[1:]).to(x.device)
             x = (1 - after) * (x - sigma * v) + after * fresh
     raise AssertionError("a spec has at least one step")
+
+
+@torch.no_grad()
+def _sample_unipc(
+    velocity: Velocity,
+    spec: SamplerSpec,
+    noise: Tensor,
+    on_step: Callable[[int, Tensor], None] | None,
+) -> Tensor:
+    """Walk by diffusers' scheduler as ``WanPipeline`` does: one of its own for each clip, since it
+    keeps the outputs of earlier calls."""
+    scheduler = unipc_scheduler(spec)
+    x = noise.float()
+    for step, t in enumerate(scheduler.timesteps):
+        if on_step is not None:
+            on_step(step, x)
+        v = velocity(x, t.to(x.device, torch.float32).expand(x.shape[0]))
+        x = scheduler.step(v.float(), t, x, return_dict=False)[0]
+    return x
 
 
 def sample_chunks(

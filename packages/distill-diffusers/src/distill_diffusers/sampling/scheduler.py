@@ -21,13 +21,17 @@ What is met in the scheduler's own grid is met in fp32, bit for bit, but for a f
 more than 40 steps, where a single sigma may come out one fp32 step (6e-5 of 1000) aside. In a
 pipeline's grid, which the scheduler rounds to fp32 before it shifts it, all come within two such
 steps.
+
+UniPCMultistepScheduler takes linspace(1, 1/1000, N + 1) without its end, or the pipeline's grid,
+shifts it once (``flow_shift``), and has a ``shift_terminal`` as well. The first grid is that of a
+SamplerSpec with this solver, which is so met by its own shift; all others as above.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, Union
 
 import numpy as np
 import torch
@@ -35,6 +39,7 @@ from attrs import frozen
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from distill_protocols import SamplerSpec, shift_sigma
 
 _LOG_LOW, _LOG_HIGH = math.log(1e-3), math.log(math.sqrt(1e3))
@@ -50,11 +55,15 @@ class StepGrid(Protocol):
         ...
 
     def last(self, steps: int, shift: float) -> float:
-        """u of the last step."""
+        """u of the last step, of FlowMatchEulerDiscreteScheduler."""
         ...
 
     def sigmas(self, steps: int, shift: float, terminal: float) -> list[float]:
-        """Compute the scheduler's noise levels operation by operation; at least two steps."""
+        """Compute that scheduler's noise levels operation by operation; at least two steps."""
+        ...
+
+    def unipc(self, steps: int) -> np.ndarray:
+        """u of each step, of UniPCMultistepScheduler."""
         ...
 
 
@@ -75,6 +84,9 @@ class SchedulerGrid(StepGrid):
         factor = noise_free[-1] / (1 - terminal)
         return [1 - x / factor for x in noise_free]
 
+    def unipc(self, steps: int) -> np.ndarray:
+        return np.linspace(1, 1 / 1000, steps + 1)[:-1]
+
 
 class UniformGrid(StepGrid):
     """linspace(1, 1/N, N) in fp32: of pipelines that give their own sigmas."""
@@ -91,24 +103,74 @@ class UniformGrid(StepGrid):
         noise_free = 1 - shift_sigma(grid, shift)
         return (1 - noise_free / (noise_free[-1] / (1 - terminal))).tolist()
 
+    def unipc(self, steps: int) -> np.ndarray:
+        return np.linspace(1.0, 1 / steps, steps)
+
+
+@frozen
+class _UniPCGrid(StepGrid):
+    """What UniPCMultistepScheduler makes of a pipeline's grid, but for the 1e-6 that it takes off
+    a first noise level of 1."""
+
+    of: StepGrid
+
+    def set_timesteps(self, scheduler: Any, steps: int) -> None:
+        self.of.set_timesteps(scheduler, steps)
+
+    def last(self, steps: int, shift: float) -> float:
+        return float(self.of.unipc(steps)[-1])
+
+    def sigmas(self, steps: int, shift: float, terminal: float) -> list[float]:
+        noise_free = 1 - shift_sigma(self.of.unipc(steps), shift)
+        return (1 - noise_free / (noise_free[-1] / (1 - terminal))).tolist()
+
+    def unipc(self, steps: int) -> np.ndarray:
+        return self.of.unipc(steps)
+
+
+StockScheduler = Union[FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler]  # noqa: UP007
+
 
 @frozen(kw_only=True)
 class StockSchedule:
     """A scheduler configuration, and how near it comes to the sampler.
 
     Attributes:
-        config: arguments of FlowMatchEulerDiscreteScheduler.
+        scheduler_class: of diffusers.
+        config: arguments of it.
         timesteps: t of each step as the scheduler makes them.
-        deviation: largest |t - t of the sampler|, in units of t (0 to 1000).
+        sampler_timesteps: t of each step as the sampler calls the model.
+        deviation: largest |t - t of the sampler|, in units of t (0 to 1000). Of noise levels, where
+            the scheduler rounds t down to whole numbers.
     """
 
+    scheduler_class: type[StockScheduler]
     config: dict[str, Any]
     timesteps: tuple[float, ...]
+    sampler_timesteps: tuple[float, ...]
     deviation: float
 
-    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+    @property
+    def class_name(self) -> str:
+        """Name of the scheduler's class, as ``model_index.json`` has it."""
+        return self.scheduler_class.__name__
+
+    def scheduler(self) -> StockScheduler:
         """Build the scheduler."""
-        return FlowMatchEulerDiscreteScheduler(**self.config)
+        return self.scheduler_class(**self.config)
+
+
+def unipc_scheduler(spec: SamplerSpec) -> UniPCMultistepScheduler:
+    """Build the scheduler that walks ``spec.sigmas()``, whatever they come from."""
+    scheduler = UniPCMultistepScheduler(**_UNIPC)
+    # A flow_shift of 1 leaves sigmas as they are, to the last bit.
+    scheduler.set_timesteps(sigmas=np.array(spec.sigmas()))  # type: ignore[arg-type] - uses numpy
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+_UNIPC: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+"""As Wan's pipelines have it; the other defaults (order 2, bh2, predict_x0) are theirs as well."""
 
 
 def stock_schedule(spec: SamplerSpec, grid: StepGrid | None = None) -> StockSchedule:
@@ -118,6 +180,8 @@ def stock_schedule(spec: SamplerSpec, grid: StepGrid | None = None) -> StockSche
         grid: what the pipeline starts from; None: ``SchedulerGrid``.
     """
     grid = grid or SchedulerGrid()
+    if spec.solver == "unipc":
+        return _unipc_schedule(spec, grid)
     sigmas = spec.sigmas()
     config: dict[str, Any] = {"shift": 1.0, "stochastic_sampling": spec.stochastic}
     if spec.steps > 1:  # with one step shift_terminal would divide by 1 - s = 0
@@ -127,8 +191,42 @@ def stock_schedule(spec: SamplerSpec, grid: StepGrid | None = None) -> StockSche
     timesteps = tuple(float(t) for t in scheduler.timesteps)
     # Against the sampler's own t, which is computed in fp32 as well.
     sampler_times = (torch.tensor(sigmas, dtype=torch.float32) * 1000).tolist()
-    deviation = max(abs(a - b) for a, b in zip(timesteps, sampler_times, strict=True))
-    return StockSchedule(config=config, timesteps=timesteps, deviation=deviation)
+    return StockSchedule(
+        scheduler_class=FlowMatchEulerDiscreteScheduler,
+        config=config,
+        timesteps=timesteps,
+        sampler_timesteps=tuple(1000 * sigma for sigma in sigmas),
+        deviation=_largest_difference(timesteps, sampler_times),
+    )
+
+
+def _unipc_schedule(spec: SamplerSpec, grid: StepGrid) -> StockSchedule:
+    own = unipc_scheduler(spec)
+
+    def made_by(config: Mapping[str, Any]) -> tuple[Any, float]:
+        scheduler: Any = UniPCMultistepScheduler(**config)
+        grid.set_timesteps(scheduler, spec.steps)
+        return scheduler, 1000 * _largest_difference(scheduler.sigmas, own.sigmas)
+
+    # The grid of a spec is the scheduler's own, unless times are given or the pipeline gives some.
+    shift = spec.shift if isinstance(spec.shift, float | int) else 1.0
+    config = {**_UNIPC, "flow_shift": float(shift)}
+    scheduler, deviation = made_by(config)
+    if deviation > 0 and spec.steps > 1:
+        shift, terminal = _nearest(spec.sigmas(), _UniPCGrid(grid))
+        config |= {"flow_shift": shift, "shift_terminal": terminal}
+        scheduler, deviation = made_by(config)
+    return StockSchedule(
+        scheduler_class=UniPCMultistepScheduler,
+        config=config,
+        timesteps=tuple(float(t) for t in scheduler.timesteps),
+        sampler_timesteps=tuple(float(t) for t in own.timesteps),
+        deviation=deviation,
+    )
+
+
+def _largest_difference(some: Iterable[float], others: Iterable[float]) -> float:
+    return max(abs(float(a) - float(b)) for a, b in zip(some, others, strict=True))
 
 
 def _ends(shift: float) -> list[float]:

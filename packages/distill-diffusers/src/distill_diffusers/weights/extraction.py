@@ -1,8 +1,8 @@
-"""A low-rank adapter out of a whole fine-tune: the difference to the base, cut off by SVD."""
+"""A low-rank adapter out of a whole fine-tune: the difference to the base, cut off by SVD; and what
+is no matrix as the difference itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,22 +20,28 @@ _OVERSAMPLING, _POWER_ITERATIONS = 16, 6
 
 @frozen(eq=False, kw_only=True)
 class Extraction:
-    """Low-rank adapters and how much of the difference they hold.
+    """Low-rank adapters, what goes beside them, and how much of the difference they hold.
 
     Attributes:
         factors: by layer, A [rank, in] and B [out, rank] with a factor of 1 before ``B A``. A
-            layer that did not change has none.
+            layer that did not change has none; where its bias alone did, both are zero, as readers
+            take a bias beside them only.
+        biases: by layer, the difference of a linear layer's bias.
+        differences: by name, that of what else changed and is no linear layer: norms, tables,
+            convolutions.
         errors: by layer, ``|D - B A| / |D|`` (Frobenius, D the difference to the base).
         norms: by layer, |D|.
         changes: by layer, |D| as a part of the larger of the two norms (a base may be zero).
-        not_held: the same by name, of what changed and is no linear layer.
+        other_changes: the same by name, of ``biases`` and ``differences``.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]] = field(factory=dict)
     errors: dict[str, float] = field(factory=dict)
     norms: dict[str, float] = field(factory=dict)
     changes: dict[str, float] = field(factory=dict)
-    not_held: dict[str, float] = field(factory=dict)
+    biases: dict[str, Tensor] = field(factory=dict)
+    differences: dict[str, Tensor] = field(factory=dict)
+    other_changes: dict[str, float] = field(factory=dict)
 
     @property
     def relative_error(self) -> float:
@@ -58,8 +64,10 @@ class Extraction:
                     "relative_change": self.changes[layer],
                 }
                 for layer in self.factors
+                if layer in self.errors
             },
-            "not_held": self.not_held,
+            "biases": {f"{k}.bias": self.other_changes[f"{k}.bias"] for k in self.biases},
+            "differences": {name: self.other_changes[name] for name in self.differences},
         }
 
 
@@ -79,22 +87,18 @@ def extract(
     they are written.
 
     Args:
-        precision: of the factors; None: fp32.
+        precision: of all that is written; None: fp32.
         seed_name: which module this is, for the generator.
     """
     extraction = Extraction()
-    for name, size, new, old in _pairs(whole, base):
-        delta = new - old
-        norm = float(torch.linalg.vector_norm(delta))
+    dtype = DTYPES[precision or "fp32"]
+    for layer in _linear_layers(base):
+        name = f"{layer}.weight"
+        delta, norm, change = _difference(whole, base, name)
         if norm == 0:
             continue
-        change = norm / max(float(torch.linalg.vector_norm(x)) for x in (old, new))
-        layer = name.removesuffix(".weight")
-        if len(size) != 2 or layer == name:
-            extraction.not_held[name] = change
-            continue
         a, b = (
-            round_to(factor, DTYPES[precision or "fp32"], f"the adapter of {layer}")
+            round_to(factor, dtype, f"the adapter of {layer}")
             for factor in factors(delta, rank, seed=derive_seed(0, "svd", seed_name, layer))
         )
         extraction.factors[layer] = (a, b)
@@ -102,16 +106,52 @@ def extract(
             float(torch.linalg.vector_norm(delta - b.float() @ a.float())) / norm
         )
         extraction.norms[layer], extraction.changes[layer] = norm, change
+    extract_others(whole, base, extraction, precision=precision)
+    for layer in extraction.biases.keys() - extraction.factors.keys():
+        rows, columns = base.describe()[f"{layer}.weight"].size
+        zeros = (torch.zeros(rank, columns, dtype=dtype), torch.zeros(rows, rank, dtype=dtype))
+        extraction.factors[layer] = zeros
     return extraction
 
 
-def _pairs(
-    whole: WeightSource, base: WeightSource
-) -> Iterator[tuple[str, tuple[int, ...], Tensor, Tensor]]:
-    infos = whole.describe()
-    for name in base.describe():
-        new, old = (source.read([name])[name].float() for source in (whole, base))
-        yield name, infos[name].size, new, old
+def extract_others(
+    whole: WeightSource,
+    base: WeightSource,
+    into: Extraction,
+    *,
+    precision: Precision | None = None,
+) -> None:
+    """Add what changed and is no weight of a linear layer."""
+    dtype = DTYPES[precision or "fp32"]
+    linear = _linear_layers(base)
+    for name in sorted(base.describe().keys() - {f"{layer}.weight" for layer in linear}):
+        delta, norm, change = _difference(whole, base, name)
+        if norm == 0:
+            continue
+        rounded = round_to(delta, dtype, f"the difference of {name}")
+        layer, _, kind = name.rpartition(".")
+        if kind == "bias" and layer in linear:
+            into.biases[layer] = rounded
+        else:
+            into.differences[name] = rounded
+        into.other_changes[name] = change
+
+
+def _linear_layers(base: WeightSource) -> list[str]:
+    return [
+        name.removesuffix(".weight")
+        for name, info in base.describe().items()
+        if name.endswith(".weight") and len(info.size) == 2
+    ]
+
+
+def _difference(whole: WeightSource, base: WeightSource, name: str) -> tuple[Tensor, float, float]:
+    """Return D = whole - base, |D|, and |D| as a part of the larger of the two norms."""
+    new, old = (source.read([name])[name].float() for source in (whole, base))
+    delta = new - old
+    norm = float(torch.linalg.vector_norm(delta))
+    largest = max(float(torch.linalg.vector_norm(x)) for x in (old, new))
+    return delta, norm, norm / largest if norm else 0.0
 
 
 def factors(delta: Tensor, rank: int, *, seed: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from distill_protocols import PlannedRun, Problem, RoleNeed, SamplerSpec
 from distill_protocols.validators import above, at_least
 
 from distill_methods.distribution_matching.config import is_unguided
+from distill_methods.latent_config import can_be_left_early
 from distill_methods.roles import STUDENT
 from distill_methods.teachers.config import NEGATIVE_GUIDANCE, DefaultGuidance, TeachersConfig
 from distill_methods.time_sampling import TimeSampling, fraction_within, probability_within
@@ -159,7 +160,8 @@ class ConsistencyConfig(TeachersConfig):
     discrete: Discrete | None = None
     continuous: Continuous | None = field(default=None, validator=is_the_only_form)
     student_sampler: SamplerSpec = field(
-        default=SamplerSpec(steps=4, shift=5.0, stochastic=True), validator=is_unguided
+        default=SamplerSpec(steps=4, shift=5.0, stochastic=True),
+        validator=[is_unguided, can_be_left_early],
     )
 
     @property

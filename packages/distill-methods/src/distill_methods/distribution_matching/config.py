@@ -11,7 +11,7 @@ from distill_protocols import RoleNeed, SamplerSpec
 from distill_protocols.validators import above, at_least, within
 
 from distill_methods.adversarial.config import FDivergence, GanConfig
-from distill_methods.latent_config import ROLLOUT_METRICS
+from distill_methods.latent_config import ROLLOUT_METRICS, can_be_left_early
 from distill_methods.roles import CRITIC, DISCRIMINATOR, STUDENT, discriminator
 from distill_methods.teachers.config import NEGATIVE_GUIDANCE, DefaultGuidance, TeachersConfig
 from distill_methods.time_sampling import TimeSampling, fraction_within, probability_within
@@ -122,7 +122,8 @@ class MatchingConfig(TeachersConfig):
         default=None, validator=optional(at_least(0, NEGATIVE_GUIDANCE))
     )
     student_sampler: SamplerSpec = field(
-        default=SamplerSpec(steps=4, shift=5.0, stochastic=True), validator=is_unguided
+        default=SamplerSpec(steps=4, shift=5.0, stochastic=True),
+        validator=[is_unguided, can_be_left_early],
     )
     score_shift: float = field(
         default=5.0,

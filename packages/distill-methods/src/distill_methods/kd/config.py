@@ -8,7 +8,7 @@ from attrs import field, frozen
 from attrs.validators import in_
 from distill_protocols import RoleNeed, SamplerSpec
 
-from distill_methods.latent_config import LatentMethodConfig
+from distill_methods.latent_config import LatentMethodConfig, can_be_left_early
 from distill_methods.roles import STUDENT
 from distill_methods.time_sampling import fraction_within
 
@@ -38,7 +38,8 @@ class KDConfig(LatentMethodConfig):
     """
 
     student_sampler: SamplerSpec = field(
-        default=SamplerSpec(steps=4, shift=8.0, stochastic=True), validator=_is_unguided
+        default=SamplerSpec(steps=4, shift=8.0, stochastic=True),
+        validator=[_is_unguided, can_be_left_early],
     )
     past: Literal["mixed", "noisy", "clean"] = field(
         default="mixed", validator=in_(("mixed", "noisy", "clean"))

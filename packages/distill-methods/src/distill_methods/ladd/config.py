@@ -11,7 +11,12 @@ from distill_protocols.validators import at_least
 
 from distill_methods.adversarial.config import DiscriminatorOptions
 from distill_methods.distribution_matching.config import is_unguided
-from distill_methods.latent_config import ROLLOUT_METRICS, LatentMethodConfig, RolloutSource
+from distill_methods.latent_config import (
+    ROLLOUT_METRICS,
+    LatentMethodConfig,
+    RolloutSource,
+    can_be_left_early,
+)
 from distill_methods.roles import DISCRIMINATOR, STUDENT, TEACHER, discriminator
 from distill_methods.time_sampling import TimeSampling, fraction_within, probability_within
 
@@ -55,7 +60,8 @@ class LaddConfig(DiscriminatorOptions, LatentMethodConfig):
         default=TimeSampling(distribution="logit_normal", mean=1.0, t_min=20.0, t_max=980.0)
     )
     student_sampler: SamplerSpec = field(
-        default=SamplerSpec(steps=4, shift=5.0, stochastic=True), validator=is_unguided
+        default=SamplerSpec(steps=4, shift=5.0, stochastic=True),
+        validator=[is_unguided, can_be_left_early],
     )
 
     @property

@@ -107,13 +107,16 @@ class SelfForcingMethod(LatentMethod[SelfForcingConfig]):
             poll=self.context.poll,
         )
         mean_steps = torch.full((size,), sum(exit_steps) / len(exit_steps), device=device)
+        exits = torch.tensor(
+            [[k for k, chunk in zip(exit_steps, chunks, strict=True) for _ in range(chunk.frames)]]
+        )
         if frames == clip_frames:
-            return Rollout(x0, mean_steps)
+            return Rollout(x0, mean_steps, exits)
         # A video autoencoder codes the first frame of a clip as a picture, and the teacher expects
         # one there. The first frame of a later part is none: its score means nothing.
         loss_mask = torch.ones(1, 1, clip_frames, 1, 1, device=device)
         loss_mask[:, :, 0] = 0
-        return Rollout(x0[:, :, -clip_frames:], mean_steps, loss_mask)
+        return Rollout(x0[:, :, -clip_frames:], mean_steps, exits[:, -clip_frames:], loss_mask)
 
     def _sample_exit_steps(self, purpose: str, iteration: int, chunks: int) -> tuple[int, ...]:
         """Draw the exit step of each chunk, or one for all of them."""

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from attrs import field, frozen
+from attrs import Attribute, field, frozen
 from attrs.validators import in_, optional
 from distill_protocols import RoleNeed, SamplerSpec
 from distill_protocols.validators import at_least
 
+from distill_methods.latent_config import can_be_left_early
 from distill_methods.roles import STUDENT
 from distill_methods.teachers.config import NEGATIVE_GUIDANCE, DefaultGuidance, TeachersConfig
 from distill_methods.time_sampling import TimeSampling, probability_within
 
 
-def _has_unguided_rollout(
-    config: TeacherOnlyConfig, _attribute: object, value: SamplerSpec
+def _can_be_rolled_out(
+    config: TeacherOnlyConfig, attribute: Attribute[Any], value: SamplerSpec
 ) -> None:
-    if config.input == "student" and value.guided:
+    if config.input == "data":
+        return
+    can_be_left_early(config, attribute, value)
+    if value.guided:
         w = next(w for w in value.guidances if w != 1)
         raise ValueError(
             f"guidance {w} must be 1 with input: student, whose clips are the student's own: "
@@ -54,7 +58,7 @@ class TeacherOnlyConfig(TeachersConfig):
     input: Literal["data", "student"] = field(default="data", validator=in_(("data", "student")))
     time: TimeSampling = field(default=TimeSampling(shift=5.0))
     student_sampler: SamplerSpec = field(
-        default=SamplerSpec(steps=50, shift=5.0), validator=_has_unguided_rollout
+        default=SamplerSpec(steps=50, shift=5.0), validator=_can_be_rolled_out
     )
 
     @property
