@@ -30,11 +30,16 @@ def sha256(tensor: torch.Tensor) -> str:
 
 
 def is_the_recording_machine() -> bool:
-    """The last bits of a CPU's arithmetic are those of its kind, and of a version of torch."""
+    """The last bits of a CPU's arithmetic are those of its kind, its vector instructions, and of a
+    version of torch."""
     cpuinfo = Path("/proc/cpuinfo")
     processors = cpuinfo.read_text() if cpuinfo.exists() else ""
     machine = EXPECTED["machine"]
-    return f": {machine['processor']}\n" in processors and machine["torch"] == torch.__version__
+    return (
+        f": {machine['processor']}\n" in processors
+        and machine["instructions"] == torch.backends.cpu.get_cpu_capability()
+        and machine["torch"] == torch.__version__
+    )
 
 
 def test_an_old_checkpoint_goes_on_with_the_same_numbers(tmp_path):

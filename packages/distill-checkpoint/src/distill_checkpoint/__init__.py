@@ -24,14 +24,17 @@ from distill_checkpoint.output_folder import (
     hold_checkpoint,
     list_checkpoints,
 )
-from distill_checkpoint.weights import read_start_weights
 
 if TYPE_CHECKING:
     from distill_checkpoint.export import ExportCallback, gather_on_rank0
     from distill_checkpoint.foreign import MigrationReport, migrate
     from distill_checkpoint.manager import CheckpointManager
     from distill_checkpoint.tensors import new_checkpoint_group
-    from distill_checkpoint.weights import StoredCheckpoint, write_weights_checkpoint
+    from distill_checkpoint.weights import (
+        StoredCheckpoint,
+        read_start_weights,
+        write_weights_checkpoint,
+    )
 
 _LAZY = {
     "CheckpointManager": "manager",
