@@ -33,7 +33,8 @@ from distill_checkpoint import (
     write_weights_checkpoint,
 )
 from distill_checkpoint.manifest import inspect
-from distill_protocols import CheckpointError, TensorWeights
+from distill_checkpoint.state_dicts import unpack
+from distill_protocols import CheckpointError, DistillError, TensorWeights
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import CONTEXT
@@ -131,6 +132,31 @@ def infinite_iteration(checkpoint: Path) -> None:
     rewrite_manifest(checkpoint, "iteration", math.inf)
 
 
+def absurd_iteration(checkpoint: Path) -> None:
+    rewrite_manifest(checkpoint, "iteration", 10**30)
+
+
+def one_key_twice(checkpoint: Path) -> None:
+    path = checkpoint / "manifest.json"
+    path.write_text('{"iteration": 7,' + path.read_text().lstrip()[1:])
+
+
+def in_other_letters(checkpoint: Path) -> None:
+    path = checkpoint / "manifest.json"
+    path.write_bytes(path.read_text().encode("utf-16"))
+
+
+def a_folder_for_a_manifest(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "manifest.json").mkdir()
+
+
+def files_elsewhere(checkpoint: Path) -> None:
+    name = "../checkpoint-000001/rng.json"
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    rewrite_manifest(checkpoint, "files", files | {name: files["rng.json"]})
+
+
 def negative_iteration(checkpoint: Path) -> None:
     rewrite_manifest(checkpoint, "iteration", -1)
 
@@ -167,13 +193,18 @@ DAMAGES = {
     nest_manifest: "nested too deeply",
     nest_under_a_key: "nested too deeply",
     list_for_a_manifest: "no JSON object",
-    infinite_iteration: "inf is no count",
-    negative_iteration: "-1 is no count",
-    no_iteration: "None is no count",
+    infinite_iteration: "Infinity is no JSON number",
+    absurd_iteration: "is no whole number from 0",
+    negative_iteration: "-1 is no whole number",
+    no_iteration: "None is no whole number",
+    one_key_twice: "the key 'iteration' stands twice",
+    in_other_letters: "is no UTF-8 text",
+    a_folder_for_a_manifest: "no manifest.json",
+    files_elsewhere: "rng.json is missing",
     files_as_a_list: "manifest.json is damaged .AttributeError",
-    sizes_as_text: "'1' is no count",
+    sizes_as_text: "'1' is no whole number",
     files_without_sizes: "manifest.json is damaged .KeyError",
-    metrics_that_are_none: "nan is no finite number",
+    metrics_that_are_none: "NaN is no JSON number",
 }
 
 
@@ -259,6 +290,30 @@ def test_a_nested_loop_or_header_is_one_error_of_whoever_reads_it(folder):
     [problem] = role_problems(checkpoint, "critic", ema=False)
     assert problem.path == ("path",)
     assert "nested too deeply" in problem.message
+
+
+def test_a_state_that_nobody_could_read_again_is_not_saved(folder):
+    run, iteration = resume(folder)
+    manager = CheckpointManager(CheckpointConfig(), folder, {})
+    nested: list = []
+    for _ in range(120):
+        nested = [nested]
+    tally = run.callbacks["tally"]
+    for best, reason in ((10**50, "51 digits"), (nested, "nested too deeply")):
+        tally.best = best
+        with pytest.raises(DistillError, match=reason):
+            manager.save(run.state(folder, iteration + 1), run.callbacks)
+        assert sorted(path.name for path in folder.iterdir())[-1] == f"checkpoint-00000{STEPS[-1]}"
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [{"$tensor": "x"}, {"$scalar": 3}, {"$scalar": ["int64", 10**30]}, {"$tuple": 3},
+     {"$dict": [1]}, {"$float": "x"}, {"$counter": [[1]]}],
+)  # fmt: skip
+def test_a_state_that_somebody_edited_is_one_error(edited):
+    with pytest.raises(CheckpointError, match="somebody has edited it"):
+        unpack({"a": [edited]}, {})
 
 
 def test_a_nested_marker_is_written_anew(tmp_path):

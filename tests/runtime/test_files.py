@@ -14,6 +14,9 @@ from distill_runtime import (
     DELETED_PREFIX,
     FileInfo,
     UnreadableFileError,
+    json_files,
+    path_inside,
+    printable,
     publish_folder,
     read_header,
     read_json,
@@ -102,14 +105,80 @@ def test_a_folder_is_removed_under_a_dot_name(tmp_path, monkeypatch):
         (NESTED, "nested too deeply"),
         (b'{"a": ' + NESTED, "nested too deeply"),
         (b"{", "is no JSON"),
-        (b"\xff\xfe{", "is no JSON"),
-        (b"1" * 5000, "is no JSON"),  # more digits than Python turns into a number
+        (b"\xff\xfe{", "is no UTF-8 text"),
+        (b"{}".decode().encode("utf-16"), "is no UTF-8 text"),  # json.loads takes it
+        (b"\xef\xbb\xbf{}", "byte order mark"),
+        (b"1" * 5000, r"5000 digits; at most 40 are read \(line 1\)"),
+        (b'{"a":\n' + b"1" * 41 + b"}", r"41 digits; at most 40 are read \(line 2\)"),
+        (b"NaN", "NaN is no JSON number"),
+        (b"[-Infinity]", "-Infinity is no JSON number"),
+        (b"1e999", "larger than a float can be"),
+        (b'{"a": {"b": 1, "b": 1}}', "the key 'b' stands twice"),
+        (b'["\\ud800"]', "half of a UTF-16 pair"),
+        (b'{"\\udc00": 1}', "half of a UTF-16 pair"),
+        (b"[" * 101 + b"]" * 101, "nested too deeply"),
+        (b'{"a":' * 101 + b"1" + b"}" * 101, "nested too deeply"),
+        (b'"\\"' * 60_000 + b"\\", "is no JSON"),  # in linear time
+        (b'{"a": ' + b'"\\""' * 60_000, "is no JSON"),
     ],
 )
 def test_json_that_is_none(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(UnreadableFileError, match=message):
         read_json(tmp_path / "a.json")
+
+
+def test_json_at_its_limits_is_read(tmp_path):
+    text = '{"a": "[[[{{{\\\\", "b": "\\ud83e\\udd8a", "n": ' + "9" * 40 + ', "l": '
+    (tmp_path / "a.json").write_text(text + "[" * 99 + "]" * 99 + "}")
+    value = read_json(tmp_path / "a.json")
+    assert value["a"] == "[[[{{{\\"
+    assert value["b"] == "\N{FOX FACE}"
+    assert value["n"] == 10**40 - 1
+    brackets = json.dumps(["[" * 300, '"' * 300, "\\" * 301])  # of text alone
+    (tmp_path / "a.json").write_text(brackets)
+    assert read_json(tmp_path / "a.json") == json.loads(brackets)
+
+
+def test_json_of_too_many_values_is_refused_before_it_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_files, "MAX_NODES", 100)
+    monkeypatch.setattr(json_files, "_DECODER", None)
+    for text in ("[" + "0," * 100 + "0]", "[" + "[]," * 60 + "[]]"):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(UnreadableFileError, match="more than 100 values"):
+            read_json(tmp_path / "a.json")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "itself").symlink_to("itself")
+    for name in ("pipe", "", "itself", "missing", "a\0b", "a" * 300):
+        for read in (read_json, read_header):
+            with pytest.raises(UnreadableFileError):
+                read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "a/../../x", "/etc/passwd", "..", "", "a\0b", "a" * 256, "\ud800", "~root/x",
+     "a\\..\\b", 3, None, ["x"]],
+)  # fmt: skip
+def test_a_name_that_stands_in_a_file_stays_in_its_folder(tmp_path, name):
+    with pytest.raises(UnreadableFileError, match=r"index\.json names"):
+        path_inside(tmp_path, name, tmp_path / "index.json")
+
+
+def test_a_name_beside_or_below_is_taken(tmp_path):
+    for name in ("a.safetensors", "b/c.safetensors", "..a", "a b"):
+        assert path_inside(tmp_path, name, "x") == tmp_path / name
+
+
+def test_text_from_files_is_shown_and_not_obeyed():
+    hostile = "a\x1b[2J\r\x07\x9b1m\u202eb\u2028\ud800\u200bc"
+    assert printable(hostile) == r"a\x1b[2J\r\x07\x9b1m\u202eb\u2028\ud800\u200bc"
+    fine = "one\n\ttwo \N{FOX FACE} \u3042\u3000\xe9"
+    assert printable(fine) == fine
+    assert printable("a\nb\tc", one_line=True) == r"a\nb\tc"
 
 
 def test_json_that_is_too_large_is_not_read(tmp_path):
@@ -145,6 +214,18 @@ def test_a_header_is_read(tmp_path):
         entry(shape=[float("inf")]),
         entry(shape=[-2]),
         entry(shape=[10**30]),
+        entry(shape=[2.0]),
+        entry(shape=["2"]),
+        entry(shape=[True, 2]),
+        entry(shape=[1] * 64 + [2]),
+        entry(data_offsets=[0.0, 8.0]),
+        entry(data_offsets=[0, 8, 8]),
+        entry(dtype=["F32"]),
+        b'{"__metadata__": {"a": 3}}',
+        entry()[:-1] + b', "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+        entry()[:-1] + b', "b": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+        entry()[:-1] + b', "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+        entry(data_offsets=[8, 16]),
         entry(data_offsets=[0, float("inf")]),
         entry(data_offsets=[float("nan"), 8]),
         entry(data_offsets=[8, 0]),

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         models = read_models(args.config or checkpoint / "config.json", args.role)
         role, request = _request(args, checkpoint, models)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        cli.say(error, sys.stderr)
         if args.config is None:
             print(
                 "The checkpoint's own run file cannot be used; name one with --config RUN.yaml "
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         return EXIT_USAGE
     except DistillError as error:
-        print(error, file=sys.stderr)
+        cli.say(error, sys.stderr)
         return EXIT_USAGE
 
     def write() -> int:
@@ -138,9 +138,9 @@ def _hold(path: Path) -> tuple[Path, IO[bytes]]:
     while (newest := find_newest_checkpoint(path)) is not None:
         held = hold_checkpoint(newest)
         if held is not None:
-            print(f"taking {newest}")
+            cli.say(f"taking {newest}")
             return newest, held
-        print(f"{newest} has been deleted since; taking the next")
+        cli.say(f"{newest} has been deleted since; taking the next")
         time.sleep(PAUSE)
     inside = ", ".join(folder.name for folder in list_checkpoints(path).values())
     raise CheckpointError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distill_checkpoint import StoredCheckpoint
 from distill_protocols import ExportRequest, RoleSpec
-from distill_runfile import ModelsConfig
+from distill_runfile import ModelsConfig, cli
 
 
 def export(
@@ -31,12 +31,12 @@ def export(
     began = time.perf_counter()  # importing the family's libraries took its time before
     record = exporter.export(role, weights, folder, request)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(
+    cli.say(
         f"{role.name} ({request.weights} weights, iteration {stored.iteration:,}) as "
         f"{request.format}: {folder}, {size / 1e6:,.1f} MB in {time.perf_counter() - began:.1f} s"
     )
     for note in record["notes"]:
-        print(f"  note: {note}")
+        cli.say(f"  note: {note}")
     if verify:
         for note in exporter.verify(role, weights, folder, request)["notes"]:
-            print(f"  verified: {note}")
+            cli.say(f"  verified: {note}")

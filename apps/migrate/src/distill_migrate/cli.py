@@ -33,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         family: FamilyPlugin[Any] = load_plugin("distill.families", args.family)
     except PluginError as error:
-        print(f"--family: {error}", file=sys.stderr)
+        cli.say(f"--family: {error}", sys.stderr)
         return EXIT_USAGE
     if not args.source.exists():
-        print(f"--from: there is nothing at {args.source}", file=sys.stderr)
+        cli.say(f"--from: there is nothing at {args.source}", sys.stderr)
         return EXIT_USAGE
     return cli.run_command(
         lambda: _migrate(args, family), interrupted=lambda: "interrupted: nothing was written"
@@ -49,14 +49,14 @@ def _migrate(args: argparse.Namespace, family: FamilyPlugin[Any]) -> int:
 
     with sigterm_as_interrupt():
         facts = migrate(args.source, args.to, names=family.foreign_names(), ema=not args.no_ema)
-    print(f"{args.source} is {facts.layout}, iteration {facts.iteration:,}")
+    cli.say(f"{args.source} is {facts.layout}, iteration {facts.iteration:,}")
     for line in facts.taken:
-        print(f"  taken  {line}")
+        cli.say(f"  taken  {line}")
     for line in facts.left:
-        print(f"  left   {line}")
+        cli.say(f"  left   {line}")
     # Absolute: a run file's paths are relative to itself, and begin with ./ or ../.
     start = f"init_from: {{path: {args.to.resolve()}}}"
-    print(f"written to {args.to}; start a role from it with\n  {start}")
+    cli.say(f"written to {args.to}; start a role from it with\n  {start}")
     return EXIT_OK
 
 

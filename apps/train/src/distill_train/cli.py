@@ -87,7 +87,7 @@ def _plan(config: RunConfig, args: argparse.Namespace) -> int:
 
         world_size = args.world_size or world_size_of(os.environ)
         plan = plan_run(config, world_size=world_size, device_memory=args.device_memory)
-        print(plan.text)
+        cli.say(plan.text)
     return cli.print_needs(plan.needs)
 
 
@@ -97,7 +97,7 @@ def _train(config: RunConfig, again: Collection[str]) -> int:
     output_dir, steps = Path(config.training.output_dir), config.training.max_train_steps
     is_finished = finished_iteration(output_dir) == steps and config.checkpoint.resume != "none"
     if is_finished and not again:
-        print(
+        cli.say(
             f"finished already: {output_dir} holds iteration {steps:,} of {steps:,}, and nothing "
             "was touched. A larger max_train_steps goes on; --again NAME ... makes results anew "
             f"({', '.join(results_of(config)) or 'this run has none'})"

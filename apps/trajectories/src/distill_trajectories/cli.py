@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 def _plan(config: SampledConfig[TrajectoriesConfig]) -> int:
     from distill_trajectories.plan import describe
 
-    print(describe(config))
+    cli.say(describe(config))
     return cli.print_needs(config.missing)
 
 

@@ -15,7 +15,8 @@ from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DM
 from distill_diffusers.adapter import FlowMatchingAdapter, VelocityCall, device_of
 from distill_diffusers.calls.features import FeatureLayout
 from distill_diffusers.calls.precision import call_in_precision
-from distill_diffusers.folders import fetch, read_json
+from distill_diffusers.folders import fetch
+from distill_diffusers.model_configs import read_config
 from distill_protocols import (
     Condition,
     ConditioningError,
@@ -62,7 +63,7 @@ class LtxAdapter(FlowMatchingAdapter):
 
     def __init__(self, bundle: ModelBundle, config: LTXPipelineConfig, *, source: str) -> None:
         vae_folder = fetch(source, ("vae",)) / "vae"
-        vae = read_json(vae_folder / "config.json")
+        vae = read_config(vae_folder / "config.json")
         info = latent_info(vae)
         for name, role in bundle.roles.items():
             if role.discriminator is None:

@@ -22,7 +22,8 @@ from distill_diffusers.adapter import (
 )
 from distill_diffusers.calls.features import FeatureLayout, Features
 from distill_diffusers.components.codec import VideoCodec
-from distill_diffusers.folders import fetch, read_json
+from distill_diffusers.folders import fetch
+from distill_diffusers.model_configs import read_config
 from distill_diffusers.sampling import sampler
 from distill_protocols import (
     CapabilityError,
@@ -82,7 +83,7 @@ class WanAdapter(FlowMatchingAdapter):
     def __init__(self, bundle: ModelBundle, config: WanPipelineConfig, *, source: str) -> None:
         self._config = config
         vae_folder = fetch(source, ("vae",)) / "vae"
-        vae = read_json(vae_folder / "config.json")
+        vae = read_config(vae_folder / "config.json")
         latents = latent_info(vae)
         self._models = {
             name: role for name, role in bundle.roles.items() if role.discriminator is None

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from distill_diffusers.descriptions import LatentInfo, ModelDescription
 from distill_diffusers.family import DiffusersFamily
-from distill_diffusers.folders import locate, read_json
+from distill_diffusers.folders import locate
+from distill_diffusers.model_configs import read_config
 from distill_protocols import Capabilities, ForeignNames, Problem, RoleSpec, WeightsError
 from distill_protocols.plugins import EMPTY
 
@@ -212,4 +213,4 @@ def _clip_tokens(source: str) -> int:
     """Count the tokens of the image encoder of ``source``; CLIP's where it is not here."""
     folder = locate(source)
     file = None if folder is None else folder / "image_encoder" / "config.json"
-    return CLIP_TOKENS if file is None or not file.is_file() else clip_tokens(read_json(file))
+    return CLIP_TOKENS if file is None or not file.is_file() else clip_tokens(read_config(file))

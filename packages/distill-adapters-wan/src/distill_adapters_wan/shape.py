@@ -29,6 +29,13 @@ def unsupported(model: ModelDescription, boundary_ratio: float | None = None) ->
     yield from _expert_problems(model, boundary_ratio)
     expand_timesteps = model.call_options["expand_timesteps"]
     for name, config in model.transformers.items():
+        patch = config.get("patch_size", (1, 2, 2))
+        if not isinstance(patch, list | tuple) or len(patch) != 3:
+            yield (
+                f"{name} has patch_size {patch}, which must be three numbers: time, "
+                "height, width. Use a Wan 2.1 or 2.2 model"
+            )
+            continue
         inputs, outputs = config.get("in_channels", 16), config.get("out_channels") or 16
         if inputs not in (outputs, 2 * outputs + MASK_CHANNELS):
             yield (

@@ -41,8 +41,11 @@ from distill_protocols import Problem
 from distill_runtime import (
     FileInfo,
     UnreadableFileError,
+    as_count,
+    as_text,
     files_below,
     json_text,
+    parse_json,
     read_json_object,
     sha256_of_file,
     write_new_file,
@@ -143,14 +146,14 @@ class Contents:
         try:
             changes = value.get("changes", {"added": (), "dropped": ()})
             return cls(
-                iteration=_count(value["iteration"]),
+                iteration=as_count(value["iteration"]),
                 modules={kind: tuple(map(_module_key, value[kind])) for kind in KINDS},
-                callbacks={str(name): bool(has) for name, has in value["callbacks"].items()},
-                origin=None if value["origin"] is None else str(value["origin"]),
-                ranks=_count(value["ranks"]),
-                micro_steps=_count(value["micro_steps"]) if "micro_steps" in value else None,
-                added=tuple(map(str, changes["added"])),
-                dropped=tuple(map(str, changes["dropped"])),
+                callbacks={name: _flag(has) for name, has in value["callbacks"].items()},
+                origin=None if value["origin"] is None else as_text(value["origin"]),
+                ranks=as_count(value["ranks"]),
+                micro_steps=as_count(value["micro_steps"]) if "micro_steps" in value else None,
+                added=tuple(map(as_text, changes["added"])),
+                dropped=tuple(map(as_text, changes["dropped"])),
             )
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise UnreadableFileError(
@@ -182,7 +185,10 @@ class Contents:
 
 def write_json(path: Path, value: Any) -> FileInfo:
     """Write a new JSON file of a checkpoint; its bytes are on the disk when this returns."""
-    return write_new_file(path, json_text(value, indent=1).encode())
+    text = json_text(value, indent=1)
+    # What a reader would refuse must fail now, and not when the run is resumed.
+    parse_json(text, str(path))
+    return write_new_file(path, text.encode())
 
 
 def write_manifest(
@@ -231,8 +237,6 @@ def inspect(folder: Path, *, checksums: bool) -> Inspection:
         return Inspection(damage=str(error))
     except OSError as error:
         return Inspection(damage=f"it cannot be read ({error})")
-    except RecursionError:  # of the digest: reading it goes a little deeper than writing it again
-        return Inspection(damage=f"{MANIFEST} is nested too deeply")
     damage = find_damage(folder, manifest.files) if checksums else None
     return Inspection(damage=damage) if damage else Inspection(manifest=manifest)
 
@@ -293,9 +297,9 @@ def _read_manifest(folder: Path) -> Manifest:
     # The digest tells what a disk did to it, and not what a person or another program wrote.
     try:
         return Manifest(
-            iteration=_count(body["iteration"]),
+            iteration=as_count(body["iteration"]),
             files={
-                name: FileInfo(size=_count(entry["size"]), sha256=str(entry["sha256"]))
+                name: FileInfo(size=as_count(entry["size"]), sha256=as_text(entry["sha256"]))
                 for name, entry in body["files"].items()
             },
             metrics={name: _number(value) for name, value in body["metrics"].items()},
@@ -308,9 +312,9 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no count")
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"{value!r} is neither true nor false")
     return value
 
 

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from distill_runtime import Ranks
 
 MARKER = "run.json"
+_MARKER_CHARACTERS = 1 << 16
+"""More than a marker ever has."""
 
 VISIBLE_AFTER = 60.0
 """Seconds that a network file system may take to show one host what another has just made."""
@@ -233,7 +235,7 @@ def _holder(file: IO[str]) -> str:
 def _read_marker(file: IO[str]) -> dict[str, Any]:
     """What the marker says; nothing, where it is new or was torn by a full disk."""
     try:
-        value = parse_json(file.read(), MARKER)
+        value = parse_json(file.read(_MARKER_CHARACTERS), MARKER)
     except (UnreadableFileError, UnicodeDecodeError):
         return {}
     return value if isinstance(value, dict) else {}

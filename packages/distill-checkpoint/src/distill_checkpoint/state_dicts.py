@@ -56,14 +56,35 @@ def pack(value: Any, where: str) -> tuple[Any, dict[str, Tensor]]:
 
 
 def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of ``pack``: equal values, types and dtypes; 0-d tensors on the CPU."""
+    """The inverse of ``pack``: equal values, types and dtypes; 0-d tensors on the CPU.
+
+    Raises:
+        CheckpointError: ``packed`` was not made by ``pack``.
+    """
+    try:
+        return _unpack(packed, tensors)
+    except (
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        OverflowError,
+    ) as error:
+        raise CheckpointError(
+            f"a saved state is none that this release writes ({type(error).__name__}: {error}), so "
+            "somebody has edited it. Use another checkpoint."
+        ) from error
+
+
+def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(packed, list):
-        return [unpack(item, tensors) for item in packed]
+        return [_unpack(item, tensors) for item in packed]
     if not isinstance(packed, dict):
         return packed
     if len(packed) == 1 and (tag := next(iter(packed))) in _READERS:
         return _READERS[tag](packed[tag], tensors)
-    return {key: unpack(item, tensors) for key, item in packed.items()}
+    return {key: _unpack(item, tensors) for key, item in packed.items()}
 
 
 def _pack(value: Any, where: str, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
@@ -111,15 +132,15 @@ def _pack_tensor(value: Tensor, name: str, tensors: dict[str, Tensor]) -> Any:
 
 def _read_scalar(body: Any, tensors: Mapping[str, Tensor]) -> Tensor:
     dtype, value = body
-    return torch.tensor(unpack(value, tensors), dtype=_SCALAR_DTYPES[dtype])
+    return torch.tensor(_unpack(value, tensors), dtype=_SCALAR_DTYPES[dtype])
 
 
 _READERS: Mapping[str, Callable[[Any, Mapping[str, Tensor]], Any]] = {
     "$tensor": lambda body, tensors: tensors[body],
     "$scalar": _read_scalar,
-    "$tuple": lambda body, tensors: tuple(unpack(item, tensors) for item in body),
-    "$dict": lambda body, tensors: {unpack(k, tensors): unpack(v, tensors) for k, v in body},
-    "$counter": lambda body, tensors: Counter({unpack(k, tensors): v for k, v in body}),
+    "$tuple": lambda body, tensors: tuple(_unpack(item, tensors) for item in body),
+    "$dict": lambda body, tensors: {_unpack(k, tensors): _unpack(v, tensors) for k, v in body},
+    "$counter": lambda body, tensors: Counter({_unpack(k, tensors): v for k, v in body}),
     "$float": lambda body, tensors: float(body),
 }
 

@@ -15,6 +15,8 @@ from distill_conditioning.format import (
     find_levels,
     read_index,
     read_metadata,
+    read_negative_prompt,
+    read_texts,
 )
 
 _MAKE_TRAJECTORIES = (
@@ -91,9 +93,8 @@ def dataset_info(
     prompt = None
     if index.constants is not None:
         try:
-            prompt = str(read_metadata(folder / index.constants)["negative_prompt"])
-        except KeyError:
-            problems.append(f"{folder / index.constants}: names no negative prompt. {REBUILD}")
+            file = folder / index.constants
+            prompt = read_negative_prompt(file, read_metadata(file))
         except DataError as error:
             problems.append(str(error))
     return DatasetInfo(path=folder, index=index, negative_prompt=prompt, problems=problems)
@@ -112,7 +113,12 @@ def _file_problems(folder: Path, index: DatasetIndex) -> list[str]:
             )
         else:
             try:
-                read_metadata(file)
+                ids = read_texts(file, read_metadata(file), "ids")
+                if len(ids) != shard.samples:
+                    problems.append(
+                        f"{file}: holds {len(ids)} samples, but the index says {shard.samples}. "
+                        f"{REBUILD}"
+                    )
             except DataError as error:
                 problems.append(str(error))
     return problems

@@ -25,7 +25,15 @@ from typing import Any
 import attrs
 from attrs import frozen
 from distill_protocols import DataError
-from distill_runtime import UnreadableFileError, parse_json, read_header, read_json
+from distill_runtime import (
+    UnreadableFileError,
+    as_count,
+    as_text,
+    parse_json,
+    path_inside,
+    read_header,
+    read_json,
+)
 
 FORMAT = "distill-latents"
 VERSION = 1
@@ -38,6 +46,9 @@ CONDITION = "conditions."
 NEGATIVE = "negative."
 """Begins the names of the tensors of the negative condition."""
 TRAJECTORY = "trajectory"
+
+_MAX_SIZE = 1 << 24
+"""Of latents along an axis."""
 
 REBUILD = "Preprocess the clips again, or copy the data set anew from where it was whole."
 
@@ -140,17 +151,18 @@ def _parse_index(path: Path, values: Any) -> DatasetIndex:
             f"{VERSION} only. {REBUILD}"
         )
     try:
+        constants = values["constants"]
         index = DatasetIndex(
-            latent_shape=tuple(map(int, values["latent_shape"])),  # type: ignore[arg-type]
-            latent_dtype=str(values["latent_dtype"]),
-            conditions={k: tuple(map(int, v)) for k, v in values["conditions"].items()},
-            encoder=values["encoder"],
-            samples=int(values["samples"]),
-            shards=tuple(ShardEntry(**shard) for shard in values["shards"]),
-            constants=values["constants"],
-            trajectory_times=tuple(map(float, values.get("trajectory_times", ()))),
+            latent_shape=_latent_shape(values["latent_shape"]),
+            latent_dtype=as_text(values["latent_dtype"]),
+            conditions={k: tuple(map(as_count, v)) for k, v in values["conditions"].items()},
+            encoder=None if values["encoder"] is None else as_text(values["encoder"]),
+            samples=as_count(values["samples"]),
+            shards=tuple(_shard_entry(path, **shard) for shard in values["shards"]),
+            constants=None if constants is None else _file_name(path, constants),
+            trajectory_times=tuple(map(_time, values.get("trajectory_times", ()))),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, UnreadableFileError) as error:
         raise DataError(
             f"{path}: a field is missing or of the wrong type ({error!r}). {REBUILD}"
         ) from error
@@ -161,6 +173,54 @@ def _parse_index(path: Path, values: Any) -> DatasetIndex:
             f"least 1, because a sample is found by counting. {REBUILD}"
         )
     return index
+
+
+def _latent_shape(value: Any) -> tuple[int, int, int, int]:
+    channels, frames, height, width = (as_count(size, least=1, most=_MAX_SIZE) for size in value)
+    return channels, frames, height, width
+
+
+def _shard_entry(path: Path, *, file: Any, samples: Any, bytes: Any, sha256: Any) -> ShardEntry:
+    return ShardEntry(
+        file=_file_name(path, file),
+        samples=as_count(samples),
+        bytes=as_count(bytes),
+        sha256=as_text(sha256),
+    )
+
+
+def _file_name(path: Path, name: Any) -> str:
+    return str(path_inside(path.parent, name, path).relative_to(path.parent))
+
+
+def _time(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError(f"{value!r} is no level t")
+    return float(value)
+
+
+def read_texts(file: Path, metadata: Mapping[str, Any], key: str) -> list[str]:
+    """Take the texts under ``key`` from the metadata of ``file``.
+
+    Raises:
+        DataError: they are missing, or no list of texts.
+    """
+    texts = metadata.get(key)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{file}: its metadata has no list of texts {key!r}. {REBUILD}")
+    return texts
+
+
+def read_negative_prompt(file: Path, metadata: Mapping[str, Any]) -> str:
+    """Take the negative prompt from the metadata of the constants in ``file``.
+
+    Raises:
+        DataError: it is missing, no text, or has an encoder that is none.
+    """
+    prompt, encoder = metadata.get("negative_prompt"), metadata.get("encoder")
+    if not isinstance(prompt, str) or not isinstance(encoder, str | None):
+        raise DataError(f"{file}: names no negative prompt. {REBUILD}")
+    return prompt
 
 
 def read_metadata(file: Path) -> dict[str, Any]:

@@ -262,12 +262,16 @@ class ConditionCache:
     def _read(self, file: Path, key: str, origin: dict[str, str | None]) -> None:
         if not file.exists():
             return
+        if not file.is_file():
+            raise ConditioningError(
+                f"{file} is no file, and an encoded prompt is kept under that name. Move it away"
+            )
         try:
             tensors, metadata = map_tensors(file)
+            condition = Condition(tensors)
         except DataError as error:
             _log.warning("%s: encoding the prompt again", error)
             return
-        condition = Condition(tensors)
         if metadata != {**origin, "sha256": _hash_tensors(condition)}:
             _log.warning(
                 "%s: does not hold what its name stands for (prompt, encoder or content changed); "

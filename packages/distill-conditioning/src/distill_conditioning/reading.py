@@ -28,6 +28,8 @@ from distill_conditioning.format import (
     ShardEntry,
     find_levels,
     read_metadata,
+    read_negative_prompt,
+    read_texts,
 )
 
 
@@ -105,6 +107,8 @@ class LatentDataset:
             DataError: a shard that is damaged, with its name.
         """
         shards = torch.searchsorted(self._ends, samples, right=True)
+        for number in shards.unique().tolist():
+            self._open(number)  # a damaged one is noticed before memory is taken for what it says
         rows = samples - self._starts[shards]
         latents = torch.empty(len(samples), *self.index.latent_shape)
         levels = self._levels
@@ -174,7 +178,9 @@ class LatentDataset:
                 f"one must be able to stand for the other. {REBUILD}"
             )
         return StoredNegative(
-            prompt=metadata["negative_prompt"], encoder=metadata["encoder"], condition=condition
+            prompt=read_negative_prompt(path, metadata),
+            encoder=metadata.get("encoder"),
+            condition=condition,
         )
 
     def _compare_hashes(self) -> None:
@@ -201,8 +207,8 @@ class LatentDataset:
         if self.index.trajectory_times:
             levels = len(self.index.trajectory_times)
             expected[TRAJECTORY] = (levels, *self.index.latent_shape)
-        rows = {name: tuple(value.shape[1:]) for name, value in tensors.items()}
-        if rows != expected:
+        rows = {name: tuple(value.shape[1:]) for name, value in tensors.items() if value.ndim}
+        if rows != expected or not _are_of_their_types(tensors):
             raise DataError(
                 f"{path}: one row of its tensors is {rows}, but the index says {expected}. "
                 f"{REBUILD}"
@@ -217,12 +223,19 @@ class LatentDataset:
                 }
             ),
             condition_id=tensors["condition_id"],
-            ids=metadata["ids"],
-            captions=metadata["captions"],
+            ids=read_texts(path, metadata, "ids"),
+            captions=read_texts(path, metadata, "captions"),
             trajectory=tensors.get(TRAJECTORY),
         )
         _check_rows(path, shard, entry.samples)
         return shard
+
+
+def _are_of_their_types(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether each tensor has rows, latents are numbers and ``condition_id`` counts."""
+    counts = tensors["condition_id"].dtype == torch.int64
+    latents = [tensors[name] for name in ("latents", TRAJECTORY) if name in tensors]
+    return counts and all(value.is_floating_point() for value in latents)
 
 
 def _check_rows(path: Path, shard: _Shard, samples: int) -> None:
@@ -253,7 +266,7 @@ def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
         raise DataError(
             f"{path}: not a whole safetensors file ({error}); it was truncated or overwritten. "
             f"{REBUILD}"

@@ -23,6 +23,7 @@ from distill_conditioning.format import (
     DatasetIndex,
     read_index,
     read_metadata,
+    read_texts,
     shard_file,
 )
 from distill_conditioning.reading import map_tensors
@@ -180,7 +181,7 @@ class TrajectoryFolder:
         file = self.folder / shard_file(shard)
         if not file.exists():
             return None
-        ids = read_metadata(file)["ids"]
+        ids = read_texts(file, read_metadata(file), "ids")
         return len(ids) if len(ids) >= len(self.span(shard)) else None
 
     def _claim(self) -> None:

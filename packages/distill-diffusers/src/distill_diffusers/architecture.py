@@ -12,6 +12,7 @@ from attrs import frozen
 from distill_protocols import WeightsError
 from torch import nn
 
+from distill_diffusers.building import check_buffers, check_types, limited_building
 from distill_diffusers.kinds import ModelKind, class_name, load_class
 
 if TYPE_CHECKING:
@@ -143,10 +144,14 @@ def patch_size(config: Mapping[str, Any]) -> tuple[int, int, int]:
     diffusers writes either all three, or one for height and width beside ``patch_size_t``.
     """
     size = config["patch_size"]
-    if isinstance(size, int):
-        return config.get("patch_size_t") or 1, size, size
-    frames, height, width = size
-    return frames, height, width
+    match size:
+        case int():
+            return config.get("patch_size_t") or 1, size, size
+        case [int(frames), int(height), int(width)]:
+            return frames, height, width
+    raise WeightsError(
+        f"the configuration's patch_size {size!r} must be a number, or three: time, height, width"
+    )
 
 
 @lru_cache(maxsize=32)
@@ -179,18 +184,17 @@ def _inspect(
         ),
         kept_in_fp32=frozenset(module._keep_in_fp32_modules or ()),
         # A transformer block ends with the projection of its MLP back to the residual stream.
-        width=[size for name, size in linear.items() if name.startswith(first)][-1][1],
+        width=next(size for name, size in reversed(linear.items()) if name.startswith(first))[1],
     )
 
 
 def _on_meta(transformer: str, config: Mapping[str, Any]) -> ModelMixin:
     model_class: type[ModelMixin] = load_class(transformer)
-    try:
+    what = f"the configuration builds no {class_name(transformer)}"
+    with limited_building(what, "it belongs to another model, or is damaged"):
+        check_types(model_class, config)
         with torch.device("meta"):
             # From ConfigMixin, which every model class of diffusers has beside ModelMixin.
-            return model_class.from_config(dict(config))  # type: ignore[attr-defined]
-    except (TypeError, ValueError, KeyError) as error:
-        raise WeightsError(
-            f"the configuration builds no {class_name(transformer)} ({error}); it belongs to "
-            "another model"
-        ) from error
+            module = model_class.from_config(dict(config))  # type: ignore[attr-defined]
+        check_buffers(module)
+        return module

@@ -6,6 +6,7 @@ Nothing here imports torch or reads weights: run files are checked against it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +21,8 @@ from distill_diffusers.folders import (
     read_json,
     transformer_names,
 )
-from distill_diffusers.kinds import ModelKind
+from distill_diffusers.kinds import TRAIN_STEPS, ModelKind
+from distill_diffusers.model_configs import read_config
 
 
 @frozen(kw_only=True)
@@ -97,10 +99,10 @@ def describe_model(
             )
         if all((folder / name / "config.json").is_file() for name in names):
             options = {
-                name: default if index.get(name) is None else index[name]
+                name: _call_option(folder, name, index.get(name), default)
                 for name, default in kind.call_options.items()
             }
-            configs = {name: read_json(folder / name / "config.json") for name in names}
+            configs = {name: read_config(folder / name / "config.json") for name in names}
             return ModelDescription(transformers=configs, call_options=options)
     if path in published:
         model = published[path]
@@ -115,6 +117,26 @@ def describe_model(
             if is_hub_id(path)
             else f"{path} has no {kind.modules[0]}/config.json"
         )
+    )
+
+
+def _call_option(folder: Path, name: str, value: Any, default: Any) -> Any:
+    """``value``, or ``default`` for null; a number where there is no default.
+
+    Raises:
+        WeightsError: it has another type than the default, or is no number from 0 to 1000.
+    """
+    if value is None:
+        return default
+    kind = type(default) if isinstance(default, bool | str) else float
+    if kind is float and type(value) in (int, float) and 0 <= value <= TRAIN_STEPS:
+        return value
+    if kind is not float and type(value) is kind:
+        return value
+    kinds = {bool: "true or false", str: "a text", float: f"a number from 0 to {TRAIN_STEPS:g}"}
+    raise WeightsError(
+        f"{folder / 'model_index.json'}: {name!a} is {value!a:.80} and must be {kinds[kind]}, as "
+        "it says how the model is called; download it again"
     )
 
 

@@ -51,9 +51,9 @@ from distill_diffusers.folders import (
     is_hub_id,
     locate,
     pipeline_problems,
-    read_json,
 )
 from distill_diffusers.kinds import ModelKind
+from distill_diffusers.model_configs import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -300,7 +300,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         """Say what the VAE of a folder or hub id makes of pixels; None where it is not known."""
         folder = locate(source)
         if folder is not None and (folder / "vae" / "config.json").is_file():
-            return self.latent_info(read_json(folder / "vae" / "config.json"))
+            return self.latent_info(read_config(folder / "vae" / "config.json"))
         return self.published[source].latents if source in self.published else None
 
     def latent_shape(self, config: ConfigT, *, source: str) -> tuple[int, int, int, int] | None:

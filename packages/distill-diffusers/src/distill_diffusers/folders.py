@@ -15,14 +15,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from distill_protocols import WeightsError
+from distill_runtime import UnreadableFileError, path_inside, read_header, read_json_object
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
@@ -30,7 +30,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether ``path`` reads as ``owner/name``; folders are absolute, so no folder does."""
+    """Whether ``path`` reads as ``owner/name`` and is no folder here: one that exists is meant."""
     if not _HUB_ID.fullmatch(path):
         return False
     from huggingface_hub.errors import HFValidationError
@@ -40,7 +40,7 @@ def is_hub_id(path: str) -> bool:
         validate_repo_id(path)
     except HFValidationError:  # such as models/wan--x: the cache's own names have the two dashes
         return False
-    return True
+    return not Path(path).is_dir()
 
 
 def cached_snapshot(hub_id: str) -> Path | None:
@@ -92,17 +92,12 @@ def read_json(file: Path) -> dict[str, Any]:
         WeightsError: missing or damaged, naming the file.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
+        return read_json_object(file)
+    except UnreadableFileError as error:
         raise WeightsError(
-            f"{file} is missing or unreadable ({error.strerror}); a Diffusers-format folder has "
-            "it. Download the model again, or point to another folder"
+            f"{error}; a Diffusers-format folder has it. Download the model again, or point to "
+            "another folder"
         ) from error
-    except ValueError as error:
-        raise WeightsError(f"{file} is no JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"{file} holds no JSON object; download it again")
-    return value
 
 
 def transformer_names(folder: Path, modules: Sequence[str]) -> tuple[str, ...]:
@@ -112,7 +107,27 @@ def transformer_names(folder: Path, modules: Sequence[str]) -> tuple[str, ...]:
         WeightsError: no index, or a damaged one.
     """
     index = read_json(folder / "model_index.json")
-    return tuple(name for name in modules if (index.get(name) or [None])[0])
+    return tuple(name for name in modules if index_entry(folder, index, name)[0])
+
+
+def index_entry(
+    folder: Path, index: Mapping[str, Any], name: str
+) -> tuple[str, str] | tuple[None, None]:
+    """Library and class of a part of a pipeline, as ``index``, its ``model_index.json``, says.
+
+    Raises:
+        WeightsError: the entry is anything else than the two, or two nulls.
+    """
+    entry = index.get(name)
+    match entry:
+        case None | [None, None]:
+            return None, None
+        case [str(library), str(class_name)]:
+            return library, class_name
+    raise WeightsError(
+        f"{folder / 'model_index.json'}: {name!a} must be a library and a class, or two nulls, and "
+        f"is {entry!a:.80}; download it again"
+    )
 
 
 def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
@@ -133,32 +148,20 @@ def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise WeightsError(f"{index} has no weight_map, so no shard is known; download it again")
-    return tuple(folder / name for name in sorted(set(shards.values())))
+    try:
+        return tuple(sorted({path_inside(folder, name, index) for name in shards.values()}))
+    except (UnreadableFileError, TypeError) as error:
+        raise WeightsError(f"{error}; download the folder again") from error
 
 
 def file_problem(file: Path) -> str | None:
     """Say what is wrong with a safetensors file, from its header and its length alone."""
     if not file.is_file():
         return f"{file} is missing; the folder's index names it. Download it again"
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > max(0, size - 8):
-            return (
-                f"{file} is no whole safetensors file ({size} bytes): cut short, or a Git LFS "
-                "pointer. Download it again"
-            )
-        try:
-            header = json.loads(stream.read(length))
-            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return f"{file} has a damaged safetensors header. Download it again"
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        return (
-            f"{file} has {size} bytes where its header says {expected}: it was cut short or "
-            "overwritten. Download it again"
-        )
+    try:
+        read_header(file)
+    except UnreadableFileError as error:
+        return f"{error}. Download it again"
     return None
 
 

@@ -25,7 +25,8 @@ from distill_diffusers.calls.features import FeatureLayout
 from distill_diffusers.components.codec import ImageCodec
 from distill_diffusers.components.encoders import TextEncoders
 from distill_diffusers.family import DiffusersConfig, DiffusersFamily
-from distill_diffusers.folders import fetch, read_json
+from distill_diffusers.folders import fetch
+from distill_diffusers.model_configs import read_config
 
 ConfigT = TypeVar("ConfigT", bound=DiffusersConfig)
 
@@ -59,7 +60,7 @@ class ImageAdapter(FlowMatchingAdapter):
         source: str,
         encoders: TextEncoders | None,
     ) -> None:
-        vae = read_json(fetch(source, ("vae",)) / "vae" / "config.json")
+        vae = read_config(fetch(source, ("vae",)) / "vae" / "config.json")
         info, device = family.latent_info(vae), device_of(bundle)
         models: list[Any] = [
             module

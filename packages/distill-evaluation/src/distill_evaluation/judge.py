@@ -12,19 +12,31 @@ from pathlib import Path
 import attrs
 import torch
 from distill_protocols import WeightsError
-from distill_runtime import UnreadableFileError, json_text, read_json_object, replace_file
+from distill_runtime import (
+    UnreadableFileError,
+    as_count,
+    json_text,
+    read_json_object,
+    replace_file,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill_evaluation.labels import label_prompts
+from distill_evaluation.labels import label_prompts, read_words
 
 WEIGHTS = "judge.safetensors"
 SETTINGS = "judge.json"
+MAX_SIZE = 1 << 16
+"""Frames, pixels and channels."""
 
 
 def _attributes(raw: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
-    return {name: tuple(classes) for name, classes in raw.items()}  # type: ignore[arg-type]
+    return {name: read_words(name, classes) for name, classes in raw.items()}
+
+
+def _check_size(_config: object, attribute: "attrs.Attribute[int]", value: int) -> None:
+    as_count(value, least=1, most=MAX_SIZE)
 
 
 @attrs.frozen(kw_only=True)
@@ -37,11 +49,11 @@ class JudgeConfig:
     """
 
     attributes: dict[str, tuple[str, ...]] = attrs.field(converter=_attributes)
-    frames: int
-    height: int
-    width: int
-    width_factor: int = 24
-    features: int = 64
+    frames: int = attrs.field(validator=_check_size)
+    height: int = attrs.field(validator=_check_size)
+    width: int = attrs.field(validator=_check_size)
+    width_factor: int = attrs.field(default=24, validator=_check_size)
+    features: int = attrs.field(default=64, validator=_check_size)
 
 
 class ClipJudge(nn.Module):
@@ -123,9 +135,17 @@ class Judge:
                 )
         try:
             config = JudgeConfig(**read_json_object(folder / SETTINGS))
+            weights = load_file(folder / WEIGHTS)
+            with torch.device("meta"):  # what the settings say may be more than memory holds
+                shapes = {n: v.shape for n, v in ClipJudge(config).state_dict().items()}
+            if shapes != {name: value.shape for name, value in weights.items()}:
+                raise ValueError("the weights have other names or shapes")
             network = ClipJudge(config)
-            network.load_state_dict(load_file(folder / WEIGHTS))
-        except (UnreadableFileError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            network.load_state_dict(weights)
+        except (
+            UnreadableFileError, AttributeError, KeyError, OSError, RuntimeError, SafetensorError,
+            TypeError, ValueError,
+        ) as error:  # fmt: skip
             raise WeightsError(
                 f"{folder}: {SETTINGS} and {WEIGHTS} do not describe one judge ({error}); "
                 "rebuild the folder rather than mend one of the two."

@@ -32,6 +32,17 @@ class PromptLabelError(DataError):
         )
 
 
+def read_words(attribute: str, classes: object) -> tuple[str, ...]:
+    """Take the class words of an attribute from a judge's settings.
+
+    Raises:
+        ValueError: they are no list of words.
+    """
+    if not isinstance(classes, list | tuple) or not all(isinstance(w, str) for w in classes):
+        raise ValueError(f"{attribute!a}: {classes!a:.80} is no list of words")
+    return tuple(classes)
+
+
 def labels_of(prompt: str, attributes: Attributes) -> dict[str, int]:
     """Find the class index that `prompt` names, for every attribute.
 

@@ -8,7 +8,7 @@ from distill_protocols import CallbackPlugin, DataError, PlannedRun, Problem, Ru
 from distill_runtime import UnreadableFileError, read_json_object
 
 from distill_evaluation.config import ReportConfig
-from distill_evaluation.labels import PromptLabelError, label_prompts, read_prompts
+from distill_evaluation.labels import PromptLabelError, label_prompts, read_prompts, read_words
 
 if TYPE_CHECKING:
     from distill_protocols import Callback
@@ -74,7 +74,8 @@ def _attributes(judge: Path) -> Mapping[str, Any]:
 
     UnreadableFileError or KeyError if its settings cannot be read or are no judge's.
     """
-    return read_json_object(judge / "judge.json")["attributes"]
+    attributes: Mapping[str, Any] = read_json_object(judge / "judge.json")["attributes"]
+    return {name: read_words(name, classes) for name, classes in attributes.items()}
 
 
 report = ReportPlugin()

@@ -355,7 +355,7 @@ def read_reference(judge: Path) -> Tensor:
         )
     try:
         return load_file(file)["features"]
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
         raise DataError(
             f"{file} is no safetensors file with `features` ({error}); write it anew with the "
             "judge's folder, as tools/tiny_wan does."

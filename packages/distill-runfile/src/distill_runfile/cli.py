@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO, cast
 
 from distill_protocols import (
     CheckpointError,
@@ -21,6 +22,7 @@ from distill_protocols import (
     OutputError,
     StorageError,
 )
+from distill_runtime import printable
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -75,10 +77,10 @@ def run_command(
     try:
         return action()
     except DistillError as error:
-        print(f"{rank_prefix()}{type(error).__name__}: {error}", file=sys.stderr)
+        say(f"{rank_prefix()}{type(error).__name__}: {error}", sys.stderr)
         return EXIT_STORAGE if _is_of_storage(error) else EXIT_FAILED
     except OSError as error:
-        print(f"{rank_prefix()}{type(error).__name__}: {error}", file=sys.stderr)
+        say(f"{rank_prefix()}{type(error).__name__}: {error}", sys.stderr)
         return EXIT_STORAGE
     except KeyboardInterrupt:
         stream = sys.stdout if status == EXIT_STOPPED else sys.stderr
@@ -100,15 +102,27 @@ def print_needs(needs: Sequence[str]) -> int:
     """Print what a run still needs, as the last line of a plan; returns the status."""
     if not needs:
         return EXIT_OK
-    print(f"\na run still needs {'; '.join(needs)}")
+    say(f"\na run still needs {'; '.join(needs)}")
     return EXIT_INCOMPLETE
+
+
+def say(text: object, stream: TextIO | None = None) -> None:
+    """Print what may hold text from files: a terminal shows it, and obeys nothing of it.
+
+    Args:
+        stream: None: stdout. What its encoding does not have is escaped too.
+    """
+    target = cast(TextIO, stream or sys.stdout)
+    encoding = target.encoding or "utf-8"
+    fit = printable(str(text)).encode(encoding, "backslashreplace").decode(encoding)
+    print(fit, file=target)
 
 
 def print_problems(error: ConfigError, outcome: str) -> int:
     """Print every problem of a file, how many they are, and ``outcome``; returns the status."""
     let_the_first_rank_speak()
     count = len(error.problems)
-    print(error, file=sys.stderr)
+    say(error, sys.stderr)
     print(f"{count} problem{'s' if count > 1 else ''}; {outcome}.", file=sys.stderr)
     return EXIT_USAGE
 
@@ -146,10 +160,19 @@ def show_logs(*, every_rank: bool = False) -> None:
     # leaves out, though none was; of a store that is gone with its process, with C++ frames.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     prefix = rank_prefix() if _rank() else ""
-    logging.basicConfig(level=logging.WARNING, format=f"{prefix}%(message)s", stream=sys.stdout)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_PrintableFormatter(f"{prefix}%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     if every_rank or _rank() == 0:
         for name in framework_packages():
             logging.getLogger(name).setLevel(logging.INFO)
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Messages quote what stands in files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def framework_packages() -> set[str]:
@@ -186,7 +209,7 @@ def list_plugins() -> int:
             # Whatever a foreign package does when it is looked at: the others are listed too.
             except (PluginError, AttributeError) as error:
                 text = f"broken: {error}"
-            print(f"  {name:<14} {text}")
+            say(f"  {name:<14} {text}")
         if not names:
             print("  none")
     return EXIT_OK

@@ -88,7 +88,10 @@ def _model_of(name: str, configs: Mapping[str, RoleConfig]) -> str:
 
 
 def _resolved(document: Document, path: str, where: KeyPath) -> str:
-    return resolve_path(path, document.folder_of(where)) if is_local(path) else path
+    """``path`` as an absolute folder, or a hub id; of two parts, a folder beside the file wins."""
+    base = document.folder_of(where)
+    is_folder = is_local(path) or (base / path).is_dir()
+    return resolve_path(path, base) if is_folder else path
 
 
 def plain_role(family: str, role: Role) -> dict[str, Any]:

@@ -213,11 +213,11 @@ class _Loader(yaml.SafeLoader):
         finally:
             self._depth -= 1
 
-    def fetch_flow_collection_start(self, token: Any) -> None:
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
         """Stop at once: the scanner looks ahead, at a cost that is quadratic in the levels."""
         if self.flow_level > MAX_DEPTH:
             raise _ExcessError(_TOO_DEEP, self.line + 1)
-        super().fetch_flow_collection_start(token)
+        super().fetch_flow_collection_start(TokenClass)
 
 
 for _tag, _first in (
@@ -477,12 +477,14 @@ class Document:
         return source.problem(inside, message)
 
     def is_unreadable(self, problem: LocatedProblem) -> bool:
-        """Whether the value that ``problem`` is of has a problem as YAML, from which it follows."""
+        """Whether ``problem`` follows from a value, at or below its path, that cannot be read."""
         sources = (self.main, self.over, self.under)
+        length = len(problem.path)
         return any(
-            source.file == problem.file and problem.path in source.unreadable
+            problem.path == path[:length]
             for source in sources
-            if source
+            if source and source.file == problem.file and length
+            for path in source.unreadable
         )
 
     def folder_of(self, path: KeyPath) -> Path:

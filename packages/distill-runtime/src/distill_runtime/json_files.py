@@ -93,6 +93,8 @@ def parse_json(text: bytes | str, where: str) -> Any:
     """
     try:
         text = text if isinstance(text, str) else str(text, "utf-8")
+        if text.startswith("\ufeff"):
+            raise ValueError("it begins with a byte order mark; save it as plain UTF-8")
         refuse_excess(text)
         value = _DECODER.decode(text)
         if _SURROGATE_ESCAPE.search(text):

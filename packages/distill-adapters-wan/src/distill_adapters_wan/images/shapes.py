@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from distill_protocols import WeightsError
+
 ImageKind = Literal["none", "channels", "frame"]
 """How a model takes a first frame: not at all, as further channels, as the frame itself."""
 
@@ -36,5 +38,15 @@ def needed_shapes(
 
 
 def clip_tokens(vision: Mapping[str, Any]) -> int:
-    """Count the tokens of an image encoder by its configuration (transformers' defaults else)."""
-    return (vision.get("image_size", 224) // vision.get("patch_size", 32)) ** 2 + 1
+    """Count the tokens of an image encoder by its configuration (transformers' defaults else).
+
+    Raises:
+        WeightsError: its sizes are no two numbers.
+    """
+    image, patch = vision.get("image_size", 224), vision.get("patch_size", 32)
+    if not isinstance(image, int) or not isinstance(patch, int):
+        raise WeightsError(
+            f"image_encoder/config.json has image_size {image} and patch_size {patch}, which must "
+            "be one number each; use the folder of a CLIP model"
+        )
+    return (image // patch) ** 2 + 1

@@ -11,10 +11,12 @@ from typing import Any, cast
 import torch
 from attrs import frozen
 from distill_protocols import ConditioningError, WeightsError
+from distill_runtime import UnreadableFileError, read_json_object
 from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from distill_diffusers.building import limited_building
 from distill_diffusers.folders import (
     TRANSFORMERS_STEM,
     fetch,
@@ -24,9 +26,12 @@ from distill_diffusers.folders import (
     weight_files,
 )
 from distill_diffusers.kinds import load_class
+from distill_diffusers.model_configs import read_config
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
 """One of these is in a tokenizer's folder."""
+MAX_TOKENS = 100_000
+"""Of a prompt."""
 _SAMPLED_CHUNKS = 64
 _CHUNK_BYTES = 1 << 16
 
@@ -170,10 +175,17 @@ class TextEncoders:
         if not prompts:
             raise ConditioningError("no prompts to encode; give one a sample (it may be empty)")
         with self.loaded(name) as text:
+            longest: int = text.tokenizer.model_max_length
+            if length is None and longest > MAX_TOKENS:
+                raise WeightsError(
+                    f"{self._source}: the tokenizer of {name} says {longest:,} for the length of a "
+                    f"prompt, which is at most {MAX_TOKENS:,}; its model_max_length is missing or "
+                    "damaged. Download it again"
+                )
             tokens = text.tokenizer(
                 list(prompts),
                 padding="max_length",
-                max_length=text.tokenizer.model_max_length if length is None else length,
+                max_length=longest if length is None else length,
                 truncation=True,
                 return_tensors="pt",
             )
@@ -215,10 +227,58 @@ class TextEncoders:
                 f"{self._source} cannot encode a prompt: {problem}; or store the embeddings (and "
                 "the negative one) in the data set"
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder / part.tokenizer, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder / part.tokenizer)
         encoder = load_encoder(load_class(part.model), folder / part.encoder, part.dtype)
+        check_vocabulary(tokenizer, encoder, folder / part.tokenizer)
         part.check(encoder, folder / part.encoder)
         return LoadedEncoder(tokenizer, encoder.to(self._device))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a tokenizer of transformers, and try it.
+
+    Its JSON is read by our own reader first: transformers' raises from several libraries, and some
+    of them stop the process at a file that is nested deeply enough.
+
+    Raises:
+        WeightsError: a file is damaged, or the tokenizer cannot pad and cut a text.
+    """
+    try:
+        for file in sorted(folder.glob("*.json")):
+            read_json_object(file)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer(["a"], padding="max_length", max_length=4, truncation=True)
+    except UnreadableFileError as error:
+        raise WeightsError(f"{error}. Download {folder} again") from error
+    except BaseException as error:
+        # tokenizers' Rust code panics at some settings, which is no Exception in Python.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise _unreadable(folder, error) from error
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, encoder: Any, folder: Path) -> None:
+    """Refuse a tokenizer with words that the encoder has no row for: on a GPU the call of one
+    would end the process.
+
+    Raises:
+        WeightsError: the two are of two models.
+    """
+    rows = encoder.get_input_embeddings().num_embeddings
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= rows:
+        raise WeightsError(
+            f"{folder} has words up to number {largest}, and the encoder beside it has {rows} "
+            "rows; the two are of different models. Download the folder again"
+        )
+
+
+def _unreadable(folder: Path, error: BaseException) -> WeightsError:
+    reason = (str(error).splitlines() or ["no reason given"])[0]
+    return WeightsError(
+        f"{folder} cannot be read ({type(error).__name__}: {reason:.300}). Download it again"
+    )
 
 
 def load_encoder(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -227,15 +287,14 @@ def load_encoder(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Modul
     Raises:
         WeightsError: unmatched keys, or a damaged file.
     """
-    try:
-        with _without_progress_bar():
-            # A .bin file is a pickle, which can run code, and is never read.
-            loaded = model_class.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
+    read_config(folder / "config.json")
+    what = f"{folder} cannot be read as {model_class.__name__}"
+    with _without_progress_bar(), limited_building(what, "download it again"):
+        # A .bin file is a pickle, which can run code, and is never read.
+        loaded = model_class.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
         encoder, info = cast(tuple[nn.Module, dict[str, Iterable[Any]]], loaded)
-    except Exception as error:  # safetensors, OSError, ValueError: all mean unreadable files
-        raise WeightsError(f"{folder} cannot be read: {error}. Download it again") from error
     unmatched = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if unmatched:
         raise WeightsError(f"{folder}: the keys do not match {model_class.__name__}: {unmatched}")

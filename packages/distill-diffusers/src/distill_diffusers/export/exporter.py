@@ -49,7 +49,13 @@ from distill_diffusers.export.formats import (
     diffusers_lora_name,
 )
 from distill_diffusers.export_rules import FORMATS
-from distill_diffusers.folders import component_problems, fetch, locate, read_json
+from distill_diffusers.folders import (
+    component_problems,
+    fetch,
+    index_entry,
+    locate,
+    read_json,
+)
 from distill_diffusers.kinds import class_name
 from distill_diffusers.lora import adapted_layers, names_of
 from distill_diffusers.sampling.scheduler import (
@@ -369,7 +375,11 @@ class PipelineExporter(abc.ABC):
         if own is not None and (own / "model_index.json").is_file():
             own_index = read_json(own / "model_index.json")
         index |= self.index_entries(own_index, modules)
-        classes = {name: entry for name, entry in index.items() if isinstance(entry, list)}
+        classes: dict[str, list[Any]] = {
+            name: list(index_entry(source, index, name))
+            for name, entry in index.items()
+            if isinstance(entry, list)
+        }
         classes["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
         classes |= {name: ["diffusers", class_name(self.kind.transformer)] for name in modules}
         for name, entry in classes.items():

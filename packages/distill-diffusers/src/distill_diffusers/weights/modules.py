@@ -13,8 +13,9 @@ from distill_runtime import ALONE
 from torch import Tensor
 
 from distill_diffusers.architecture import is_kept_in_fp32
-from distill_diffusers.folders import read_json
+from distill_diffusers.building import check_buffers, check_types, limited_building
 from distill_diffusers.lora import is_adapter
+from distill_diffusers.model_configs import read_config
 from distill_diffusers.weights.filling import fill, move_buffers
 from distill_diffusers.weights.sources import module_weights
 
@@ -68,7 +69,7 @@ def build_module(module_class: type[ModuleT], folder: Path) -> ModuleT:
     Raises:
         WeightsError: the configuration is missing or damaged, or of another class.
     """
-    return build_from(module_class, read_json(folder / "config.json"), folder / "config.json")
+    return build_from(module_class, read_config(folder / "config.json"), folder / "config.json")
 
 
 def build_from(module_class: type[ModuleT], config: Mapping[str, Any], where: object) -> ModuleT:
@@ -77,20 +78,18 @@ def build_from(module_class: type[ModuleT], config: Mapping[str, Any], where: ob
     Args:
         where: where the configuration comes from, for messages.
     """
-    try:
+    what = f"{where} builds no {module_class.__name__}"
+    with limited_building(what, "it belongs to another model, or is damaged"):
+        check_types(module_class, config)
         with torch.device("meta"):
             # From ConfigMixin, which every model class of diffusers has beside ModelMixin.
             module = module_class.from_config(dict(config))  # type: ignore[attr-defined]
+        check_buffers(module)
         buffers = {name for name, _ in module.named_buffers()}
         if buffers and buffers <= module.state_dict().keys():
             return module
         with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
             return module_class.from_config(dict(config))  # type: ignore[attr-defined]
-    except (TypeError, ValueError, KeyError) as error:
-        raise WeightsError(
-            f"{where} builds no {module_class.__name__}: {error}. It belongs to "
-            "another model, or is damaged"
-        ) from error
 
 
 def cast_parameters(module: ModelMixin, dtype: torch.dtype) -> None:

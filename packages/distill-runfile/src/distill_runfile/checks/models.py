@@ -156,6 +156,19 @@ def _stored_problems(
             "checkpoint",
         )
         return
+    try:
+        yield from list(_compare_stored(checkpoint, values, source, role, family))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        yield Problem(
+            ("path",),
+            f"{checkpoint} cannot be read: its config.json does not describe {source!r} as a run "
+            f"file would ({type(error).__name__}: {error}); name another checkpoint",
+        )
+
+
+def _compare_stored(
+    checkpoint: Path, values: Mapping[str, Any], source: str, role: Role, family: ConfiguredFamily
+) -> Iterator[Problem]:
     written = (values.get("models") or {}).get(source) or {}
     heads = role.spec.heads and {
         "blocks": list(role.spec.heads.blocks),

@@ -1,0 +1,109 @@
+"""Building modules from configurations that may be damaged or hostile."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from distill_protocols import WeightsError
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+MAX_PARTS = 100_000
+"""Modules and parameters of one model; a transformer of 100 blocks has about ten thousand."""
+MAX_BUFFER_BYTES = 8 << 30
+"""Of all buffers of a module, such as tables of positions, which are computed and not read."""
+
+
+class _TooManyPartsError(Exception):
+    """A configuration asks for more modules than any model has."""
+
+
+@contextlib.contextmanager
+def limited_building(what: str, way_out: str) -> Iterator[None]:
+    """Build modules within the block: stop at ``MAX_PARTS``, and turn any error into one.
+
+    A constructor raises whatever its arithmetic raises of wrong numbers, and counts its blocks as
+    it makes them, so that nothing but counting stops it in time.
+
+    Args:
+        what: which configuration builds which class, for the message.
+        way_out: its last sentence.
+
+    Raises:
+        WeightsError: the block raised, or has built too much.
+    """
+    own, parts = threading.get_ident(), 0
+
+    def count(*_: object) -> None:
+        nonlocal parts
+        if threading.get_ident() != own:
+            return
+        parts += 1
+        if parts > MAX_PARTS:
+            raise _TooManyPartsError(f"more than {MAX_PARTS:,} modules and parameters")
+
+    hooks = (
+        register_module_module_registration_hook(count),
+        register_module_parameter_registration_hook(count),
+    )
+    try:
+        yield
+    except WeightsError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise WeightsError(f"{what} ({type(error).__name__}: {reason}); {way_out}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_types(model_class: type[Any], config: Mapping[str, Any]) -> None:
+    """Compare the entries of ``config`` with the defaults of the class, by type.
+
+    A constructor stores most of what it is given, and a text where a number belongs would raise in
+    the first call.
+
+    Raises:
+        TypeError: an entry has another type.
+    """
+    for name, parameter in inspect.signature(model_class.__init__).parameters.items():
+        default = parameter.default
+        if name not in config or default is inspect.Parameter.empty:
+            continue
+        known, given = _kinds(default), _kinds(config[name])
+        if known - {"null"} and not given <= known | {"null"}:
+            raise TypeError(
+                f"{name}: {ascii(config[name])[:60]} is {' and '.join(sorted(given))}, where "
+                f"{' or '.join(sorted(known))} belongs"
+            )
+
+
+def check_buffers(module: nn.Module) -> None:
+    """Refuse a module, on the meta device, whose buffers no machine would hold.
+
+    Raises:
+        ValueError: they are larger than ``MAX_BUFFER_BYTES``.
+    """
+    size = sum(buffer.nbytes for buffer in module.buffers())
+    if size > MAX_BUFFER_BYTES:
+        raise ValueError(f"its tables take {size / 1e9:.0f} GB, and no published model has such")
+
+
+def _kinds(value: Any) -> set[str]:
+    if isinstance(value, list | tuple):
+        return {kind for item in value for kind in _kinds(item)}
+    if isinstance(value, bool):
+        return {"a flag"}
+    if isinstance(value, int | float):
+        return {"a number"}
+    if isinstance(value, str):
+        return {"a text"}
+    return {"null"} if value is None else {"an object"}
