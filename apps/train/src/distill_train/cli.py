@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         _parser().error("--config RUN.yaml is needed (see configs/ for examples)")
     if not args.dry_run and (args.world_size or args.device_memory):
         _parser().error("--world-size and --device-memory go with --dry-run: they are of a plan")
+    if args.dry_run and args.again:
+        _parser().error("--again makes results, and --dry-run starts nothing: leave one out")
     try:
         from distill_runfile.read import read_config
 
@@ -97,11 +99,12 @@ def _train(config: RunConfig, again: Collection[str]) -> int:
     output_dir, steps = Path(config.training.output_dir), config.training.max_train_steps
     is_finished = finished_iteration(output_dir) == steps and config.checkpoint.resume != "none"
     if is_finished and not again:
-        cli.say(
-            f"finished already: {output_dir} holds iteration {steps:,} of {steps:,}, and nothing "
-            "was touched. A larger max_train_steps goes on; --again NAME ... makes results anew "
-            f"({', '.join(results_of(config)) or 'this run has none'})"
-        )
+        if int(os.environ.get("RANK", "0")) == 0:
+            cli.say(
+                f"finished already: {output_dir} holds iteration {steps:,} of {steps:,}, and "
+                "nothing was touched. A larger max_train_steps goes on; --again NAME ... makes "
+                f"results anew ({', '.join(results_of(config)) or 'this run has none'})"
+            )
         return EXIT_OK
     cli.show_logs()
     from distill_train.run import run

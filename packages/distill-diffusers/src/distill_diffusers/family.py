@@ -29,7 +29,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from distill_protocols import (
     FamilyPlugin,
@@ -130,6 +130,15 @@ ROLE_OPTIONS = frozenset(
 )
 """The options of a role that ``RoleLoader`` honours for every model class. A family that honours
 more overrides ``role_options``, and ``load`` and ``plan`` where it does so."""
+
+
+@runtime_checkable
+class WarningExporter(Protocol):
+    """An exporter that knows what its readers will not do, as ``PipelineExporter``."""
+
+    def warnings(self, role: RoleSpec, request: ExportRequest) -> Iterator[str]:
+        """Yield it, before there are weights."""
+        ...
 
 
 class DiffusersFamily(FamilyPlugin[ConfigT]):
@@ -296,10 +305,8 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
     def export_warnings(
         self, role: RoleSpec, config: ConfigT, request: ExportRequest, *, source: str
     ) -> Iterator[str]:
-        from distill_diffusers.export.exporter import PipelineExporter
-
         exporter = self.exporter(config, source=source)
-        if isinstance(exporter, PipelineExporter):
+        if isinstance(exporter, WarningExporter):
             yield from exporter.warnings(role, request)
 
     # -- shapes and numbers, without weights --------------------------------------------------

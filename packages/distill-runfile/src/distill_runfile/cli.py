@@ -88,18 +88,6 @@ def run_command(
         return status
 
 
-def say(text: object, stream: TextIO | None = None) -> None:
-    """Print what may hold text from files: a terminal shows it, and obeys nothing of it.
-
-    Args:
-        stream: None: stdout. What its encoding does not have is escaped too.
-    """
-    target = cast(TextIO, stream or sys.stdout)
-    encoding = target.encoding or "utf-8"
-    fit = printable(str(text)).encode(encoding, "backslashreplace").decode(encoding)
-    print(fit, file=target)
-
-
 def _is_of_storage(error: DistillError) -> bool:
     """Whether ``error`` came of a disk."""
     cause: BaseException | None = error
@@ -116,6 +104,18 @@ def print_needs(needs: Sequence[str]) -> int:
         return EXIT_OK
     say(f"\na run still needs {'; '.join(needs)}")
     return EXIT_INCOMPLETE
+
+
+def say(text: object, stream: TextIO | None = None) -> None:
+    """Print what may hold text from files: a terminal shows it, and obeys nothing of it.
+
+    Args:
+        stream: None: stdout. What its encoding does not have is escaped too.
+    """
+    target = cast(TextIO, stream or sys.stdout)
+    encoding = target.encoding or "utf-8"
+    fit = printable(str(text)).encode(encoding, "backslashreplace").decode(encoding)
+    print(fit, file=target)
 
 
 def print_problems(error: ConfigError, outcome: str) -> int:
