@@ -12,6 +12,7 @@ import torch
 import yaml
 from diffusers import WanPipeline
 from distill_export.cli import main
+from distill_runfile.cli import EXIT_INTERRUPTED
 from distill_train.cli import main as train
 from safetensors.torch import load_file
 
@@ -192,3 +193,15 @@ def test_what_is_there_and_is_no_export_stays(whole, tmp_path, capsys):
     (tmp_path / "x" / "thesis.tex").write_text("years of work")
     assert export(whole, tmp_path / "x") == 1
     assert (tmp_path / "x" / "thesis.tex").read_text() == "years of work"
+
+
+def test_ctrl_c_while_the_run_file_is_read_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distill_export.cli._checkpoint", interrupt)
+    args = ["--checkpoint", str(tmp_path), "--role", "student", "--to", str(tmp_path / "to")]
+    assert main(args) == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"

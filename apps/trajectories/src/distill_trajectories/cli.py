@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from attrs import evolve
 from distill_protocols import ConfigError
 from distill_runfile import SampledConfig, cli
-from distill_runfile.cli import EXIT_OK, EXIT_STOPPED
+from distill_runfile.cli import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED
 
 from distill_trajectories.config import TrajectoriesConfig
 from distill_trajectories.request import read_request
@@ -22,7 +23,8 @@ A process that was killed goes on when it is started again: whole shards stay, a
 same, byte for byte. Several processes share the shards, on one machine or on several:
   uv run torchrun --nproc-per-node 8 apps/trajectories --config FILE.yaml
 
-exit status: 0 done, 1 failed, 2 the file is wrong, 75 stopped on request.
+exit status: 0 done, 1 failed, 2 the file is wrong, 75 stopped on request,
+130 interrupted before anything was made.
 """
 
 
@@ -34,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         config = read_request(args.config, planning=args.dry_run)
     except ConfigError as error:
         return cli.print_problems(error, "nothing was made")
+    except KeyboardInterrupt:
+        print("interrupted: nothing was made", file=sys.stderr)
+        return EXIT_INTERRUPTED
     if args.limit is not None:
         config = evolve(config, section=evolve(config.section, limit=args.limit))
     return cli.run_command(
