@@ -13,6 +13,7 @@ import torch
 import yaml
 from diffusers import WanPipeline
 from distill_export.cli import main
+from distill_runfile.cli import EXIT_INTERRUPTED
 from distill_train.cli import main as train
 from safetensors.torch import load_file
 
@@ -215,3 +216,15 @@ def test_a_checkpoint_that_is_deleted_as_it_is_chosen_gives_way_to_the_next(
     assert "checkpoint-000009 has been deleted since; taking the next" in printed
     assert "taking " + str(out / "checkpoint-000003") in printed
     assert (tmp_path / "s" / "sampler_spec.json").is_file()
+
+
+def test_ctrl_c_while_the_run_file_is_read_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distill_export.cli._checkpoint", interrupt)
+    args = ["--checkpoint", str(tmp_path), "--role", "student", "--to", str(tmp_path / "to")]
+    assert main(args) == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"

@@ -19,7 +19,13 @@ import yaml
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
 from distill_conditioning import DataConfig, LatentDataset
 from distill_protocols import ConfigError, RoleSpec, RowGenerators, SamplerSpec
-from distill_runfile.cli import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE
+from distill_runfile.cli import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+)
 from distill_runfile.read import read_config
 from distill_runtime import claim_folder
 from distill_train.cli import main as train
@@ -296,3 +302,14 @@ def test_kd_without_its_trajectories_is_told_before_anything_is_read(made, tmp_p
     assert "no level t = 750 among those stored (1000, 700)" in problem
     run["data"]["path"] = str(tmp_path / "later")
     assert read_config(written(tmp_path, run, "run.yaml"), planning=True)
+
+
+def test_ctrl_c_while_the_file_is_read_is_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distill_trajectories.cli.read_request", interrupt)
+    assert main(["--config", str(tmp_path / "file.yaml")]) == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "interrupted: nothing was made\n"

@@ -18,7 +18,7 @@ from distill_checkpoint import (
 )
 from distill_protocols import CheckpointError, ConfigError, DistillError, ExportRequest, RoleSpec
 from distill_runfile import ModelsConfig, cli, read_models
-from distill_runfile.cli import EXIT_OK, EXIT_USAGE
+from distill_runfile.cli import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 
 _EPILOG = """\
 formats:
@@ -56,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     except DistillError as error:
         cli.say(error, sys.stderr)
         return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
     def write() -> int:
         from distill_runtime import sigterm_as_interrupt

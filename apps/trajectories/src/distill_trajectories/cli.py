@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from attrs import evolve
 from distill_protocols import ConfigError
 from distill_runfile import SampledConfig, cli
-from distill_runfile.cli import EXIT_OK, EXIT_STOPPED
+from distill_runfile.cli import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED
 
 from distill_trajectories.config import TrajectoriesConfig
 from distill_trajectories.request import read_request
@@ -24,7 +25,7 @@ same, byte for byte. Several processes share the shards, on one machine or on se
 
 exit status: 0 done, 1 failed, 2 the file is wrong, 3 with --dry-run: it is right, but what it needs
 is not here yet (the last line says what), 74 a file could not be written or read, 75 stopped on
-request.
+request, 130 interrupted before anything was made.
 """
 
 
@@ -36,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         config = read_request(args.config, planning=args.dry_run)
     except ConfigError as error:
         return cli.print_problems(error, "nothing was made")
+    except KeyboardInterrupt:
+        print("interrupted: nothing was made", file=sys.stderr)
+        return EXIT_INTERRUPTED
     if args.limit is not None:
         config = evolve(config, section=evolve(config.section, limit=args.limit))
     return cli.run_command(
