@@ -437,7 +437,7 @@ def _use_text(folder: Path) -> None:
     encoders = wan_encoders(str(folder / "wan"), config, device=torch.device("cpu"))
     encoders.fingerprint()
     encode_text(encoders, ["a seven"], 6)
-    encoders.outputs("text_encoder", ["a seven"])
+    encoders.outputs("text_encoder", ["a seven"], length=6)
 
 
 def _write_image_pipeline(folder: Path) -> None:
