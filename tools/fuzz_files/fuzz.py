@@ -53,16 +53,19 @@ class HangError(BaseException):
 def fuzz(kind: Kind, count: int, *, seed: int = 0, first: int = 0) -> Tally:
     """Try ``count`` mutations of ``kind``: the same for the same seed.
 
-    Raises:
-        DistillError: the file is refused before it is mutated.
+    A file that is refused before it is mutated is the only finding then.
     """
     refused = accepted = 0
     findings: list[Finding] = []
     with _silence(), tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
         folder = Path(scratch) / "copy"
         shutil.copytree(kind.template(), folder)
-        kind.sign(folder)
-        kind.use(folder)  # the whole file is taken, or its mutations would prove nothing
+        try:
+            kind.sign(folder)
+            kind.use(folder)
+        except Exception as error:  # its mutations would prove nothing
+            finding = _finding(kind, -1, "not mutated", f"{type(error).__name__}: {error}")
+            return Tally(kind=kind.name, refused=0, accepted=0, findings=(finding,))
         shutil.rmtree(folder)
         for number in range(first, first + count):
             shutil.copytree(kind.template(), folder)
@@ -116,7 +119,7 @@ def _replace(file: Path, draw: random.Random) -> str:
         file.symlink_to(file)
     elif what == "huge":
         with file.open("wb") as stream:
-            stream.truncate(3 << 30)
+            stream.truncate(300 << 20)
     return what
 
 

@@ -398,6 +398,7 @@ def _write_sharded(folder: Path) -> None:
 
 def _use_pipeline(folder: Path, *, plan: bool = True, encode: bool = False) -> None:
     """Check and plan a run on it, then load and call it."""
+    _check_run_file(folder)
     from distill_adapters_wan import PLUGIN, WanPipelineConfig
     from distill_protocols import Condition, RoleSpec
 
@@ -428,6 +429,29 @@ def _use_pipeline(folder: Path, *, plan: bool = True, encode: bool = False) -> N
     _require(not problems, f"used in spite of {problems[:1]}")
 
 
+def _check_run_file(folder: Path) -> None:
+    """The check of a run file answers with problems of the file, and raises nothing else."""
+    from distill_protocols import ConfigError, DistillError
+    from distill_runfile import read_config
+
+    values = {
+        "recipe": {"family": "wan", "method": "finetune"},
+        "models": {"student": {"path": "./wan"}},
+        "training": {"output_dir": "./out", "max_train_steps": 1, "global_batch_size": 1},
+        "data": {"path": "./nowhere"},
+        "pipeline_config": {
+            "num_frames": 5, "height": 32, "width": 48, "max_sequence_length": 6,
+        },
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(values))
+    try:
+        read_config(folder / "run.json", planning=True)
+    except ConfigError:
+        pass
+    except DistillError as error:
+        raise SilentDifferenceError(f"no problem of the run file, but {error!r:.200}") from error
+
+
 def _use_text(folder: Path) -> None:
     """Encode a prompt."""
     from distill_adapters_wan import WanPipelineConfig
@@ -437,7 +461,7 @@ def _use_text(folder: Path) -> None:
     encoders = wan_encoders(str(folder / "wan"), config, device=torch.device("cpu"))
     encoders.fingerprint()
     encode_text(encoders, ["a seven"], 6)
-    encoders.outputs("text_encoder", ["a seven"])
+    encoders.outputs("text_encoder", ["a seven"], length=6)
 
 
 def _write_image_pipeline(folder: Path) -> None:

@@ -224,7 +224,13 @@ def _image_kind(model: ModelDescription) -> ImageKind:
 
 
 def _clip_tokens(source: str) -> int:
-    """Count the tokens of the image encoder of ``source``; CLIP's where it is not here."""
+    """Count the tokens of the image encoder of ``source``; CLIP's where it is not here, or its
+    configuration is damaged, which is a problem of the folder."""
     folder = locate(source)
     file = None if folder is None else folder / "image_encoder" / "config.json"
-    return CLIP_TOKENS if file is None or not file.is_file() else clip_tokens(read_config(file))
+    if file is None or not file.is_file():
+        return CLIP_TOKENS
+    try:
+        return clip_tokens(read_config(file))
+    except WeightsError:
+        return CLIP_TOKENS

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from attrs import field, frozen
+from attrs import Attribute, field, frozen
 from distill_protocols import WeightsError
 
 from distill_diffusers.folders import (
@@ -23,7 +23,15 @@ from distill_diffusers.folders import (
     transformer_names,
 )
 from distill_diffusers.kinds import TRAIN_STEPS, ModelKind
-from distill_diffusers.model_configs import read_config
+from distill_diffusers.model_configs import MAX_SIZE, read_config
+
+
+def _check_latent_size(_info: object, attribute: Attribute[int], value: int) -> None:
+    if type(value) is not int or not 1 <= value <= MAX_SIZE:
+        raise WeightsError(
+            f"the VAE's configuration makes {attribute.name} {value!a:.80} of its latents, which "
+            f"must be a whole number from 1 to {MAX_SIZE:,}. Use the folder of a whole VAE"
+        )
 
 
 @frozen(kw_only=True)
@@ -37,9 +45,9 @@ class LatentInfo:
         stride_hw: pixels that a latent cell spans in height and in width.
     """
 
-    channels: int
-    stride_t: int = 1
-    stride_hw: int = 8
+    channels: int = field(validator=_check_latent_size)
+    stride_t: int = field(default=1, validator=_check_latent_size)
+    stride_hw: int = field(default=8, validator=_check_latent_size)
 
     def shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latents of one clip, given in pixels."""

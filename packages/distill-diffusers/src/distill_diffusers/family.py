@@ -320,10 +320,14 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         return describe_model(self.kind, path, self.published)
 
     def latents(self, source: str) -> LatentInfo | None:
-        """Say what the VAE of a folder or hub id makes of pixels; None where it is not known."""
+        """Say what the VAE of a folder or hub id makes of pixels; None where it is not known, or
+        its configuration is damaged, which is a problem of the folder."""
         folder = locate(source)
         if folder is not None and (folder / "vae" / "config.json").is_file():
-            return self.latent_info(read_config(folder / "vae" / "config.json"))
+            try:
+                return self.latent_info(read_config(folder / "vae" / "config.json"))
+            except WeightsError:
+                return None
         return self.published[source].latents if source in self.published else None
 
     def latent_shape(self, config: ConfigT, *, source: str) -> tuple[int, int, int, int] | None:

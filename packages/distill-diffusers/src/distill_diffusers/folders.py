@@ -24,6 +24,8 @@ from typing import Any
 from distill_protocols import WeightsError
 from distill_runtime import UnreadableFileError, path_inside, read_header, read_json_object
 
+from distill_diffusers.model_configs import read_config
+
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -172,6 +174,11 @@ def module_problems(folder: Path, stem: str) -> Iterator[str]:
         return
     if not (folder / "config.json").is_file():
         yield f"{folder / 'config.json'} is missing; it says how to build the module"
+    else:
+        try:
+            read_config(folder / "config.json")
+        except WeightsError as error:
+            yield str(error)
     try:
         files = weight_files(folder, stem)
     except WeightsError as error:

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_protocols import WeightsError
-
-from distill_diffusers.folders import read_json
+from distill_runtime import UnreadableFileError, read_json_object
 
 MAX_LAYERS = 1000
 """Repeated blocks of one kind; the deepest published transformers have about a hundred."""
@@ -58,7 +57,13 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         WeightsError: missing, damaged, or with entries that no model has (all of them are named).
     """
-    config = read_json(file)
+    try:
+        config = read_json_object(file)
+    except UnreadableFileError as error:
+        raise WeightsError(
+            f"{error}; a Diffusers-format folder has it. Download the model again, or point to "
+            "another folder"
+        ) from error
     if problems := list(config_problems(config)):
         raise WeightsError(
             f"{file} describes no model: {'; '.join(problems)}. It is damaged or was edited; "
