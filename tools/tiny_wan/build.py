@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-from distill_adapters_wan import WanAdapter, WanPipelineConfig
+from distill_adapters_wan import PLUGIN, WanAdapter, WanPipelineConfig
 from distill_conditioning import ShardWriter
 from distill_evaluation import (
     Judge,
@@ -86,7 +86,7 @@ def _save_config(vae: AutoencoderKLWan, folder: Path) -> None:
 def _encoder_fingerprint(out: Path) -> str | None:
     """What the adapter calls the text encoder: a run refuses a data set of another one."""
     config = WanPipelineConfig(num_frames=9, height=32, width=32, max_sequence_length=8)
-    adapter = WanAdapter(ModelBundle({}), config, source=str((out / "wan").resolve()))
+    adapter = WanAdapter(ModelBundle({}), PLUGIN, config, source=str((out / "wan").resolve()))
     return adapter.condition_fingerprint()
 
 

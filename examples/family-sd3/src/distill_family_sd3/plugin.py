@@ -67,7 +67,7 @@ class SD3Family(DiffusersFamily[SD3PipelineConfig]):
     ) -> DistillAdapter:
         from distill_family_sd3.adapter import SD3Adapter
 
-        return SD3Adapter(bundle, config, source=source)
+        return SD3Adapter(bundle, self, config, source=source)
 
     def exporter(self, config: SD3PipelineConfig, *, source: str) -> Exporter:
         from distill_family_sd3.export import SD3Exporter

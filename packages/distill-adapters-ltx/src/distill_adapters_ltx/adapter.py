@@ -16,6 +16,7 @@ from distill_diffusers.calls.precision import call_in_precision
 from distill_diffusers.calls.tokens import pack, unpack
 from distill_diffusers.components.encoders import TextEncoders
 from distill_diffusers.components.statistics import LatentStatistics
+from distill_diffusers.family import DiffusersFamily
 from distill_diffusers.family_adapter import FamilyAdapter
 from distill_protocols import Condition, ModelBundle, RoleHandle
 from torch import Tensor
@@ -23,7 +24,6 @@ from torch import Tensor
 from distill_adapters_ltx.codec import LtxCodec
 from distill_adapters_ltx.config import LTXPipelineConfig
 from distill_adapters_ltx.kind import LTX, TEXT, TEXT_MASK
-from distill_adapters_ltx.plugin import PLUGIN
 from distill_adapters_ltx.published import STRIDE_HW, STRIDE_T
 
 
@@ -32,6 +32,7 @@ class LtxAdapter(FamilyAdapter):
 
     Args:
         bundle: roles, each with a module ``transformer`` or, of a discriminator, ``heads``.
+        family: ``PLUGIN``.
         config: the run's ``pipeline_config``.
         source: Diffusers folder or hub id of VAE, text encoder and tokenizer.
 
@@ -41,7 +42,14 @@ class LtxAdapter(FamilyAdapter):
 
     pipeline_batches_guidance = True
 
-    def __init__(self, bundle: ModelBundle, config: LTXPipelineConfig, *, source: str) -> None:
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        family: DiffusersFamily[LTXPipelineConfig],
+        config: LTXPipelineConfig,
+        *,
+        source: str,
+    ) -> None:
         device = device_of(bundle)
         self._config = config
         self._text = TextEncoders.single(
@@ -53,7 +61,7 @@ class LtxAdapter(FamilyAdapter):
         )
         super().__init__(
             bundle,
-            PLUGIN,
+            family,
             config,
             source=source,
             statistics=LatentStatistics.of_buffers(source),

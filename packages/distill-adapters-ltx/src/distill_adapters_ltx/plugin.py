@@ -67,7 +67,7 @@ class LtxFamily(DiffusersFamily[LTXPipelineConfig]):
     ) -> DistillAdapter:
         from distill_adapters_ltx.adapter import LtxAdapter
 
-        return LtxAdapter(bundle, config, source=source)
+        return LtxAdapter(bundle, self, config, source=source)
 
     def exporter(self, config: LTXPipelineConfig, *, source: str) -> Exporter:
         from distill_adapters_ltx.export import LtxExporter

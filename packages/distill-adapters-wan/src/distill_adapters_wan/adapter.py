@@ -17,6 +17,7 @@ from distill_diffusers.calls import flow
 from distill_diffusers.calls.conditions import read_condition
 from distill_diffusers.calls.features import Features
 from distill_diffusers.components.statistics import LatentStatistics
+from distill_diffusers.family import DiffusersFamily
 from distill_diffusers.family_adapter import FamilyAdapter, transformer_config
 from distill_diffusers.sampling import sampler
 from distill_protocols import (
@@ -51,7 +52,6 @@ from distill_adapters_wan.images.conditions import (
 )
 from distill_adapters_wan.images.encoder import ImageEncoder
 from distill_adapters_wan.images.shapes import EMBEDS, LATENTS, TEXT, ImageKind, image_kind
-from distill_adapters_wan.plugin import PLUGIN
 from distill_adapters_wan.text import encode_text, wan_encoders
 
 
@@ -64,6 +64,7 @@ class WanAdapter(FamilyAdapter):
     Args:
         bundle: roles, each with a module ``transformer``, and ``transformer_2`` where it has two
             experts; or, of a discriminator, ``heads``.
+        family: ``PLUGIN``.
         config: the run's ``pipeline_config``.
         source: Diffusers folder or hub id of VAE, text encoder and tokenizer.
 
@@ -74,13 +75,20 @@ class WanAdapter(FamilyAdapter):
 
     blocks = "blocks"
 
-    def __init__(self, bundle: ModelBundle, config: WanPipelineConfig, *, source: str) -> None:
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        family: DiffusersFamily[WanPipelineConfig],
+        config: WanPipelineConfig,
+        *,
+        source: str,
+    ) -> None:
         self._config = config
         device = device_of(bundle)
         encoders = wan_encoders(source, config, device=device)
         super().__init__(
             bundle,
-            PLUGIN,
+            family,
             config,
             source=source,
             statistics=LatentStatistics.of_config(source),

@@ -193,7 +193,7 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
     ) -> DistillAdapter:
         from distill_adapters_wan.adapter import WanAdapter
 
-        return WanAdapter(bundle, config, source=source)
+        return WanAdapter(bundle, self, config, source=source)
 
     def exporter(self, config: WanPipelineConfig, *, source: str) -> Exporter:
         from distill_adapters_wan.export.exporter import WanExporter
