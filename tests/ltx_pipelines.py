@@ -114,8 +114,9 @@ def build(folder: Path, version: str = "0.9.0") -> Path:
                 "latent_channels": LATENT_CHANNELS, "layers_per_block": (1,) * 4,
                 "decoder_layers_per_block": (1,) * 4,
                 "decoder_inject_noise": (False,) * 4,
-                # 1 in all published models; another shows who leaves it out.
-                "scaling_factor": 0.8, **kind.vae,
+                # 1 in all published models; another shows who leaves it out, and a power of 2 does
+                # not round.
+                "scaling_factor": 0.5, **kind.vae,
             }
         )  # fmt: skip
         for name, parameter in vae.named_parameters():

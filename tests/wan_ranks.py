@@ -88,7 +88,7 @@ def inputs() -> tuple[Tensor, Tensor, Condition]:
 
 
 def adapter_of(bundle: ModelBundle, folder: Path | str) -> WanAdapter:
-    return WanAdapter(bundle, CONFIG, source=str(folder))
+    return WanAdapter(bundle, PLUGIN, CONFIG, source=str(folder))
 
 
 @torch.no_grad()

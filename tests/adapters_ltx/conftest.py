@@ -1,4 +1,4 @@
-"""Tiny LTX pipelines of each published kind, built once a session."""
+"""Stock pipelines of the tiny LTX folders."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import ltx_pipelines
 import pytest
 import torch
 from diffusers import LTXConditionPipeline, LTXPipeline
+from family_fixtures import ltx_folder as folder_of
+
+__all__ = ["folder_of", "stock"]
 
 torch.set_num_threads(1)
 
@@ -18,19 +21,6 @@ def unmap(pipeline):
     for module in (pipeline.transformer, pipeline.vae, pipeline.text_encoder):
         for parameter in module.parameters():
             parameter.data = parameter.data.clone()
-
-
-@pytest.fixture(scope="session")
-def folder_of(tmp_path_factory):
-    """Version -> its pipeline folder, which no test may change."""
-    base, built = tmp_path_factory.mktemp("ltx"), {}
-
-    def folder(version):
-        if version not in built:
-            built[version] = ltx_pipelines.build(base / version, version)
-        return built[version]
-
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ def test_the_package_imports_no_torch():
         "ltx.LTXPipelineConfig(num_frames=9, height=32, width=32)\n"
         "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)\n"
         "ltx.LtxAdapter\n"
-        "assert 'diffusers' in sys.modules"
+        "assert 'torch' in sys.modules"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -76,7 +76,7 @@ def test_the_package_imports_no_torch():
 def test_the_examples_of_the_readme(folder_of):
     readme = Path(__file__).parents[2] / "packages" / "distill-adapters-ltx" / "README.md"
     examples = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 1
     scope = {}
     for example in examples:
         exec(compile(example, "README.md", "exec"), scope)

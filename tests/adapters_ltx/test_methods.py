@@ -18,9 +18,9 @@ from app_ranks import train as train_rank
 from attrs import evolve
 from diffusers import LTXPipeline
 from distill_adapters_ltx import PLUGIN, LTXPipelineConfig
-from distill_adapters_ltx.arithmetic import pack, unpack
 from distill_conditioning import ShardWriter, preprocess
-from distill_protocols import ModelBundle, RowGenerators, SamplerSpec
+from distill_diffusers.calls.tokens import pack, unpack
+from distill_protocols import ConfigError, ModelBundle, RowGenerators, SamplerSpec
 from distill_runfile.cli import EXIT_INCOMPLETE
 from distill_runfile.read import read_config
 from distill_train.build import Run, build
@@ -43,15 +43,6 @@ MATCHING = {"generator_update_interval": 2, "real_score_guidance_scale": 2.0}
 METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "finetune": (("student",), {"student_sampler": GUIDED}),
     "dmd2": (("student", "teacher", "critic"), {**MATCHING, "student_sampler": STOCHASTIC}),
-    "consistency": (
-        ("student", "teacher"),
-        {
-            "guidance_scale": 2.0,
-            "discrete": {"steps": 8, "skip": 2},
-            "student_sampler": {"steps": 4, "shift": 3.0, "stochastic": True},
-        },
-    ),
-    "teacher_only": (("student", "teacher"), {"guidance_scale": 2.0, "student_sampler": ODE}),
     "ladd": (
         ("student", "teacher", "discriminator"),
         {"generator_update_interval": 2, "student_sampler": {"steps": 1}},
@@ -170,7 +161,7 @@ def _tuple(sampler: Mapping[str, Any]) -> tuple[float, ...] | None:
     return None if sampler["timesteps"] is None else tuple(sampler["timesteps"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["ladd", "rcm"])
 def test_stock_code_samples_what_a_method_trained(run_file, folder_of, tmp_path, method):
     run = train(run_file(method))
     lines = losses(tmp_path / "out")
@@ -182,28 +173,6 @@ def test_stock_code_samples_what_a_method_trained(run_file, folder_of, tmp_path,
     # LTXPipeline's grid is rounded to fp32 before it is shifted.
     assert (theirs - plain).abs().max() < 1e-5
     assert theirs.std() > 0.1
-
-
-@pytest.mark.parametrize("method", ["finetune", "dmd2"])
-def test_a_resumed_run_is_one_that_never_stopped(run_file, tmp_path, method):
-    ema = {"ema": {"roles": ["student"], "decay": 0.5}}
-    train(run_file(method, 4, callbacks=ema, out="whole"))
-    train(run_file(method, 2, callbacks=ema, out="parts"))
-    train(run_file(method, 4, callbacks=ema, out="parts"))
-    one, other = (stored(tmp_path / name / "checkpoint-000004") for name in ("whole", "parts"))
-    assert one.keys() == other.keys()
-    assert any("ema" in name for name in one)
-    assert any("optim" in name for name in one)
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-
-
-def stored(folder: Path) -> dict[str, Tensor]:
-    return {
-        f"{file.relative_to(folder)}/{name}": value
-        for file in sorted(folder.rglob("*.safetensors"))
-        for name, value in load_file(file).items()
-    }
 
 
 def test_lora_roles_share_the_teachers_weights_and_come_out_merged_and_as_a_file(
@@ -247,6 +216,17 @@ def test_two_processes_that_shard_train_as_one_does(run_file, tmp_path, method):
             if name.startswith("loss/"):
                 assert b[iteration][name] == pytest.approx(value, rel=2e-4), (iteration, name)
     assert furthest(weights(tmp_path / "one"), weights(tmp_path / "two")) < 2e-4
+
+
+def test_a_flash_kernel_is_one_problem_of_the_file_with_its_reason(run_file):
+    file = run_file("finetune", models={"student": {"attention_backend": "flash"}})
+    with pytest.raises(ConfigError) as caught:
+        read_config(file)
+    (problem,) = caught.value.problems
+    assert (
+        "models.student.attention_backend: attention backend 'flash' cannot add a bias" in problem
+    )
+    assert "LTXVideoTransformer3DModel hides the padding of a text by one" in problem
 
 
 def test_validation_decodes_clips(run_file, tmp_path):

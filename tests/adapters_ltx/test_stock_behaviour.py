@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LTXVideoTransformer3DModel
-from distill_adapters_ltx.arithmetic import pack, token_positions
+from distill_adapters_ltx.adapter import token_positions
+from distill_diffusers.calls.tokens import pack
 from distill_protocols import SamplerSpec
 
 SIZE = (3, 2, 3)
@@ -79,7 +80,7 @@ def hashes(folder: Path):
 
 def call(transformer, mask, embeds, t=(640.0, 250.0)):
     x = pack(torch.randn(2, 8, *SIZE, generator=seeded(2)))
-    positions = token_positions(SIZE, 25, causal=False, device=torch.device("cpu"))
+    positions = token_positions(SIZE, 25, device=torch.device("cpu"))
     with torch.no_grad():
         return transformer(
             hidden_states=x,

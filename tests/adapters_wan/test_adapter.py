@@ -159,9 +159,9 @@ def test_gradient_flows_through_a_frozen_role_to_its_input(adapter, call):
 @pytest.mark.parametrize(
     ("wrong", "word"),
     [
-        (Condition({"text": torch.zeros(2, 5, 16)}), "max_sequence_length"),
-        (Condition({"text": torch.zeros(2, 6, 8)}), "text_dim"),
-        (Condition({"image": torch.zeros(2, 6, 16)}), "'text'"),
+        (Condition({"text": torch.zeros(2, 5, 16)}), r"\[5, 16\] a row.*max_sequence_length"),
+        (Condition({"text": torch.zeros(2, 6, 8)}), r"\[6, 8\] a row, and the model takes \[6, 16"),
+        (Condition({"image": torch.zeros(2, 6, 16)}), "'text' of the condition is absent"),
     ],
 )
 def test_a_condition_of_another_kind(adapter, call, wrong, word):

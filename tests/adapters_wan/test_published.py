@@ -102,7 +102,7 @@ def on_meta(tmp_path_factory):
         }  # fmt: skip
         (folder / "vae/config.json").write_text(json.dumps(vae))
         bundle = ModelBundle({"student": role})
-        return WanAdapter(bundle, config_of(hub_id), source=str(folder)), role
+        return WanAdapter(bundle, PLUGIN, config_of(hub_id), source=str(folder)), role
 
     return make
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
-from distill_adapters_wan import WanAdapter
+from distill_adapters_wan import PLUGIN, WanAdapter
 from distill_conditioning import ShardWriter, preprocess
 from distill_protocols import ConfigError, ModelBundle
 from distill_runfile.read import read_config
@@ -31,7 +31,7 @@ def values(folder_of, tmp_path):
 
     def values(name, method="finetune"):
         variant, path = VARIANTS[name], folder_of(name)
-        adapter = WanAdapter(ModelBundle({}), variant.config, source=path)
+        adapter = WanAdapter(ModelBundle({}), PLUGIN, variant.config, source=path)
         with ShardWriter(tmp_path / "data") as writer:
             encoder = _Encoder(name, path) if variant.image else adapter
             preprocess(clips(), encoder, writer, negative_prompt="", first_frames=variant.image)
@@ -67,7 +67,6 @@ class _Encoder(WanAdapter):
     """The adapter of a run, without its weights but with a role that reads pictures."""
 
     def __new__(cls, name, path):
-        from distill_adapters_wan import PLUGIN
         from distill_protocols import RoleSpec
 
         config = VARIANTS[name].config

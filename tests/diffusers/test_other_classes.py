@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping
 
 import pytest
 import torch
+from attrs import evolve
 from diffusers.models import attention_dispatch
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
 from distill_diffusers.architecture import inspect_model
@@ -141,16 +144,39 @@ def test_an_attention_backend_is_one_roles_alone(ltx_folder):
     assert backends == {"plain": {None}, "own": {"_native_math"}}
     outputs = [call(role, inputs()) for role in bundle.roles.values()]
     assert torch.allclose(*outputs, atol=1e-5)
-    assert "_native_math" in attention.available_backends()
+    assert "_native_math" in attention.available_backends(LTX)
 
 
 def test_an_attention_backend_that_cannot_be_set_is_explained():
-    assert attention.backend_problem("native") is None
-    assert "diffusers knows no attention backend 'fast'" in str(attention.backend_problem("fast"))
-    missing = [b for b in ("flash", "sage", "xformers") if attention.backend_problem(b)]
+    assert attention.backend_problem(LTX, "native") is None
+    unknown = attention.backend_problem(LTX, "fast")
+    assert "diffusers knows no attention backend 'fast'" in str(unknown)
+    names = ("flash", "sage", "xformers")
+    missing = [name for name in names if attention.backend_problem(LTX, name)]
     for name in missing:
-        assert name not in attention.available_backends()
-        assert "install" in str(attention.backend_problem(name))
+        assert name not in attention.available_backends(LTX)
+        assert "install" in str(attention.backend_problem(LTX, name))
+
+
+def test_kernels_that_are_offered_to_a_class_with_a_bias_take_one():
+    """Each registered kernel is called as LTX's attention calls it; what needs a GPU or a package
+    is read."""
+    biased = evolve(LTX, attention_bias=True)
+    query = torch.randn(1, 3, 2, 8)
+    bias = torch.tensor([[[[0.0, -10000.0, 0.0]]]]).expand(1, 2, 3, 3)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(query.transpose(1, 2),) * 3, attn_mask=bias
+    ).transpose(1, 2)
+    for name in ("native", "_native_math"):
+        assert attention.backend_problem(biased, name) is None
+        kernel = attention_dispatch._AttentionBackendRegistry._backends[name]
+        torch.testing.assert_close(kernel(query, query, query, attn_mask=bias), expected)
+    refuses = re.compile(
+        r"attn_mask is not None:\n +raise ValueError|_normalize_attn_mask|_mask_npu"
+    )
+    for name, kernel in attention_dispatch._AttentionBackendRegistry._backends.items():
+        takes_none = refuses.search(inspect.getsource(kernel)) is not None
+        assert (name in attention.TAKE_A_BIAS) != takes_none, name
 
 
 def test_a_plan_counts_what_the_attention_backend_holds(ltx_folder):

@@ -99,9 +99,7 @@ def test_conditions_are_those_of_the_stock_pipeline(sd3, stock, folders, version
     theirs = stock(version).encode_prompt(PROMPTS, None, None, max_sequence_length=LENGTH)
     assert torch.equal(ours["text"], theirs[0])
     assert torch.equal(ours["pooled"], theirs[2])
-    shapes = sd3.plugin.PLUGIN.condition_shapes(config, source=path)
-    assert shapes == {name: tuple(value.shape[1:]) for name, value in ours.items()}
-    assert shapes["text"][0] == CLIP_TOKENS + LENGTH
+    assert ours["text"].shape[1] == CLIP_TOKENS + LENGTH
 
 
 def test_a_fingerprint_tells_prompts_of_other_lengths_and_encoders_apart(sd3, folders):
@@ -121,26 +119,22 @@ def test_a_fingerprint_tells_prompts_of_other_lengths_and_encoders_apart(sd3, fo
 
 
 @torch.no_grad()
-def test_conditions_of_other_shapes_are_refused(sd3, folders):
+def test_a_condition_of_another_length_is_refused(sd3, folders):
     config = config_of(sd3)
     bundle = sd3.plugin.PLUGIN.load([student(folders())], config, device=CPU)
     adapter = sd3.plugin.PLUGIN.adapter(bundle, config, source=str(folders()))
     cond, x_t = adapter.encode_condition(["a"]), torch.zeros(1, 4, 1, 4, 6)
-    adapter.forward("student", x_t, torch.tensor([500.0]), cond)
-    for tensors, message in [
-        ({"text": cond.tensors["text"]}, r"'pooled' of the condition is absent.*takes \[28\]"),
-        ({**cond.tensors, "text": cond.tensors["text"][:, 1:]}, r"\[84, 32\] a row.*\[85, 32\]"),
-    ]:
-        with pytest.raises(ConditioningError, match=message):
-            adapter.forward("student", x_t, torch.tensor([500.0]), type(cond)(tensors))
+    short = type(cond)({**cond.tensors, "text": cond.tensors["text"][:, 1:]})
+    with pytest.raises(ConditioningError, match=r"\[84, 32\] a row.*\[85, 32\]"):
+        adapter.forward("student", x_t, torch.tensor([500.0]), short)
 
 
-def test_features_are_the_pictures_hidden_states_and_calls_have_tangents(sd3, folders):
+def test_features_are_the_pictures_hidden_states_and_not_the_texts(sd3, folders):
     config = config_of(sd3)
     bundle = sd3.plugin.PLUGIN.load([student(folders())], config, device=CPU)
     adapter = sd3.plugin.PLUGIN.adapter(bundle, config, source=str(folders()))
     cond, t = adapter.encode_condition(["a", "seven"]), torch.tensor([900.0, 300.0])
-    x_t, dx = torch.randn(2, 2, 4, 1, 4, 6, generator=torch.Generator().manual_seed(0))
+    x_t = torch.randn(2, 4, 1, 4, 6, generator=torch.Generator().manual_seed(0))
     outputs = []
     block = bundle["student"].modules["transformer"].get_submodule("transformer_blocks.0")
     hook = block.register_forward_hook(lambda *call: outputs.append(call[2]))
@@ -151,15 +145,6 @@ def test_features_are_the_pictures_hidden_states_and_calls_have_tangents(sd3, fo
     _text, image = outputs[0]
     assert features[0].shape == (2, 32, 1, 2, 3)
     assert torch.equal(features[0].flatten(2).transpose(1, 2), image)
-
-    dt, step = torch.tensor([-100.0, 50.0]), 1e-3
-    _v, tangent = adapter.forward_jvp("student", x_t, t, cond, dx=dx, dt=dt)
-    with torch.no_grad():
-        after, before = (
-            adapter.forward("student", x_t + h * dx, t + h * dt, cond) for h in (step, -step)
-        )
-    torch.testing.assert_close(tangent, (after - before) / (2 * step), rtol=2e-2, atol=2e-2)
-    assert tangent.abs().max() > 0.05
 
 
 def test_latents_are_shaped_as_the_stock_pipeline_draws_them(sd3, stock, folders):

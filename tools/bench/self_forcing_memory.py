@@ -80,7 +80,7 @@ def measured(steps: int, chunks: int) -> dict[str, int]:
     take(method(bundle, pipeline, spec))
     peak = peak_bytes() - before
     saved = saved_bytes(lambda: take(method(bundle, pipeline, spec)))
-    adapter = WanAdapter(bundle, pipeline, source=WAN)
+    adapter = WanAdapter(bundle, PLUGIN, pipeline, source=WAN)
     batch = clips(adapter)
     through = saved_bytes(lambda: through_all(adapter, spec, batch))
     return {"saved": saved, "peak": peak, "saved through all steps": through}
@@ -104,7 +104,7 @@ def method(
     config = SelfForcingConfig(
         student_sampler=spec, last_step_only=True, real_score_guidance_scale=1.5
     )
-    adapter = WanAdapter(bundle, pipeline, source=WAN)
+    adapter = WanAdapter(bundle, PLUGIN, pipeline, source=WAN)
     return SelfForcingMethod(
         bundle, adapter, config, conditioning=Conditioning(), streams=RandomStreams(0)
     )

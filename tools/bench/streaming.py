@@ -70,7 +70,7 @@ def causal_adapter(window_frames: int | None = None, sink_frames: int = 0) -> Wa
     )
     role = RoleSpec(name="student", path=WAN, trainable=False)
     bundle = PLUGIN.load([role], config, device=torch.device("cpu"))
-    return WanAdapter(bundle, config, source=WAN)
+    return WanAdapter(bundle, PLUGIN, config, source=WAN)
 
 
 def stream(adapter: WanAdapter) -> Video:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from distill_diffusers.adapter import device_of
 from distill_diffusers.calls.precision import call_in_precision
 from distill_diffusers.components.encoders import TextEncoders, numbered_parts
+from distill_diffusers.family import DiffusersFamily
 from distill_diffusers.images import ImageAdapter
 from distill_protocols import Condition, ModelBundle, RoleHandle
 from torch import Tensor
 
 from distill_family_sd3.config import SD3PipelineConfig
 from distill_family_sd3.models import SD3, TEXT_ENCODERS
-from distill_family_sd3.plugin import PLUGIN
 from distill_family_sd3.text import encode_prompts
 
 
@@ -23,14 +23,21 @@ class SD3Adapter(ImageAdapter):
     pipeline_batches_guidance = True
     block_output = 1  # joint blocks return text first
 
-    def __init__(self, bundle: ModelBundle, config: SD3PipelineConfig, *, source: str) -> None:
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        family: DiffusersFamily[SD3PipelineConfig],
+        config: SD3PipelineConfig,
+        *,
+        source: str,
+    ) -> None:
         self._text = TextEncoders(
             source,
             numbered_parts(source, TEXT_ENCODERS),
-            settings=PLUGIN.text_settings(config),
+            settings=family.text_settings(config),
             device=device_of(bundle),
         )
-        super().__init__(bundle, PLUGIN, config, source=source, encoders=self._text)
+        super().__init__(bundle, family, config, source=source, encoders=self._text)
 
     def encode_condition(self, raw_cond: Sequence[str]) -> Condition:
         return Condition(encode_prompts(self._text, raw_cond, *self.condition_rows["text"]))

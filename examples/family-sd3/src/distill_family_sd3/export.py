@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from distill_diffusers.components.encoders import numbered_parts
-from distill_diffusers.export.images import ImageExporter
+from distill_diffusers.export.exporter import PipelineExporter
 from distill_protocols import ExportRequest, RoleSpec
 from torch import Tensor, nn
 
 from distill_family_sd3.models import TEXT_ENCODERS
 
 
-class SD3Exporter(ImageExporter):
+class SD3Exporter(PipelineExporter):
     """``Exporter`` of the family."""
 
     config_arguments = ("height", "width", "max_sequence_length")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from distill_diffusers.descriptions import LatentInfo, ModelDescription
+from distill_diffusers.descriptions import LatentInfo
 from distill_diffusers.family import DiffusersFamily
-from distill_protocols import Capabilities, RoleSpec
 
 from distill_family_sd3.config import SD3PipelineConfig
 from distill_family_sd3.models import CLIP_TOKENS, PUBLISHED, SD3
@@ -27,16 +26,6 @@ class SD3Family(DiffusersFamily[SD3PipelineConfig]):
     kind = SD3
     published = PUBLISHED
 
-    def capabilities(self, config: SD3PipelineConfig) -> Capabilities:
-        return Capabilities(
-            supports_cfg=True,
-            supports_decode=True,
-            supports_features=True,
-            supports_jvp=True,
-            supported_pred_types=frozenset({"v", "x0", "eps"}),
-            solvers=frozenset({"euler", "unipc"}),
-        )
-
     def latent_info(self, vae: Mapping[str, Any]) -> LatentInfo:
         halvings = len(vae["block_out_channels"]) - 1
         return LatentInfo(channels=vae["latent_channels"], stride_hw=2**halvings)
@@ -54,20 +43,20 @@ class SD3Family(DiffusersFamily[SD3PipelineConfig]):
     def text_settings(self, config: SD3PipelineConfig) -> Mapping[str, object]:
         return {"text_encoder.length": config.max_sequence_length}
 
-    def fit_problems(
-        self, role: RoleSpec, config: SD3PipelineConfig, model: ModelDescription
+    def clip_problems(
+        self, config: SD3PipelineConfig, latents: LatentInfo, transformer: Mapping[str, Any]
     ) -> Iterator[str]:
-        shape = self.latent_shape(config, source=config.components or role.path)
-        channels = model.main.get("in_channels", 16)
-        if shape and shape[0] != channels:
+        channels = transformer.get("in_channels", 16)
+        if latents.channels != channels:
             yield (
-                f"the VAE makes latents of {shape[0]} channels and the transformer reads "
+                f"the VAE makes latents of {latents.channels} channels and the transformer reads "
                 f"{channels}; take VAE and transformer of one model"
             )
-        most = model.main["pos_embed_max_size"] * model.main.get("patch_size", 2)
-        if shape and max(shape[2:]) > most:
+        _, _, height, width = latents.shape(1, config.height, config.width)
+        most = transformer["pos_embed_max_size"] * transformer.get("patch_size", 2)
+        if max(height, width) > most:
             yield (
-                f"latents of {shape[2]} x {shape[3]} are larger than {most} x {most}, which is how "
+                f"latents of {height} x {width} are larger than {most} x {most}, which is how "
                 "far the model's table of positions reaches; make the picture smaller"
             )
 
@@ -81,7 +70,7 @@ class SD3Family(DiffusersFamily[SD3PipelineConfig]):
     ) -> DistillAdapter:
         from distill_family_sd3.adapter import SD3Adapter
 
-        return SD3Adapter(bundle, config, source=source)
+        return SD3Adapter(bundle, self, config, source=source)
 
     def exporter(self, config: SD3PipelineConfig, *, source: str) -> Exporter:
         from distill_family_sd3.export import SD3Exporter

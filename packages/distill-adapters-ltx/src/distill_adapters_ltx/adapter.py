@@ -7,51 +7,32 @@ Letters: B batch, C channels, T latent frames, H and W latent height and width, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
 
 import torch
-from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
-from distill_diffusers.adapter import FlowMatchingAdapter, VelocityCall, device_of
-from distill_diffusers.calls.features import FeatureLayout
+from distill_diffusers.adapter import device_of
+from distill_diffusers.calls.flow import rescale_guidance
 from distill_diffusers.calls.precision import call_in_precision
-from distill_diffusers.folders import fetch
-from distill_diffusers.model_configs import read_config
-from distill_protocols import (
-    Condition,
-    ConditioningError,
-    ModelBundle,
-    RoleHandle,
-    WeightsError,
-)
+from distill_diffusers.calls.tokens import pack, unpack
+from distill_diffusers.components.encoders import TextEncoders
+from distill_diffusers.components.statistics import LatentStatistics
+from distill_diffusers.family import DiffusersFamily
+from distill_diffusers.family_adapter import FamilyAdapter
+from distill_protocols import Condition, ModelBundle, RoleHandle
 from torch import Tensor
 
-from distill_adapters_ltx.arithmetic import (
-    denormalize,
-    normalize,
-    pack,
-    rescale_guidance,
-    token_positions,
-    unpack,
-)
-from distill_adapters_ltx.codec import LtxCodec, latent_statistics
+from distill_adapters_ltx.codec import LtxCodec
 from distill_adapters_ltx.config import LTXPipelineConfig
-from distill_adapters_ltx.kind import (
-    CAPABILITIES,
-    LTX,
-    TEXT,
-    TEXT_MASK,
-    fit_problems,
-    latent_info,
-)
-from distill_adapters_ltx.text import encode_text, ltx_encoders
+from distill_adapters_ltx.kind import LTX, TEXT, TEXT_MASK
+from distill_adapters_ltx.published import STRIDE_HW, STRIDE_T
 
 
-class LtxAdapter(FlowMatchingAdapter):
+class LtxAdapter(FamilyAdapter):
     """``DistillAdapter`` of LTX-Video; a condition is ``text`` [B, L, D] and ``text_mask`` [B, L].
 
     Args:
         bundle: roles, each with a module ``transformer`` or, of a discriminator, ``heads``.
+        family: ``PLUGIN``.
         config: the run's ``pipeline_config``.
         source: Diffusers folder or hub id of VAE, text encoder and tokenizer.
 
@@ -61,44 +42,36 @@ class LtxAdapter(FlowMatchingAdapter):
 
     pipeline_batches_guidance = True
 
-    def __init__(self, bundle: ModelBundle, config: LTXPipelineConfig, *, source: str) -> None:
-        vae_folder = fetch(source, ("vae",)) / "vae"
-        vae = read_config(vae_folder / "config.json")
-        info = latent_info(vae)
-        for name, role in bundle.roles.items():
-            if role.discriminator is None:
-                for problem in fit_problems(info, transformer_of(role).config):
-                    raise WeightsError(f"role {name!r} and the VAE of {source}: {problem}")
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        family: DiffusersFamily[LTXPipelineConfig],
+        config: LTXPipelineConfig,
+        *,
+        source: str,
+    ) -> None:
         device = device_of(bundle)
-        encoders = ltx_encoders(source, config, device=device)
+        self._config = config
+        self._text = TextEncoders.single(
+            source,
+            "transformers.models.t5.modeling_t5:T5EncoderModel",
+            length=config.max_sequence_length,
+            precision=config.text_encoder_precision,
+            device=device,
+        )
         super().__init__(
             bundle,
-            kind=LTX,
-            capabilities=CAPABILITIES,
-            latent_shape=info.shape(config.num_frames, config.height, config.width),
-            statistics=latent_statistics(vae_folder),
+            family,
+            config,
+            source=source,
+            statistics=LatentStatistics.of_buffers(source),
+            encoders=self._text,
             codec=LtxCodec(source, config, device=device),
-            encoders=encoders,
-            batch_guidance=config.cfg_batched,
         )
-        self._config = config
-        self._scaling_factor: float = vae.get("scaling_factor", 1.0)
-        self._text = encoders
 
-    def predict_velocity(
-        self,
-        role: RoleHandle,
-        module: str,
-        x_t: Tensor,
-        t: Tensor,
-        cond: Condition,
-        call: VelocityCall,
-    ) -> Tensor:
-        """See ``FlowMatchingAdapter.predict_velocity``."""
-        self._check_condition(role, cond)
-        text, mask = cond.tensors[TEXT], cond.tensors[TEXT_MASK]
-        v = call_transformer(role, x_t, t, text, mask, frame_rate=self._config.frame_rate)
-        return v.float()
+    def call_model(self, role: RoleHandle, inputs: Mapping[str, Tensor]) -> Tensor:
+        """See ``FamilyAdapter.call_model``; positions are in seconds."""
+        return call_transformer(role, **inputs, frame_rate=self._config.frame_rate)
 
     def combine_guidance(
         self, cond: Tensor, uncond: Tensor, w: float, x_t: Tensor, t: Tensor
@@ -108,10 +81,6 @@ class LtxAdapter(FlowMatchingAdapter):
         factor = self._config.guidance_rescale
         return rescale_guidance(guided, cond, factor) if factor > 0 else guided
 
-    def feature_layout(self, role: RoleHandle, module: str, x_t: Tensor) -> FeatureLayout:
-        """See ``FlowMatchingAdapter.feature_layout``."""
-        return FeatureLayout(blocks="transformer_blocks", patches=x_t.shape[2:])
-
     def to_model_layout(self, latents: Tensor) -> Tensor:
         """Cut latents into tokens [B, L, C]."""
         return pack(latents)
@@ -120,63 +89,62 @@ class LtxAdapter(FlowMatchingAdapter):
         """Put tokens of one of the run's clips together."""
         return unpack(latents, self.latent_shape[1:])
 
-    def normalize_latents(self, latents: Tensor) -> Tensor:
-        """See ``arithmetic.normalize``; fp32, or fp64 of fp64."""
-        wide = latents if latents.dtype == torch.float64 else latents.float()
-        return normalize(wide, self._statistics.mean, self._statistics.std, self._scaling_factor)
-
-    def denormalize_latents(self, latents: Tensor) -> Tensor:
-        """See ``arithmetic.denormalize``; fp32, or fp64 of fp64."""
-        wide = latents if latents.dtype == torch.float64 else latents.float()
-        return denormalize(wide, self._statistics.mean, self._statistics.std, self._scaling_factor)
-
     def encode_condition(self, raw_cond: Sequence[str]) -> Condition:
-        """See ``encode_text``."""
-        return encode_text(self._text, raw_cond, self._config.max_sequence_length)
-
-    def _check_condition(self, role: RoleHandle, cond: Condition) -> None:
+        """Encode prompts as ``LTXPipeline.encode_prompt`` does: T5 attends to the padding, and the
+        transformer does not."""
         length = self._config.max_sequence_length
-        width = transformer_of(role).config["caption_channels"]
-        shapes = {name: tuple(tensor.shape[1:]) for name, tensor in cond.tensors.items()}
-        expected = {TEXT: (length, width), TEXT_MASK: (length,)}
-        if {name: shapes.get(name) for name in expected} != expected:
-            raise ConditioningError(
-                f"a row of the condition is {shapes}, it must hold {expected} (max_sequence_length,"
-                " the model's caption_channels): T5 attends to the padding, so a prompt of another "
-                "length has other embeddings. Make max_sequence_length the data set's, or encode "
-                "the data again with this family"
-            )
-
-
-def transformer_of(role: RoleHandle) -> LTXVideoTransformer3DModel:
-    """Return the role's transformer."""
-    return cast(LTXVideoTransformer3DModel, role.modules[LTX.modules[0]])
+        text, mask = self._text.embed(raw_cond, length, attend_padding=True)
+        return Condition({TEXT: text, TEXT_MASK: mask})
 
 
 def call_transformer(
-    role: RoleHandle, x_t: Tensor, t: Tensor, text: Tensor, mask: Tensor, *, frame_rate: float
+    role: RoleHandle,
+    latents: Tensor,
+    t: Tensor,
+    text: Tensor,
+    text_mask: Tensor,
+    *,
+    frame_rate: float,
 ) -> Tensor:
-    """Return v [B, C, T, H, W] in the precision of the role, for the adapter and for plans.
+    """Return v of x_t, both [B, C, T, H, W], in the precision of the role.
 
     Args:
-        x_t: [B, C, T, H, W].
+        latents: x_t.
         t: [B].
         text: [B, L, D].
-        mask: [B, L], 1 at tokens that are attended to.
+        text_mask: [B, L], 1 at tokens that are attended to.
         frame_rate: frames a second.
     """
-    frames, height, width = size = (x_t.shape[2], x_t.shape[3], x_t.shape[4])
-    positions = token_positions(size, frame_rate, device=x_t.device)
-    with call_in_precision(role, LTX.modules[0], LTX, x_t.device) as dtype:
-        (tokens,) = transformer_of(role)(
-            hidden_states=pack(x_t).to(dtype),
-            encoder_hidden_states=text.to(x_t.device, dtype),
+    frames, height, width = size = (latents.shape[2], latents.shape[3], latents.shape[4])
+    positions = token_positions(size, frame_rate, device=latents.device)
+    with call_in_precision(role, LTX.modules[0], LTX, latents.device) as dtype:
+        (tokens,) = role.modules[LTX.modules[0]](
+            hidden_states=pack(latents).to(dtype),
+            encoder_hidden_states=text.to(dtype),
             timestep=t.float(),
-            encoder_attention_mask=mask.to(x_t.device),
+            encoder_attention_mask=text_mask,
             num_frames=frames,
             height=height,
             width=width,
-            video_coords=positions.expand(len(x_t), -1, -1),
+            video_coords=positions.expand(len(latents), -1, -1),
             return_dict=False,
         )
     return unpack(tokens, size)
+
+
+def token_positions(
+    size: tuple[int, int, int], frame_rate: float, *, device: torch.device
+) -> Tensor:
+    """Compute time (s), height and width (pixels) of each token: ``video_coords`` [1, 3, L], fp32.
+
+    The first latent frame holds one frame, every other eight. ``LTXPipeline`` counts eight for the
+    first as well: latent frame i is at frame 8 i.
+
+    Args:
+        size: T, H and W of the latents.
+        frame_rate: frames a second.
+    """
+    frames, height, width = (torch.arange(n, dtype=torch.float32, device=device) for n in size)
+    seconds = frames * (STRIDE_T / frame_rate)
+    grid = torch.meshgrid(seconds, height * STRIDE_HW, width * STRIDE_HW, indexing="ij")
+    return torch.stack(grid).flatten(1)[None]

@@ -1,15 +1,12 @@
-"""The VAE of LTX: statistics of its latents, and decoders that remove the last noise."""
+"""The VAE of LTX, whose decoder may remove the last noise."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from distill_diffusers.adapter import LatentStatistics
 from distill_diffusers.components.codec import VideoCodec
-from distill_diffusers.weights.sources import module_weights
-from distill_protocols import WeightsError, derive_seed
+from distill_protocols import derive_seed
 from torch import Tensor
 
 from distill_adapters_ltx.config import LTXPipelineConfig
@@ -18,24 +15,6 @@ from distill_adapters_ltx.published import STRIDE_HW, STRIDE_T
 
 DECODE_SEED = derive_seed(0, "ltx.decode")
 """Of the noise that a timestep-conditioned decoder gets, the same for each clip."""
-
-
-def latent_statistics(vae_folder: Path) -> LatentStatistics:
-    """Read mean and standard deviation of raw latents, which are buffers of the VAE.
-
-    Raises:
-        WeightsError: the weights are missing or damaged, or have no such buffers.
-    """
-    source = module_weights(vae_folder)
-    names = ("latents_mean", "latents_std")
-    if missing := [name for name in names if name not in source.describe()]:
-        raise WeightsError(
-            f"{vae_folder} has no {' and '.join(missing)} among its weights; without them latents "
-            "cannot be normalised. Use the folder of an LTX VAE"
-        )
-    tensors = source.read(names)
-    mean, std = (tensors[name].float().view(1, -1, 1, 1, 1) for name in names)
-    return LatentStatistics(mean=mean, std=std)
 
 
 class LtxCodec(VideoCodec):

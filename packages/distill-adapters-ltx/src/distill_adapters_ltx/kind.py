@@ -8,7 +8,6 @@ from typing import Any
 
 from distill_diffusers.descriptions import LatentInfo, ModelDescription
 from distill_diffusers.kinds import ModelKind
-from distill_protocols import Capabilities
 
 from distill_adapters_ltx.published import LATENT_CHANNELS, STRIDE_HW, STRIDE_T
 
@@ -25,15 +24,7 @@ LTX = ModelKind(
     stored_like="scale_shift_table",
     # What Lightricks' trainer adapts (LTX-Video-Trainer, configs/ltxv_2b_lora.yaml).
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
-)
-
-CAPABILITIES = Capabilities(
-    supports_cfg=True,
-    supports_decode=True,
-    supports_features=True,
-    supports_jvp=True,
-    supported_pred_types=frozenset({"v", "x0", "eps"}),
-    solvers=frozenset({"euler", "unipc"}),
+    attention_bias=True,
 )
 
 
@@ -66,7 +57,7 @@ def unsupported(model: ModelDescription) -> Iterator[str]:
         )
 
 
-def fit_problems(info: LatentInfo, transformer: Mapping[str, Any]) -> Iterator[str]:
+def clip_problems(info: LatentInfo, transformer: Mapping[str, Any]) -> Iterator[str]:
     """Say where a VAE does not fit a transformer, or neither fits LTX's positions."""
     channels = {transformer.get(name, LATENT_CHANNELS) for name in ("in_channels", "out_channels")}
     if channels != {info.channels}:

@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from distill_diffusers.descriptions import LatentInfo, ModelDescription
 from distill_diffusers.family import DiffusersFamily
-from distill_protocols import Capabilities, RoleSpec, WeightsError
-from distill_protocols.plugins import EMPTY
+from distill_diffusers.fingerprints import text_settings
 
 from distill_adapters_ltx.config import LTXPipelineConfig
 from distill_adapters_ltx.kind import (
-    CAPABILITIES,
     LTX,
     TEXT,
     TEXT_MASK,
-    fit_problems,
+    clip_problems,
     latent_info,
     unsupported,
 )
@@ -37,17 +35,13 @@ class LtxFamily(DiffusersFamily[LTXPipelineConfig]):
     kind = LTX
     published = PUBLISHED
 
-    def capabilities(self, config: LTXPipelineConfig) -> Capabilities:
-        return CAPABILITIES
-
     def unsupported(self, model: ModelDescription, config: LTXPipelineConfig) -> Iterator[str]:
         return unsupported(model)
 
-    def fit_problems(
-        self, role: RoleSpec, config: LTXPipelineConfig, model: ModelDescription
+    def clip_problems(
+        self, config: LTXPipelineConfig, latents: LatentInfo, transformer: Mapping[str, Any]
     ) -> Iterator[str]:
-        info = self.latents(config.components or role.path)
-        return iter(()) if info is None else fit_problems(info, model.main)
+        return clip_problems(latents, transformer)
 
     def latent_info(self, vae: Mapping[str, Any]) -> LatentInfo:
         return latent_info(vae)
@@ -57,32 +51,27 @@ class LtxFamily(DiffusersFamily[LTXPipelineConfig]):
         shape = self.latent_shape(config, source=source)
         return None if shape is None else shape[1] * shape[2] * shape[3]
 
-    def condition_shapes(
-        self, config: LTXPipelineConfig, *, source: str
+    def condition_rows(
+        self, transformer: Mapping[str, Any], config: LTXPipelineConfig
     ) -> Mapping[str, tuple[int, ...]]:
         """Give ``text`` [L, D] and ``text_mask`` [L]."""
-        try:
-            width = self.describe(source).main.get("caption_channels", 4096)
-        except WeightsError:
-            return EMPTY
         length = config.max_sequence_length
-        return {TEXT: (length, width), TEXT_MASK: (length,)}
+        return {TEXT: (length, transformer.get("caption_channels", 4096)), TEXT_MASK: (length,)}
 
     def text_settings(self, config: LTXPipelineConfig) -> Mapping[str, object]:
-        return config.text_settings
+        return text_settings(config.max_sequence_length, config.text_encoder_precision)
 
     def call_model(self, role: RoleHandle, inputs: Mapping[str, Tensor]) -> Tensor:
         from distill_adapters_ltx.adapter import call_transformer
 
-        latents, t, text, mask = (inputs[n] for n in ("latents", "t", TEXT, TEXT_MASK))
-        return call_transformer(role, latents, t, text, mask, frame_rate=25.0)
+        return call_transformer(role, **inputs, frame_rate=25.0)
 
     def adapter(
         self, bundle: ModelBundle, config: LTXPipelineConfig, *, source: str
     ) -> DistillAdapter:
         from distill_adapters_ltx.adapter import LtxAdapter
 
-        return LtxAdapter(bundle, config, source=source)
+        return LtxAdapter(bundle, self, config, source=source)
 
     def exporter(self, config: LTXPipelineConfig, *, source: str) -> Exporter:
         from distill_adapters_ltx.export import LtxExporter

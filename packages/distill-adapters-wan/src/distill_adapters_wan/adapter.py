@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
-from distill_diffusers.adapter import (
-    FlowMatchingAdapter,
-    LatentStatistics,
-    VelocityCall,
-    checked_rollout,
-    device_of,
-)
-from distill_diffusers.calls.features import FeatureLayout, Features
-from distill_diffusers.components.codec import VideoCodec
+from distill_diffusers.adapter import VelocityCall, checked_rollout, device_of
+from distill_diffusers.calls import flow
+from distill_diffusers.calls.conditions import read_condition
+from distill_diffusers.calls.features import Features
+from distill_diffusers.components.statistics import LatentStatistics
+from distill_diffusers.family import DiffusersFamily
+from distill_diffusers.family_adapter import FamilyAdapter, transformer_config
 from distill_diffusers.fingerprints import image_fingerprint
-from distill_diffusers.folders import fetch
-from distill_diffusers.model_configs import read_config
 from distill_diffusers.sampling import sampler
 from distill_protocols import (
     CapabilityError,
@@ -46,7 +41,6 @@ from distill_protocols import (
 from torch import Tensor
 
 from distill_adapters_wan.calling import call_transformer, transformer_of
-from distill_adapters_wan.capabilities import capabilities_of
 from distill_adapters_wan.causal.kv_cache import Place
 from distill_adapters_wan.causal.roles import CausalRoles, PreparedCall, token_times
 from distill_adapters_wan.config import WanPipelineConfig
@@ -60,12 +54,10 @@ from distill_adapters_wan.images.conditions import (
 )
 from distill_adapters_wan.images.encoder import ImageEncoder
 from distill_adapters_wan.images.shapes import EMBEDS, LATENTS, TEXT, ImageKind, image_kind
-from distill_adapters_wan.kind import WAN
-from distill_adapters_wan.shape import clip_problems, latent_info
 from distill_adapters_wan.text import encode_text, wan_encoders
 
 
-class WanAdapter(FlowMatchingAdapter):
+class WanAdapter(FamilyAdapter):
     """``DistillAdapter``, ``ExpertRouting``, ``ImageConditioning`` and ``CausalRollout`` of Wan.
 
     A condition is ``{"text": [B, L, D]}`` and, of a model that reads a first frame, what
@@ -74,6 +66,7 @@ class WanAdapter(FlowMatchingAdapter):
     Args:
         bundle: roles, each with a module ``transformer``, and ``transformer_2`` where it has two
             experts; or, of a discriminator, ``heads``.
+        family: ``PLUGIN``.
         config: the run's ``pipeline_config``.
         source: Diffusers folder or hub id of VAE, text encoder and tokenizer.
 
@@ -82,32 +75,28 @@ class WanAdapter(FlowMatchingAdapter):
         RoleError: a role that ``config.causal`` names does not exist.
     """
 
-    def __init__(self, bundle: ModelBundle, config: WanPipelineConfig, *, source: str) -> None:
+    blocks = "blocks"
+
+    def __init__(
+        self,
+        bundle: ModelBundle,
+        family: DiffusersFamily[WanPipelineConfig],
+        config: WanPipelineConfig,
+        *,
+        source: str,
+    ) -> None:
         self._config = config
-        vae_folder = fetch(source, ("vae",)) / "vae"
-        vae = read_config(vae_folder / "config.json")
-        latents = latent_info(vae)
-        self._models = {
-            name: role for name, role in bundle.roles.items() if role.discriminator is None
-        }
-        for name, role in self._models.items():
-            for problem in clip_problems(config, latents, _transformer_config(role)):
-                raise WeightsError(f"role {name!r} and the VAE of {source}: {problem}")
-        _refuse_mixed_conditions(self._models)
         device = device_of(bundle)
         encoders = wan_encoders(source, config, device=device)
         super().__init__(
             bundle,
-            kind=WAN,
-            capabilities=capabilities_of(config),
-            latent_shape=latents.shape(config.num_frames, config.height, config.width),
-            statistics=_latent_statistics(vae),
-            codec=VideoCodec(
-                WAN.vae, source, strides=(latents.stride_t, latents.stride_hw), device=device
-            ),
+            family,
+            config,
+            source=source,
+            statistics=LatentStatistics.of_config(source),
             encoders=encoders,
-            batch_guidance=config.cfg_batched,
         )
+        _refuse_mixed_conditions(self.models)
         self._text = encoders
         self._images = ImageEncoder(source, device=device)
         self._causal = CausalRoles(bundle, config.causal)
@@ -159,7 +148,7 @@ class WanAdapter(FlowMatchingAdapter):
         call: VelocityCall,
     ) -> Tensor:
         """See ``FlowMatchingAdapter.predict_velocity``; of a causal role with its past."""
-        text = self._checked_text(role, cond)
+        text = read_condition(cond, self.condition_rows, x_t.device)[TEXT]
         transformer = transformer_of(role, module)
         stream = call.caches.stream if isinstance(call.caches, ChunkCall) else ""
         place = Place(role=role.name, module=module, negative=call.is_negative, stream=stream)
@@ -170,7 +159,7 @@ class WanAdapter(FlowMatchingAdapter):
             role,
             hidden,
             times,
-            text.to(x_t.device),
+            text,
             read_image_embeds(cond, transformer.config, x_t),
             module=module,
             arguments=prepared.arguments,
@@ -204,12 +193,6 @@ class WanAdapter(FlowMatchingAdapter):
         image = read_image_latents(cond.expand(len(x)), "frame", x, frames)
         return x if image is None else insert_first_frame(x, image, frames)
 
-    def feature_layout(self, role: RoleHandle, module: str, x_t: Tensor) -> FeatureLayout:
-        """See ``FlowMatchingAdapter.feature_layout``."""
-        patch = transformer_of(role, module).config["patch_size"]
-        patches = [size // p for size, p in zip(x_t.shape[2:], patch, strict=True)]
-        return FeatureLayout(blocks="blocks", patches=patches)
-
     def check_features(self, role: RoleHandle, w: float) -> None:
         """See ``FlowMatchingAdapter.check_features``; a causal role has none either."""
         super().check_features(role, w)
@@ -218,24 +201,6 @@ class WanAdapter(FlowMatchingAdapter):
                 f"features of role {role.name!r}, which is causal: a discriminator reads whole "
                 "clips. Ask for those of a role that is not causal"
             )
-
-    def _checked_text(self, role: RoleHandle, cond: Condition) -> Tensor:
-        if TEXT not in cond.tensors:
-            raise ConditioningError(
-                f"the condition holds {sorted(cond.tensors)} but the Wan models read 'text' "
-                "[B, L, D]; rebuild the data set with this family's encoder"
-            )
-        text = cond.tensors[TEXT]
-        width = transformer_of(role).config["text_dim"]
-        expected = (self._config.max_sequence_length, width)
-        if tuple(text.shape[1:]) != expected:
-            raise ConditioningError(
-                f"text embeddings are {list(text.shape)}, they must be [B, {expected[0]}, "
-                f"{expected[1]}] (max_sequence_length, the model's text_dim): Wan attends its "
-                "padding, so another length gives other clips. Make max_sequence_length the data "
-                "set's, or encode the data again"
-            )
-        return text
 
     # -- experts ------------------------------------------------------------------------------
 
@@ -305,16 +270,21 @@ class WanAdapter(FlowMatchingAdapter):
         # normalize_latents.
         raw = torch.cat([self._codec.encode(clip) for clip in first.split(1)])
         tensors = {LATENTS: (raw - mean.to(raw)) * (1.0 / std.to(raw))}
-        if any(_reads_embeds(role) for role in self._models.values()):
+        if any(_reads_embeds(role) for role in self.models.values()):
             tensors[EMBEDS] = self._images.encode(images)
         return Condition(tensors).merged_onto(cond)
 
     def _image_kind(self) -> ImageKind:
         """Return that of the run's models, which are of one kind."""
-        kinds: list[ImageKind] = [_image_kind(role) for role in self._models.values()]
+        kinds: list[ImageKind] = [_image_kind(role) for role in self.models.values()]
         return kinds[0] if kinds else "none"
 
-    # -- conditions ---------------------------------------------------------------------------
+    # -- latents and conditions ---------------------------------------------------------------
+
+    def denormalize_latents(self, latents: Tensor) -> Tensor:
+        """Compute z / (1 / std) + mean per channel, which rounds as WanPipeline does."""
+        wide = flow.widen(latents)
+        return wide / (1.0 / self._statistics.std.to(wide)) + self._statistics.mean.to(wide)
 
     def encode_condition(self, raw_cond: Sequence[str], images: Tensor | None = None) -> Condition:
         """Encode to ``{"text": [B, L, D]}`` fp32, padded to L = max_sequence_length with zeros.
@@ -473,13 +443,8 @@ class WanAdapter(FlowMatchingAdapter):
         return velocity
 
 
-def _transformer_config(role: RoleHandle) -> dict[str, Any]:
-    """Return the transformer's configuration; two experts are of one architecture."""
-    return dict(transformer_of(role).config)
-
-
 def _reads_embeds(role: RoleHandle) -> bool:
-    return _transformer_config(role).get("image_dim") is not None
+    return transformer_config(role).get("image_dim") is not None
 
 
 def _image_kind(role: RoleHandle) -> ImageKind:
@@ -507,13 +472,3 @@ def _refuse_mixed_conditions(roles: Mapping[str, RoleHandle]) -> None:
             f"the roles read different conditions ({each}), and one condition goes to all of them. "
             "Use models of one kind"
         )
-
-
-def _latent_statistics(vae_config: Mapping[str, Any]) -> LatentStatistics:
-    try:
-        return LatentStatistics.of_channels(vae_config["latents_mean"], vae_config["latents_std"])
-    except KeyError as error:
-        raise WeightsError(
-            f"vae/config.json has no {error}; without it latents cannot be normalised. Use the "
-            "folder of a Wan VAE"
-        ) from error

@@ -1,20 +1,16 @@
 """What the Wan adapter supports. No torch: run files are checked against it."""
 
 from attrs import evolve
+from distill_diffusers import family
 from distill_protocols import Capabilities
 
 from distill_adapters_wan.config import WanPipelineConfig
 
-CAPABILITIES = Capabilities(
-    supports_cfg=True,
-    supports_decode=True,
+CAPABILITIES = evolve(
+    family.CAPABILITIES,
     supports_expert_routing=True,
-    supports_features=True,
     supports_frame_times=True,
     supports_image_condition=True,
-    supports_jvp=True,
-    supported_pred_types=frozenset({"v", "x0", "eps"}),
-    solvers=frozenset({"euler", "unipc"}),
 )
 """Without causal roles."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from distill_diffusers.descriptions import LatentInfo, ModelDescription
 from distill_diffusers.family import DiffusersFamily
-from distill_diffusers.fingerprints import image_fingerprint
+from distill_diffusers.fingerprints import image_fingerprint, text_settings
 from distill_diffusers.folders import locate
 from distill_diffusers.model_configs import read_config
 from distill_protocols import (
@@ -61,13 +61,16 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
     def unsupported(self, model: ModelDescription, config: WanPipelineConfig) -> Iterator[str]:
         return unsupported(model, config.boundary_ratio)
 
+    def clip_problems(
+        self, config: WanPipelineConfig, latents: LatentInfo, transformer: Mapping[str, Any]
+    ) -> Iterator[str]:
+        return clip_problems(config, latents, transformer)
+
     def fit_problems(
         self, role: RoleSpec, config: WanPipelineConfig, model: ModelDescription
     ) -> Iterator[str]:
         """Report where the clip does not fit, and where a causal role's model cannot be causal."""
-        info = self.latents(config.components or role.path)
-        if info is not None:
-            yield from clip_problems(config, info, model.main)
+        yield from super().fit_problems(role, config, model)
         if config.causal is not None and role.name in config.causal.roles:
             for transformer in model.transformers.values():
                 yield from causal_problems(config.causal, transformer)
@@ -119,6 +122,11 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
     def latent_info(self, vae: Mapping[str, Any]) -> LatentInfo:
         return latent_info(vae)
 
+    def condition_rows(
+        self, transformer: Mapping[str, Any], config: WanPipelineConfig
+    ) -> Mapping[str, tuple[int, ...]]:
+        return {TEXT: (config.max_sequence_length, transformer.get("text_dim", 4096))}
+
     def condition_shapes(
         self, config: WanPipelineConfig, *, source: str
     ) -> Mapping[str, tuple[int, ...]]:
@@ -128,7 +136,7 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
             model = self.describe(source)
         except WeightsError:
             return EMPTY
-        shapes = {TEXT: (config.max_sequence_length, model.main.get("text_dim", 4096))}
+        shapes = dict(self.condition_rows(model.main, config))
         components = config.components or source
         latents = self.latent_shape(config, source=components)
         if latents is None:
@@ -137,7 +145,7 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
         return shapes | needed_shapes(model.main, _image_kind(model), latents, tokens)
 
     def text_settings(self, config: WanPipelineConfig) -> Mapping[str, object]:
-        return config.text_settings
+        return text_settings(config.max_sequence_length, config.text_encoder_precision)
 
     def fingerprint(self, config: WanPipelineConfig, *, source: str) -> Fingerprint:
         return {**super().fingerprint(config, source=source), **image_fingerprint(source)}
@@ -200,7 +208,7 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
     ) -> DistillAdapter:
         from distill_adapters_wan.adapter import WanAdapter
 
-        return WanAdapter(bundle, config, source=source)
+        return WanAdapter(bundle, self, config, source=source)
 
     def exporter(self, config: WanPipelineConfig, *, source: str) -> Exporter:
         from distill_adapters_wan.export.exporter import WanExporter

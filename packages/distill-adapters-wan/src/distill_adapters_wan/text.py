@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distill_diffusers.components.encoders import TextEncoderPart, TextEncoders
-from distill_protocols import DTYPES, ConditioningError, WeightsError
+from distill_diffusers.components.encoders import TextEncoders
+from distill_protocols import WeightsError
 from torch import Tensor, nn
 
 from distill_adapters_wan.config import WanPipelineConfig
@@ -16,15 +16,16 @@ from distill_adapters_wan.config import WanPipelineConfig
 
 def wan_encoders(source: str, config: WanPipelineConfig, *, device: torch.device) -> TextEncoders:
     """Describe UMT5 and its tokenizer in the folder or hub id ``source``."""
-    part = TextEncoderPart(
-        model="transformers.models.umt5.modeling_umt5:UMT5EncoderModel",
-        dtype=DTYPES[config.text_encoder_precision],
+    return TextEncoders.single(
+        source,
+        "transformers.models.umt5.modeling_umt5:UMT5EncoderModel",
+        length=config.max_sequence_length,
+        precision=config.text_encoder_precision,
+        device=device,
         check=check_tied_embedding,
     )
-    return TextEncoders(source, [part], settings=config.text_settings, device=device)
 
 
-@torch.no_grad()
 def encode_text(encoders: TextEncoders, prompts: Sequence[str], length: int) -> Tensor:
     """Encode to [B, length, D] fp32, exactly 0 beyond each prompt's own length.
 
@@ -35,21 +36,8 @@ def encode_text(encoders: TextEncoders, prompts: Sequence[str], length: int) -> 
     """
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-    if not prompts:
-        raise ConditioningError("no prompts to encode; give one a sample (it may be empty)")
-    with encoders.loaded() as text:
-        tokens = text.tokenizer(
-            [prompt_clean(prompt) for prompt in prompts],
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        ).to(encoders.device)
-        output = text.encoder(tokens.input_ids, tokens.attention_mask)
-        hidden = output.last_hidden_state.float()
-    # where, not a product: 0 * nan or inf of a masked position would stay nan.
-    return torch.where(tokens.attention_mask[..., None] > 0, hidden, 0.0)
+    cleaned = [prompt_clean(prompt) for prompt in prompts]
+    return encoders.embed(cleaned, length, attend_padding=False)[0]
 
 
 def check_tied_embedding(encoder: nn.Module, folder: Path) -> None:

@@ -54,6 +54,7 @@ from distill_diffusers.calls.features import FeatureLayout, Features, collect_fe
 from distill_diffusers.calls.forward_mode import derivative
 from distill_diffusers.components.codec import VideoCodec
 from distill_diffusers.components.encoders import TextEncoders
+from distill_diffusers.components.statistics import LatentStatistics
 from distill_diffusers.fingerprints import latent_fingerprint
 from distill_diffusers.kinds import ModelKind
 from distill_diffusers.roles.discriminator import logits
@@ -74,40 +75,6 @@ class VelocityCall:
     caches: ChunkCall | CleanPast | None = None
     is_negative: bool = False
     like_pipeline: bool = False
-
-
-@frozen(kw_only=True, eq=False)
-class LatentStatistics:
-    """Mean and standard deviation of raw latents, each [1, C, 1, 1, 1] fp32.
-
-    A VAE with a scaling factor f alone has mean 0 and std 1 / f; one that shifts by m too has mean
-    m (SD 3: ``(z - shift_factor) * scaling_factor``).
-
-    Raises:
-        WeightsError: a number is not finite, or a deviation not above 0: latents divided by it
-            would be of no use.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __attrs_post_init__(self) -> None:
-        if not (self.mean.isfinite().all() and self.std.isfinite().all() and (self.std > 0).all()):
-            raise WeightsError(
-                f"the statistics of latents are mean {self.mean.flatten().tolist()} and standard "
-                f"deviation {self.std.flatten().tolist()}; all must be finite, and deviations "
-                "above 0, as latents are divided by them. Use the VAE's own"
-            )
-
-    @classmethod
-    def of_channels(cls, mean: Sequence[float], std: Sequence[float]) -> LatentStatistics:
-        """Build them from one number a channel."""
-        shape = (1, -1, 1, 1, 1)
-        return cls(mean=torch.tensor(mean).view(shape), std=torch.tensor(std).view(shape))
-
-    def to(self, device: torch.device) -> LatentStatistics:
-        """The same on ``device``."""
-        return LatentStatistics(mean=self.mean.to(device), std=self.std.to(device))
 
 
 class FlowMatchingAdapter(abc.ABC):
@@ -577,18 +544,18 @@ class FlowMatchingAdapter(abc.ABC):
         return latents
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
-        """(z - mean) / std per channel, with the VAE's own statistics."""
-        wide = latents if latents.dtype == torch.float64 else latents.float()
+        """(z - mean) / std per channel, with the VAE's own statistics; fp32, or fp64 of fp64."""
+        wide = flow.widen(latents)
         return (wide - self._statistics.mean.to(wide)) / self._statistics.std.to(wide)
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
-        """z std + mean per channel, in WanPipeline's order of operations.
+        """z std + mean per channel; fp32, or fp64 of fp64.
 
         A family whose pipeline computes it in another order overrides it, so that clips are the
         same bit for bit.
         """
-        wide = latents if latents.dtype == torch.float64 else latents.float()
-        return wide / (1.0 / self._statistics.std.to(wide)) + self._statistics.mean.to(wide)
+        wide = flow.widen(latents)
+        return wide * self._statistics.std.to(wide) + self._statistics.mean.to(wide)
 
     def encode(self, video: Tensor) -> Tensor:
         """Encode clips [B, 3, F, H_px, W_px] in [0, 1] to raw (not normalised) latents."""

@@ -11,17 +11,16 @@ module on the meta device and ``ModelKind`` tell; a family adds what is true of 
         kind = LTX              # a ModelKind
         published = PUBLISHED   # hub id -> PublishedModel
 
-        def capabilities(self, config): ...       # what the adapter supports
         def latent_info(self, vae): ...           # what vae/config.json says of the latents
         def condition_rows(self, transformer, config): ...   # shapes of each condition tensor
         def call_model(self, role, inputs): ...   # one call of the transformer, to plan its memory
         def adapter(self, bundle, config, *, source): ...    # how the models are called
         def exporter(self, config, *, source): ...
 
-and, where they apply, ``unsupported``, ``fit_problems``, ``call_shapes``, ``tokens`` and the hooks
-of ``FamilyPlugin`` (experts, first frames, names in other codes). Modules that import torch are
-imported inside of the methods that need them: a run file without LoRA and discriminators is
-checked without torch.
+and, where they apply, ``unsupported``, ``clip_problems``, ``call_shapes``, ``tokens`` and the hooks
+of ``FamilyPlugin`` (capabilities, experts, first frames, names in other codes). Modules that import
+torch are imported inside of the methods that need them: a run file without LoRA and discriminators
+is checked without torch.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from distill_protocols import (
+    Capabilities,
     FamilyPlugin,
     Fingerprint,
     Problem,
@@ -131,6 +131,16 @@ ROLE_OPTIONS = frozenset(
 """The options of a role that ``RoleLoader`` honours for every model class. A family that honours
 more overrides ``role_options``, and ``load`` and ``plan`` where it does so."""
 
+CAPABILITIES = Capabilities(
+    supports_cfg=True,
+    supports_decode=True,
+    supports_features=True,
+    supports_jvp=True,
+    supported_pred_types=frozenset({"v", "x0", "eps"}),
+    solvers=frozenset({"euler", "unipc"}),
+)
+"""Those of every ``FlowMatchingAdapter`` that says where its hidden states are."""
+
 
 @runtime_checkable
 class WarningExporter(Protocol):
@@ -173,12 +183,24 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         """Say why the adapter would call ``model`` wrongly. Such a model is never loaded."""
         return ()
 
+    def clip_problems(
+        self, config: ConfigT, latents: LatentInfo, transformer: Mapping[str, Any]
+    ) -> Iterable[str]:
+        """Say where the clips of ``config``, a VAE and a transformer do not fit each other.
+
+        Args:
+            latents: of the VAE.
+            transformer: its configuration, of a published model what differs from the defaults.
+        """
+        return ()
+
     def fit_problems(
         self, role: RoleSpec, config: ConfigT, model: ModelDescription
     ) -> Iterable[str]:
-        """Say why ``model``, the supported model of ``role``, does not fit the clips of ``config``
-        or the VAE (``self.latents``)."""
-        return ()
+        """Say why ``model``, the supported model of ``role``, does not fit the run; by default
+        ``clip_problems``."""
+        latents = self.latents(config.components or role.path)
+        return () if latents is None else self.clip_problems(config, latents, model.main)
 
     def condition_rows(
         self, transformer: Mapping[str, Any], config: ConfigT
@@ -214,18 +236,24 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         """Say why ``role.attention_backend`` cannot be had for the role; None where it can."""
         from distill_diffusers.roles.attention import backend_problem
 
-        return None if role.attention_backend is None else backend_problem(role.attention_backend)
+        backend = role.attention_backend
+        return None if backend is None else backend_problem(self.kind, backend)
 
     # -- what it can do -----------------------------------------------------------------------
+
+    def capabilities(self, config: ConfigT) -> Capabilities:
+        """Give those of every ``FlowMatchingAdapter``; a family that has more overrides it."""
+        return CAPABILITIES
 
     def role_options(self, config: ConfigT) -> Collection[str]:
         return ROLE_OPTIONS
 
     def attention_backends(self, role: RoleSpec, config: ConfigT) -> Collection[str]:
-        """Give the kernels that diffusers knows and that run with the installed packages."""
+        """Give the kernels of diffusers that the transformer can use with the installed
+        packages."""
         from distill_diffusers.roles.attention import available_backends
 
-        return available_backends()
+        return available_backends(self.kind)
 
     def export_formats(self) -> Mapping[str, str]:
         return FORMATS

@@ -57,6 +57,16 @@ _SLOW_TOKENIZERS = ("spiece.model", "tokenizer.model", "vocab.json", "merges.txt
 """What a tokenizer is made from where there is no tokenizer.json."""
 
 
+def text_settings(length: int, precision: str) -> dict[str, object]:
+    """Name what the embeddings of a pipeline's one encoder depend on beside its files.
+
+    Args:
+        length: tokens that prompts are padded and cut to.
+        precision: of the encoder's weights.
+    """
+    return {"text_encoder.length": length, "text_encoder.precision": precision}
+
+
 def latent_fingerprint(source: str) -> dict[str, str]:
     """Name the VAE of a folder or hub id: ``vae.weights``, ``vae.statistics``, ``vae.config.*``.
 

@@ -36,6 +36,8 @@ class ModelKind:
             and read one at a time; empty: found on the meta module (``find_block_lists``).
         depth: entry of the transformer's configuration that says how many blocks the first of
             the block lists has.
+        attention_bias: whether the transformer adds a bias to the scores of its attention, as where
+            it hides the padding of a text: only some kernels can.
         foreign_layers: names of layers in other codes -> theirs here, for hints.
     """
 
@@ -48,6 +50,7 @@ class ModelKind:
     lora_targets: tuple[str, ...] = ()
     block_lists: tuple[str, ...] = ()
     depth: str = "num_layers"
+    attention_bias: bool = False
     foreign_layers: Mapping[str, str] = field(default=MappingProxyType({}))
 
 

@@ -17,12 +17,10 @@ from distill_diffusers.export.formats import (
     Written,
     write_single_files,
 )
-from distill_diffusers.family import DiffusersFamily
 from distill_diffusers.sampling.scheduler import StockSchedule
 from distill_protocols import ExportRequest, RoleSpec
 from torch import Tensor, nn
 
-from distill_adapters_wan.config import WanPipelineConfig
 from distill_adapters_wan.images.shapes import CLIP_TOKENS, image_kind
 from distill_adapters_wan.names.original import to_diffusers, to_original
 from distill_adapters_wan.shape import TEXT_TOKENS
@@ -61,30 +59,17 @@ class WanExporter(PipelineExporter):
     # The last two: of Wan 2.1 image-to-video alone.
     components = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor")
 
-    def __init__(
-        self, family: DiffusersFamily[WanPipelineConfig], config: WanPipelineConfig, *, source: str
-    ) -> None:
-        super().__init__(family, source=source)
-        self._config = config
+    config_arguments = ("num_frames", "height", "width", "max_sequence_length")
 
     def call_arguments(self, role: RoleSpec, request: ExportRequest) -> Mapping[str, Any]:
-        """Return arguments of ``WanPipeline.__call__``."""
-        spec = request.sampler
-        call = {
-            "num_inference_steps": spec.steps,
-            "guidance_scale": spec.guidance,
-            "num_frames": self._config.num_frames,
-            "height": self._config.height,
-            "width": self._config.width,
-            "max_sequence_length": self._config.max_sequence_length,
-        }
-        if spec.guidance_2 is not None:
-            call["guidance_scale_2"] = spec.guidance_2
-        return call
+        """Return arguments of ``WanPipeline.__call__``; those of two experts have two guidances."""
+        call = super().call_arguments(role, request)
+        low = request.sampler.guidance_2
+        return call if low is None else {**call, "guidance_scale_2": low}
 
     def record_entries(self, role: RoleSpec) -> Mapping[str, Any]:
         """Return how the role is causal."""
-        causal = self._config.causal
+        causal = self.config.causal
         is_causal = causal is not None and role.name in causal.roles
         return {"causal": asdict(causal) if causal is not None and is_causal else None}
 
@@ -94,8 +79,8 @@ class WanExporter(PipelineExporter):
         """Return which pipeline it is, which expert is called when, and how t is given."""
         names = ("_class_name", "boundary_ratio", "expand_timesteps")
         entries = {name: own_index[name] for name in names if name in own_index}
-        if len(modules) > 1 and self._config.boundary_ratio is not None:
-            entries["boundary_ratio"] = self._config.boundary_ratio
+        if len(modules) > 1 and self.config.boundary_ratio is not None:
+            entries["boundary_ratio"] = self.config.boundary_ratio
         return entries
 
     def formats(self) -> Mapping[str, ExportFormat]:
@@ -152,19 +137,13 @@ class WanExporter(PipelineExporter):
 
     def pipeline_notes(self, role: RoleSpec, request: ExportRequest) -> Iterator[str]:
         """Say what WanPipeline does with guidance, and how a first frame is passed."""
+        yield from super().pipeline_notes(role, request)
         high, low = request.sampler.guidances
-        if high < 1:
-            yield (
-                f"WanPipeline treats guidance_scale {high:g} as 1 (it guides only above 1), "
-                "so it cannot repeat this sampler"
-            )
         if high <= 1 and low != high:
             yield (
                 f"WanPipeline guides neither expert where guidance_scale is at most 1, so "
                 f"guidance_scale_2 {low:g} has no effect in it, and it cannot repeat this sampler"
             )
-        if high > 1:
-            yield "pass the run's negative prompt; WanPipeline's own default is the empty one"
         model = self.family.describe(role.path)
         kind = image_kind(model.main, model.call_options["expand_timesteps"])
         if kind == "channels":

@@ -25,8 +25,9 @@ def read_condition(
         if tensor is None or tuple(tensor.shape[1:]) != shape:
             actual = "absent" if tensor is None else f"{list(tensor.shape[1:])} a row"
             raise ConditioningError(
-                f"{name!r} of the condition is {actual}, and the model takes {list(shape)}: it "
-                "attends its padding too, so another length gives other results, and another "
-                "width does not fit. Encode the prompts with this run's encoders and length"
+                f"{name!r} of the condition is {actual}, and the model takes {list(shape)}: "
+                "padding is attended too, so another length gives other results, and another "
+                "width does not fit. Encode the prompts with this run's encoders and "
+                "max_sequence_length"
             )
     return {name: cond.tensors[name].to(device) for name in shapes}

@@ -15,6 +15,7 @@ from distill_protocols import ContractError
 from torch import Tensor, nn
 
 from distill_diffusers.architecture import block_problem
+from distill_diffusers.calls.tokens import unpack
 
 Features = MutableMapping[int, Tensor | None]
 """Hidden states by block index."""
@@ -67,7 +68,7 @@ def collect_features(
         # block, which is called again in the backward pass, without them.
         first = len(output) - len(features)
         for index, hidden in zip(list(features), output[first:], strict=True):
-            features[index] = hidden.float().transpose(1, 2).unflatten(2, list(layout.patches))
+            features[index] = unpack(hidden.float(), layout.patches)
         return output[:first]
 
     with contextlib.ExitStack() as hooks:

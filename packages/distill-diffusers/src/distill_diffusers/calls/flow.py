@@ -38,14 +38,14 @@ def sigma_of(t: Tensor, like: Tensor) -> Tensor:
 
 def add_noise(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """Mix x_t: exactly ``x0`` at t = 0 and exactly ``noise`` at t = 1000."""
-    x0, noise = _wide(x0), _wide(noise)
+    x0, noise = widen(x0), widen(noise)
     sigma = sigma_of(t, x0)
     return (1 - sigma) * x0 + sigma * noise
 
 
 def target(x0: Tensor, noise: Tensor, t: Tensor, pred_type: PredType = "v") -> Tensor:
     """Return what a model that predicts ``pred_type`` should give at (x0, noise, t)."""
-    x0, noise = _wide(x0), _wide(noise)
+    x0, noise = widen(x0), widen(noise)
     sigma_of(t, x0)
     if pred_type == "v":
         return noise - x0
@@ -61,7 +61,7 @@ def pred_to_x0(pred: Tensor, x_t: Tensor, t: Tensor, pred_type: PredType = "v") 
     Raises:
         ValueError: ``pred_type="eps"`` at t = 1000.
     """
-    pred, x_t = _wide(pred), _wide(x_t)
+    pred, x_t = widen(pred), widen(x_t)
     sigma = sigma_of(t, x_t)
     if pred_type == "x0":
         return pred
@@ -79,7 +79,7 @@ def pred_to_v(pred: Tensor, x_t: Tensor, t: Tensor, pred_type: PredType = "x0") 
     Raises:
         ValueError: ``"x0"`` at t = 0, ``"eps"`` at t = 1000: any velocity would fit there.
     """
-    pred, x_t = _wide(pred), _wide(x_t)
+    pred, x_t = widen(pred), widen(x_t)
     sigma = sigma_of(t, x_t)
     if pred_type == "v":
         return pred
@@ -92,7 +92,7 @@ def pred_to_v(pred: Tensor, x_t: Tensor, t: Tensor, pred_type: PredType = "x0") 
 
 def v_to_pred(v: Tensor, x_t: Tensor, t: Tensor, pred_type: PredType) -> Tensor:
     """Convert v to ``pred_type``: ``x0 = x_t - s v``, ``eps = x_t + (1 - s) v``."""
-    v, x_t = _wide(v), _wide(x_t)
+    v, x_t = widen(v), widen(x_t)
     sigma = sigma_of(t, x_t)
     if pred_type == "v":
         return v
@@ -101,11 +101,28 @@ def v_to_pred(v: Tensor, x_t: Tensor, t: Tensor, pred_type: PredType) -> Tensor:
 
 def guide(cond: Tensor, uncond: Tensor, w: float) -> Tensor:
     """Combine by classifier-free guidance: ``u + w (c - u)`` (Ho & Salimans 2022, as in Imagen)."""
-    cond, uncond = _wide(cond), _wide(uncond)
+    cond, uncond = widen(cond), widen(uncond)
     return uncond + w * (cond - uncond)
 
 
-def _wide(x: Tensor) -> Tensor:
+def rescale_guidance(guided: Tensor, cond: Tensor, factor: float) -> Tensor:
+    """Pull the spread of ``guided`` back to that of ``cond``, a sample at a time.
+
+    ``factor guided std(cond) / std(guided) + (1 - factor) guided`` (Lin et al. 2024, "Common
+    Diffusion Noise Schedules and Sample Steps are Flawed", eqs. 15 and 16).
+
+    Args:
+        guided: u + w (c - u) [B, ...].
+        cond: c [B, ...].
+        factor: phi, from 0 (nothing changes) to 1.
+    """
+    rest = list(range(1, guided.dim()))
+    spread = cond.std(dim=rest, keepdim=True) / guided.std(dim=rest, keepdim=True)
+    return factor * (guided * spread) + (1 - factor) * guided
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return ``x`` in fp32; fp64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
 

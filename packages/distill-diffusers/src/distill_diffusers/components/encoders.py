@@ -9,15 +9,15 @@ from typing import Any, cast
 
 import torch
 from attrs import frozen
-from distill_protocols import ConditioningError, WeightsError
+from distill_protocols import DTYPES, ConditioningError, Precision, WeightsError
 from distill_protocols.plugins import EMPTY
 from distill_runtime import UnreadableFileError, read_json_object
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from distill_diffusers.building import limited_building
-from distill_diffusers.fingerprints import condition_fingerprint
+from distill_diffusers.fingerprints import condition_fingerprint, text_settings
 from distill_diffusers.folders import (
     TRANSFORMERS_STEM,
     fetch,
@@ -121,10 +121,26 @@ class TextEncoders:
         self._device = device
         self._kept: dict[str, LoadedEncoder] | None = None
 
-    @property
-    def device(self) -> torch.device:
-        """Where they run."""
-        return self._device
+    @classmethod
+    def single(
+        cls,
+        source: str,
+        model: str,
+        *,
+        length: int,
+        precision: Precision,
+        device: torch.device,
+        check: Callable[[nn.Module, Path], None] = accept_any,
+    ) -> TextEncoders:
+        """Describe the one encoder of a pipeline, whose prompts ``embed`` pads to ``length``.
+
+        Args:
+            model: its class, ``module:Class``.
+            precision: of its weights while it encodes.
+            check: see ``TextEncoderPart``.
+        """
+        part = TextEncoderPart(model=model, dtype=DTYPES[precision], check=check)
+        return cls(source, [part], settings=text_settings(length, precision), device=device)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -161,24 +177,33 @@ class TextEncoders:
             ConditioningError: no prompts.
             WeightsError: as ``loaded``.
         """
-        if not prompts:
-            raise ConditioningError("no prompts to encode; give one a sample (it may be empty)")
-        with self.loaded(name) as text:
-            longest: int = text.tokenizer.model_max_length
-            if length is None and longest > MAX_TOKENS:
-                raise WeightsError(
-                    f"{self._source}: the tokenizer of {name} says {longest:,} for the length of a "
-                    f"prompt, which is at most {MAX_TOKENS:,}; its model_max_length is missing or "
-                    "damaged. Download it again"
-                )
-            tokens = text.tokenizer(
-                list(prompts),
-                padding="max_length",
-                max_length=longest if length is None else length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            return text.encoder(tokens.input_ids.to(self._device), output_hidden_states=True)
+        with self._tokenized(name, prompts, length) as (encoder, tokens):
+            return encoder(tokens.input_ids, output_hidden_states=True)
+
+    @torch.no_grad()
+    def embed(
+        self, prompts: Sequence[str], length: int, *, attend_padding: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Encode prompts, padded and cut to ``length`` tokens, by ``text_encoder``.
+
+        For the encoders of models that do not read the padding: what is there is 0.
+
+        Args:
+            attend_padding: whether the encoder attends it, as some pipelines let it.
+
+        Returns:
+            its last hidden states [B, L, D], and 1 at the tokens of the prompt [B, L]; both fp32.
+
+        Raises:
+            ConditioningError: no prompts.
+            WeightsError: as ``loaded``.
+        """
+        with self._tokenized("text_encoder", prompts, length) as (encoder, tokens):
+            mask = tokens.attention_mask
+            output = encoder(tokens.input_ids, None if attend_padding else mask)
+        # where, not a product: 0 * nan or inf of a masked position would stay nan.
+        hidden = torch.where(mask[..., None] > 0, output.last_hidden_state.float(), 0.0)
+        return hidden, mask.float()
 
     @contextlib.contextmanager
     def keep_loaded(self) -> Iterator[None]:
@@ -199,6 +224,31 @@ class TextEncoders:
         """
         parts = [(part.encoder, part.tokenizer) for part in self._parts.values()]
         return condition_fingerprint(self._source, parts, self._settings)
+
+    @contextlib.contextmanager
+    def _tokenized(
+        self, name: str, prompts: Sequence[str], length: int | None
+    ) -> Iterator[tuple[Any, Any]]:
+        """Enter with an encoder in memory, and the tokens of ``prompts`` and their mask."""
+        if not prompts:
+            raise ConditioningError("no prompts to encode; give one a sample (it may be empty)")
+        with self.loaded(name) as text:
+            longest: int = text.tokenizer.model_max_length
+            if length is None and longest > MAX_TOKENS:
+                raise WeightsError(
+                    f"{self._source}: the tokenizer of {name} says {longest:,} for the length of a "
+                    f"prompt, which is at most {MAX_TOKENS:,}; its model_max_length is missing or "
+                    "damaged. Download it again"
+                )
+            tokens = text.tokenizer(
+                list(prompts),
+                padding="max_length",
+                max_length=longest if length is None else length,
+                truncation=True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
+            yield text.encoder, tokens.to(self._device)
 
     def _load(self, name: str) -> LoadedEncoder:
         part = self._parts[name]

@@ -1,8 +1,8 @@
 """The exporter that every family on diffusers inherits from.
 
 ``PipelineExporter`` writes a role as a pipeline folder (``diffusers``) and as low-rank adapters
-(``lora``), tensor by tensor. A family says how its pipeline is called and what a person should
-know (``call_arguments``, ``notes``, ``index_entries``), and adds formats of its own (``formats``).
+(``lora``), tensor by tensor. A family says how its pipeline is called (``config_arguments``) and
+what a person should know (``notes``), and adds formats of its own (``formats``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import abc
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import diffusers
 import torch
@@ -82,30 +82,41 @@ ENCODER_FOLDERS = tuple(
 
 
 class PipelineExporter(abc.ABC):
-    """``Exporter`` of a family on diffusers.
+    """``Exporter`` of a family on diffusers whose pipeline guides where ``guidance_scale`` is above
+    1.
 
     Args:
         family: says how the models of a path are built and which requests cannot be had.
+        config: the run's ``pipeline_config``.
         source: Diffusers folder or hub id that the other components are copied from.
-        grid: what the pipeline's scheduler starts from; None: ``SchedulerGrid``.
     """
 
-    components: tuple[str, ...] = ("vae", *ENCODER_FOLDERS)
+    components: ClassVar[tuple[str, ...]] = ("vae", *ENCODER_FOLDERS)
     """Folders that are copied from ``source``, those of them that it has."""
+    config_arguments: ClassVar[tuple[str, ...]] = ("height", "width")
+    """Keys of ``config`` that the pipeline takes under the same names."""
+    grid: StepGrid = SchedulerGrid()
+    """What the pipeline's scheduler starts from."""
 
-    def __init__(
-        self, family: DiffusersFamily[Any], *, source: str, grid: StepGrid | None = None
-    ) -> None:
+    def __init__(self, family: DiffusersFamily[Any], config: Any, *, source: str) -> None:
         self.family = family
         self.kind = family.kind
-        self.grid = grid or SchedulerGrid()
-        self._source = source
+        self.config = config
+        self.source = source
 
     # -- what a family says -------------------------------------------------------------------
 
-    @abc.abstractmethod
     def call_arguments(self, role: RoleSpec, request: ExportRequest) -> Mapping[str, Any]:
-        """Return what the stock pipeline is called with, beside the prompt, to sample alike."""
+        """Return what the stock pipeline is called with, beside the prompt, to sample alike.
+
+        By default steps, guidance and ``config_arguments``.
+        """
+        config = asdict(self.config)
+        return {
+            "num_inference_steps": request.sampler.steps,
+            "guidance_scale": request.sampler.guidance,
+            **{name: config[name] for name in self.config_arguments},
+        }
 
     @abc.abstractmethod
     def probe(self, module: nn.Module, dtype: torch.dtype) -> Mapping[str, Tensor]:
@@ -197,8 +208,15 @@ class PipelineExporter(abc.ABC):
             )
 
     def pipeline_notes(self, role: RoleSpec, request: ExportRequest) -> Iterator[str]:
-        """Yield what a person should know of the family's pipeline: guidance, first frames."""
-        yield from ()
+        """Yield what a person should know of the family's pipeline; by default of its guidance."""
+        pipeline, w = class_name(self.kind.pipelines[0]), request.sampler.guidance
+        if w < 1:
+            yield (
+                f"{pipeline} treats guidance_scale {w:g} as 1 (it guides only above 1), so it "
+                "cannot repeat this sampler"
+            )
+        if w > 1:
+            yield f"pass the run's negative prompt; {pipeline}'s own default is the empty one"
 
     # -- Exporter -----------------------------------------------------------------------------
 
@@ -230,7 +248,7 @@ class PipelineExporter(abc.ABC):
         folder = Path(folder)
         export = self.prepare(role, weights, folder.name, request)
         if request.format == "diffusers":
-            for problem in component_problems(fetch(self._source, self.components)):
+            for problem in component_problems(fetch(self.source, self.components)):
                 raise WeightsError(f"{role.name} cannot be exported: {problem}")
         with replace_export(folder) as stage:
             written = self.formats()[request.format].write(export, stage)
@@ -346,7 +364,7 @@ class PipelineExporter(abc.ABC):
     # -- diffusers ----------------------------------------------------------------------------
 
     def _write_pipeline(self, export: Export, stage: Path) -> Written:
-        source = fetch(self._source, self.components)
+        source = fetch(self.source, self.components)
         for name, full in export.full_weights().items():
             module: Any = export.modules[name]
             module.save_config(stage / name)

@@ -11,22 +11,46 @@ from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.modeling_utils import ModelMixin
 
+from distill_diffusers.kinds import ModelKind, class_name
 
-def available_backends() -> tuple[str, ...]:
-    """Names of the kernels that run with the packages that are installed.
+TAKE_A_BIAS = frozenset(
+    (
+        AttentionBackendName.NATIVE,
+        AttentionBackendName._NATIVE_CUDNN,
+        AttentionBackendName._NATIVE_EFFICIENT,
+        AttentionBackendName._NATIVE_MATH,
+        AttentionBackendName.FLEX,
+        AttentionBackendName.XFORMERS,
+    )
+)
+"""Kernels that add a bias to the scores. Of the others flash and sage raise an error in the first
+call, their varlen forms take masks of booleans alone, and the one of NPUs makes such a mask of a
+bias, in which attended and hidden have changed places."""
+
+
+def available_backends(kind: ModelKind) -> tuple[str, ...]:
+    """Names of the kernels for ``kind`` that run with the packages that are installed.
 
     Some of them need a GPU, which the machine that checks a run may not have: that is not asked.
     """
-    return tuple(name.value for name in AttentionBackendName if backend_problem(name.value) is None)
+    names = (name.value for name in AttentionBackendName)
+    return tuple(name for name in names if backend_problem(kind, name) is None)
 
 
-def backend_problem(name: str) -> str | None:
-    """Say why there is no kernel ``name``, or what it needs; None where it can be set."""
+def backend_problem(kind: ModelKind, name: str) -> str | None:
+    """Say why there is no kernel ``name`` for ``kind``, or what it needs; None where it can be
+    set."""
     try:
         backend = AttentionBackendName(name)
     except ValueError:
-        names = ", ".join(available_backends())
+        names = ", ".join(available_backends(kind))
         return f"diffusers knows no attention backend {name!r}; here it can be {names}"
+    if kind.attention_bias and backend not in TAKE_A_BIAS:
+        return (
+            f"attention backend {name!r} cannot add a bias to the scores, and "
+            f"{class_name(kind.transformer)} hides the padding of a text by one. Use one of "
+            f"{', '.join(available_backends(kind))}, or leave it out for torch's own choice"
+        )
     try:
         attention_dispatch._check_attention_backend_requirements(backend)
     except RuntimeError as error:

@@ -26,8 +26,10 @@ def check_models(draft: Draft) -> Iterator[Problem]:
     )
     yield from _capability_problems(draft, family)
     for name, role in draft.roles.items():
-        yield from below(_backend_problems(role, family), "models", name)
-        yield from below(family.plugin.role_problems(role.spec, family.config), "models", name)
+        problems = list(family.plugin.role_problems(role.spec, family.config))
+        if all(problem.path != ("attention_backend",) for problem in problems):
+            problems += _backend_problems(role, family)  # unless the family gives its own reason
+        yield from below(problems, "models", name)
         if role.init_from is not None and not _comes_from_checkpoint(draft, role):
             problems = _init_problems(draft, role.init_from, role, family)
             yield from below(problems, "models", name, "init_from")

@@ -1,0 +1,71 @@
+"""Fixtures of families beside Wan, which test modules and conftests import: tiny folders of LTX and
+SD 3, and the example package of SD 3 as somebody would install it."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import ltx_pipelines
+import pytest
+import sd3_pipelines
+from workspace import ROOT
+
+PACKAGE = ROOT / "examples" / "family-sd3"
+
+
+@pytest.fixture(scope="session")
+def ltx_folder(tmp_path_factory):
+    """Return the pipeline folder of a version, built on first use; no test may change it."""
+    base, built = tmp_path_factory.mktemp("ltx"), {}
+
+    def folder(version: str = "0.9.1") -> Path:
+        if version not in built:
+            built[version] = ltx_pipelines.build(base / version, version)
+        return built[version]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd3_folder(tmp_path_factory):
+    """Return the pipeline folder of a version, built on first use; no test may change it."""
+    root, built = tmp_path_factory.mktemp("sd3"), {}
+
+    def folder(version: str = "3-medium") -> Path:
+        if version not in built:
+            built[version] = sd3_pipelines.build(root / version, version)
+        return built[version]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> Path:
+    """Build the example's wheel and install it into a folder, beside nothing else."""
+    root = tmp_path_factory.mktemp("example")
+    for command in (
+        ["build", "--wheel", "--out-dir", str(root / "dist"), str(PACKAGE)],
+        ["pip", "install", "--no-deps", "--target", str(root / "site"), "--find-links",
+         str(root / "dist"), "distill-family-sd3"],
+    ):  # fmt: skip
+        result = subprocess.run(
+            ["uv", "--quiet", "--offline", *command], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+    return root / "site"
+
+
+@pytest.fixture(scope="module")
+def sd3(installed):
+    """The installed package's modules; afterwards it is as if it had never been there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(installed))
+        names = ("config", "models", "text", "plugin", "adapter", "export")
+        modules = {name: importlib.import_module(f"distill_family_sd3.{name}") for name in names}
+        yield SimpleNamespace(**modules)
+    for name in [name for name in sys.modules if name.startswith("distill_family_sd3")]:
+        del sys.modules[name]
