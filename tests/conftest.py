@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
+
+# Whoever compiles torch, diffusers and transformers first keeps the bytecode: without it each
+# worker, fork server and app that a test starts compiles them again, which takes it seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Derandomised, so that a red test stays red until it is mended; no deadline, as boxes are shared.
 hypothesis.settings.register_profile(

@@ -47,7 +47,7 @@ EMPTY: Mapping[str, Any] = {}
 PLAIN = Shape(callbacks=())
 ADAPTERS = Shape(callbacks=(), trained=frozenset({"4.weight", "0.bias"}))
 
-PATIENCE = 120
+PATIENCE = 300
 """Seconds after which a test gives a child up; boxes are shared."""
 
 

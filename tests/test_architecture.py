@@ -17,11 +17,13 @@ MAY_NOT_IMPORT = ("diffusers", "transformers", "accelerate", "peft")
 LIGHT = (
     "distill_protocols",
     "distill_runtime",
+    "distill_trainer",
     "distill_trainer.config",
     "distill_trainer.plugins",
     "distill_checkpoint.config",
     "distill_conditioning.config",
     "distill_methods.plugins",
+    "distill_adapters_wan.names.fastvideo",
     "distill_adapters_wan.plugin",
     "distill_evaluation.plugins",
     "distill_runfile.cli",

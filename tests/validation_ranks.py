@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from attrs import define, field
+from distill_conformance.toy import TEXT_DIM, ToyAdapter, ToyConditioning
 from distill_evaluation import report as report_module
 from distill_evaluation.config import ReportConfig, ReportEntry
 from distill_evaluation.judge import Judge
@@ -32,7 +33,7 @@ from distill_protocols import (
 from distill_runtime import DistillMethod, Ranks
 from distill_trainer import ValidationCallback, ValidationConfig, ViewConfig
 from torch import Tensor
-from toy_adapter import TEXT_DIM, ToyAdapter, ToyConditioning, ToyNet, toy_bundle
+from toy_roles import toy_bundle
 from toy_trainer import MemoryTracker
 
 JUDGE = Path(__file__).resolve().parents[1] / "configs" / "tiny" / "judge"
@@ -56,7 +57,7 @@ class Average:
     @contextlib.contextmanager
     def swapped_in(self, module: torch.nn.Module) -> Any:
         own = {key: value.clone() for key, value in module.state_dict().items()}
-        module.load_state_dict(ToyNet(77).state_dict())
+        module.load_state_dict(toy_bundle(x=77)["x"].modules["transformer"].state_dict())
         try:
             yield
         finally:

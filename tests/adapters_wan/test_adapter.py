@@ -8,7 +8,6 @@ import json
 import attrs
 import pytest
 import torch
-from distill_diffusers.calls import flow
 from distill_diffusers.sampling import sampler as sampling
 from distill_protocols import (
     CapabilityError,
@@ -20,8 +19,6 @@ from distill_protocols import (
     StopRequested,
     WeightsError,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 SHAPE = (4, 2, 4, 6)
 
@@ -51,19 +48,6 @@ def test_capabilities_are_kept(adapter, call):
 
 
 @torch.no_grad()
-def test_batch_of_two_equals_two_of_one(adapter, call):
-    """Within 1e-5: only the order of sums in a matrix product may differ."""
-    together = adapter.forward("teacher", **call, neg_cond=text(1, seed=3), cfg=4.0)
-    for i in range(2):
-        alone = adapter.forward(
-            "teacher", call["x_t"][i : i + 1], call["t"][i : i + 1], call["cond"][i : i + 1],
-            neg_cond=text(1, seed=3), cfg=4.0,
-        )  # fmt: skip
-        assert torch.allclose(together[i : i + 1], alone, atol=1e-5)
-    assert not torch.allclose(together[0], together[1], atol=1e-2)
-
-
-@torch.no_grad()
 def test_guidance_one_is_conditional_and_zero_unconditional(adapter, call, count_calls):
     negative = text(1, seed=3)
     conditional = adapter.forward("teacher", **call)
@@ -79,9 +63,8 @@ def test_guidance_one_is_conditional_and_zero_unconditional(adapter, call, count
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("w", [0.5, 3.0, 7.5])
-def test_guidance_formula_and_batching(make_adapter, config, call, count_calls, w):
-    negative = text(1, seed=3)
+def test_guidance_formula_and_batching(make_adapter, config, call, count_calls):
+    negative, w = text(1, seed=3), 3.0
     batched, _ = make_adapter(teacher=(False, "fp32"))
     config = attrs.evolve(config, cfg_batched=False)
     single, _ = make_adapter(config=config, teacher=(False, "fp32"))
@@ -95,22 +78,6 @@ def test_guidance_formula_and_batching(make_adapter, config, call, count_calls, 
     assert calls == [4]
     assert torch.equal(two, u + w * (c - u))
     assert torch.allclose(one, two, atol=1e-5)
-
-
-def test_guidance_without_a_negative(adapter, call):
-    for w in (0.0, 3.0):
-        with pytest.raises(ConditioningError, match="negative"):
-            adapter.forward("teacher", **call, cfg=w)
-
-
-@torch.no_grad()
-def test_prediction_types_are_one_prediction(adapter, call):
-    x_t, t = call["x_t"], call["t"]
-    v = adapter.forward("teacher", **call)
-    x0 = adapter.forward("teacher", **call, fwd_pred_type="x0")
-    eps = adapter.forward("teacher", **call, fwd_pred_type="eps")
-    assert torch.allclose(eps - x0, v, atol=1e-5)
-    assert torch.allclose(flow.add_noise(x0, eps, t), x_t, atol=1e-5)
 
 
 def test_sixteen_bit_roles(make_adapter, call):
@@ -150,12 +117,6 @@ def test_a_frozen_sixteen_bit_role_is_diffusers_own(make_adapter, pipeline_templ
         assert torch.equal(adapter.forward("teacher", **call), expected.float())
 
 
-def test_gradient_flows_through_a_frozen_role_to_its_input(adapter, call):
-    x_t = call["x_t"].requires_grad_()
-    adapter.forward("teacher", **call).sum().backward()
-    assert x_t.grad.abs().sum() > 0
-
-
 @pytest.mark.parametrize(
     ("wrong", "word"),
     [
@@ -169,24 +130,11 @@ def test_a_condition_of_another_kind(adapter, call, wrong, word):
         adapter.forward("teacher", **{**call, "cond": wrong})
 
 
-def test_rounded_time_is_refused(adapter, call):
-    with pytest.raises(TypeError, match="float32"):
-        adapter.forward("teacher", **{**call, "t": call["t"].bfloat16()})
-
-
 # -- latents and pixels ---------------------------------------------------------------------------
 
 
 def test_latent_shape_follows_clip_and_vae(adapter):
     assert adapter.latent_shape == SHAPE
-
-
-@given(st.integers(0, 2**31), st.integers(1, 3))
-def test_normalising_and_its_inverse(adapter, seed, batch):
-    z = normal(batch, *SHAPE, seed=seed) * 3
-    normalised = adapter.normalize_latents(z)
-    assert torch.allclose(adapter.denormalize_latents(normalised), z, atol=1e-5)
-    assert torch.allclose(normalised[:, 1], (z[:, 1] + 0.2) / 0.7, atol=1e-5)
 
 
 def test_encode_and_decode(adapter):
@@ -281,7 +229,7 @@ def test_an_untied_embedding_is_refused(make_adapter, pipeline, monkeypatch):
         adapter.encode_condition(["a"])
 
 
-def test_a_missing_text_encoder_is_told_when_it_is_needed(make_adapter, pipeline):
+def test_a_missing_text_encoder_is_an_error_when_it_is_needed(make_adapter, pipeline):
     import shutil
 
     shutil.rmtree(pipeline / "text_encoder")
@@ -384,31 +332,6 @@ def test_stochastic_by_hand(adapter):
     assert torch.allclose(ours, x0, atol=1e-5)
 
 
-@pytest.mark.parametrize("stochastic", [True, False])
-def test_a_clip_does_not_depend_on_its_neighbours(adapter, stochastic):
-    spec, cond = SamplerSpec(steps=3, shift=3.0, stochastic=stochastic), text(3)
-
-    def clips(*rows):
-        generators = RowGenerators.seeded(0, "look", rows)
-        noise = generators.normal(SHAPE)
-        return adapter.sample(
-            "teacher", spec, noise, cond[torch.tensor(rows)], generators=generators
-        )
-
-    whole = clips(0, 1, 2)
-    assert not torch.allclose(whole[0], whole[2], atol=1e-2)
-    for rows in ([2], [0, 2], [1, 0]):
-        assert torch.allclose(clips(*rows), whole[rows], atol=1e-5)
-
-
-def test_sampling_leaves_the_global_generator_alone(adapter):
-    before = torch.get_rng_state()
-    spec = SamplerSpec(steps=2, stochastic=True)
-    generators = RowGenerators.seeded(0, "fresh", [0])
-    adapter.sample("teacher", spec, normal(1, *SHAPE), text(1), generators=generators)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_sampling_polls_before_each_step_and_ends_with_what_that_raises(adapter, count_calls):
     spec, noise, cond, polls = SamplerSpec(steps=3), normal(1, *SHAPE), text(1), []
 
@@ -431,6 +354,8 @@ def test_sampler_refusals(adapter):
     spec = SamplerSpec(steps=2, stochastic=True)
     with pytest.raises(ContractError, match="needs generators"):
         adapter.sample("teacher", spec, normal(1, *SHAPE), text(1))
+    with pytest.raises(ContractError, match="needs generators"):
+        adapter.rollout("teacher", spec, normal(1, *SHAPE), text(1), exit_steps=[1])
     generators = RowGenerators.seeded(0, "fresh", [0])
     with pytest.raises(ContractError, match="1 generators for 2 rows"):
         adapter.sample("teacher", spec, normal(2, *SHAPE), text(2), generators=generators)

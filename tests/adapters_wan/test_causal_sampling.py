@@ -284,8 +284,8 @@ def test_an_export_says_that_its_role_is_causal(make, pipeline_template, tmp_pat
             RoleSpec(name=name, path=str(pipeline_template), trainable=False),
             bundle[name].weight_sources(), tmp_path / name, ExportRequest(sampler=ODE),
         )  # fmt: skip
-        told = [note for note in facts["notes"] if "chunk by chunk" in note]
-        assert len(told) == (name == "student")
+        causal_notes = [note for note in facts["notes"] if "chunk by chunk" in note]
+        assert len(causal_notes) == (name == "student")
         assert (facts["causal"] or {}).get("chunk_frames") == (3 if name == "student" else None)
 
 
@@ -333,7 +333,7 @@ def test_each_expert_sees_a_past_of_its_own(build, noise):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("weights", [(2.5, 1.0), (1.0, 2.5), (0.0, 1.0), (2.5, 1.5)])
+@pytest.mark.parametrize("weights", [(2.5, 1.0), (0.0, 1.0), (2.5, 1.5)])
 def test_experts_with_a_guidance_each_are_sampled_by_chunks(build, noise, weights):
     adapter, neg = build("t2v-experts", chunk_frames=3), text(1, seed=3)
     spec = SamplerSpec(steps=4, shift=5.0, guidance=weights[0], guidance_2=weights[1])
@@ -385,12 +385,12 @@ def by_chunks(adapter, x, t, cond, clean):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("numbers", [{"chunk_frames": 2}, {"first_frame_alone": True}])
 @pytest.mark.parametrize("name", PICTURED)
-def test_each_chunk_reads_its_own_part_of_a_picture(build, name, numbers, batch):
+def test_each_chunk_reads_its_own_part_of_a_picture(build, name, numbers):
     """Chunk by chunk it is what it is beside the whole clean past at once (1e-5), and it does not
     change when the picture's latents of later frames do."""
+    batch = 2
     adapter, t = build(name, **numbers), torch.full((batch,), 500.0)
     cond, x = pictured(name, batch), normal(batch, 4, 7, 4, 6)
     clean = normal(batch, 4, 7, 4, 6, seed=9)

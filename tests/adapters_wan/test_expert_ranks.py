@@ -11,7 +11,7 @@ from ranks import together
 CASES = [
     ExpertCase(method=method, strategy=strategy, accumulation=accumulation)
     for method in ("finetune", "dmd2", "self_forcing")
-    for strategy, accumulation in (("ddp", 1), ("ddp", 2), ("fsdp2", 2))
+    for strategy, accumulation in (("ddp", 2), ("fsdp2", 2))
 ]
 
 

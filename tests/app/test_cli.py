@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint
 import distill_runfile.cli
 import distill_runtime.plugins
 import pytest
+from distill_adapters_wan import PLUGIN
 from distill_runfile.cli import EXIT_INCOMPLETE, EXIT_OK
 from distill_train.cli import main
 
@@ -73,7 +74,12 @@ def test_who_alone_finds_something_wrong_says_it_in_the_end(values, write, monke
     assert "training.seed" in capsys.readouterr().err
 
 
-def test_the_plan_says_where_the_negative_condition_comes_from(values, write, capsys, tmp_path):
+def test_the_plan_says_where_the_negative_condition_comes_from(
+    values, write, capsys, tmp_path, monkeypatch
+):
+    # Memory of model calls, which takes seconds, is not what is asked for here.
+    monkeypatch.setattr(type(PLUGIN), "plan_call", lambda *_, **__: None)
+
     def plan(status: int = EXIT_OK) -> str:
         assert main(["--config", str(write(values)), "--dry-run"]) == status
         return capsys.readouterr().out

@@ -82,10 +82,10 @@ def holds(tmp_path: Path, expected: dict[str, Weights], iteration: int = 400) ->
 # -- legacy distillation --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def legacy(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def legacy_template(tmp_path_factory) -> Path:
     """Two experts, three roles, as one rank saves them."""
-    source = tmp_path / CHECKPOINT
+    source = tmp_path_factory.mktemp("legacy") / CHECKPOINT
     for seed, role in enumerate(["generator", "critic", "generator_2", "critic_2", "real_score_2"]):
         state = trained(theirs(wan_weights(seed)), seed)
         save_dcp(state, source / "distributed_checkpoint" / role)
@@ -93,6 +93,12 @@ def legacy(tmp_path) -> Path:
     save_dcp(shared, source / "distributed_checkpoint" / "shared")
     save_transformer(wan_weights(0), source / "generator_inference_transformer")
     return source
+
+
+@pytest.fixture
+def legacy(legacy_template, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(legacy_template, tmp_path / CHECKPOINT))
 
 
 LEGACY = {

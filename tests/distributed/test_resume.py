@@ -36,17 +36,6 @@ def go(file: Path, size: int) -> None:
     assert together(train, file, size=size) == [""] * size
 
 
-@pytest.mark.parametrize("distributed", [DDP, FSDP2])
-def test_two_ranks_go_on_bit_for_bit(tmp_path, distributed):
-    go(file_of(tmp_path, "whole", 4, distributed), 2)
-    go(file_of(tmp_path, "parts", 2, distributed), 2)
-    go(file_of(tmp_path, "parts", 4, distributed), 2)
-    for ema in (False, True):
-        whole, parts = (weights(tmp_path / name, ema=ema) for name in ("whole", "parts"))
-        assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-
-
 def test_two_then_one_then_two(tmp_path):
     go(file_of(tmp_path, "whole", 6, {}), 1)
     go(file_of(tmp_path, "parts", 2, FSDP2), 2)
@@ -62,8 +51,9 @@ def test_two_then_one_then_two(tmp_path):
             assert parts[iteration][name] == pytest.approx(values[name], rel=2e-4)
 
 
-@pytest.mark.parametrize(("how", "distributed"), [("kill", DDP), ("kill", FSDP2), ("stop", DDP)])
+@pytest.mark.parametrize(("how", "distributed"), [("kill", FSDP2), ("stop", DDP)])
 def test_a_rank_lost_in_a_step_ends_all_and_latest_resumes(tmp_path, how, distributed):
+    """What goes on is, bit for bit, the run that lost nobody."""
     settings = {**distributed, "timeout_seconds": 15.0}
     file = file_of(tmp_path, "run", 4, settings, checkpoint={"every_steps": 2})
     began = time.monotonic()
@@ -78,5 +68,7 @@ def test_a_rank_lost_in_a_step_ends_all_and_latest_resumes(tmp_path, how, distri
     assert inspect(tmp_path / "run" / folders[0], checksums=True).damage is None
     go(file, 2)
     go(file_of(tmp_path, "whole", 4, settings), 2)
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "run")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    for ema in (False, True):
+        whole, parts = (weights(tmp_path / name, ema=ema) for name in ("whole", "run"))
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "run")

@@ -162,7 +162,7 @@ def test_only_due_iterations_and_weights_that_move_are_measured(checked, monkeyp
     assert measured == ["teacher_2", "student_2", "student_2", "student_2", "student_2_live"]
 
 
-def test_a_look_that_a_stop_ends_adds_nothing(checked, monkeypatch):
+def test_a_report_that_a_stop_ends_adds_nothing(checked, monkeypatch):
     measured: list[str] = []
     stops: list[RunState] = []
     config = checked(every_steps=1)
@@ -183,7 +183,7 @@ def test_a_look_that_a_stop_ends_adds_nothing(checked, monkeypatch):
     assert not watcher.seen
 
 
-def test_measuring_nothing_is_a_fault_of_the_file(checked):
+def test_measuring_nothing_is_a_problem_of_the_file(checked):
     entries = {name: {**entry, "during": False} for name, entry in ENTRIES.items()}
     with pytest.raises(ConfigError, match=r"report.every_steps: 5, but every entry says during"):
         checked(every_steps=5, entries=entries)

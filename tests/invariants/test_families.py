@@ -28,6 +28,7 @@ from method_cases import CASES, PLACES, Setups, gradients, part, turns
 
 places = st.sampled_from(PLACES)
 seeds = st.integers(0, 2**31)
+few = settings(max_examples=12)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,7 @@ def check_gradients(worlds, place, size, seed, iteration):
     assert all(bool(value.any()) and bool(value.isfinite().all()) for value in grads.values())
 
 
+@few
 @given(place=places, size=st.sampled_from([1, 2, 3]), seed=seeds, iteration=st.integers(1, 4))
 def test_5_gradients_reach_the_roles_of_the_turn_and_one_expert_of_each(
     worlds, place, size, seed, iteration
@@ -108,6 +110,7 @@ def test_5_on_every_combination(worlds, place):
 matching = st.sampled_from([place for place in PLACES if CASES[place[0]].matches])
 
 
+@few
 @given(place=matching, seed=seeds, size=st.sampled_from([1, 2]))
 def test_3_a_critic_equal_to_the_teacher_leaves_the_student_where_it_is(worlds, place, seed, size):
     """Its gradient is 0 to rounding: 1e-4 of what it is against another critic."""
@@ -131,7 +134,7 @@ def test_3_a_critic_equal_to_the_teacher_leaves_the_student_where_it_is(worlds, 
     assert norms[1] <= 1e-4 * norms[0]
 
 
-@settings(max_examples=15)
+@few
 @given(place=places, seed=seeds, iteration=st.sampled_from([2, 3]))
 def test_11_accumulation_is_one_large_batch_and_a_batch_its_samples(worlds, place, seed, iteration):
     """Of one expert, whatever the number of micro steps: never a part of the batch for each."""
@@ -151,7 +154,7 @@ def test_11_accumulation_is_one_large_batch_and_a_batch_its_samples(worlds, plac
         assert torch.allclose(value, small[key], rtol=2e-3, atol=2e-4 * float(scale)), key
 
 
-@settings(max_examples=15)
+@few
 @given(
     place=places,
     interval=st.sampled_from([1, 2, 3]),
@@ -194,6 +197,7 @@ def test_11_schedules_optimizers_and_averages_of_an_expert_count_alike(
             module.load_state_dict(before[key])
 
 
+@few
 @given(place=places, seed=seeds, iteration=st.integers(1, 4), size=st.sampled_from([1, 2]))
 def test_9_10_ranks_make_the_same_calls_each_of_one_expert_with_noise_of_their_own(
     worlds, place, seed, iteration, size
@@ -237,6 +241,7 @@ kinds = st.sampled_from(sorted({place[1:] for place in PLACES}))
 
 
 @torch.no_grad()
+@few
 @given(kind=kinds, spec=specs, guidances=st.sampled_from([(1, None), (2, None), (0, None), (2, 1)]),
        seed=seeds, size=st.sampled_from([1, 2]))  # fmt: skip
 def test_one_sampler_serves_rollouts_and_validation(worlds, kind, spec, guidances, seed, size):

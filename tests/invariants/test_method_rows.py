@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from attrs import define, evolve, field, frozen
 from distill_conditioning.order import rank_positions
+from distill_conformance.toy import LATENT_SHAPE, ToyAdapter, ToyConditioning, toy_batch
 from distill_methods import (
     CausVidConfig,
     CausVidMethod,
@@ -38,15 +39,7 @@ from distill_runtime import DistillMethod
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
-from toy_adapter import (
-    CAUSAL,
-    LATENT_SHAPE,
-    ToyAdapter,
-    ToyConditioning,
-    gradients,
-    toy_batch,
-    toy_bundle,
-)
+from toy_roles import CAUSAL, gradients, toy_bundle
 
 ITERATIONS = (1, 2)  # the critic's turn and the student's
 
@@ -191,7 +184,7 @@ def build(config: object, seed: int, rank: int, ranks: int) -> DistillMethod:
     bundle = toy_bundle(heads_on=on, **{name: seed for seed, name in enumerate(names, start=1)})
     return METHODS[type(config)](
         bundle,
-        Watched(bundle, CAUSAL, stored=isinstance(config, KDConfig)),
+        Watched(bundle, capabilities=CAUSAL, stored=isinstance(config, KDConfig)),
         config,
         conditioning=ToyConditioning(),
         streams=RandomStreams(seed, rank=rank, world_size=ranks),

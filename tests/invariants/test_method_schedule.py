@@ -1,16 +1,16 @@
-"""Invariants 5, 9 and 11 of the methods: who learns, who steps, and who waits for whom."""
+"""Invariants 5 and 11 of the methods: who is trained, and who steps."""
 
 from __future__ import annotations
 
-import torch
+from distill_conformance.toy import ToyAdapter, ToyConditioning, toy_batch
 from distill_methods import CausVidConfig, DMD2Config, SelfForcingConfig
 from distill_methods.distribution_matching.config import MatchingConfig
 from distill_methods.plugins import causvid, dmd2, self_forcing
 from distill_protocols import RandomStreams, SamplerSpec
 from distill_runtime import DistillMethod
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_adapter import CAUSAL, ToyAdapter, ToyConditioning, gradients, toy_batch, toy_bundle
+from toy_roles import CAUSAL, gradients, toy_bundle
 
 samplers = st.builds(
     SamplerSpec, steps=st.integers(1, 4), shift=st.floats(1.0, 8.0), stochastic=st.booleans()
@@ -51,17 +51,18 @@ configs = dmd2s | causals
 PLUGINS = {DMD2Config: dmd2, SelfForcingConfig: self_forcing, CausVidConfig: causvid}
 
 
-def build(config: MatchingConfig, *, seed: int = 0, rank: int = 0) -> DistillMethod:
+def build(config: MatchingConfig) -> DistillMethod:
     bundle = toy_bundle(student=1, teacher=2, critic=3)
     return PLUGINS[type(config)].build(
         config,
         bundle=bundle,
-        adapter=ToyAdapter(bundle, CAUSAL),
+        adapter=ToyAdapter(bundle, capabilities=CAUSAL),
         conditioning=ToyConditioning(),
-        streams=RandomStreams(seed, rank=rank, world_size=2),
+        streams=RandomStreams(0),
     )
 
 
+@settings(max_examples=12)
 @given(configs, st.integers(1, 3))
 def test_the_plan_is_what_really_steps(config: MatchingConfig, accumulation: int):
     """Over 20 iterations: planned roles == roles with a gradient == optimizers == schedulers."""
@@ -81,40 +82,3 @@ def test_the_plan_is_what_really_steps(config: MatchingConfig, accumulation: int
         assert method.update_counts == {f"{r}.transformer": n for r, n in planned.items()}
     for role, count in planned.items():
         assert method.bundle[role].schedulers["transformer"].last_epoch == count
-
-
-@given(configs)
-def test_only_weights_of_the_turn_move(config: MatchingConfig):
-    method = build(config)
-    for iteration in range(1, 9):
-        before = {
-            name: [p.detach().clone() for p in role.modules["transformer"].parameters()]
-            for name, role in method.bundle.roles.items()
-        }
-        method.single_train_step(toy_batch(1), iteration).loss_map["total_loss"].backward()
-        method.optimizers_schedulers_step(iteration)
-        method.optimizers_zero_grad(iteration)
-        moved = {
-            name
-            for name, old in before.items()
-            for a, b in zip(
-                old, method.bundle[name].modules["transformer"].parameters(), strict=True
-            )
-            if not torch.equal(a, b)
-        }
-        assert moved == set(config.turns(iteration))
-
-
-@given(configs, st.integers(0, 2**31))
-def test_ranks_make_the_same_calls_with_different_noise(config: MatchingConfig, seed: int):
-    """Or the ranks of a sharded student would wait for each other for ever."""
-    ranks = [build(config, seed=seed, rank=rank) for rank in (0, 1)]
-    for iteration in range(1, 9):
-        seen = []
-        for method in ranks:
-            method.adapter.calls.clear()
-            outputs = method.single_train_step(toy_batch(1), iteration).outputs
-            calls = [(c.role, c.with_gradient, c.cfg) for c in method.adapter.calls]
-            seen.append((calls, outputs["student_x0"]))
-        assert seen[0][0] == seen[1][0]
-        assert not torch.equal(seen[0][1], seen[1][1])

@@ -198,16 +198,14 @@ KD = Case(n=1, m=2, method="kd", accumulation=2, workers=1)
 TEACHER_ONLY = Case(n=1, m=2, method="teacher_only", precision="bf16", lora=True, dropout=0.5)
 
 
-@settings(max_examples=6)
+@settings(max_examples=2)
 @given(cases)
 @example(DMD2)
 @example(Case(**{**asdict(DMD2), "method": "dmd2_gan", "workers": 0}))
 @example(Case(**{**asdict(DMD2), "precision": "fp16", "lora": True}))
 @example(TEACHER_ONLY)
 @example(KD)
-@example(Case(n=1, m=1, method="consistency", accumulation=2))
 @example(Case(**{**asdict(DMD2), "method": "self_forcing"}))
-@example(Case(**{**asdict(DMD2), "method": "causvid", "workers": 0}))
 @example(Case(**{**asdict(DMD2), "method": "rcm", "precision": "bf16", "workers": 0}))
 def test_13_n_steps_save_load_m_steps_is_n_plus_m_steps(case: Case):
     # Of DMD2 each part must be a right run file by itself, and so train the student once.

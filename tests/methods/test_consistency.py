@@ -7,6 +7,13 @@ import math
 import attrs
 import pytest
 import torch
+from distill_conformance.toy import (
+    CAPABILITIES,
+    LATENT_SHAPE,
+    ToyAdapter,
+    ToyConditioning,
+    toy_batch,
+)
 from distill_methods import (
     ConsistencyConfig,
     ConsistencyMethod,
@@ -24,22 +31,15 @@ from distill_protocols import (
     RoleSpec,
     SamplerSpec,
 )
-from toy_adapter import (
-    ABLE,
-    LATENT_SHAPE,
-    ToyAdapter,
-    ToyConditioning,
-    gradients,
-    rows,
-    toy_batch,
-    toy_bundle,
-)
+from toy_roles import gradients, toy_bundle
 
 NUMEL = math.prod(LATENT_SHAPE)
 NOW = Continuous(tangent_warmup=0)
 
 
-def build(*, adapter=ToyAdapter, able=ABLE, seed=0, bundle=None, **options) -> ConsistencyMethod:
+def build(
+    *, adapter=ToyAdapter, able=CAPABILITIES, seed=0, bundle=None, **options
+) -> ConsistencyMethod:
     bundle = bundle or toy_bundle(student=1, teacher=2)
     return ConsistencyMethod(
         bundle,
@@ -129,7 +129,7 @@ class Straight(torch.nn.Module):
         super().__init__()
         self.unused = torch.nn.Parameter(torch.zeros(()))
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         return (x_t - self.MEAN) / over(t / 1000).clamp(min=1e-3)
 
 
@@ -182,7 +182,7 @@ class Routed(ToyAdapter):
         return super().forward(role, x_t, t, cond, **options)
 
 
-TWO = attrs.evolve(ABLE, supports_expert_routing=True)
+TWO = attrs.evolve(CAPABILITIES, supports_expert_routing=True)
 
 
 def test_pairs_of_two_experts_stay_on_one_side_and_cross_together():
@@ -325,42 +325,6 @@ def test_frames_that_the_condition_gives_count_for_nothing():
         )
 
 
-# -- batches and streams ----------------------------------------------------------------------
-
-BOTH = pytest.mark.parametrize("make", [discrete, continuous])
-
-
-@BOTH
-def test_accumulation_of_four_is_one_batch_of_four(make):
-    whole, parts, batch = make(), make(), toy_batch(4)
-    whole.single_train_step(batch, 1).loss_map["total_loss"].backward()
-    for i in range(4):
-        loss = parts.single_train_step(rows(batch, i, i + 1), 1).loss_map["total_loss"]
-        (loss / 4).backward()
-    assert gradients(whole.bundle)["student"]
-    for a, b in zip(*(gradients(m.bundle)["student"] for m in (whole, parts)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
-
-
-@BOTH
-def test_a_run_resumed_from_its_streams_goes_on_bit_for_bit(make):
-    def go(method, start: int, stop: int) -> None:
-        for iteration in range(start, stop):
-            method.single_train_step(toy_batch(2), iteration).loss_map["total_loss"].backward()
-            method.optimizers_schedulers_step(iteration)
-            method.optimizers_zero_grad(iteration)
-
-    straight, first = make(), make()
-    go(straight, 1, 7)
-    go(first, 1, 4)
-    form = {"discrete": first.config.discrete, "continuous": first.config.continuous}
-    second = build(bundle=first.bundle, **form)
-    second.streams.load_state_dict(first.streams.state_dict())
-    go(second, 4, 7)
-    ours, theirs = (next(iter(nets(m))).state_dict() for m in (straight, second))
-    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
-
-
 # -- options ----------------------------------------------------------------------------------
 
 
@@ -388,10 +352,10 @@ def test_what_it_needs():
     assert ConsistencyConfig().roles[-1].name == "teacher"
     several = ConsistencyConfig(teachers={"a": TeacherTerm(weight=1.0)})
     assert [need.name for need in several.roles] == ["student", "a"]
-    able = attrs.evolve(ABLE, supports_jvp=False)
+    able = attrs.evolve(CAPABILITIES, supports_jvp=False)
     build(able=able)
     with pytest.raises(CapabilityError, match="supports_jvp"):
         build(able=able, continuous=NOW)
     with pytest.raises(CapabilityError, match="supports_cfg"):
-        build(able=attrs.evolve(ABLE, supports_cfg=False))
+        build(able=attrs.evolve(CAPABILITIES, supports_cfg=False))
     assert not ConsistencyConfig(guidance_scale=1.0).needs_negative

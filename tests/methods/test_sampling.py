@@ -7,6 +7,13 @@ import contextlib
 import attrs
 import pytest
 import torch
+from distill_conformance.toy import (
+    CAPABILITIES,
+    LATENT_SHAPE,
+    ToyAdapter,
+    ToyConditioning,
+    toy_batch,
+)
 from distill_methods import FinetuneConfig, FinetuneMethod, sample_views
 from distill_protocols import (
     CapabilityError,
@@ -17,15 +24,7 @@ from distill_protocols import (
     SampleView,
     StopRequested,
 )
-from toy_adapter import (
-    ABLE,
-    LATENT_SHAPE,
-    ToyAdapter,
-    ToyConditioning,
-    ToyNet,
-    toy_batch,
-    toy_bundle,
-)
+from toy_roles import toy_bundle
 
 SPEC = SamplerSpec(steps=3, shift=3.0, stochastic=True)
 
@@ -38,14 +37,14 @@ class OtherWeights:
     @contextlib.contextmanager
     def swapped_in(self, module):
         own = {k: v.clone() for k, v in module.state_dict().items()}
-        module.load_state_dict(ToyNet(77).state_dict())
+        module.load_state_dict(toy_bundle(x=77)["x"].modules["transformer"].state_dict())
         try:
             yield
         finally:
             module.load_state_dict(own)
 
 
-def sample(views, *, bundle=None, has_negative=True, able=ABLE, seed=0):
+def sample(views, *, bundle=None, has_negative=True, able=CAPABILITIES, seed=0):
     bundle = bundle or toy_bundle(student=1, teacher=1)
     adapter = ToyAdapter(bundle, capabilities=able)
     clips = sample_views(
@@ -70,10 +69,10 @@ def test_a_view_is_the_adapters_own_sampler():
     generators = RowGenerators.seeded(0, "look", range(2))
     noise = generators.normal(LATENT_SHAPE)
     latents = adapter.sample("student", SPEC, noise, toy_batch(2).cond, generators=generators)
-    assert torch.equal(clips["s"], torch.sigmoid(latents))
+    assert torch.equal(clips["s"], adapter.decode(latents))
 
 
-def test_a_look_leaves_no_trace():
+def test_a_validation_leaves_no_trace():
     bundle = toy_bundle(student=1)
     before = torch.random.get_rng_state()
     _, adapter = sample([SampleView(name="s", role="student")], bundle=bundle)
@@ -115,7 +114,7 @@ def test_what_cannot_be_shown_is_refused():
     with pytest.raises(RoleError, match=r"missing role.*critic"):
         sample([SampleView(name="c", role="critic")])
     with pytest.raises(CapabilityError, match="supports_decode"):
-        sample([view], able=attrs.evolve(ABLE, supports_decode=False))
+        sample([view], able=attrs.evolve(CAPABILITIES, supports_decode=False))
 
 
 def test_a_method_shows_its_student_by_its_own_sampler():
@@ -130,7 +129,7 @@ def test_a_method_shows_its_student_by_its_own_sampler():
     assert torch.equal(clips["s"], expected["s"])
 
 
-def test_a_look_is_left_between_model_calls_and_before_decoding():
+def test_a_validation_stops_between_model_calls_and_before_decoding():
     """Averages are taken out again, gradients are back, and no view is half there."""
     bundle = toy_bundle(student=1)
     bundle["student"].ema["transformer"] = OtherWeights()

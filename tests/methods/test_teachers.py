@@ -5,6 +5,13 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
+from distill_conformance.toy import (
+    CAPABILITIES,
+    LATENT_SHAPE,
+    ToyAdapter,
+    ToyConditioning,
+    toy_batch,
+)
 from distill_methods import (
     DMD2Config,
     DMD2Method,
@@ -21,15 +28,7 @@ from distill_protocols import (
     RoleSpec,
     SamplerSpec,
 )
-from toy_adapter import (
-    ABLE,
-    LATENT_SHAPE,
-    ToyAdapter,
-    ToyConditioning,
-    gradients,
-    toy_batch,
-    toy_bundle,
-)
+from toy_roles import gradients, toy_bundle
 
 TEACHERS = {
     "near": TeacherTerm(weight=0.75),
@@ -62,7 +61,7 @@ def bundle(*names: str):
     return roles
 
 
-def build(method, config, *, names=NAMES, adapter=ToyAdapter, able=ABLE):
+def build(method, config, *, names=NAMES, adapter=ToyAdapter, able=CAPABILITIES):
     roles = bundle(*names)
     return method(
         roles,
@@ -134,7 +133,7 @@ def test_each_expert_has_its_teachers_guidance(low: float, expert: str):
         },
         time=TimeSampling(t_min=low, t_max=low + 1),
     )
-    able = attrs.evolve(ABLE, supports_expert_routing=True)
+    able = attrs.evolve(CAPABILITIES, supports_expert_routing=True)
     method = build(TeacherOnlyMethod, config, names=NAMES[:-1], adapter=Routed, able=able)
     method.single_train_step(toy_batch(2), 1)
     guidance_of = {c.role: c.cfg for c in method.adapter.calls if c.role != "student"}

@@ -99,9 +99,6 @@ EACH = [
     [
         (2, None, None),
         (2, "fsdp2", None),
-        (2, "hsdp", 1),
-        (2, "hsdp", 2),
-        (4, "ddp", None),
         (4, "fsdp2", None),
         (4, "hsdp", 2),
     ],
@@ -110,7 +107,7 @@ def test_all_numbers_are_those_of_one_process(
     size: int, strategy: str | None, shard_size: int | None
 ) -> None:
     cases = [evolve(case, strategy=strategy, shard_size=shard_size) for case in EACH]
-    whole = strategy in (None, "ddp")
+    whole = strategy is None
     for found in same_as_alone(cases, size):
         assert found[0].sharded == (set() if whole else {"student", "critic", "teacher"})
 
@@ -169,7 +166,7 @@ _ANY = st.builds(
 )
 
 
-@settings(max_examples=2, phases=[Phase.generate])
+@settings(max_examples=1, phases=[Phase.generate])
 @given(st.lists(_ANY, min_size=8, max_size=8))  # one pair of processes for all of them
 def test_any_combination_gives_the_numbers_of_one_process(cases: list[Case]) -> None:
     same_as_alone(cases, 2)
@@ -249,11 +246,13 @@ def test_processes_meet_by_torchruns_environment(
         (Case(), {"MASTER_PORT": "x"}, ["MASTER_PORT='x'", "torchrun"]),
     ],
 )
-def test_what_does_not_fit_is_said(case: Case, variables: dict[str, str], words: list[str]) -> None:
-    for said in launched(met, case, size=2, **variables):
-        assert isinstance(said, str)
-        assert "RankError" in said
-        assert all(word in said for word in words), said
+def test_what_does_not_fit_is_an_error(
+    case: Case, variables: dict[str, str], words: list[str]
+) -> None:
+    for message in launched(met, case, size=2, **variables):
+        assert isinstance(message, str)
+        assert "RankError" in message
+        assert all(word in message for word in words), message
 
 
 def test_processes_that_are_started_again_meet_in_the_store_that_knows_their_predecessors() -> None:
@@ -289,26 +288,26 @@ def test_a_model_that_returns_a_view_may_be_sharded() -> None:
 def test_who_does_not_come_is_not_waited_for_without_end() -> None:
     # The other one is not started.
     half = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    (said,) = launched(met, Case(timeout=2.0), size=1, **half)
-    assert "RankError: rank 0 of 2 did not reach the others at 127.0.0.1" in said, said
+    (message,) = launched(met, Case(timeout=2.0), size=1, **half)
+    assert "RankError: rank 0 of 2 did not reach the others at 127.0.0.1" in message, message
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     agent = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    (said,) = launched(
+    (message,) = launched(
         met, Case(timeout=2.0), size=1, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", **agent
     )
-    assert "within 2 s (no word of rank 1)" in said, said
+    assert "within 2 s (no word of rank 1)" in message, message
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_rank_that_dies_in_a_step_ends_the_others(strategy: str) -> None:
-    said = launched(lost, 1, size=2, STRATEGY=strategy)
-    assert said[1] == ""
-    assert "Error: " in said[0], said[0]
+    message = launched(lost, 1, size=2, STRATEGY=strategy)
+    assert message[1] == ""
+    assert "Error: " in message[0], message[0]
 
 
 def test_a_rank_that_does_not_begin_is_not_waited_for(tmp_path: Path) -> None:
-    (said, waited), _ = together(left_alone, str(tmp_path))
-    assert said.startswith("RankError: rank 0 lost the others"), said
+    (message, waited), _ = together(left_alone, str(tmp_path))
+    assert message.startswith("RankError: rank 0 lost the others"), message
     assert waited < 50, "of a hundred"
 
 
@@ -330,8 +329,8 @@ def test_ranks_with_the_same_streams_are_refused_together() -> None:
 
 def test_what_a_script_has_sharded_is_found_as_its_strategy_says() -> None:
     assert together(found_with, "fsdp2") == ["fsdp2"] * 2
-    for said in together(found_with, "none"):
-        assert said.startswith("RankError: the strategy is none with 2 processes")
+    for message in together(found_with, "none"):
+        assert message.startswith("RankError: the strategy is none with 2 processes")
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "hsdp"])
@@ -344,10 +343,10 @@ def test_a_strategy_that_shards_is_refused_where_nothing_is_sharded(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_policy_that_does_not_fit_is_said() -> None:
+def test_a_policy_that_does_not_fit_is_an_error() -> None:
     found = together(refused)
     assert found[0] == found[1]
-    for said, words in zip(
+    for message, words in zip(
         found[0],
         [
             ["role 'student' is trained", "under the strategy ddp", "fsdp2"],
@@ -358,7 +357,7 @@ def test_a_policy_that_does_not_fit_is_said() -> None:
         ],
         strict=True,
     ):
-        assert all(word in said for word in words), said
+        assert all(word in message for word in words), message
 
 
 def test_a_real_wan_with_and_without_activation_checkpointing() -> None:

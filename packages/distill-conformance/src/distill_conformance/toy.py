@@ -101,7 +101,8 @@ class ToyConfig:
 class ToyNet(nn.Module):
     """v of a network of one hidden layer that works on each pixel by itself.
 
-    It reads x_t, t, the text, and of a causal role the mean of the frames that are past.
+    It reads x_t, t, the text, and of a causal role the mean of the frames that are past (0 where
+    none is given).
     """
 
     def __init__(self) -> None:
@@ -110,12 +111,13 @@ class ToyNet(nn.Module):
         self.inner = nn.Linear(2 * channels + 1 + TEXT_DIM, WIDTH)
         self.outer = nn.Linear(WIDTH, channels)
 
-    def forward(self, x_t: Tensor, t: Tensor, text: Tensor, past: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, text: Tensor, past: Tensor | None = None) -> Tensor:
         """v [B, C, T, H, W] at t [B] or [B, T], from ``past`` like ``x_t``."""
         return self.velocity(self.features(x_t, t, text, past))
 
-    def features(self, x_t: Tensor, t: Tensor, text: Tensor, past: Tensor) -> Tensor:
+    def features(self, x_t: Tensor, t: Tensor, text: Tensor, past: Tensor | None = None) -> Tensor:
         """[B, WIDTH, T, H, W] of its only block."""
+        past = torch.zeros_like(x_t) if past is None else past
         pixels = torch.cat([x_t, past], dim=1).movedim(1, -1)
         size = pixels.shape[:-1]
         times = (t if t.dim() == 2 else t[:, None])[:, :, None, None, None] / 1000
@@ -783,12 +785,13 @@ def toy_models(
     return family.adapter(bundle, config, source="toy"), bundle
 
 
-def add_optimizers(role: RoleHandle, *, lr: float = 1e-3) -> None:
-    """AdamW, with a learning rate that falls at every step, for each module that is trained."""
+def add_optimizers(role: RoleHandle, *, lr: float = 1e-3, decay: float = 0.98) -> None:
+    """Give each trained module an AdamW, whose learning rate is multiplied by ``decay`` at every
+    step."""
     for key in role.modules if role.trainable else ():
         optimizer = torch.optim.AdamW(role.trained_parameters(key).values(), lr=lr)
         role.optimizers[key] = optimizer
-        role.schedulers[key] = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
+        role.schedulers[key] = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)
 
 
 def toy_batch(size: int, seed: int = 0, *, levels: int = 0) -> Batch:
