@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from distill_adapters_wan.names.original import to_original
 from distill_runfile.cli import EXIT_OK, EXIT_USAGE
 from distill_train.cli import main
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 QUIET = {"trackers": [], "progress": False}
 RATE = {"lr": 1e-3, "schedule": {"name": "constant", "final_ratio": 0.0}}
@@ -47,9 +48,13 @@ def begins_with(tiny, tmp_path, start: dict, **changes) -> dict[str, torch.Tenso
     return weights(tmp_path / "out" / "checkpoint-000001", "roles", "student")
 
 
-@pytest.mark.parametrize("kind", ["live", "ema", "export"])
+@pytest.mark.parametrize("kind", ["live", "ema", "export", "comfyui"])
 def test_a_role_starts_with_what_it_is_told(kind, first, tiny, tmp_path):
+    exported = weights(first.parent / "student" / "transformer")
+    file = tmp_path / "comfyui.safetensors"
+    save_file({f"model.diffusion_model.{to_original(k)}": v for k, v in exported.items()}, file)
     start, wanted = {
+        "comfyui": ({"path": str(file)}, weights(first, "roles", "student")),
         "live": ({"path": str(first)}, weights(first, "roles", "student")),
         "ema": ({"path": str(first), "ema": True}, weights(first, "ema")),
         "export": ({"path": str(first.parent / "student")}, weights(first, "roles", "student")),

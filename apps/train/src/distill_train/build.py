@@ -131,7 +131,11 @@ def _start_weights(config: RunConfig, output_dir: Path) -> dict[str, Mapping[str
             continue
         _log.info("%s starts from %s%s", name, start.path, " (EMA)" if start.ema else "")
         sources[name] = read_start_weights(
-            start.path, start.role or name, ema=start.ema, family=config.family_plugin
+            start.path,
+            start.role or name,
+            ema=start.ema,
+            family=config.family_plugin,
+            spec=role.spec,
         )
     return sources
 

@@ -88,7 +88,11 @@ def _make(
     if start is not None:
         _log.info("%s starts from %s%s", spec.name, start.path, " (EMA)" if start.ema else "")
         weights[spec.name] = read_start_weights(
-            start.path, start.role or spec.name, ema=start.ema, family=config.family_plugin
+            start.path,
+            start.role or spec.name,
+            ema=start.ema,
+            family=config.family_plugin,
+            spec=spec,
         )
     bundle = config.family_plugin.load([spec], config.pipeline, device=device, weights=weights)
     adapter = config.family_plugin.adapter(bundle, config.pipeline, source=config.source)

@@ -35,6 +35,7 @@ from distill_adapters_wan.images.shapes import (
 )
 from distill_adapters_wan.kind import WAN
 from distill_adapters_wan.names import fastvideo as fastvideo_names
+from distill_adapters_wan.names import original as original_names
 from distill_adapters_wan.published import PUBLISHED
 from distill_adapters_wan.shape import clip_problems, latent_info, unsupported
 
@@ -52,6 +53,13 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
     config_class: ClassVar[type] = WanPipelineConfig
     kind = WAN
     published = PUBLISHED
+    original_folders: ClassVar[Mapping[str, str]] = {
+        "transformer": "high_noise_model",
+        "transformer_2": "low_noise_model",
+    }
+
+    def original_name(self, name: str) -> str:
+        return original_names.to_original(name)
 
     def capabilities(self, config: WanPipelineConfig) -> Capabilities:
         return capabilities_of(config)

@@ -18,6 +18,7 @@ from distill_protocols import (
     CheckpointError,
     ContractError,
     FamilyPlugin,
+    RoleSpec,
     TensorInfo,
     WeightSource,
 )
@@ -278,15 +279,16 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def read_start_weights(
-    path: str, role: str, *, ema: bool, family: FamilyPlugin[Any]
+    path: str, role: str, *, ema: bool, family: FamilyPlugin[Any], spec: RoleSpec
 ) -> Mapping[str, WeightSource]:
     """Open the weights in ``path``, by module.
 
     Args:
-        path: a checkpoint's folder, or whatever the family reads: a model's folder or a hub id.
+        path: a checkpoint's folder, or whatever the family reads (``start_weights``).
             Folders are absolute, so that no folder is taken for a hub id.
         role: which role of a checkpoint.
         ema: a checkpoint's averaged weights instead of its live ones.
+        spec: the role that starts with them.
 
     Raises:
         DistillError: there are none, or they are damaged.
@@ -294,7 +296,7 @@ def read_start_weights(
     folder = Path(path)
     if folder.is_absolute() and is_checkpoint_folder(folder):
         return StoredCheckpoint.open(folder).weights(role, ema=ema)
-    return family.weights(path)
+    return family.start_weights(spec, path)
 
 
 # -- writing --------------------------------------------------------------------------------------

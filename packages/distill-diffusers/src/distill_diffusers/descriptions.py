@@ -181,6 +181,11 @@ def statistics_problems(vae: str, statistics: Mapping[str, Any], channels: int) 
 
 def unknown_hub_id(path: str, published: Mapping[str, PublishedModel]) -> str:
     """Say why nothing is known of a hub id that is neither in the local cache nor published."""
+    if "gguf" in path.lower():
+        return (
+            f"{path} holds GGUF weights, quantised ones that nothing here can be trained from. Use "
+            "the model's Diffusers-format repository"
+        )
     diffusers_id = f"{path}-Diffusers"
     if diffusers_id in published:
         return f"{path} holds the model's original format; did you mean {diffusers_id}?"

@@ -34,6 +34,7 @@ from distill_protocols import (
     Capabilities,
     FamilyPlugin,
     Fingerprint,
+    PluginError,
     Problem,
     RoleSpec,
     WeightsError,
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from distill_protocols import (
         CallPlan,
         ExportRequest,
+        ForeignNames,
         ModelBundle,
         RoleHandle,
         RolePlan,
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from distill_diffusers.architecture import Architecture
+    from distill_diffusers.weights.starts import Start
 
 
 class DiffusersConfig(Protocol):
@@ -162,6 +165,8 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
 
     kind: ClassVar[ModelKind]
     published: ClassVar[Mapping[str, PublishedModel]] = EMPTY
+    original_folders: ClassVar[Mapping[str, str]] = EMPTY
+    """By module, the folder that the model's original code keeps an expert in."""
 
     # -- hooks: what a family says of its own -------------------------------------------------
 
@@ -178,6 +183,10 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         Args:
             inputs: by name, with the shapes of ``call_shapes``.
         """
+
+    def original_name(self, name: str) -> str:
+        """Give the original code's name of a weight; by default it is ours."""
+        return name
 
     def unsupported(self, model: ModelDescription, config: ConfigT) -> Iterable[str]:
         """Say why the adapter would call ``model`` wrongly. Such a model is never loaded."""
@@ -312,6 +321,25 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
                         f"{'; '.join(differ)}. Its weights may fit, and would be called wrongly. "
                         "Name the path of the same model"
                     )
+
+    def start_problems(self, role: RoleSpec, config: ConfigT, path: str) -> Iterable[str]:
+        """Report what is wrong with weights to start from, of whichever code."""
+        try:
+            start = self._find_start(path)
+            if start is not None:
+                self.start_weights(role, path)
+                return
+        except WeightsError as error:
+            yield str(error)
+            return
+        yield from super().start_problems(role, config, path)
+
+    def starts_with_adapters(self, path: str) -> bool:
+        try:
+            start = self._find_start(path)
+        except WeightsError:
+            return False  # a problem that ``start_problems`` tells
+        return start is not None and start.is_lora
 
     def export_problems(self, role: RoleSpec, request: ExportRequest) -> Iterable[Problem]:
         configs: Iterable[Mapping[str, Any]] = ()
@@ -473,7 +501,54 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
 
         return folder_weights(path, self.kind.modules)
 
+    def start_weights(self, role: RoleSpec, path: str) -> Mapping[str, WeightSource]:
+        """Open weights to start from: a pipeline folder or hub id, or what ``weights.starts``
+        reads. Names and shapes are compared with the role's model."""
+        start = self._find_start(path)
+        if start is None:
+            return self.weights(path)
+        from distill_diffusers.architecture import build_on_meta, inspect_model
+        from distill_diffusers.lora import adapted_layers
+        from distill_diffusers.weights import starts
+        from distill_diffusers.weights.modules import ALL_OR_NOTHING, check_keys
+
+        configs = self.describe(role.path).transformers
+        if start.files.keys() != configs.keys():
+            raise WeightsError(
+                f"{path} holds weights of {', '.join(start.files)}, and {role.path} is built of "
+                f"{', '.join(configs)}; a role starts with all of its transformers. Name a folder "
+                "that has them"
+            )
+        names = self._foreign_names()
+        sources: dict[str, WeightSource] = {}
+        for module, config in configs.items():
+            state = build_on_meta(self.kind, config).state_dict()
+            if not start.is_lora:
+                sources[module] = starts.whole_weights(start, module, names)
+                check_keys(sources[module], state, ALL_OR_NOTHING)
+                continue
+            lora = starts.read_lora(start, module, state, names, self.original_name)
+            if role.lora is None:
+                base = self.weights(role.path)[module]
+                sources[module] = starts.PatchedWeights(base, lora)
+            else:
+                layers = adapted_layers(inspect_model(self.kind, config), role.lora)
+                starts.check_is_roles_lora(lora, role.lora, layers)
+                sources[module] = starts.LoraAdapters(lora, role.lora.scale)
+        return sources
+
     # -- helpers ------------------------------------------------------------------------------
+
+    def _find_start(self, path: str) -> Start | None:
+        from distill_diffusers.weights.starts import find_start
+
+        return find_start(path, self.kind.modules, self.original_folders)
+
+    def _foreign_names(self) -> ForeignNames | None:
+        try:
+            return self.foreign_names()
+        except PluginError:
+            return None
 
     def _path_problems(self, role: RoleSpec, config: ConfigT) -> Iterable[str]:
         """Report what is missing or damaged, and where clip and model do not fit."""

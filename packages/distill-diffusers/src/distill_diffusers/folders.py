@@ -28,6 +28,8 @@ from distill_diffusers.model_configs import read_config
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of weights that can be trained from, by safetensors' names."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -167,6 +169,15 @@ def file_problem(file: Path) -> str | None:
     return None
 
 
+def not_trained_from(dtype: str) -> str:
+    """Say why weights of ``dtype`` (by safetensors' name) are refused."""
+    return (
+        f"is stored as {dtype}; only 16 bits and more can be trained from: 8-bit numbers have 2 or "
+        "3 bits behind the point, so each weight is off by some percent, and a scale beside them "
+        "would be lost. Use the 16-bit or fp32 files that they were made from"
+    )
+
+
 def module_problems(folder: Path, stem: str) -> Iterator[str]:
     """What is missing or damaged in one module's folder."""
     if not folder.is_dir():
@@ -184,7 +195,20 @@ def module_problems(folder: Path, stem: str) -> Iterator[str]:
     except WeightsError as error:
         yield str(error)
         return
-    yield from filter(None, map(file_problem, files))
+    damaged = list(filter(None, map(file_problem, files)))
+    yield from damaged
+    if stem == DIFFUSERS_STEM and not damaged:
+        # Encoders may hold whole numbers, and are never trained.
+        yield from filter(None, map(_dtype_problem, files))
+
+
+def _dtype_problem(file: Path) -> str | None:
+    tensors = read_header(file).tensors
+    narrow = {name: dtype for name, (dtype, *_) in tensors.items() if dtype not in FLOATS}
+    if not narrow:
+        return None
+    name, dtype = next(iter(narrow.items()))
+    return f"{file}: {name} (and {len(narrow) - 1} more) {not_trained_from(dtype)}"
 
 
 def has_weights(folder: Path, stem: str) -> bool:
@@ -206,7 +230,8 @@ def pipeline_problems(folder: Path, modules: Sequence[str], *, components: bool)
     if not index.is_file():
         yield (
             f"{index} is missing, so {folder} is no Diffusers-format pipeline folder. The format "
-            "of a model's original code is another one: use its Diffusers-format repository"
+            "of a model's original code is another one: use its Diffusers-format repository. This "
+            "folder can be the weights that a role starts with"
         )
     else:
         try:
@@ -259,6 +284,12 @@ def folder_problem(path: str) -> str | None:
 
 
 def _no_folder(path: str) -> str:
+    if Path(path).is_file():
+        return (
+            f"{path} is a file: it may hold weights, but neither how their model is built nor its "
+            "VAE and encoders. A role's path is a Diffusers-format folder or hub id of the same "
+            "architecture; this can be the weights that the role starts with"
+        )
     known = [parent for parent in Path(path).parents if parent.is_dir()]
     nearest = f" (the nearest that exists is {known[0]})" if known and os.path.isabs(path) else ""
     return (

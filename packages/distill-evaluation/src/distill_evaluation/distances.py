@@ -51,12 +51,14 @@ class DistanceReference:
 
     Attributes:
         count: how many they are.
+        pixels, latents: the components, and the clips' own statistics in them.
+        latent_std: of normalised latents.
     """
 
     count: int
-    _pixels: tuple[Whitening, FeatureStatistics]
-    _latents: tuple[Whitening, FeatureStatistics]
-    _latent_std: float
+    pixels: tuple[Whitening, FeatureStatistics]
+    latents: tuple[Whitening, FeatureStatistics]
+    latent_std: float
 
     @classmethod
     def of_clips(cls, clips: Tensor, latents: Tensor) -> DistanceReference:
@@ -75,8 +77,8 @@ class DistanceReference:
         """Return what `distances` needs of samples, one row each: `[N, 48 + 64 + 2]`, float64."""
         flat = latents.flatten(1).double()
         parts = [
-            torch.cat([self._pixels[0].apply(motion_features(part)) for part in clips.split(64)]),
-            self._latents[0].apply(latents.flatten(1)),
+            torch.cat([self.pixels[0].apply(motion_features(part)) for part in clips.split(64)]),
+            self.latents[0].apply(latents.flatten(1)),
             flat.mean(1, keepdim=True),
             flat.square().mean(1, keepdim=True),
         ]
@@ -90,9 +92,9 @@ class DistanceReference:
         # Of all numbers together; their count makes no difference to it that could be seen.
         std = (square.mean() - mean.mean().square()).sqrt()
         return Distances(
-            pixels=frechet_distance(feature_statistics(pixels), self._pixels[1]),
-            latents=frechet_distance(feature_statistics(latents), self._latents[1]),
-            latent_std=float(std) / self._latent_std,
+            pixels=frechet_distance(feature_statistics(pixels), self.pixels[1]),
+            latents=frechet_distance(feature_statistics(latents), self.latents[1]),
+            latent_std=float(std) / self.latent_std,
         )
 
 

@@ -17,7 +17,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from distill_protocols.capabilities import Capabilities
 from distill_protocols.errors import PluginError
@@ -152,6 +152,26 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
         """Why weights of the model at ``path`` are not for the role's, where names and shapes
         would not show it. Reads no weights."""
         return ()
+
+    def start_problems(self, role: RoleSpec, config: ConfigT, path: str) -> Iterable[str]:
+        """What is wrong with ``path`` as the weights that ``role`` starts with, instead of those of
+        its own path. By default it must be what a path of a role may be, of the same model."""
+        spec = evolve(role, path=path, lora=None)
+        yield from (problem.message for problem in self.role_problems(spec, config))
+        yield from self.weights_problems(role, path)
+
+    def starts_with_adapters(self, path: str) -> bool:
+        """Whether ``path`` holds a LoRA: a role that is one may start with it, or a whole one with
+        it merged into the weights of its own path."""
+        return False
+
+    def start_weights(self, role: RoleSpec, path: str) -> Mapping[str, WeightSource]:
+        """The weights that ``role`` starts with, by module: see ``start_problems``.
+
+        Raises:
+            WeightsError: there are none, or they are damaged.
+        """
+        return self.weights(path)
 
     def export_problems(self, role: RoleSpec, request: ExportRequest) -> Iterable[Problem]:
         """What of ``request`` cannot be had for ``role``; paths are keys of the request."""

@@ -65,8 +65,11 @@ class InitFromConfig:
     """Weights that a role starts with, instead of those of its ``path``.
 
     Attributes:
-        path: a checkpoint folder of another run (``.../checkpoint-000400``), an exported or any
-            other Diffusers-format folder, or a hub id.
+        path: a checkpoint folder of another run (``.../checkpoint-000400``); an exported or any
+            other Diffusers-format folder, or a hub id; or what the family reads beside these: a
+            safetensors file or folder of the model's original code (ComfyUI's prefixes are
+            known), or a LoRA, which is merged into the weights of ``path``, or is the start of a
+            role with the same ``lora``.
         role: which role of a checkpoint; left out, the one of the same name.
         ema: a checkpoint's averaged weights instead of its live ones.
     """

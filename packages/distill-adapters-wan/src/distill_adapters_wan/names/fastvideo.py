@@ -56,6 +56,8 @@ _TABLE = "scale_shift_table"
 _NAME = re.compile(r"(blocks\.\d+\.)?(.+)\.(weight|bias)")
 _TABLE_NAME = re.compile(rf"(blocks\.\d+\.)?{_TABLE}")
 _UNUSED = re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight")
+_PREFIX = re.compile(r"model\.diffusion_model\.|diffusion_model\.|model\.")
+"""Self-Forcing's, and those of ComfyUI's files."""
 _WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 
 
@@ -116,7 +118,9 @@ def missing(names: Iterable[str]) -> Sequence[str]:
 
 
 def _plain(name: str) -> str:
-    return _WRAPPERS.sub("", name).removeprefix("model.")
+    plain = _WRAPPERS.sub("", name)
+    prefix = _PREFIX.match(plain)
+    return plain if prefix is None else plain[prefix.end() :]
 
 
 def _leaves(stem: str) -> tuple[str, ...]:

@@ -128,11 +128,13 @@ class SafetensorsFile(WeightSource):
             tensors = read_header(self.file).tensors
         except UnreadableFileError as error:
             raise self._unreadable(error) from error
-        unknown = {dtype for dtype, *_ in tensors.values()} - DTYPES.keys()
+        narrow = {dtype for dtype, *_ in tensors.values() if dtype.startswith("F8_")}
+        unknown = {dtype for dtype, *_ in tensors.values()} - DTYPES.keys() | narrow
         if unknown:
             raise CheckpointError(
                 f"{self.file} holds tensors of type {', '.join(sorted(unknown))}, which no model "
-                "here has: it is quantised, and would have to be turned back into numbers first. "
+                "here has: it is quantised, so that each weight is off by some percent, and scales "
+                "beside them would be lost. "
                 "Take the file that it was made from"
             )
         return {

@@ -206,7 +206,7 @@ def _unipc_schedule(spec: SamplerSpec, grid: StepGrid) -> StockSchedule:
     def made_by(config: Mapping[str, Any]) -> tuple[Any, float]:
         scheduler: Any = UniPCMultistepScheduler(**config)
         grid.set_timesteps(scheduler, spec.steps)
-        return scheduler, 1000 * _largest_difference(scheduler.sigmas, own.sigmas)
+        return scheduler, 1000 * _largest_difference(scheduler.sigmas.tolist(), own.sigmas.tolist())
 
     # The grid of a spec is the scheduler's own, unless times are given or the pipeline gives some.
     shift = spec.shift if isinstance(spec.shift, float | int) else 1.0

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distill_diffusers.architecture import is_kept_in_fp32
 from distill_diffusers.building import check_buffers, check_types, limited_building
+from distill_diffusers.folders import not_trained_from
 from distill_diffusers.lora import is_adapter
 from distill_diffusers.model_configs import read_config
 from distill_diffusers.weights.filling import fill, move_buffers
@@ -103,9 +104,16 @@ def cast_parameters(module: ModelMixin, dtype: torch.dtype) -> None:
 def check_keys(source: WeightSource, expected: Mapping[str, Tensor], rule: str) -> None:
     """Raise ``WeightsError`` unless ``source`` has just the names and shapes of ``expected``.
 
+    Weights of 8 bits are refused too: copied into wider ones they would train and look healthy.
+
     The message names what is missing, unexpected and of another shape, and ends with ``rule``.
     """
-    shapes = {name: info.size for name, info in source.describe().items()}
+    infos = source.describe()
+    for name, info in infos.items():
+        if info.dtype.itemsize < 2:
+            dtype = str(info.dtype).removeprefix("torch.")
+            raise WeightsError(f"{source.where}: {name} {not_trained_from(dtype)}")
+    shapes = {name: info.size for name, info in infos.items()}
     other_shapes = [
         f"{key} {list(shapes[key])} instead of {list(value.shape)}"
         for key, value in expected.items()

@@ -15,6 +15,7 @@ from torch import Tensor
 from distill_diffusers.folders import (
     DIFFUSERS_STEM,
     fetch,
+    not_trained_from,
     transformer_names,
     weight_files,
 )
@@ -156,17 +157,19 @@ def in_groups(
         yield group
 
 
+def metadata_of(file: Path) -> Mapping[str, str]:
+    """Read the texts in the header of a safetensors file."""
+    with _open(file) as stream:
+        return stream.metadata() or {}
+
+
 def _contents(file: Path) -> Iterator[tuple[str, TensorInfo]]:
     with _open(file) as stream:
         for name in stream.keys():  # noqa: SIM118 - safe_open is no mapping
             view = stream.get_slice(name)
             stored = view.get_dtype()
             if stored not in _DTYPES:
-                raise WeightsError(
-                    f"{file}: {name} is stored as {stored}; only {', '.join(_DTYPES)} can be "
-                    "trained from, as quantised numbers mean nothing without their scales. Use "
-                    "the model's 16-bit or fp32 files"
-                )
+                raise WeightsError(f"{file}: {name} {not_trained_from(stored)}")
             yield name, TensorInfo(tuple(view.get_shape()), _DTYPES[stored])
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import evolve
 from distill_checkpoint import is_checkpoint_folder, list_checkpoints, role_problems
 from distill_protocols import LoraSpec, Problem, below
 
@@ -125,21 +124,18 @@ def _init_problems(
             f"({', '.join(folder.name for folder in list(inside.values())[:3])} ...)",
         )
         return
-    spec = evolve(role.spec, path=init_from.path, lora=None)
-    for problem in family.plugin.role_problems(spec, family.config):
-        yield Problem(("path",), problem.message)
-    if role.spec.lora is not None:
+    for message in family.plugin.start_problems(role.spec, family.config, init_from.path):
+        yield Problem(("path",), message)
+    if role.spec.lora is not None and not family.plugin.starts_with_adapters(init_from.path):
         yield Problem(
             ("path",), _full_under_lora(init_from.path, role, f"write path: {init_from.path}")
         )
-    for message in family.plugin.weights_problems(role.spec, init_from.path):
-        yield Problem(("path",), message)
     for key, written in (("ema", init_from.ema), ("role", init_from.role != role.spec.name)):
         if written:
             yield Problem(
                 (key,),
-                f"{init_from.path} is no checkpoint but a model's folder, which holds one set of "
-                "weights; leave this key out",
+                f"{init_from.path} is no checkpoint but a model's weights, of which there is one "
+                "set; leave this key out",
             )
 
 
