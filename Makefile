@@ -1,5 +1,5 @@
 # The tasks of this repository; `make` lists them.
-.PHONY: help test slow lint types tiny rebuild-tiny bench torture wheels release metrics gates
+.PHONY: help test slow lint types tiny rebuild-tiny bench torture fuzz wheels release metrics gates
 
 help:           ## this list
 	@grep -E '^[a-z-]+: +##' $(MAKEFILE_LIST) | sed 's/: *## /\t/' | expand -t 16
@@ -33,6 +33,9 @@ bench:          ## trainer against a bare loop; start-up; checkpoints; memory of
 
 torture:        ## kill a real run 2 x 60 times, saves included, and compare its end (half an hour)
 	uv run python tools/torture.py
+
+fuzz:           ## 2,000 mutations of every kind of file that is read (make fuzz SEED=7)
+	uv run tools/fuzz_files --mutations 2000 --seed $(or $(SEED),0)
 
 wheels:         ## build every package, check the files, install the wheels in a fresh environment
 	uv run python tools/check_wheels.py

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -506,17 +506,27 @@ def _write_judge(folder: Path) -> None:
     shutil.copytree(TINY / "judge", folder / "judge")
 
 
+class _RunWithoutProblems:
+    """What a report's section is checked against, besides its files."""
+
+    def role_problems(self, *_: object, **__: object) -> tuple[()]:
+        return ()
+
+    sampler_problems = role_problems
+
+
 def _use_judge(folder: Path) -> None:
     from distill_evaluation import Judge
+    from distill_evaluation.config import ReportEntry
     from distill_evaluation.labels import label_prompts, read_prompts
     from distill_evaluation.plugins import report
     from distill_evaluation.report import read_reference
 
     section = report.config_class(
         judge=str(folder / "judge"), prompts=str(folder / "judge" / "prompts.txt"),
-        sheet_prompts=("the digit three moving up",), entries={},
+        sheet_prompts=("the digit three moving up",), entries={"a": ReportEntry(role="student")},
     )  # fmt: skip
-    problems = list(report.problems(section, None))  # type: ignore[arg-type]
+    problems = list(report.problems(section, cast(Any, _RunWithoutProblems())))
     report.metrics(section)
     judge = Judge.load(folder / "judge")
     label_prompts(read_prompts(folder / "judge" / "prompts.txt"), judge.attributes)
