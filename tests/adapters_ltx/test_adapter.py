@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from attrs import evolve
 from distill_adapters_ltx import PLUGIN, LTXPipelineConfig
 from distill_adapters_ltx.arithmetic import pack, unpack
 from distill_adapters_ltx.codec import DECODE_SEED
+from distill_diffusers.fingerprints import latent_statistics
 from distill_protocols import (
     Condition,
     ConditioningError,
@@ -178,3 +181,14 @@ def test_a_condition_pipelines_model_is_refused(folder_of):
     assert "LTXConditionPipeline" in problem.message
     with pytest.raises(WeightsError, match="LTXConditionPipeline"):
         PLUGIN.load([role], CONFIG, device=CPU)
+
+
+def test_the_plugin_says_what_the_adapter_computes_with(load, folder_of):
+    """Statistics are buffers of LTX's VAE, and have an entry of their own all the same."""
+    adapter, source = load(), str(folder_of("0.9.0"))
+    parts = {**adapter.latent_fingerprint(), **adapter.condition_fingerprint()}
+    assert PLUGIN.fingerprint(CONFIG, source=source) == parts
+    assert {"vae.statistics", "vae.weights", "text_encoder.weights"} < parts.keys()
+    found = latent_statistics(Path(source) / "vae")
+    mean = torch.tensor(found["latents_mean"]).view(1, -1, 1, 1, 1)
+    assert torch.equal(mean, adapter._statistics.mean)
