@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from attrs import evolve
@@ -9,6 +11,7 @@ from diffusers import LTXPipeline
 from distill_adapters_ltx import PLUGIN, LTXPipelineConfig
 from distill_adapters_ltx.codec import DECODE_SEED
 from distill_diffusers.calls.tokens import pack, unpack
+from distill_diffusers.fingerprints import latent_statistics
 from distill_protocols import (
     Condition,
     ConditioningError,
@@ -187,3 +190,14 @@ def test_a_kernel_that_takes_no_mask_is_a_problem_with_its_reason(folder_of, bac
     assert f"{backend!r} cannot add a bias" in problem.message
     assert "Use one of flex, native, _native_cudnn, _native_efficient" in problem.message
     assert backend not in PLUGIN.attention_backends(role, CONFIG)
+
+
+def test_the_plugin_says_what_the_adapter_computes_with(load, folder_of):
+    """Statistics are buffers of LTX's VAE, and have an entry of their own all the same."""
+    adapter, source = load(), str(folder_of("0.9.0"))
+    parts = {**adapter.latent_fingerprint(), **adapter.condition_fingerprint()}
+    assert PLUGIN.fingerprint(CONFIG, source=source) == parts
+    assert {"vae.statistics", "vae.weights", "text_encoder.weights"} < parts.keys()
+    found = latent_statistics(Path(source) / "vae")
+    mean = torch.tensor(found["latents_mean"]).view(1, -1, 1, 1, 1)
+    assert torch.equal(mean, adapter._statistics.mean)

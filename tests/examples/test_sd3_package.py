@@ -109,6 +109,9 @@ def test_a_fingerprint_tells_prompts_of_other_lengths_and_encoders_apart(sd3, fo
         return adapter.condition_fingerprint()
 
     first = fingerprint(folders())
+    own = sd3.plugin.PLUGIN.fingerprint(config_of(sd3), source=str(folders()))
+    assert {name for name in own if not name.startswith("vae.")} == first.keys()
+    assert own.items() > first.items()
     shorter = fingerprint(folders(), 7)
     assert {name for name in first if shorter[name] != first[name]} == {
         "text_encoder.length",

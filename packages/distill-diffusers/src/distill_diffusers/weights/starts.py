@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from attrs import field, frozen
 from distill_protocols import ForeignNames, LoraSpec, TensorInfo, WeightsError, WeightSource
+from distill_runtime import parse_json
 from torch import Tensor
 
 from distill_diffusers.folders import is_hub_id, locate, read_json
@@ -409,16 +409,25 @@ def _default_alpha(files: Iterable[Path]) -> float | None:
     """Read alpha where a file says it once for all layers: in diffusers' metadata, or in peft's
     configuration beside it."""
     for file in files:
-        told: Any = {}
+        settings: Any = {}
         if text := metadata_of(file).get("lora_adapter_metadata"):
-            told = {k.rpartition("transformer.")[2]: v for k, v in json.loads(text).items()}
+            settings = parse_json(text, f"lora_adapter_metadata of {file}")
+            if not isinstance(settings, dict):
+                raise WeightsError(f"lora_adapter_metadata of {file} is no JSON object")
+            settings = {k.rpartition("transformer.")[2]: v for k, v in settings.items()}
         elif (file.parent / "adapter_config.json").is_file():
-            told = read_json(file.parent / "adapter_config.json")
-        if told.get("alpha_pattern") or told.get("use_rslora") or told.get("use_dora"):
+            settings = read_json(file.parent / "adapter_config.json")
+        if any(settings.get(k) for k in ("alpha_pattern", "use_rslora", "use_dora")):
             raise WeightsError(
                 f"{file} is a LoRA whose scale differs from layer to layer (alpha_pattern, rslora "
                 "or DoRA), which is not read. Merge it with the code that made it"
             )
-        if told.get("lora_alpha") is not None:
-            return float(told["lora_alpha"])
+        alpha = settings.get("lora_alpha")
+        if alpha is not None:
+            if type(alpha) not in (int, float) or not alpha > 0:
+                raise WeightsError(
+                    f"{file} is a LoRA with lora_alpha {alpha!r:.40}, which must be a number above "
+                    "0; it is damaged. Export it again"
+                )
+            return float(alpha)
     return None
