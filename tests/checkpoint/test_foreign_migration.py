@@ -246,6 +246,24 @@ def test_one_transformers_folder(tmp_path, name, module):
     holds(tmp_path, expected, iteration=400 if name.endswith("checkpoint-400") else 0)
 
 
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
+def test_one_safetensors_file(tmp_path, prefix):
+    """As ComfyUI has them."""
+    weights = wan_weights(0)
+    save_file({prefix + to_original(k): v for k, v in weights.items()}, tmp_path / "x.safetensors")
+    assert turn(tmp_path / "x.safetensors", tmp_path).layout == "a transformer's file"
+    holds(tmp_path, {"roles/student/transformer": weights}, iteration=0)
+
+
+def test_plain_fp8_is_refused(tmp_path):
+    """Roles were trained from it without a word."""
+    narrow = {name: value.to(torch.float8_e4m3fn) for name, value in wan_weights(0).items()}
+    save_file(narrow, tmp_path / "x.safetensors")
+    save_transformer(narrow, tmp_path / "transformer")
+    for name in ("x.safetensors", "transformer"):
+        refused(tmp_path / name, tmp_path, "F8_E4M3, which no model here has: it is quantised")
+
+
 def test_a_type_that_no_weight_has_is_refused(tmp_path):
     save_transformer(wan_weights(0), tmp_path / "transformer")
     header = b'{"a":{"dtype":"F8_E8M0","shape":[8],"data_offsets":[0,8]}}'

@@ -17,6 +17,7 @@ what is read:
   FastVideo, legacy   checkpoint-<n>/ with distributed_checkpoint/, *_weight_only/, ema folders
   FastVideo, newer    checkpoint-<n>/ with metadata.json and dcp/
   Self-Forcing        ode_init.pt and other files that hold {"generator": ...}
+  ComfyUI             one .safetensors file of a transformer (init_from reads it as it is, too)
 No file is unpickled: what is more than tensors and plain values is refused.
 
 The result holds weights (and averages), not optimizers: start roles from it with

@@ -105,6 +105,8 @@ def describe_checkpoint(
         CheckpointError: none of the layouts, or one that is damaged, that holds names the family
             does not know, whose averages do not fit, or that would run code.
     """
+    if source.suffix == ".safetensors":
+        return _one_transformer(source, source, names)
     if source.is_file():
         return _one_file(source, names, ema)
     for layout, holds, describe in _LAYOUTS:
@@ -182,13 +184,18 @@ def _weights_only(source: Path, names: ForeignNames, ema: bool) -> ForeignCheckp
     return _describe("a weights-only checkpoint", source, roles, left)
 
 
-def _one_transformer(source: Path, names: ForeignNames, ema: bool) -> ForeignCheckpoint:
+def _transformers_folder(source: Path, names: ForeignNames, ema: bool) -> ForeignCheckpoint:
+    return _one_transformer(source, source / _WEIGHTS, names)
+
+
+def _one_transformer(source: Path, file: Path, names: ForeignNames) -> ForeignCheckpoint:
     role = MigratedRole(
         role=THEIR_ROLES["generator"],
         module="transformer_2" if _SECOND.fullmatch(source.name) else "transformer",
-        weights=rename_strictly(SafetensorsFile(source / _WEIGHTS), names),
+        weights=rename_strictly(SafetensorsFile(file), names),
     )
-    return _describe("a transformer's folder", source, [role], [])
+    kind = "a transformer's file" if file == source else "a transformer's folder"
+    return _describe(kind, source, [role], [])
 
 
 def _with_average(
@@ -482,7 +489,7 @@ _LAYOUTS: Sequence[
     (
         f"transformer's folder (config.json, {_WEIGHTS})",
         lambda path: (path / "config.json").is_file() and (path / _WEIGHTS).is_file(),
-        _one_transformer,
+        _transformers_folder,
     ),
 )
 
@@ -497,5 +504,6 @@ def _unknown_layout(source: Path) -> CheckpointError:
     return CheckpointError(
         f"{source} holds {first_of(present) or 'nothing'}, which is no layout that can be "
         f"migrated. Looked for: {looked}; or a .pt file with {', '.join(THEIR_ROLES)}. Name "
-        f"{hint or 'the folder of one checkpoint'}"
+        f"{hint or 'the folder of one checkpoint'}. Shards of a model's original repository and "
+        "LoRAs need no migration: a role can start from them as they are"
     )
