@@ -10,9 +10,9 @@ the changes are committed and the tag is created as well. Nothing is ever pushed
 
 The bounds of the package in the other members follow one rule:
 
-- A minor or patch release leaves them alone: `>=1.0,<2` admits 1.1.0 already. `--raise-lower` makes
-  them `>=1.1,<2`, for a release without which the other members no longer work.
-- A major release makes them `>=2.0,<3`: nobody has tried the new members with the old package. Each
+- A minor or patch release leaves them alone: `>=2.0,<3` admits 2.1.0 already. `--raise-lower` makes
+  them `>=2.1,<3`, for a release without which the other members no longer work.
+- A major release makes them `>=3.0,<4`: nobody has tried the new members with the old package. Each
   member whose bounds change gets a line in its changelog, and is due for a release of its own.
 """
 

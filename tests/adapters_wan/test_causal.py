@@ -296,7 +296,7 @@ def test_a_time_a_frame(causal):
     mixed = flow.add_noise(x, clip(2, 6, seed=3), torch.tensor([[0.0, 1000.0] * 3] * 2))
     assert torch.equal(mixed[:, :, 0::2], x[:, :, 0::2])
     assert torch.equal(mixed[:, :, 1::2], clip(2, 6, seed=3)[:, :, 1::2])
-    with pytest.raises(ValueError, match=r"\[B, T\]"):
+    with pytest.raises(ContractError, match=r"\[B, T\]"):
         adapter.forward("student", x, times(2, 5), cond)
 
 

@@ -13,7 +13,7 @@ from checkpoint.test_resume import RESUME, differences, manager
 from distill_checkpoint import CheckpointConfig, KeepBestConfig
 from distill_checkpoint.manifest import inspect
 from distill_protocols import Callback, RandomStreams, RunState, StepRecord, StepResult
-from distill_trainer.loop.snapshot import IterationSnapshot
+from distill_trainer.loop.rollback import RollbackPoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_run import Run, Shape, TinyMethod, bundle, new_run
@@ -164,13 +164,13 @@ def test_buffers_that_no_checkpoint_holds_are_not_copied(tmp_path):
     run = new_run(Shape())
     module = run.method.bundle["critic"].modules["transformer"]
     module.register_buffer("table", torch.zeros(3), persistent=False)
-    snapshot = IterationSnapshot(run.state(tmp_path, 0))
+    point = RollbackPoint(run.state(tmp_path, 0))
     norm = module[1]
     assert isinstance(norm, nn.BatchNorm1d)
     norm.running_mean.fill_(4.0)
     norm.num_batches_tracked = norm.num_batches_tracked + 1  # a new tensor, as torch does it
     module.table.fill_(4.0)
-    snapshot.restore()
+    point.restore()
     assert norm.running_mean.eq(0).all()
     assert norm.num_batches_tracked == 0
     assert module.table.eq(4).all()

@@ -27,6 +27,7 @@ from distill_protocols import (
     ExpertRouting,
     ImageConditioning,
     LatentCodec,
+    MethodConfig,
     MethodPlugin,
     ModelBundle,
     NoiseSchedule,
@@ -132,6 +133,15 @@ class WithoutRoles(LatentMethodConfig):
 
 
 @frozen(kw_only=True)
+class WithoutTurns(MethodConfig):
+    """A description on the base itself that leaves out who is updated when."""
+
+    @property
+    def roles(self) -> tuple[RoleNeed, ...]:
+        return ()
+
+
+@frozen(kw_only=True)
 class WithoutGuidance(TeachersConfig):
     """Teachers, and no word on how they are guided."""
 
@@ -140,11 +150,12 @@ class WithoutGuidance(TeachersConfig):
         return self.teacher_roles
 
 
-def configs() -> tuple[LatentMethodConfig, ...]:
+def configs() -> tuple[MethodConfig, ...]:
     sampler = SamplerSpec(steps=1)
     without_roles = WithoutRoles(student_sampler=sampler)  # expect-error
     without_guidance = WithoutGuidance(student_sampler=sampler)  # expect-error
-    return without_roles, without_guidance
+    without_turns = WithoutTurns()  # expect-error
+    return without_roles, without_guidance, without_turns
 
 
 # -- plugins --------------------------------------------------------------------------------------

@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from distill_protocols import DistillError
+from distill_protocols import ContractError
 from torch import Tensor
 
-REFUSALS = (DistillError, TypeError, ValueError)
-"""What may be raised for an input that does not fit: an error of whoever checked it, and not one
-from inside of torch or of a model library, such as ``RuntimeError`` or ``KeyError``."""
+REFUSALS = (ContractError,)
+"""What may be raised for an input that does not fit, or for what an adapter does not state that it
+can do: an error of whoever checked it, and none from inside of torch or of a model library."""
 
 
 class ConformanceError(AssertionError):

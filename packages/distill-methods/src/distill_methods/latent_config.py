@@ -3,7 +3,7 @@ it."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Literal
 
 from attrs import field, frozen
@@ -28,7 +28,7 @@ def can_be_left_early(_config: object, _attribute: object, value: SamplerSpec) -
 
 
 @frozen(kw_only=True, slots=False)  # Without slots, so that a config may have a second base.
-class LatentMethodConfig(MethodConfig, ABC):
+class LatentMethodConfig(MethodConfig):
     """The description of a method whose student is sampled as latents.
 
     A subclass states ``roles``; whatever else ``MethodConfig`` has, where the default is not true

@@ -245,8 +245,8 @@ class RoleHandle:
         if missing:
             raise RoleError(
                 f"role {self.name!r} keeps no EMA of {', '.join(missing)}; EMA weights exist only "
-                "where the ema callback lists the role. Add it under callbacks.ema.roles, or ask "
-                "for the live weights."
+                "where the run averages the role. Let the ema callback average it, or ask for the "
+                "live weights."
             )
 
 
@@ -274,7 +274,7 @@ class ModelBundle:
             raise RoleError(
                 f"missing role(s): {', '.join(missing)}; this run has: "
                 f"{', '.join(self.roles) or 'none'}. The method calls each of them by name. "
-                "Add the role(s) under `models:`."
+                "Give the run the role(s)."
                 + "".join(f" {name}: {why[name]}." for name in missing if why.get(name))
             )
 

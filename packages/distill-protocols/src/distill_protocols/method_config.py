@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 from attrs import frozen
@@ -13,12 +14,13 @@ from distill_protocols.sampler import SamplerSpec
 
 
 @frozen(kw_only=True, slots=False)  # so that a config may have a second base
-class MethodConfig:
+class MethodConfig(ABC):
     """Base of the config classes of methods: the only description of a method.
 
     The run file plans and checks by it before torch is imported, and the method itself takes
     roles, update schedule and capabilities from it. A subclass is a frozen attrs class; it states
-    ``roles`` and ``turns``, and a default of ``student_sampler`` where its student can be sampled.
+    ``roles`` and ``turns``, which are abstract, and a default of ``student_sampler`` where its
+    student can be sampled.
 
     Attributes:
         student_sampler: how the student is sampled in validation and export; None: the method
@@ -28,14 +30,14 @@ class MethodConfig:
     student_sampler: SamplerSpec | None = None
 
     @property
+    @abstractmethod
     def roles(self) -> tuple[RoleNeed, ...]:
         """Roles that are called, and whether each is trained; any other role of a run is an
         error."""
-        raise NotImplementedError
 
+    @abstractmethod
     def turns(self, iteration: int) -> tuple[str, ...]:
         """Roles whose optimizers step in ``iteration`` (1-based): the whole update schedule."""
-        raise NotImplementedError
 
     def metrics(self, iteration: int) -> tuple[str, ...]:
         """Names of what a step of ``iteration`` measures, as trackers show them: ``loss/<term>``

@@ -47,11 +47,11 @@ class PlannedRun:
             has = ", ".join(self.roles) or "none"
             yield Problem("role", f"there is no role {role!r} (this run has: {has})")
         elif ema and role not in self.averaged:
-            kept = ", ".join(sorted(self.averaged)) or "no callback keeps one"
+            kept = ", ".join(sorted(self.averaged)) or "none"
             yield Problem(
                 "ema",
-                f"no average of {role!r} is kept; add it to callbacks.ema.roles ({kept}), or use "
-                "ema: false",
+                f"no average of {role!r} is kept (averages: {kept}); let the ema callback average "
+                "that role, or use the live weights",
             )
 
     def sampler_problems(

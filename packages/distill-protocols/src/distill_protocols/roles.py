@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from attrs import field, fields, frozen
@@ -122,6 +124,10 @@ class CompileSpec:
     dynamic: bool | None = None
 
 
+OF_WEIGHTS: Mapping[str, bool] = MappingProxyType({"of_weights": True})
+"""Metadata of an option that says how weights are held."""
+
+
 @frozen(kw_only=True)
 class RoleOptions:
     """How one role is built and kept in memory. A run file's ``models.<role>`` has these keys.
@@ -129,9 +135,9 @@ class RoleOptions:
     The run file, the plan and the loading pass the whole object on, so a new option is added here,
     named by the families that honour it (``FamilyPlugin.role_options``; any other that is set is
     refused), and used where they load a role (``RoleLoader`` of distill-diffusers). ``compile`` is
-    the example to follow. One that changes how weights are held also changes what a plan counts
-    (``stored_dtype`` there) and what a role beside another's weights has from it (``FROM_BASE`` of
-    distill-runfile).
+    the example to follow. One that changes how weights are held is marked ``OF_WEIGHTS``: a role
+    beside the weights of another has it from there. It also changes what a plan counts
+    (``stored_dtype`` in distill-diffusers).
 
     Attributes:
         precision: compute precision of the role's calls; None: fp32, or that of ``base``.
@@ -148,15 +154,20 @@ class RoleOptions:
             them (``FamilyPlugin.attention_backends``); None: the library's own choice.
     """
 
-    precision: Precision | None = None
+    precision: Precision | None = field(default=None, metadata=OF_WEIGHTS)
     base: str | None = None
     lora: LoraSpec | None = None
     heads: DiscriminatorSpec | None = None
-    fsdp: FsdpPolicy | None = None
+    fsdp: FsdpPolicy | None = field(default=None, metadata=OF_WEIGHTS)
     activation_checkpointing: bool = False
     compile: CompileSpec | None = None
     offload: bool = False
     attention_backend: str | None = None
+
+    @staticmethod
+    def of_weights() -> tuple[str, ...]:
+        """Names of the options that say how weights are held: a role and its base have the same."""
+        return tuple(f.name for f in fields(RoleOptions) if f.metadata.keys() & OF_WEIGHTS.keys())
 
     def options_set(self) -> tuple[str, ...]:
         """Names of the options that differ from their defaults, without ``precision``, which

@@ -20,7 +20,7 @@ from distill_runfile.source import Document
 from distill_runfile.structure import Structuring, structure, to_plain
 
 OPTIONS = tuple(f.name for f in fields(RoleOptions))
-FROM_BASE = ("precision", "fsdp")
+FROM_BASE = RoleOptions.of_weights()
 """Options that say how weights are held: a role beside another's weights has them from there."""
 
 

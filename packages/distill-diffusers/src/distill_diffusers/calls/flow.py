@@ -8,7 +8,7 @@ an input is fp64.
 from __future__ import annotations
 
 import torch
-from distill_protocols import PredType
+from distill_protocols import ContractError, PredType
 from torch import Tensor
 
 from distill_diffusers.kinds import TRAIN_STEPS
@@ -18,18 +18,17 @@ def sigma_of(t: Tensor, like: Tensor) -> Tensor:
     """Return s = t / 1000, shaped to multiply ``like``: [B, 1, 1, 1, 1], or [B, 1, T, 1, 1].
 
     Raises:
-        TypeError: t is of 16 bits or an integer.
-        ValueError: t is neither [B] nor [B, T].
+        ContractError: t is of 16 bits or an integer, or neither [B] nor [B, T].
     """
     if not t.is_floating_point() or t.dtype in (torch.float16, torch.bfloat16):
-        raise TypeError(
+        raise ContractError(
             f"t has dtype {t.dtype}, it must be float32 or float64: 16 bits and integers round "
             "times such as 833.33 (bf16 gives 832). Keep t in float32"
         )
     if like.dim() == 5 and t.shape == (like.shape[0], like.shape[2]):
         return (t / TRAIN_STEPS)[:, None, :, None, None]
     if t.shape != (like.shape[0],):
-        raise ValueError(
+        raise ContractError(
             f"t has shape {list(t.shape)} for latents {list(like.shape)}; it must be [B], one time "
             "a sample, or [B, T], one a frame. Use t.expand(B) for one common time"
         )

@@ -491,13 +491,18 @@ def _check_base(
             f"role {role.name!r} has base {role.base!r} and no lora, so nothing of it would be its "
             "own. Give it lora, or leave out base"
         )
-    ours = (role.path, role.precision)
-    theirs = (base.path, base.precision)
-    if ours != theirs or role.offload or base.offload:
+    differ = [
+        f"{name} is {getattr(role, name)} and of {role.base!r} {getattr(base, name)}"
+        for name in ("path", *RoleSpec.of_weights())
+        if getattr(role, name) != getattr(base, name)
+    ]
+    if role.offload or base.offload:
+        differ.append("one of them is offloaded")
+    if differ:
         raise WeightsError(
-            f"role {role.name!r} is {' in '.join(ours)}, its base {role.base!r} "
-            f"{' in '.join(theirs)}; they must be one, and not offloaded, as the weights are held "
-            "once. Give both the same path and precision, and leave out offload"
+            f"role {role.name!r} cannot be beside the weights of {role.base!r}: "
+            f"{'; '.join(differ)}. The weights are held once, so both must have the same path, "
+            f"{' and '.join(RoleSpec.of_weights())}, and no offload"
         )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from distill_trainer.distribution.strategy import Distribution, TrainStep
 from distill_trainer.distribution.tensors import full_tensor, total_norm
 from distill_trainer.loop.batches import TimedIterator
-from distill_trainer.loop.snapshot import IterationSnapshot
+from distill_trainer.loop.rollback import RollbackPoint
 from distill_trainer.monitoring.finite_guard import FiniteGuard
 
 
@@ -53,7 +53,7 @@ class IterationRunner:
         self._train_step = train_step
         self._accumulation = accumulation
         self._batches = TimedIterator(iter(run.loader))
-        self._snapshot = IterationSnapshot(run)
+        self._rollback_point = RollbackPoint(run)
 
     def run_next(self) -> StepRecord | None:
         """Run the next iteration, up to its optimizer steps.
@@ -63,7 +63,7 @@ class IterationRunner:
             end of the iteration before.
         """
         run, method = self._run, self._run.method
-        self._snapshot.take()
+        self._rollback_point.take()
         run.iteration += 1
         run.metrics, run.carried = run.carried, {}
         try:
@@ -72,7 +72,7 @@ class IterationRunner:
             run.request_stop(str(stop))
             self._guard.forget(run.iteration)
             self._distribution.drop_gradients(method)
-            self._snapshot.restore()
+            self._rollback_point.restore()
             return None
         # The last check before weights move: a rank that is missing here has not stepped, and no
         # other one has, so all can resume from the same checkpoint.

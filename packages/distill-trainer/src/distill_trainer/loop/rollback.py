@@ -10,7 +10,7 @@ from distill_protocols import RunState
 from distill_trainer.distribution.tensors import persistent_buffers, read_buffer
 
 
-class IterationSnapshot:
+class RollbackPoint:
     """The state of a run before an iteration: ``take`` it, ``restore`` it while no optimizer has
     stepped.
 
