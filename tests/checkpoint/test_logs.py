@@ -31,7 +31,7 @@ def uninterrupted(_folders_in_memory, tmp_path_factory):
         [(7, kill), (8, kill)],
         [(1, kill)],
     ],
-    ids=str,
+    ids=lambda events: "-".join(f"{event.__name__}{at}" for at, event in events),
 )
 def test_logs_are_those_of_a_run_that_nobody_stopped(uninterrupted, tmp_path, events):
     train_logged(tmp_path, *events)
