@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -314,6 +315,14 @@ def test_newer(tmp_path, ranks):
     left = "\n".join(facts.left)
     for word in ("optimizer moments", "schedulers", "dataloader", "rng_state_rank0.pt"):
         assert word in left
+
+
+def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
+    source = newer(tmp_path, newer_state(None))
+    [file] = (source / "dcp").glob("*.distcp")
+    file.unlink()
+    os.mkfifo(file)
+    refused(source, tmp_path, "it is a folder or a pipe")
 
 
 def test_an_average_that_had_not_begun_is_left(tmp_path):

@@ -35,6 +35,8 @@ def load_pt(file: Path) -> Any:
     Raises:
         CheckpointError: it is missing, no such file, or would call something when unpickled.
     """
+    if file.exists() and not file.is_file():
+        raise CheckpointError(f"{file} is no file, but a folder or a pipe; name a .pt file")
     try:
         # A file of before torch 1.6 is no zip, and only a zip can be mapped.
         return torch.load(

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import torch
 from attrs import frozen
 from distill_protocols import CheckpointError, TensorInfo, WeightSource
+from distill_runtime import UnreadableFileError, path_inside
 from torch import Tensor
 
 from distill_checkpoint.foreign.files import load_bytes, would_run
@@ -122,15 +123,21 @@ class DcpCheckpoint(WeightSource):
         return tensor
 
     def _load(self, name: str, piece: Piece) -> Any:
-        file = self.folder / piece.file
         try:
+            file = path_inside(self.folder, piece.file, self.folder / METADATA)
+        except UnreadableFileError as error:
+            raise CheckpointError(f"{error}. Copy the folder again") from error
+        try:
+            if file.exists() and not file.is_file():
+                raise OSError("it is a folder or a pipe, and no file")
             with file.open("rb") as stream:
                 stream.seek(piece.start)
                 content = stream.read(piece.length)
-        except OSError as error:
+        except (OSError, OverflowError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise CheckpointError(
-                f"{file} cannot be read ({error.strerror or error}), and {name} is in it. Copy "
-                "the folder again, with the files of all ranks"
+                f"{file} cannot be read ({reason}), and {name} is in it. Copy the folder again, with "
+                "the files of all ranks"
             ) from error
         if len(content) != piece.length:
             raise CheckpointError(
