@@ -215,6 +215,16 @@ def test_what_its_library_raises_of_a_tokenizer_is_one_error(pipeline, name, cha
         load_tokenizer(pipeline / "tokenizer")
 
 
+def test_a_librarys_warnings_print_nothing_that_a_terminal_obeys(pipeline):
+    """They name entries that the library does not know."""
+    edit(pipeline / "tokenizer" / "tokenizer_config.json", **{"a\x1b[31m": 1})
+    with pytest.raises(WeightsError, match=r"tokenizer_config\.json has an entry whose name"):
+        encode(pipeline)
+    edit(pipeline / "vae" / "config.json", **{"a\x1b[31m": 1})
+    (problem,) = checked(pipeline)
+    assert r"a\x1b[31m" in problem.message
+
+
 def test_words_that_the_encoder_has_no_row_for(pipeline):
     file = pipeline / "tokenizer" / "tokenizer.json"
     model = json.loads(file.read_text())["model"]

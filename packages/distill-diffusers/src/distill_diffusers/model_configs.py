@@ -75,6 +75,8 @@ def read_config(file: Path) -> dict[str, Any]:
 def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     """Say which entries are nothing that a model can be built from."""
     for name, value in config.items():
+        if not name.isprintable():  # libraries print the names that they do not know
+            yield f"{name!a}: the name of an entry must be printable"
         values = value if isinstance(value, list) else [value]
         if problem := _problem(name, value, values):
             yield f"{name!a}: {_shown(value)} {problem}"

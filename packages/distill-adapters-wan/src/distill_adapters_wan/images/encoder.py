@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from distill_diffusers.components.encoders import load_encoder
-from distill_diffusers.folders import fetch, image_problems, read_json
+from distill_diffusers.folders import fetch, image_problems
+from distill_diffusers.model_configs import read_config
 from distill_protocols import WeightsError
 from torch import Tensor
 
@@ -53,5 +54,5 @@ class ImageEncoder:
             )
         encoder = load_encoder(CLIPVisionModel, Path(folder) / "image_encoder", torch.float32)
         # From its settings alone: a processor's folder may name code of its own.
-        settings = read_json(folder / "image_processor" / "preprocessor_config.json")
+        settings = read_config(folder / "image_processor" / "preprocessor_config.json")
         return CLIPImageProcessor.from_dict(settings), encoder.to(self._device)

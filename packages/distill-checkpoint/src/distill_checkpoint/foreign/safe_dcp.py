@@ -136,8 +136,8 @@ class DcpCheckpoint(WeightSource):
         except (OSError, OverflowError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CheckpointError(
-                f"{file} cannot be read ({reason}), and {name} is in it. Copy the folder again, with "
-                "the files of all ranks"
+                f"{file} cannot be read ({reason}), and {name} is in it. Copy the folder again, "
+                "with the files of all ranks"
             ) from error
         if len(content) != piece.length:
             raise CheckpointError(

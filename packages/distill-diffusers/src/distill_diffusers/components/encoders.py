@@ -29,6 +29,8 @@ from distill_diffusers.model_configs import read_config
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
 """One of these is in a tokenizer's folder."""
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+"""Files whose entries are no words; transformers prints names that it does not know."""
 MAX_TOKENS = 100_000
 """Of a prompt."""
 
@@ -276,7 +278,9 @@ def load_tokenizer(folder: Path) -> Any:
     """
     try:
         for file in sorted(folder.glob("*.json")):
-            read_json_object(file)
+            names = read_json_object(file)
+            if file.name in _SETTINGS and not all(map(str.isprintable, names)):
+                raise UnreadableFileError(f"{file} has an entry whose name is not printable")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer(["a"], padding="max_length", max_length=4, truncation=True)
     except UnreadableFileError as error:
