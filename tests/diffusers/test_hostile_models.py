@@ -13,6 +13,7 @@ import pytest
 import torch
 import wan_variants
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
+from distill_adapters_wan.images.encoder import ImageEncoder
 from distill_diffusers import building
 from distill_diffusers.building import limited_building
 from distill_diffusers.components.encoders import load_tokenizer
@@ -231,6 +232,20 @@ def test_words_that_the_encoder_has_no_row_for(pipeline):
     edit(file, model=model | {"vocab": model["vocab"] | {"new": 99}})
     with pytest.raises(WeightsError, match=r"words up to number 99, and the encoder .* has 8 rows"):
         encode(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("crop_size", [10**9, 10**9]), ("crop_size", {"height": 25, "width": 24}), ("size", -1),
+     ("image_std", ["x", 1, 1]), ("image_mean", [0.5]), ("resample", "../x")],
+)  # fmt: skip
+def test_an_image_processor_is_tried_before_it_is_used(pipeline, tmp_path, name, value):
+    folder = wan_variants.build("i2v-2.1", pipeline, tmp_path / "i2v")
+    encoder = ImageEncoder(str(folder), device=torch.device("cpu"))
+    assert encoder.encode(torch.zeros(1, 3, 32, 48)).shape[0] == 1
+    edit(folder / "image_processor" / "preprocessor_config.json", **{name: value})
+    with pytest.raises(WeightsError, match=r"preprocessor_config\.json describes no image proc"):
+        encoder.encode(torch.zeros(1, 3, 32, 48))
 
 
 # -- a folder of two parts ------------------------------------------------------------------------

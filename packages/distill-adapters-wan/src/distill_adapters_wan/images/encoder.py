@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ from distill_diffusers.components.encoders import load_encoder
 from distill_diffusers.folders import fetch, image_problems
 from distill_diffusers.model_configs import read_config
 from distill_protocols import WeightsError
+from distill_runtime import as_count
 from torch import Tensor
+
+MAX_EDGE = 8192
+"""Pixels of a picture that an encoder reads."""
 
 
 class ImageEncoder:
@@ -53,6 +58,33 @@ class ImageEncoder:
                 "data set"
             )
         encoder = load_encoder(CLIPVisionModel, Path(folder) / "image_encoder", torch.float32)
-        # From its settings alone: a processor's folder may name code of its own.
-        settings = read_config(folder / "image_processor" / "preprocessor_config.json")
-        return CLIPImageProcessor.from_dict(settings), encoder.to(self._device)
+        file = folder / "image_processor" / "preprocessor_config.json"
+        settings = read_config(file)
+        try:
+            _check_sizes(settings)
+            # From its settings alone: a processor's folder may name code of its own.
+            processor: Any = CLIPImageProcessor.from_dict(settings)
+            trial = processor(images=torch.zeros(3, 32, 32, dtype=torch.uint8), return_tensors="pt")
+            made, side = tuple(trial["pixel_values"].shape), encoder.config.image_size
+            if made != (1, 3, side, side):
+                raise ValueError(f"it makes pictures {made}, and the encoder reads {side} x {side}")
+        except Exception as error:  # whatever its arithmetic raises of wrong settings
+            raise WeightsError(
+                f"{file} describes no image processor of the encoder beside it "
+                f"({type(error).__name__}: {error!s:.200}). Download it again"
+            ) from error
+        return processor, encoder.to(self._device)
+
+
+def _check_sizes(settings: Mapping[str, Any]) -> None:
+    """Refuse pictures that no memory holds.
+
+    Raises:
+        ValueError: an edge is no number from 1 to ``MAX_EDGE``.
+    """
+    for name in ("size", "crop_size"):
+        value = settings.get(name)
+        edges = value.values() if isinstance(value, dict) else [value]
+        for edge in edges:
+            if edge is not None:
+                as_count(edge, least=1, most=MAX_EDGE)
