@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from distill_diffusers.components.encoders import load_encoder
 from distill_diffusers.folders import fetch, image_problems
 from distill_diffusers.model_configs import read_config
 from distill_protocols import WeightsError
-from distill_runtime import as_count
 from torch import Tensor
 
 MAX_EDGE = 8192
@@ -84,7 +83,7 @@ def _check_sizes(settings: Mapping[str, Any]) -> None:
     """
     for name in ("size", "crop_size"):
         value = settings.get(name)
-        edges = value.values() if isinstance(value, dict) else [value]
-        for edge in edges:
-            if edge is not None:
-                as_count(edge, least=1, most=MAX_EDGE)
+        edges = value.values() if isinstance(value, dict) else value
+        for edge in edges if isinstance(edges, Iterable) else [edges]:
+            if edge is not None and (type(edge) is not int or not 1 <= edge <= MAX_EDGE):
+                raise ValueError(f"{name} {edge!a:.80} is no number from 1 to {MAX_EDGE}")
