@@ -8,6 +8,7 @@ T, H, W]` in [0, 1].
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -134,7 +135,8 @@ class Judge:
                     "tiny one."
                 )
         try:
-            config = JudgeConfig(**read_json_object(folder / SETTINGS))
+            values: dict[str, Any] = read_json_object(folder / SETTINGS)
+            config = JudgeConfig(**values)
             weights = load_file(folder / WEIGHTS)
             with torch.device("meta"):  # what the settings say may be more than memory holds
                 shapes = {n: v.shape for n, v in ClipJudge(config).state_dict().items()}

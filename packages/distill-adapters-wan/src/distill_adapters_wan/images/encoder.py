@@ -56,7 +56,7 @@ class ImageEncoder:
                 f"{self._source} cannot encode a picture: {problem}; or store image_embeds in the "
                 "data set"
             )
-        encoder = load_encoder(CLIPVisionModel, Path(folder) / "image_encoder", torch.float32)
+        encoder: Any = load_encoder(CLIPVisionModel, Path(folder) / "image_encoder", torch.float32)
         file = folder / "image_processor" / "preprocessor_config.json"
         settings = read_config(file)
         try:
