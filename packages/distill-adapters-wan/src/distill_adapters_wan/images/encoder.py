@@ -76,11 +76,14 @@ class ImageEncoder:
 
 
 def _check_sizes(settings: Mapping[str, Any]) -> None:
-    """Refuse pictures that no memory holds.
+    """Refuse pictures that no memory holds, and a filter that the library would leave out.
 
     Raises:
-        ValueError: an edge is no number from 1 to ``MAX_EDGE``.
+        ValueError: an edge is no number from 1 to ``MAX_EDGE``, or the filter is none.
     """
+    resample = settings.get("resample")
+    if resample is not None and (type(resample) is not int or not 0 <= resample <= 5):
+        raise ValueError(f"resample {resample!a:.80} is no filter of Pillow, 0 to 5")
     for name in ("size", "crop_size"):
         value = settings.get(name)
         edges = value.values() if isinstance(value, dict) else value
