@@ -41,9 +41,10 @@ def test_an_old_checkpoint_goes_on_with_the_same_numbers(tmp_path):
         {name: value for name, value in json.loads(line).items() if not name.startswith("time")}
         for line in lines
     ]
-    # Not to the bit: processors of one name differ in the last bits.
+    # Not to the bit: processors of one name differ in the last bits. More may be logged now.
     for measurement, expected in zip(measured, EXPECTED["iterations"], strict=True):
-        assert measurement == pytest.approx(expected, rel=1e-4)
+        known = {name: measurement[name] for name in expected}
+        assert known == pytest.approx(expected, rel=1e-4)
 
 
 def test_an_old_data_set_is_read_as_it_was():
