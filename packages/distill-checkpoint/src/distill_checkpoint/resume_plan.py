@@ -18,6 +18,9 @@ from distill_checkpoint.manifest import KINDS, Contents, ModuleKey
 from distill_checkpoint.snapshot import modules_by_kind
 
 CALLBACKS = "callbacks"
+_ONLY_LOGS = frozenset({"metrics"})
+"""Callbacks whose state is of logs alone (the trainer's values since the last log point): a run
+without them trains just the same."""
 
 StateKey = tuple[str, ...]
 """One state of a run: (kind, role, module), or ("callbacks", name)."""
@@ -83,7 +86,11 @@ def plan_resume(
         (kind, *key) for kind, keys in modules_by_kind(bundle).items() for key in keys
     }
     # A callback without state may come and go: nothing of it is lost.
-    saved |= {(CALLBACKS, name) for name, has_state in contents.callbacks.items() if has_state}
+    saved |= {
+        (CALLBACKS, name)
+        for name, has_state in contents.callbacks.items()
+        if has_state and (name in callbacks or name not in _ONLY_LOGS)
+    }
     for name, callback in callbacks.items():
         had_state = contents.callbacks.get(name)
         if had_state or (had_state is None and callback.state_dict()):

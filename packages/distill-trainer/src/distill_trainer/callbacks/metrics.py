@@ -14,6 +14,7 @@ from distill_trainer.callbacks.configs import StepTimerConfig
 from distill_trainer.distribution.tensors import fetch_floats
 
 _STATE = "since_last_log"
+_OF_THE_CLOCK = ("time/", "samples_per_second")
 
 
 class MetricsCallback(Callback):
@@ -59,12 +60,14 @@ class MetricsCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the values since the last log point, by rank and name; nothing right after one.
 
-        All ranks call it together.
+        What the clock says is left out: equal runs have equal checkpoints. All ranks call it
+        together.
         """
+        fetched = {name: fetch_floats(column) for name, column in self._values.items()}
+        self._values = {name: list[Tensor | float](column) for name, column in fetched.items()}
         own: dict[str, list[float]] = {
-            name: fetch_floats(column) for name, column in self._values.items()
+            name: column for name, column in fetched.items() if not name.startswith(_OF_THE_CLOCK)
         }
-        self._values = {name: list[Tensor | float](column) for name, column in own.items()}
         by_rank = [own] if self._ranks is None else self._ranks.gather_results(lambda: own)
         if not any(by_rank):
             return {}
