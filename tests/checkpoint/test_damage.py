@@ -417,6 +417,7 @@ def test_a_read_only_disk_can_be_read_from_and_not_saved_to(tmp_path, pristine):
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         source = StoredCheckpoint.open(disk / "out" / "checkpoint-000003").weights("critic")
         assert source["transformer"].read(["0.weight"])
+        del source  # what is read keeps its manifest open, and so its disk mounted
         run, iteration = resume(disk / "out")
         assert iteration == 3
         manager = CheckpointManager(CheckpointConfig(), disk / "out", {})
