@@ -264,12 +264,12 @@ def test_a_shard_whose_parts_do_not_belong_together_is_refused(tmp_path, make_fo
 
 
 def test_a_second_writer_is_refused_while_the_first_one_writes(tmp_path):
-    with ShardWriter(tmp_path, encoder=None) as writer:
+    with ShardWriter(tmp_path) as writer:
         with pytest.raises(OutputError, match="another process is writing there"):
-            ShardWriter(tmp_path, encoder=None)
+            ShardWriter(tmp_path)
         writer.add(*_some(2))
     with pytest.raises(DataError, match="already"):
-        ShardWriter(tmp_path, encoder=None)
+        ShardWriter(tmp_path)
     assert not (tmp_path / ".writer.lock").exists()
 
 
