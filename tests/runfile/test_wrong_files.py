@@ -227,6 +227,16 @@ SPOILT = {
                  put("pipeline_config", "causal", value={"roles": ["student"]}),
                  put("method_config", value={"rollout_frames": [9, 3]})),
         "method_config.rollout_frames: [9, 3] must be [min, max] latent frames"),
+    "frames with gradient that hold no chunk": (
+        together(put("recipe", "method", value="self_forcing"),
+                 put("pipeline_config", "causal", value={"roles": ["student"], "chunk_frames": 3}),
+                 put("method_config", value={"gradient_frames": 1})),
+        "method_config.gradient_frames: 1 is less than the 3 latent frames of the last chunk"),
+    "rollouts shorter than a clip": (
+        together(put("recipe", "method", value="self_forcing"),
+                 put("pipeline_config", "causal", value={"roles": ["student"], "chunk_frames": 2}),
+                 put("method_config", value={"rollout_frames": [1, 2]})),
+        "method_config.rollout_frames: [1, 2]: a rollout is made of whole chunks, which end at frames [2]"),
     "times by chunk of a student that is not causal": (
         together(put("recipe", "method", value="finetune"),
                  put("method_config", value={"times": "per_chunk", "past": "clean"}),

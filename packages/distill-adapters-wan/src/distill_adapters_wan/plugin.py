@@ -12,6 +12,7 @@ from distill_diffusers.folders import locate
 from distill_diffusers.model_configs import read_config
 from distill_protocols import (
     Capabilities,
+    Chunk,
     Fingerprint,
     ForeignNames,
     Problem,
@@ -151,6 +152,11 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
             return shapes
         tokens = _clip_tokens(components)
         return shapes | needed_shapes(model.main, _image_kind(model), latents, tokens)
+
+    def chunks(self, role: RoleSpec, config: WanPipelineConfig, frames: int) -> tuple[Chunk, ...]:
+        if config.causal is None or role.name not in config.causal.roles:
+            return super().chunks(role, config, frames)
+        return config.causal.chunks(frames)
 
     def text_settings(self, config: WanPipelineConfig) -> Mapping[str, object]:
         return text_settings(config.max_sequence_length, config.text_encoder_precision)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from attrs import frozen
 
+from distill_protocols.causal import Chunk
 from distill_protocols.problems import Problem
 from distill_protocols.roles import RoleSpec
 from distill_protocols.sampler import SamplerSpec
@@ -24,6 +25,9 @@ class PlannedRun:
         has_negative: whether there will be a negative condition.
         experts: names of the roles that have more than one expert; None: not known.
         pictured: names of the roles that cannot be called without a first frame, and get none.
+        clip_frames: latent frames of the run's clips; None: not known.
+        chunks: divides a video of a number of latent frames as a role, by name, does; None: not
+            known.
     """
 
     roles: Mapping[str, RoleSpec]
@@ -33,6 +37,8 @@ class PlannedRun:
     has_negative: bool = True
     experts: frozenset[str] | None = None
     pictured: frozenset[str] = frozenset()
+    clip_frames: int | None = None
+    chunks: Callable[[str, int], tuple[Chunk, ...]] | None = None
 
     @property
     def single(self) -> frozenset[str]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 from attrs import evolve, frozen
 
 from distill_protocols.capabilities import Capabilities
+from distill_protocols.causal import Chunk
 from distill_protocols.errors import PluginError
 from distill_protocols.exports import ExportRequest, ForeignNames
 from distill_protocols.fingerprint import Fingerprint
@@ -198,6 +199,11 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
         """Tokens that the model makes of one clip, which a dynamic shift depends on; None where
         that is unknown, or nothing depends on it."""
         return None
+
+    def chunks(self, role: RoleSpec, config: ConfigT, frames: int) -> tuple[Chunk, ...]:
+        """How ``role`` divides a video of ``frames`` latent frames (``CausalRollout.chunks``). By
+        default it makes all of it at once."""
+        return (Chunk(0, frames),)
 
     def condition_shapes(self, config: ConfigT, *, source: str) -> Mapping[str, tuple[int, ...]]:
         """By name, the shape of one row of every condition tensor that the model of ``source`` (a

@@ -17,6 +17,7 @@ from distill_conditioning import DatasetInfo
 from distill_conditioning.config import ConditioningConfig, DataConfig
 from distill_protocols import (
     CallbackPlugin,
+    Chunk,
     DynamicShift,
     FamilyPlugin,
     MethodConfig,
@@ -33,7 +34,13 @@ from distill_runtime import load_plugin, plugin_names
 from distill_trainer.config import TrainingConfig, ValidationConfig
 
 from distill_runfile.problems import KeyPath
-from distill_runfile.schema import FamilyConfig, Role, RoleConfig, SampledSection
+from distill_runfile.schema import (
+    FamilyConfig,
+    Role,
+    RoleConfig,
+    SampledSection,
+    components_source,
+)
 from distill_runfile.source import Document
 from distill_runfile.structure import Structuring, structure
 
@@ -305,8 +312,16 @@ def planned_run(draft: Draft) -> PlannedRun:
         return run
     plugin, config = draft.family.plugin, draft.family.config
     specs = run.roles.items()
+    source = components_source(plugin, config, draft.roles) if draft.roles else None
+    shape = None if source is None else plugin.latent_shape(config, source=source)
+
+    def chunks(role: str, frames: int) -> tuple[Chunk, ...]:
+        return plugin.chunks(run.roles[role], config, frames)
+
     return attrs.evolve(
         run,
+        clip_frames=None if shape is None else shape[1],
+        chunks=chunks,
         experts=frozenset(name for name, spec in specs if plugin.expert_ranges(spec, config)),
         pictured=frozenset(name for name, spec in specs if plugin.needs_image(spec, config)),
     )

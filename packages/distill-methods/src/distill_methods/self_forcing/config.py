@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 from attrs import field, frozen
 from attrs.validators import optional
+from distill_protocols import Chunk, PlannedRun, Problem
 from distill_protocols.validators import at_least
 
 from distill_methods.distribution_matching.config import MatchingConfig
@@ -66,3 +69,70 @@ class SelfForcingConfig(MatchingConfig):
         if role == STUDENT.name and self.last_step_only:
             return fraction_within(self.student_levels[-1:], low, high)
         return super().update_share(role, low, high)
+
+    def problems(self, run: PlannedRun) -> Iterator[Problem]:
+        """See ``MethodConfig.problems``; rollouts are held against the clip and its chunks."""
+        yield from super().problems(run)
+        divide, frames = run.chunks, run.clip_frames
+        if divide is not None and frames is not None and STUDENT.name in run.roles:
+            yield from rollout_problems(self, lambda n: divide(STUDENT.name, n), frames)
+
+
+Divide = Callable[[int], tuple[Chunk, ...]]
+"""Divides a video of a number of latent frames into the student's chunks."""
+
+
+def gradient_frames(config: SelfForcingConfig, clip_frames: int) -> int:
+    """Return how many frames at the end have gradient: never more than the scores see."""
+    if config.gradient_frames is None:
+        return clip_frames
+    return min(config.gradient_frames, clip_frames)
+
+
+def rollout_lengths(config: SelfForcingConfig, divide: Divide, clip_frames: int) -> tuple[int, ...]:
+    """Return the numbers of latent frames that a rollout may have: whole chunks, at least a clip.
+
+    Empty where ``rollout_problems`` has one of ``rollout_frames``.
+    """
+    if config.rollout_frames is None:
+        return (clip_frames,)
+    low, high = config.rollout_frames
+    if low < clip_frames:
+        return ()
+    return tuple(end for end in _ends_of_chunks(divide, high) if low <= end)
+
+
+def rollout_problems(
+    config: SelfForcingConfig, divide: Divide, clip_frames: int
+) -> Iterator[Problem]:
+    """Say why no rollout would have a right length, or none of its chunks gradient."""
+    lengths = rollout_lengths(config, divide, clip_frames)
+    if not lengths:
+        assert config.rollout_frames is not None
+        ends = _ends_of_chunks(divide, config.rollout_frames[1])
+        yield Problem(
+            "rollout_frames",
+            f"{list(config.rollout_frames)}: a rollout is made of whole chunks, which end at "
+            f"frames {ends or 'beyond that'}, and is at least as long as the run's clips of "
+            f"{clip_frames} latent frames, because the scores see a whole clip. Give numbers with "
+            "such a length between them, or leave it out",
+        )
+        return
+    last_chunk = max(divide(frames)[-1].frames for frames in lengths)
+    if last_chunk > gradient_frames(config, clip_frames):
+        yield Problem(
+            "gradient_frames",
+            f"{config.gradient_frames} is less than the {last_chunk} latent frames of the last "
+            "chunk, so no chunk would be called with gradient and the student would never learn. "
+            "Give at least that, or null",
+        )
+
+
+def _ends_of_chunks(divide: Divide, frames: int) -> list[int]:
+    """Return where whole chunks end within ``frames``."""
+    ends = [chunk.stop for chunk in divide(frames)]
+    # The last chunk of a video of `frames` may be cut short: a longer video then has a chunk that
+    # goes on beyond it, and none ends there.
+    if divide(frames + 1)[len(ends) - 1].stop > frames:
+        ends.pop()
+    return ends

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from distill_protocols import (
     Batch,
-    CausalRollout,
+    Chunk,
     ConditioningProvider,
     ContractError,
     ModelBundle,
@@ -18,7 +18,12 @@ from distill_methods.distribution_matching.matching import DistributionMatching
 from distill_methods.latent_method import LatentMethod
 from distill_methods.maths import standard_noise
 from distill_methods.rollouts import Rollout, allowed_exit_steps
-from distill_methods.self_forcing.config import SelfForcingConfig
+from distill_methods.self_forcing.config import (
+    SelfForcingConfig,
+    gradient_frames,
+    rollout_lengths,
+    rollout_problems,
+)
 
 
 class SelfForcingMethod(LatentMethod[SelfForcingConfig]):
@@ -75,7 +80,10 @@ class SelfForcingMethod(LatentMethod[SelfForcingConfig]):
     ) -> None:
         super().__init__(bundle, adapter, config, conditioning=conditioning, streams=streams)
         self._causal = require_contract(adapter.causal, "supports_kv_cache", by=self.name)
-        self._lengths = _rollout_lengths(config, self._causal, adapter.latent_shape[1])
+        clip_frames = adapter.latent_shape[1]
+        for problem in rollout_problems(config, self._divide, clip_frames):
+            raise ContractError(f"{'.'.join(problem.path)} {problem.message}")
+        self._lengths = rollout_lengths(config, self._divide, clip_frames)
         self._matching = DistributionMatching(self.context, config, self._rollout)
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
@@ -91,9 +99,9 @@ class SelfForcingMethod(LatentMethod[SelfForcingConfig]):
         frames = self._lengths[
             self.noise.sample_shared_integer(f"{purpose}.length", len(self._lengths))
         ]
-        chunks = self._causal.chunks("student", frames)
+        chunks = self._divide(frames)
         exit_steps = self._sample_exit_steps(purpose, iteration, len(chunks))
-        gradient_frames = _gradient_frames(self.config, clip_frames)
+        with_gradient = gradient_frames(self.config, clip_frames)
         device = batch.latents.device
         shape = (channels, frames, height, width)
         x0 = self.adapter.rollout(
@@ -102,7 +110,7 @@ class SelfForcingMethod(LatentMethod[SelfForcingConfig]):
             standard_noise(shape, self.streams.rows(f"{purpose}.rollout", size), device),
             batch.cond,
             exit_steps=exit_steps,
-            requires_grad=[chunk.first >= frames - gradient_frames for chunk in chunks],
+            requires_grad=[chunk.first >= frames - with_gradient for chunk in chunks],
             generators=self.streams.rows(f"{purpose}.rollout.fresh", size),
             poll=self.context.poll,
         )
@@ -118,6 +126,9 @@ class SelfForcingMethod(LatentMethod[SelfForcingConfig]):
         loss_mask[:, :, 0] = 0
         return Rollout(x0[:, :, -clip_frames:], mean_steps, exits[:, -clip_frames:], loss_mask)
 
+    def _divide(self, frames: int) -> tuple[Chunk, ...]:
+        return self._causal.chunks("student", frames)
+
     def _sample_exit_steps(self, purpose: str, iteration: int, chunks: int) -> tuple[int, ...]:
         """Draw the exit step of each chunk, or one for all of them."""
         if self.config.last_step_only:
@@ -129,44 +140,3 @@ class SelfForcingMethod(LatentMethod[SelfForcingConfig]):
             for _ in range(count)
         )
         return exit_steps * (chunks // count)
-
-
-def _gradient_frames(config: SelfForcingConfig, clip_frames: int) -> int:
-    """Return how many frames at the end have gradient: never more than the scores see."""
-    if config.gradient_frames is None:
-        return clip_frames
-    return min(config.gradient_frames, clip_frames)
-
-
-def _rollout_lengths(
-    config: SelfForcingConfig, causal: CausalRollout, clip_frames: int
-) -> tuple[int, ...]:
-    """Return the numbers of latent frames that a rollout may have: whole chunks, at least a clip.
-
-    Raises:
-        ContractError: there is no such number, or no chunk would have gradient.
-    """
-    lengths: tuple[int, ...] = (clip_frames,)
-    if config.rollout_frames is not None:
-        low, high = config.rollout_frames
-        ends = [chunk.stop for chunk in causal.chunks("student", high)]
-        # The last chunk of a video of `high` frames may be cut short: a longer video then has a
-        # chunk that goes on beyond `high`, and none ends there.
-        if causal.chunks("student", high + 1)[len(ends) - 1].stop > high:
-            ends.pop()
-        lengths = tuple(frames for frames in ends if max(low, clip_frames) <= frames)
-        if low < clip_frames or not lengths:
-            raise ContractError(
-                f"rollout_frames {[low, high]}: a rollout is made of whole chunks, which end at "
-                f"frames {ends or 'beyond that'}, and is at least as long as the run's clips of "
-                f"{clip_frames} latent frames, because the scores see a whole clip. Give numbers "
-                "with such a length between them, or leave it out"
-            )
-    last_chunk = max(causal.chunks("student", frames)[-1].frames for frames in lengths)
-    if last_chunk > _gradient_frames(config, clip_frames):
-        raise ContractError(
-            f"gradient_frames {config.gradient_frames} is less than the {last_chunk} latent frames "
-            "of the last chunk, so no chunk would be called with gradient and the student would "
-            "never learn. Give at least that, or null"
-        )
-    return lengths
