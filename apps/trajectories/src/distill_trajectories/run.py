@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from attrs import define, evolve, frozen
@@ -207,7 +206,7 @@ class Progress:
         _log.info("%d/%d clips, %.3g s each, %s left", self.done, self.total, each, left)
 
 
-def settings(config: SampledConfig[TrajectoriesConfig], source: LatentDataset) -> dict[str, Any]:
+def settings(config: SampledConfig[TrajectoriesConfig], source: LatentDataset) -> dict[str, object]:
     """Collect all that decides a sample: what a folder must have been begun with to go on."""
     own = config.section
     spec = config.role.spec

@@ -11,10 +11,11 @@ from distill_diffusers.export.exporter import PipelineExporter
 from distill_protocols import ExportRequest, RoleSpec
 from torch import Tensor, nn
 
+from distill_family_sd3.config import SD3PipelineConfig
 from distill_family_sd3.models import TEXT_ENCODERS
 
 
-class SD3Exporter(PipelineExporter):
+class SD3Exporter(PipelineExporter[SD3PipelineConfig]):
     """``Exporter`` of the family."""
 
     config_arguments = ("height", "width", "max_sequence_length")

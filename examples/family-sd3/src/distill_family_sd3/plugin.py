@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distill_diffusers.descriptions import LatentInfo
 from distill_diffusers.family import DiffusersFamily
+from distill_diffusers.model_configs import read_integer, read_integers
 
 from distill_family_sd3.config import SD3PipelineConfig
 from distill_family_sd3.models import CLIP_TOKENS, PUBLISHED, SD3
@@ -26,34 +27,35 @@ class SD3Family(DiffusersFamily[SD3PipelineConfig]):
     kind = SD3
     published = PUBLISHED
 
-    def latent_info(self, vae: Mapping[str, Any]) -> LatentInfo:
-        halvings = len(vae["block_out_channels"]) - 1
-        return LatentInfo(channels=vae["latent_channels"], stride_hw=2**halvings)
+    def latent_info(self, vae: Mapping[str, object]) -> LatentInfo:
+        halvings = len(read_integers(vae, "block_out_channels")) - 1
+        return LatentInfo(channels=read_integer(vae, "latent_channels"), stride_hw=2**halvings)
 
     def condition_rows(
-        self, transformer: Mapping[str, Any], config: SD3PipelineConfig
+        self, transformer: Mapping[str, object], config: SD3PipelineConfig
     ) -> Mapping[str, tuple[int, ...]]:
         """Give ``text`` [L, D], the tokens of CLIP and then those of T5, and ``pooled`` [P]."""
         length = CLIP_TOKENS + config.max_sequence_length
         return {
-            "text": (length, transformer.get("joint_attention_dim", 4096)),
-            "pooled": (transformer.get("pooled_projection_dim", 2048),),
+            "text": (length, read_integer(transformer, "joint_attention_dim", 4096)),
+            "pooled": (read_integer(transformer, "pooled_projection_dim", 2048),),
         }
 
     def text_settings(self, config: SD3PipelineConfig) -> Mapping[str, object]:
         return {"text_encoder.length": config.max_sequence_length}
 
     def clip_problems(
-        self, config: SD3PipelineConfig, latents: LatentInfo, transformer: Mapping[str, Any]
+        self, config: SD3PipelineConfig, latents: LatentInfo, transformer: Mapping[str, object]
     ) -> Iterator[str]:
-        channels = transformer.get("in_channels", 16)
+        channels = read_integer(transformer, "in_channels", 16)
         if latents.channels != channels:
             yield (
                 f"the VAE makes latents of {latents.channels} channels and the transformer reads "
                 f"{channels}; take VAE and transformer of one model"
             )
         _, _, height, width = latents.shape(1, config.height, config.width)
-        most = transformer["pos_embed_max_size"] * transformer.get("patch_size", 2)
+        positions = read_integer(transformer, "pos_embed_max_size")
+        most = positions * read_integer(transformer, "patch_size", 2)
         if max(height, width) > most:
             yield (
                 f"latents of {height} x {width} are larger than {most} x {most}, which is how "

@@ -11,9 +11,10 @@ from distill_diffusers.sampling.scheduler import UniformGrid
 from torch import Tensor, nn
 
 from distill_adapters_ltx.adapter import token_positions
+from distill_adapters_ltx.config import LTXPipelineConfig
 
 
-class LtxExporter(PipelineExporter):
+class LtxExporter(PipelineExporter[LTXPipelineConfig]):
     """``Exporter`` of the LTX family, for ``LTXPipeline``."""
 
     config_arguments = (

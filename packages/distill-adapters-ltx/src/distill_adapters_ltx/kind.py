@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
 
 from distill_diffusers.descriptions import LatentInfo, ModelDescription
 from distill_diffusers.kinds import ModelKind
+from distill_diffusers.model_configs import read_integer, read_integers
 
 from distill_adapters_ltx.published import LATENT_CHANNELS, STRIDE_HW, STRIDE_T
 
@@ -28,15 +28,15 @@ LTX = ModelKind(
 )
 
 
-def latent_info(vae: Mapping[str, Any]) -> LatentInfo:
+def latent_info(vae: Mapping[str, object]) -> LatentInfo:
     """Read off ``vae/config.json`` what the VAE makes of pixels, as its class computes it."""
-    halvings = sum(vae.get("spatio_temporal_scaling", (True, True, True, False)))
-    stride_t = vae.get("temporal_compression_ratio")
-    stride_hw = vae.get("spatial_compression_ratio")
+    halvings = sum(read_integers(vae, "spatio_temporal_scaling", (True, True, True, False)))
+    stride_t = read_integer(vae, "temporal_compression_ratio", 0)
+    stride_hw = read_integer(vae, "spatial_compression_ratio", 0)
     return LatentInfo(
-        channels=vae.get("latent_channels", LATENT_CHANNELS),
-        stride_t=stride_t or vae.get("patch_size_t", 1) * 2**halvings,
-        stride_hw=stride_hw or vae.get("patch_size", 4) * 2**halvings,
+        channels=read_integer(vae, "latent_channels", LATENT_CHANNELS),
+        stride_t=stride_t or read_integer(vae, "patch_size_t", 1) * 2**halvings,
+        stride_hw=stride_hw or read_integer(vae, "patch_size", 4) * 2**halvings,
     )
 
 
@@ -57,9 +57,10 @@ def unsupported(model: ModelDescription) -> Iterator[str]:
         )
 
 
-def clip_problems(info: LatentInfo, transformer: Mapping[str, Any]) -> Iterator[str]:
+def clip_problems(info: LatentInfo, transformer: Mapping[str, object]) -> Iterator[str]:
     """Say where a VAE does not fit a transformer, or neither fits LTX's positions."""
-    channels = {transformer.get(name, LATENT_CHANNELS) for name in ("in_channels", "out_channels")}
+    names = ("in_channels", "out_channels")
+    channels = {read_integer(transformer, name, LATENT_CHANNELS) for name in names}
     if channels != {info.channels}:
         yield (
             f"the transformer has {' and '.join(map(str, sorted(channels)))} latent channels but "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distill_diffusers.descriptions import LatentInfo, ModelDescription
 from distill_diffusers.family import DiffusersFamily
 from distill_diffusers.fingerprints import text_settings
+from distill_diffusers.model_configs import read_integer
 
 from distill_adapters_ltx.config import LTXPipelineConfig
 from distill_adapters_ltx.kind import (
@@ -39,11 +40,11 @@ class LtxFamily(DiffusersFamily[LTXPipelineConfig]):
         return unsupported(model)
 
     def clip_problems(
-        self, config: LTXPipelineConfig, latents: LatentInfo, transformer: Mapping[str, Any]
+        self, config: LTXPipelineConfig, latents: LatentInfo, transformer: Mapping[str, object]
     ) -> Iterator[str]:
         return clip_problems(latents, transformer)
 
-    def latent_info(self, vae: Mapping[str, Any]) -> LatentInfo:
+    def latent_info(self, vae: Mapping[str, object]) -> LatentInfo:
         return latent_info(vae)
 
     def latent_tokens(self, config: LTXPipelineConfig, *, source: str) -> int | None:
@@ -52,11 +53,12 @@ class LtxFamily(DiffusersFamily[LTXPipelineConfig]):
         return None if shape is None else shape[1] * shape[2] * shape[3]
 
     def condition_rows(
-        self, transformer: Mapping[str, Any], config: LTXPipelineConfig
+        self, transformer: Mapping[str, object], config: LTXPipelineConfig
     ) -> Mapping[str, tuple[int, ...]]:
         """Give ``text`` [L, D] and ``text_mask`` [L]."""
         length = config.max_sequence_length
-        return {TEXT: (length, transformer.get("caption_channels", 4096)), TEXT_MASK: (length,)}
+        width = read_integer(transformer, "caption_channels", 4096)
+        return {TEXT: (length, width), TEXT_MASK: (length,)}
 
     def text_settings(self, config: LTXPipelineConfig) -> Mapping[str, object]:
         return text_settings(config.max_sequence_length, config.text_encoder_precision)

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from distill_diffusers.descriptions import LatentInfo, PublishedModel
 
@@ -23,7 +22,7 @@ STRIDE_T = 8
 STRIDE_HW = 32
 """Pixels in a latent cell, in height and in width."""
 
-_COMMON: Mapping[str, Any] = {
+_COMMON: Mapping[str, object] = {
     "in_channels": LATENT_CHANNELS,
     "out_channels": LATENT_CHANNELS,
     "patch_size": 1,
@@ -38,7 +37,7 @@ _13B = {**_COMMON, "attention_head_dim": 128, "cross_attention_dim": 4096, "num_
 _LATENTS = LatentInfo(channels=LATENT_CHANNELS, stride_t=STRIDE_T, stride_hw=STRIDE_HW)
 
 
-def _published(transformer: Mapping[str, Any], pipeline: str = "LTXPipeline") -> PublishedModel:
+def _published(transformer: Mapping[str, object], pipeline: str = "LTXPipeline") -> PublishedModel:
     return PublishedModel(
         transformers={"transformer": transformer},
         latents=_LATENTS,

@@ -44,7 +44,7 @@ from distill_adapters_wan.calling import call_transformer, transformer_of
 from distill_adapters_wan.causal.kv_cache import Place
 from distill_adapters_wan.causal.roles import CausalRoles, PreparedCall, token_times
 from distill_adapters_wan.config import WanPipelineConfig
-from distill_adapters_wan.experts import boundary_of, expert_of, ranges
+from distill_adapters_wan.experts import boundary_of, expert_of, ranges, stated_ratio
 from distill_adapters_wan.images.conditions import (
     append_image_channels,
     frame_times,
@@ -222,7 +222,7 @@ class WanAdapter(FamilyAdapter):
         return ranges(boundary for boundary in boundaries if boundary is not None)
 
     def _boundary(self, role: RoleHandle) -> float | None:
-        own = role.call_options.get("boundary_ratio")
+        own = stated_ratio(role.call_options)
         return boundary_of(role.modules, own, self._config.boundary_ratio)
 
     # -- first frames -------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Letters: B batch, C channels, T latent frames, H and W latent height and width, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from distill_diffusers.calls.precision import call_in_precision
@@ -31,7 +31,7 @@ def call_transformer(
     image: Tensor | None = None,
     *,
     module: str = HIGH,
-    arguments: Mapping[str, Any] = EMPTY,
+    arguments: Mapping[str, object] = EMPTY,
 ) -> Tensor:
     """Return v [B, C, T, H, W] in the precision of the call.
 

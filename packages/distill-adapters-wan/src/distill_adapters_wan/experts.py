@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from distill_diffusers.kinds import TRAIN_STEPS
+from distill_diffusers.model_configs import read_number
 from distill_protocols import ContractError
 
 if TYPE_CHECKING:
@@ -20,13 +21,24 @@ if TYPE_CHECKING:
 HIGH, LOW = "transformer", "transformer_2"
 
 
+def stated_ratio(call_options: Mapping[str, object]) -> float | None:
+    """Read the ``boundary_ratio`` of a model's index; None where it has none.
+
+    Raises:
+        WeightsError: it is no number.
+    """
+    if call_options.get("boundary_ratio") is None:
+        return None
+    return read_number(call_options, "boundary_ratio")
+
+
 def boundary_of(
     modules: Collection[str], own: float | None, override: float | None
 ) -> float | None:
     """Return the t at and above which HIGH is called; None for a single transformer.
 
     Args:
-        own: ``boundary_ratio`` of the model's index.
+        own: ``boundary_ratio`` of the model's index (``stated_ratio``).
         override: that of the run.
     """
     ratio = own if override is None else override

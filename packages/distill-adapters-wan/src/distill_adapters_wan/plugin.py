@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from distill_diffusers.descriptions import LatentInfo, ModelDescription
 from distill_diffusers.family import DiffusersFamily
 from distill_diffusers.fingerprints import image_fingerprint, text_settings
 from distill_diffusers.folders import locate
-from distill_diffusers.model_configs import read_config
+from distill_diffusers.model_configs import read_config, read_integer
 from distill_protocols import (
     Capabilities,
     Chunk,
@@ -24,7 +24,7 @@ from distill_protocols.plugins import EMPTY
 from distill_adapters_wan.capabilities import capabilities_of
 from distill_adapters_wan.causal.config import causal_problems
 from distill_adapters_wan.config import WanPipelineConfig
-from distill_adapters_wan.experts import HIGH, boundary_of, module_ranges
+from distill_adapters_wan.experts import HIGH, boundary_of, module_ranges, stated_ratio
 from distill_adapters_wan.images.shapes import (
     CLIP_TOKENS,
     EMBEDS,
@@ -71,7 +71,7 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
         return unsupported(model, config.boundary_ratio)
 
     def clip_problems(
-        self, config: WanPipelineConfig, latents: LatentInfo, transformer: Mapping[str, Any]
+        self, config: WanPipelineConfig, latents: LatentInfo, transformer: Mapping[str, object]
     ) -> Iterator[str]:
         return clip_problems(config, latents, transformer)
 
@@ -128,13 +128,13 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
 
     # -- shapes and numbers, without weights --------------------------------------------------
 
-    def latent_info(self, vae: Mapping[str, Any]) -> LatentInfo:
+    def latent_info(self, vae: Mapping[str, object]) -> LatentInfo:
         return latent_info(vae)
 
     def condition_rows(
-        self, transformer: Mapping[str, Any], config: WanPipelineConfig
+        self, transformer: Mapping[str, object], config: WanPipelineConfig
     ) -> Mapping[str, tuple[int, ...]]:
-        return {TEXT: (config.max_sequence_length, transformer.get("text_dim", 4096))}
+        return {TEXT: (config.max_sequence_length, read_integer(transformer, "text_dim", 4096))}
 
     def condition_shapes(
         self, config: WanPipelineConfig, *, source: str
@@ -183,7 +183,7 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
             model = self.describe(role.path)
         except WeightsError:
             return EMPTY
-        own = model.call_options["boundary_ratio"]
+        own = stated_ratio(model.call_options)
         return module_ranges(boundary_of(model.transformers, own, config.boundary_ratio))
 
     def call_shapes(

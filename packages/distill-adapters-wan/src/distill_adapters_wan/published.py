@@ -7,11 +7,10 @@ is not listed has ``WanTransformer3DModel``'s default.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from distill_diffusers.descriptions import LatentInfo, PublishedModel
 
-_COMMON: Mapping[str, Any] = {
+_COMMON: Mapping[str, object] = {
     "patch_size": (1, 2, 2),
     "attention_head_dim": 128,
     "in_channels": 16,

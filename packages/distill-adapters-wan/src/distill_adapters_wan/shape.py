@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from distill_diffusers.descriptions import LatentInfo, ModelDescription, as_json
+from distill_diffusers.model_configs import read_integer, read_integers
 
 from distill_adapters_wan.config import WanPipelineConfig
 
@@ -15,12 +15,12 @@ TEXT_TOKENS = 512
 """Wired into diffusers' attention where it tells text from a picture's embedding."""
 
 
-def latent_info(vae: Mapping[str, Any]) -> LatentInfo:
+def latent_info(vae: Mapping[str, object]) -> LatentInfo:
     """Read off ``vae/config.json`` (absent keys: Wan 2.1's, which are diffusers' defaults)."""
     return LatentInfo(
-        channels=vae.get("z_dim", 16),
-        stride_t=vae.get("scale_factor_temporal", 4),
-        stride_hw=vae.get("scale_factor_spatial", 8),
+        channels=read_integer(vae, "z_dim", 16),
+        stride_t=read_integer(vae, "scale_factor_temporal", 4),
+        stride_hw=read_integer(vae, "scale_factor_spatial", 8),
     )
 
 
@@ -36,7 +36,7 @@ def unsupported(model: ModelDescription, boundary_ratio: float | None = None) ->
                 "height, width. Use a Wan 2.1 or 2.2 model"
             )
             continue
-        inputs, outputs = config.get("in_channels", 16), config.get("out_channels") or 16
+        inputs, outputs = (read_integer(config, n, 16) for n in ("in_channels", "out_channels"))
         if inputs not in (outputs, 2 * outputs + MASK_CHANNELS):
             yield (
                 f"{name} takes {inputs} channels and returns {outputs}: neither a text-to-video "
@@ -90,12 +90,12 @@ def _expert_problems(model: ModelDescription, boundary_ratio: float | None) -> I
 
 
 def clip_problems(
-    config: WanPipelineConfig, info: LatentInfo, transformer: Mapping[str, Any]
+    config: WanPipelineConfig, info: LatentInfo, transformer: Mapping[str, object]
 ) -> Iterator[str]:
     """Say where the clip of ``config`` does not fit a VAE and a transformer."""
-    patch = tuple(transformer.get("patch_size", (1, 2, 2)))
-    channels = transformer.get("out_channels") or 16
-    longest = transformer.get("rope_max_seq_len", 1024)
+    patch = read_integers(transformer, "patch_size", (1, 2, 2))
+    channels = read_integer(transformer, "out_channels", 16)
+    longest = read_integer(transformer, "rope_max_seq_len", 1024)
     if channels != info.channels:
         yield (
             f"the transformer makes {channels} latent channels but the VAE makes {info.channels}; "

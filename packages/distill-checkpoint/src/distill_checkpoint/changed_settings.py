@@ -53,15 +53,15 @@ class ChangedKey:
     """One key of the run file that is not as it was."""
 
     key: str
-    then: Any
-    now: Any
+    then: object
+    now: object
 
     def __str__(self) -> str:
         then, now = ("absent" if v is _ABSENT else repr(v) for v in (self.then, self.now))
         return f"{self.key} is {then} in the checkpoint and {now} now"
 
 
-def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[ChangedKey]:
+def changed_keys(then: Mapping[str, object], now: Mapping[str, object]) -> list[ChangedKey]:
     """Keys, joined by dots, whose values differ; lists are compared as one value."""
     before, after = dict(_leaves(then)), dict(_leaves(now))
     return [
@@ -105,7 +105,7 @@ def optimizers_problem(source: Path, by_role: Mapping[str, Iterable[ChangedKey]]
 
 
 def scale_problems(
-    source: Path, then: Mapping[str, Any], now: Mapping[str, Any], loaded: Iterable[str]
+    source: Path, then: Mapping[str, object], now: Mapping[str, object], loaded: Iterable[str]
 ) -> Iterator[tuple[str, str]]:
     """Yield the role and why its adapters would count more or less than they did: alpha / rank
     differs, which no shape shows.
@@ -136,7 +136,7 @@ def _lora_scale(config: Mapping[str, Any], role: str) -> float | None:
 
 
 def change_notes(
-    changed: Iterable[ChangedKey], now: Mapping[str, Any], kept: Iterable[str]
+    changed: Iterable[ChangedKey], now: Mapping[str, object], kept: Iterable[str]
 ) -> list[str]:
     """Say what changed: a line for each optimizer that is kept, and for each other key.
 
@@ -194,12 +194,12 @@ class ResumePreview:
     folder: Path
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
-    position: Mapping[str, Any]
+    position: Mapping[str, object]
     takes_other_data: bool
 
 
 def preview_resume(
-    config: CheckpointConfig, output_dir: Path, resolved: Mapping[str, Any]
+    config: CheckpointConfig, output_dir: Path, resolved: Mapping[str, object]
 ) -> ResumePreview | None:
     """Look at the checkpoint that a run of these settings would resume, before anything is loaded.
 
@@ -251,7 +251,7 @@ def _find_checkpoint(config: CheckpointConfig, output_dir: Path) -> Path | None:
     return next(intact, None)
 
 
-def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(value: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, item in value.items():
         if isinstance(item, Mapping) and item:
             yield from _leaves(item, f"{prefix}{key}.")

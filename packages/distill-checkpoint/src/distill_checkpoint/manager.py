@@ -22,7 +22,6 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from distill_protocols import (
     Callback,
@@ -102,7 +101,7 @@ class CheckpointManager:
         self,
         config: CheckpointConfig,
         output_dir: Path | str,
-        resolved_config: Mapping[str, Any],
+        resolved_config: Mapping[str, object],
     ) -> None:
         self.config = config
         self.output_dir = Path(output_dir)
@@ -474,7 +473,7 @@ def _as_float(metric: Tensor | float | None) -> float | None:
     return float(to_full(metric) if isinstance(metric, Tensor) else metric)
 
 
-def _json_able(config: Mapping[str, Any]) -> dict[str, Any]:
+def _json_able(config: Mapping[str, object]) -> dict[str, object]:
     try:
         return json.loads(json.dumps(dict(config), allow_nan=False))
     except (TypeError, ValueError) as error:

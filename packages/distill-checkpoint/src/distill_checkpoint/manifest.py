@@ -30,7 +30,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ class Contents:
         Raises:
             UnreadableFileError: ``loop.json`` is missing, damaged, or does not say it all.
         """
-        value = read_json_object(checkpoint / LOOP)
+        value: dict[str, Any] = read_json_object(checkpoint / LOOP)
         try:
             changes = value.get("changes", {"added": (), "dropped": ()})
             return cls(
@@ -160,7 +160,7 @@ class Contents:
                 f"{checkpoint / LOOP} is damaged ({type(error).__name__}: {error})"
             ) from error
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """The object that ``loop.json`` holds."""
         of_a_run = {
             "micro_steps": self.micro_steps,
@@ -183,7 +183,7 @@ class Contents:
         return roles
 
 
-def write_json(path: Path, value: Any) -> FileInfo:
+def write_json(path: Path, value: Mapping[str, object] | Sequence[object]) -> FileInfo:
     """Write a new JSON file of a checkpoint; its bytes are on the disk when this returns."""
     text = json_text(value, indent=1)
     # What a reader would refuse must fail now, and not when the run is resumed.
@@ -283,7 +283,7 @@ def _compare_names_and_sizes(folder: Path, manifest: Manifest) -> None:
 def _read_manifest(folder: Path) -> Manifest:
     if not (folder / MANIFEST).is_file():
         raise _NotIntactError(f"it has no {MANIFEST}, which is written last")
-    value = read_json_object(folder / MANIFEST)
+    value: dict[str, Any] = read_json_object(folder / MANIFEST)
     if value.get("format") != FORMAT:
         raise _NotIntactError(f"{MANIFEST} is not a manifest of {FORMAT}")
     body = {key: item for key, item in value.items() if key != "digest"}
@@ -308,7 +308,7 @@ def _read_manifest(folder: Path) -> Manifest:
         raise _NotIntactError(f"{MANIFEST} is damaged ({type(error).__name__}: {error})") from error
 
 
-def _digest(body: Mapping[str, Any]) -> str:
+def _digest(body: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
@@ -373,7 +373,7 @@ def role_problems(checkpoint: Path, role: str, *, ema: bool) -> Iterator[Problem
         )
 
 
-def read_config(checkpoint: Path) -> dict[str, Any]:
+def read_config(checkpoint: Path) -> dict[str, object]:
     """The resolved run file of the run that saved ``checkpoint``.
 
     Raises:

@@ -21,7 +21,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Self
 
 from attrs import frozen
 from distill_protocols import OutputError
@@ -232,7 +232,7 @@ def _holder(file: IO[str]) -> str:
     return f"pid {record['pid']} on {record['host']}"
 
 
-def _read_marker(file: IO[str]) -> dict[str, Any]:
+def _read_marker(file: IO[str]) -> dict[str, object]:
     """What the marker says; nothing, where it is new or was torn by a full disk."""
     try:
         value = parse_json(file.read(_MARKER_CHARACTERS), MARKER)

@@ -141,7 +141,7 @@ def _load_state_of_rank(folder: Path, run: RunState, ranks: Ranks, plan: ResumeP
     ]
 
 
-def _load_position(run: RunState, position: Any, plan: ResumePlan) -> list[str]:
+def _load_position(run: RunState, position: Mapping[str, object], plan: ResumePlan) -> list[str]:
     """Load the data position, unless it is one in another data set and a rule says that it is
     meant: then the loader stays at its beginning.
 
@@ -164,7 +164,7 @@ def _load_position(run: RunState, position: Any, plan: ResumePlan) -> list[str]:
     return [unused] if plan.takes_other_data else []
 
 
-def _load_random_state(run: RunState, state: Mapping[str, Any]) -> None:
+def _load_random_state(run: RunState, state: Mapping[str, Mapping[str, Tensor]]) -> None:
     run.streams.load_state_dict(state["streams"])
     torch.set_rng_state(state["torch"]["cpu"])
     if "cuda" in state["torch"] and torch.cuda.is_available():

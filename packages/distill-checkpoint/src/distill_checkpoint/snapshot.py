@@ -161,7 +161,7 @@ class Snapshot:
         by_rank = ranks.gather_results(write_own_and_list_all)
         return {name: info for files in by_rank for name, info in files.items()}
 
-    def add(self, path: Path, state: Any, *, by_all_ranks: bool = False) -> None:
+    def add(self, path: Path, state: object, *, by_all_ranks: bool = False) -> None:
         """Add one state: its tensors under ``path``, the rest in ``path.json``.
 
         Args:
@@ -192,7 +192,7 @@ def capture(
     """
     snapshot = Snapshot(run.iteration)
 
-    def collect() -> dict[str, Any]:
+    def collect() -> dict[str, object]:
         _add_run_state(snapshot, run, callbacks, changes, ranks.size)
         return {
             "iteration": run.iteration,
@@ -261,7 +261,7 @@ def _add_run_state(
     snapshot.documents[Path(LOOP)] = contents.as_json()
 
 
-def _random_state(run: RunState) -> dict[str, Any]:
+def _random_state(run: RunState) -> dict[str, object]:
     """The state of this rank's generators: the run's named ones, and torch's own."""
     # Nothing here draws from torch's own generators; a user's dropout layer does.
     torch_state: dict[str, Tensor] = {"cpu": torch.get_rng_state()}

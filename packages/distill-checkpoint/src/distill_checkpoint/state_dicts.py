@@ -41,7 +41,7 @@ _SCALAR_DTYPES = {
 # -- any state -----------------------------------------------------------------------------------
 
 
-def pack(value: Any, where: str) -> tuple[Any, dict[str, Tensor]]:
+def pack(value: object, where: str) -> tuple[Any, dict[str, Tensor]]:
     """Split ``value`` into JSON and tensors.
 
     Args:
@@ -55,7 +55,7 @@ def pack(value: Any, where: str) -> tuple[Any, dict[str, Tensor]]:
     return _pack(value, where, (), tensors), tensors
 
 
-def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
+def unpack(packed: object, tensors: Mapping[str, Tensor]) -> Any:
     """The inverse of ``pack``: equal values, types and dtypes; 0-d tensors on the CPU.
 
     Raises:
@@ -150,7 +150,7 @@ _READERS: Mapping[str, Callable[[Any, Mapping[str, Tensor]], Any]] = {
 
 def optimizer_state(
     optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], where: str
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Take an optimizer's ``state_dict``, with names of parameters in place of torch's numbers.
 
     ``{"state": {name: {...}}, "param_groups": [{..., "params": [name, ...]}]}``
@@ -194,7 +194,7 @@ def groups_problem(
 def load_optimizer_state(
     optimizer: Optimizer,
     parameters: Mapping[str, nn.Parameter],
-    packed: Any,
+    packed: object,
     stored: StoredTensors,
     where: str,
     *,
@@ -240,7 +240,9 @@ def _empty_moment(info: TensorInfo, parameter: nn.Parameter | None) -> Tensor:
     return torch.empty(info.size, dtype=info.dtype, device=parameter.device)
 
 
-def _restore_dtypes(optimizer: Optimizer, names: list[str], state: Mapping[str, Any]) -> None:
+def _restore_dtypes(
+    optimizer: Optimizer, names: list[str], state: Mapping[str, Mapping[str, object]]
+) -> None:
     # torch casts moments to their parameter's dtype, which rounds fp32 moments of a bf16 weight.
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     for name, parameter in zip(names, parameters, strict=True):

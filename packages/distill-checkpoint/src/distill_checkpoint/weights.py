@@ -71,7 +71,7 @@ class StoredCheckpoint:
 
     folder: Path
     iteration: int
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     roles: Mapping[str, tuple[str, ...]]
     averaged: Mapping[str, tuple[str, ...]]
     origin: str | None
@@ -311,7 +311,7 @@ def write_weights_checkpoint(
     roles: Mapping[ModuleKey, WeightSource],
     ema: Mapping[ModuleKey, WeightSource] = _NO_AVERAGES,
     moments: Mapping[ModuleKey, WeightSource] | None = None,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     origin: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:

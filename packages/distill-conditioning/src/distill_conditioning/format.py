@@ -23,7 +23,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import attrs
 from attrs import frozen
@@ -114,7 +114,14 @@ class DatasetIndex:
         return json.dumps(values, indent=1) + "\n"
 
 
-def split_fingerprint(fingerprint: Fingerprint) -> dict[str, Any]:
+class RecordedFingerprint(TypedDict):
+    """The entries of an index that say what computed the data set."""
+
+    encoder: str | None
+    fingerprint: Fingerprint
+
+
+def split_fingerprint(fingerprint: Fingerprint) -> RecordedFingerprint:
     """Return ``encoder`` and ``fingerprint`` of an index from an adapter's fingerprint."""
     return {
         "encoder": fingerprint.get(WHOLE_ENCODER),
@@ -136,7 +143,7 @@ def content_hash(folder: Path, index: DatasetIndex) -> str:
     return digest.hexdigest()
 
 
-def position_problem(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
+def position_problem(saved: Mapping[str, object], own: Mapping[str, object]) -> str | None:
     """Say why a loader's position in ``saved`` means nothing to a run; None: it does.
 
     Args:
@@ -244,7 +251,7 @@ def _parse_index(path: Path, values: Any) -> DatasetIndex:
     return index
 
 
-def _latent_shape(value: Any) -> tuple[int, int, int, int]:
+def _latent_shape(value: Iterable[object]) -> tuple[int, int, int, int]:
     channels, frames, height, width = (as_count(size, least=1, most=_MAX_SIZE) for size in value)
     return channels, frames, height, width
 
@@ -262,13 +269,13 @@ def _file_name(path: Path, name: Any) -> str:
     return str(path_inside(path.parent, name, path).relative_to(path.parent))
 
 
-def _time(value: Any) -> float:
+def _time(value: object) -> float:
     if type(value) not in (int, float):
         raise TypeError(f"{value!r} is no level t")
-    return float(value)
+    return float(cast(float, value))
 
 
-def read_texts(file: Path, metadata: Mapping[str, Any], key: str) -> list[str]:
+def read_texts(file: Path, metadata: Mapping[str, object], key: str) -> list[str]:
     """Take the texts under ``key`` from the metadata of ``file``.
 
     Raises:
@@ -280,7 +287,7 @@ def read_texts(file: Path, metadata: Mapping[str, Any], key: str) -> list[str]:
     return texts
 
 
-def read_negative_prompt(file: Path, metadata: Mapping[str, Any]) -> str:
+def read_negative_prompt(file: Path, metadata: Mapping[str, object]) -> str:
     """Take the negative prompt from the metadata of the constants in ``file``.
 
     Raises:
@@ -292,7 +299,7 @@ def read_negative_prompt(file: Path, metadata: Mapping[str, Any]) -> str:
     return prompt
 
 
-def read_metadata(file: Path) -> dict[str, Any]:
+def read_metadata(file: Path) -> dict[str, object]:
     """Read the JSON object under ``distill`` in the header of a safetensors file.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import cast
 
 import torch
 from attrs import evolve
@@ -96,7 +96,7 @@ class LatentLoader:
         """How many times all ranks together have gone through the data set so far."""
         return self._samples_yielded / len(self.dataset)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Return the position in the stream of all ranks (JSON), for any number of ranks."""
         return {
             "samples_given": self._samples_yielded,
@@ -106,7 +106,7 @@ class LatentLoader:
             "dataset": self.dataset.content_hash,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continue after the last batch that was yielded before ``state`` was taken.
 
         Raises:
@@ -119,7 +119,7 @@ class LatentLoader:
                 f"{problem}. Put data set and run file back as they were, or start a new run with "
                 "another output_dir."
             )
-        self._samples_yielded = int(state["samples_given"])
+        self._samples_yielded = int(cast(int, state["samples_given"]))
 
     @property
     def _stride(self) -> int:

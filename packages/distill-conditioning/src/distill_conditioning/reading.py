@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from attrs import frozen
@@ -254,7 +253,7 @@ def _as_fp32(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value
 
 
-def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Map the tensors of a file into memory (a page is read when it is used); also its metadata.
 
     Raises:

@@ -65,7 +65,7 @@ class TrajectoryFolder:
         self,
         folder: str | Path,
         *,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
         times: Sequence[float],
         samples: int,
         samples_per_shard: int,
@@ -224,7 +224,7 @@ class TrajectoryFolder:
             )
 
 
-def _flatten(value: Any, path: str = "") -> dict[str, Any]:
+def _flatten(value: Any, path: str = "") -> dict[str, object]:
     if not isinstance(value, dict):
         return {path: value}
     return {
@@ -234,5 +234,5 @@ def _flatten(value: Any, path: str = "") -> dict[str, Any]:
     }
 
 
-def _json(values: Mapping[str, Any], key: str) -> str:
+def _json(values: Mapping[str, object], key: str) -> str:
     return json.dumps(values[key], ensure_ascii=False) if key in values else "not there"

@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 from uuid import uuid4
 
 import torch
@@ -315,7 +315,9 @@ def write_constants(
     )
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]
+) -> None:
     """Write ``tensors`` with ``metadata`` (JSON) as a safetensors file, whole or not at all."""
     with replace_file(path) as part:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from attrs import Factory, define, evolve, field, frozen
@@ -166,7 +166,11 @@ def part(batch: Batch, start: int, stop: int) -> Batch:
     )
 
 
-def saved_state(method: TrainableMethod) -> dict[str, Any]:
+SavedRun: TypeAlias = dict[str, dict[str, Any]]
+"""By kind of state, the ``state_dict`` of each object; torch types these so."""
+
+
+def saved_state(method: TrainableMethod) -> SavedRun:
     """All that a checkpoint holds of a run, copied."""
     return copy.deepcopy(
         {
@@ -179,7 +183,7 @@ def saved_state(method: TrainableMethod) -> dict[str, Any]:
     )
 
 
-def restore_state(method: TrainableMethod, state: dict[str, Any]) -> None:
+def restore_state(method: TrainableMethod, state: SavedRun) -> None:
     """Put a ``saved_state`` back into a method on other models."""
     for key, module in method.model_dict.items():
         module.load_state_dict(state["modules"][key])

@@ -42,6 +42,7 @@ from distill_protocols import (
     Discriminating,
     DiscriminatorSpec,
     Exporter,
+    ExportRecord,
     ExportRequest,
     FamilyPlugin,
     Fingerprint,
@@ -555,7 +556,7 @@ class ToyAdapter:
     def latent_fingerprint(self) -> Fingerprint:
         return LATENT_FINGERPRINT
 
-    def keep_encoders_loaded(self) -> AbstractContextManager[Any]:
+    def keep_encoders_loaded(self) -> AbstractContextManager[object]:
         return nullcontext()
 
 
@@ -708,7 +709,7 @@ class ToyExporter:
         weights: Mapping[str, WeightSource],
         folder: Path,
         request: ExportRequest,
-    ) -> Mapping[str, Any]:
+    ) -> ExportRecord:
         source = weights["transformer"]
         folder.mkdir(parents=True)
         infos: Mapping[str, TensorInfo] = source.describe()
@@ -725,7 +726,7 @@ class ToyExporter:
         weights: Mapping[str, WeightSource],
         folder: Path,
         request: ExportRequest,
-    ) -> Mapping[str, Any]:
+    ) -> ExportRecord:
         source = weights["transformer"]
         expected = source.read(source.describe())
         data = (folder / "model.safetensors").read_bytes()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from attrs import frozen
@@ -14,6 +14,7 @@ from torch import nn
 
 from distill_diffusers.building import check_buffers, check_types, limited_building
 from distill_diffusers.kinds import ModelKind, class_name, load_class
+from distill_diffusers.model_configs import read_integer
 
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin
@@ -39,7 +40,7 @@ class Architecture:
     """
 
     class_name: str
-    config: Mapping[str, Any]
+    config: Mapping[str, object]
     parameters: Mapping[str, tuple[int, ...]]
     buffers: int
     buffer_bytes: int
@@ -60,7 +61,7 @@ class Architecture:
         return tuple(f"{name}.{i}" for name in lists for i in range(self.module_lists[name]))
 
 
-def inspect_model(kind: ModelKind, config: Mapping[str, Any]) -> Architecture:
+def inspect_model(kind: ModelKind, config: Mapping[str, object]) -> Architecture:
     """Build the transformer of ``config`` on the meta device and read off what it is made of.
 
     The same class and configuration are built once in a process.
@@ -78,7 +79,7 @@ def transformer_class(kind: ModelKind) -> type[ModelMixin]:
     return load_class(kind.transformer)
 
 
-def build_on_meta(kind: ModelKind, config: Mapping[str, Any]) -> ModelMixin:
+def build_on_meta(kind: ModelKind, config: Mapping[str, object]) -> ModelMixin:
     """Build the transformer of ``config`` with parameters and buffers on the meta device.
 
     Raises:
@@ -138,7 +139,7 @@ def block_problem(index: int, blocks: int) -> str | None:
     return f"block {index} must be within 0 .. {blocks - 1}, as the model has {blocks} blocks"
 
 
-def patch_size(config: Mapping[str, Any]) -> tuple[int, int, int]:
+def patch_size(config: Mapping[str, object]) -> tuple[int, int, int]:
     """(T, H, W) in latent cells that make one token, from a full configuration.
 
     diffusers writes either all three, or one for height and width beside ``patch_size_t``.
@@ -146,7 +147,7 @@ def patch_size(config: Mapping[str, Any]) -> tuple[int, int, int]:
     size = config["patch_size"]
     match size:
         case int():
-            return config.get("patch_size_t") or 1, size, size
+            return read_integer(config, "patch_size_t", 1), size, size
         case [int(frames), int(height), int(width)]:
             return frames, height, width
     raise WeightsError(
@@ -188,7 +189,7 @@ def _inspect(
     )
 
 
-def _on_meta(transformer: str, config: Mapping[str, Any]) -> ModelMixin:
+def _on_meta(transformer: str, config: Mapping[str, object]) -> ModelMixin:
     model_class: type[ModelMixin] = load_class(transformer)
     what = f"the configuration builds no {class_name(transformer)}"
     with limited_building(what, "it belongs to another model, or is damaged"):

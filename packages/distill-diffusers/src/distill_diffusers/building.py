@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from distill_protocols import WeightsError
 from torch import nn
@@ -65,7 +64,7 @@ def limited_building(what: str, way_out: str) -> Iterator[None]:
             hook.remove()
 
 
-def check_types(model_class: type[Any], config: Mapping[str, Any]) -> None:
+def check_types(model_class: type[object], config: Mapping[str, object]) -> None:
     """Compare the entries of ``config`` with the defaults of the class, by type.
 
     A constructor stores most of what it is given, and a text where a number belongs would raise in
@@ -97,7 +96,7 @@ def check_buffers(module: nn.Module) -> None:
         raise ValueError(f"its tables take {size / 1e9:.0f} GB, and no published model has such")
 
 
-def _kinds(value: Any) -> set[str]:
+def _kinds(value: object) -> set[str]:
     if isinstance(value, list | tuple):
         return {kind for item in value for kind in _kinds(item)}
     if isinstance(value, bool):

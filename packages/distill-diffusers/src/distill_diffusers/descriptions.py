@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from attrs import Attribute, field, frozen
 from distill_protocols import WeightsError
@@ -66,9 +66,9 @@ class PublishedModel:
         call_options: those of ``ModelKind.call_options`` that differ from their defaults.
     """
 
-    transformers: Mapping[str, Mapping[str, Any]]
+    transformers: Mapping[str, Mapping[str, object]]
     latents: LatentInfo
-    call_options: Mapping[str, Any] = field(default=MappingProxyType({}))
+    call_options: Mapping[str, object] = field(default=MappingProxyType({}))
 
 
 @frozen(kw_only=True)
@@ -80,11 +80,11 @@ class ModelDescription:
         call_options: a value for each of ``ModelKind.call_options``.
     """
 
-    transformers: Mapping[str, Mapping[str, Any]]
-    call_options: Mapping[str, Any]
+    transformers: Mapping[str, Mapping[str, object]]
+    call_options: Mapping[str, object]
 
     @property
-    def main(self) -> Mapping[str, Any]:
+    def main(self) -> Mapping[str, object]:
         """The configuration of the first transformer; experts are built alike."""
         return next(iter(self.transformers.values()))
 
@@ -129,7 +129,7 @@ def describe_model(
     )
 
 
-def _call_option(folder: Path, name: str, value: Any, default: Any) -> Any:
+def _call_option(folder: Path, name: str, value: object, default: object) -> object:
     """``value``, or ``default`` for null; a number where there is no default.
 
     Raises:
@@ -138,7 +138,7 @@ def _call_option(folder: Path, name: str, value: Any, default: Any) -> Any:
     if value is None:
         return default
     kind = type(default) if isinstance(default, bool | str) else float
-    if kind is float and type(value) in (int, float) and 0 <= value <= TRAIN_STEPS:
+    if kind is float and type(value) in (int, float) and 0 <= cast(float, value) <= TRAIN_STEPS:
         return value
     if kind is not float and type(value) is kind:
         return value
@@ -149,7 +149,7 @@ def _call_option(folder: Path, name: str, value: Any, default: Any) -> Any:
     )
 
 
-def statistics_problems(vae: str, statistics: Mapping[str, Any], channels: int) -> Iterator[str]:
+def statistics_problems(vae: str, statistics: Mapping[str, object], channels: int) -> Iterator[str]:
     """Say what is wrong with what a VAE's latents are normalised by.
 
     Args:
@@ -160,7 +160,7 @@ def statistics_problems(vae: str, statistics: Mapping[str, Any], channels: int) 
     """
     for key, value in statistics.items():
         by_channel = key.startswith("latents_")
-        numbers = value if by_channel and isinstance(value, list) else [value]
+        numbers: list[Any] = value if by_channel and isinstance(value, list) else [value]
         right = all(
             isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n)
             for n in numbers
@@ -196,7 +196,7 @@ def unknown_hub_id(path: str, published: Mapping[str, PublishedModel]) -> str:
     )
 
 
-def differing_entries(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+def differing_entries(theirs: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
     """``"key a instead of b"`` for each entry that both configurations have, and differently.
 
     Entries whose names begin with ``_`` are about the file and not compared.
@@ -208,6 +208,6 @@ def differing_entries(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> lis
     ]
 
 
-def as_json(value: Any) -> Any:
+def as_json(value: object) -> object:
     """Turn a tuple into the list that JSON makes of it, so that both compare equal."""
     return list(value) if isinstance(value, tuple) else value

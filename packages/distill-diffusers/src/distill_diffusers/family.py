@@ -28,7 +28,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from distill_protocols import (
     Capabilities,
@@ -171,7 +171,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
     # -- hooks: what a family says of its own -------------------------------------------------
 
     @abstractmethod
-    def latent_info(self, vae: Mapping[str, Any]) -> LatentInfo:
+    def latent_info(self, vae: Mapping[str, object]) -> LatentInfo:
         """Read off ``vae/config.json`` what the VAE makes of pixels."""
 
     @abstractmethod
@@ -193,7 +193,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         return ()
 
     def clip_problems(
-        self, config: ConfigT, latents: LatentInfo, transformer: Mapping[str, Any]
+        self, config: ConfigT, latents: LatentInfo, transformer: Mapping[str, object]
     ) -> Iterable[str]:
         """Say where the clips of ``config``, a VAE and a transformer do not fit each other.
 
@@ -212,7 +212,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         return () if latents is None else self.clip_problems(config, latents, model.main)
 
     def condition_rows(
-        self, transformer: Mapping[str, Any], config: ConfigT
+        self, transformer: Mapping[str, object], config: ConfigT
     ) -> Mapping[str, tuple[int, ...]]:
         """Give the shapes of ``condition_shapes`` from the configuration of the transformer.
 
@@ -342,7 +342,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         return start is not None and start.is_lora
 
     def export_problems(self, role: RoleSpec, request: ExportRequest) -> Iterable[Problem]:
-        configs: Iterable[Mapping[str, Any]] = ()
+        configs: Iterable[Mapping[str, object]] = ()
         modules: Collection[str] = ()
         with suppress(WeightsError):  # nothing says how it is built: a problem of the role's path
             transformers = self.describe(role.path).transformers

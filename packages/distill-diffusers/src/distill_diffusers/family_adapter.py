@@ -123,7 +123,7 @@ class FamilyAdapter(FlowMatchingAdapter):
         return FeatureLayout(blocks=self.blocks, patches=patches, output=self.block_output)
 
 
-def transformer_config(role: RoleHandle) -> Mapping[str, Any]:
+def transformer_config(role: RoleHandle) -> Mapping[str, object]:
     """Return the full configuration of a role's transformer; several experts are built alike."""
     module: Any = next(iter(role.modules.values()))
     return dict(module.config)

@@ -129,7 +129,7 @@ def text_encoder_folders(source: str) -> list[tuple[str, str]]:
     return [(name, f"tokenizer{name.removeprefix('text_encoder')}") for name in names]
 
 
-def latent_statistics(vae: Path) -> dict[str, Any]:
+def latent_statistics(vae: Path) -> dict[str, object]:
     """Read what latents are normalised by, from the VAE's config or its buffers, as they are.
 
     Raises:
@@ -188,7 +188,7 @@ def _vocabulary_entries(folder: Path, name: str) -> dict[str, str]:
     """Return what makes tokens of text. Padding, cutting and decoding are left out: calls decide
     the former, and nothing is decoded."""
     if (folder / "tokenizer.json").is_file():
-        value = read_json_object(folder / "tokenizer.json")
+        value: dict[str, Any] = read_json_object(folder / "tokenizer.json")
         model = dict(value.get("model") or {})
         # Older files join the two halves of a merge by a blank.
         merges = [m if isinstance(m, str) else " ".join(m) for m in model.pop("merges", None) or ()]

@@ -19,7 +19,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from distill_protocols import WeightsError
 from distill_runtime import UnreadableFileError, path_inside, read_header, read_json_object
@@ -89,7 +88,7 @@ def fetch(path: str, subfolders: tuple[str, ...]) -> Path:
         ) from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, object]:
     """A JSON object.
 
     Raises:
@@ -115,7 +114,7 @@ def transformer_names(folder: Path, modules: Sequence[str]) -> tuple[str, ...]:
 
 
 def index_entry(
-    folder: Path, index: Mapping[str, Any], name: str
+    folder: Path, index: Mapping[str, object], name: str
 ) -> tuple[str, str] | tuple[None, None]:
     """Library and class of a part of a pipeline, as ``index``, its ``model_index.json``, says.
 

@@ -20,7 +20,7 @@ from distill_diffusers.components.statistics import LatentStatistics
 from distill_diffusers.family import DiffusersConfig, DiffusersFamily
 from distill_diffusers.family_adapter import FamilyAdapter
 from distill_diffusers.folders import fetch
-from distill_diffusers.model_configs import read_config
+from distill_diffusers.model_configs import read_config, read_number
 
 ConfigT = TypeVar("ConfigT", bound=DiffusersConfig)
 
@@ -50,8 +50,8 @@ class ImageAdapter(FamilyAdapter):
     ) -> None:
         vae = read_config(fetch(source, ("vae",)) / "vae" / "config.json")
         info = family.latent_info(vae)
-        self._factor: float = vae["scaling_factor"]
-        self._shift: float = vae.get("shift_factor") or 0.0
+        self._factor = read_number(vae, "scaling_factor")
+        self._shift = read_number(vae, "shift_factor", 0.0)
         super().__init__(
             bundle,
             family,

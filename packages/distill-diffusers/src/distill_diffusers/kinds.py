@@ -45,7 +45,7 @@ class ModelKind:
     vae: str
     pipelines: tuple[str, ...]
     modules: tuple[str, ...] = ("transformer",)
-    call_options: Mapping[str, Any] = field(default=MappingProxyType({}))
+    call_options: Mapping[str, object] = field(default=MappingProxyType({}))
     stored_like: str
     lora_targets: tuple[str, ...] = ()
     block_lists: tuple[str, ...] = ()

@@ -51,7 +51,7 @@ _FLAGS = frozenset(("spatio_temporal_scaling", "temperal_downsample"))
 _STATISTICS = frozenset(("latents_mean", "latents_std"))
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, object]:
     """Read the configuration of a model.
 
     Raises:
@@ -72,7 +72,37 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
+def read_integer(config: Mapping[str, object], name: str, default: int | None = None) -> int:
+    """Take an entry such as a count of channels; ``default`` where it is absent or null.
+
+    Raises:
+        WeightsError: it is something else, or absent without a default.
+    """
+    value = _entry(config, name, default)
+    if not isinstance(value, int):
+        raise _wrong_entry(name, value, "a whole number")
+    return value
+
+
+def read_integers(
+    config: Mapping[str, object], name: str, default: tuple[int, ...] | None = None
+) -> tuple[int, ...]:
+    """Take a list such as a patch size, as ``read_integer`` does a number."""
+    value = _entry(config, name, default)
+    if not isinstance(value, list | tuple) or not all(isinstance(item, int) for item in value):
+        raise _wrong_entry(name, value, "a list of whole numbers")
+    return tuple(value)
+
+
+def read_number(config: Mapping[str, object], name: str, default: float | None = None) -> float:
+    """Take an entry such as a scaling factor, as ``read_integer`` does a whole number."""
+    value = _entry(config, name, default)
+    if not isinstance(value, int | float):
+        raise _wrong_entry(name, value, "a number")
+    return value
+
+
+def config_problems(config: Mapping[str, object]) -> Iterator[str]:
     """Say which entries are nothing that a model can be built from."""
     for name, value in config.items():
         if not name.isprintable():  # libraries print the names that they do not know
@@ -82,7 +112,7 @@ def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name!a}: {_shown(value)} {problem}"
 
 
-def _problem(name: str, value: Any, values: list[Any]) -> str | None:
+def _problem(name: str, value: object, values: list[Any]) -> str | None:
     if len(values) > MAX_ENTRIES:
         return f"has more than {MAX_ENTRIES} entries"
     if name in _SIZES | _OPTIONAL_SIZES:
@@ -102,7 +132,7 @@ def _problem(name: str, value: Any, values: list[Any]) -> str | None:
     return None
 
 
-def _other_problem(name: str, value: Any, values: list[Any]) -> str | None:
+def _other_problem(name: str, value: object, values: list[Any]) -> str | None:
     if name in _FLAGS and not all(type(item) is bool for item in values):
         return "must be true or false, or a list of these"
     if name in _STATISTICS and value is not None and not _are_numbers(values):
@@ -122,6 +152,19 @@ def _are_numbers(values: list[Any]) -> bool:
     )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:60]} ..."
+
+
+def _entry(config: Mapping[str, object], name: str, default: object) -> object:
+    value = config.get(name)
+    return default if value is None else value
+
+
+def _wrong_entry(name: str, value: object, kind: str) -> WeightsError:
+    state = "is missing" if value is None else f"is {_shown(value)}"
+    return WeightsError(
+        f"{name} {state} in the configuration of a model and must be {kind}, as its class cannot "
+        "be built or called otherwise. Download the model again"
+    )

@@ -2,13 +2,19 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from distill_protocols import CallbackPlugin, DataError, PlannedRun, Problem, RunParts, below
 from distill_runtime import UnreadableFileError, read_json_object
 
 from distill_evaluation.config import ReportConfig
-from distill_evaluation.labels import PromptLabelError, label_prompts, read_prompts, read_words
+from distill_evaluation.labels import (
+    Attributes,
+    PromptLabelError,
+    label_prompts,
+    read_prompts,
+    read_words,
+)
 
 if TYPE_CHECKING:
     from distill_protocols import Callback
@@ -69,12 +75,12 @@ class ReportPlugin(CallbackPlugin[ReportConfig]):
         return ReportCallback(config, parts)
 
 
-def _attributes(judge: Path) -> Mapping[str, Any]:
+def _attributes(judge: Path) -> Attributes:
     """Read the judge's attributes and their classes.
 
     UnreadableFileError or KeyError if its settings cannot be read or are no judge's.
     """
-    attributes: Mapping[str, Any] = read_json_object(judge / "judge.json")["attributes"]
+    attributes = cast(Mapping[str, object], read_json_object(judge / "judge.json")["attributes"])
     return {name: read_words(name, classes) for name, classes in attributes.items()}
 
 

@@ -12,7 +12,6 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import attrs
 import torch
@@ -204,7 +203,7 @@ class ReportCallback(Callback):
         rest = real.features(clips[-kept_out:], latents[-kept_out:])
         return real, real.distances(rest)
 
-    def _real_record(self) -> dict[str, Any]:
+    def _real_record(self) -> dict[str, object]:
         if self._real is None or self._real_distances is None:
             return {}
         return {"real": {"clips": self._real.count, **attrs.asdict(self._real_distances)}}
@@ -360,7 +359,9 @@ class ReportCallback(Callback):
             clips.append(self.parts.adapter.decode(part).cpu())
         return torch.cat(clips)
 
-    def _write(self, folder: Path, report: Mapping[str, Any], sheets: Sequence[SheetRow]) -> None:
+    def _write(
+        self, folder: Path, report: Mapping[str, object], sheets: Sequence[SheetRow]
+    ) -> None:
         with replace_file(folder / "report.json") as path:
             path.write_text(json_text(report))
         if sheets:

@@ -26,7 +26,7 @@ from distill_protocols.errors import (
     StorageError,
     WeightsError,
 )
-from distill_protocols.exports import Exporter, ExportRequest, ForeignNames
+from distill_protocols.exports import Exporter, ExportRecord, ExportRequest, ForeignNames
 from distill_protocols.fingerprint import WHOLE_ENCODER, Fingerprint
 from distill_protocols.lazy import lazy_exports
 from distill_protocols.method_config import MethodConfig
@@ -146,6 +146,7 @@ __all__ = [
     "DistillError",
     "DynamicShift",
     "ExpertRouting",
+    "ExportRecord",
     "ExportRequest",
     "Exporter",
     "FamilyPlugin",

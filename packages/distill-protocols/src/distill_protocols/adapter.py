@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -159,7 +159,7 @@ class ConditionEncoder(Protocol):
         """
         ...
 
-    def keep_encoders_loaded(self) -> AbstractContextManager[Any]:
+    def keep_encoders_loaded(self) -> AbstractContextManager[object]:
         """Within: what encodes conditions stays loaded, for many encodings after each other.
 
         Outside, an encoding may read its encoder and free it again.

@@ -104,11 +104,11 @@ class BatchLoader(Protocol):
 
     def __iter__(self) -> Iterator[Any]: ...
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """JSON-able position: the number of batches given out, seed, ..."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, object]) -> None: ...
 
 
 class ConditioningProvider(Protocol):

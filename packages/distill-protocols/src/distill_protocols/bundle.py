@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, overload, runtime_checkable
 
 import torch
 from attrs import define, field
@@ -43,7 +43,7 @@ class WeightAverage(Protocol):
         """``weights()`` and whatever else a resumed average needs; not copies."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 @runtime_checkable
@@ -91,7 +91,7 @@ class RoleHandle:
     trainable: bool = False
     precision: Precision = "fp32"
     fsdp_policy: FsdpPolicy | None = None
-    call_options: Mapping[str, Any] = field(factory=dict)
+    call_options: Mapping[str, object] = field(factory=dict)
     blocks: Mapping[str, tuple[str, ...]] = field(factory=dict)
     offload: bool = False
     discriminator: DiscriminatorSpec | None = None
@@ -204,7 +204,7 @@ class RoleHandle:
         weights = (p.device for m in self.modules.values() for p in m.parameters())
         return self.device or next(weights, torch.device("cpu"))
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         """The context of one forward call in this role's precision."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
@@ -282,9 +282,15 @@ class ModelBundle:
         self.require_roles([name])
         return self.roles[name]
 
-    def by_module(
-        self, kind: Literal["modules", "optimizers", "schedulers", "ema"]
-    ) -> dict[str, Any]:
+    @overload
+    def by_module(self, kind: Literal["modules"]) -> dict[str, nn.Module]: ...
+    @overload
+    def by_module(self, kind: Literal["optimizers"]) -> dict[str, Optimizer]: ...
+    @overload
+    def by_module(self, kind: Literal["schedulers"]) -> dict[str, LRScheduler]: ...
+    @overload
+    def by_module(self, kind: Literal["ema"]) -> dict[str, WeightAverage]: ...
+    def by_module(self, kind: str) -> Mapping[str, object]:
         """``{"student.transformer": ...}`` of one kind over all roles, in role order."""
         table = {
             "modules": lambda role: role.modules,

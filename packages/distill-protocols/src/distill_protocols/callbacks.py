@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from attrs import define, field, frozen
 from torch import Tensor
@@ -133,11 +133,11 @@ class Callback:
     def on_exception(self, run: RunState, error: BaseException) -> None: ...
     def on_train_end(self, run: RunState) -> None: ...
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Tensors and JSON values that a resumed run needs."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, object]) -> None: ...
 
 
 class Checkpointer(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 
 from attrs import frozen
 
@@ -38,6 +38,16 @@ class ExportRequest:
     max_shard_bytes: int = 5 * 1000**3
 
 
+class ExportRecord(TypedDict):
+    """What an export or a verification says of itself; an exporter adds entries of its own.
+
+    Attributes:
+        notes: lines that a person should read.
+    """
+
+    notes: Sequence[str]
+
+
 class Exporter(Protocol):
     """Writes one role where other tools can read it."""
 
@@ -47,10 +57,10 @@ class Exporter(Protocol):
         weights: Mapping[str, WeightSource],
         folder: Path,
         request: ExportRequest,
-    ) -> Mapping[str, Any]:
+    ) -> ExportRecord:
         """Write ``folder`` whole or not at all, tensor by tensor.
 
-        Returns a record of the export; ``notes`` in it are lines that a person should read.
+        Returns a record of the export.
 
         Args:
             role: where it came from: its path says how it is built, and is the base of a LoRA.
@@ -68,10 +78,10 @@ class Exporter(Protocol):
         weights: Mapping[str, WeightSource],
         folder: Path,
         request: ExportRequest,
-    ) -> Mapping[str, Any]:
+    ) -> ExportRecord:
         """Read ``folder`` with the reader that it is for, and compare with ``weights``.
 
-        Returns what was compared; ``notes`` say it in lines to read.
+        Returns what was compared, which the notes say.
 
         Raises:
             WeightsError: a key is unmatched, or an output differs from that of ``weights``.

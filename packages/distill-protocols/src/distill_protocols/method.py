@@ -100,7 +100,7 @@ class TrainableMethod(Protocol):
         """
         ...
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         """Context of a whole step."""
         ...
 
@@ -120,10 +120,10 @@ class TrainableMethod(Protocol):
         """Optimizer steps really taken so far."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """What the method itself moves (JSON-able)."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what ``state_dict`` gave."""
         ...

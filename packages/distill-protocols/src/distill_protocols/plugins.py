@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, Never, Protocol, TypeVar
 
 from attrs import evolve, frozen
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 CONTRACT_VERSION = 2
 """Raised with every change of this package after which plugins must be adapted."""
 
-EMPTY: Mapping[str, Any] = MappingProxyType({})
+EMPTY: Mapping[str, Never] = MappingProxyType({})
 
 Group = Literal["distill.families", "distill.methods", "distill.callbacks", "distill.trackers"]
 

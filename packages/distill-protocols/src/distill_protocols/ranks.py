@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from torch.distributed import ProcessGroup
 
@@ -63,7 +63,7 @@ class RankGroup(Protocol):
         """
         ...
 
-    def ranks_that_differ(self, value: Any) -> list[int]:
+    def ranks_that_differ(self, value: object) -> list[int]:
         """The ranks whose ``value`` (small, picklable) is not rank 0's; empty: all agree."""
         ...
 

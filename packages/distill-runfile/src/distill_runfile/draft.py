@@ -186,7 +186,7 @@ class SectionReader:
         silent = attrs.evolve(self.structuring, report=lambda path, message: None)
         return Section(readable=structure(kind, rest, (name,), silent))
 
-    def mapping(self, name: str, of: str) -> dict[str, Any]:
+    def mapping(self, name: str, of: str) -> dict[str, object]:
         """Read a section that is a mapping of names to options; empty if it is anything else."""
         section = self.document.values.get(name)
         if section is not None and not isinstance(section, dict):
@@ -247,7 +247,7 @@ class SamplerCompletion:
     count_tokens: Callable[[], int | None]
     solvers: Collection[Solver] | None = None
 
-    def __call__(self, value: Any) -> Any:
+    def __call__(self, value: object) -> object:
         """Walk ``value``; what holds no such sampler is returned as it is.
 
         Raises:

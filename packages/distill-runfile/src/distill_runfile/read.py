@@ -375,11 +375,11 @@ def _notes(draft: Draft) -> tuple[str, ...]:
     return () if draft.dataset is None else draft.dataset.notes
 
 
-def _resolved(recipe: RecipeConfig, draft: Draft) -> dict[str, Any]:
+def _resolved(recipe: RecipeConfig, draft: Draft) -> dict[str, object]:
     """Every section as plain values; checkpoints hold it as ``config.json``."""
     assert draft.family is not None
     assert draft.method is not None
-    sections: dict[str, Any] = {
+    sections: dict[str, object] = {
         "recipe": recipe,
         "models": {name: plain_role(recipe.family, role) for name, role in draft.roles.items()},
         "training": draft.training,

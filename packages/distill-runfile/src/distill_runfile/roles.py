@@ -94,7 +94,7 @@ def _resolved(document: Document, path: str, where: KeyPath) -> str:
     return resolve_path(path, base) if is_folder else path
 
 
-def plain_role(family: str, role: Role) -> dict[str, Any]:
+def plain_role(family: str, role: Role) -> dict[str, object]:
     """A role as a run file could hold it, with nothing left to defaults or to relative paths."""
     spec = role.spec
     plain = {
@@ -113,6 +113,6 @@ def plain_role(family: str, role: Role) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if key not in left_out}
 
 
-def plain_or_none(value: object) -> Any:
+def plain_or_none(value: object) -> object:
     """``to_plain`` of a value that may be left out."""
     return None if value is None else to_plain(value)

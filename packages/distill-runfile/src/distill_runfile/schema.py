@@ -205,7 +205,7 @@ class RunConfig(ModelsConfig):
     validation: ValidationConfig | None
     callbacks: Mapping[str, object]
     callback_plugins: Mapping[str, CallbackPlugin[Any]]
-    resolved: Mapping[str, Any]
+    resolved: Mapping[str, object]
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -45,7 +45,7 @@ class Source:
     """
 
     file: Path
-    values: dict[str, Any] | None
+    values: dict[str, object] | None
     lines: dict[KeyPath, int] = field(factory=dict)
     problems: list[LocatedProblem] = field(factory=list)
     unreadable: set[KeyPath] = field(factory=set)
@@ -279,8 +279,8 @@ class _YamlReader:
         finally:
             self._open.discard(id(node))
 
-    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
-        result: dict[str, Any] = {}
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, object]:
+        result: dict[str, object] = {}
         merges = [value for key, value in node.value if key.tag == _CORE + _MERGE]
         for merged in reversed([one for value in merges for one in self._merged(value, path)]):
             result |= self.value(merged, path) or {}
@@ -405,8 +405,8 @@ class _JsonReader:
         value, end = self._decode(self._text, at)
         return (_as_text(value) if isinstance(value, str) else value), end
 
-    def _object(self, path: KeyPath, at: int) -> tuple[dict[str, Any], int]:
-        result: dict[str, Any] = {}
+    def _object(self, path: KeyPath, at: int) -> tuple[dict[str, object], int]:
+        result: dict[str, object] = {}
         if self._text[at : at + 1] == "}":
             return result, at + 1
         while True:
@@ -460,7 +460,7 @@ class Document:
     """
 
     main: Source
-    values: dict[str, Any]
+    values: dict[str, object]
     over: Source | None = None
     under: Source | None = None
     unreadable: frozenset[str] = frozenset()
@@ -522,7 +522,7 @@ def read_document(file: Path, models_json: Path | None = None) -> Document:
     return document
 
 
-def _laid_over(roles: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _laid_over(roles: dict[str, object], over: dict[str, object]) -> dict[str, object]:
     merged = dict(roles)
     for name, value in over.items():
         old = merged.get(name)

@@ -49,7 +49,7 @@ _SCALARS: Mapping[type, tuple[type, ...]] = {
 """By type of a field, the types of values that it takes; a bool is no number."""
 
 
-def to_plain(value: Any) -> Any:
+def to_plain(value: object) -> Any:
     """Turn a config object into mappings, lists and scalars, for the run's record."""
     if attrs.has(type(value)):
         return {f.name: to_plain(getattr(value, f.name)) for f in attrs.fields(type(value))}
@@ -165,7 +165,7 @@ def _structure_class(cls: Any, value: Any, path: KeyPath, how: Structuring) -> A
     for key in value:
         if key not in fields:
             note((*path, key), unknown_key(key, tuple(fields), owner=".".join(path)))
-    got: dict[str, Any] = {}
+    got: dict[str, object] = {}
     for name, f in fields.items():
         where = (*path, name)
         if name in value:
@@ -192,7 +192,11 @@ def _structure_class(cls: Any, value: Any, path: KeyPath, how: Structuring) -> A
 
 
 def _run_validators(
-    cls: Any, fields: Mapping[str, Any], got: Mapping[str, Any], path: KeyPath, note: Report
+    cls: Any,
+    fields: Mapping[str, attrs.Attribute[Any]],
+    got: Mapping[str, object],
+    path: KeyPath,
+    note: Report,
 ) -> None:
     # A partial instance: rules across fields read it, and may meet a field that has a problem.
     instance = cls.__new__(cls)

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
@@ -48,7 +48,7 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
     return parse_json(read_bytes(path, max_bytes=max_bytes), str(path))
 
 
-def read_json_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def read_json_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, object]:
     """The JSON object in ``path``.
 
     Raises:
@@ -164,7 +164,7 @@ def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-def as_count(value: Any, *, least: int = 0, most: int = 2**63 - 1) -> int:
+def as_count(value: object, *, least: int = 0, most: int = 2**63 - 1) -> int:
     """``value``, which came from a file, if it is an integer between ``least`` and ``most``.
 
     Raises:
@@ -175,7 +175,7 @@ def as_count(value: Any, *, least: int = 0, most: int = 2**63 - 1) -> int:
     return value
 
 
-def as_text(value: Any) -> str:
+def as_text(value: object) -> str:
     """``value``, which came from a file, if it is text.
 
     Raises:
@@ -186,7 +186,7 @@ def as_text(value: Any) -> str:
     return value
 
 
-def json_text(value: Mapping[str, Any] | list[Any], *, indent: int | None = 2) -> str:
+def json_text(value: Mapping[str, object] | Sequence[object], *, indent: int | None = 2) -> str:
     """``value`` as a file holds it. inf and nan, which JSON does not have, are refused."""
     return json.dumps(value, indent=indent, allow_nan=False) + "\n"
 
@@ -209,7 +209,7 @@ _DECODER = json.JSONDecoder(
 )
 
 
-def _refuse_half_pairs(value: Any) -> None:
+def _refuse_half_pairs(value: object) -> None:
     """Refuse what no file and no terminal can show; whole pairs were joined by the decoder."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -223,6 +223,6 @@ def _place_of_long_number(text: str) -> str:
     return f" (line {text.count(chr(10), 0, match.start()) + 1})" if match else ""
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     names = {list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")

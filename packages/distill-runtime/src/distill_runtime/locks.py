@@ -12,7 +12,7 @@ import os
 import socket
 import weakref
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Self
 
 from attrs import frozen
 from distill_protocols import OutputError
@@ -20,7 +20,7 @@ from distill_protocols import OutputError
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
-def try_lock(file: IO[Any], *, shared: bool = False) -> bool | None:
+def try_lock(file: IO[str] | IO[bytes], *, shared: bool = False) -> bool | None:
     """Lock ``file`` until it is closed.
 
     Args:
@@ -41,7 +41,7 @@ def try_lock(file: IO[Any], *, shared: bool = False) -> bool | None:
     return True
 
 
-def is_still_at(file: IO[Any], path: Path) -> bool:
+def is_still_at(file: IO[str] | IO[bytes], path: Path) -> bool:
     """Tell whether ``file`` is what is at ``path`` now: it may have been deleted between opening
     and locking."""
     try:

@@ -6,7 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypedDict, TypeVar, cast
 
 import torch
 from distill_protocols import (
@@ -26,6 +26,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 AdapterT = TypeVar("AdapterT")
+
+
+class _MethodState(TypedDict):
+    updates: Mapping[str, int]
+    grad_scaler: dict[str, object]
 
 
 class DistillMethod(ABC, Generic[AdapterT]):
@@ -140,7 +145,7 @@ class DistillMethod(ABC, Generic[AdapterT]):
             "Implement sample_for_logging, or leave validation out."
         )
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         """Context of a whole step. Default: none, as every role call enters its own precision."""
         return contextlib.nullcontext()
 
@@ -235,15 +240,16 @@ class DistillMethod(ABC, Generic[AdapterT]):
         """Let gradients reach a role's weights, or not."""
         self.bundle[role].set_trainable(enabled)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """What the method itself moves: update counts and, under fp16, the scaler (JSON-able)."""
         return {"updates": dict(self._updates), "grad_scaler": self._grad_scaler.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take back what ``state_dict`` gave."""
-        self._updates.update({key: int(value) for key, value in state["updates"].items()})
-        if state["grad_scaler"]:
-            self._grad_scaler.load_state_dict(state["grad_scaler"])
+        saved = cast(_MethodState, state)
+        self._updates.update({key: int(value) for key, value in saved["updates"].items()})
+        if saved["grad_scaler"]:
+            self._grad_scaler.load_state_dict(saved["grad_scaler"])
 
     # -- inside -------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from distill_protocols import ContractError, RoleError, RoleHandle
@@ -73,17 +73,19 @@ class OptimizerSchedule(LambdaLR):
             self.started_after, self._steps = iteration, self._horizon(iteration)
         self._set_rates()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Return the count of steps, and where it began if that is not the run's beginning."""
-        state = {name: v for name, v in super().state_dict().items() if name not in self._OWN}
+        state: dict[str, object] = {
+            name: v for name, v in super().state_dict().items() if name not in self._OWN
+        }
         return state | ({"started_after": self.started_after} if self.started_after else {})
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Go on with the count of ``state_dict`` and the rates of this schedule's own settings."""
         settings = {"base_lrs": self.base_lrs, "lr_lambdas": [None] * len(self.base_lrs)}
         counts = {name: value for name, value in state_dict.items() if name != "started_after"}
         super().load_state_dict(counts | settings)
-        self.start_after(state_dict.get("started_after", 0))
+        self.start_after(cast(int, state_dict.get("started_after", 0)))
 
     def _set_rates(self) -> None:
         # As LambdaLR.get_lr computes them, so that a resumed run has the bits of one that went on.

@@ -7,10 +7,10 @@ other and the chunks before them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from attrs import field, frozen
 from attrs.validators import optional
+from distill_diffusers.model_configs import read_integer, read_integers
 from distill_protocols import Chunk
 from distill_protocols.validators import at_least
 
@@ -111,10 +111,10 @@ class CausalConfig:
         return range(self.sink_frames), range(first_frame - (most - self.sink_frames), first_frame)
 
 
-def causal_problems(config: CausalConfig, transformer: Mapping[str, Any]) -> Iterator[str]:
+def causal_problems(config: CausalConfig, transformer: Mapping[str, object]) -> Iterator[str]:
     """Why a transformer of these numbers cannot be causal so."""
-    patch = transformer.get("patch_size", (1, 2, 2))[0]
-    longest = transformer.get("rope_max_seq_len", 1024)
+    patch = read_integers(transformer, "patch_size", (1, 2, 2))[0]
+    longest = read_integer(transformer, "rope_max_seq_len", 1024)
     if patch != 1:
         yield (
             f"pipeline_config.causal: the transformer folds {patch} latent frames into one token, "

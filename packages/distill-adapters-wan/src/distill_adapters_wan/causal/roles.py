@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from attrs import Factory, define, field, frozen
-from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel
 from distill_protocols import (
     CapabilityError,
     Chunk,
@@ -305,11 +305,13 @@ class CausalSwitch:
     _calls: dict[int, CausalCall | None] = field(factory=dict, init=False)
 
     def take_argument(
-        self, module: WanTransformer3DModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self, module: WanTransformer3DModel, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
         """Take ``causal=`` out of the arguments; a pre-hook of the transformer."""
         rest = dict(kwargs)
-        self._calls[threading.get_ident()] = rest.pop(_ARGUMENT, None)
+        call = rest.pop(_ARGUMENT, None)
+        assert call is None or isinstance(call, CausalCall)
+        self._calls[threading.get_ident()] = call
         return args, rest
 
     def lengthen_tables(self, rope: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
@@ -346,11 +348,11 @@ class CausalAttnProcessor:
 
     def __call__(
         self,
-        attn: Any,
+        attn: WanAttention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        rotary_emb: Any = None,
+        rotary_emb: object = None,
     ) -> Tensor:
         """Attend: [B, tokens, width] to the same shape."""
         if not isinstance(rotary_emb, BlockContext):

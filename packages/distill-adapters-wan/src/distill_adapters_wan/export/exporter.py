@@ -11,6 +11,7 @@ from attrs import asdict
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from distill_diffusers.export.exporter import PipelineExporter
 from distill_diffusers.export.formats import (
+    Comparisons,
     Export,
     ExportFormat,
     LoraNames,
@@ -21,6 +22,7 @@ from distill_diffusers.sampling.scheduler import StockSchedule
 from distill_protocols import ExportRequest, RoleSpec
 from torch import Tensor, nn
 
+from distill_adapters_wan.config import WanPipelineConfig
 from distill_adapters_wan.images.shapes import CLIP_TOKENS, image_kind
 from distill_adapters_wan.names.original import to_diffusers, to_original
 from distill_adapters_wan.shape import TEXT_TOKENS
@@ -41,7 +43,7 @@ _CAUSAL = (
 )
 
 
-class WanExporter(PipelineExporter):
+class WanExporter(PipelineExporter[WanPipelineConfig]):
     """``Exporter`` of the Wan family; beside the formats of ``PipelineExporter``:
 
     - ``comfyui``: ``<name>.safetensors`` (a second expert: ``<name>-transformer_2``) under the
@@ -61,21 +63,21 @@ class WanExporter(PipelineExporter):
 
     config_arguments = ("num_frames", "height", "width", "max_sequence_length")
 
-    def call_arguments(self, role: RoleSpec, request: ExportRequest) -> Mapping[str, Any]:
+    def call_arguments(self, role: RoleSpec, request: ExportRequest) -> Mapping[str, object]:
         """Return arguments of ``WanPipeline.__call__``; those of two experts have two guidances."""
         call = super().call_arguments(role, request)
         low = request.sampler.guidance_2
         return call if low is None else {**call, "guidance_scale_2": low}
 
-    def record_entries(self, role: RoleSpec) -> Mapping[str, Any]:
+    def record_entries(self, role: RoleSpec) -> Mapping[str, object]:
         """Return how the role is causal."""
         causal = self.config.causal
         is_causal = causal is not None and role.name in causal.roles
         return {"causal": asdict(causal) if causal is not None and is_causal else None}
 
     def index_entries(
-        self, own_index: Mapping[str, Any], modules: Collection[str]
-    ) -> Mapping[str, Any]:
+        self, own_index: Mapping[str, object], modules: Collection[str]
+    ) -> Mapping[str, object]:
         """Return which pipeline it is, which expert is called when, and how t is given."""
         names = ("_class_name", "boundary_ratio", "expand_timesteps")
         entries = {name: own_index[name] for name in names if name in own_index}
@@ -156,7 +158,7 @@ class WanExporter(PipelineExporter):
 
     # -- ComfyUI ------------------------------------------------------------------------------
 
-    def _verify_comfyui(self, export: Export, folder: Path) -> Mapping[str, Any]:
+    def _verify_comfyui(self, export: Export, folder: Path) -> Comparisons:
         from distill_diffusers.export.verification import verify_single_files
 
         def by_diffusers(names: Iterable[str]) -> Iterable[str]:

@@ -18,7 +18,6 @@ Letters: B batch, C channels, T latent frames, H and W latent height and width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from distill_protocols import Condition, ConditioningError
@@ -74,7 +73,7 @@ def read_image_latents(
     return torch.cat(parts, dim=2).to(x_t.device, x_t.dtype)
 
 
-def read_image_embeds(cond: Condition, config: Mapping[str, Any], like: Tensor) -> Tensor | None:
+def read_image_embeds(cond: Condition, config: Mapping[str, object], like: Tensor) -> Tensor | None:
     """Return ``image_embeds`` in the type and on the device of ``like``; None if none are read.
 
     Raises:

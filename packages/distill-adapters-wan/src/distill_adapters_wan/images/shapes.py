@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
+from distill_diffusers.model_configs import read_integer
 from distill_protocols import WeightsError
 
 ImageKind = Literal["none", "channels", "frame"]
@@ -15,7 +16,7 @@ CLIP_TOKENS = 257
 """16 x 16 patches of 224 pixels, and the class token."""
 
 
-def image_kind(transformer: Mapping[str, Any], expand_timesteps: bool) -> ImageKind:
+def image_kind(transformer: Mapping[str, object], expand_timesteps: object) -> ImageKind:
     """Tell how a model that ``shape.unsupported`` accepts takes a first frame."""
     if transformer.get("in_channels", 16) != (transformer.get("out_channels") or 16):
         return "channels"
@@ -23,7 +24,7 @@ def image_kind(transformer: Mapping[str, Any], expand_timesteps: bool) -> ImageK
 
 
 def needed_shapes(
-    transformer: Mapping[str, Any],
+    transformer: Mapping[str, object],
     kind: ImageKind,
     latent_shape: tuple[int, int, int, int],
     tokens: int = CLIP_TOKENS,
@@ -33,11 +34,11 @@ def needed_shapes(
         return {}
     shapes: dict[str, tuple[int, ...]] = {LATENTS: latent_shape}
     if transformer.get("image_dim") is not None:
-        shapes[EMBEDS] = (tokens, transformer["image_dim"])
+        shapes[EMBEDS] = (tokens, read_integer(transformer, "image_dim"))
     return shapes
 
 
-def clip_tokens(vision: Mapping[str, Any]) -> int:
+def clip_tokens(vision: Mapping[str, object]) -> int:
     """Count the tokens of an image encoder by its configuration (transformers' defaults else).
 
     Raises:

@@ -15,7 +15,6 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from attrs import frozen
@@ -29,7 +28,7 @@ from torch import Tensor
 _CALLED = re.compile(r"(?:GLOBAL|global:?) (?:GLOBAL )?([\w.]+)")
 
 
-def load_pt(file: Path) -> Any:
+def load_pt(file: Path) -> object:
     """Load what ``file`` holds; its tensors are mapped from the disk rather than read.
 
     Raises:
@@ -51,7 +50,7 @@ def load_pt(file: Path) -> Any:
         raise _refusal(str(file), error) from error
 
 
-def load_bytes(content: bytes, where: str) -> Any:
+def load_bytes(content: bytes, where: str) -> object:
     """Load a ``.pt`` file that is part of another file, as ``load_pt`` does.
 
     Raises:
@@ -63,7 +62,7 @@ def load_bytes(content: bytes, where: str) -> Any:
         raise _refusal(where, error) from error
 
 
-def as_tensors(value: Any, where: str) -> Mapping[str, Tensor]:
+def as_tensors(value: object, where: str) -> Mapping[str, Tensor]:
     """``value``, if it is a mapping of names to plain tensors.
 
     Raises:

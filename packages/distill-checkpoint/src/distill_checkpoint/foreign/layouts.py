@@ -374,7 +374,7 @@ def _one_file(source: Path, names: ForeignNames, ema: bool) -> ForeignCheckpoint
     return _describe("a file", source, roles, left)
 
 
-def _tensors_of(source: Path, content: Mapping[str, Any], name: str) -> WeightSource:
+def _tensors_of(source: Path, content: Mapping[str, object], name: str) -> WeightSource:
     where = f"{source} ({name})"
     return TensorWeights(where, as_tensors(content[name], where))
 
@@ -455,7 +455,7 @@ def _describe(
     )
 
 
-def _metadata_json(file: Path) -> Mapping[str, Any]:
+def _metadata_json(file: Path) -> Mapping[str, object]:
     try:
         value = read_json(file)
     except UnreadableFileError as error:

@@ -98,7 +98,7 @@ class DcpCheckpoint(WeightSource):
         """
         return {name: self._tensor(name) for name in names}
 
-    def read_value(self, name: str) -> Any:
+    def read_value(self, name: str) -> object:
         """One of ``values``, if it is made of plain containers and numbers.
 
         Raises:
@@ -188,7 +188,7 @@ class _Record:
         record.state = None
         return record
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *arguments: object) -> None:
         """Nothing: a class is called with what ``__new__`` has kept."""
 
     def __setstate__(self, state: Any) -> None:
@@ -276,7 +276,7 @@ def _kind(record: Any) -> str:
     return type(record).__name__ if isinstance(record, _Record) else ""
 
 
-def _state(record: Any, kind: str) -> dict[str, Any]:
+def _state(record: Any, kind: str) -> dict[Any, Any]:
     if _kind(record) != kind or not isinstance(record.state, dict | None):
         _malformed(f"there is a {_kind(record) or type(record).__name__} where a {kind} must be")
     return record.state or {}

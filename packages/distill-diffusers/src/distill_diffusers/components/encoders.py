@@ -13,7 +13,8 @@ from distill_protocols import DTYPES, ConditioningError, Precision, WeightsError
 from distill_protocols.plugins import EMPTY
 from distill_runtime import UnreadableFileError, read_json_object
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from distill_diffusers.building import limited_building
@@ -91,7 +92,7 @@ def numbered_parts(source: str, classes: Sequence[str]) -> list[TextEncoderPart]
 class LoadedEncoder:
     """A tokenizer and its encoder, of the classes that the folder names."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     encoder: Any
 
 
@@ -267,7 +268,7 @@ class TextEncoders:
         return LoadedEncoder(tokenizer, encoder.to(self._device))
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer of transformers, and try it.
 
     Its JSON is read by our own reader first: transformers' raises from several libraries, and some
@@ -293,14 +294,15 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def check_vocabulary(tokenizer: Any, encoder: Any, folder: Path) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, encoder: nn.Module, folder: Path) -> None:
     """Refuse a tokenizer with words that the encoder has no row for: on a GPU the call of one
     would end the process.
 
     Raises:
         WeightsError: the two are of two models.
     """
-    rows = encoder.get_input_embeddings().num_embeddings
+    embedding = cast(PreTrainedModel, encoder).get_input_embeddings()
+    rows = cast(nn.Embedding, embedding).num_embeddings
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= rows:
         raise WeightsError(
@@ -316,7 +318,7 @@ def _unreadable(folder: Path, error: BaseException) -> WeightsError:
     )
 
 
-def load_encoder(model_class: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+def load_encoder(model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype) -> nn.Module:
     """Load an encoder of transformers in eval mode, with every key found.
 
     Raises:

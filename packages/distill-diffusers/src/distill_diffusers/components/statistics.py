@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from attrs import frozen
@@ -10,7 +11,7 @@ from distill_protocols import WeightsError
 from torch import Tensor
 
 from distill_diffusers.folders import fetch
-from distill_diffusers.model_configs import read_config
+from distill_diffusers.model_configs import read_config, read_number
 from distill_diffusers.weights.sources import module_weights
 
 _NAMES = ("latents_mean", "latents_std")
@@ -59,7 +60,8 @@ class LatentStatistics:
         config = read_config(folder / "config.json")
         if missing := [name for name in _NAMES if name not in config]:
             raise WeightsError(_missing(f"{folder}/config.json", missing))
-        return cls.of_channels(*(config[name] for name in _NAMES))
+        # Lists of numbers, as ``read_config`` has checked.
+        return cls.of_channels(*(cast(Sequence[float], config[name]) for name in _NAMES))
 
     @classmethod
     def of_buffers(cls, source: str) -> LatentStatistics:
@@ -80,7 +82,7 @@ class LatentStatistics:
             raise WeightsError(_missing(f"the weights in {folder}", missing))
         tensors = weights.read(_NAMES)
         mean, std = (tensors[name].float().view(1, -1, 1, 1, 1) for name in _NAMES)
-        factor: float = read_config(folder / "config.json").get("scaling_factor", 1.0)
+        factor = read_number(read_config(folder / "config.json"), "scaling_factor", 1.0)
         return cls(mean=mean, std=std / factor)
 
     def to(self, device: torch.device) -> LatentStatistics:

@@ -11,12 +11,13 @@ import abc
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, cast
 
 import diffusers
 import torch
 from attrs import asdict
 from distill_protocols import (
+    ExportRecord,
     ExportRequest,
     LoraSpec,
     RoleSpec,
@@ -50,6 +51,7 @@ from distill_diffusers.export.formats import (
     adapter_factors,
 )
 from distill_diffusers.export_rules import FORMATS
+from distill_diffusers.family import ConfigT, DiffusersFamily
 from distill_diffusers.folders import (
     component_problems,
     fetch,
@@ -70,7 +72,7 @@ from distill_diffusers.weights.modules import check_keys
 from distill_diffusers.weights.sources import folder_weights
 
 if TYPE_CHECKING:
-    from distill_diffusers.family import DiffusersFamily
+    from attrs import AttrsInstance
 
 TOLERABLE_DEVIATION = 0.5
 """Units of t; one step of the 1000 that models are trained on is 1."""
@@ -81,7 +83,7 @@ ENCODER_FOLDERS = tuple(
 """As pipelines of diffusers name them."""
 
 
-class PipelineExporter(abc.ABC):
+class PipelineExporter(abc.ABC, Generic[ConfigT]):
     """``Exporter`` of a family on diffusers whose pipeline guides where ``guidance_scale`` is above
     1.
 
@@ -98,7 +100,7 @@ class PipelineExporter(abc.ABC):
     grid: StepGrid = SchedulerGrid()
     """What the pipeline's scheduler starts from."""
 
-    def __init__(self, family: DiffusersFamily[Any], config: Any, *, source: str) -> None:
+    def __init__(self, family: DiffusersFamily[ConfigT], config: ConfigT, *, source: str) -> None:
         self.family = family
         self.kind = family.kind
         self.config = config
@@ -106,12 +108,12 @@ class PipelineExporter(abc.ABC):
 
     # -- what a family says -------------------------------------------------------------------
 
-    def call_arguments(self, role: RoleSpec, request: ExportRequest) -> Mapping[str, Any]:
+    def call_arguments(self, role: RoleSpec, request: ExportRequest) -> Mapping[str, object]:
         """Return what the stock pipeline is called with, beside the prompt, to sample alike.
 
         By default steps, guidance and ``config_arguments``.
         """
-        config = asdict(self.config)
+        config = asdict(cast("AttrsInstance", self.config))
         return {
             "num_inference_steps": request.sampler.steps,
             "guidance_scale": request.sampler.guidance,
@@ -145,13 +147,13 @@ class PipelineExporter(abc.ABC):
         """
         return {f"{LORA_STEM}{export.suffix(module)}.safetensors": DIFFUSERS_LORA}
 
-    def record_entries(self, role: RoleSpec) -> Mapping[str, Any]:
+    def record_entries(self, role: RoleSpec) -> Mapping[str, object]:
         """Return the family's own entries of ``sampler_spec.json``."""
         return {}
 
     def index_entries(
-        self, own_index: Mapping[str, Any], modules: Collection[str]
-    ) -> Mapping[str, Any]:
+        self, own_index: Mapping[str, object], modules: Collection[str]
+    ) -> Mapping[str, object]:
         """Return entries of ``model_index.json`` that depend on the transformers.
 
         By default the pipeline's class alone; the other components come from ``source``, which may
@@ -226,7 +228,7 @@ class PipelineExporter(abc.ABC):
         weights: Mapping[str, WeightSource],
         folder: Path,
         request: ExportRequest,
-    ) -> Mapping[str, Any]:
+    ) -> ExportRecord:
         """Write ``folder`` whole or not at all, with a few tensors in memory at a time.
 
         - ``diffusers``: ``Pipeline.from_pretrained(folder)(prompt, **record["call"])`` samples as
@@ -255,12 +257,12 @@ class PipelineExporter(abc.ABC):
             files = sorted(stage.rglob("*.safetensors"))
             record = {
                 **export.record,
-                "notes": [*export.record["notes"], *written.notes],
+                "notes": [*cast(ExportRecord, export.record)["notes"], *written.notes],
                 **written.entries,
                 "files": {str(file.relative_to(stage)): file.stat().st_size for file in files},
             }
             write_json(stage / SPEC_FILE, record)
-        return record
+        return cast(ExportRecord, record)
 
     def verify(
         self,
@@ -268,7 +270,7 @@ class PipelineExporter(abc.ABC):
         weights: Mapping[str, WeightSource],
         folder: Path,
         request: ExportRequest,
-    ) -> Mapping[str, Any]:
+    ) -> ExportRecord:
         """Read ``folder`` and compare every name, every number and the outputs.
 
         Returns:
@@ -289,7 +291,7 @@ class PipelineExporter(abc.ABC):
             verification.describe_result(request.format, name, numbers)
             for name, numbers in modules.items()
         ]
-        return {"format": request.format, "notes": notes, **modules}
+        return cast(ExportRecord, {"format": request.format, "notes": notes, **modules})
 
     def prepare(
         self,
@@ -344,7 +346,7 @@ class PipelineExporter(abc.ABC):
 
     def _record(
         self, role: RoleSpec, request: ExportRequest, schedule: StockSchedule
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         return {
             "role": role.name,
             "path": role.path,
@@ -381,13 +383,13 @@ class PipelineExporter(abc.ABC):
         write_json(stage / "model_index.json", index)
         return Written()
 
-    def _model_index(self, export: Export, source: Path, stage: Path) -> dict[str, Any]:
+    def _model_index(self, export: Export, source: Path, stage: Path) -> dict[str, object]:
         """Compose the source's index with our scheduler, the role's transformers, and only what
         is there."""
         modules = list(export.modules)
         index = read_json(source / "model_index.json")
         own = locate(export.role.path)
-        own_index: Mapping[str, Any] = {}
+        own_index: Mapping[str, object] = {}
         if own is not None and (own / "model_index.json").is_file():
             own_index = read_json(own / "model_index.json")
         index |= self.index_entries(own_index, modules)
@@ -410,7 +412,7 @@ class PipelineExporter(abc.ABC):
     def _write_lora(self, export: Export, stage: Path) -> Written:
         role, request = export.role, export.request
         notes: list[str] = []
-        summaries: dict[str, Any] = {}
+        summaries: dict[str, object] = {}
         for name in export.modules:
             if role.lora is not None:
                 pairs = adapter_factors(role.lora, export.weights[name], request.precision)

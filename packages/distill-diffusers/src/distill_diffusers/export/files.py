@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from distill_protocols import OutputError, TensorInfo, WeightsError, WeightSource
 from distill_runtime import (
@@ -82,6 +81,6 @@ def write_module(folder: Path, source: WeightSource, names: list[str], max_bytes
         (folder / f"{DIFFUSERS_STEM}.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def write_json(file: Path, value: Mapping[str, Any]) -> None:
+def write_json(file: Path, value: Mapping[str, object]) -> None:
     """Write a JSON object that a person can read."""
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

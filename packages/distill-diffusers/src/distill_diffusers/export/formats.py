@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from attrs import field, frozen
@@ -94,7 +94,7 @@ class Export:
     modules: Mapping[str, nn.Module]
     weights: Mapping[str, WeightSource]
     schedule: StockSchedule
-    record: Mapping[str, Any]
+    record: Mapping[str, object]
 
     def full_weights(self) -> dict[str, WeightSource]:
         """Return full weights by module: a LoRA merged into its base, then rounded."""
@@ -132,7 +132,11 @@ class Written:
     """
 
     notes: tuple[str, ...] = ()
-    entries: Mapping[str, Any] = field(factory=dict)
+    entries: Mapping[str, object] = field(factory=dict)
+
+
+Comparisons: TypeAlias = Mapping[str, Mapping[str, float]]
+"""By module, how many tensors or layers were compared, and the largest difference of outputs."""
 
 
 @frozen(kw_only=True)
@@ -146,7 +150,7 @@ class ExportFormat:
     """
 
     write: Callable[[Export, Path], Written]
-    verify: Callable[[Export, Path], Mapping[str, Any]]
+    verify: Callable[[Export, Path], Comparisons]
 
 
 class StockPipeline(Protocol):

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from attrs import evolve
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from distill_diffusers.architecture import is_kept_in_fp32, kept_in_fp32
 from distill_diffusers.export.formats import (
+    Comparisons,
     Export,
     LoraContents,
     LoraNames,
@@ -51,7 +52,7 @@ NEAREST_TOLERANCE = 0.05
 randomised SVD as well, which projects the difference on its directions."""
 
 
-def describe_result(format_name: str, module: str, numbers: Mapping[str, Any]) -> str:
+def describe_result(format_name: str, module: str, numbers: Mapping[str, float]) -> str:
     """Say in a line what was compared."""
     if format_name != "lora":
         return f"{module}: no key unmatched, {numbers['tensors']} tensors and the outputs equal"
@@ -82,7 +83,7 @@ def without_messages() -> Iterator[None]:
 # -- diffusers ------------------------------------------------------------------------------------
 
 
-def verify_pipeline(pipeline: StockPipeline, export: Export, folder: Path) -> dict[str, Any]:
+def verify_pipeline(pipeline: StockPipeline, export: Export, folder: Path) -> Comparisons:
     """Load by ``from_pretrained``: no key unmatched, every number and the outputs equal bit for
     bit, and the scheduler's timesteps those that were written."""
     transformer = load_class(pipeline.kind.transformer)
@@ -98,7 +99,7 @@ def verify_pipeline(pipeline: StockPipeline, export: Export, folder: Path) -> di
 
 def _from_pretrained(
     module_class: Any, folder: Path, name: str, **options: Any
-) -> tuple[Any, Mapping[str, Any]]:
+) -> tuple[Any, Mapping[str, Iterable[object]]]:
     return module_class.from_pretrained(
         folder, subfolder=name, use_safetensors=True, output_loading_info=True, **options
     )
@@ -111,8 +112,8 @@ def _check_components(pipeline: StockPipeline, export: Export, folder: Path) -> 
     classes = {class_name(name): name for name in pipeline.kind.pipelines}
     index = read_json(folder / "model_index.json")
     modules = [name for name, entry in index.items() if isinstance(entry, list)]
-    omitted: dict[str, Any] = dict.fromkeys(set(modules) - {"scheduler"})
-    loaded = load_class(classes[index["_class_name"]]).from_pretrained(
+    omitted: dict[str, None] = dict.fromkeys(set(modules) - {"scheduler"})
+    loaded = load_class(classes[cast(str, index["_class_name"])]).from_pretrained(
         folder, use_safetensors=True, **omitted
     )
     made, expected = (
@@ -146,7 +147,7 @@ def verify_single_files(
     folder: Path,
     to_original: Callable[[str], str],
     to_diffusers: Iterable[Callable[[Iterable[str]], Iterable[str]]],
-) -> dict[str, Any]:
+) -> Comparisons:
     """Load by ``from_single_file``: every name is the original code's, none is left over, every
     number and the outputs equal bit for bit.
 
@@ -179,7 +180,7 @@ def _save_config(module: Any, folder: str) -> None:
 # -- LoRA -----------------------------------------------------------------------------------------
 
 
-def verify_lora(pipeline: StockPipeline, export: Export, folder: Path) -> dict[str, Any]:
+def verify_lora(pipeline: StockPipeline, export: Export, folder: Path) -> Comparisons:
     """Load by ``load_lora_weights`` on the base, from each file: every adapter number equal bit for
     bit (extracted ones: nearest to the role's difference to its base), the outputs those of the
     merged weights within ``LORA_TOLERANCE``."""
@@ -381,12 +382,12 @@ def _dtype(source: WeightSource, export: Export) -> torch.dtype:
 
 def compare(
     pipeline: StockPipeline,
-    loaded: Any,
+    loaded: nn.Module,
     source: WeightSource,
     meta: nn.Module,
     dtype: torch.dtype,
     where: Path,
-) -> dict[str, Any]:
+) -> Mapping[str, float]:
     """Compare numbers and outputs of ``loaded`` with those of ``source``, bit for bit.
 
     Raises:
@@ -444,7 +445,7 @@ def _has_same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*flat)
 
 
-def _refuse_unmatched(where: Path, info: Mapping[str, Any]) -> None:
+def _refuse_unmatched(where: Path, info: Mapping[str, Iterable[object]]) -> None:
     unmatched = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if unmatched:
         raise WeightsError(f"{where}: diffusers leaves keys unmatched: {unmatched}; export again")

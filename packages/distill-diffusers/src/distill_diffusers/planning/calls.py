@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_iter
 from distill_diffusers.architecture import build_on_meta, inspect_model
 from distill_diffusers.kinds import ModelKind
 from distill_diffusers.lora import adapted_layers
+from distill_diffusers.model_configs import read_integer
 from distill_diffusers.planning.modules import stored_dtype
 from distill_diffusers.roles import attention
 from distill_diffusers.roles.discriminator import HEADS, build_heads, logits
@@ -67,7 +68,7 @@ class CallBytes:
 
 def plan_call(
     kind: ModelKind,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     role: RoleSpec,
     call: ModelCall,
     shapes: Mapping[str, Sequence[int]],
@@ -90,7 +91,7 @@ def plan_call(
         input_gradient: whether the call is differentiated by its latents, though the role is not
             trained.
     """
-    blocks = inspect_model(kind, config).config[kind.depth]
+    blocks = read_integer(inspect_model(kind, config).config, kind.depth)
     plan = _plan_of(kind, config, min(blocks, 2), role, call, shapes, input_gradient)
     if blocks > 2:
         three = _plan_of(kind, config, 3, role, call, shapes, input_gradient)
@@ -99,7 +100,12 @@ def plan_call(
 
 
 def plan_discriminator_call(
-    kind: ModelKind, config: Mapping[str, Any], role: RoleSpec, *, batch: int, cells: Sequence[int]
+    kind: ModelKind,
+    config: Mapping[str, object],
+    role: RoleSpec,
+    *,
+    batch: int,
+    cells: Sequence[int],
 ) -> CallPlan:
     """Plan a call of a discriminator on the features of one call of the transformer of ``config``.
 
@@ -135,7 +141,7 @@ def plan_discriminator_call(
 
 def _plan_of(
     kind: ModelKind,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     blocks: int,
     role: RoleSpec,
     call: ModelCall,

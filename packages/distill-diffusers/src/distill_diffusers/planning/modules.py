@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
 
 import torch
 from distill_protocols import DTYPES, ModulePlan, RoleSpec, TensorPlan, WeightsError
@@ -27,7 +26,7 @@ def plan_modules(
 
 
 def plan_module(
-    kind: ModelKind, name: str, config: Mapping[str, Any], role: RoleSpec
+    kind: ModelKind, name: str, config: Mapping[str, object], role: RoleSpec
 ) -> ModulePlan:
     """List the parameters of one transformer, and the adapters of ``role.lora``, as
     ``RoleLoader.load_role`` makes them.

@@ -50,7 +50,7 @@ _NEIGHBOURS, _STEP = 120, 2e-9
 class StepGrid(Protocol):
     """The grid u that a pipeline has the scheduler start from."""
 
-    def set_timesteps(self, scheduler: Any, steps: int) -> None:
+    def set_timesteps(self, scheduler: StockScheduler, steps: int) -> None:
         """Call the scheduler as the pipeline does."""
         ...
 
@@ -70,7 +70,7 @@ class StepGrid(Protocol):
 class SchedulerGrid(StepGrid):
     """linspace(1, S_k(1/1000), N) in fp64: of pipelines that give a number of steps alone."""
 
-    def set_timesteps(self, scheduler: Any, steps: int) -> None:
+    def set_timesteps(self, scheduler: StockScheduler, steps: int) -> None:
         scheduler.set_timesteps(steps)
 
     def last(self, steps: int, shift: float) -> float:
@@ -91,8 +91,9 @@ class SchedulerGrid(StepGrid):
 class UniformGrid(StepGrid):
     """linspace(1, 1/N, N) in fp32: of pipelines that give their own sigmas."""
 
-    def set_timesteps(self, scheduler: Any, steps: int) -> None:
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+    def set_timesteps(self, scheduler: StockScheduler, steps: int) -> None:
+        sigmas = np.linspace(1.0, 1 / steps, steps)
+        scheduler.set_timesteps(sigmas=sigmas)  # type: ignore[arg-type] - uses numpy
 
     def last(self, steps: int, shift: float) -> float:
         return 1 / steps
@@ -114,7 +115,7 @@ class _UniPCGrid(StepGrid):
 
     of: StepGrid
 
-    def set_timesteps(self, scheduler: Any, steps: int) -> None:
+    def set_timesteps(self, scheduler: StockScheduler, steps: int) -> None:
         self.of.set_timesteps(scheduler, steps)
 
     def last(self, steps: int, shift: float) -> float:

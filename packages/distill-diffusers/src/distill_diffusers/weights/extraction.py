@@ -3,8 +3,6 @@ is no matrix as the difference itself."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from attrs import field, frozen
 from distill_protocols import DTYPES, Precision, WeightSource, derive_seed
@@ -50,7 +48,7 @@ class Extraction:
         whole = sum(norm**2 for norm in self.norms.values())
         return (lost / whole) ** 0.5 if whole else 0.0
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """For the log and the file beside the weights."""
         error = self.relative_error
         return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -73,7 +73,7 @@ def build_module(module_class: type[ModuleT], folder: Path) -> ModuleT:
     return build_from(module_class, read_config(folder / "config.json"), folder / "config.json")
 
 
-def build_from(module_class: type[ModuleT], config: Mapping[str, Any], where: object) -> ModuleT:
+def build_from(module_class: type[ModuleT], config: Mapping[str, object], where: object) -> ModuleT:
     """Build the module of a configuration that was read already, as ``build_module`` does.
 
     Args:

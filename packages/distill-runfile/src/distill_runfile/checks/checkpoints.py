@@ -6,7 +6,6 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from distill_checkpoint import preview_resume
 from distill_checkpoint.config import CheckpointConfig
@@ -33,7 +32,7 @@ def check_checkpoints(draft: Draft) -> Iterator[Problem]:
     yield from _keep_best_problems(draft, checkpoint)
 
 
-def check_resume(draft: Draft, resolved: Mapping[str, Any]) -> Iterator[Problem]:
+def check_resume(draft: Draft, resolved: Mapping[str, object]) -> Iterator[Problem]:
     """Rules over the checkpoint that the run would go on from, before any model is loaded.
 
     Args:

@@ -146,7 +146,7 @@ def _stored_problems(
 
     Adapters carry neither their scale nor their base: both runs must say the same of the scale.
     """
-    values = read_source(checkpoint / "config.json").values
+    values: dict[str, Any] | None = read_source(checkpoint / "config.json").values
     if values is None:
         yield Problem(
             ("path",),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from distill_protocols import Callback, NonFiniteLossError, RunState, StepRecord
@@ -44,7 +43,7 @@ class DebugDumpCallback(Callback):
     def on_exception(self, run: RunState, error: BaseException) -> None:
         if not self.config.on_exception:
             return
-        description: dict[str, Any] = {
+        description: dict[str, object] = {
             "iteration": run.iteration, "error": f"{type(error).__name__}: {error}",
         }  # fmt: skip
         if isinstance(error, NonFiniteLossError):
@@ -61,7 +60,7 @@ def _dump_folder(run: RunState, name: str) -> Path:
     return run.output_dir / "debug" / f"{name}{rank}"
 
 
-def _describe_step(step: StepRecord) -> dict[str, Any]:
+def _describe_step(step: StepRecord) -> dict[str, object]:
     return {
         "iteration": step.iteration,
         "losses": _json_numbers(step.losses),
@@ -81,7 +80,7 @@ def _json_number(value: float) -> float | str:
 
 
 def _write_dump(
-    folder: Path, description: Mapping[str, Any], outputs: Mapping[str, Tensor]
+    folder: Path, description: Mapping[str, object], outputs: Mapping[str, Tensor]
 ) -> None:
     tensors = {
         name: local_shard(value.detach()).contiguous().cpu().clone()

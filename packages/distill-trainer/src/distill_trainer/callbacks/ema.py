@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from attrs import frozen
@@ -104,7 +103,7 @@ class ExponentialMovingAverage:
         return {**self.weights(), _UPDATES: torch.tensor(self._updates)}
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what ``state_dict`` returned.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import cast
 
 from distill_protocols import Callback, ModelBundle, RankGroup, RunState, StepRecord
 from torch import Tensor
@@ -57,7 +57,7 @@ class MetricsCallback(Callback):
         if run.iteration >= run.max_train_steps:  # else the run that goes on logs them
             self._log(run)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Return the values since the last log point, by rank and name; nothing right after one.
 
         What the clock says is left out: equal runs have equal checkpoints. All ranks call it
@@ -73,8 +73,8 @@ class MetricsCallback(Callback):
             return {}
         return {_STATE: {f"rank-{rank:05d}": values for rank, values in enumerate(by_rank)}}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        by_rank: list[dict[str, list[float]]] = list(state[_STATE].values())
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        by_rank = list(cast(Mapping[str, dict[str, list[float]]], state[_STATE]).values())
         rank, size = (0, 1) if self._ranks is None else (self._ranks.rank, self._ranks.size)
         # Means are over all ranks, so with another number of them it does not matter whose these
         # are; only with the same number are the sums the same to the last bit.

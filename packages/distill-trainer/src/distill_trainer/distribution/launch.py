@@ -193,7 +193,7 @@ def _agree_on_prefix(launch: Launch, store: distributed.Store, timeout: float) -
     return own
 
 
-def check_same_run(ranks: Ranks, resolved: Mapping[str, Any]) -> None:
+def check_same_run(ranks: Ranks, resolved: Mapping[str, object]) -> None:
     """Refuse ranks that were started with different run files.
 
     Every rank calls it with its run file as resolved (JSON-able), before anything is built.
@@ -230,5 +230,5 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _describe(run: Mapping[str, Any], key: str) -> str:
+def _describe(run: Mapping[str, object], key: str) -> str:
     return repr(run[key]) if key in run else "absent"

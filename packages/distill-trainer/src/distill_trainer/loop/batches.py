@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TypedDict, cast
 
 from distill_protocols import BatchLoader, DataError
+
+
+class _Position(TypedDict):
+    batches: int
 
 
 class RestartingLoader:
@@ -16,12 +20,12 @@ class RestartingLoader:
     the resumed order is the same only where the iterable's own order is fixed.
     """
 
-    def __init__(self, batches: Iterable[Any]) -> None:
+    def __init__(self, batches: Iterable[object]) -> None:
         self._batches = batches
         self._yielded = 0
         self._skip = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         while True:
             empty = True
             for batch in self._batches:
@@ -39,16 +43,16 @@ class RestartingLoader:
                     "DataLoader, or another iterable that starts afresh each time."
                 )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Return ``{"batches": n}``."""
         return {"batches": self._yielded}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continue behind the n-th batch."""
-        self._yielded = self._skip = int(state["batches"])
+        self._yielded = self._skip = int(cast(_Position, state)["batches"])
 
 
-def make_resumable(loader: Iterable[Any]) -> BatchLoader:
+def make_resumable(loader: Iterable[object]) -> BatchLoader:
     """Return ``loader`` itself where it can save its position, else in a ``RestartingLoader``."""
     return loader if isinstance(loader, BatchLoader) else RestartingLoader(loader)
 
@@ -56,11 +60,11 @@ def make_resumable(loader: Iterable[Any]) -> BatchLoader:
 class TimedIterator:
     """An iterator that adds up the seconds spent waiting for its batches."""
 
-    def __init__(self, batches: Iterator[Any]) -> None:
+    def __init__(self, batches: Iterator[object]) -> None:
         self._batches = batches
         self._seconds = 0.0
 
-    def __next__(self) -> Any:
+    def __next__(self) -> object:
         start = time.perf_counter()
         batch = next(self._batches)
         self._seconds += time.perf_counter() - start

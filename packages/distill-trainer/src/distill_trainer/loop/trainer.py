@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from attrs import frozen
 from distill_protocols import (
@@ -97,7 +96,7 @@ class DistillTrainer:
             always.append(ProgressCallback(training.log_every))
         self.callbacks = _by_name([*callbacks, *always])
 
-    def run(self, method: TrainableMethod, loader: Iterable[Any]) -> TrainResult:
+    def run(self, method: TrainableMethod, loader: Iterable[object]) -> TrainResult:
         """Train until ``max_train_steps``, or until a callback or a signal asks for a stop.
 
         A stop is seen between micro steps, wherever the method or a callback polls
@@ -135,7 +134,7 @@ class DistillTrainer:
         return Distribution.adopt(self.training.distributed, weights)
 
     def _run_on(
-        self, distribution: Distribution, method: TrainableMethod, loader: Iterable[Any]
+        self, distribution: Distribution, method: TrainableMethod, loader: Iterable[object]
     ) -> TrainResult:
         training, ranks = self.training, distribution.ranks
         streams = self._streams or method.streams

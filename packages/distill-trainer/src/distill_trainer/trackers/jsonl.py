@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from distill_runtime import UnreadableFileError, naming_file, parse_json, replace_file
 from torch import Tensor
@@ -55,7 +55,7 @@ class JsonlTracker:
             with naming_file(self.path):
                 file.close()
 
-    def _write(self, entry: Mapping[str, Any]) -> None:
+    def _write(self, entry: Mapping[str, object]) -> None:
         with naming_file(self.path):
             if self._file is None:
                 self._file = _open(self.path)
