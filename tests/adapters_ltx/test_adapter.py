@@ -184,7 +184,8 @@ def test_a_condition_pipelines_model_is_refused(folder_of):
 @pytest.mark.parametrize("backend", ["flash", "_native_flash", "sage_varlen", "_native_npu"])
 def test_a_kernel_that_takes_no_mask_is_a_problem_with_its_reason(folder_of, backend):
     """The transformer hides the padding of the text by a bias, and these would raise in step 1."""
-    role = RoleSpec(name="student", path=str(folder_of("0.9.0")), attention_backend=backend)
+    path = str(folder_of("0.9.0"))
+    role = RoleSpec(name="student", path=path, trainable=True, attention_backend=backend)
     (problem,) = PLUGIN.role_problems(role, CONFIG)
     assert problem.path == ("attention_backend",)
     assert f"{backend!r} cannot add a bias" in problem.message

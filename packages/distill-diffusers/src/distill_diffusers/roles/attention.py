@@ -33,8 +33,11 @@ def available_backends(kind: ModelKind) -> tuple[str, ...]:
 
     Some of them need a GPU, which the machine that checks a run may not have: that is not asked.
     """
-    names = (name.value for name in AttentionBackendName)
-    return tuple(name for name in names if backend_problem(kind, name) is None)
+    return tuple(
+        backend.value
+        for backend in AttentionBackendName
+        if _can_add_what_it_must(kind, backend) and _missing_part(backend) is None
+    )
 
 
 def backend_problem(kind: ModelKind, name: str) -> str | None:
@@ -45,23 +48,33 @@ def backend_problem(kind: ModelKind, name: str) -> str | None:
     except ValueError:
         names = ", ".join(available_backends(kind))
         return f"diffusers knows no attention backend {name!r}; here it can be {names}"
-    if kind.attention_bias and backend not in TAKE_A_BIAS:
+    if not _can_add_what_it_must(kind, backend):
         return (
             f"attention backend {name!r} cannot add a bias to the scores, and "
             f"{class_name(kind.transformer)} hides the padding of a text by one. Use one of "
             f"{', '.join(available_backends(kind))}, or leave it out for torch's own choice"
         )
+    missing = _missing_part(backend)
+    return None if missing is None else f"attention backend {name!r} {missing}"
+
+
+def _can_add_what_it_must(kind: ModelKind, backend: AttentionBackendName) -> bool:
+    return not kind.attention_bias or backend in TAKE_A_BIAS
+
+
+def _missing_part(backend: AttentionBackendName) -> str | None:
+    """Say what this machine lacks for a kernel; None where it has all."""
     try:
         attention_dispatch._check_attention_backend_requirements(backend)
     except RuntimeError as error:
-        return f"attention backend {name!r} cannot run here: {error}"
+        return f"cannot run here: {error}"
     # diffusers checks these two only where it calls them.
     needs = {
         AttentionBackendName.XFORMERS: (attention_dispatch._CAN_USE_XFORMERS_ATTN, "xformers"),
         AttentionBackendName._NATIVE_XLA: (attention_dispatch._CAN_USE_XLA_ATTN, "torch_xla"),
     }
     is_there, package = needs.get(backend, (True, ""))
-    return None if is_there else f"attention backend {name!r} needs {package}; install it"
+    return None if is_there else f"needs {package}; install it"
 
 
 def set_backend(module: ModelMixin, name: str) -> None:
