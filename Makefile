@@ -1,5 +1,5 @@
 # The tasks of this repository; `make` lists them.
-.PHONY: help test slow lint types tiny rebuild-tiny bench torture fuzz wheels release metrics gates
+.PHONY: help test slow lint types tiny rebuild-tiny bench torture fuzz random-runs mutation wheels release metrics gates
 
 help:           ## this list
 	@grep -E '^[a-z-]+: +##' $(MAKEFILE_LIST) | sed 's/: *## /\t/' | expand -t 16
@@ -30,6 +30,12 @@ bench:          ## trainer against a bare loop; start-up; checkpoints; memory of
 	uv run python tools/bench/startup.py
 	uv run python tools/bench/checkpoint.py
 	uv run python tools/bench/export.py
+
+random-runs:    ## draw 200 run files, run what is accepted, compare with stopped runs (an hour)
+	uv run python tools/random_runs.py
+
+mutation:       ## change the source in 150 places, and see what tests notice (hours)
+	uv run python tools/mutation_test.py
 
 torture:        ## kill a real run 2 x 60 times, saves included, and compare its end (half an hour)
 	uv run python tools/torture.py

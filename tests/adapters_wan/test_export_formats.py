@@ -23,10 +23,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from wan_variants import VARIANTS
 
 SPEC = SamplerSpec(steps=2, timesteps=(1000.0, 700.0), stochastic=True)
 LORA = LoraSpec(rank=4, alpha=6.0)
 """A scale of 1.5, which somebody might forget."""
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 class Trained:
@@ -124,6 +126,21 @@ def test_a_comfyui_file_gives_the_same_outputs_through_from_single_file(full, tm
 
 
 # -- LoRA -----------------------------------------------------------------------------------------
+
+
+def test_a_lora_that_leaves_the_picture_alone_is_verified(folder_of, tmp_path):
+    """diffusers gives the image attention of such a model adapters of zeros when it loads one."""
+    role = Trained(VARIANTS["i2v-2.1"].config, folder_of("i2v-2.1"), LORA)
+    role.export(tmp_path / "s", format="lora")
+    assert not any("add_k_proj" in name for name in load_file(tmp_path / "s" / LORA_FILE))
+    assert role.verify(tmp_path / "s", format="lora")["transformer"]["layers"] > 0
+    broken = load_file(tmp_path / "s" / LORA_FILE)
+    layer = next(name for name in broken if name.endswith("attn2.to_k.lora_B.weight"))
+    broken[layer.replace("to_k", "add_k_proj")] = torch.ones_like(broken[layer])
+    broken[layer.replace("to_k.lora_B", "add_k_proj.lora_A")] = torch.ones(4, 24)
+    save_file(broken, tmp_path / "s" / LORA_FILE)
+    with pytest.raises(WeightsError, match="unexpected"):
+        role.verify(tmp_path / "s", format="lora")
 
 
 @pytest.mark.parametrize("file", ["pytorch_lora_weights", "s-comfyui"])
