@@ -115,7 +115,8 @@ def test_a_clip_that_does_not_fit_is_told(pipeline, config, change, word):
 
 def test_other_channels_than_the_vae(pipeline, config):
     file = pipeline / "vae/config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "z_dim": 16}))
+    statistics = {"latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "z_dim": 16, **statistics}))
     assert "makes 4 latent channels but the VAE makes 16" in problems(pipeline, config)
 
 

@@ -123,7 +123,12 @@ def _problem(name: str, value: object, values: list[Any]) -> str | None:
         least, most = 1, MAX_SIZE
     elif name in _PATCHES:
         least, most = 1, MAX_PATCH
-    elif _DEPTH.search(name) and all(type(item) in (int, float) for item in values):
+    # A list of layers may be empty (SD 3's dual_attention_layers), a number of them may not.
+    elif (
+        _DEPTH.search(name)
+        and (values or name.startswith("num_"))
+        and all(type(item) in (int, float) for item in values)
+    ):
         least, most = (1 if name.startswith("num_") else 0), MAX_LAYERS
     else:
         return _other_problem(name, value, values)

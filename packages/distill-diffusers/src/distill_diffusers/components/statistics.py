@@ -33,6 +33,8 @@ class LatentStatistics:
     std: Tensor
 
     def __attrs_post_init__(self) -> None:
+        if self.mean.is_meta:  # those of a plan, which have no values
+            return
         if not (self.mean.isfinite().all() and self.std.isfinite().all() and (self.std > 0).all()):
             raise WeightsError(
                 f"the statistics of latents are mean {self.mean.flatten().tolist()} and standard "
