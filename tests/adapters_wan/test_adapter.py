@@ -202,7 +202,7 @@ def test_fingerprint_follows_length_and_precision(make_adapter, pipeline, config
     [
         ({"latents_mean": [0.5]}, "statistics of 1 "),
         ({"latents_std": [0.0] * 4}, "above 0"),
-        ({"latents_std": [1.0, 1.0, 1.0, float("inf")]}, "finite"),
+        ({"latents_std": [1.0, 1.0, 1.0, float("inf")]}, "Infinity is no JSON number"),
     ],
 )
 def test_statistics_that_cannot_normalise_are_refused(make_adapter, pipeline, change, word):

@@ -200,8 +200,8 @@ WRONG_BASES = [
     ({"trainable": True}, {}, "trainable"),
     ({"lora": LORA}, {}, "has lora"),
     ({}, {"lora": None}, "no lora"),
-    ({"precision": "bf16"}, {}, "same path and precision"),
-    ({"offload": True}, {}, "leave out offload"),
+    ({"precision": "bf16"}, {}, "precision is fp32 and of 'teacher' bf16"),
+    ({"offload": True}, {}, "one of them is offloaded"),
 ]
 
 

@@ -17,6 +17,7 @@ GUIDES = ROOT / "docs" / "extend"
 
 STAND_IN = """
 from distill_conformance.toy import ToyAdapter, ToyConfig, ToyFamily
+from distill_protocols import ContractError
 
 FAMILY = ToyFamily()
 
@@ -24,7 +25,7 @@ FAMILY = ToyFamily()
 class MineAdapter(ToyAdapter):
     def forward(self, role, x_t, t, cond, **options):
         if t.dim() != 1 or options.get("features") is not None:
-            raise ValueError("one time a sample, and no features")
+            raise ContractError("one time a sample, and no features")
         return super().forward(role, x_t, t, cond, **options)
 
 
@@ -34,6 +35,10 @@ def plan_role(role):
 
 def load_bundle(roles, **options):
     return FAMILY.load(roles, ToyConfig(), **options)
+
+
+def fingerprint_of(source):
+    return FAMILY.fingerprint(ToyConfig(), source=source)
 
 
 def folder_weights(path):
@@ -138,7 +143,7 @@ def test_the_callback_of_the_guide_stops_a_run(install, tmp_path):
     install("README.md")
     plugin = load_plugin("distill.callbacks", "time_limit")
     callback = plugin.build(plugin.config_class(hours=1e-9), parts=None)
-    config = training(tmp_path / "run", 5, trackers=("jsonl",))
+    config = training(tmp_path / "run", 5, trackers=("jsonl",), log_every=1)
     result = DistillTrainer(config, callbacks=[callback]).run(alternating(), batches())
     assert (result.iteration, result.stop_reason) == (1, "1e-09 hours are over")
     numbers = (tmp_path / "run" / "metrics.jsonl").read_text()

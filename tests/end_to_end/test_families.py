@@ -169,7 +169,7 @@ def encode_clips(
     size = (section.num_frames, section.height, section.width)
     generator = torch.Generator().manual_seed(0)
     clips = ((f"{i}", PROMPT, torch.rand(3, *size, generator=generator)) for i in range(4))
-    with ShardWriter(folder, encoder=adapter.condition_fingerprint()) as writer:
+    with ShardWriter(folder) as writer:
         preprocess(clips, adapter, writer, negative_prompt=NEGATIVE)
     return folder
 

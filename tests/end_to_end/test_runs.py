@@ -21,6 +21,7 @@ from distill_runfile.cli import (
     EXIT_INCOMPLETE,
     EXIT_OK,
     EXIT_STOPPED,
+    EXIT_STORAGE,
     EXIT_USAGE,
 )
 from distill_runfile.read import read_config
@@ -252,7 +253,7 @@ def test_an_output_folder_that_is_a_file(tiny, tmp_path, capsys):
 def test_an_output_folder_that_cannot_be_made(tiny, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     config = tiny("finetune", training={"output_dir": str(tmp_path / "file" / "out")})
-    assert main(["--config", str(config)]) == EXIT_FAILED
+    assert main(["--config", str(config)]) == EXIT_STORAGE
     assert "cannot be used as output folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "in the way"
 

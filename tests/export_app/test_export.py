@@ -224,7 +224,7 @@ def test_ctrl_c_while_the_run_file_is_read_is_said_in_a_line(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("distill_export.cli._checkpoint", interrupt)
+    monkeypatch.setattr("distill_export.cli._hold", interrupt)
     args = ["--checkpoint", str(tmp_path), "--role", "student", "--to", str(tmp_path / "to")]
     assert main(args) == EXIT_INTERRUPTED
     assert capsys.readouterr().err == "interrupted: nothing was written\n"

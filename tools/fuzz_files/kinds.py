@@ -303,7 +303,7 @@ def _write_data(folder: Path) -> None:
     from distill_protocols import Condition
 
     text = torch.arange(24.0).reshape(2, 3, 4)
-    with ShardWriter(folder / "data", encoder="e") as writer:
+    with ShardWriter(folder / "data", fingerprint={"text_encoder.weights": "e"}) as writer:
         writer.set_negative("", Condition({"text": text[:1]}))
         writer.add(["a", "b"], ["x", "y"], torch.ones(2, 2, 1, 2, 2), Condition({"text": text}))
 
@@ -360,7 +360,12 @@ def _cached(folder: Path) -> torch.Tensor:
     from distill_protocols import Condition
 
     cache = ConditionCache(folder / "cache")
-    [row] = cache.rows(["x"], "prompt", "e", lambda _: Condition({"text": torch.ones(1, 2, 3)}))
+    [row] = cache.rows(
+        ["x"],
+        "prompt",
+        {"text_encoder.weights": "e"},
+        lambda _: Condition({"text": torch.ones(1, 2, 3)}),
+    )
     file = next((folder / "cache").glob("*.safetensors"))
     if file.name != "x.safetensors":
         (folder / "cache" / "name").write_text(file.name)

@@ -78,7 +78,9 @@ def check_types(model_class: type[object], config: Mapping[str, object]) -> None
         if name not in config or default is inspect.Parameter.empty:
             continue
         known, given = _kinds(default), _kinds(config[name])
-        if known - {"null"} and not given <= known | {"null"}:
+        # Constructors replace a null that stands for a size or a switch, but no epsilon.
+        allowed = known if isinstance(default, float) else known | {"null"}
+        if known - {"null"} and not given <= allowed:
             raise TypeError(
                 f"{name}: {ascii(config[name])[:60]} is {' and '.join(sorted(given))}, where "
                 f"{' or '.join(sorted(known))} belongs"
