@@ -315,7 +315,7 @@ def try_file(seed: int, folders: Folders, folder: Path) -> Outcome:
     except ConfigError as error:
         return Outcome(values=values, problems=tuple(map(str, error.problems)))
     _train(config)
-    stop = random.Random(seed).randint(1, STEPS)
+    stop = random.Random(seed).randint(1, STEPS - 1)
     parts = _read(values, folder / "parts")
     stopped = _train(parts, stop=stop)
     assert stopped < STEPS
