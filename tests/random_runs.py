@@ -96,11 +96,11 @@ def _clips() -> Iterator[tuple[str, str, torch.Tensor]]:
         yield f"clip-{i}", PROMPT, torch.rand(3, 9, 32, 48, generator=generator)
 
 
-def write_trajectories(data: Path, folder: Path) -> Path:
+def write_trajectories(data: Path, folder: Path, *, samples: int = 6) -> Path:
     """Write trajectories at the levels of ``STOCHASTIC`` that lead nowhere in particular."""
     source = LatentDataset(DataConfig(path=str(data)))
     trajectories = TrajectoryFolder(
-        folder, settings={}, times=(1000.0, 700.0), samples=len(source), samples_per_shard=4,
+        folder, settings={}, times=(1000.0, 700.0), samples=samples, samples_per_shard=4,
         ids=str, dtype="float16",
     )  # fmt: skip
     for shard in trajectories.missing():
@@ -112,7 +112,7 @@ def write_trajectories(data: Path, folder: Path) -> Path:
         trajectories.write(shard, rows)
     stored = source.negative()
     negative = None if stored is None else (stored.prompt, stored.condition)
-    trajectories.finish(negative=negative, fingerprint=source.index.fingerprint)
+    trajectories.finish(negative=negative, fingerprint=source.index.computed_by)
     return folder
 
 

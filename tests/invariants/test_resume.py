@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import yaml
 from attrs import asdict, frozen
-from distill_conditioning import DataConfig, LatentDataset, ShardRows, TrajectoryFolder
 from distill_runfile.read import read_config
 from distill_train.build import Run, build
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from random_runs import write_trajectories
 from tiny_run import alone
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
@@ -118,7 +118,7 @@ class Case:
         if self.method != "kd":
             return TINY / "data"
         path = folder.parent / "trajectories"
-        return path if path.exists() else toy_ways(path)
+        return path if path.exists() else write_trajectories(TINY / "data", path, samples=11)
 
     def train(self, folder: Path, steps: int) -> Run:
         folder.mkdir(exist_ok=True)
@@ -128,28 +128,6 @@ class Case:
         result = run.trainer.run(run.method, run.loader)
         assert result.iteration == steps
         return run
-
-
-def toy_ways(path: Path) -> Path:
-    """A data set of trajectories that lead nowhere in particular."""
-    source = LatentDataset(DataConfig(path=str(TINY / "data")))
-    trajectories = TrajectoryFolder(
-        path, settings={}, times=(1000.0, 700.0), samples=11, samples_per_shard=4, ids=str,
-        dtype="float16",
-    )  # fmt: skip
-    for shard in trajectories.missing():
-        rows, numbers = ShardRows(), trajectories.span(shard)
-        batch = source.read(torch.tensor(numbers))
-        states = batch.latents[:, None] * torch.tensor([0.1, 0.5]).view(1, 2, 1, 1, 1, 1)
-        captions = [source.caption(number) for number in numbers]
-        trajectories.add(rows, numbers, captions, batch.cond, batch.latents, states)
-        trajectories.write(shard, rows)
-    stored = source.negative()
-    assert stored is not None
-    trajectories.finish(
-        negative=(stored.prompt, stored.condition), fingerprint=source.index.computed_by
-    )
-    return path
 
 
 def everything(run: Run) -> dict[str, Any]:

@@ -162,13 +162,13 @@ def change_notes(
             f"the optimizer of {role} goes on with {settings}; its moments and its count of steps "
             "stay"
         )
-    told = {change.key for role in kept for change in by_role[role]}
-    # training.optimizer is what settings of roles are derived from, and each role's are told.
+    reported = {change.key for role in kept for change in by_role[role]}
+    # training.optimizer is what settings of roles are derived from, and each role's are reported.
     derived = {change.key.partition(".optimizer.")[2] for c in by_role.values() for change in c}
-    told |= {f"training.optimizer.{setting}" for setting in derived}
+    reported |= {f"training.optimizer.{setting}" for setting in derived}
     for change in changed:
         note = ""
-        if change.key in told:
+        if change.key in reported:
             continue
         if change.key == "training.max_train_steps" and schedules:
             note = (
