@@ -1,4 +1,4 @@
-"""Processes over gloo, forked from a server that has imported everything: a second a test."""
+"""Run functions on several processes over gloo, forked from a server that has imported all."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 CONTEXT.set_forkserver_preload(
     [
         "ranks",
-        "spread",
-        "lockstep_ranks",
+        "distribution_ranks",
+        "monitor_ranks",
         "rank_jobs",
         "wan_ranks",
         "expert_ranks",
@@ -47,40 +47,41 @@ EMPTY: Mapping[str, Any] = {}
 PLAIN = Shape(callbacks=())
 ADAPTERS = Shape(callbacks=(), trained=frozenset({"4.weight", "0.bias"}))
 
-PATIENCE = 300
-"""Seconds after which a test gives a child up; boxes are shared."""
+TIMEOUT = 300
+"""Seconds after which a test gives up waiting for a child; machines are shared."""
 
 
-def together(
+def run_on_ranks(
     target: Callable[..., Any],
     *args: Any,
     size: int = 2,
-    timeout: float = PATIENCE,
+    timeout: float = TIMEOUT,
     context: Any = CONTEXT,
 ) -> list[Any]:
-    """What ``target(*args)`` returned on each of ``size`` ranks.
+    """Run ``target(*args)`` on ``size`` ranks and return the results in the order of ranks.
 
-    Its traceback, if it raised; nothing of one that was killed, stopped, or does not end.
+    In place of a result: the traceback of a rank that raised, "" of one that was killed, was
+    stopped or did not end.
 
     Args:
-        timeout: seconds after which a collective of theirs gives a rank up.
-        context: of multiprocessing; ``fork`` where this process holds what takes long to import.
+        timeout: seconds after which a collective gives up waiting for a rank.
+        context: of multiprocessing; ``fork`` if imports of this process take long.
     """
     with TemporaryDirectory(ignore_cleanup_errors=True) as store:
         pipes, children = [], []
         for rank in range(size):
-            ours, theirs = context.Pipe(duplex=False)
+            receiver, sender = context.Pipe(duplex=False)
             child = context.Process(
-                target=_rank, args=(store, rank, size, timeout, theirs, target, args)
+                target=run_rank, args=(store, rank, size, timeout, sender, target, args)
             )
             child.start()
-            theirs.close()
-            pipes.append(ours)
+            sender.close()
+            pipes.append(receiver)
             children.append(child)
-        return _results(children, pipes)
+        return collect_results(children, pipes)
 
 
-def _rank(
+def run_rank(
     store: str, rank: int, size: int, timeout: float, pipe: Any, target: Any, args: Any
 ) -> None:
     torch.set_num_threads(1)
@@ -96,30 +97,30 @@ def _rank(
     os._exit(0)
 
 
-def _results(children: list[BaseProcess], pipes: list[Any]) -> list[Any]:
-    found = []
+def collect_results(children: list[BaseProcess], pipes: list[Any]) -> list[Any]:
+    results = []
     for child, pipe in zip(children, pipes, strict=True):
         try:
             stopped = child.pid is not None and state(child.pid) == "T"
-            found.append(pipe.recv() if not stopped and pipe.poll(PATIENCE) else "")
+            results.append(pipe.recv() if not stopped and pipe.poll(TIMEOUT) else "")
         except EOFError:
-            found.append("")  # killed
+            results.append("")  # killed
         finally:
             child.kill()
             child.join()
-    return found
+    return results
 
 
 def state(pid: int) -> str:
-    """Of a process, as the kernel abbreviates it; T: stopped."""
+    """Return the kernel's letter for the state of a process: T for stopped, X for ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
-        return "X"  # it is over
+        return "X"
 
 
 class Sync(Callback):
-    """What data parallelism does: gradients are averaged, buffers are rank 0's."""
+    """Do what data parallelism does: average gradients, broadcast rank 0's buffers."""
 
     name = "sync"
 
@@ -150,7 +151,7 @@ class Sync(Callback):
 
 
 def run_of_rank(*, seed: int, strategy: str, shape: Shape = PLAIN) -> Run:
-    """A run whose noise and dropout are this rank's own, with weights that all have alike."""
+    """Build a run with this rank's own noise and dropout, and with equal weights on all ranks."""
     run = new_run(shape, seed=seed)
     run.method.streams.rank = distributed.get_rank()
     run.method.streams.world_size = distributed.get_world_size()
@@ -161,7 +162,7 @@ def run_of_rank(*, seed: int, strategy: str, shape: Shape = PLAIN) -> Run:
         for key, module in role.modules.items():
             shard(module, strategy)
             if role.trainable:
-                _renew_optimizer(role, key)
+                renew_optimizer(role, key)
     # After the optimizers were renewed: the counters hang on these.
     run.method.__init__(run.method.bundle, None, streams=run.method.streams)  # type: ignore[misc]
     return run
@@ -171,7 +172,7 @@ def shard(module: nn.Module, strategy: str) -> None:
     """Put DTensors in the place of parameters: the last child's by itself, then the rest's.
 
     Args:
-        strategy: ``ddp`` leaves all as it is; ``offload`` is fsdp2 with its parts in host memory.
+        strategy: ``ddp`` shards nothing; ``offload`` is fsdp2 with its shards in host memory.
     """
     size = distributed.get_world_size()
     if strategy == "ddp":
@@ -186,7 +187,7 @@ def shard(module: nn.Module, strategy: str) -> None:
         fully_shard(part, mesh=mesh, offload_policy=offload)
 
 
-def _renew_optimizer(role: Any, key: str) -> None:
+def renew_optimizer(role: Any, key: str) -> None:
     # fully_shard puts new parameters in the place of those that the optimizer was made for.
     old = role.optimizers[key]
     group = {k: v for k, v in old.param_groups[0].items() if k not in ("params", "initial_lr")}
@@ -204,7 +205,7 @@ def train(
     checkpoint: Mapping[str, Any] = EMPTY,
     shape: Shape = PLAIN,
 ) -> dict[str, str]:
-    """Go on to ``steps`` and save; a fingerprint of everything on this rank."""
+    """Resume, train to ``steps`` and save; return a fingerprint of everything on this rank."""
     run = run_of_rank(seed=seed, strategy=strategy, shape=shape)
     config = CheckpointConfig(**{"resume": "latest", "timeout_seconds": 60.0, **checkpoint})
     run.train(folder, steps, CheckpointManager(config, folder, {"a": 1}))
@@ -212,8 +213,8 @@ def train(
 
 
 def fingerprint(run: Run) -> dict[str, str]:
-    """Hash of each tensor and number, by its place; of a sharded tensor as a whole."""
-    found: dict[str, str] = {}
+    """Hash each tensor and number, by its path; a sharded tensor is gathered first."""
+    hashes: dict[str, str] = {}
 
     def walk(value: Any, path: str) -> None:
         if isinstance(value, dict):
@@ -223,55 +224,60 @@ def fingerprint(run: Run) -> dict[str, str]:
             for i, item in enumerate(value):
                 walk(item, f"{path}/{i}")
         else:
-            found[path] = hashlib.sha256(_bytes(value)).hexdigest()[:16]
+            hashes[path] = hashlib.sha256(_bytes(value)).hexdigest()[:16]
 
     walk(run.everything(), "")
-    return found
+    return hashes
 
 
 def _bytes(value: Any) -> bytes:
     if not isinstance(value, Tensor):
         return repr(value).encode()
-    whole = value.full_tensor() if isinstance(value, DTensor) else value
-    return str(whole.dtype).encode() + whole.detach().contiguous().numpy().tobytes()
+    full = value.full_tensor() if isinstance(value, DTensor) else value
+    return str(full.dtype).encode() + full.detach().contiguous().numpy().tobytes()
 
 
 def train_and_lose_a_rank(
-    folder: Path, strategy: str, how: str, checkpoint: Mapping[str, Any], who: int = 1
+    folder: Path, strategy: str, failure: str, checkpoint: Mapping[str, Any], victim: int = 1
 ) -> str:
-    """Save iteration 2, then 4, in which rank ``who`` fails ``how``; what this rank says of it."""
+    """Save iteration 2, then 4, in which rank ``victim`` fails; return this rank's error.
+
+    Args:
+        failure: a ``full`` disk, a ``spoilt`` shard, killed in a ``step``, or in the save a
+            ``kill`` or ``stop``.
+    """
     train(folder, 2, strategy, 0, checkpoint)
-    if distributed.get_rank() == who:
-        if how == "full":
-            _no_space_left()
-        elif how == "spoilt":
-            _spoilt_shard()
-        elif how == "step":
-            _dies_in_a_step()
+    if distributed.get_rank() == victim:
+        if failure == "full":
+            fill_disk()
+        elif failure == "spoilt":
+            refuse_shard()
+        elif failure == "step":
+            die_in_step()
         else:
-            _dies_in_a_save({"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
+            die_in_save({"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[failure])
     try:
         train(folder, 4, strategy, 0, checkpoint)
     except CheckpointError as error:
         return str(error)
     except RankError as error:
-        if how != "step":
+        if failure != "step":
             raise
         return f"in a step: {str(error).splitlines()[0]}"
     return "saved"
 
 
-def _dies_in_a_save(how: signal.Signals) -> None:
+def die_in_save(how: signal.Signals) -> None:
     def fail(snapshot: Snapshot, folder: Path, ranks: Any) -> Any:
         path, share = next(iter(snapshot.by_all_ranks.items()))
-        write_tensors(folder / path, share, ranks=ranks)  # a part of it is on the disk
+        write_tensors(folder / path, share, ranks=ranks)  # part of the checkpoint is on the disk
         os.kill(os.getpid(), how)
-        raise AssertionError("it goes on")
+        raise AssertionError("the process survived its signal")
 
     Snapshot.write = fail  # type: ignore[method-assign]
 
 
-def _dies_in_a_step() -> None:
+def die_in_step() -> None:
     before = Sync.on_before_optimizer_step
 
     def die(callback: Sync, run: RunState) -> None:
@@ -282,7 +288,7 @@ def _dies_in_a_step() -> None:
     Sync.on_before_optimizer_step = die  # type: ignore[method-assign]
 
 
-def _spoilt_shard() -> None:
+def refuse_shard() -> None:
     from distill_checkpoint import manager
 
     def refuse(_: Any) -> None:
@@ -291,7 +297,7 @@ def _spoilt_shard() -> None:
     manager._refuse_non_finite = refuse  # type: ignore[assignment]
 
 
-def _no_space_left() -> None:
+def fill_disk() -> None:
     from distill_checkpoint import tensors
 
     def write(path: Path, *_: Any, **__: Any) -> Any:

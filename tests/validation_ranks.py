@@ -1,4 +1,4 @@
-"""Validation and report by all ranks of a run together, or by a process alone; for ``together``."""
+"""Validation and report on one or several ranks, for ``ranks.run_on_ranks``."""
 
 from __future__ import annotations
 

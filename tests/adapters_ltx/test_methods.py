@@ -26,7 +26,7 @@ from distill_runfile.read import read_config
 from distill_train.build import Run, build
 from distill_train.cli import main
 from distill_train.run import run as run_app
-from ranks import together
+from ranks import run_on_ranks
 from safetensors.torch import load_file
 from tiny_run import alone
 from torch import Tensor
@@ -207,8 +207,8 @@ def test_two_processes_that_shard_train_as_one_does(run_file, tmp_path, method):
     fsdp = {"distributed": {"strategy": "fsdp2"}, "batch_size_per_device": 1}
     one = run_file(method, out="one")
     two = run_file(method, out="two", training=fsdp)
-    assert together(train_rank, one, size=1) == [""]
-    assert together(train_rank, two, size=2) == ["", ""]
+    assert run_on_ranks(train_rank, one, size=1) == [""]
+    assert run_on_ranks(train_rank, two, size=2) == ["", ""]
     a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(a) == 4
     for iteration, numbers in a.items():

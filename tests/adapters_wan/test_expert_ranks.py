@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy
 import pytest
 from expert_ranks import STEPS, ExpertCase, all_trained
-from ranks import together
+from ranks import run_on_ranks
 
 CASES = [
     ExpertCase(method=method, strategy=strategy, accumulation=accumulation)
@@ -19,7 +19,7 @@ CASES = [
 def spread(folder_of):
     """(case, the outcome of one process, those of two)."""
     folder = folder_of("t2v-experts")
-    by_rank = together(all_trained, folder, CASES)
+    by_rank = run_on_ranks(all_trained, folder, CASES)
     for found in by_rank:
         assert isinstance(found, list), found
     alone = {case.alone(): None for case in CASES}

@@ -9,7 +9,7 @@ import torch
 from distill_adapters_wan import PLUGIN
 from distill_checkpoint import gather_on_rank0, new_checkpoint_group
 from distill_protocols import ExportRequest, ModelBundle, RoleSpec, SamplerSpec
-from ranks import shard, together
+from ranks import run_on_ranks, shard
 
 REQUESTS = {
     "pipeline": ExportRequest(sampler=SamplerSpec(steps=1), max_shard_bytes=40_000),
@@ -44,7 +44,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_two_ranks_write_what_one_does_byte_for_byte(config, pipeline_template, tmp_path):
     path = str(pipeline_template)
     fork = multiprocessing.get_context("fork")  # diffusers is here already
-    assert together(export, config, path, tmp_path / "two", context=fork) == [None, None]
+    assert run_on_ranks(export, config, path, tmp_path / "two", context=fork) == [None, None]
     role, bundle = loaded(config, path)
     for name, request in REQUESTS.items():
         weights = bundle["student"].weight_sources()

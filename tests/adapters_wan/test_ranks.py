@@ -6,7 +6,7 @@ import json
 
 import pytest
 import wan_ranks as wan
-from ranks import together
+from ranks import run_on_ranks
 from wan_ranks import hsdp_copies, hsdp_parts, leave_whole, shard, shard_on_cpu, spec, trio
 
 WAYS = [leave_whole, shard, shard_on_cpu, hsdp_parts]
@@ -25,25 +25,25 @@ def test_every_way_gives_the_numbers_of_one_process(pipeline_template):
         spec(pipeline_template, "refiner", trainable=True),
     ]
     (expected,) = wan.found(pipeline_template, roles)
-    for rank in all_of(together(wan.found, pipeline_template, roles, WAYS, size=3)):
+    for rank in all_of(run_on_ranks(wan.found, pipeline_template, roles, WAYS, size=3)):
         for way, (outputs, weights) in zip(WAYS, rank, strict=True):
             assert weights == expected[1], way
             assert outputs == expected[0], way
 
 
 def test_the_derivative_of_a_sharded_role_is_that_of_a_whole_one(pipeline_template):
-    for rank in all_of(together(wan.tangents, str(pipeline_template), [leave_whole, shard])):
+    for rank in all_of(run_on_ranks(wan.tangents, str(pipeline_template), [leave_whole, shard])):
         assert rank[0] == rank[1]
 
 
 def test_each_rank_reads_what_it_holds(pipeline_template):
     roles = [spec(pipeline_template)]
-    for read, held in all_of(together(wan.read_by_each, pipeline_template, roles, shard)):
+    for read, held in all_of(run_on_ranks(wan.read_by_each, pipeline_template, roles, shard)):
         assert read == {name: count for name, count in held.items() if count}
-    first, second = all_of(together(wan.read_by_each, pipeline_template, roles, leave_whole))
+    first, second = all_of(run_on_ranks(wan.read_by_each, pipeline_template, roles, leave_whole))
     assert first[0] == first[1] == second[1]
     assert second[0] == {}
-    for read, held in all_of(together(wan.read_by_each, pipeline_template, roles, hsdp_copies)):
+    for read, held in all_of(run_on_ranks(wan.read_by_each, pipeline_template, roles, hsdp_copies)):
         assert read == held
 
 
@@ -51,7 +51,7 @@ def test_what_one_rank_cannot_load_none_loads(pipeline_template, pipeline):
     file = pipeline / "transformer" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "eps": 1e-5}))
-    told = all_of(together(wan.refusals, pipeline_template, pipeline))
+    told = all_of(run_on_ranks(wan.refusals, pipeline_template, pipeline))
     for rank in told:
         assert "rank 0: " in rank["rank 0 cannot read"]
         assert "Input/output error" in rank["rank 0 cannot read"]
@@ -63,7 +63,7 @@ def test_what_one_rank_cannot_load_none_loads(pipeline_template, pipeline):
 @pytest.mark.parametrize("way", [leave_whole, shard])
 def test_adapters_beside_one_base_train(pipeline_template, way):
     (expected,) = [wan.trained_beside_a_base(pipeline_template, leave_whole)]
-    results = all_of(together(wan.trained_beside_a_base, pipeline_template, way))
+    results = all_of(run_on_ranks(wan.trained_beside_a_base, pipeline_template, way))
     for found in [expected, *results]:
         for role, names in found["gradients"].items():
             assert names

@@ -13,7 +13,7 @@ from distill_adapters_wan import PLUGIN, CausalConfig, WanPipelineConfig
 from distill_protocols import CompileSpec, LoraSpec, WeightsError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import together
+from ranks import run_on_ranks
 from torch.multiprocessing.reductions import StorageWeakRef
 from wan_ranks import leave_whole, shard, spec
 
@@ -75,7 +75,7 @@ def test_options_work_over_shards(pipeline_template):
     """To the order of a sum: the text's gradient comes from all blocks, and not always in turn."""
     plain, optioned = choices(pipeline_template)
     expected = wan.gradients(pipeline_template, plain)
-    for rank in together(wan.compiled_gradients, pipeline_template, optioned, shard):
+    for rank in run_on_ranks(wan.compiled_gradients, pipeline_template, optioned, shard):
         assert not isinstance(rank, str), rank
         found, calls = rank
         assert calls == 2 * 2
@@ -237,7 +237,7 @@ def test_weights_for_a_role_beside_a_base(pipeline_template):
 
 
 def test_roles_beside_a_base_are_spread_as_it_is(pipeline_template):
-    for found in together(wan.refused_mixture, pipeline_template):
+    for found in run_on_ranks(wan.refused_mixture, pipeline_template):
         assert "otherwise than its base 'teacher'" in found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from distill_checkpoint import StoredCheckpoint
 from rank_jobs import ToyExporter, exports, train_and_export
-from ranks import together
+from ranks import run_on_ranks
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -23,7 +23,7 @@ def files(folder: Path) -> dict[str, bytes]:
     ("strategy", "size"), [("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("offload", 2), ("fsdp2", 1)]
 )
 def test_it_is_the_export_of_the_checkpoint_byte_for_byte(tmp_path, strategy, size):
-    found = together(train_and_export, tmp_path, strategy, size=size)
+    found = run_on_ranks(train_and_export, tmp_path, strategy, size=size)
     stored = StoredCheckpoint.open(tmp_path / "checkpoint-000003")
     for export in exports():
         alone = tmp_path / "alone" / export.folder
@@ -49,12 +49,12 @@ def test_it_is_the_export_of_the_checkpoint_byte_for_byte(tmp_path, strategy, si
     ],
 )
 def test_what_fails_on_the_first_rank_fails_on_all(tmp_path, problem, first, others):
-    outcomes = together(train_and_export, tmp_path, "fsdp2", problem)
+    outcomes = run_on_ranks(train_and_export, tmp_path, "fsdp2", problem)
     assert outcomes == [first, others]
 
 
 def test_a_rank_that_dies_meanwhile_does_not_hold_up_the_first(tmp_path):
-    [first, killed] = together(train_and_export, tmp_path, "fsdp2", "kill")
+    [first, killed] = run_on_ranks(train_and_export, tmp_path, "fsdp2", "kill")
     assert not killed
     assert first.startswith("CheckpointError: rank 0 lost the others")
     assert (tmp_path / "checkpoint-000003").exists()

@@ -6,7 +6,7 @@ import pytest
 from distill_checkpoint import CheckpointConfig, CheckpointManager, KeepBestConfig
 from distill_trainer import DistillTrainer
 from logged_runs import kill, logged, stop, train_logged
-from ranks import together
+from ranks import run_on_ranks
 from toy_trainer import MemoryTracker, alternating, batches, training
 
 
@@ -40,13 +40,13 @@ def test_logs_are_those_of_a_run_that_nobody_stopped(uninterrupted, tmp_path, ev
 
 def test_on_several_ranks_too(tmp_path):
     for name, events in (("whole", []), ("parts", [(4, stop), (7, kill)])):
-        outcomes = together(train_logged, tmp_path / name, *events)
+        outcomes = run_on_ranks(train_logged, tmp_path / name, *events)
         assert outcomes == [None, None], outcomes
     assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
 
 
 def test_values_of_another_number_of_ranks_are_not_lost(tmp_path):
-    outcomes = together(train_logged, tmp_path, (4, stop), (5, stop))
+    outcomes = run_on_ranks(train_logged, tmp_path, (4, stop), (5, stop))
     assert outcomes == [None, None], outcomes
     train_logged(tmp_path / "one")
     (two, _), (one, _) = logged(tmp_path), logged(tmp_path / "one")

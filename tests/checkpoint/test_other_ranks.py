@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rank_rows import Link, Seen, go_on
-from ranks import together
+from ranks import run_on_ranks
 from toy_data import write_dataset
 
 STARTS = [
@@ -20,7 +20,7 @@ LINKS = 3
 
 
 def links(folder: Path, data: Path, path: list[tuple[str, int]]) -> list[list[Link]]:
-    found = [together(go_on, folder, data, strategy, size=size) for strategy, size in path]
+    found = [run_on_ranks(go_on, folder, data, strategy, size=size) for strategy, size in path]
     for ranks in found:
         assert all(isinstance(link, Link) for link in ranks), ranks
     return found

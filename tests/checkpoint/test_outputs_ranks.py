@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from distill_checkpoint import claim_output_dir
 from rank_jobs import claim
-from ranks import together
+from ranks import run_on_ranks
 
 
 def claims(folder: Path, *, resume: bool = True, after: str = "") -> list[str]:
-    return together(claim, [folder] * 2, resume, after)
+    return run_on_ranks(claim, [folder] * 2, resume, after)
 
 
 def test_the_first_rank_holds_it_for_all(tmp_path):
@@ -46,6 +46,6 @@ def test_a_run_that_did_not_start_gives_it_back(tmp_path):
 
 def test_folders_of_two_hosts_are_refused(tmp_path):
     """As where the output folder is on no shared storage."""
-    outcomes = together(claim, [tmp_path / "here", tmp_path / "there"], False, "")
+    outcomes = run_on_ranks(claim, [tmp_path / "here", tmp_path / "there"], False, "")
     assert all("is not the" in each and "of rank 1" in each for each in outcomes)
     assert list(tmp_path.iterdir()) == []

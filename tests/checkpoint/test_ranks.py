@@ -13,7 +13,7 @@ import torch
 from distill_checkpoint import StoredCheckpoint
 from distill_checkpoint.manifest import inspect
 from rank_jobs import keep, save_after_a_look, save_at
-from ranks import ADAPTERS, PLAIN, together, train, train_and_lose_a_rank
+from ranks import ADAPTERS, PLAIN, run_on_ranks, train, train_and_lose_a_rank
 from safetensors import safe_open
 
 
@@ -26,7 +26,7 @@ def different(a: dict[str, str], b: dict[str, str]) -> list[str]:
 @functools.cache
 def uninterrupted(strategy: str, size: int) -> list[dict[str, str]]:
     with TemporaryDirectory() as folder:
-        return together(train, Path(folder), 4, strategy, size=size)
+        return run_on_ranks(train, Path(folder), 4, strategy, size=size)
 
 
 def assert_whole(found: list[dict[str, str]], strategy: str) -> None:
@@ -45,8 +45,8 @@ def of_rank(place: str) -> bool:
 )
 def test_ranks_go_on_bit_for_bit(tmp_path, strategy, size, in_background):
     config = {"async_save": in_background, "every_steps": 1}
-    together(train, tmp_path, 2, strategy, 0, config, size=size)
-    resumed = together(train, tmp_path, 4, strategy, 1, config, size=size)
+    run_on_ranks(train, tmp_path, 2, strategy, 0, config, size=size)
+    resumed = run_on_ranks(train, tmp_path, 4, strategy, 1, config, size=size)
     assert_whole(resumed, strategy)
     own = [place for place in different(*resumed[:2]) if of_rank(place)]
     assert [place for place in own if place.startswith("/streams")]  # each has its own generators
@@ -68,9 +68,9 @@ def test_ranks_go_on_bit_for_bit(tmp_path, strategy, size, in_background):
 )
 def test_other_ranks_and_strategies_read_the_same_tensors(tmp_path, path, shape):
     (strategy, size), *rest = path
-    [before, *_] = together(train, tmp_path, 3, strategy, 0, {}, shape, size=size)
+    [before, *_] = run_on_ranks(train, tmp_path, 3, strategy, 0, {}, shape, size=size)
     for seed, (strategy, size) in enumerate(rest, start=1):
-        [first, *others] = together(train, tmp_path, 3, strategy, seed, {}, shape, size=size)
+        [first, *others] = run_on_ranks(train, tmp_path, 3, strategy, seed, {}, shape, size=size)
         assert different(before, first) == [], (strategy, size)
         for found in others:
             # Its own generators start anew where the checkpoint has none of this rank.
@@ -79,7 +79,7 @@ def test_other_ranks_and_strategies_read_the_same_tensors(tmp_path, path, shape)
 
 @pytest.mark.parametrize(("strategy", "size"), [("ddp", 2), ("fsdp2", 2), ("hsdp", 4)])
 def test_each_piece_is_written_once_and_all_ranks_write(tmp_path, strategy, size):
-    together(train, tmp_path, 4, strategy, size=size)
+    run_on_ranks(train, tmp_path, 4, strategy, size=size)
     folder = tmp_path / "checkpoint-000004"
     for below, per_weight in (
         ("roles/student/transformer", 1),
@@ -108,13 +108,13 @@ def numbers(file: Path) -> dict[str, int]:
 
 
 def test_weights_that_a_forward_pass_left_whole_are_saved_in_parts(tmp_path):
-    assert together(save_after_a_look, tmp_path, "fsdp2") == [[False, True]] * 2
+    assert run_on_ranks(save_after_a_look, tmp_path, "fsdp2") == [[False, True]] * 2
     files = (tmp_path / "checkpoint-000001" / "roles/student/transformer").glob("*")
     assert [numbers(file)["0.weight"] for file in files] == [12, 12]
 
 
 def test_ranks_at_different_iterations_save_nothing(tmp_path):
-    outcomes = together(save_at, tmp_path, [3, 4])
+    outcomes = run_on_ranks(save_at, tmp_path, [3, 4])
     assert "rank 0: 3, rank 1: 4" in outcomes[0]
     assert "rank 0: 3, rank 1: 4" in outcomes[1]
     assert list(tmp_path.iterdir()) == []
@@ -124,7 +124,7 @@ def test_ranks_at_different_iterations_save_nothing(tmp_path):
 def test_the_mean_over_ranks_says_which_checkpoints_stay(tmp_path, sharded):
     """Rank 0 alone would keep the first one."""
     scores = [{1: 0.0, 2: 2.0, 3: 3.0, 4: 9.0}, {1: 6.0, 2: 0.0, 3: 1.0, 4: 9.0}]
-    assert together(keep, tmp_path, scores, sharded) == [None, None]
+    assert run_on_ranks(keep, tmp_path, scores, sharded) == [None, None]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint-000002",
         "checkpoint-000004",
@@ -135,7 +135,7 @@ def test_the_mean_over_ranks_says_which_checkpoints_stay(tmp_path, sharded):
 
 
 def test_what_one_rank_alone_measured_counts(tmp_path):
-    assert together(keep, tmp_path, [{}, {1: 1.0, 2: 2.0, 3: 3.0}], False) == [None, None]
+    assert run_on_ranks(keep, tmp_path, [{}, {1: 1.0, 2: 2.0, 3: 3.0}], False) == [None, None]
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-000001", "checkpoint-000003"}
 
 
@@ -148,12 +148,12 @@ def test_what_one_rank_alone_measured_counts(tmp_path):
     ],
 )
 def test_what_one_rank_cannot_save_is_saved_by_none(tmp_path, how, config, word):
-    outcomes = together(train_and_lose_a_rank, tmp_path, "fsdp2", how, config)
+    outcomes = run_on_ranks(train_and_lose_a_rank, tmp_path, "fsdp2", how, config)
     assert outcomes[0] == outcomes[1]
     assert word in outcomes[0]
     assert "rank 1" in outcomes[0]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000002"]
-    assert isinstance(together(train, tmp_path, 4, "fsdp2")[0], dict)
+    assert isinstance(run_on_ranks(train, tmp_path, 4, "fsdp2")[0], dict)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_what_one_rank_cannot_save_is_saved_by_none(tmp_path, how, config, word)
 )
 def test_a_rank_that_is_lost_tears_nothing(tmp_path, strategy, size, how, who, config):
     began = time.monotonic()
-    outcomes = together(train_and_lose_a_rank, tmp_path, strategy, how, config, who, size=size)
+    outcomes = run_on_ranks(train_and_lose_a_rank, tmp_path, strategy, how, config, who, size=size)
     assert time.monotonic() - began < 100  # far from the half hour of torch's own timeout
     for rank, text in enumerate(outcomes):
         if rank == who:
@@ -185,4 +185,4 @@ def test_a_rank_that_is_lost_tears_nothing(tmp_path, strategy, size, how, who, c
     assert folders
     assert folders[-1].name in ("checkpoint-000002", "checkpoint-000003")
     assert all(inspect(folder, checksums=True).damage is None for folder in folders)
-    assert_whole(together(train, tmp_path, 4, strategy, 1, size=size), strategy)
+    assert_whole(run_on_ranks(train, tmp_path, 4, strategy, 1, size=size), strategy)

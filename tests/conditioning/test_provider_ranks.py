@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from rank_jobs import encode
-from ranks import together
+from ranks import run_on_ranks
 from toy_data import embedding, write_dataset
 
 PROMPTS = ["a", "b", "a"]
@@ -18,7 +18,9 @@ def cached(folder: Path) -> list[Path]:
 
 def test_the_first_rank_encodes_for_all(tmp_path):
     data = write_dataset(tmp_path / "data", 3, negative=None)
-    [first, second] = together(encode, tmp_path / "run", data, "ugly", "encoder-a", [PROMPTS] * 2)
+    [first, second] = run_on_ranks(
+        encode, tmp_path / "run", data, "ugly", "encoder-a", [PROMPTS] * 2
+    )
     assert first["calls"] == ["ugly", "a", "b"]
     assert second["calls"] == []
     negative, prompts = second["found"]
@@ -27,14 +29,16 @@ def test_the_first_rank_encodes_for_all(tmp_path):
     assert first["found"][:2] == second["found"]
     assert len(cached(tmp_path / "run")) == 3
     # Another number of ranks finds it there.
-    for again in together(encode, tmp_path / "run", data, "ugly", "encoder-a", [PROMPTS], size=1):
+    for again in run_on_ranks(
+        encode, tmp_path / "run", data, "ugly", "encoder-a", [PROMPTS], size=1
+    ):
         assert again["calls"] == []
         assert again["found"] == first["found"]
 
 
 def test_without_a_fingerprint_and_with_constants(tmp_path):
     data = write_dataset(tmp_path / "data", 3, negative="ugly")
-    [first, second] = together(encode, tmp_path / "run", data, None, None, [PROMPTS] * 2)
+    [first, second] = run_on_ranks(encode, tmp_path / "run", data, None, None, [PROMPTS] * 2)
     assert (first["calls"], second["calls"]) == (["a", "b"], [])
     assert first["found"][:2] == second["found"]
     assert not cached(tmp_path / "run")
@@ -47,14 +51,14 @@ def test_without_a_fingerprint_and_with_constants(tmp_path):
 )
 def test_what_fails_on_the_first_rank_fails_on_all(tmp_path, negative, fingerprint, word):
     data = write_dataset(tmp_path / "data", 3, negative=None)
-    outcomes = together(encode, tmp_path / "run", data, negative, fingerprint, [PROMPTS] * 2)
+    outcomes = run_on_ranks(encode, tmp_path / "run", data, negative, fingerprint, [PROMPTS] * 2)
     assert outcomes[0] == outcomes[1]
     assert outcomes[0].startswith("ConditioningError: rank 0: ")
     assert all(part in outcomes[0] for part in word.split(".*"))
 
 
 def test_ranks_that_ask_for_different_prompts_are_refused(tmp_path):
-    outcomes = together(encode, tmp_path, None, "", "encoder-a", [["a"], ["b"]])
+    outcomes = run_on_ranks(encode, tmp_path, None, "", "encoder-a", [["a"], ["b"]])
     for own, text in zip("ab", outcomes, strict=True):
         assert text.startswith("ConditioningError: rank 1 and rank 0 ask for different things")
         assert f"conditions of ['{own}']" in text

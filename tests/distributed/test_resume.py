@@ -10,7 +10,7 @@ import pytest
 import torch
 from app_ranks import furthest, losses, run_file, train, train_and_lose, weights
 from distill_checkpoint.manifest import inspect
-from ranks import together
+from ranks import run_on_ranks
 
 DDP, FSDP2 = {"strategy": "ddp"}, {"strategy": "fsdp2"}
 HSDP = {"strategy": "hsdp", "shard_size": 2}
@@ -33,7 +33,7 @@ def file_of(folder: Path, name: str, steps: int, distributed: dict[str, Any], **
 
 
 def go(file: Path, size: int) -> None:
-    assert together(train, file, size=size) == [""] * size
+    assert run_on_ranks(train, file, size=size) == [""] * size
 
 
 def test_two_then_one_then_two(tmp_path):
@@ -58,7 +58,7 @@ def test_a_rank_lost_in_a_step_ends_all_and_latest_resumes(tmp_path, how, distri
     file = file_of(tmp_path, "run", 4, settings, checkpoint={"every_steps": 2})
     began = time.monotonic()
     lost, survivor = 1, 0
-    outcomes = together(train_and_lose, file, lost, 3, how)
+    outcomes = run_on_ranks(train_and_lose, file, lost, 3, how)
     assert time.monotonic() - began < 100  # bounded: torch's own patience is half an hour
     assert outcomes[survivor].startswith("RankError: "), outcomes
     assert "rank 1" in outcomes[survivor]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from app_ranks import losses, run_file, train
-from ranks import together
+from ranks import run_on_ranks
 from tiny_file import TINY
 
 WAN = str(TINY / "wan")
@@ -49,7 +49,7 @@ def run(folder: Path, options: str, size: int, strategy: str | None) -> dict[int
     values = yaml.safe_load(file.read_text())
     values["models"] = OPTIONS[options]
     file.write_text(yaml.safe_dump(values, sort_keys=False))
-    assert together(train, file, size=size) == [""] * size
+    assert run_on_ranks(train, file, size=size) == [""] * size
     assert (folder / name / "student" / "model_index.json").is_file()
     return losses(folder / name)
 

@@ -11,7 +11,7 @@ import pytest
 from app_ranks import furthest, losses, run_file, train, weights
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from ranks import together
+from ranks import run_on_ranks
 
 STEPS = 4
 LOSS_TOLERANCE = 2e-4
@@ -31,7 +31,7 @@ def run(
         method,
         **changes | {"training": changes.get("training", {}) | {"distributed": distributed}},
     )
-    assert together(train, file, size=size) == [""] * size
+    assert run_on_ranks(train, file, size=size) == [""] * size
     return folder / name
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 from app_ranks import run_file, train, train_own, train_where_one_cannot
-from ranks import together
+from ranks import run_on_ranks
 
 FEW = {"max_train_steps": 1, "global_batch_size": 2}
 
@@ -16,17 +16,17 @@ def test_ranks_with_other_run_files_take_no_folder(tmp_path):
     values["training"]["seed"] += 1
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump(values))
-    for outcome in together(train_own, [file, other]):
+    for outcome in run_on_ranks(train_own, [file, other]):
         assert outcome.startswith("RankError: rank 1 differs from rank 0 in training.seed"), outcome
     assert not (tmp_path / "run").exists()
-    assert together(train, file) == ["", ""]
+    assert run_on_ranks(train, file) == ["", ""]
 
 
 # Before what they do together in loading; before what they do in training.
 @pytest.mark.parametrize("what", ["_start_weights", "LatentDataset", "_callbacks"])
 def test_what_one_rank_cannot_read_ends_all(tmp_path, what):
     file = run_file(tmp_path / "run.yaml", "finetune", training=FEW)
-    (first, waited), (second, _) = together(train_where_one_cannot, file, what)
+    (first, waited), (second, _) = run_on_ranks(train_where_one_cannot, file, what)
     assert second == "DataError: no such file on this machine"
     assert first.startswith("RankError: "), first
     if what != "_callbacks":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import together
+from ranks import run_on_ranks
 from validation_ranks import report
 
 
@@ -38,7 +38,7 @@ def test_numbers_and_pictures_are_those_of_one_process(
     for folder in folders:
         folder.mkdir()
     alone = report(folders[0], prompts, sheet_prompts, chunk=64)
-    found = together(report, folders[1], prompts, sheet_prompts, 4, size=size)
+    found = run_on_ranks(report, folders[1], prompts, sheet_prompts, 4, size=size)
     assert [rank["end"] for rank in (alone, *found)] == ["whole"] * (1 + size)
 
     expected, got = (flat(numbers(folder)) for folder in folders)
@@ -72,7 +72,7 @@ def test_a_stop_asked_of_one_rank_ends_the_report_of_all_at_the_same_call(tmp_pa
     for number in (3, 40):  # during the run, at its end
         folder = tmp_path / f"ranks-{number}"
         folder.mkdir()
-        found = together(report, folder, 5, 2, 4, number)
+        found = run_on_ranks(report, folder, 5, 2, 4, number)
         assert [rank["polls"] for rank in found] == [number] * 2
         assert found[0]["calls"] == found[1]["calls"]
         assert len({rank["end"] for rank in found}) == 1
@@ -84,5 +84,5 @@ def test_a_stop_asked_of_one_rank_ends_the_report_of_all_at_the_same_call(tmp_pa
 def test_what_rank_0_cannot_write_fails_on_all(tmp_path: Path) -> None:
     (tmp_path / "report.json").mkdir()
     (tmp_path / "report.json" / "in the way").touch()
-    found = together(report, tmp_path, 2, 1, 4)
+    found = run_on_ranks(report, tmp_path, 2, 1, 4)
     assert all(rank["end"].startswith("RankError: rank 0: ") for rank in found), found

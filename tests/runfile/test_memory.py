@@ -52,9 +52,9 @@ def test_one_process_holds_what_is_planned(mixed, write):
 
 
 def test_each_of_two_processes_holds_what_is_planned(mixed, write):
-    from ranks import together
+    from ranks import run_on_ranks
 
-    ranks = together(planned_and_held, write(mixed), ("ddp", "fsdp2"))
+    ranks = run_on_ranks(planned_and_held, write(mixed), ("ddp", "fsdp2"))
     for found in ranks:
         assert isinstance(found, dict), found
         assert_close(found)

@@ -15,27 +15,27 @@ import torch
 from attrs import evolve
 from distill_protocols import FsdpPolicy, RoleError, RoleHandle
 from distill_trainer import DistillTrainer, DistributedConfig, Distribution
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
-from ranks import together
-from spread import (
+from distribution_ranks import (
     Case,
     Outcome,
-    all_trained,
-    found_with,
-    halves,
-    in_a_script,
-    launched,
-    left_alone,
-    lost,
-    met,
-    mixed_norms,
-    poisoned,
-    refused,
-    swapped,
-    waiting,
-    with_streams_of,
+    adopt_strategy,
+    call_with_average,
+    clip_mixed_gradients,
+    describe_distribution,
+    error_of_streams,
+    gradients_of_micro_steps,
+    launch,
+    policy_errors,
+    run_cases,
+    train_and_kill_rank,
+    train_in_script,
+    train_on_nan,
+    train_partial_gradients,
+    train_without_other_rank,
 )
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from ranks import run_on_ranks
 from torch import Tensor, nn
 from torch.distributed import TCPStore
 from torch.distributed.tensor import DTensor
@@ -46,38 +46,38 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-6}
 
 
 @functools.cache
-def alone(case: Case) -> Outcome:
-    return all_trained([case.alone()])[0]
+def expected_outcome(case: Case) -> Outcome:
+    return run_cases([case.in_one_process()])[0]
 
 
-def same_as_alone(
+def compare_with_one_process(
     cases: list[Case], size: int, tolerance: Mapping[str, float] = CLOSE
 ) -> list[list[Outcome]]:
-    """What came of each case on each rank, all of it compared with one process."""
-    by_rank = together(all_trained, cases, size=size)
-    for found in by_rank:
-        assert isinstance(found, list), found
-    for case, *found in zip(cases, *by_rank, strict=True):
-        expected = alone(case)
+    """Train each case on each rank, compare all numbers with one process, return the outcomes."""
+    by_rank = run_on_ranks(run_cases, cases, size=size)
+    for result in by_rank:
+        assert isinstance(result, list), result
+    for case, *outcomes in zip(cases, *by_rank, strict=True):
+        expected = expected_outcome(case)
         for i, loss in enumerate(expected.losses):
-            mean = sum(outcome.losses[i] for outcome in found) / size
+            mean = sum(outcome.losses[i] for outcome in outcomes) / size
             assert mean == pytest.approx(loss, rel=tolerance["rtol"]), (case, i)
-        for outcome in found:
+        for outcome in outcomes:
             assert outcome.stepped == expected.stepped
-            for now, then in zip(outcome.norms, expected.norms, strict=True):
-                for name, norm in then.items():
-                    assert math.isfinite(now[name]) == math.isfinite(norm), case
+            for norms, expected_norms in zip(outcome.norms, expected.norms, strict=True):
+                for name, norm in expected_norms.items():
+                    assert math.isfinite(norms[name]) == math.isfinite(norm), case
                     if math.isfinite(norm):
-                        assert now[name] == pytest.approx(norm, rel=5 * tolerance["rtol"]), case
+                        assert norms[name] == pytest.approx(norm, rel=5 * tolerance["rtol"]), case
             for kind in ("weights", "averages"):
-                mine, theirs = getattr(outcome, kind), getattr(expected, kind)
-                assert mine.keys() == theirs.keys()
-                for name, value in theirs.items():
+                actual, reference = getattr(outcome, kind), getattr(expected, kind)
+                assert actual.keys() == reference.keys()
+                for name, value in reference.items():
                     numpy.testing.assert_allclose(
-                        mine[name], value, **tolerance, err_msg=f"{name}, {case}"
+                        actual[name], value, **tolerance, err_msg=f"{name}, {case}"
                     )
-            assert outcome.buffers == found[0].buffers
-    return [list(found) for found in zip(*by_rank, strict=True)]
+            assert outcome.buffers == outcomes[0].buffers
+    return [list(outcomes) for outcomes in zip(*by_rank, strict=True)]
 
 
 EACH = [
@@ -107,9 +107,9 @@ def test_all_numbers_are_those_of_one_process(
     size: int, strategy: str | None, shard_size: int | None
 ) -> None:
     cases = [evolve(case, strategy=strategy, shard_size=shard_size) for case in EACH]
-    whole = strategy is None
-    for found in same_as_alone(cases, size):
-        assert found[0].sharded == (set() if whole else {"student", "critic", "teacher"})
+    unsharded = strategy is None
+    for outcomes in compare_with_one_process(cases, size):
+        assert outcomes[0].sharded == (set() if unsharded else {"student", "critic", "teacher"})
 
 
 WIDE = FsdpPolicy(reshard_after_forward=False)
@@ -142,14 +142,14 @@ POLICIES = [
 
 
 def test_policies_change_no_number() -> None:
-    outcomes = [outcome for outcome, _ in same_as_alone(POLICIES, 2)]
+    outcomes = [outcome for outcome, _ in compare_with_one_process(POLICIES, 2)]
     for outcome in outcomes:
         units = {"", "blocks.0", "blocks.1"} if "student" in outcome.sharded else set()
         assert outcome.units == units
-    found = [outcome.sharded for outcome in outcomes]
+    sharded = [outcome.sharded for outcome in outcomes]
     everything = {"student", "critic", "teacher"}
-    assert found[5:8] == [{"critic", "teacher"}, {"student", "critic"}, {"teacher"}]
-    assert all(sharded == everything for sharded in found[:5])
+    assert sharded[5:8] == [{"critic", "teacher"}, {"student", "critic"}, {"teacher"}]
+    assert all(roles == everything for roles in sharded[:5])
 
 
 _ANY = st.builds(
@@ -169,7 +169,7 @@ _ANY = st.builds(
 @settings(max_examples=1, phases=[Phase.generate])
 @given(st.lists(_ANY, min_size=8, max_size=8))  # one pair of processes for all of them
 def test_any_combination_gives_the_numbers_of_one_process(cases: list[Case]) -> None:
-    same_as_alone(cases, 2)
+    compare_with_one_process(cases, 2)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "hsdp"])
@@ -177,8 +177,8 @@ def test_an_overflow_on_one_rank_leaves_the_step_out_on_all(strategy: str) -> No
     # Sample 29 is of iteration 3, and rank 1's: its gradient is inf in fp16, its loss is not.
     case = evolve(Case(), precision="fp16", turns="both", max_norm=None, overflow=29)
     rounded = {"rtol": 5e-3, "atol": 1e-3}
-    (found,) = same_as_alone([evolve(case, strategy=strategy)], 2, rounded)
-    steps = [bool(stepped) for stepped in found[0].stepped]
+    (outcomes,) = compare_with_one_process([evolve(case, strategy=strategy)], 2, rounded)
+    steps = [bool(stepped) for stepped in outcomes[0].stepped]
     assert steps == [True, True, False, True, True]
 
 
@@ -186,19 +186,19 @@ def test_an_overflow_on_one_rank_leaves_the_step_out_on_all(strategy: str) -> No
 def test_a_stop_between_micro_steps_leaves_nothing_of_the_iteration(strategy: str) -> None:
     # In the second micro step of iteration 3; gradients wait on each rank, whole, unseen.
     case = Case(accumulation=3, turns="both", stop_in_call=8, steps=3)
-    (found,) = same_as_alone([evolve(case, strategy=strategy)], 2)
-    assert len(found[0].losses) == 2 + 3, "the run was started again"
+    (outcomes,) = compare_with_one_process([evolve(case, strategy=strategy)], 2)
+    assert len(outcomes[0].losses) == 2 + 3, "the run was started again"
 
 
 def test_one_process_may_be_sharded_too() -> None:
     case = evolve(Case(), strategy="fsdp2", accumulation=3, turns="both", adapters=True)
-    same_as_alone([case, evolve(case, strategy="hsdp")], 1)
+    compare_with_one_process([case, evolve(case, strategy="hsdp")], 1)
 
 
 def test_a_script_that_brought_its_processes_together_needs_nothing_else(tmp_path: Path) -> None:
-    found = together(in_a_script, str(tmp_path))
-    expected = alone(evolve(Case(), accumulation=3, turns="both"))
-    for outcome in found:
+    outcomes = run_on_ranks(train_in_script, str(tmp_path))
+    expected = expected_outcome(evolve(Case(), accumulation=3, turns="both"))
+    for outcome in outcomes:
         assert isinstance(outcome, Outcome), outcome
         for name, value in expected.weights.items():
             numpy.testing.assert_allclose(outcome.weights[name], value, **CLOSE, err_msg=name)
@@ -208,12 +208,12 @@ def test_a_script_that_brought_its_processes_together_needs_nothing_else(tmp_pat
 def test_an_average_is_swapped_in_and_out_bit_for_bit(reshards: bool) -> None:
     policy = FsdpPolicy(reshard_after_forward=reshards)
     case = evolve(Case(), strategy="fsdp2", student=policy, meta=True)
-    for found in together(swapped, case):
-        assert isinstance(found, dict), found
-        assert not numpy.allclose(found["live"], found["mean"])
-        assert numpy.array_equal(found["live"], found["again"])
-        for name, value in found["before"].items():
-            assert numpy.array_equal(found["after"][name], value), name
+    for outputs in run_on_ranks(call_with_average, case):
+        assert isinstance(outputs, dict), outputs
+        assert not numpy.allclose(outputs["live"], outputs["mean"])
+        assert numpy.array_equal(outputs["live"], outputs["again"])
+        for name, value in outputs["before"].items():
+            assert numpy.array_equal(outputs["after"][name], value), name
 
 
 @pytest.mark.parametrize(
@@ -229,9 +229,9 @@ def test_an_average_is_swapped_in_and_out_bit_for_bit(reshards: bool) -> None:
 def test_processes_meet_by_torchruns_environment(
     case: Case, size: int, expected: dict[str, Any]
 ) -> None:
-    for rank, found in enumerate(launched(met, case, size=size)):
-        assert isinstance(found, dict), found
-        assert found == {"rank": rank, "size": size, "device": "cpu", **expected}
+    for rank, description in enumerate(launch(describe_distribution, case, size=size)):
+        assert isinstance(description, dict), description
+        assert description == {"rank": rank, "size": size, "device": "cpu", **expected}
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_processes_meet_by_torchruns_environment(
 def test_what_does_not_fit_is_an_error(
     case: Case, variables: dict[str, str], words: list[str]
 ) -> None:
-    for message in launched(met, case, size=2, **variables):
+    for message in launch(describe_distribution, case, size=2, **variables):
         assert isinstance(message, str)
         assert "RankError" in message
         assert all(word in message for word in words), message
@@ -260,8 +260,10 @@ def test_processes_that_are_started_again_meet_in_the_store_that_knows_their_pre
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     agent = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     for _ in range(3):
-        found = launched(met, Case(timeout=20.0), size=2, **agent)
-        assert [rank["rank"] for rank in found if isinstance(rank, dict)] == [0, 1], found
+        descriptions = launch(describe_distribution, Case(timeout=20.0), size=2, **agent)
+        assert [rank["rank"] for rank in descriptions if isinstance(rank, dict)] == [0, 1], (
+            descriptions
+        )
 
 
 def test_a_model_that_returns_a_view_may_be_sharded() -> None:
@@ -288,48 +290,53 @@ def test_a_model_that_returns_a_view_may_be_sharded() -> None:
 def test_who_does_not_come_is_not_waited_for_without_end() -> None:
     # The other one is not started.
     half = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    (message,) = launched(met, Case(timeout=2.0), size=1, **half)
+    (message,) = launch(describe_distribution, Case(timeout=2.0), size=1, **half)
     assert "RankError: rank 0 of 2 did not reach the others at 127.0.0.1" in message, message
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     agent = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    (message,) = launched(
-        met, Case(timeout=2.0), size=1, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", **agent
+    (message,) = launch(
+        describe_distribution,
+        Case(timeout=2.0),
+        size=1,
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        **agent,
     )
     assert "within 2 s (no word of rank 1)" in message, message
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_rank_that_dies_in_a_step_ends_the_others(strategy: str) -> None:
-    message = launched(lost, 1, size=2, STRATEGY=strategy)
+    message = launch(train_and_kill_rank, 1, size=2, STRATEGY=strategy)
     assert message[1] == ""
     assert "Error: " in message[0], message[0]
 
 
 def test_a_rank_that_does_not_begin_is_not_waited_for(tmp_path: Path) -> None:
-    (message, waited), _ = together(left_alone, str(tmp_path))
+    (message, waited), _ = run_on_ranks(train_without_other_rank, str(tmp_path))
     assert message.startswith("RankError: rank 0 lost the others"), message
     assert waited < 50, "of a hundred"
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_loss_that_one_rank_finds_infinite_ends_all_before_the_step(strategy: str) -> None:
-    found = together(poisoned, evolve(Case(), strategy=strategy, accumulation=3), 27)
+    results = run_on_ranks(train_on_nan, evolve(Case(), strategy=strategy, accumulation=3), 27)
     # Sample 27 is row 3 of iteration 3: rank 1's, and so is the error.
-    assert found[1][0].startswith("NonFiniteLossError: iteration 3: the loss is not finite")
-    assert found[0][0].startswith("RankError: rank 1: iteration 3: the loss is not finite")
-    assert all(finite for _, finite in found)
+    assert results[1][0].startswith("NonFiniteLossError: iteration 3: the loss is not finite")
+    assert results[0][0].startswith("RankError: rank 1: iteration 3: the loss is not finite")
+    assert all(finite for _, finite in results)
 
 
 def test_ranks_with_the_same_streams_are_refused_together() -> None:
-    first, second = together(with_streams_of, 0)
+    first, second = run_on_ranks(error_of_streams, 0)
     assert second.startswith("ContractError: the run's RandomStreams are those of rank 0 of 2, but")
     assert "rank=1, world_size=2" in second
     assert first.startswith("RankError: rank 1: the run's RandomStreams"), first
 
 
 def test_what_a_script_has_sharded_is_found_as_its_strategy_says() -> None:
-    assert together(found_with, "fsdp2") == ["fsdp2"] * 2
-    for message in together(found_with, "none"):
+    assert run_on_ranks(adopt_strategy, "fsdp2") == ["fsdp2"] * 2
+    for message in run_on_ranks(adopt_strategy, "none"):
         assert message.startswith("RankError: the strategy is none with 2 processes")
 
 
@@ -344,10 +351,10 @@ def test_a_strategy_that_shards_is_refused_where_nothing_is_sharded(
 
 
 def test_a_policy_that_does_not_fit_is_an_error() -> None:
-    found = together(refused)
-    assert found[0] == found[1]
+    messages = run_on_ranks(policy_errors)
+    assert messages[0] == messages[1]
     for message, words in zip(
-        found[0],
+        messages[0],
         [
             ["role 'student' is trained", "under the strategy ddp", "fsdp2"],
             ["'blokcs', which must be a module list of net (Net)", "it has: blocks"],
@@ -361,7 +368,7 @@ def test_a_policy_that_does_not_fit_is_an_error() -> None:
 
 
 def test_a_real_wan_with_and_without_activation_checkpointing() -> None:
-    from spread_wan import WanCase, all_trained
+    from wan_distribution_ranks import WanCase, run_cases
 
     half = WanCase(strategy="fsdp2", precision="bf16", mixed="bf16", checkpointing=True)
     cases = [
@@ -369,22 +376,22 @@ def test_a_real_wan_with_and_without_activation_checkpointing() -> None:
         for strategy in ("ddp", "fsdp2", "hsdp")
         for checkpointing, accumulation in ((False, 1), (True, 3))
     ]
-    by_rank = together(all_trained, [half, *cases])
-    expected, rounded = all_trained([WanCase(), half.alone()])
+    by_rank = run_on_ranks(run_cases, [half, *cases])
+    expected, rounded = run_cases([WanCase(), half.in_one_process()])
     assert max(expected.norms[0].values()) > 0.2, "clipping is active"
-    for found in by_rank:
-        assert isinstance(found, list), found
-    means = [sum(each) / 2 for each in zip(*(found[0].losses for found in by_rank), strict=True)]
+    for result in by_rank:
+        assert isinstance(result, list), result
+    means = [sum(each) / 2 for each in zip(*(result[0].losses for result in by_rank), strict=True)]
     assert means == pytest.approx(rounded.losses, rel=0.02)
-    for case, *found in zip([half, *cases], *by_rank, strict=True):
+    for case, *outcomes in zip([half, *cases], *by_rank, strict=True):
         if case is half:
             continue
         for i, loss in enumerate(expected.losses):
-            mean = sum(outcome.losses[i] for outcome in found) / 2
+            mean = sum(outcome.losses[i] for outcome in outcomes) / 2
             assert mean == pytest.approx(loss, rel=2e-5), (case, i)
         for name, value in expected.weights.items():
             numpy.testing.assert_allclose(
-                found[0].weights[name], value, rtol=1e-4, atol=1e-5, err_msg=f"{name}, {case}"
+                outcomes[0].weights[name], value, rtol=1e-4, atol=1e-5, err_msg=f"{name}, {case}"
             )
 
 
@@ -397,7 +404,7 @@ def test_a_real_wan_with_and_without_activation_checkpointing() -> None:
     ],
 )
 def test_gradients_are_averaged_in_the_last_micro_step_only(case: Case, waits: bool) -> None:
-    (first, last), (other, other_last) = together(waiting, case)
+    (first, last), (other, other_last) = run_on_ranks(gradients_of_micro_steps, case)
     assert last
     assert last == other_last, "averaged"
     if not waits:
@@ -412,15 +419,15 @@ def test_gradients_are_averaged_in_the_last_micro_step_only(case: Case, waits: b
 @pytest.mark.parametrize("apart", [False, True])
 def test_weights_that_only_other_turns_reach_keep_no_gradient(apart: bool) -> None:
     for accumulation in (1, 3):
-        expected, reached = halves(apart, accumulation)
+        expected, reached = train_partial_gradients(apart, accumulation)
         assert len(set(map(len, reached))) == 2, "a half, and all"
-        for found, where in together(halves, apart, accumulation):
-            assert where == reached
+        for outcome, reached_on_rank in run_on_ranks(train_partial_gradients, apart, accumulation):
+            assert reached_on_rank == reached
             for name, value in expected.weights.items():
-                numpy.testing.assert_allclose(found.weights[name], value, **CLOSE, err_msg=name)
+                numpy.testing.assert_allclose(outcome.weights[name], value, **CLOSE, err_msg=name)
 
 
 def test_a_norm_counts_parts_and_wholes_together() -> None:
-    for norm, expected, clipped in together(mixed_norms):
+    for norm, expected, clipped in run_on_ranks(clip_mixed_gradients):
         assert norm == pytest.approx(expected)
         assert math.hypot(*clipped) == pytest.approx(1, rel=1e-5)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import lockstep_ranks as there
+import monitor_ranks
 import pytest
 import torch
 from distill_protocols import Callback, RankError, RunState
@@ -16,7 +16,7 @@ from distill_trainer import DistillTrainer, RestartingLoader
 from distill_trainer.monitoring import status_store
 from distill_trainer.monitoring.rank_monitor import RankMonitor
 from distill_trainer.monitoring.status_store import RankStatus, StatusStore
-from ranks import together
+from ranks import run_on_ranks
 from toy_trainer import Recorder, alternating, batches, training
 
 STEP = "iteration 3, forward and backward of micro step 1 of 1"
@@ -24,13 +24,21 @@ SEEN = r"(come|answer), last seen \d+\.\d s ago at"
 
 
 def test_ranks_that_stay_together_end_well(tmp_path: Path) -> None:
-    assert together(there.fail_in_a_step, tmp_path, "none") == ["fine", "fine"]
+    assert run_on_ranks(monitor_ranks.fail_in_a_step, tmp_path, "none") == ["no error", "no error"]
 
 
 # Either rank, as each hosts one of the two stores.
-@pytest.mark.parametrize(("how", "rank"), [("kill", 0), ("kill", 1), ("stop", 1)])
-def test_a_rank_that_is_gone_is_named_with_its_place(tmp_path: Path, how: str, rank: int) -> None:
-    outcomes = together(there.fail_in_a_step, tmp_path, how, rank, timeout=there.patience(how))
+@pytest.mark.parametrize(("failure", "rank"), [("kill", 0), ("kill", 1), ("stop", 1)])
+def test_a_rank_that_is_gone_is_named_with_its_place(
+    tmp_path: Path, failure: str, rank: int
+) -> None:
+    outcomes = run_on_ranks(
+        monitor_ranks.fail_in_a_step,
+        tmp_path,
+        failure,
+        rank,
+        timeout=monitor_ranks.timeout_for(failure),
+    )
     assert outcomes[rank] == ""
     assert outcomes[1 - rank].startswith(
         f"RankError: rank {1 - rank} waited for the others at iteration 3, "
@@ -40,7 +48,7 @@ def test_a_rank_that_is_gone_is_named_with_its_place(tmp_path: Path, how: str, r
 
 def test_of_many_ranks_the_dead_one_is_named_by_all(tmp_path: Path) -> None:
     """Also by one that lost not it, but another survivor, which had ended of it."""
-    first, dead, last = together(there.fail_in_a_step, tmp_path, "kill", 1, size=3)
+    first, dead, last = run_on_ranks(monitor_ranks.fail_in_a_step, tmp_path, "kill", 1, size=3)
     assert dead == ""
     for survivor in (first, last):
         assert re.search(rf"rank 1 did not {SEEN} {STEP}", survivor)
@@ -48,7 +56,7 @@ def test_of_many_ranks_the_dead_one_is_named_by_all(tmp_path: Path) -> None:
 
 
 def test_where_all_stores_are_gone_the_last_check_is_named(tmp_path: Path) -> None:
-    _, survivor, _ = together(there.fail_in_a_step, tmp_path, "kill", 0, 2, size=3)
+    _, survivor, _ = run_on_ranks(monitor_ranks.fail_in_a_step, tmp_path, "kill", 0, 2, size=3)
     assert re.search(
         r"ranks 0, 2 did not (come|answer), no word of it; all were last together \d+\.\d s ago at "
         "iteration 2, end of the iteration",
@@ -57,7 +65,7 @@ def test_where_all_stores_are_gone_the_last_check_is_named(tmp_path: Path) -> No
 
 
 def test_a_slow_rank_is_given_up_and_hears_of_it(tmp_path: Path) -> None:
-    waited, slow = together(there.fail_in_a_step, tmp_path, "slow", 1, timeout=4)
+    waited, slow = run_on_ranks(monitor_ranks.fail_in_a_step, tmp_path, "slow", 1, timeout=4)
     assert re.search(rf"rank 1 did not {SEEN} {STEP}", waited)
     assert "raise DistributedConfig.timeout_seconds (4)" in waited
     assert slow.startswith("RankError: ")
@@ -67,7 +75,7 @@ def test_a_slow_rank_is_given_up_and_hears_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "rank", "error"),
+    ("failure", "rank", "error"),
     [
         ("raise", 0, "ValueError: boom"),
         ("runtime", 1, "RuntimeError: boom in a kernel"),
@@ -75,9 +83,9 @@ def test_a_slow_rank_is_given_up_and_hears_of_it(tmp_path: Path) -> None:
     ],
 )
 def test_what_one_rank_fails_of_is_what_the_others_say(
-    tmp_path: Path, how: str, rank: int, error: str
+    tmp_path: Path, failure: str, rank: int, error: str
 ) -> None:
-    outcomes = together(there.fail_in_a_step, tmp_path, how, rank)
+    outcomes = run_on_ranks(monitor_ranks.fail_in_a_step, tmp_path, failure, rank)
     assert outcomes[rank].startswith(error), "it keeps its own error"
     assert (
         f"rank {rank} of 2 was at {STEP}. The others: rank {1 - rank} last seen" in outcomes[rank]
@@ -90,40 +98,47 @@ def test_what_one_rank_fails_of_is_what_the_others_say(
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path: Path) -> None:
-    for rank, outcomes in enumerate(together(there.fail_in_a_step, tmp_path, "inf", 1)):
+    for rank, outcomes in enumerate(run_on_ranks(monitor_ranks.fail_in_a_step, tmp_path, "inf", 1)):
         assert "iteration 3: the loss is not finite (total_loss=inf" in outcomes
         assert rank == 1 or "rank 1" in outcomes
 
 
-@pytest.mark.parametrize("how", ["kill", "raise", "stop"])
-def test_a_rank_that_is_missed_in_a_collective_of_a_callback(tmp_path: Path, how: str) -> None:
-    survivor, other = together(
-        there.fail_before_a_collective, tmp_path, how, timeout=there.patience(how)
+@pytest.mark.parametrize("failure", ["kill", "raise", "stop"])
+def test_a_rank_that_is_missed_in_a_collective_of_a_callback(tmp_path: Path, failure: str) -> None:
+    survivor, other = run_on_ranks(
+        monitor_ranks.fail_before_a_collective,
+        tmp_path,
+        failure,
+        timeout=monitor_ranks.timeout_for(failure),
     )
     assert survivor.startswith("RankError: rank 0 waited for the others at iteration 2, sum over")
-    if how == "raise":
+    if failure == "raise":
         assert other.startswith("ValueError: boom")
         assert re.search(r"rank 1 failed at iteration 2, sum over ranks .*ValueError: b", survivor)
     else:
         assert re.search(r"rank 1 did not answer, last seen .* at iteration 2, sum over", survivor)
 
 
-@pytest.mark.parametrize(("how", "sharded"), [("stop", False), ("kill", True)])
+@pytest.mark.parametrize(("failure", "sharded"), [("stop", False), ("kill", True)])
 def test_a_rank_that_is_missed_in_backward_or_a_gather(
-    tmp_path: Path, how: str, sharded: bool
+    tmp_path: Path, failure: str, sharded: bool
 ) -> None:
-    survivor, _ = together(
-        there.fail_beside_backward, tmp_path, how, sharded, timeout=there.patience(how)
+    survivor, _ = run_on_ranks(
+        monitor_ranks.fail_beside_backward,
+        tmp_path,
+        failure,
+        sharded,
+        timeout=monitor_ranks.timeout_for(failure),
     )
     assert survivor.startswith(f"RankError: rank 0 waited for the others at {STEP} and lost them")
     assert re.search(rf"rank 1 did not {SEEN} {STEP}", survivor)
 
 
-@pytest.mark.parametrize("how", ["kill", "raise"])
-def test_a_rank_that_fails_when_training_is_over(tmp_path: Path, how: str) -> None:
-    survivor, other = together(there.fail_after_the_end, tmp_path, how)
+@pytest.mark.parametrize("failure", ["kill", "raise"])
+def test_a_rank_that_fails_when_training_is_over(tmp_path: Path, failure: str) -> None:
+    survivor, other = run_on_ranks(monitor_ranks.fail_after_the_end, tmp_path, failure)
     assert survivor.startswith("RankError: rank 0 waited for the others at iteration 5, callback")
-    if how == "raise":
+    if failure == "raise":
         assert other.startswith("ValueError: boom")
         assert "rank 1 failed at iteration 5, callback 'ends', on_train_end" in survivor
     else:
@@ -131,11 +146,11 @@ def test_a_rank_that_fails_when_training_is_over(tmp_path: Path, how: str) -> No
 
 
 def test_ranks_in_two_places_say_where_instead_of_waiting(tmp_path: Path) -> None:
-    asked = together(there.ask_unequally, tmp_path)
-    assert asked[0] == asked[1]
-    assert "rank 0 at iteration 2, callback 'asks', on_step_end (check 3)" in asked[0]
-    assert "rank 1 at iteration 2, mean over ranks (check 1)" in asked[0]
-    trained = together(there.train_unequally, tmp_path)
+    polled = run_on_ranks(monitor_ranks.poll_unequally, tmp_path)
+    assert polled[0] == polled[1]
+    assert "rank 0 at iteration 2, callback 'asks', on_step_end (check 3)" in polled[0]
+    assert "rank 1 at iteration 2, mean over ranks (check 1)" in polled[0]
+    trained = run_on_ranks(monitor_ranks.train_unequally, tmp_path)
     assert trained[0] == trained[1]
     assert (
         "rank 0 at iteration 2, end of the iteration (check 1), rank 1 at iteration 1, end"
@@ -146,8 +161,11 @@ def test_ranks_in_two_places_say_where_instead_of_waiting(tmp_path: Path) -> Non
 def test_all_ranks_must_have_the_same_run() -> None:
     run = {"training": {"seed": 1, "steps": 5}, "roles": ["a", "b"]}
     other = {"training": {"seed": 2}, "roles": ["a", "b"], "more": {}}
-    assert together(there.resolve, [run, dict(reversed(run.items()))]) == ["fine", "fine"]
-    outcomes = together(there.resolve, [run, run, other], size=3)
+    assert run_on_ranks(monitor_ranks.check_run_files, [run, dict(reversed(run.items()))]) == [
+        "no error",
+        "no error",
+    ]
+    outcomes = run_on_ranks(monitor_ranks.check_run_files, [run, run, other], size=3)
     assert outcomes[0] == outcomes[1] == outcomes[2]
     assert outcomes[0].startswith(
         "RankError: rank 2 differs from rank 0 in training.seed: 2 (rank 0: 1), training.steps: "

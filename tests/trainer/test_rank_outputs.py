@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import lockstep_ranks as there
+import monitor_ranks
 import pytest
-from ranks import together
+from ranks import run_on_ranks
 from safetensors.torch import load_file
 
 
 def test_numbers_are_means_over_ranks_and_rank_0s_to_write(tmp_path: Path) -> None:
-    (scalars, texts, closed, lines, losses), other = together(there.write, tmp_path)
+    (scalars, texts, closed, lines, losses), other = run_on_ranks(
+        monitor_ranks.train_with_outputs, tmp_path
+    )
     assert other[:4] == ([], 0, True, ""), "rank 1 writes nothing, but lets go of its tracker"
     assert (texts, closed) == (1, True)
     assert [line.split(" ")[0] for line in lines.splitlines()] == ["1/4", "2/4", "3/4", "4/4"]
@@ -29,14 +31,14 @@ def test_numbers_are_means_over_ranks_and_rank_0s_to_write(tmp_path: Path) -> No
 
 
 def test_dumps_and_traces_of_several_ranks_have_their_numbers(tmp_path: Path) -> None:
-    together(there.write, tmp_path)
+    run_on_ranks(monitor_ranks.train_with_outputs, tmp_path)
     folders = sorted(path.name for path in (tmp_path / "debug").iterdir())
     assert folders == ["iteration-000003-rank-0", "iteration-000003-rank-1"]
     for rank, name in enumerate(folders):
         rows = load_file(tmp_path / "debug" / name / "outputs.safetensors")["rows"]
         assert rows.tolist() == [2.0 * rank, 2.0 * rank + 1], "its own part"
     assert [path.name for path in (tmp_path / "profile").iterdir()] == ["trace-000002-000002.json"]
-    assert together(there.trace_all, tmp_path / "all") == ["fine", "fine"]
+    assert run_on_ranks(monitor_ranks.trace_all, tmp_path / "all") == ["no error", "no error"]
     assert sorted(path.name for path in (tmp_path / "all" / "profile").iterdir()) == [
         "trace-000002-000002-rank-0.json",
         "trace-000002-000002-rank-1.json",
@@ -44,7 +46,7 @@ def test_dumps_and_traces_of_several_ranks_have_their_numbers(tmp_path: Path) ->
 
 
 def test_a_dump_after_an_error_asks_nobody(tmp_path: Path) -> None:
-    survivor, failed = together(there.dump_an_error, tmp_path)
+    survivor, failed = run_on_ranks(monitor_ranks.dump_an_error, tmp_path)
     assert failed.startswith("ValueError: boom")
     assert survivor.startswith("RankError")
     for rank, error in enumerate(("RankError: ", "ValueError: boom")):
@@ -59,6 +61,6 @@ def test_a_dump_after_an_error_asks_nobody(tmp_path: Path) -> None:
 
 
 def test_trackers_of_a_run_file_are_rank_0s(tmp_path: Path) -> None:
-    first, second = together(there.named_trackers, tmp_path)
+    first, second = run_on_ranks(monitor_ranks.named_trackers, tmp_path)
     assert first == ["metrics.jsonl", "tensorboard"]
     assert second == []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import together
+from ranks import run_on_ranks
 from validation_ranks import validate
 
 
@@ -27,9 +27,9 @@ def test_clips_and_files_are_those_of_one_process(tmp_path: Path, prompts: int, 
     assert live.shape == (prompts, 3, 2, 4, 4)
     assert len({clip.tobytes() for clip in live}) == prompts
 
-    found = together(validate, tmp_path / "ranks", prompts, size=size)
-    assert [rank["end"] for rank in found] == ["whole"] * size
-    first, *others = found
+    results = run_on_ranks(validate, tmp_path / "ranks", prompts, size=size)
+    assert [rank["end"] for rank in results] == ["whole"] * size
+    first, *others = results
     assert first["videos"].keys() == alone["videos"].keys()
     for name, clips in alone["videos"].items():
         np.testing.assert_allclose(first["videos"][name], clips, rtol=0, atol=1e-6)
@@ -39,7 +39,7 @@ def test_clips_and_files_are_those_of_one_process(tmp_path: Path, prompts: int, 
         assert not rank["videos"], "rank 0 alone shows clips"
         assert rank["calls"] == first["calls"], "a sharded model gathers in each of them"
         assert rank["polls"] == first["polls"]
-    assert all(rank["weights stay"] for rank in found)
+    assert all(rank["weights stay"] for rank in results)
     assert [len(call.t) for call in first["calls"]] == [-(-prompts // size)] * len(alone["calls"])
 
 
@@ -47,18 +47,18 @@ def test_a_stop_asked_of_one_rank_ends_the_look_of_all_at_the_same_call(tmp_path
     whole = validate(tmp_path / "alone", 5)
     for number in (2, whole["polls"]):
         folder = tmp_path / f"ranks-{number}"
-        found = together(validate, folder, 5, number)
-        assert [rank["end"] for rank in found] == ["stopped: preempted"] * 2
-        assert [rank["polls"] for rank in found] == [number] * 2
-        assert found[0]["calls"] == found[1]["calls"]
-        assert len(found[0]["calls"]) < len(whole["calls"]) or number == whole["polls"]
-        assert all(rank["weights stay"] for rank in found)
-        assert not any(rank["videos"] for rank in found)
+        results = run_on_ranks(validate, folder, 5, number)
+        assert [rank["end"] for rank in results] == ["stopped: preempted"] * 2
+        assert [rank["polls"] for rank in results] == [number] * 2
+        assert results[0]["calls"] == results[1]["calls"]
+        assert len(results[0]["calls"]) < len(whole["calls"]) or number == whole["polls"]
+        assert all(rank["weights stay"] for rank in results)
+        assert not any(rank["videos"] for rank in results)
         assert files(folder) == {}
 
 
 def test_what_rank_0_cannot_write_fails_on_all(tmp_path: Path) -> None:
     (tmp_path / "validation").write_text("in the way")
-    found = together(validate, tmp_path, 2)
-    assert all(rank["end"].startswith("RankError: rank 0: ") for rank in found), found
-    assert all("validation" in rank["end"] for rank in found)
+    results = run_on_ranks(validate, tmp_path, 2)
+    assert all(rank["end"].startswith("RankError: rank 0: ") for rank in results), results
+    assert all("validation" in rank["end"] for rank in results)

@@ -1,4 +1,4 @@
-"""diffusers' own Wan under each strategy. Apart from ``spread``, as its import takes seconds."""
+"""diffusers' own Wan under each strategy; a module of its own, since its import takes seconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distill_trainer import (
     TrainingConfig,
     build_optimizers,
 )
-from spread import Outcome, Watch, outcome, values
+from distribution_ranks import Outcome, StepRecorder, collect_outcome, named_values
 from torch import Tensor
 
 SHAPE = (4, 1, 4, 4)
@@ -37,24 +37,24 @@ class WanCase:
     precision: str = "fp32"
     mixed: str | None = None
 
-    def alone(self) -> WanCase:
+    def in_one_process(self) -> WanCase:
         return evolve(self, strategy=None, mixed=None)
 
 
 def wan(name: str) -> WanTransformer3DModel:
-    """A tiny one, with weights by ``name``."""
+    """Build a tiny model whose weights depend on ``name`` alone."""
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4,
         out_channels=4, text_dim=6, freq_dim=8, ffn_dim=20, num_layers=2, rope_max_seq_len=16,
     )  # fmt: skip
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            parameter.copy_(values(f"{name}.{key}", parameter.shape) / 2)
+            parameter.copy_(named_values(f"{name}.{key}", parameter.shape) / 2)
     return model
 
 
 class Follow(DistillMethod[None]):
-    """The student follows the teacher, from where two of its own calls have come."""
+    """Train the student towards the teacher on the result of one of its own calls."""
 
     def call(self, role: str, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         module = self.bundle[role].modules["transformer"]
@@ -76,11 +76,11 @@ class Follow(DistillMethod[None]):
         return self.optimizers_of("student")
 
 
-def trained(case: WanCase, folder: str) -> Outcome:
+def run_case(case: WanCase, folder: str) -> Outcome:
     config = DistributedConfig(strategy=case.strategy, timeout_seconds=60.0)  # type: ignore[arg-type]
     with Distribution.start(config, "cpu") as distribution:
         ranks = distribution.ranks
-        found = {}
+        handles = {}
         for name in ("student", "teacher"):
             module = wan(name)
             if name == "student" and case.checkpointing:
@@ -101,22 +101,22 @@ def trained(case: WanCase, folder: str) -> Outcome:
                 else None,
             )
             distribution.shard(role)
-            found[name] = role
-        build_optimizers(found["student"], OptimizerConfig(lr=0.01, eps=1e-3), horizon=10)
+            handles[name] = role
+        build_optimizers(handles["student"], OptimizerConfig(lr=0.01, eps=1e-3), horizon=10)
         streams = RandomStreams(1, rank=ranks.rank, world_size=ranks.size)
-        method, watch = Follow(ModelBundle(found), None, streams=streams), Watch()
+        method, recorder = Follow(ModelBundle(handles), None, streams=streams), StepRecorder()
         at_once = 12 // case.accumulation // ranks.size
         training = TrainingConfig(
             output_dir=str(Path(folder) / f"rank-{ranks.rank}"), max_train_steps=3, trackers=(),
             global_batch_size=12, batch_size_per_device=at_once, progress=False,
         )  # fmt: skip
         clip = GradClipCallback(GradClipConfig(max_norm=0.2))
-        trainer = DistillTrainer(training, callbacks=[clip, watch], distribution=distribution)
+        trainer = DistillTrainer(training, callbacks=[clip, recorder], distribution=distribution)
         trainer.run(method, [torch.zeros(at_once)])
-        return outcome(method, watch)
+        return collect_outcome(method, recorder)
 
 
-def all_trained(cases: Sequence[WanCase]) -> list[Any]:
-    """One after the other, in these processes."""
+def run_cases(cases: Sequence[WanCase]) -> list[Any]:
+    """Train one case after another in the same processes."""
     with TemporaryDirectory() as folder:
-        return [trained(case, folder) for case in cases]
+        return [run_case(case, folder) for case in cases]

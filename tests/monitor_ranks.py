@@ -1,4 +1,4 @@
-"""What ranks do in the tests of how they stay together, for ``ranks.together``."""
+"""What ranks run in the tests of ``RankMonitor``, for ``ranks.run_on_ranks``."""
 
 from __future__ import annotations
 
@@ -37,107 +37,107 @@ from toy_trainer import Alternating, MemoryTracker, Recorder, alternating, batch
 TIMEOUT = 4.0
 """Seconds that a test of a time-out waits."""
 
-PATIENCE = 60.0
-"""Seconds for all others, which no busy box shall end."""
+LONG_TIMEOUT = 60.0
+"""Seconds for all other tests, long enough for a busy machine."""
 
 
-def patience(how: str) -> float:
-    return TIMEOUT if how in ("stop", "slow") else PATIENCE
+def timeout_for(failure: str) -> float:
+    return TIMEOUT if failure in ("stop", "slow") else LONG_TIMEOUT
 
 
-def outcome(action: Callable[[], Any]) -> str:
-    """What an action came to: its error with its notes, or ``fine``."""
+def describe_error(action: Callable[[], Any]) -> str:
+    """Run ``action`` and return its error with its notes, or ``no error``."""
     try:
         action()
     except BaseException as error:
         notes: list[str] = getattr(error, "__notes__", [])
         return "\n".join([f"{type(error).__name__}: {error}", *notes])
-    return "fine"
+    return "no error"
 
 
-def misfortune(how: str) -> None:
-    """To this process, now."""
-    if how == "kill":
+def fail(failure: str) -> None:
+    """Let this process fail, now."""
+    if failure == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if how == "stop":
+    if failure == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
-    if how == "slow":
+    if failure == "slow":
         time.sleep(2 * TIMEOUT)
-    if how == "raise":
+    if failure == "raise":
         raise ValueError("boom")
-    if how == "runtime":
+    if failure == "runtime":
         raise RuntimeError("boom in a kernel")
-    if how == "interrupt":
+    if failure == "interrupt":
         raise KeyboardInterrupt
 
 
-class Unlucky(Alternating):
-    """Some ranks meet a misfortune in the step of iteration 3."""
+class FailingMethod(Alternating):
+    """A method that fails on some ranks in the step of iteration 3."""
 
-    how = "none"
+    failure = "none"
     ranks: tuple[int, ...] = (1,)
 
     def single_train_step(self, batch: Any, iteration: int) -> Any:
-        found = super().single_train_step(batch, iteration)
+        result = super().single_train_step(batch, iteration)
         if iteration == 3 and distributed.get_rank() in self.ranks:
-            misfortune(self.how)
-            if self.how == "inf":
-                return found._replace(
-                    loss_map={name: loss * math.inf for name, loss in found.loss_map.items()}
+            fail(self.failure)
+            if self.failure == "inf":
+                return result._replace(
+                    loss_map={name: loss * math.inf for name, loss in result.loss_map.items()}
                 )
-        return found
+        return result
 
 
 def _training(folder: Path, steps: int, **changes: Any) -> TrainingConfig:
-    """One micro step an iteration, for any number of ranks."""
+    """Return a config of one micro step per iteration for any number of ranks."""
     return training(folder, steps, global_batch_size=distributed.get_world_size(), **changes)
 
 
-def _run(folder: Path, method: Any, how: str = "none", **parts: Any) -> str:
-    waits = DistributedConfig(timeout_seconds=patience(how))
+def _run(folder: Path, method: Any, failure: str = "none", **parts: Any) -> str:
+    waits = DistributedConfig(timeout_seconds=timeout_for(failure))
     config = _training(folder, 5, distributed=waits, log_every=2)
-    return outcome(lambda: DistillTrainer(config, **parts).run(method, batches()))
+    return describe_error(lambda: DistillTrainer(config, **parts).run(method, batches()))
 
 
-def fail_in_a_step(folder: Path, how: str, *failing: int) -> str:
-    """The ranks ``failing`` fail ``how`` in the step of iteration 3; ranks meet in looks only."""
-    method = Unlucky(alternating().bundle, 2)
-    method.how, method.ranks = how, failing
-    return _run(folder, method, how)
+def fail_in_a_step(folder: Path, failure: str, *failing: int) -> str:
+    """Let the ranks ``failing`` fail in the step of iteration 3, outside of any collective."""
+    method = FailingMethod(alternating().bundle, 2)
+    method.failure, method.ranks = failure, failing
+    return _run(folder, method, failure)
 
 
-class _Averages(Callback):
-    """Gradients over a group of its own, after ``rank`` has met its misfortune."""
+class _SumGradients(Callback):
+    """Sum gradients over a group of its own, after rank 1 has failed."""
 
     name = "averages"
 
-    def __init__(self, how: str) -> None:
-        self.how = how
-        self.group = distributed.new_group(timeout=timedelta(seconds=patience(how)))
+    def __init__(self, failure: str) -> None:
+        self.failure = failure
+        self.group = distributed.new_group(timeout=timedelta(seconds=timeout_for(failure)))
 
     def on_before_optimizer_step(self, run: RunState) -> None:
         run.enter("sum over ranks")
         if run.iteration == 2 and distributed.get_rank() == 1:
-            misfortune(self.how)
+            fail(self.failure)
         for module in run.method.model_dict.values():
             for parameter in module.parameters():
                 if parameter.grad is not None:
                     distributed.all_reduce(parameter.grad, group=self.group)
 
 
-def fail_before_a_collective(folder: Path, how: str) -> str:
-    """Rank 1 fails ``how`` before a collective of a callback, which rank 0 waits in."""
-    return _run(folder, alternating(), how, callbacks=[_Averages(how)])
+def fail_before_a_collective(folder: Path, failure: str) -> str:
+    """Let rank 1 fail before a collective of a callback in which rank 0 waits."""
+    return _run(folder, alternating(), failure, callbacks=[_SumGradients(failure)])
 
 
-class _Wrapped(Unlucky):
-    """Its step goes through one module, which ``wrap`` has made of another."""
+class _MethodOfOneModule(FailingMethod):
+    """A method whose step calls one wrapped module."""
 
     net: nn.Module
 
     def single_train_step(self, batch: Any, iteration: int) -> Any:
         if iteration == 3 and distributed.get_rank() in self.ranks:
-            misfortune(self.how)
+            fail(self.failure)
         loss = self.net(batch).square().mean()
         return super().single_train_step(batch, iteration)._replace(loss_map={"total_loss": loss})
 
@@ -145,23 +145,23 @@ class _Wrapped(Unlucky):
         return ()
 
 
-def fail_beside_backward(folder: Path, how: str, sharded: bool) -> str:
-    """Rank 1 fails before its forward; rank 0 waits in DDP's backward, or in FSDP's gather."""
-    method = _Wrapped(alternating().bundle, 2)
-    method.how = how
-    # 1 MB and more: what a busy box may buffer is sent without the other's help.
+def fail_beside_backward(folder: Path, failure: str, sharded: bool) -> str:
+    """Let rank 1 fail before its forward while rank 0 waits in DDP's backward or FSDP's gather."""
+    method = _MethodOfOneModule(alternating().bundle, 2)
+    method.failure = failure
+    # More than 1 MB: smaller messages may be buffered and sent although the other rank is gone.
     net = nn.Sequential(nn.Linear(3, 600), nn.Linear(600, 600), nn.Linear(600, 3))
     if sharded:
         fully_shard(net, mesh=init_device_mesh("cpu", (distributed.get_world_size(),)))
         method.net = net
     else:
-        group = distributed.new_group(timeout=timedelta(seconds=patience(how)))
+        group = distributed.new_group(timeout=timedelta(seconds=timeout_for(failure)))
         method.net = DistributedDataParallel(net, process_group=group)
-    return _run(folder, method, how)
+    return _run(folder, method, failure)
 
 
-class _Asks(Callback):
-    """Asks for a stop ``times`` in one hook, by rank."""
+class _PollStop(Callback):
+    """Poll for a stop in one hook, this rank's number of ``times``."""
 
     name = "asks"
 
@@ -174,13 +174,13 @@ class _Asks(Callback):
                 run.method.stop.poll()
 
 
-def ask_unequally(folder: Path) -> str:
-    """Rank 0 asks once more in a callback than rank 1."""
-    return _run(folder, alternating(), callbacks=[_Asks(3, 2)])
+def poll_unequally(folder: Path) -> str:
+    """Let rank 0 poll once more in a callback than rank 1."""
+    return _run(folder, alternating(), callbacks=[_PollStop(3, 2)])
 
 
 def train_unequally(folder: Path) -> str:
-    """Rank 0 skips iteration 2, as one that resumed from another checkpoint would."""
+    """Let rank 0 skip iteration 2, as if it had resumed from another checkpoint."""
 
     class Skips(Callback):
         name = "skips"
@@ -192,28 +192,28 @@ def train_unequally(folder: Path) -> str:
     return _run(folder, alternating(), callbacks=[Skips()])
 
 
-def fail_after_the_end(folder: Path, how: str) -> str:
-    """Rank 1 fails in ``on_train_end``, where rank 0 asks for a stop."""
+def fail_after_the_end(folder: Path, failure: str) -> str:
+    """Let rank 1 fail in ``on_train_end``, where rank 0 polls for a stop."""
 
     class Ends(Callback):
         name = "ends"
 
         def on_train_end(self, run: RunState) -> None:
             if distributed.get_rank() == 1:
-                misfortune(how)
+                fail(failure)
             run.method.stop.poll()
 
     return _run(folder, alternating(), callbacks=[Ends()])
 
 
-def resolve(runs: list[dict[str, Any]]) -> str:
-    """Each rank has a run file of its own."""
+def check_run_files(runs: list[dict[str, Any]]) -> str:
+    """Check that all ranks have the same run file; each has its own of ``runs``."""
     ranks = Ranks.of_this_run(60.0)
-    return outcome(lambda: check_same_run(ranks, runs[distributed.get_rank()]))
+    return describe_error(lambda: check_same_run(ranks, runs[distributed.get_rank()]))
 
 
-class _Numbers(Callback):
-    """A metric that is the rank's number, and one that rank 1 alone has in some iterations."""
+class _RankMetrics(Callback):
+    """Log the rank as a metric, and a metric that rank 1 alone has in some iterations."""
 
     name = "numbers"
 
@@ -224,26 +224,29 @@ class _Numbers(Callback):
             run.metrics["odd"] = 10.0 * step.iteration
 
 
-class _Sharded(Alternating):
-    """Gives out DTensors: a loss that is a sum over ranks, and a clip that is cut over them."""
+class _ShardedOutputs(Alternating):
+    """A method that returns DTensors: a partial sum as a loss, and rows sharded over ranks."""
 
     def single_train_step(self, batch: Any, iteration: int) -> Any:
-        found = super().single_train_step(batch, iteration)
+        result = super().single_train_step(batch, iteration)
         mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-        mine = torch.tensor(1.0 + distributed.get_rank())
-        total = DTensor.from_local(mine, mesh, [Partial()])
+        own = torch.tensor(1.0 + distributed.get_rank())
+        total = DTensor.from_local(own, mesh, [Partial()])
         rows = distribute_tensor(torch.arange(4.0), mesh, [Shard(0)])
-        return found._replace(
-            loss_map=found.loss_map | {"sum": total}, outputs={"sum_out": total, "rows": rows}
+        return result._replace(
+            loss_map=result.loss_map | {"sum": total}, outputs={"sum_out": total, "rows": rows}
         )
 
 
-def write(folder: Path) -> Any:
-    """Four iterations with everything that writes, into a folder of all ranks; (numbers, texts,
-    whether it was closed) of this rank's tracker, what it printed, its own losses."""
+def train_with_outputs(folder: Path) -> Any:
+    """Train four iterations with every callback that writes into a folder.
+
+    Returns of this rank: scalars and number of texts of its tracker, whether that was closed, the
+    printed text, and the losses.
+    """
     tracker, recorder, stream = MemoryTracker(), Recorder(), io.StringIO()
     callbacks = [
-        _Numbers(),
+        _RankMetrics(),
         recorder,
         ParamCountCallback(),
         DebugDumpCallback(DebugDumpConfig(every_steps=3)),
@@ -251,7 +254,7 @@ def write(folder: Path) -> Any:
         ProgressCallback(1, stream, seconds_between_lines=0),
     ]
     config = _training(folder, 4, log_every=2)
-    method = _Sharded(alternating().bundle, 2)
+    method = _ShardedOutputs(alternating().bundle, 2)
     rank = distributed.get_rank()
     DistillTrainer(config, callbacks=callbacks, trackers=[tracker]).run(method, batches(seed=rank))
     losses = [record.losses["total_loss"].item() for record in recorder.records]
@@ -259,9 +262,9 @@ def write(folder: Path) -> Any:
 
 
 def dump_an_error(folder: Path) -> str:
-    """Rank 1 alone fails, and dumps what it has of a step with sharded outputs."""
+    """Let rank 1 fail in a step with sharded outputs and write a debug dump."""
 
-    class Fails(_Sharded):
+    class Fails(_ShardedOutputs):
         def single_train_step(self, batch: Any, iteration: int) -> Any:
             if iteration == 3 and distributed.get_rank() == 1:
                 raise ValueError("boom")
@@ -273,13 +276,13 @@ def dump_an_error(folder: Path) -> str:
 
 
 def trace_all(folder: Path) -> str:
-    """A trace of every rank."""
+    """Write a trace on every rank."""
     config = ProfilerConfig(start=2, steps=1, all_ranks=True)
     return _run(folder, alternating(), callbacks=[ProfilerCallback(config)])
 
 
 def named_trackers(folder: Path) -> list[str]:
-    """Each rank has a folder of its own; what the trackers of the run file put there."""
+    """List the files that the trackers of a run file write, each rank to a folder of its own."""
     own = folder / str(distributed.get_rank())
     config = _training(own, 2, progress=True, log_every=1, trackers=("tensorboard", "jsonl"))
     DistillTrainer(config).run(alternating(), batches())

@@ -1,6 +1,6 @@
-"""A small run on any number of processes, of which all numbers can be compared with one process's.
+"""A small run on any number of processes, to compare all of its numbers with those of one process.
 
-Importable by forked processes (``ranks.together``).
+Forked processes import it (``ranks.run_on_ranks``).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from distill_trainer import (
     build_optimizers,
 )
 from distill_trainer.distribution.tensors import clip_gradients, total_norm
-from ranks import CONTEXT, _results
+from ranks import CONTEXT, collect_results
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -55,12 +55,12 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 _EMA = EmaConfig(roles=("student",), decay=0.5)
 
 WIDTH = 5
-"""Neither two nor four processes get equal parts of it."""
+"""Odd, so that neither two nor four processes get equal shards."""
 
 
 @frozen(kw_only=True)
 class Case:
-    """What may differ between two runs that shall give the same numbers, and what they are of."""
+    """Settings of a run: those that must not change its numbers, and those that choose them."""
 
     strategy: str | None = None
     shard_size: int | None = None
@@ -84,8 +84,8 @@ class Case:
     stop_in_call: int | None = None
     """Rank 0 asks for a stop in this call of the step; then the run is started again."""
 
-    def alone(self) -> Case:
-        """In one process."""
+    def in_one_process(self) -> Case:
+        """Return the case without strategy and FSDP policies."""
         plain = dict.fromkeys(("strategy", "shard_size", "student", "critic", "teacher"))
         return evolve(self, meta=False, **plain)
 
@@ -128,20 +128,20 @@ class Net(nn.Module):
         return x * self.scale.float()
 
 
-def values(name: str, shape: Sequence[int]) -> Tensor:
-    """The weights of that name, whatever process asks."""
+def named_values(name: str, shape: Sequence[int]) -> Tensor:
+    """Return weights that depend on the name and the shape alone, not on the process."""
     generator = torch.Generator().manual_seed(derive_seed(5, name))
     return torch.randn(tuple(shape), generator=generator) / 2
 
 
-def fill(role: str, module: nn.Module) -> None:
-    """As a family does: this process's own part of each parameter."""
+def fill_parameters(role: str, module: nn.Module) -> None:
+    """Fill this process's shard of each parameter, as a family does."""
     module.to_empty(device="cpu")
     with torch.no_grad():
         for buffer in module.buffers():
             buffer.zero_()
         for name, parameter in module.named_parameters():
-            value = values(f"{role}.{name}", parameter.shape).to(parameter.dtype)
+            value = named_values(f"{role}.{name}", parameter.shape).to(parameter.dtype)
             if isinstance(parameter, DTensor):
                 value = distribute_tensor(
                     value, parameter.device_mesh, parameter.placements, src_data_rank=None
@@ -149,27 +149,27 @@ def fill(role: str, module: nn.Module) -> None:
             parameter.copy_(value)
 
 
-def roles(case: Case, distribution: Distribution) -> ModelBundle:
-    """student and critic learn; the teacher is frozen, partly in 16 bits."""
-    found = {}
+def build_roles(case: Case, distribution: Distribution) -> ModelBundle:
+    """Build a trained student and critic and a frozen teacher, whose blocks are in bf16."""
+    handles = {}
     for name in ("student", "critic", "teacher"):
-        learns = name != "teacher"
-        adapters = case.adapters and learns
+        is_trained = name != "teacher"
+        adapters = case.adapters and is_trained
         modules: dict[str, nn.Module] = {}
         experts = case.turns == "experts" and name == "student"
         for key in ("net", "net_2") if experts else ("net",):
             with torch.device("meta"):
                 module = Net(adapters)
             for n, p in module.named_parameters():
-                if (adapters and not _is_adapter(n)) or (not learns and n.startswith("blocks")):
+                if (adapters and not _is_adapter(n)) or (not is_trained and n.startswith("blocks")):
                     p.data = p.data.bfloat16()
             if not case.meta:
-                fill(name + key, module)
+                fill_parameters(name + key, module)
             modules[key] = module
         role = RoleHandle(
             name=name,
             modules=modules,
-            trainable=learns,
+            trainable=is_trained,
             precision=case.precision,  # type: ignore[arg-type]
             blocks=dict.fromkeys(modules, ("blocks.0", "blocks.1")),
             fsdp_policy={"student": case.student, "critic": case.critic, "teacher": case.teacher}[
@@ -185,22 +185,22 @@ def roles(case: Case, distribution: Distribution) -> ModelBundle:
         distribution.shard(role)
         if case.meta:
             for key, module in modules.items():
-                fill(name + key, module)
-        if learns:
+                fill_parameters(name + key, module)
+        if is_trained:
             # Large eps: where a gradient is nearly 0, Adam makes whole steps of rounding errors.
             optimizer = OptimizerConfig(name=case.name, lr=0.02, eps=1e-3)  # type: ignore[arg-type]
             build_optimizers(role, optimizer, horizon=100, scaled=case.precision == "fp16")
-        found[name] = role
-    return ModelBundle(found)
+        handles[name] = role
+    return ModelBundle(handles)
 
 
 def _is_adapter(name: str) -> bool:
     return name.endswith(("down", "up"))
 
 
-class Duel(DistillMethod[None]):
-    """Everything that a distillation does to its modules: calls without gradient and then one with
-    it, frozen roles that pass a gradient on, turns or both losses at once."""
+class ToyDistillation(DistillMethod[None]):
+    """Call modules in every way that a distillation does: without a gradient and then with one,
+    through frozen roles that pass a gradient on, in turns or with both losses at once."""
 
     required_roles = ("student", "critic", "teacher")
     frozen_roles = ("teacher",)
@@ -227,35 +227,35 @@ class Duel(DistillMethod[None]):
             self.stop.request("enough")
         turn, x = self.turn(iteration), batch + noise
         losses: dict[str, Tensor] = {}
-        shown: dict[str, Tensor] = {}
+        extra: dict[str, Tensor] = {}
         key = "net"
         if self.case.turns == "experts":
             key, other = "net", "net_2"
             if self.calls % self.case.accumulation == 0:
                 key, other = other, key
             # A term with a graph, which is not differentiated.
-            shown["other"] = self.call("student", x, other).mean()
+            extra["other"] = self.call("student", x, other).mean()
         if turn in ("student", "both"):
             with torch.no_grad():
-                seen = self.call("student", self.call("student", x, key), key)
-            out = self.call("student", x + seen / 4, key)
+                sample = self.call("student", self.call("student", x, key), key)
+            out = self.call("student", x + sample / 4, key)
             with self.bundle["critic"].frozen(), torch.no_grad():
                 target = self.call("critic", out) / 2 + self.call("teacher", batch)
             losses["student"] = (out - target).square().mean()
-            # Through a frozen role, not into it.
+            # The gradient passes through the frozen role and does not reach its weights.
             with self.bundle["critic"].frozen():
                 losses["student"] = losses["student"] + self.call("critic", out).square().mean() / 9
         if turn in ("critic", "both"):
             with self.bundle["student"].frozen(), torch.no_grad():
-                seen = self.call("student", x, key)
-            losses["critic"] = (self.call("critic", seen) - batch).square().mean()
-        return StepResult({"total_loss": sum(losses.values()), **losses, **shown}, {})  # type: ignore[dict-item]
+                sample = self.call("student", x, key)
+            losses["critic"] = (self.call("critic", sample) - batch).square().mean()
+        return StepResult({"total_loss": sum(losses.values()), **losses, **extra}, {})  # type: ignore[dict-item]
 
 
-class Watch(Callback):
-    """Losses and norms as they come; and that nobody has a gradient out of turn."""
+class StepRecorder(Callback):
+    """Record losses and norms, and check that no role has a gradient outside its turn."""
 
-    name = "watch"
+    name = "recorder"
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -282,24 +282,26 @@ class Watch(Callback):
 
 
 class Data:
-    """This process's samples, of all that there are every so-many-th; without end."""
+    """Yield this process's samples without end: every n-th one, for n processes."""
 
     def __init__(self, size: int, ranks: Ranks, special: Mapping[int | None, float]) -> None:
         self.size, self.ranks, self.special = size, ranks, special
 
     def __iter__(self) -> Iterator[Tensor]:
-        place = self.ranks.rank
+        position = self.ranks.rank
         while True:
             rows = []
             for _ in range(self.size):
-                rows.append(values(f"sample {place}", (WIDTH,)) * self.special.get(place, 1.0))
-                place += self.ranks.size
+                rows.append(
+                    named_values(f"sample {position}", (WIDTH,)) * self.special.get(position, 1.0)
+                )
+                position += self.ranks.size
             yield torch.stack(rows)
 
 
 @frozen(kw_only=True)
 class Outcome:
-    """Of a run on this process; weights as whole arrays."""
+    """The numbers of a run on this process; weights as full arrays."""
 
     losses: list[float]
     norms: list[dict[str, float]]
@@ -309,17 +311,17 @@ class Outcome:
     averages: dict[str, Any]
     sharded: frozenset[str] = field(factory=frozenset)
     units: frozenset[str] = field(factory=frozenset)
-    """What is gathered at a time, of the student."""
+    """Names of the student's modules that FSDP gathers one at a time."""
 
 
-def whole(value: Tensor) -> Any:
-    """As an array: a tensor that another process reads needs its sender alive."""
+def full_array(value: Tensor) -> Any:
+    """Return the full tensor as an array, which another process can read after this one ends."""
     value = value.detach()
     value = value.full_tensor() if isinstance(value, DTensor) else value
     return value.float().numpy().copy()
 
 
-def config_of(case: Case) -> DistributedConfig:
+def distributed_config(case: Case) -> DistributedConfig:
     return DistributedConfig(
         strategy=case.strategy,  # type: ignore[arg-type]
         shard_size=case.shard_size,
@@ -328,18 +330,18 @@ def config_of(case: Case) -> DistributedConfig:
     )
 
 
-def method_of(case: Case, distribution: Distribution) -> Duel:
+def build_method(case: Case, distribution: Distribution) -> ToyDistillation:
     ranks = distribution.ranks
     streams = RandomStreams(3, rank=ranks.rank, world_size=ranks.size)
-    Duel.case = case
-    return Duel(roles(case, distribution), None, streams=streams)
+    ToyDistillation.case = case
+    return ToyDistillation(build_roles(case, distribution), None, streams=streams)
 
 
-def trained(
+def run_case(
     case: Case, folder: str, callbacks: Sequence[Callback] = (), poison: int | None = None
 ) -> Outcome:
-    """What comes of ``case`` on the processes that are there."""
-    with Distribution.start(config_of(case), "cpu") as distribution:
+    """Train ``case`` on the processes of the current group."""
+    with Distribution.start(distributed_config(case), "cpu") as distribution:
         return train(case, folder, distribution, callbacks, poison)
 
 
@@ -351,12 +353,12 @@ def train(
     poison: int | None = None,
 ) -> Outcome:
     ranks = distribution.ranks
-    method, watch = method_of(case, distribution), Watch()
-    training = training_of(case, folder, ranks)
+    method, recorder = build_method(case, distribution), StepRecorder()
+    training = training_config(case, folder, ranks)
     clip = GradClipCallback(GradClipConfig(max_norm=case.max_norm))
     trainer = DistillTrainer(
         training,
-        callbacks=[clip, EmaCallback(_EMA), watch, *callbacks],
+        callbacks=[clip, EmaCallback(_EMA), recorder, *callbacks],
         trackers=(),
         distribution=distribution,
     )
@@ -365,10 +367,10 @@ def train(
     result = trainer.run(method, data)
     if result.stop_reason:
         trainer.run(method, data)
-    return outcome(method, watch)
+    return collect_outcome(method, recorder)
 
 
-def training_of(case: Case, folder: str, ranks: Ranks) -> TrainingConfig:
+def training_config(case: Case, folder: str, ranks: Ranks) -> TrainingConfig:
     return TrainingConfig(
         output_dir=str(Path(folder) / f"rank-{ranks.rank}"),
         max_train_steps=case.steps,
@@ -379,7 +381,7 @@ def training_of(case: Case, folder: str, ranks: Ranks) -> TrainingConfig:
     )
 
 
-def outcome(method: DistillMethod[Any], watch: Watch) -> Outcome:
+def collect_outcome(method: DistillMethod[Any], recorder: StepRecorder) -> Outcome:
     bundle = method.bundle
     parameters = {
         f"{key}.{name}": p
@@ -387,17 +389,17 @@ def outcome(method: DistillMethod[Any], watch: Watch) -> Outcome:
         for name, p in m.named_parameters()
     }
     return Outcome(
-        losses=watch.losses,
-        norms=watch.norms,
-        stepped=watch.stepped,
-        weights={name: whole(p) for name, p in parameters.items()},
+        losses=recorder.losses,
+        norms=recorder.norms,
+        stepped=recorder.stepped,
+        weights={name: full_array(p) for name, p in parameters.items()},
         buffers={
-            f"{key}.{name}": whole(b)
+            f"{key}.{name}": full_array(b)
             for key, m in method.model_dict.items()
             for name, b in m.named_buffers()
         },
         averages={
-            f"{key}.{name}": whole(value)
+            f"{key}.{name}": full_array(value)
             for key, ema in bundle.by_module("ema").items()
             for name, value in ema.weights().items()
             if f"{key}.{name}" in parameters
@@ -411,17 +413,17 @@ def outcome(method: DistillMethod[Any], watch: Watch) -> Outcome:
     )
 
 
-def all_trained(cases: Sequence[Case]) -> list[Outcome]:
-    """One after the other, in these processes."""
+def run_cases(cases: Sequence[Case]) -> list[Outcome]:
+    """Train one case after another in the same processes."""
     with TemporaryDirectory() as folder:
-        return [trained(case, folder) for case in cases]
+        return [run_case(case, folder) for case in cases]
 
 
-def met(environment: dict[str, str], case: Case) -> dict[str, Any]:
-    """As torchrun starts it: in a process without a group, with these variables."""
+def describe_distribution(environment: dict[str, str], case: Case) -> dict[str, Any]:
+    """Start a distribution from torchrun's variables and describe it."""
     os.environ.update(environment)
-    with Distribution.start(config_of(case), "cpu") as distribution:
-        found = {
+    with Distribution.start(distributed_config(case), "cpu") as distribution:
+        description = {
             "rank": distribution.ranks.rank,
             "size": distribution.ranks.size,
             "strategy": distribution.strategy,
@@ -429,15 +431,15 @@ def met(environment: dict[str, str], case: Case) -> dict[str, Any]:
             "device": str(distribution.device),
         }
         distribution.ranks.barrier()  # a process that ends may cut off one that still connects
-    assert not distributed.is_initialized(), "it leaves nothing behind"
-    return found
+    assert not distributed.is_initialized(), "the group is destroyed"
+    return description
 
 
-def lost(environment: dict[str, str], victim: int) -> str:
-    """What a process says when another dies in the middle of a step, and how it ends."""
+def train_and_kill_rank(environment: dict[str, str], victim: int) -> str:
+    """Kill rank ``victim`` in the middle of a step; return the error of the other one."""
     os.environ.update(environment)
 
-    class Death(Callback):
+    class KillRank(Callback):
         name = "death"
 
         def on_before_optimizer_step(self, run: RunState) -> None:
@@ -447,17 +449,17 @@ def lost(environment: dict[str, str], victim: int) -> str:
     case = evolve(Case(), strategy=environment["STRATEGY"])
     try:
         with TemporaryDirectory() as folder:
-            trained(case, folder, [Death()])
+            run_case(case, folder, [KillRank()])
     except Exception as error:
         assert not distributed.is_initialized()
         return f"{type(error).__name__}: {error}"
-    return "it went on"
+    return "no error"
 
 
-def left_alone(folder: str) -> tuple[str, float]:
-    """What this rank says of one that is gone before the run begins; and the seconds."""
+def train_without_other_rank(folder: str) -> tuple[str, float]:
+    """Return the error of rank 0 when rank 1 ends before the run begins, and the seconds to it."""
     case = Case(timeout=100.0)
-    with Distribution.start(config_of(case), "cpu") as distribution:
+    with Distribution.start(distributed_config(case), "cpu") as distribution:
         if distribution.ranks.rank == 1:
             return "gone", 0.0
         began = time.monotonic()
@@ -465,97 +467,100 @@ def left_alone(folder: str) -> tuple[str, float]:
             train(case, folder, distribution)
         except DistillError as error:
             return f"{type(error).__name__}: {error}", time.monotonic() - began
-    return "it went on", 0.0
+    return "no error", 0.0
 
 
-def in_a_script(folder: str) -> Outcome:
-    """A script of somebody's own: it brought the processes together, and the trainer finds them."""
+def train_in_script(folder: str) -> Outcome:
+    """Train as a user's script does that has initialised the process group itself."""
     case = Case(accumulation=3, turns="both")
     with Distribution.adopt(DistributedConfig(), []) as distribution:
-        method = method_of(case, distribution)
-    if distribution.ranks.rank:  # as seeds do that a script forgot: rank 0's count
+        method = build_method(case, distribution)
+    # Another start on rank 1, as of a script that set no seed: rank 0's weights must be used.
+    if distribution.ranks.rank:
         with torch.no_grad():
             for module in method.model_dict.values():
                 for parameter in module.parameters() if module.training else ():
                     parameter.add_(1)
-    watch = Watch()
+    recorder = StepRecorder()
     ranks = distribution.ranks
-    training = training_of(case, folder, ranks)
+    training = training_config(case, folder, ranks)
     clip, ema = GradClipCallback(GradClipConfig(max_norm=0.5)), EmaCallback(_EMA)
-    trainer = DistillTrainer(training, callbacks=[clip, ema, watch], trackers=())
+    trainer = DistillTrainer(training, callbacks=[clip, ema, recorder], trackers=())
     trainer.run(method, Data(training.batch_size_per_device or 0, ranks, {}))
     assert distributed.is_initialized()
-    distributed.barrier()  # the group is theirs, and works
-    return outcome(method, watch)
+    distributed.barrier()  # the script's group still works
+    return collect_outcome(method, recorder)
 
 
-def found_with(strategy: str) -> str:
-    """What is found for ``strategy`` where a script has sharded its roles, or what is said."""
-    with Distribution.start(config_of(Case(strategy="fsdp2")), "cpu") as distribution:
-        modules = method_of(Case(strategy="fsdp2"), distribution).model_dict.values()
+def adopt_strategy(strategy: str) -> str:
+    """Adopt roles that a script has sharded; return the resulting strategy or the error."""
+    with Distribution.start(distributed_config(Case(strategy="fsdp2")), "cpu") as distribution:
+        modules = build_method(Case(strategy="fsdp2"), distribution).model_dict.values()
         weights = [p for module in modules for p in module.parameters()]
         try:
             config = DistributedConfig(strategy=strategy)  # type: ignore[arg-type]
-            with Distribution.adopt(config, weights) as found:
-                return found.strategy
+            with Distribution.adopt(config, weights) as adopted:
+                return adopted.strategy
         except DistillError as error:
             return f"{type(error).__name__}: {error}"
 
 
-def poisoned(case: Case, sample: int) -> tuple[str, bool]:
-    """What this rank says of a sample that is nan, and whether weights are finite still."""
-    with Distribution.start(config_of(case), "cpu") as distribution:
-        found: list[bool] = []
+def train_on_nan(case: Case, sample: int) -> tuple[str, bool]:
+    """Train on a sample that is nan; return the error and whether the weights are still finite."""
+    with Distribution.start(distributed_config(case), "cpu") as distribution:
+        finite: list[bool] = []
 
-        class Look(Callback):
+        class Recorder(Callback):
             name = "look"
 
             def on_exception(self, run: RunState, error: BaseException) -> None:
                 modules = run.method.model_dict.values()
-                found.append(
-                    all(numpy.isfinite(whole(p)).all() for m in modules for p in m.parameters())
+                finite.append(
+                    all(
+                        numpy.isfinite(full_array(p)).all() for m in modules for p in m.parameters()
+                    )
                 )
 
         try:
             with TemporaryDirectory() as folder:
-                train(case, folder, distribution, [Look()], sample)
+                train(case, folder, distribution, [Recorder()], sample)
         except DistillError as error:
-            return f"{type(error).__name__}: {error}", found[0]
-        return "nothing", True
+            return f"{type(error).__name__}: {error}", finite[0]
+        return "no error", True
 
 
-def refused() -> list[str]:
-    """Policies that fit no role, or come too late."""
-    said = []
+def policy_errors() -> list[str]:
+    """Return the errors of policies that do not fit their role or come too late."""
+    messages = []
 
-    def ask(strategy: str, policy: FsdpPolicy, *, late: bool = False) -> None:
+    def record_error(strategy: str, policy: FsdpPolicy, *, late: bool = False) -> None:
         case = Case(strategy=strategy, student=policy)
-        with Distribution.start(config_of(case), "cpu") as distribution:
+        with Distribution.start(distributed_config(case), "cpu") as distribution:
             try:
-                bundle = roles(case, distribution)
+                bundle = build_roles(case, distribution)
                 if late:
                     distribution.shard(bundle["student"])
             except ContractError as error:
-                said.append(str(error))
+                messages.append(str(error))
 
-    ask("ddp", FsdpPolicy())
-    ask("fsdp2", FsdpPolicy(blocks=("blokcs",)))
-    ask("fsdp2", FsdpPolicy(mixed_precision="bf16"))
-    ask("fsdp2", FsdpPolicy(), late=True)
-    with Distribution.start(config_of(Case(strategy="fsdp2")), "cpu") as distribution:
+    record_error("ddp", FsdpPolicy())
+    record_error("fsdp2", FsdpPolicy(blocks=("blokcs",)))
+    record_error("fsdp2", FsdpPolicy(mixed_precision="bf16"))
+    record_error("fsdp2", FsdpPolicy(), late=True)
+    with Distribution.start(distributed_config(Case(strategy="fsdp2")), "cpu") as distribution:
         try:
             distribution.shard(RoleHandle(name="teacher", modules={"net": Net()}, offload=True))
         except ContractError as error:
-            said.append(str(error))
+            messages.append(str(error))
     # The other rank may still be connecting to this one for its last group.
     distributed.barrier()
-    return said
+    return messages
 
 
-def swapped(case: Case) -> dict[str, Any]:
-    """What a sharded model says with its average, and with its own weights again."""
-    with Distribution.start(config_of(case), "cpu") as distribution:
-        bundle = roles(case, distribution)
+def call_with_average(case: Case) -> dict[str, Any]:
+    """Return outputs and weights of a sharded model before, during and after the average's use."""
+    with Distribution.start(distributed_config(case), "cpu") as distribution:
+        bundle = build_roles(case, distribution)
         net = bundle["student"].modules["net"]
         x = torch.ones(2, WIDTH)
         average = ExponentialMovingAverage(net, 0.5)
@@ -563,21 +568,21 @@ def swapped(case: Case) -> dict[str, Any]:
             for parameter in net.parameters():
                 parameter.mul_(3)
         average.update(net)
-        before = {name: whole(p) for name, p in net.named_parameters()}
+        before = {name: full_array(p) for name, p in net.named_parameters()}
         with torch.no_grad():
             live = net(x).numpy().copy()  # may leave gathered weights behind
             with average.swapped_in(net):
                 mean = net(x).numpy().copy()
-            again = net(x).numpy().copy()
+            restored = net(x).numpy().copy()
         for part in net.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
-        after = {name: whole(p) for name, p in net.named_parameters()}
-        return {"live": live, "mean": mean, "again": again, "before": before, "after": after}
+        after = {name: full_array(p) for name, p in net.named_parameters()}
+        return {"live": live, "mean": mean, "again": restored, "before": before, "after": after}
 
 
-def launched(target: Any, *args: Any, size: int, **variables: str) -> list[Any]:
-    """``target(environment, *args)`` on ``size`` processes that torchrun might have started."""
+def launch(target: Any, *args: Any, size: int, **variables: str) -> list[Any]:
+    """Run ``target(environment, *args)`` on ``size`` processes with torchrun's variables."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -592,16 +597,16 @@ def launched(target: Any, *args: Any, size: int, **variables: str) -> list[Any]:
             "MASTER_PORT": str(port),
             **variables,
         }
-        ours, theirs = CONTEXT.Pipe(duplex=False)
-        child = CONTEXT.Process(target=_bare, args=(theirs, target, environment, args))
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        child = CONTEXT.Process(target=_run_child, args=(sender, target, environment, args))
         child.start()
-        theirs.close()
-        pipes.append(ours)
+        sender.close()
+        pipes.append(receiver)
         children.append(child)
-    return _results(children, pipes)
+    return collect_results(children, pipes)
 
 
-def _bare(pipe: Any, target: Any, environment: dict[str, str], args: Any) -> None:
+def _run_child(pipe: Any, target: Any, environment: dict[str, str], args: Any) -> None:
     torch.set_num_threads(1)
     try:
         pipe.send(target(environment, *args))
@@ -610,39 +615,47 @@ def _bare(pipe: Any, target: Any, environment: dict[str, str], args: Any) -> Non
     os._exit(0)
 
 
-def waiting(case: Case) -> list[list[float]]:
-    """The student's gradients (norm of this rank's) after each of two micro steps."""
-    with Distribution.start(config_of(case), "cpu") as distribution:
-        method = method_of(case, distribution)
+def gradients_of_micro_steps(case: Case) -> list[list[float]]:
+    """Return the sum of each of the student's gradients after each of two micro steps."""
+    with Distribution.start(distributed_config(case), "cpu") as distribution:
+        method = build_method(case, distribution)
         step = distribution.prepare_step(method)
         data = iter(Data(2, distribution.ranks, {}))
-        found = []
+        sums = []
         for last in (False, True):
             with distribution.micro_step(method, last=last):
                 step(next(data), 1).loss_map["total_loss"].backward()
             parameters = method.model_dict["student.net"].parameters()
             gradients = [p.grad for p in parameters if p.grad is not None]
-            found.append([float(whole(gradient).sum()) for gradient in gradients])
-        return found
+            sums.append([float(full_array(gradient).sum()) for gradient in gradients])
+        return sums
 
 
-def with_streams_of(rank: int) -> str:
-    """What a run says to streams of ``rank`` on all of its ranks."""
+def error_of_streams(rank: int) -> str:
+    """Train with the ``RandomStreams`` of ``rank`` on every rank; return the error, or ""."""
     case = Case()
-    with TemporaryDirectory() as folder, Distribution.start(config_of(case), "cpu") as found:
-        method = Halves(roles(case, found), None, streams=RandomStreams(3, rank=rank, world_size=2))
-        training = training_of(case, folder, found.ranks)
-        trainer = DistillTrainer(training, trackers=(), distribution=found)
+    with (
+        TemporaryDirectory() as folder,
+        Distribution.start(distributed_config(case), "cpu") as distribution,
+    ):
+        method = PartialGradients(
+            build_roles(case, distribution), None, streams=RandomStreams(3, rank=rank, world_size=2)
+        )
+        training = training_config(case, folder, distribution.ranks)
+        trainer = DistillTrainer(training, trackers=(), distribution=distribution)
         try:
-            trainer.run(method, Data(training.batch_size_per_device or 0, found.ranks, {}))
+            trainer.run(method, Data(training.batch_size_per_device or 0, distribution.ranks, {}))
         except DistillError as error:
             return f"{type(error).__name__}: {error}"
     return ""
 
 
-class Halves(DistillMethod[None]):
-    """The critic learns alone, all of it, and with the student, one half of it; or, out of turn,
-    the student's loss reaches all of it."""
+class PartialGradients(DistillMethod[None]):
+    """Train all of the critic in its own turn and one layer of it in the student's.
+
+    With ``apart`` the turns are exchanged: the student's loss reaches all of the critic, which
+    does not step then.
+    """
 
     required_roles = ("student", "critic")
     apart = False
@@ -664,36 +677,42 @@ class Halves(DistillMethod[None]):
         return StepResult({"total_loss": both if iteration % 2 else own + half}, {})
 
 
-def halves(apart: bool, accumulation: int) -> tuple[Outcome, list[list[str]]]:
-    """What comes of it, and which of the critic's weights had a gradient in each iteration."""
+def train_partial_gradients(apart: bool, accumulation: int) -> tuple[Outcome, list[list[str]]]:
+    """Train; also return which of the critic's weights had a gradient in each iteration."""
     case = Case(accumulation=accumulation, max_norm=None)
     reached: list[list[str]] = []
 
-    class Look(Watch):
+    class Recorder(StepRecorder):
         def on_before_optimizer_step(self, run: RunState) -> None:
             named = run.method.model_dict["critic.net"].named_parameters()
             reached.append([name for name, p in named if p.grad is not None])
 
-    with TemporaryDirectory() as folder, Distribution.start(config_of(case), "cpu") as found:
-        bundle = roles(case, found)
-        streams = RandomStreams(3, rank=found.ranks.rank, world_size=found.ranks.size)
-        method, watch = Halves(bundle, None, streams=streams), Look()
+    with (
+        TemporaryDirectory() as folder,
+        Distribution.start(distributed_config(case), "cpu") as distribution,
+    ):
+        bundle = build_roles(case, distribution)
+        streams = RandomStreams(3, rank=distribution.ranks.rank, world_size=distribution.ranks.size)
+        method, recorder = PartialGradients(bundle, None, streams=streams), Recorder()
         method.apart = apart
-        training = training_of(case, folder, found.ranks)
-        trainer = DistillTrainer(training, callbacks=[watch], trackers=(), distribution=found)
-        trainer.run(method, Data(training.batch_size_per_device or 0, found.ranks, {}))
-        return outcome(method, watch), reached
+        training = training_config(case, folder, distribution.ranks)
+        trainer = DistillTrainer(
+            training, callbacks=[recorder], trackers=(), distribution=distribution
+        )
+        trainer.run(method, Data(training.batch_size_per_device or 0, distribution.ranks, {}))
+        return collect_outcome(method, recorder), reached
 
 
-def mixed_norms() -> tuple[float, float, list[float]]:
-    """Norm of a part and a whole together, what it should be, and all values once clipped to 1."""
+def clip_mixed_gradients() -> tuple[float, float, list[float]]:
+    """Return the norm of a sharded and a full gradient together, the expected norm, and all
+    values after clipping to 1."""
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    tensors = [values("part", (5, 3)), values("whole", (7,))]
-    wide = nn.Parameter(torch.zeros(7))
-    part = nn.Parameter(distribute_tensor(torch.zeros(5, 3), mesh, [Shard(0)]))
-    part.grad, wide.grad = distribute_tensor(tensors[0], mesh, [Shard(0)]), tensors[1].clone()
-    norm = total_norm([part.grad, wide.grad])
-    clip_gradients([part, wide], 1.0, norm)
-    clipped = [*whole(part.grad).flatten().tolist(), *wide.grad.tolist()]
+    tensors = [named_values("part", (5, 3)), named_values("whole", (7,))]
+    full = nn.Parameter(torch.zeros(7))
+    sharded = nn.Parameter(distribute_tensor(torch.zeros(5, 3), mesh, [Shard(0)]))
+    sharded.grad, full.grad = distribute_tensor(tensors[0], mesh, [Shard(0)]), tensors[1].clone()
+    norm = total_norm([sharded.grad, full.grad])
+    clip_gradients([sharded, full], 1.0, norm)
+    clipped = [*full_array(sharded.grad).flatten().tolist(), *full.grad.tolist()]
     expected = torch.cat([t.flatten() for t in tensors]).norm()
     return norm.item(), expected.item(), clipped
