@@ -85,7 +85,7 @@ def test_a_caption_is_stored_once_a_shard_and_equal_data_gives_equal_bytes(tmp_p
 def test_info_needs_no_tensor(tmp_path, make_folder):
     info = dataset_info(make_folder(tmp_path, 10, negative="ugly"))
     assert not info.problems
-    assert (info.samples, info.latent_shape) == (10, (2, 1, 2, 2))
+    assert (info.samples, info.shapes[0].latents) == (10, (2, 1, 2, 2))
     assert (info.negative_prompt, info.has_negative) == ("ugly", True)
     assert info.shards == len(list(tmp_path.glob("shard-*")))
 
@@ -106,10 +106,10 @@ def test_no_data_set(tmp_path, name):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"version": 2}, "version"),
+        ({"version": 3}, "version"),
         ({"format": "webdataset"}, "webdataset"),
         ({"samples": 11}, "11"),
-        ({"latent_shape": None}, "index.json"),
+        ({"shapes": None}, "index.json"),
         ({"shards": [{"file": "x"}]}, "index.json"),
     ],
 )
@@ -227,8 +227,10 @@ def test_a_writer_refuses_what_cannot_be_batched_or_trained_on(tmp_path):
     ids, captions, latents, condition = _some(4)
     writer = ShardWriter(tmp_path)
     writer.add(ids, captions, latents, condition)
-    with pytest.raises(DataError, match=r"id 0.*\[2, 2, 4, 5\]"):
-        writer.add(ids, captions, latents[:, :, :2], condition)
+    with pytest.raises(DataError, match=r"id 0.*captions alone.*\[2, 3, 4, 5\]"):
+        writer.add(ids, captions, None, condition)
+    with pytest.raises(DataError, match=r"id 0.*must be \[C, T, H, W\]"):
+        writer.add(ids, captions, latents[..., 0], condition)
     with pytest.raises(DataError, match="3 ids"):
         writer.add(ids[:3], captions, latents, condition)
     latents[2, 0, 0, 0, 0] = 70_000  # inf in float16

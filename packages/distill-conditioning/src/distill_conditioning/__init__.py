@@ -12,7 +12,7 @@ from distill_protocols.lazy import lazy_exports
 from distill_conditioning.config import ConditioningConfig, DataConfig
 from distill_conditioning.dataset_info import DatasetInfo, dataset_info
 from distill_conditioning.fingerprints import Comparison, Difference, compare_fingerprints
-from distill_conditioning.format import DatasetIndex, ShardEntry
+from distill_conditioning.format import DatasetIndex, SampleShape, ShardEntry
 
 if TYPE_CHECKING:
     from distill_conditioning.loader import LatentLoader
@@ -45,6 +45,7 @@ __all__ = [
     "Difference",
     "LatentDataset",
     "LatentLoader",
+    "SampleShape",
     "ShardEntry",
     "ShardRows",
     "ShardWriter",

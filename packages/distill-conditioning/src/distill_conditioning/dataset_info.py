@@ -13,6 +13,7 @@ from distill_conditioning.fingerprints import compare_fingerprints
 from distill_conditioning.format import (
     REBUILD,
     DatasetIndex,
+    SampleShape,
     find_levels,
     read_index,
     read_metadata,
@@ -60,9 +61,9 @@ class DatasetInfo:
         return len(self.index.shards) if self.index else 0
 
     @property
-    def latent_shape(self) -> tuple[int, int, int, int] | None:
-        """(C, T, H, W) of a sample."""
-        return self.index.latent_shape if self.index else None
+    def shapes(self) -> tuple[SampleShape, ...]:
+        """The shapes of samples; none without an index."""
+        return self.index.shapes if self.index else ()
 
 
 def dataset_info(
@@ -142,12 +143,12 @@ def _file_problems(folder: Path, index: DatasetIndex) -> list[str]:
 def _latent_problems(
     folder: Path, index: DatasetIndex, latent_shape: tuple[int, ...] | None
 ) -> list[str]:
-    if latent_shape is None or index.latent_shape == tuple(latent_shape):
-        return []
     return [
-        f"{folder}: latents are {list(index.latent_shape)} [C, T, H, W], but the model takes "
+        f"{folder}: latents are {list(shape.latents)} [C, T, H, W], but the model takes "
         f"{list(latent_shape)}. Preprocess clips of the run's size with the run's VAE, or run with "
         "the frames, height and width of the data set."
+        for shape in index.shapes
+        if latent_shape is not None and shape.latents not in (None, tuple(latent_shape))
     ]
 
 
@@ -156,7 +157,7 @@ def _condition_problems(
 ) -> list[str]:
     problems = []
     for name, shape in shapes.items():
-        stored = index.conditions.get(name)
+        stored = index.shapes[0].conditions.get(name)
         if stored != tuple(shape):
             problems.append(
                 f"{folder}: the condition tensor {name!r} is "

@@ -3,17 +3,27 @@
 ::
 
     index.json                   DatasetIndex; written last, so that it vouches for the rest
-    shard-00000.safetensors      latents [N, C, T, H, W], raw posterior means;
-                                 conditions.<name> [P, ...], the shard's distinct conditions;
-                                 condition_id [N] int64, rows of those tables;
+    shard-00000.safetensors      latents [N, C, T, H, W], raw posterior means; none in a data set
+                                 of captions alone;
+                                 conditions.<name> [P, L, ...], the shard's distinct conditions, or
+                                 [sum of lengths, ...] without the zero rows at the end of each;
+                                 lengths.<name> [P] int64, of those that were cut so;
+                                 condition_id [N] int64, rows of those tables, or [N, K] where
+                                 samples have up to K captions, -1 for those that one has less;
                                  trajectory [N, K, C, T, H, W] (optional), normalised: the states
                                  of the teacher's sampling at each of ``trajectory_times``
     constants.safetensors        negative.<name> [1, ...] (optional)
 
+All samples of a shard have one ``SampleShape``; shards may differ.
+
 What is no tensor is one JSON object under ``distill`` in a file's safetensors metadata (one,
 because safetensors writes several in random order and equal data shall give equal bytes): a
-shard's ``{"ids", "captions"}``, the constants' ``{"negative_prompt", "encoder"}`` (``encoder`` is
-not read any more: what computed them is in the index).
+shard's ``{"ids", "captions", "rows"}`` (``rows``: shape of a whole row of each condition), the
+constants' ``{"negative_prompt", "encoder"}`` (``encoder`` is not read any more: what computed them
+is in the index).
+
+**Version 1** has one shape in the whole data set (``latent_shape`` and ``conditions`` of the
+index), whole rows of conditions and no ``rows``, and one caption a sample. It is read as before.
 """
 
 from __future__ import annotations
@@ -42,31 +52,56 @@ from distill_runtime import (
 from distill_conditioning.fingerprints import without_whole_encoder
 
 FORMAT = "distill-latents"
-VERSION = 1
+VERSION = 2
+"""That is written; ``OLD_VERSION`` is read, too."""
+OLD_VERSION = 1
 INDEX_FILE = "index.json"
 CONSTANTS_FILE = "constants.safetensors"
 METADATA_KEY = "distill"
 
 CONDITION = "conditions."
 """Begins the names of a shard's condition tensors."""
+LENGTHS = "lengths."
+"""Begins the names of the lengths of those that are stored without the zeros at their ends."""
 NEGATIVE = "negative."
 """Begins the names of the tensors of the negative condition."""
 TRAJECTORY = "trajectory"
 
 _MAX_SIZE = 1 << 24
 """Of latents along an axis."""
+_MAX_ROW = 1 << 17
+"""Of a row of a condition along an axis: more than the tokens of any prompt."""
 
 REBUILD = "Preprocess the clips again, or copy the data set anew from where it was whole."
 
 
 @frozen(kw_only=True)
+class SampleShape:
+    """Shapes of one sample. Samples that share them can be batched.
+
+    Attributes:
+        latents: (C, T, H, W); None: there are captions alone.
+        conditions: of one row of each condition tensor, ``{"text": (L, D)}``.
+    """
+
+    latents: tuple[int, int, int, int] | None
+    conditions: Mapping[str, tuple[int, ...]]
+
+    def __str__(self) -> str:
+        latents = "captions alone" if self.latents is None else f"latents {list(self.latents)}"
+        rows = ", ".join(f"{name} {list(shape)}" for name, shape in self.conditions.items())
+        return f"{latents}, conditions {rows or 'none'}"
+
+
+@frozen(kw_only=True)
 class ShardEntry:
-    """One shard: its file name, samples, size in bytes and SHA-256 in hex."""
+    """One shard: its file name, samples, size in bytes, SHA-256 in hex, and its samples' shape."""
 
     file: str
     samples: int
     bytes: int
     sha256: str
+    shape: SampleShape
 
 
 @frozen(kw_only=True)
@@ -74,9 +109,7 @@ class DatasetIndex:
     """The content of ``index.json``.
 
     Attributes:
-        latent_shape: (C, T, H, W) of every sample.
         latent_dtype: as stored, a torch dtype's name; the loader gives fp32.
-        conditions: shape of one row of each condition tensor, ``{"text": (L, D)}``.
         encoder: one hash of all that encoded the captions, None if unknown. Releases before named
             entries wrote and compared nothing else.
         samples: in all shards together.
@@ -85,17 +118,36 @@ class DatasetIndex:
         trajectory_times: levels t of the trajectories, falling; empty if there are none.
         fingerprint: what computed latents and conditions, as named entries; empty in data sets of
             earlier releases.
+        version: of the format.
     """
 
-    latent_shape: tuple[int, int, int, int]
     latent_dtype: str
-    conditions: Mapping[str, tuple[int, ...]]
     encoder: str | None
     samples: int
     shards: tuple[ShardEntry, ...]
     constants: str | None
     trajectory_times: tuple[float, ...] = ()
     fingerprint: Fingerprint = MappingProxyType({})
+    version: int = VERSION
+
+    @property
+    def shapes(self) -> tuple[SampleShape, ...]:
+        """The different shapes of samples, in the order in which the shards begin with them."""
+        shapes: list[SampleShape] = []
+        for shard in self.shards:
+            if shard.shape not in shapes:
+                shapes.append(shard.shape)
+        return tuple(shapes)
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether the samples have latents; without, they are captions alone."""
+        return all(shape.latents is not None for shape in self.shapes)
+
+    @property
+    def bytes_per_sample(self) -> float:
+        """Mean size of a sample on the disk, its conditions included."""
+        return sum(shard.bytes for shard in self.shards) / self.samples
 
     @property
     def computed_by(self) -> dict[str, str]:
@@ -104,13 +156,28 @@ class DatasetIndex:
         return {**self.fingerprint, **whole}
 
     def to_json(self) -> str:
-        """Return the text of ``index.json``."""
-        values = {"format": FORMAT, "version": VERSION, **attrs.asdict(self)}
-        if self.fingerprint:
-            values["fingerprint"] = dict(sorted(self.fingerprint.items()))
-        for name in ("trajectory_times", "fingerprint"):
-            if not values[name]:
-                del values[name]  # as earlier releases wrote it
+        """Return the text of ``index.json``, in the version that the index is of."""
+        plain = [
+            {"file": s.file, "samples": s.samples, "bytes": s.bytes, "sha256": s.sha256}
+            for s in self.shards
+        ]
+        head = {"format": FORMAT, "version": self.version}
+        dtype, shapes = {"latent_dtype": self.latent_dtype}, self.shapes
+        rest = {"encoder": self.encoder, "samples": self.samples}
+        if self.version == OLD_VERSION:
+            [shape] = shapes
+            latents = {"latent_shape": shape.latents}
+            values = {**head, **latents, **dtype, "conditions": shape.conditions, **rest}
+        else:
+            values = {**head, **dtype, "shapes": [attrs.asdict(shape) for shape in shapes], **rest}
+            for shard, entry in zip(self.shards, plain, strict=True):
+                entry["shape"] = shapes.index(shard.shape)
+        values |= {"shards": plain, "constants": self.constants}
+        optional = {
+            "trajectory_times": self.trajectory_times,
+            "fingerprint": dict(sorted(self.fingerprint.items())),
+        }
+        values |= {name: value for name, value in optional.items() if value}
         return json.dumps(values, indent=1) + "\n"
 
 
@@ -220,25 +287,25 @@ def read_index(folder: Path) -> DatasetIndex:
 
 def _parse_index(path: Path, values: Any) -> DatasetIndex:
     stated = (values.get("format"), values.get("version")) if isinstance(values, dict) else None
-    if stated != (FORMAT, VERSION):
+    if stated not in ((FORMAT, VERSION), (FORMAT, OLD_VERSION)):
         raise DataError(
-            f"{path}: format and version are {stated}, but this release reads {FORMAT!r} version "
-            f"{VERSION} only. {REBUILD}"
+            f"{path}: format and version are {stated}, but this release reads {FORMAT!r} of the "
+            f"versions {OLD_VERSION} and {VERSION} only. {REBUILD}"
         )
     try:
         constants = values["constants"]
+        shapes = _shapes(values)
         index = DatasetIndex(
-            latent_shape=_latent_shape(values["latent_shape"]),
             latent_dtype=as_text(values["latent_dtype"]),
-            conditions={k: tuple(map(as_count, v)) for k, v in values["conditions"].items()},
             encoder=None if values["encoder"] is None else as_text(values["encoder"]),
             samples=as_count(values["samples"]),
-            shards=tuple(_shard_entry(path, **shard) for shard in values["shards"]),
+            shards=tuple(_shard_entry(path, shapes, **shard) for shard in values["shards"]),
             constants=None if constants is None else _file_name(path, constants),
             trajectory_times=tuple(map(_time, values.get("trajectory_times", ()))),
             fingerprint={as_text(k): as_text(v) for k, v in values.get("fingerprint", {}).items()},
+            version=values["version"],
         )
-    except (KeyError, TypeError, ValueError, AttributeError, UnreadableFileError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, UnreadableFileError) as error:
         raise DataError(
             f"{path}: a field is missing or of the wrong type ({error!r}). {REBUILD}"
         ) from error
@@ -248,7 +315,45 @@ def _parse_index(path: Path, values: Any) -> DatasetIndex:
             f"{sum(shard.samples for shard in index.shards)}; the sum must be the same and at "
             f"least 1, because a sample is found by counting. {REBUILD}"
         )
+    _check_shapes(path, index)
     return index
+
+
+def _check_shapes(path: Path, index: DatasetIndex) -> None:
+    """Raises: samples with and without latents, or with conditions of other names."""
+    kinds = {(shape.latents is None, frozenset(shape.conditions)) for shape in index.shapes}
+    by_latents = {shape.latents for shape in index.shapes}
+    if len(kinds) > 1 or len(by_latents) < len(index.shapes):
+        listed = "; ".join(map(str, index.shapes))
+        raise DataError(
+            f"{path}: its samples have the shapes {listed}; all must have latents or none, the "
+            f"same conditions, and those of one latent shape the same shapes. {REBUILD}"
+        )
+
+
+def _shapes(values: Mapping[str, Any]) -> list[SampleShape]:
+    if values["version"] == OLD_VERSION:
+        return [_shape(latents=values["latent_shape"], conditions=values["conditions"])]
+    return [_shape(**shape) for shape in values["shapes"]]
+
+
+def _shape(*, latents: Any, conditions: Any) -> SampleShape:
+    return SampleShape(
+        latents=None if latents is None else _latent_shape(latents),
+        conditions=row_shapes(conditions),
+    )
+
+
+def row_shapes(value: Any) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of rows by name, which came from a file.
+
+    Raises:
+        AttributeError, TypeError, ValueError: they are anything else.
+    """
+    return {
+        as_text(name): tuple(as_count(size, most=_MAX_ROW) for size in shape)
+        for name, shape in value.items()
+    }
 
 
 def _latent_shape(value: Iterable[object]) -> tuple[int, int, int, int]:
@@ -256,12 +361,22 @@ def _latent_shape(value: Iterable[object]) -> tuple[int, int, int, int]:
     return channels, frames, height, width
 
 
-def _shard_entry(path: Path, *, file: Any, samples: Any, bytes: Any, sha256: Any) -> ShardEntry:
+def _shard_entry(
+    path: Path,
+    shapes: Sequence[SampleShape],
+    *,
+    file: Any,
+    samples: Any,
+    bytes: Any,
+    sha256: Any,
+    shape: Any = 0,
+) -> ShardEntry:
     return ShardEntry(
         file=_file_name(path, file),
         samples=as_count(samples),
         bytes=as_count(bytes),
         sha256=as_text(sha256),
+        shape=shapes[as_count(shape)],
     )
 
 
@@ -319,3 +434,26 @@ def read_metadata(file: Path) -> dict[str, object]:
             f"{METADATA_KEY!r}. {REBUILD}"
         )
     return value
+
+
+def read_shape(file: Path) -> SampleShape:
+    """Read the shape of a shard's samples from its header.
+
+    Raises:
+        DataError: not a whole safetensors file, or its metadata is damaged.
+    """
+    metadata = read_metadata(file)
+    shapes = {name: shape for name, (_, shape, _, _) in read_header(file).tensors.items()}
+    try:
+        rows = row_shapes(metadata["rows"]) if "rows" in metadata else {}
+        for name, shape in shapes.items():
+            if name.startswith(CONDITION):
+                rows.setdefault(name.removeprefix(CONDITION), shape[1:])
+        latents = shapes.get("latents")
+        return SampleShape(
+            latents=None if latents is None else _latent_shape(latents[1:]), conditions=rows
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{file}: the shapes in its header are damaged ({error!r}). {REBUILD}"
+        ) from error

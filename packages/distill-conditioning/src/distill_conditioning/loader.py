@@ -179,7 +179,8 @@ class LatentLoader:
                 "with constants, or set the dropout to 0."
             )
         shapes = {name: tuple(value.shape) for name, value in negative.tensors.items()}
-        needed = {name: (1, *shape) for name, shape in self.dataset.index.conditions.items()}
+        rows = self.dataset.index.shapes[0].conditions
+        needed = {name: (1, *shape) for name, shape in rows.items()}
         if not shapes or not shapes.items() <= needed.items():
             raise ConditioningError(
                 f"the negative condition is {shapes}, but the samples of {self.dataset.path} need "

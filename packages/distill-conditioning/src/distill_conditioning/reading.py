@@ -6,7 +6,7 @@ Letters: N samples of a shard, P distinct captions of it, B batch, C T H W as ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,9 +21,11 @@ from distill_conditioning.config import DataConfig
 from distill_conditioning.dataset_info import dataset_info
 from distill_conditioning.format import (
     CONDITION,
+    LENGTHS,
     NEGATIVE,
     REBUILD,
     TRAJECTORY,
+    SampleShape,
     ShardEntry,
     content_hash,
     find_levels,
@@ -42,13 +44,40 @@ class StoredNegative:
 
 
 @frozen(eq=False, kw_only=True)
+class _Table:
+    """One condition tensor of a shard: row p is ``values[p]``, or, where ``ends`` is there, what
+    ends at ``ends[p]`` of ``values``, with zeros after it."""
+
+    values: Tensor
+    shape: tuple[int, ...]
+    ends: Tensor | None = None
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Read rows by number, in fp32 where they are floats: [B, *shape]."""
+        if self.ends is None:
+            return _as_fp32(self.values[rows])
+        kind = torch.float32 if self.values.is_floating_point() else self.values.dtype
+        padded = torch.zeros(len(rows), *self.shape, dtype=kind)
+        for place, row in enumerate(rows.tolist()):
+            first, end = int(self.ends[row - 1]) if row else 0, int(self.ends[row])
+            padded[place, : end - first] = self.values[first:end]
+        return padded
+
+
+@frozen(eq=False, kw_only=True)
 class _Shard:
-    latents: Tensor
-    conditions: Condition
+    latents: Tensor | None
+    conditions: Mapping[str, _Table]
     condition_id: Tensor
-    ids: Sequence[str]
-    captions: Sequence[str]
+    """[N, K], -1 where a sample has less than K captions."""
+    ids: list[str]
+    captions: list[str]
     trajectory: Tensor | None
+
+    def rows(self, samples: Tensor, choices: Tensor) -> Tensor:
+        """Return the rows of conditions of ``samples``, by the remainder of ``choices``."""
+        own = self.condition_id[samples]
+        return own[torch.arange(len(own)), choices % (own >= 0).sum(dim=1)]
 
 
 class LatentDataset:
@@ -99,31 +128,39 @@ class LatentDataset:
     def __len__(self) -> int:
         return self.index.samples
 
-    def read(self, samples: Tensor) -> Batch:
+    def read(self, samples: Tensor, choices: Tensor | None = None) -> Batch:
         """Read samples by number (int64 [B]), in that order: latents, conditions and the levels of
         trajectories that were asked for, in fp32.
 
+        Args:
+            choices: int64 [B], at least 0: of a sample with K captions, the one of the number
+                ``choice % K`` is read; None: the first.
+
         Raises:
-            DataError: a shard that is damaged, with its name.
+            DataError: a shard that is damaged, with its name; or samples of different shapes.
         """
         shards = torch.searchsorted(self._ends, samples, right=True)
         for number in shards.unique().tolist():
             self._open(number)  # a damaged one is noticed before memory is taken for what it says
+        choices = torch.zeros_like(samples) if choices is None else choices
+        shape = self._shape_of(shards)
         rows = samples - self._starts[shards]
-        latents = torch.empty(len(samples), *self.index.latent_shape)
+        latents = torch.empty(len(samples), *(shape.latents or ()))
         levels = self._levels
-        states = torch.empty(len(samples), len(levels), *self.index.latent_shape)
+        states = torch.empty(len(samples), len(levels), *(shape.latents or ()))
         tables: dict[str, Tensor] = {}
         ids = [""] * len(samples)
         for number in shards.unique().tolist():
             shard = self._open(number)
             places = (shards == number).nonzero()[:, 0]
             inside = rows[places]
-            latents[places] = shard.latents[inside].float()
+            if shard.latents is not None:
+                latents[places] = shard.latents[inside].float()
             if len(levels) and shard.trajectory is not None:
                 states[places] = shard.trajectory[inside[:, None], levels].float()
-            for name, value in shard.conditions[shard.condition_id[inside]].tensors.items():
-                value = _as_fp32(value)
+            numbers = shard.rows(inside, choices[places])
+            for name, table in shard.conditions.items():
+                value = table.read(numbers)
                 if name not in tables:
                     tables[name] = value.new_empty(len(samples), *value.shape[1:])
                 tables[name][places] = value
@@ -136,10 +173,24 @@ class LatentDataset:
             trajectory=states if len(levels) else None,
         )
 
+    def _shape_of(self, shards: Tensor) -> SampleShape:
+        shapes = [self.index.shards[number].shape for number in shards.unique().tolist()]
+        if any(shape != shapes[0] for shape in shapes):
+            raise DataError(
+                f"{self.path}: samples of the shapes {'; '.join(map(str, shapes))} cannot be one "
+                "batch. Read each shape by itself, as LatentLoader does."
+            )
+        return shapes[0]
+
     def caption(self, sample: int) -> str:
-        """Return the caption of one sample."""
+        """Return the first caption of one sample."""
+        return self.captions(sample)[0]
+
+    def captions(self, sample: int) -> tuple[str, ...]:
+        """Return all captions of one sample."""
         shard, row = self._locate(sample)
-        return shard.captions[int(shard.condition_id[row])]
+        numbers: list[int] = shard.condition_id[row].tolist()
+        return tuple(shard.captions[n] for n in numbers if n >= 0)
 
     def id(self, sample: int) -> str:
         """Return the id of one sample."""
@@ -171,12 +222,13 @@ class LatentDataset:
             }
         )
         stored = {name: tuple(value.shape) for name, value in condition.tensors.items()}
-        expected = {name: (1, *shape) for name, shape in self.index.conditions.items()}
-        if not stored or not stored.items() <= expected.items():
-            raise ConditioningError(
-                f"{path}: the negative condition holds {stored}, but the samples need {expected}; "
-                f"one must be able to stand for the other. {REBUILD}"
-            )
+        for shape in self.index.shapes:
+            expected = {name: (1, *row) for name, row in shape.conditions.items()}
+            if not stored or not stored.items() <= expected.items():
+                raise ConditioningError(
+                    f"{path}: the negative condition holds {stored}, but the samples need "
+                    f"{expected}; one must be able to stand for the other. {REBUILD}"
+                )
         prompt = read_negative_prompt(path, metadata)
         return StoredNegative(prompt=prompt, condition=condition)
 
@@ -199,27 +251,15 @@ class LatentDataset:
     def _map(self, entry: ShardEntry) -> _Shard:
         path = self.path / entry.file
         tensors, metadata = map_tensors(path)
-        expected = {CONDITION + name: shape for name, shape in self.index.conditions.items()}
-        expected |= {"latents": self.index.latent_shape, "condition_id": ()}
-        if self.index.trajectory_times:
-            levels = len(self.index.trajectory_times)
-            expected[TRAJECTORY] = (levels, *self.index.latent_shape)
-        rows = {name: tuple(value.shape[1:]) for name, value in tensors.items() if value.ndim}
-        if rows != expected or not _are_of_their_types(tensors):
-            raise DataError(
-                f"{path}: one row of its tensors is {rows}, but the index says {expected}. "
-                f"{REBUILD}"
-            )
+        _check_tensors(path, tensors, entry, len(self.index.trajectory_times))
+        ids = tensors["condition_id"]
         shard = _Shard(
-            latents=tensors["latents"],
-            conditions=Condition(
-                {
-                    name.removeprefix(CONDITION): value
-                    for name, value in tensors.items()
-                    if name.startswith(CONDITION)
-                }
-            ),
-            condition_id=tensors["condition_id"],
+            latents=tensors.get("latents"),
+            conditions={
+                name: _table(path, tensors, name, shape)
+                for name, shape in entry.shape.conditions.items()
+            },
+            condition_id=ids if ids.ndim == 2 else ids[:, None],
             ids=read_texts(path, metadata, "ids"),
             captions=read_texts(path, metadata, "captions"),
             trajectory=tensors.get(TRAJECTORY),
@@ -228,24 +268,65 @@ class LatentDataset:
         return shard
 
 
-def _are_of_their_types(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether each tensor has rows, latents are numbers and ``condition_id`` counts."""
-    counts = tensors["condition_id"].dtype == torch.int64
-    latents = [tensors[name] for name in ("latents", TRAJECTORY) if name in tensors]
-    return counts and all(value.is_floating_point() for value in latents)
+def _check_tensors(
+    path: Path, tensors: Mapping[str, Tensor], entry: ShardEntry, levels: int
+) -> None:
+    """Raise if names, shapes or types of a shard's tensors are not those of its entry."""
+    latents, conditions = entry.shape.latents, entry.shape.conditions
+    found = {
+        name: tuple(value.shape[1:])
+        for name, value in tensors.items()
+        if value.ndim and name != "condition_id" and not name.startswith(LENGTHS)
+    }
+    expected = {CONDITION + name: shape for name, shape in conditions.items()}
+    cut = {name for name in expected if LENGTHS + name.removeprefix(CONDITION) in tensors}
+    expected |= {name: expected[name][1:] for name in cut}
+    if latents is not None:
+        expected["latents"] = latents
+        if levels:
+            expected[TRAJECTORY] = (levels, *latents)
+    ids = tensors.get("condition_id")
+    counted = ids is not None and ids.dtype == torch.int64 and ids.ndim in (1, 2)
+    floats = [tensors[name] for name in ("latents", TRAJECTORY) if name in tensors]
+    if found != expected or not counted or not all(v.is_floating_point() for v in floats):
+        raise DataError(
+            f"{path}: one row of its tensors is {found}, but the index says {expected}. {REBUILD}"
+        )
+
+
+def _table(path: Path, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> _Table:
+    values, lengths = tensors[CONDITION + name], tensors.get(LENGTHS + name)
+    if lengths is None:
+        return _Table(values=values, shape=shape)
+    most = shape[0] if shape else -1
+    counts = lengths.dtype == torch.int64 and lengths.ndim == 1
+    if not counts or not bool(((lengths >= 0) & (lengths <= most)).all()):
+        raise DataError(f"{path}: the lengths of {name!r} are none of its rows. {REBUILD}")
+    ends = lengths.cumsum(0)
+    if (int(ends[-1]) if len(ends) else 0) != len(values):
+        raise DataError(
+            f"{path}: the lengths of {name!r} sum to another number than its {len(values)} stored "
+            f"rows. {REBUILD}"
+        )
+    return _Table(values=values, shape=shape, ends=ends)
 
 
 def _check_rows(path: Path, shard: _Shard, samples: int) -> None:
-    counts = {len(shard.latents), len(shard.condition_id), len(shard.ids), samples}
-    if shard.trajectory is not None:
-        counts.add(len(shard.trajectory))
-    rows = len(shard.captions)
-    inside = ((shard.condition_id >= 0) & (shard.condition_id < rows)).all()
-    if len(counts) != 1 or len(shard.conditions) != rows or not inside:
+    counts = {len(shard.condition_id), len(shard.ids), samples}
+    counts |= {len(value) for value in (shard.latents, shard.trajectory) if value is not None}
+    captions = len(shard.captions)
+    rows = {
+        len(table.values if table.ends is None else table.ends)
+        for table in shard.conditions.values()
+    }
+    ids = shard.condition_id
+    inside = ((ids >= -1) & (ids < captions)).all() and (ids[:, :1] >= 0).all()
+    gaps = (ids[:, 1:] >= 0) & (ids[:, :-1] < 0)  # -1 stands at the end alone
+    if len(counts) != 1 or rows != {captions} or not inside or gaps.any():
         raise DataError(
-            f"{path}: {len(shard.latents)} latents, {len(shard.ids)} ids and "
-            f"{len(shard.conditions)} conditions for {rows} captions do not belong together "
-            f"(the index says {samples} samples). {REBUILD}"
+            f"{path}: {len(shard.condition_id)} samples, {len(shard.ids)} ids and {rows} "
+            f"conditions for {captions} captions do not belong together (the index says {samples} "
+            f"samples). {REBUILD}"
         )
 
 

@@ -16,7 +16,6 @@ from distill_runtime import UnreadableFileError, read_json
 from torch import Tensor
 
 from distill_conditioning.format import (
-    CONDITION,
     CONSTANTS_FILE,
     INDEX_FILE,
     TRAJECTORY,
@@ -27,7 +26,6 @@ from distill_conditioning.format import (
     shard_file,
     split_fingerprint,
 )
-from distill_conditioning.reading import map_tensors
 from distill_conditioning.writing import (
     DTYPES,
     LatentDtype,
@@ -154,17 +152,8 @@ class TrajectoryFolder:
             encoder = fingerprint.get(WHOLE_ENCODER)
             write_constants(self.folder, *negative, encoder=encoder)
         files = [self.folder / shard_file(shard) for shard in range(self.shards)]
-        tensors, _ = map_tensors(files[0])
-        rows = {name: tuple(value.shape[1:]) for name, value in tensors.items()}
-        conditions = {
-            name.removeprefix(CONDITION): shape
-            for name, shape in sorted(rows.items())
-            if name.startswith(CONDITION)
-        }
         index = DatasetIndex(
-            latent_shape=rows["latents"],  # type: ignore[arg-type]
             latent_dtype=self._dtype,
-            conditions=conditions,
             samples=sum(counts),
             shards=tuple(map(shard_entry, files, counts)),
             constants=CONSTANTS_FILE if negative is not None else None,

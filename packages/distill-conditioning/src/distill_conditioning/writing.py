@@ -1,7 +1,7 @@
 """Writing a latent data set: samples into shards, then the constants, then the index.
 
 The files are described in ``distill_conditioning.format``. A condition is stored once a shard,
-however many samples have it. Every file is written whole or not at all.
+however many samples have it, and without its padding. Every file is written whole or not at all.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ from distill_conditioning.format import (
     CONDITION,
     CONSTANTS_FILE,
     INDEX_FILE,
+    LENGTHS,
     METADATA_KEY,
     NEGATIVE,
     DatasetIndex,
+    SampleShape,
     ShardEntry,
+    read_shape,
     shard_file,
     split_fingerprint,
 )
@@ -48,9 +51,15 @@ DTYPES: Mapping[LatentDtype, torch.dtype] = {
 _Key = tuple[str, bytes]
 """A caption, and the hash of its condition."""
 
+_Row = Mapping[str, Tensor]
+"""The tensors of one condition as they are stored."""
+
 
 class ShardRows:
     """The samples of one shard, in memory and in their order, until ``write``.
+
+    Conditions are kept as they will be stored: without the zeros at the end of each row, and in
+    bf16 where that is all the precision that they have.
 
     Attributes:
         bytes: size of the file to be, without names and header.
@@ -59,28 +68,45 @@ class ShardRows:
     def __init__(self) -> None:
         self.bytes = 0
         self._ids: list[str] = []
-        self._keys: list[_Key] = []
+        self._keys: list[list[_Key]] = []
         self._columns: dict[str, list[Tensor]] = {}
-        self._table: dict[_Key, Condition] = {}
+        self._table: dict[_Key, _Row] = {}
+        self._shapes: dict[str, tuple[int, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def add(
-        self, sample: str, caption: str, condition: Condition, columns: Mapping[str, Tensor]
+        self,
+        sample: str,
+        caption: str | Sequence[str],
+        condition: Condition,
+        columns: Mapping[str, Tensor],
     ) -> None:
-        """Add a sample: its condition (one row) and its row of the shard's tensors, by name."""
-        # Copied: a view would keep the whole batch in memory, and change with it.
-        own = Condition(
-            {name: v.detach().to("cpu", copy=True) for name, v in condition.tensors.items()}
-        )
-        # By content too: clips of one caption may begin with different images.
-        key = (caption, _digest(own))
-        if key not in self._table:
-            self._table[key] = own
-            self.bytes += sum(v.nbytes for v in own.tensors.values())
+        """Add a sample: its condition and its row of the shard's tensors, by name.
+
+        Args:
+            caption: or several, of which the loader chooses one each time.
+            condition: a row for each caption.
+            columns: ``latents`` above all; empty in a data set of captions alone.
+
+        Raises:
+            DataError: the rows are not as many as the captions, or have another shape than those
+                before: they could not be read as one tensor.
+        """
+        captions = [caption] if isinstance(caption, str) else list(caption)
+        shapes = {name: tuple(v.shape[1:]) for name, v in condition.tensors.items()}
+        if len(condition) != len(captions) or not captions or self._shapes not in (None, shapes):
+            raise DataError(
+                f"{sample}: {len(captions)} captions and {len(condition)} conditions of the shapes "
+                f"{shapes} (those before: {self._shapes}); a sample of a shard has a condition for "
+                "each caption, at least one, of the same shapes as all others"
+            )
+        self._shapes = shapes
         self._ids.append(sample)
-        self._keys.append(key)
+        self._keys.append(
+            [self._add_row(text, condition[i : i + 1]) for i, text in enumerate(captions)]
+        )
         for name, value in columns.items():
             self._columns.setdefault(name, []).append(value)
             self.bytes += value.nbytes
@@ -89,18 +115,68 @@ class ShardRows:
         """Write the shard's file. Equal samples give equal bytes."""
         number = {key: row for row, key in enumerate(self._table)}
         tensors = {name: torch.stack(values) for name, values in self._columns.items()}
-        tensors["condition_id"] = torch.tensor([number[key] for key in self._keys])
-        table = Condition.cat(list(self._table.values()))
-        tensors |= {CONDITION + name: value for name, value in table.tensors.items()}
+        tensors["condition_id"] = _condition_ids([[number[k] for k in keys] for keys in self._keys])
+        shapes = self._shapes or {}
+        for name, shape in shapes.items():
+            tensors |= _join_rows(name, shape, [row[name] for row in self._table.values()])
         captions = [caption for caption, _ in self._table]
-        write_tensors(path, tensors, {"ids": self._ids, "captions": captions})
+        metadata = {"ids": self._ids, "captions": captions, "rows": shapes}
+        write_tensors(path, tensors, metadata)
         return shard_entry(path, len(self))
+
+    def _add_row(self, caption: str, row: Condition) -> _Key:
+        stored = {name: _without_padding(v[0].detach()) for name, v in row.tensors.items()}
+        # By content too: clips of one caption may begin with different images.
+        key = (caption, _digest(stored))
+        if key not in self._table:
+            self._table[key] = stored
+            self.bytes += sum(v.nbytes for v in stored.values())
+        return key
+
+
+def _condition_ids(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Return numbers of conditions [N], or [N, K] with -1 where a sample has less than K."""
+    most = max(map(len, rows), default=1)
+    padded = torch.tensor([[*row, *[-1] * (most - len(row))] for row in rows])
+    return padded[:, 0] if most == 1 else padded
+
+
+def _without_padding(row: Tensor) -> Tensor:
+    """Copy a row to the CPU, in bf16 if that loses nothing, without the zeros at its end.
+
+    Of the bits, so that what is read back is what was written: -0 is no zero here.
+    """
+    row = row.to("cpu", copy=True)
+    if row.dtype == torch.float32:
+        narrow = row.bfloat16()
+        if torch.equal(narrow.float().view(torch.int32), row.view(torch.int32)):
+            row = narrow
+    if row.ndim == 0 or row.numel() == 0:
+        return row
+    used = row.reshape(len(row), -1).view(torch.uint8).any(dim=1).nonzero()
+    # Copied once more: a view would keep the padding in memory.
+    return row[: int(used[-1]) + 1 if len(used) else 0].clone()
+
+
+def _join_rows(name: str, shape: tuple[int, ...], rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return the table of one condition tensor, and the lengths of its rows if some were cut."""
+    if len({row.dtype for row in rows}) > 1:
+        rows = [row.float() for row in rows]
+    if all(tuple(row.shape) == shape for row in rows):
+        return {CONDITION + name: torch.stack(list(rows))}
+    lengths = torch.tensor([len(row) for row in rows])
+    return {CONDITION + name: torch.cat(list(rows)), LENGTHS + name: lengths}
 
 
 def shard_entry(path: Path, samples: int) -> ShardEntry:
     """Make the index entry of a written shard."""
-    size, digest = path.stat().st_size, sha256_of_file(path)
-    return ShardEntry(file=path.name, samples=samples, bytes=size, sha256=digest)
+    return ShardEntry(
+        file=path.name,
+        samples=samples,
+        bytes=path.stat().st_size,
+        sha256=sha256_of_file(path),
+        shape=read_shape(path),
+    )
 
 
 def check_finite(ids: Sequence[str], values: Tensor, what: str) -> None:
@@ -119,9 +195,9 @@ def check_finite(ids: Sequence[str], values: Tensor, what: str) -> None:
         )
 
 
-def _digest(row: Condition) -> bytes:
+def _digest(row: _Row) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(row.tensors.items()):
+    for name, value in sorted(row.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.digest()
@@ -137,6 +213,7 @@ class ShardWriter:
             writer.set_negative("", adapter.encode_neg_condition(""))
             writer.add(ids, captions, latents, condition)      # any number of times
 
+    Samples of several sizes go into shards of their own; each call of ``add`` has one size.
     ``preprocess`` does all of that, the fingerprint included. What is not recorded, no run can
     compare with its own parts.
 
@@ -144,8 +221,9 @@ class ShardWriter:
         folder: made if it does not exist; must hold no data set and no rest of one.
         fingerprint: what computes latents and conditions, as far as it is known now (see
             ``record``).
-        shard_bytes: a shard is written once it holds this much; until then it is in memory.
-        latent_dtype: as stored. float16 keeps 11 bits of a posterior mean, whose values are ~10.
+        shard_bytes: a shard is written once it holds this much; until then it is in memory. Of
+            samples of several shapes up to four times this much is in memory.
+        latent_dtype: as stored. The README says what each costs.
 
     Raises:
         DataError: the folder holds a data set already, or the rest of an interrupted one.
@@ -166,10 +244,9 @@ class ShardWriter:
         self._shard_bytes = shard_bytes
         self._latent_dtype: LatentDtype = latent_dtype
         self._shards: list[ShardEntry] = []
-        self._latent_shape: tuple[int, ...] | None = None
-        self._conditions: dict[str, tuple[int, ...]] | None = None
         self._negative: tuple[str, Condition] | None = None
-        self._rows = ShardRows()
+        self._shapes: list[SampleShape] = []
+        self._rows: list[ShardRows] = []
         self._claim = claim_folder(self.folder, "writer")
         old = [*self.folder.glob("shard-*.safetensors"), *self.folder.glob(INDEX_FILE)]
         if old:
@@ -212,50 +289,67 @@ class ShardWriter:
         self._negative = (prompt, condition)
 
     def add(
-        self, ids: Sequence[str], captions: Sequence[str], latents: Tensor, condition: Condition
+        self,
+        ids: Sequence[str],
+        captions: Sequence[str | Sequence[str]],
+        latents: Tensor | None,
+        condition: Condition,
     ) -> None:
-        """Append B samples.
+        """Append B samples of one size.
 
         Args:
-            latents: [B, C, T, H, W], raw posterior means, not normalised.
-            condition: B rows.
+            captions: one a sample, or several, of which the loader chooses one in each epoch.
+            latents: [B, C, T, H, W], raw posterior means, not normalised; None in a data set of
+                captions alone.
+            condition: a row for each caption, in the order of ``captions``.
 
         Raises:
-            DataError: other counts or shapes than the samples before, or a value that is not
-                finite (also after the cast to the stored type).
+            DataError: counts that do not fit, another kind of samples than before, or a value that
+                is not finite (also after the cast to the stored type).
         """
-        counts = {len(ids), len(captions), latents.shape[0], len(condition)}
-        if len(counts) != 1:
+        texts = [[own] if isinstance(own, str) else list(own) for own in captions]
+        rows = sum(map(len, texts))
+        counts = {len(ids), len(captions), len(ids) if latents is None else len(latents)}
+        if len(counts) != 1 or rows != len(condition):
             raise DataError(
-                f"{len(ids)} ids, {len(captions)} captions, {latents.shape[0]} latents and "
-                f"{len(condition)} conditions; there must be one of each a sample"
+                f"{len(ids)} ids, captions of {len(captions)} samples ({rows} in all), "
+                f"{'no' if latents is None else len(latents)} latents and {len(condition)} "
+                "conditions; there must be one of each a sample, and a condition a caption"
             )
-        stored = latents.detach().to("cpu", DTYPES[self._latent_dtype], copy=True)
-        self._check_shapes(ids, stored, condition)
-        for row, (sample, caption) in enumerate(zip(ids, captions, strict=True)):
-            own = condition[row : row + 1]
-            self._rows.add(sample, caption, own, {"latents": stored[row]})
-            if self._rows.bytes >= self._shard_bytes:
-                self._finish_shard()
+        if not ids:
+            return
+        number = self._find_shape(ids, latents, condition)
+        columns: list[dict[str, Tensor]] = [{} for _ in ids]
+        if latents is not None:
+            stored = latents.detach().to("cpu", DTYPES[self._latent_dtype], copy=True)
+            check_finite(ids, stored, "latents")
+            columns = [{"latents": row} for row in stored]
+        first = 0
+        for sample, own, column in zip(ids, texts, columns, strict=True):
+            self._rows[number].add(sample, own, condition[first : first + len(own)], column)
+            first += len(own)
+            if self._rows[number].bytes >= self._shard_bytes:
+                self._finish_shard(number)
+        if sum(rows.bytes for rows in self._rows) >= 4 * self._shard_bytes:
+            self._finish_shard(max(range(len(self._rows)), key=lambda n: self._rows[n].bytes))
 
     def close(self) -> DatasetIndex:
-        """Write the last shard, the constants and then the index.
+        """Write the last shards, the constants and then the index.
 
         Raises:
             DataError: no samples were added.
         """
-        if len(self._rows):
-            self._finish_shard()
-        if self._latent_shape is None or self._conditions is None or self.samples == 0:
+        for number, rows in enumerate(self._rows):
+            if len(rows):
+                self._finish_shard(number)
+        if self.samples == 0:
             raise DataError(f"{self.folder}: no sample was added; a data set needs at least one")
         if self._negative is not None:
             encoder = self.fingerprint.get(WHOLE_ENCODER)
             write_constants(self.folder, *self._negative, encoder=encoder)
         # Last: a folder without an index is no data set, whatever was interrupted before.
         index = DatasetIndex(
-            latent_shape=self._latent_shape,  # type: ignore[arg-type]
             latent_dtype=self._latent_dtype,
-            conditions=self._conditions,
             samples=self.samples,
             shards=tuple(self._shards),
             constants=CONSTANTS_FILE if self._negative else None,
@@ -278,26 +372,37 @@ class ShardWriter:
             if kind is None:
                 self.close()
 
-    def _check_shapes(self, ids: Sequence[str], latents: Tensor, condition: Condition) -> None:
-        shape = tuple(latents.shape[1:])
+    def _find_shape(self, ids: Sequence[str], latents: Tensor | None, condition: Condition) -> int:
+        """Return the number of the samples' shape, a new one if need be."""
         rows = {name: tuple(value.shape[1:]) for name, value in condition.tensors.items()}
-        if self._latent_shape is None or self._conditions is None:
-            if len(shape) != 4:
-                raise DataError(f"{ids[0]}: latents are {list(shape)}; they must be [C, T, H, W]")
-            self._latent_shape, self._conditions = shape, rows
-        if (shape, rows) != (self._latent_shape, self._conditions):
-            raise DataError(
-                f"{ids[0]}: latents {list(shape)} and conditions {rows}, but the samples before "
-                f"have {list(self._latent_shape)} and {self._conditions}; all must be alike to "
-                "be batched. Preprocess each size into a folder of its own."
-            )
-        check_finite(ids, latents, "latents")
+        size = None
+        if latents is not None:
+            if latents.ndim != 5:
+                raise DataError(
+                    f"{ids[0]}: latents are {list(latents.shape[1:])}; they must be [C, T, H, W]"
+                )
+            channels, frames, height, width = latents.shape[1:]
+            size = (channels, frames, height, width)
+        shape = SampleShape(latents=size, conditions=rows)
+        if shape in self._shapes:
+            return self._shapes.index(shape)
+        for other in self._shapes:
+            mixed = (size is None) != (other.latents is None)
+            if mixed or size == other.latents or rows.keys() != other.conditions.keys():
+                raise DataError(
+                    f"{ids[0]}: {shape}, but samples before have {other}; all must have latents "
+                    "or none, the same conditions, and those of one latent shape the same shapes, "
+                    "to be batched. Preprocess the others into a folder of their own."
+                )
+        self._shapes.append(shape)
+        self._rows.append(ShardRows())
+        return len(self._shapes) - 1
 
-    def _finish_shard(self) -> None:
+    def _finish_shard(self, number: int) -> None:
         path = self.folder / shard_file(len(self._shards))
-        self._shards.append(self._rows.write(path))
-        self.samples += len(self._rows)
-        self._rows = ShardRows()
+        self._shards.append(self._rows[number].write(path))
+        self.samples += len(self._rows[number])
+        self._rows[number] = ShardRows()
 
 
 def write_constants(

@@ -210,7 +210,7 @@ def _data(config: RunConfig) -> list[str]:
     epochs = config.training.max_train_steps * config.training.global_batch_size / dataset.samples
     return [
         f"  {dataset.samples:,} samples in {dataset.shards} shard(s), latents "
-        f"{list(dataset.latent_shape or ())}; the run sees each {epochs:.2f} times",
+        f"{list(dataset.shapes[0].latents or ())}; the run sees each {epochs:.2f} times",
         f"  {config.data.path}",
     ]
 
