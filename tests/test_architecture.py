@@ -22,6 +22,8 @@ LIGHT = (
     "distill_trainer.plugins",
     "distill_checkpoint.config",
     "distill_conditioning.config",
+    "distill_media",
+    "distill_media.config",
     "distill_methods.plugins",
     "distill_adapters_wan.names.fastvideo",
     "distill_adapters_wan.plugin",

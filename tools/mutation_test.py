@@ -38,6 +38,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "distill-conformance": ("conformance",),
     "distill-diffusers": ("diffusers", "adapters_wan"),
     "distill-evaluation": ("evaluation",),
+    "distill-media": ("media",),
     "distill-methods": ("methods", "invariants"),
     "distill-protocols": ("protocols",),
     "distill-runfile": ("runfile",),

@@ -1,0 +1,56 @@
+"""What a person would see at once in a clip, and nobody sees in a folder of a million.
+
+Thresholds are for 8-bit RGB; they were chosen to be silent on ordinary clips, so what is found is
+worth a look and nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+STATIC = 0.5
+"""Mean change of a pixel between neighbouring frames, of 255."""
+BLACK = 16
+"""Brightness up to which a pixel is black; video black is 16 in limited range."""
+CUT_CHANGE, CUT_RATIO = 35.0, 6.0
+"""A cut changes the mean pixel by this much, and this many times as much as the median change."""
+BAR_SHARE = 0.04
+"""Of the rows (or columns): narrower bars are often a border of the encoder."""
+
+
+def find_notes(frames: np.ndarray) -> Iterator[str]:
+    """Yield what is odd about a clip [F, H, W, 3] uint8; each continues "it ..."."""
+    small = frames[:, :: _step(frames.shape[1]), :: _step(frames.shape[2])].astype(np.int16)
+    brightness = small.max(axis=3)
+    black = (brightness <= BLACK).mean(axis=(1, 2)) > 0.99
+    if black.all():
+        yield "is black"
+        return
+    if black.any():
+        yield f"has {int(black.sum())} black frame(s) of {len(frames)}"
+    rows, columns = (_bars(brightness.max(axis=axis)) for axis in ((0, 2), (0, 1)))
+    if max(rows, columns) >= BAR_SHARE:
+        where = "above and below" if rows >= columns else "at the sides"
+        yield f"has black bars {where} ({100 * max(rows, columns):.0f} % of the frame)"
+    if len(frames) < 2:
+        return
+    change = np.abs(np.diff(small, axis=0)).mean(axis=(1, 2, 3))
+    if change.max() < STATIC:
+        yield "does not move"
+    usual = float(np.median(change))
+    for place in np.flatnonzero((change > CUT_CHANGE) & (change > CUT_RATIO * usual)):
+        yield f"cuts to another scene at frame {int(place) + 1}"
+
+
+def _step(size: int) -> int:
+    return max(1, size // 120)
+
+
+def _bars(line: np.ndarray) -> float:
+    """Return the share of a line that is black at both of its ends."""
+    light = np.flatnonzero(line > BLACK)
+    if not light.size or light[0] == 0 or light[-1] == len(line) - 1:
+        return 0.0
+    return float(light[0] + len(line) - 1 - light[-1]) / len(line)

@@ -1,0 +1,349 @@
+"""Reading a video by PyAV: its frames' times first, then the frames that a clip is made of.
+
+Only containers of ``FORMATS`` are opened. A playlist that calls itself ``.mp4`` would make the
+library open whatever files and addresses stand in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import av
+import av.error
+import numpy as np
+from attrs import frozen
+from av.video.reformatter import Colorspace, Interpolation
+
+from distill_media.buckets import Framing
+from distill_media.items import MediaPlace
+from distill_media.orientation import UPRIGHT, Orientation, read_matrix
+from distill_media.timing import Timeline
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpeg", "mpegts", "asf", "flv", "gif",
+    "mpegvideo", "h264", "hevc", "ogg",
+)  # fmt: skip
+MOST_FRAMES = 20_000_000
+"""Of a video: two days at 120 a second."""
+_HD_ROWS = 720
+_SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+_HDR = {16: "PQ", 18: "HLG"}
+
+
+class VideoError(ValueError):
+    """A video cannot be used; the message says why, without its name."""
+
+
+@frozen(kw_only=True)
+class VideoInfo:
+    """What is known of a video without decoding all of it.
+
+    Attributes:
+        numbers: of each frame the time stamp that the container gives it; or, where it gives none,
+            its place.
+        stamped: which of the two.
+        height: as displayed; ``width`` likewise. Not whole where pixels are not square.
+        orientation: from the stored frame to the displayed one.
+        notes: what a person should know.
+    """
+
+    timeline: Timeline
+    numbers: tuple[int, ...]
+    stamped: bool
+    height: float
+    width: float
+    orientation: Orientation = UPRIGHT
+    notes: tuple[str, ...] = ()
+
+
+@contextlib.contextmanager
+def open_video(
+    place: MediaPlace, max_pixels: int, threads: int = 1
+) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Enter with the container and its first video stream.
+
+    Raises:
+        VideoError: no video, or none that can be read; within the block too.
+        OSError: the file cannot be opened.
+    """
+    options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file,crypto,data"}
+    with place.open() as file, _explained():
+        if not file.read(1):
+            raise VideoError("it is empty (0 bytes). Copy it again, or remove it")
+        file.seek(0)
+        with av.open(file, "r", container_options=options, metadata_errors="replace") as container:
+            # A cover picture of a song is a video stream of one frame.
+            streams = [s for s in container.streams.video if s.frames != 1] or list(
+                container.streams.video
+            )
+            if not streams:
+                kinds = ", ".join(sorted({stream.type for stream in container.streams}))
+                raise VideoError(f"it has no video, only {kinds or 'nothing'}. Remove it")
+            stream = streams[0]
+            context = stream.codec_context
+            _check_size(context.width, context.height, max_pixels)
+            # Again in the decoder, before it takes memory: a frame may be larger than the header.
+            context.options = {"max_pixels": str(max_pixels)}
+            context.thread_count = threads
+            stream.thread_type = "AUTO"
+            yield container, stream
+
+
+def read_info(place: MediaPlace, max_pixels: int) -> VideoInfo:
+    """Read when each frame is shown, and how.
+
+    Raises:
+        VideoError: as ``open_video``; or the file ends early, or has no frame.
+    """
+    with open_video(place, max_pixels) as (container, stream):
+        stamps: list[int | None] = []
+        ends: list[int] = []
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                stamps.append(packet.pts)
+                ends.append(packet.duration or 0)
+            if len(stamps) > MOST_FRAMES:
+                raise VideoError(f"it has more than {MOST_FRAMES:,} frames. Cut it into parts")
+        if not stamps:
+            raise VideoError("it has no frame. Remove it")
+        timeline, numbers, stamped = _timeline(stream, stamps, ends)
+        _check_end(container, stream, timeline)
+        rate = float(stream.sample_aspect_ratio or 1) or 1.0
+    # Opened anew: what was read to its end cannot be decoded from its beginning in every container.
+    frame = _first_frame(place, max_pixels)
+    orientation, notes = _orientation(frame), _notes(frame)
+    height, width = float(frame.height), frame.width * rate
+    _check_size(frame.width, frame.height, max_pixels)
+    if not orientation.exact:
+        notes = (*notes, "is turned by an angle that is no quarter turn; left as it is stored")
+    if orientation.transposed:
+        height, width = width, height
+    return VideoInfo(
+        timeline=timeline,
+        numbers=numbers,
+        stamped=stamped,
+        height=height,
+        width=width,
+        orientation=orientation,
+        notes=notes,
+    )
+
+
+def read_frames(
+    place: MediaPlace,
+    info: VideoInfo,
+    wanted: Sequence[int],
+    framing: Framing,
+    *,
+    max_pixels: int,
+    threads: int = 1,
+) -> np.ndarray:
+    """Decode frames and bring each to the size of ``framing``.
+
+    Args:
+        wanted: places among ``info.numbers``, never falling; the same one may stand several times.
+
+    Returns:
+        [F, H, W, 3] uint8, RGB.
+
+    Raises:
+        VideoError: a frame is damaged or missing.
+    """
+    numbers = [info.numbers[place] for place in wanted]
+    result = np.empty((len(wanted), framing.height, framing.width, 3), np.uint8)
+
+    def decode(*, seek: bool) -> int:
+        with open_video(place, max_pixels, threads) as (container, stream):
+            if seek and not _seek(container, numbers[0]):
+                return 0
+            return _fill(result, container, stream, info, numbers, framing, seeked=seek)
+
+    can_seek = info.stamped and numbers[0] > info.numbers[0]
+    if can_seek and decode(seek=True) == len(numbers):
+        return result
+    done = decode(seek=False)
+    if done < len(numbers):
+        raise VideoError(
+            f"its frame {wanted[done]} of {len(info.numbers)} cannot be decoded: it ends there, or "
+            "is damaged. Copy it again, or remove it"
+        )
+    return result
+
+
+def to_rgb(
+    frame: VideoFrame, framing: Framing, orientation: Orientation, *, is_video: bool = True
+) -> np.ndarray:
+    """Scale, turn and crop one frame; [H, W, 3] uint8."""
+    height, width = framing.scaled_height, framing.scaled_width
+    if orientation.transposed:
+        height, width = width, height
+    has_alpha = any(component.is_alpha for component in frame.format.components)
+    space = None
+    if is_video and frame.colorspace == 2 and frame.height >= _HD_ROWS:
+        space = Colorspace.ITU709  # unspecified: by custom of the size, as players do
+    pixels = frame.reformat(
+        width=width,
+        height=height,
+        format="rgba" if has_alpha else "rgb24",
+        src_colorspace=space,
+        interpolation=_SCALING,
+        threads=1,
+    ).to_ndarray()
+    if has_alpha:  # before black, as players show it
+        alpha = pixels[..., 3:].astype(np.uint16)
+        pixels = ((pixels[..., :3] * alpha + 127) // 255).astype(np.uint8)
+    upright = orientation.apply(pixels)
+    rows = slice(framing.top, framing.top + framing.height)
+    return upright[rows, framing.left : framing.left + framing.width]
+
+
+# -- details --------------------------------------------------------------------------------------
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise VideoError(
+            f"its frames are {width} x {height}, more than the {max_pixels:,} pixels that are "
+            "read. Scale it down, or raise max_pixels"
+        )
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turn the library's errors into reasons."""
+    try:
+        yield
+    except (av.error.InvalidDataError, av.error.ArgumentError) as error:
+        raise VideoError(
+            "it is no video that can be read, or it is damaged (its beginning or its index is "
+            f"missing; {error.strerror}). Copy it again, or remove it"
+        ) from error
+    except av.error.FFmpegError as error:
+        raise VideoError(f"it cannot be decoded ({error.strerror}). Convert it to H.264") from error
+    except (MemoryError, OverflowError) as error:
+        raise VideoError(f"it asks for more memory than there is ({error})") from error
+
+
+def _timeline(
+    stream: VideoStream, stamps: Sequence[int | None], durations: Sequence[int]
+) -> tuple[Timeline, tuple[int, ...], bool]:
+    known = sorted({stamp for stamp in stamps if stamp is not None})
+    rate = float(stream.average_rate or stream.guessed_rate or 25)
+    if len(known) < len(stamps) * 0.98:  # AVI and raw streams stamp some packets, or none
+        count = len(stamps)
+        times = tuple(place / rate for place in range(count))
+        return Timeline(times, count / rate), tuple(range(count)), False
+    base = float(stream.time_base or 0) or 1 / rate
+    shown = [(stamp - known[0]) * base for stamp in known]
+    mean = shown[-1] / (len(shown) - 1) if len(shown) > 1 else 1 / rate
+    last = durations[max(range(len(stamps)), key=lambda i: stamps[i] or 0)] * base
+    # A last frame that is said to stay for minutes is a mistake of the writer.
+    end = shown[-1] + (last if 0 < last <= 10 * mean else mean)
+    return Timeline(tuple(shown), end), tuple(known), True
+
+
+def _check_end(container: InputContainer, stream: VideoStream, timeline: Timeline) -> None:
+    """Refuse a file that is shorter than its header says."""
+    count = len(timeline.times)
+    if stream.frames and count < 0.98 * stream.frames:
+        raise VideoError(
+            f"it ends early: {count} of its {stream.frames} frames are there. Copy it again, or "
+            "remove it"
+        )
+    # Matroska counts no frames. Sound may go on after the last picture.
+    stated = (container.duration or 0) / av.time_base
+    if len(container.streams) == 1 and timeline.duration < 0.9 * stated - 1:
+        raise VideoError(
+            f"it ends early, or is damaged: {timeline.duration:.3g} of its {stated:.3g} s are "
+            "there. Copy it again, or remove it"
+        )
+
+
+def _first_frame(place: MediaPlace, max_pixels: int) -> VideoFrame:
+    with open_video(place, max_pixels) as (container, stream):
+        frame = next(container.decode(stream), None)
+    if frame is None:
+        raise VideoError("no frame of it can be decoded. Copy it again, or remove it")
+    return frame
+
+
+def _orientation(frame: VideoFrame) -> Orientation:
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    return UPRIGHT if matrix is None else read_matrix(bytes(matrix))
+
+
+def _notes(frame: VideoFrame) -> tuple[str, ...]:
+    notes = []
+    if frame.color_trc in _HDR:
+        notes.append(
+            f"is HDR ({_HDR[frame.color_trc]}), whose colours come out pale: nothing maps tones"
+        )
+    if frame.interlaced_frame:
+        notes.append("is interlaced: each frame shows two moments as a comb")
+    if any(component.is_alpha for component in frame.format.components):
+        notes.append("is transparent in part; put before black")
+    return tuple(notes)
+
+
+def _seek(container: InputContainer, stamp: int) -> bool:
+    try:
+        container.seek(stamp, stream=container.streams.video[0], backward=True)
+    except av.error.FFmpegError:
+        return False
+    return True
+
+
+def _fill(
+    result: np.ndarray,
+    container: InputContainer,
+    stream: VideoStream,
+    info: VideoInfo,
+    numbers: Sequence[int],
+    framing: Framing,
+    *,
+    seeked: bool,
+) -> int:
+    """Decode until all of ``numbers`` are there; return how many are.
+
+    Of each number the nearest decoded frame is taken, as some packets give no frame.
+    """
+    gap = (info.numbers[-1] - info.numbers[0]) / max(1, len(info.numbers) - 1)
+    done, before, pixels = 0, None, None
+    for place, frame in enumerate(container.decode(stream)):
+        number = place if not info.stamped else frame.pts
+        if number is None:
+            continue
+        if before is None and seeked and number > numbers[0]:
+            return 0  # behind what was asked for, as containers without an index do
+        while done < len(numbers) and numbers[done] <= number:
+            wanted = numbers[done]
+            chosen = frame
+            if before is not None and wanted - before[0] < number - wanted:
+                number_chosen, chosen = before
+            else:
+                number_chosen = number
+            if abs(number_chosen - wanted) > 1.5 * gap:
+                return done
+            if chosen.is_corrupt:
+                return done
+            if done and numbers[done - 1] == wanted and pixels is not None:
+                result[done] = pixels
+            else:
+                pixels = to_rgb(chosen, framing, info.orientation)
+                result[done] = pixels
+            done += 1
+        if done == len(numbers):
+            return done
+        before = (number, frame)
+    # The last frames may have been wanted a little later than the last that was decoded.
+    while before is not None and done < len(numbers) and numbers[done] - before[0] <= 1.5 * gap:
+        result[done] = to_rgb(before[1], framing, info.orientation)
+        done += 1
+    return done
