@@ -31,10 +31,10 @@ def planned_and_held(
     size = distributed.get_world_size() if rank is None else 1
     rank = distributed.get_rank() if rank is None else rank
     tool, written = bench(), read_config(file)
-    found = {}
+    sizes = {}
     for strategy in strategies:
         config = tool.with_strategy(written, strategy)
         for role in config.roles:
             plan = tool.planned(config, role, size, rank)
-            found[strategy, role] = (plan, tool.held(config, role)[0])
-    return found
+            sizes[strategy, role] = (plan, tool.held(config, role)[0])
+    return sizes

@@ -75,8 +75,8 @@ def save_after_a_look(folder: Path, strategy: str) -> list[bool]:
     left = next(roles["student"].modules["transformer"].parameters())
     manager = CheckpointManager(CheckpointConfig(), folder, {})
     manager.save(run.state(folder, 1), run.callbacks)
-    found = roles["student"].trained_parameters("transformer").values()
-    return [isinstance(left, DTensor), all(isinstance(value, DTensor) for value in found)]
+    parameters = roles["student"].trained_parameters("transformer").values()
+    return [isinstance(left, DTensor), all(isinstance(value, DTensor) for value in parameters)]
 
 
 def save_at(folder: Path, iterations: Sequence[int]) -> str:
@@ -128,7 +128,7 @@ def claim(folders: Sequence[Path], resume: bool, after: str) -> str:
     output_folder.VISIBLE_AFTER = 0.2
     ranks = Ranks.of_this_run(TIMEOUT)
     try:
-        held = claim_output_dir(folders[rank()], resume=resume, ranks=ranks)
+        claimed = claim_output_dir(folders[rank()], resume=resume, ranks=ranks)
     except OutputError as error:
         return str(error)
     if after == "kill the last" and rank() == ranks.size - 1:
@@ -138,13 +138,13 @@ def claim(folders: Sequence[Path], resume: bool, after: str) -> str:
     try:
         claim_output_dir(folders[rank()], resume=True)
     except OutputError as error:
-        found = "held" if f"pid {os.getpid()}" in str(error) else "held by another"
+        result = "held" if f"pid {os.getpid()}" in str(error) else "held by another"
     else:
-        found = "free"
+        result = "free"
     ranks.gather_results(lambda: None)
     if after == "release":
-        held.release()
-    return found
+        claimed.release()
+    return result
 
 
 # -- export -------------------------------------------------------------------------------------
@@ -166,10 +166,10 @@ class ToyExporter:
     ) -> Mapping[str, Any]:
         count = 0
         for key, source in weights.items():
-            for name, facts in source.describe().items():
+            for name, info in source.describe().items():
                 tensor = source.read([name])[name]
                 count += 1
-                assert (tuple(tensor.shape), tensor.dtype) == (facts.size, facts.dtype)
+                assert (tuple(tensor.shape), tensor.dtype) == (info.size, info.dtype)
                 assert type(tensor) is torch.Tensor
                 if self._problem and count == 3:
                     raise (OutputError if self._problem == "refuse" else OSError)("disk full")
@@ -245,12 +245,12 @@ def encode(
             output_dir=folder,
             ranks=ranks,
         )
-        found = [conditioning.negative(), conditioning.encode(prompts[rank()])]
+        conditions = [conditioning.negative(), conditioning.encode(prompts[rank()])]
         # What was asked for once may be asked for by one alone.
         if rank() == 0:
-            found.append(conditioning.encode(prompts[0][:1]))
+            conditions.append(conditioning.encode(prompts[0][:1]))
             conditioning.negative()
-        return {"found": [_numbers(each) for each in found], "calls": encoder.calls}
+        return {"conditions": [_numbers(each) for each in conditions], "calls": encoder.calls}
 
     return text_of_error(ask)
 

@@ -147,8 +147,8 @@ def _run(data: Path, strategy: str) -> Run:
 
 def _whole(run: Run) -> dict[str, list[Any]]:
     def listed(value: Tensor) -> list[Any]:
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        return whole.detach().flatten().tolist()
+        full = value.full_tensor() if isinstance(value, DTensor) else value
+        return full.detach().flatten().tolist()
 
     bundle = run.method.bundle
     live = {

@@ -57,9 +57,9 @@ def sign(checkpoint: Path) -> None:
     file = checkpoint / "manifest.json"
     body = json.loads(file.read_text())
     del body["digest"]
-    for name, facts in body["files"].items():
+    for name, entry in body["files"].items():
         content = (checkpoint / name).read_bytes()
-        facts |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     file.write_text(json.dumps({**body, "digest": digest}))
 
@@ -148,14 +148,14 @@ INTERPRETS_WITHOUT_CALLING = "distill_checkpoint/foreign/safe_dcp.py"
 
 def doors(file: Path) -> list[str]:
     """What in a source file could unpickle, or run a file's own code."""
-    found = []
+    calls = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [node.module or "", *(alias.name for alias in node.names)]
-        found += [
+        calls += [
             name
             for name in names
             if name.split(".")[0] in UNPICKLERS or name in ("FileSystemReader", "format_utils")
@@ -165,14 +165,14 @@ def doors(file: Path) -> list[str]:
         called = ast.unparse(node.func)
         options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
         if called == "torch.load" and options.get("weights_only") != "True":
-            found.append(called)
+            calls.append(called)
         if called in ("torch.jit.load", "np.load", "numpy.load", "eval", "exec", "yaml.load"):
-            found.append(called)
+            calls.append(called)
         if called.endswith(".from_pretrained") and not (
             options.get("use_safetensors") == "True" or options.get("trust_remote_code") == "False"
         ):
-            found.append(called)
-    return found
+            calls.append(called)
+    return calls
 
 
 def test_no_other_door_is_open():
@@ -182,4 +182,4 @@ def test_no_other_door_is_open():
     open_doors = {file.as_posix(): doors(file) for file in sources}
     exempt = [name for name in open_doors if name.endswith(INTERPRETS_WITHOUT_CALLING)]
     assert [open_doors.pop(name) for name in exempt] == [["pickle"]]
-    assert {name: found for name, found in open_doors.items() if found} == {}
+    assert {name: calls for name, calls in open_doors.items() if calls} == {}

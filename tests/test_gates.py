@@ -30,10 +30,10 @@ def test_the_type_checker_finds_no_error():
     result = run("basedpyright", "--pythonpath", sys.executable, "--outputjson")
     report = json.loads(result.stdout)
     errors = [
-        f"{Path(found['file']).relative_to(ROOT)}:{found['range']['start']['line'] + 1}: "
-        f"{found['message'].splitlines()[0]} ({found['rule']})"
-        for found in report["generalDiagnostics"]
-        if found["severity"] == "error"
+        f"{Path(diagnostic['file']).relative_to(ROOT)}:{diagnostic['range']['start']['line'] + 1}: "
+        f"{diagnostic['message'].splitlines()[0]} ({diagnostic['rule']})"
+        for diagnostic in report["generalDiagnostics"]
+        if diagnostic["severity"] == "error"
     ]
     assert errors == [], "\n".join(["", *errors])
     assert report["summary"]["filesAnalyzed"] > 100  # It looked at all packages.

@@ -182,13 +182,13 @@ def report(
         "ema": ReportEntry(role="student", ema=True),
         "live": ReportEntry(role="student", sheet=False),
     }
-    made = ReportConfig(
+    config = ReportConfig(
         judge=str(JUDGE), prompts=str(own), clips_per_prompt=2, every_steps=1,
         sheet_prompts=tuple(lines[-sheet_prompts:]), entries=entries,
     )  # fmt: skip
     parts: Any = RunParts(
         method=method, adapter=adapter, conditioning=Texts(), exporter=None, output_dir=folder
     )
-    callback = ReportCallback(made, parts)
+    callback = ReportCallback(config, parts)
     own.unlink()
     return _run_hooks(callback, method, ranks, folder)

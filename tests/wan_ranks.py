@@ -101,14 +101,14 @@ def outputs(bundle: ModelBundle, folder: Path | str) -> dict[str, bytes]:
 def tangents(folder: str, hows: Iterable[Shard]) -> list[bytes]:
     """The bits of v and its derivative, of a student spread in each of the ways."""
     x, t, cond = inputs()
-    found = []
+    outputs = []
     for how in hows:
         bundle = load([spec(folder, "student", trainable=True)], how)
         adapter = adapter_of(bundle, folder)
         v, change = adapter.forward_jvp("student", x, t, cond, dx=x.flip(0), dt=t)
         assert change.any()
-        found.append(_bits(v) + _bits(change))
-    return found
+        outputs.append(_bits(v) + _bits(change))
+    return outputs
 
 
 def _bits(tensor: Tensor) -> bytes:
@@ -117,12 +117,12 @@ def _bits(tensor: Tensor) -> bytes:
 
 def weights_of(bundle: ModelBundle) -> dict[str, tuple[str, bytes]]:
     """The type and bits of every parameter, whole."""
-    whole = {
+    full = {
         f"{key}.{name}": value.full_tensor() if isinstance(value, DTensor) else value
         for key, module in bundle.by_module("modules").items()
         for name, value in module.state_dict().items()
     }
-    return {name: (str(value.dtype), _bits(value.float())) for name, value in whole.items()}
+    return {name: (str(value.dtype), _bits(value.float())) for name, value in full.items()}
 
 
 def parameters(bundle: ModelBundle, role: str) -> dict[str, Tensor]:
@@ -148,9 +148,9 @@ class Read(WeightSource):
         return self.source.describe()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        found = self.source.read(names)
-        self.counts.update({name: tensor.numel() for name, tensor in found.items()})
-        return found
+        tensors = self.source.read(names)
+        self.counts.update({name: tensor.numel() for name, tensor in tensors.items()})
+        return tensors
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         rows = self.source.read_rows(name, start, stop)
@@ -176,8 +176,8 @@ def read_by_each(folder: Path, roles: list[RoleSpec], way: Shard) -> tuple[dict,
     """(numbers read, numbers held), by name, of a teacher that comes from a source."""
     source = Read(PLUGIN.weights(str(folder))["transformer"], {})
     bundle = load(roles, way, {"teacher": {"transformer": source}})
-    held = {name: local(p).numel() for name, p in parameters(bundle, "teacher").items()}
-    return source.counts, held
+    local_sizes = {name: local(p).numel() for name, p in parameters(bundle, "teacher").items()}
+    return source.counts, local_sizes
 
 
 def refusals(folder: Path, other: Path) -> dict[str, str]:

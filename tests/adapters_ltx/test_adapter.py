@@ -148,8 +148,8 @@ def test_guidance_in_training_is_rescaled_too(load, batched):
     u = adapter.forward("teacher", noise(), t, negative)
     guided = u + 3 * (c - u)
     spread = c.std(dim=(1, 2, 3, 4), keepdim=True) / guided.std(dim=(1, 2, 3, 4), keepdim=True)
-    found = adapter.forward("teacher", noise(), t, cond, neg_cond=negative, cfg=3.0)
-    torch.testing.assert_close(found, 0.7 * guided * spread + 0.3 * guided)
+    prediction = adapter.forward("teacher", noise(), t, cond, neg_cond=negative, cfg=3.0)
+    torch.testing.assert_close(prediction, 0.7 * guided * spread + 0.3 * guided)
 
 
 @torch.no_grad()
@@ -159,8 +159,8 @@ def test_frame_rate_and_mask_reach_the_model(load):
     at_24 = load().forward("teacher", noise(), t, cond)
     at_30 = load(config=evolve(CONFIG, frame_rate=30)).forward("teacher", noise(), t, cond)
     assert (at_24 - at_30).abs().max() > 1e-3
-    whole = Condition({**cond.tensors, "text_mask": torch.ones(2, 8)})
-    assert (at_24 - load().forward("teacher", noise(), t, whole)).abs().max() > 1e-3
+    full = Condition({**cond.tensors, "text_mask": torch.ones(2, 8)})
+    assert (at_24 - load().forward("teacher", noise(), t, full)).abs().max() > 1e-3
 
 
 def test_a_bf16_role_computes_in_bf16(load):
@@ -199,6 +199,6 @@ def test_the_plugin_says_what_the_adapter_computes_with(load, folder_of):
     parts = {**adapter.latent_fingerprint(), **adapter.condition_fingerprint()}
     assert PLUGIN.fingerprint(CONFIG, source=source) == parts
     assert {"vae.statistics", "vae.weights", "text_encoder.weights"} < parts.keys()
-    found = latent_statistics(Path(source) / "vae")
-    mean = torch.tensor(found["latents_mean"]).view(1, -1, 1, 1, 1)
+    statistics = latent_statistics(Path(source) / "vae")
+    mean = torch.tensor(statistics["latents_mean"]).view(1, -1, 1, 1, 1)
     assert torch.equal(mean, adapter._statistics.mean)

@@ -31,9 +31,9 @@ def test_just_8k_plus_1_frames(frames):
     if frames >= 1 and (frames - 1) % 8 == 0:
         assert LTXPipelineConfig(**{**CLIP, "num_frames": frames}).num_frames == frames
         return
-    with pytest.raises(ValueError, match=r"must be 8k \+ 1, because") as caught:
+    with pytest.raises(ValueError, match=r"must be 8k \+ 1, because") as excinfo:
         LTXPipelineConfig(**{**CLIP, "num_frames": frames})
-    *_, below, _, above, _, _ = str(caught.value).split()
+    *_, below, _, above, _, _ = str(excinfo.value).split()
     assert int(above) - int(below) == 8
     assert int(below) % 8 == 1
     assert int(below) < max(frames, 2)

@@ -220,9 +220,9 @@ def test_two_processes_that_shard_train_as_one_does(run_file, tmp_path, method):
 
 def test_a_flash_kernel_is_one_problem_of_the_file_with_its_reason(run_file):
     file = run_file("finetune", models={"student": {"attention_backend": "flash"}})
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         read_config(file)
-    (problem,) = caught.value.problems
+    (problem,) = excinfo.value.problems
     assert (
         "models.student.attention_backend: attention backend 'flash' cannot add a bias" in problem
     )

@@ -91,5 +91,5 @@ def test_rescaling_reads_latents_as_it_reads_tokens(size, seed):
 def test_the_ends_of_rescaling():
     guided, cond = draw(1, 2, 3, 8), 3 * draw(2, 2, 3, 8)
     assert torch.equal(rescale_guidance(guided, cond, 0.0), guided)
-    whole = rescale_guidance(guided, cond, 1.0)
-    assert torch.allclose(whole.std(dim=(1, 2)), cond.std(dim=(1, 2)))
+    full = rescale_guidance(guided, cond, 1.0)
+    assert torch.allclose(full.std(dim=(1, 2)), cond.std(dim=(1, 2)))

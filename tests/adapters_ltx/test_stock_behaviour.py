@@ -101,9 +101,9 @@ def test_embeddings_of_masked_tokens_have_no_effect(stock):
     masked = call(transformer, mask, embeds)
     assert torch.equal(call(transformer, mask, cleared), masked)
     assert torch.equal(call(transformer, mask.float(), embeds), masked)
-    whole = call(transformer, torch.ones_like(mask), embeds)
-    assert (whole - masked).abs().max() > 1e-3
-    assert torch.equal(call(transformer, None, embeds), whole)
+    full = call(transformer, torch.ones_like(mask), embeds)
+    assert (full - masked).abs().max() > 1e-3
+    assert torch.equal(call(transformer, None, embeds), full)
     with pytest.raises(TypeError, match="encoder_attention_mask"):
         transformer(
             hidden_states=torch.zeros(2, 18, 8),

@@ -74,11 +74,11 @@ def count_calls():
 @pytest.fixture(scope="session")
 def folder_of(pipeline_template, tmp_path_factory):
     """Name of a variant -> its folder, which no test may change."""
-    base, made = tmp_path_factory.mktemp("variants"), {}
+    base, folders = tmp_path_factory.mktemp("variants"), {}
 
     def folder(name):
-        if name not in made:
-            made[name] = wan_variants.build(name, pipeline_template, base / name)
-        return str(made[name])
+        if name not in folders:
+            folders[name] = wan_variants.build(name, pipeline_template, base / name)
+        return str(folders[name])
 
     return folder

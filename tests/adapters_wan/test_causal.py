@@ -175,8 +175,8 @@ def test_cached_chunks_equal_the_whole_clip(causal, drawn, batch):
     adapter, _ = causal(**numbers)
     x, t, cond = clip(batch, frames), times(batch, frames), text(batch)
     with torch.no_grad():
-        whole = adapter.forward("student", x, t, cond)
-        assert torch.allclose(rollout(adapter, x, t, cond), whole, atol=SAME)
+        full = adapter.forward("student", x, t, cond)
+        assert torch.allclose(rollout(adapter, x, t, cond), full, atol=SAME)
 
 
 @property_based
@@ -200,8 +200,8 @@ def test_guidance_keeps_two_pasts(causal, window):
     adapter, _ = causal(chunk_frames=2, window_frames=window)
     x, t, clean = clip(2, 7), times(2, 7), clip(2, 7, seed=5)
     guided = {"neg_cond": text(1, seed=9), "cfg": 3.0}
-    whole = adapter.forward("student", x, t, text(2), **guided)
-    assert torch.allclose(rollout(adapter, x, t, text(2), **guided), whole, atol=SAME)
+    full = adapter.forward("student", x, t, text(2), **guided)
+    assert torch.allclose(rollout(adapter, x, t, text(2), **guided), full, atol=SAME)
     forced = adapter.forward("student", x, t, text(2), caches=CleanPast(latents=clean), **guided)
     rolled = rollout(adapter, x, t, text(2), clean=clean, **guided)
     assert torch.allclose(rolled, forced, atol=SAME)
@@ -513,13 +513,13 @@ def test_threads_do_not_mix(causal):
         return rollout(adapter, inputs[i], t, text(1, seed=i), stream=stream)
 
     expected = [roll(i, "alone") for i in range(2)]
-    found = [[], []]
+    actual = [[], []]
     start = threading.Barrier(2)
 
     def work(i):
         start.wait()
         for _ in range(4):
-            found[i].append(roll(i, f"thread {i}"))
+            actual[i].append(roll(i, f"thread {i}"))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for thread in threads:
@@ -527,8 +527,8 @@ def test_threads_do_not_mix(causal):
     for thread in threads:
         thread.join()
     for i in range(2):
-        assert len(found[i]) == 4
-        assert all(torch.equal(out, expected[i]) for out in found[i])
+        assert len(actual[i]) == 4
+        assert all(torch.equal(out, expected[i]) for out in actual[i])
 
 
 @torch.no_grad()
@@ -603,12 +603,12 @@ def test_sixteen_bits(causal, role):
     assert weight.dtype == (torch.float32 if role == "student" else torch.bfloat16)
     rolled = rollout(adapter, x, t, cond, role=role)
     assert rolled.dtype == torch.float32
-    whole = adapter.forward(role, x, t, cond)
+    full = adapter.forward(role, x, t, cond)
     wide, _ = causal(roles=roles, others=others, chunk_frames=3, window_frames=6)
     exact = wide.forward(role, x, t, cond)
-    rounding = (whole - exact).square().mean().sqrt()
+    rounding = (full - exact).square().mean().sqrt()
     assert 0 < rounding < 0.05
-    assert (rolled - whole).square().mean().sqrt() <= rounding
+    assert (rolled - full).square().mean().sqrt() <= rounding
     assert (rolled - exact).square().mean().sqrt() <= 1.5 * rounding
 
 
@@ -622,10 +622,10 @@ def test_a_lora_role(causal):
                 parameter.copy_(normal(*parameter.shape, seed=len(name)))
     x, t, cond = clip(2, 7), times(2, 7), text(2)
     with torch.no_grad():
-        whole = adapter.forward("student", x, t, cond)
-        assert torch.allclose(rollout(adapter, x, t, cond), whole, atol=SAME)
+        full = adapter.forward("student", x, t, cond)
+        assert torch.allclose(rollout(adapter, x, t, cond), full, atol=SAME)
         base, _ = causal(chunk_frames=2, window_frames=4)
-        assert not torch.allclose(base.forward("student", x, t, cond), whole, atol=1e-2)
+        assert not torch.allclose(base.forward("student", x, t, cond), full, atol=1e-2)
     chunks = [clip(2, 2, seed=i) for i in range(3)]
     plain, _ = rollout_gradients(adapter, bundle, chunks, [1.0] * 3, checkpointed=False)
     again, _ = rollout_gradients(adapter, bundle, chunks, [1.0] * 3, checkpointed=True)

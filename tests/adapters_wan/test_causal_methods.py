@@ -146,16 +146,16 @@ def checkpointing(method, enabled):
 
 def gradient(method, role="student"):
     """All of a role's gradient in one vector, taken away from it; None: there is none."""
-    found = []
+    gradients = []
     for module in method.bundle[role].modules.values():
-        found += [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+        gradients += [p.grad.flatten() for p in module.parameters() if p.grad is not None]
         module.zero_grad(set_to_none=True)
-    return torch.cat(found) if found else None
+    return torch.cat(gradients) if gradients else None
 
 
-def assert_close(found, wanted):
-    assert wanted.norm() > 0
-    assert (found - wanted).norm() < 2e-4 * wanted.norm()
+def assert_close(actual, expected):
+    assert expected.norm() > 0
+    assert (actual - expected).norm() < 2e-4 * expected.norm()
 
 
 # -- Self-Forcing ---------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def reference(method, causal, frames):
     return velocity, stock.requires_grad_(True)
 
 
-def by_formula(method, causal, batch, exits, frames, learned):
+def by_formula(method, causal, batch, exit_steps, frames, learned):
     """The clip and, in the student's weights, the gradient of ``method``'s student turn."""
     adapter, config, streams = method.adapter, method.config, RandomStreams(0)
     velocity, stock = reference(method, causal, frames)
@@ -229,13 +229,13 @@ def by_formula(method, causal, batch, exits, frames, learned):
 
     def called(x_t, t, chunk):
         """x0 of one chunk, the rest of the clip being whatever it is."""
-        whole = torch.zeros_like(noise)
-        whole[:, :, chunk.span] = x_t
-        v = velocity(past, past_t, whole, torch.full((size, frames), t), batch.cond)
+        full = torch.zeros_like(noise)
+        full[:, :, chunk.span] = x_t
+        v = velocity(past, past_t, full, torch.full((size, frames), t), batch.cond)
         return x_t - t / 1000 * v[:, :, chunk.span]
 
     with torch.no_grad():
-        for chunk, k in zip(chunks, exits, strict=True):
+        for chunk, k in zip(chunks, exit_steps, strict=True):
             x = noise[:, :, chunk.span]
             for t, after in zip(spec.timesteps[:k], spec.timesteps[1:], strict=False):
                 x0 = called(x, t, chunk)
@@ -310,14 +310,14 @@ def test_a_step_is_its_formula_without_caches(
     with checkpointing(method, checkpointed):
         result = method.single_train_step(batch, STUDENTS_TURN)
         result.loss_map["total_loss"].backward()
-    found = gradient(method)
+    actual = gradient(method)
     assert gradient(method, "critic") is None
     learned = min(SHAPE[1], gradient_frames or SHAPE[1])
-    exits = drawn_exits(RandomStreams(0), config, count)
-    seen, wanted = by_formula(method, causal, batch, exits, frames, learned)
+    exit_steps = drawn_exits(RandomStreams(0), config, count)
+    seen, expected = by_formula(method, causal, batch, exit_steps, frames, learned)
     torch.testing.assert_close(result.outputs["student_x0"], seen.detach(), atol=1e-5, rtol=0)
-    assert float(result.outputs["exit_step"]) == pytest.approx(sum(exits) / count)
-    assert_close(found, wanted)
+    assert float(result.outputs["exit_step"]) == pytest.approx(sum(exit_steps) / count)
+    assert_close(actual, expected)
 
 
 @given(causals, specs, st.sampled_from([1, 2]), st.booleans(), st.data())
@@ -327,7 +327,7 @@ def test_a_chunks_loss_reaches_its_own_call_and_no_other(
 ):
     method, batch = build(SelfForcingConfig(**MATCHING), causal=causal), batch_of(size)
     chunks = method.adapter.chunks("student")
-    exits = data.draw(st.tuples(*[st.integers(0, 2)] * len(chunks)))
+    exit_steps = data.draw(st.tuples(*[st.integers(0, 2)] * len(chunks)))
     leaves = []
 
     def replace(module, args, kwargs):
@@ -343,14 +343,14 @@ def test_a_chunks_loss_reaches_its_own_call_and_no_other(
     try:
         with checkpointing(method, checkpointed):
             x = method.adapter.rollout(
-                "student", spec, batch.latents, batch.cond, exit_steps=exits,
+                "student", spec, batch.latents, batch.cond, exit_steps=exit_steps,
                 generators=RandomStreams(0).rows("x", size),
             )  # fmt: skip
             assert len(leaves) == len(chunks)
             for i, chunk in enumerate(chunks):
                 loss = x[:, :, chunk.span].square().sum()
-                found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
-                reached = [g is not None and bool(g.abs().sum() > 0) for g in found]
+                gradients = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+                reached = [g is not None and bool(g.abs().sum() > 0) for g in gradients]
                 assert reached == [j == i for j in range(len(chunks))]
     finally:
         hook.remove()
@@ -364,7 +364,7 @@ def test_exit_steps_are_drawn_for_all_chunks_or_for_each(build, same):
         with calls_of(method, "student") as calls:
             method.single_train_step(batch_of(1), STUDENTS_TURN)
         walk = list(SPEC.timesteps)
-        exits, steps = [], []
+        exit_steps, steps = [], []
         for frames, t, learns in calls:
             assert frames == 1
             if t == 0:
@@ -372,13 +372,13 @@ def test_exit_steps_are_drawn_for_all_chunks_or_for_each(build, same):
             assert t == walk[len(steps)]
             steps.append(t)
             if learns:
-                exits.append(len(steps) - 1)
+                exit_steps.append(len(steps) - 1)
                 steps = []
         assert [t for _, t, _ in calls].count(0.0) == 4  # each chunk but the last becomes past
-        assert len(exits) == 5
-        seen.add(tuple(exits))
+        assert len(exit_steps) == 5
+        seen.add(tuple(exit_steps))
     assert len(seen) > 2
-    assert all((len(set(exits)) == 1) == same for exits in seen)
+    assert all((len(set(exit_steps)) == 1) == same for exit_steps in seen)
 
 
 def test_the_last_step_alone(build):
@@ -439,30 +439,30 @@ def test_numbers_that_do_not_go_with_the_chunks_are_refused(build, options, mess
 def test_caches_are_empty_after_a_step_a_stop_and_an_error(build):
     config = SelfForcingConfig(**MATCHING, student_sampler=SPEC, last_step_only=True)
     method, batch = build(config, causal={"chunk_frames": 1}), batch_of(2)
-    held, stop_at, fail_at = [], 0, 0
+    alive, stop_at, fail_at = [], 0, 0
     transformer = method.bundle["student"].modules["transformer"]
 
     def note(module, args):
-        held.append(method.adapter.cached_bytes("student"))
-        if len(held) == stop_at:
+        alive.append(method.adapter.cached_bytes("student"))
+        if len(alive) == stop_at:
             method.stop.request("preempted")
-        if len(held) == fail_at:
+        if len(alive) == fail_at:
             raise ArithmeticError("no number")
 
     hook = transformer.register_forward_pre_hook(note)
     try:
         method.single_train_step(batch, STUDENTS_TURN)
-        assert len(held) == 5 * 3 + 4
-        assert max(held) > 0
+        assert len(alive) == 5 * 3 + 4
+        assert max(alive) > 0
         assert method.adapter.cached_bytes("student") == 0
         for error in (StopRequested, ArithmeticError):
-            held.clear()
+            alive.clear()
             stop_at, fail_at = (9, 0) if error is StopRequested else (0, 9)
             method = build(config, causal={"chunk_frames": 1})
             with pytest.raises(error):
                 method.single_train_step(batch, STUDENTS_TURN)
-            assert len(held) == 9
-            assert held[-1] > 0
+            assert len(alive) == 9
+            assert alive[-1] > 0
             assert method.adapter.cached_bytes("student") == 0
     finally:
         hook.remove()

@@ -65,18 +65,18 @@ def noise():
 @pytest.fixture
 def calls(adapter):
     """(frames, t, batch) of each call of the student's transformer."""
-    made = []
+    calls_made = []
     hook = (
         adapter._bundle["student"]
         .modules["transformer"]
         .register_forward_pre_hook(
-            lambda m, args, kwargs: made.append(
+            lambda m, args, kwargs: calls_made.append(
                 (kwargs["hidden_states"].shape[2], float(kwargs["timestep"][0]))
             ),
             with_kwargs=True,
         )
     )
-    yield made
+    yield calls_made
     hook.remove()
 
 
@@ -199,7 +199,7 @@ def test_a_stream_gives_each_chunk_before_it_asks_for_the_next(adapter, noise, c
             yield noise[:, :, chunk.span]
 
     stream = adapter.stream("student", ODE, noises(), text(2))
-    whole = adapter.sample("student", ODE, noise, text(2))
+    full = adapter.sample("student", ODE, noise, text(2))
     calls.clear()
     first = next(stream)
     assert asked == [0]
@@ -209,7 +209,7 @@ def test_a_stream_gives_each_chunk_before_it_asks_for_the_next(adapter, noise, c
     assert adapter.cached_bytes("student") > 0
     stream.close()  # a viewer left
     assert adapter.cached_bytes("student") == 0
-    assert torch.equal(torch.cat(parts, dim=2), whole[:, :, :4])
+    assert torch.equal(torch.cat(parts, dim=2), full[:, :, :4])
 
 
 def test_streams_and_a_rollout_side_by_side(adapter, noise):
@@ -222,15 +222,15 @@ def test_streams_and_a_rollout_side_by_side(adapter, noise):
         for n in (noise, other)
     ]
     adapter.clear_caches("student")
-    made = []
+    clips = []
     for chunk, *parts in zip(chunks, *streams, strict=True):
-        made.append(parts)
+        clips.append(parts)
         with torch.no_grad():  # a method's rollout: refused if a stream had touched its past
             adapter.forward(
                 "student", noise[:, :, chunk.span], torch.zeros(2), text(2, seed=4),
                 caches=ChunkCall(first_frame=chunk.first, store=True),
             )  # fmt: skip
-    for expected, parts in zip(alone, zip(*made, strict=True), strict=True):
+    for expected, parts in zip(alone, zip(*clips, strict=True), strict=True):
         assert torch.equal(expected, torch.cat(parts, dim=2))
     adapter.clear_caches("student")
 
@@ -280,13 +280,13 @@ def test_an_export_says_that_its_role_is_causal(make, pipeline_template, tmp_pat
     adapter, bundle = make(chunk_frames=3)
     exporter = PLUGIN.exporter(adapter._config, source=str(pipeline_template))
     for name in ("student", "teacher"):
-        facts = exporter.export(
+        record = exporter.export(
             RoleSpec(name=name, path=str(pipeline_template), trainable=False),
             bundle[name].weight_sources(), tmp_path / name, ExportRequest(sampler=ODE),
         )  # fmt: skip
-        causal_notes = [note for note in facts["notes"] if "chunk by chunk" in note]
+        causal_notes = [note for note in record["notes"] if "chunk by chunk" in note]
         assert len(causal_notes) == (name == "student")
-        assert (facts["causal"] or {}).get("chunk_frames") == (3 if name == "student" else None)
+        assert (record["causal"] or {}).get("chunk_frames") == (3 if name == "student" else None)
 
 
 # -- with the other kinds of Wan ------------------------------------------------------------------
@@ -315,19 +315,21 @@ def test_each_expert_sees_a_past_of_its_own(build, noise):
     adapter, clean = build("t2v-experts", chunk_frames=3), normal(2, 4, 7, 4, 6, seed=4)
     parts = {950.0: [], 500.0: []}
     for chunk in adapter.chunks("student"):
-        for t, found in parts.items():
+        for t, prediction in parts.items():
             call = ChunkCall(first_frame=chunk.first)
             x = noise[:, :, chunk.span]
-            found.append(adapter.forward("student", x, torch.full((2,), t), text(2), caches=call))
+            prediction.append(
+                adapter.forward("student", x, torch.full((2,), t), text(2), caches=call)
+            )
         adapter.forward(
             "student", clean[:, :, chunk.span], torch.zeros(2), text(2),
             caches=ChunkCall(first_frame=chunk.first, store=True),
         )  # fmt: skip
-    for t, found in parts.items():
-        whole = adapter.forward(
+    for t, prediction in parts.items():
+        full = adapter.forward(
             "student", noise, torch.full((2,), t), text(2), caches=CleanPast(latents=clean)
         )
-        assert torch.allclose(torch.cat(found, dim=2), whole, atol=1e-5), t
+        assert torch.allclose(torch.cat(prediction, dim=2), full, atol=1e-5), t
     adapter.clear_caches("student")
     assert adapter.cached_bytes("student") == 0
 
@@ -395,8 +397,8 @@ def test_each_chunk_reads_its_own_part_of_a_picture(build, name, numbers):
     cond, x = pictured(name, batch), normal(batch, 4, 7, 4, 6)
     clean = normal(batch, 4, 7, 4, 6, seed=9)
     rolled = by_chunks(adapter, x, t, cond, clean)
-    whole = adapter.forward("student", x, t, cond, caches=CleanPast(latents=clean))
-    assert torch.allclose(rolled, whole, atol=1e-5)
+    full = adapter.forward("student", x, t, cond, caches=CleanPast(latents=clean))
+    assert torch.allclose(rolled, full, atol=1e-5)
     if name == "ti2v":
         other = Condition(dict(cond.tensors) | {"image_latents": normal(batch, 4, 1, 4, 6)})
         assert not torch.allclose(by_chunks(adapter, x, t, other, clean), rolled, atol=1e-3)

@@ -20,8 +20,8 @@ def spread(folder_of):
     """(case, the outcome of one process, those of two)."""
     folder = folder_of("t2v-experts")
     by_rank = run_on_ranks(all_trained, folder, CASES)
-    for found in by_rank:
-        assert isinstance(found, list), found
+    for result in by_rank:
+        assert isinstance(result, list), result
     alone = {case.alone(): None for case in CASES}
     alone = dict(zip(alone, all_trained(folder, list(alone)), strict=True))
     return [(case, alone[case.alone()], both) for case, *both in zip(CASES, *by_rank, strict=True)]
@@ -32,10 +32,12 @@ def test_an_expert_without_a_gradient_does_not_step(spread):
         assert alone.stepped == both[0].stepped == both[1].stepped, case
         learning = {"student"} if case.method == "finetune" else {"student", "critic"}
         assert {key.split(".")[0] for keys in alone.stepped for key in keys} == learning
-        for found in both:
-            assert found.sharded == (case.strategy == "fsdp2")
-            assert [set(keys) for keys in found.stepped] == [set(k) for k in found.reached], case
-            assert found.schedules == found.updates == alone.updates
+        for outcome in both:
+            assert outcome.sharded == (case.strategy == "fsdp2")
+            assert [set(keys) for keys in outcome.stepped] == [set(k) for k in outcome.reached], (
+                case
+            )
+            assert outcome.schedules == outcome.updates == alone.updates
         for role in learning:
             each = [[k for k in keys if k.split(".")[0] == role] for keys in alone.stepped]
             assert max(map(len, each)) == 1, "one expert in each turn"
@@ -55,7 +57,7 @@ def test_ranks_make_the_same_calls(spread):
 def test_numbers_are_those_of_one_process(spread):
     for case, alone, both in spread:
         for name, value in alone.weights.items():
-            for found in both:
+            for outcome in both:
                 numpy.testing.assert_allclose(
-                    found.weights[name], value, rtol=1e-3, atol=2e-5, err_msg=f"{name}, {case}"
+                    outcome.weights[name], value, rtol=1e-3, atol=2e-5, err_msg=f"{name}, {case}"
                 )

@@ -52,7 +52,7 @@ def export(make_adapter, config, pipeline_template):
     return write, adapter, bundle
 
 
-def stock_clips(folder, facts, negative):
+def stock_clips(folder, record, negative):
     """Clips [B, 3, F, H, W] of the stock pipeline, one by one, clip n from the seeds n and 100 + n:
     its scheduler draws from the global RNG, so that a batch would share one generator."""
     from diffusers import WanPipeline
@@ -68,7 +68,7 @@ def stock_clips(folder, facts, negative):
                 negative_prompt=negative,
                 generator=torch.Generator().manual_seed(n),
                 output_type="pt",
-                **facts["call"],
+                **record["call"],
             ).frames
     return torch.stack(clips).permute(0, 2, 1, 3, 4)
 
@@ -117,14 +117,14 @@ SHIPPED = SamplerSpec(steps=2, timesteps=(1000.0, 700.0), stochastic=True)
 )
 def test_stock_pipeline_gives_the_same_clip_bit_for_bit(export, tmp_path, spec):
     write, adapter, _ = export
-    facts = write(tmp_path / "student", spec, max_shard_bytes=40_000)
-    theirs = stock_clips(tmp_path / "student", facts, "left")
+    record = write(tmp_path / "student", spec, max_shard_bytes=40_000)
+    theirs = stock_clips(tmp_path / "student", record, "left")
     ours = torch.cat([our_clips(adapter, spec, "left", [n]) for n in range(len(PROMPTS))])
     assert ours.std() > 1e-3
     assert not torch.allclose(ours[0], ours[1], atol=1e-3)
     assert torch.equal(ours, theirs)
-    assert facts["timestep_deviation"] == 0
-    assert not [note for note in facts["notes"] if "differ" in note]
+    assert record["timestep_deviation"] == 0
+    assert not [note for note in record["notes"] if "differ" in note]
 
 
 @pytest.mark.parametrize("spec", [SHIPPED, SamplerSpec(steps=4, shift=3.0, guidance=1.5)])
@@ -134,7 +134,7 @@ def test_the_stock_pipeline_gives_the_same_batch_bit_for_bit(export, tmp_path, m
     from diffusers import WanPipeline
 
     write, adapter, _ = export
-    facts = write(tmp_path / "student", spec)
+    record = write(tmp_path / "student", spec)
     pipe = WanPipeline.from_pretrained(tmp_path / "student")
     pipe.set_progress_bar_config(disable=True)
     fresh = [torch.Generator().manual_seed(100 + n) for n in range(len(PROMPTS))]
@@ -144,7 +144,7 @@ def test_the_stock_pipeline_gives_the_same_batch_bit_for_bit(export, tmp_path, m
         negative_prompt="left",
         generator=[torch.Generator().manual_seed(n) for n in range(len(PROMPTS))],
         output_type="pt",
-        **facts["call"],
+        **record["call"],
     ).frames.permute(0, 2, 1, 3, 4)
     assert torch.equal(our_clips(adapter, spec, "left", [0, 1]), theirs)
 
@@ -159,8 +159,8 @@ def test_the_shipped_model_gives_the_same_clip_bit_for_bit(tmp_path):
     weights = bundle["student"].weight_sources()
     for spec in (SHIPPED, SamplerSpec(steps=4, shift=3.0, guidance=2.0)):
         request = ExportRequest(sampler=spec)
-        facts = exporter.export(spec_of(folder), weights, tmp_path / "student", request)
-        theirs = stock_clips(tmp_path / "student", facts, "")
+        record = exporter.export(spec_of(folder), weights, tmp_path / "student", request)
+        theirs = stock_clips(tmp_path / "student", record, "")
         ours = [our_clips(adapter, spec, "", [n]) for n in range(len(PROMPTS))]
         assert torch.equal(torch.cat(ours), theirs)
 
@@ -196,8 +196,8 @@ def test_ema_weights_are_written_and_live_ones_kept(export, config, tmp_path):
         write(tmp_path / "a", ema=True)
     assert list(tmp_path.iterdir()) == []
     bundle["student"].ema["transformer"] = Zeros()
-    facts = write(tmp_path / "b", ema=True)
-    assert facts["weights"] == "ema"
+    record = write(tmp_path / "b", ema=True)
+    assert record["weights"] == "ema"
     loaded = PLUGIN.load([spec_of(tmp_path / "b")], config, device=torch.device("cpu"))
     assert all((p == 0).all() for p in loaded["student"].modules["transformer"].parameters())
     assert any(p.any() for p in bundle["student"].modules["transformer"].parameters())
@@ -209,15 +209,15 @@ def test_shards_and_index_are_those_of_diffusers(export, tmp_path, most):
     write, _, bundle = export
     transformer = bundle["student"].modules["transformer"]
     transformer.save_pretrained(tmp_path / "theirs", max_shard_size=most)
-    facts = write(tmp_path / "ours", max_shard_bytes=most)
+    record = write(tmp_path / "ours", max_shard_bytes=most)
     ours = tmp_path / "ours" / "transformer"
     assert {f.name for f in ours.iterdir()} == {f.name for f in (tmp_path / "theirs").iterdir()}
     for file in (tmp_path / "theirs").iterdir():
         if file.suffix == ".safetensors":
-            theirs, found = load_file(file), load_file(ours / file.name)
-            assert theirs.keys() == found.keys()
-            assert all(torch.equal(theirs[key], found[key]) for key in theirs)
-            assert facts["files"][f"transformer/{file.name}"] == (ours / file.name).stat().st_size
+            theirs, tensors = load_file(file), load_file(ours / file.name)
+            assert theirs.keys() == tensors.keys()
+            assert all(torch.equal(theirs[key], tensors[key]) for key in theirs)
+            assert record["files"][f"transformer/{file.name}"] == (ours / file.name).stat().st_size
         elif "index" in file.name:
             assert json.loads(file.read_text()) == json.loads((ours / file.name).read_text())
     assert json.loads((ours / "config.json").read_text()).items() >= {"num_layers": 2}.items()
@@ -230,8 +230,8 @@ def test_16_bits_load_as_the_wide_weights_would(export, tmp_path, precision):
 
     write, _, _ = export
     write(tmp_path / "wide")
-    facts = write(tmp_path / "narrow", precision=precision)
-    assert facts["precision"] == precision
+    record = write(tmp_path / "narrow", precision=precision)
+    assert record["precision"] == precision
     dtype = DTYPES[precision]
     wide, narrow = (
         WanTransformer3DModel.from_pretrained(
@@ -258,11 +258,11 @@ def test_what_fp16_cannot_hold_is_refused(export, tmp_path):
 def test_the_spec_is_written_beside(export, tmp_path):
     write, _, _ = export
     spec = SamplerSpec(steps=2, timesteps=(1000.0, 640.0), stochastic=True, guidance=2.0)
-    facts = write(tmp_path / "s", spec)
+    record = write(tmp_path / "s", spec)
     written = json.loads((tmp_path / "s/sampler_spec.json").read_text())
-    assert written == json.loads(json.dumps(facts))
+    assert written == json.loads(json.dumps(record))
     assert SamplerSpec(**{**written["sampler"], "timesteps": (1000.0, 640.0)}) == spec
-    assert "negative prompt" in " ".join(facts["notes"])
+    assert "negative prompt" in " ".join(record["notes"])
 
 
 def test_a_role_that_trains_in_16_bits_is_told_so(export, tmp_path, pipeline_template):
@@ -354,9 +354,9 @@ def test_weights_of_another_model_are_refused(export, config, pipeline_template,
         "extra.weight": {**state, "extra.weight": torch.zeros(2)},
         r"patch_embedding\.bias \[3\]": {**state, "patch_embedding.bias": torch.zeros(3)},
     }
-    for said, tensors in wrong.items():
+    for message, tensors in wrong.items():
         weights = {"transformer": TensorWeights("role 'student'", tensors)}
-        with pytest.raises(WeightsError, match=said):
+        with pytest.raises(WeightsError, match=message):
             exporter.export(role, weights, tmp_path / "s", request)
     with pytest.raises(WeightsError, match="weights of nothing"):
         exporter.export(role, {}, tmp_path / "s", request)
@@ -371,11 +371,11 @@ def test_every_shifted_grid_is_met(steps, shift, stochastic):
     """Within fp32's own error at 1000, about 1e-4."""
     spec = SamplerSpec(steps=steps, shift=shift, stochastic=stochastic)
     schedule = stock_schedule(spec)
-    made = schedule.scheduler()
-    made.set_timesteps(steps)
+    scheduler = schedule.scheduler()
+    scheduler.set_timesteps(steps)
     exact = torch.tensor([1000 * s for s in spec.sigmas()])
-    assert (made.timesteps - exact).abs().max() < 1e-3
-    assert made.sigmas[-1] == 0
+    assert (scheduler.timesteps - exact).abs().max() < 1e-3
+    assert scheduler.sigmas[-1] == 0
     assert schedule.deviation < 1e-3
 
 
@@ -383,17 +383,17 @@ def test_every_shifted_grid_is_met(steps, shift, stochastic):
 def test_customary_grids_are_met_bit_for_bit(shift):
     for steps in (*range(1, 17), 20, 25, 30, 32, 40, 50):
         spec = SamplerSpec(steps=steps, shift=shift)
-        made = stock_schedule(spec).scheduler()
-        made.set_timesteps(steps)
-        assert made.sigmas.tolist() == torch.tensor([*spec.sigmas(), 0.0]).tolist(), steps
+        scheduler = stock_schedule(spec).scheduler()
+        scheduler.set_timesteps(steps)
+        assert scheduler.sigmas.tolist() == torch.tensor([*spec.sigmas(), 0.0]).tolist(), steps
 
 
 @given(st.integers(2, 50), st.floats(0.05, 31.0), st.floats(0.001, 0.99))
 def test_the_schedulers_arithmetic_is_known_to_the_last_bit(steps, shift, terminal):
-    made = FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=terminal)
-    made.set_timesteps(steps)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=terminal)
+    scheduler.set_timesteps(steps)
     ours = torch.tensor(SchedulerGrid().sigmas(steps, shift, terminal), dtype=torch.float32)
-    assert torch.equal(made.sigmas[:-1], ours)
+    assert torch.equal(scheduler.sigmas[:-1], ours)
 
 
 @given(st.floats(1.0, 999.0))
@@ -405,8 +405,8 @@ def test_what_cannot_be_met_is_measured_and_noted(export, tmp_path):
     write, _, _ = export
     spec = SamplerSpec(steps=2, timesteps=(950.0, 500.0))
     assert stock_schedule(spec).deviation == pytest.approx(50)
-    facts = write(tmp_path / "s", spec)
-    assert "differ" in facts["notes"][0]
+    record = write(tmp_path / "s", spec)
+    assert "differ" in record["notes"][0]
     low = attrs.evolve(spec, timesteps=(1000.0, 500.0), guidance=0.5)
-    facts = write(tmp_path / "s", low)
-    assert "guidance_scale 0.5" in facts["notes"][0]
+    record = write(tmp_path / "s", low)
+    assert "guidance_scale 0.5" in record["notes"][0]

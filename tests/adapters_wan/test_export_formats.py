@@ -97,21 +97,21 @@ def base_pipeline(source):
 
 
 def test_a_comfyui_file_holds_the_role_under_the_original_names(full, tmp_path):
-    facts = full.export(tmp_path / "my-student", format="comfyui")
+    record = full.export(tmp_path / "my-student", format="comfyui")
     file = tmp_path / "my-student" / "my-student.safetensors"
     assert {p.name for p in file.parent.iterdir()} == {file.name, "sampler_spec.json"}
-    found = load_file(file)
+    tensors = load_file(file)
     live = full.module.state_dict()
-    assert {to_original(name): True for name in live} == dict.fromkeys(found, True)
-    assert all(torch.equal(found[to_original(name)], value) for name, value in live.items())
-    assert "head.modulation" in found  # by this ComfyUI and diffusers know a Wan
+    assert {to_original(name): True for name in live} == dict.fromkeys(tensors, True)
+    assert all(torch.equal(tensors[to_original(name)], value) for name, value in live.items())
+    assert "head.modulation" in tensors  # by this ComfyUI and diffusers know a Wan
     with safe_open(file, framework="pt") as stream:
         metadata = stream.metadata()
     assert metadata.keys() == {"format", "sampler_spec"}  # ComfyUI would obey a key "config"
-    told = json.loads(metadata["sampler_spec"])
-    assert told["sampler"]["timesteps"] == [1000.0, 700.0]
-    assert json.loads((file.parent / "sampler_spec.json").read_text())["files"] == facts["files"]
-    assert any("attention_head_dim" in note for note in facts["notes"])
+    spec = json.loads(metadata["sampler_spec"])
+    assert spec["sampler"]["timesteps"] == [1000.0, 700.0]
+    assert json.loads((file.parent / "sampler_spec.json").read_text())["files"] == record["files"]
+    assert any("attention_head_dim" in note for note in record["notes"])
 
 
 def test_a_comfyui_file_gives_the_same_outputs_through_from_single_file(full, tmp_path):
@@ -188,12 +188,12 @@ def test_a_lora_role_is_merged_into_its_base(lora, tmp_path, format):
             layer.merge()
     state = {base_name(k): v for k, v in merged.state_dict().items() if "lora_" not in k}
     if format == "diffusers":
-        found = load_file(tmp_path / "s/transformer/diffusion_pytorch_model.safetensors")
+        tensors = load_file(tmp_path / "s/transformer/diffusion_pytorch_model.safetensors")
     else:
-        found = load_file(tmp_path / "s/s.safetensors")
+        tensors = load_file(tmp_path / "s/s.safetensors")
         state = {to_original(k): v for k, v in state.items()}
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[k], v) for k, v in state.items())
+    assert tensors.keys() == state.keys()
+    assert all(torch.equal(tensors[k], v) for k, v in state.items())
 
 
 def test_a_16_bit_base_does_not_swallow_the_update(pipeline, config, tmp_path):
@@ -202,8 +202,8 @@ def test_a_16_bit_base_does_not_swallow_the_update(pipeline, config, tmp_path):
     save_file({k: v.to(torch.bfloat16) for k, v in load_file(file).items()}, file)
     trained = Trained(config, pipeline, LORA)
     trained.export(tmp_path / "s")
-    found = load_file(tmp_path / "s/transformer/diffusion_pytorch_model.safetensors")
-    kinds = {name: tensor.dtype for name, tensor in found.items()}
+    tensors = load_file(tmp_path / "s/transformer/diffusion_pytorch_model.safetensors")
+    kinds = {name: tensor.dtype for name, tensor in tensors.items()}
     assert kinds["blocks.0.attn1.to_q.weight"] == torch.float32
     assert kinds["blocks.0.attn1.to_q.bias"] == torch.bfloat16
     trained.verify(tmp_path / "s")
@@ -241,17 +241,17 @@ def test_a_fine_tune_of_low_rank_is_found_whole(config, pipeline_template, full,
     trained = Trained(config, pipeline_template, LORA)
     trained.export(tmp_path / "merged")
     merged = load_file(tmp_path / "merged/transformer/diffusion_pytorch_model.safetensors")
-    whole = {"transformer": TensorWeights("merged", merged)}
+    merged_role = {"transformer": TensorWeights("merged", merged)}
     role = attrs.evolve(trained.role, lora=None)
     errors = {}
     for rank in (4, 2):
         request = ExportRequest(sampler=SPEC, format="lora", lora_rank=rank)
-        facts = trained.exporter.export(role, whole, tmp_path / f"r{rank}", request)
-        errors[rank] = facts["lora"]["transformer"]["relative_error"]
-        assert facts["lora"]["transformer"]["layers"] == 20
-        assert facts["lora"]["transformer"]["biases"] == {}
-        assert facts["lora"]["transformer"]["differences"] == {}
-        trained.exporter.verify(role, whole, tmp_path / f"r{rank}", request)
+        record = trained.exporter.export(role, merged_role, tmp_path / f"r{rank}", request)
+        errors[rank] = record["lora"]["transformer"]["relative_error"]
+        assert record["lora"]["transformer"]["layers"] == 20
+        assert record["lora"]["transformer"]["biases"] == {}
+        assert record["lora"]["transformer"]["differences"] == {}
+        trained.exporter.verify(role, merged_role, tmp_path / f"r{rank}", request)
     assert errors[4] < 1e-5
     assert 0.1 < errors[2] < 0.9
 
@@ -272,19 +272,19 @@ def test_extracted_adapters_of_other_weights_do_not_pass(full, tmp_path, precisi
 def test_what_is_no_matrix_is_beside_the_adapters(full, pipeline_template, tmp_path):
     """Biases of linear layers in both files; norms, tables and the patch embedding as ComfyUI reads
     them. Nothing is left out."""
-    facts = full.export(tmp_path / "s", format="lora", lora_rank=23)
-    told = facts["lora"]["transformer"]
+    record = full.export(tmp_path / "s", format="lora", lora_rank=23)
+    reported = record["lora"]["transformer"]
     state = full.module.state_dict()
     base = PLUGIN.weights(str(pipeline_template))["transformer"]
     old = base.read(base.describe())
     linear = {n for n, m in full.module.named_modules() if isinstance(m, torch.nn.Linear)}
-    assert set(told["by_layer"]) == linear
-    assert told["biases"].keys() == {f"{layer}.bias" for layer in linear}
+    assert set(reported["by_layer"]) == linear
+    assert reported["biases"].keys() == {f"{layer}.bias" for layer in linear}
     rest = state.keys() - {f"{layer}.{kind}" for layer in linear for kind in ("weight", "bias")}
-    assert told["differences"].keys() == rest
+    assert reported["differences"].keys() == rest
     assert {"patch_embedding.weight", "blocks.0.norm2.bias", "scale_shift_table"} <= rest
-    assert all(0 < change <= 1.5 for change in told["differences"].values())
-    assert any("s-comfyui.safetensors has them as .diff" in note for note in facts["notes"])
+    assert all(0 < change <= 1.5 for change in reported["differences"].values())
+    assert any("s-comfyui.safetensors has them as .diff" in note for note in record["notes"])
 
     comfy = load_file(tmp_path / "s/s-comfyui.safetensors")
     ours = load_file(tmp_path / "s/pytorch_lora_weights.safetensors")
@@ -304,30 +304,32 @@ def test_what_is_no_matrix_is_beside_the_adapters(full, pipeline_template, tmp_p
     for name, value in state.items():
         # 23 of 24 directions of a weight are there, and all of everything else.
         most = 1e-6 if name in rest or name.endswith(".bias") else 0.3
-        found = rebuilt[to_original(name)]
-        assert (found - value).norm() <= most * (value - old[name]).norm(), name
+        actual = rebuilt[to_original(name)]
+        assert (actual - value).norm() <= most * (value - old[name]).norm(), name
     assert all("lora" in key for key in ours)  # load_lora_weights refuses a file with other names
     assert sum(key.endswith(".lora_B.bias") for key in ours) == len(linear)
 
     # Through stock diffusers, from either file: the same, and nearer to the role's outputs.
     full.verify(tmp_path / "s", format="lora", lora_rank=23)
-    wanted, found = outputs(full.module), {}
+    expected, actual = outputs(full.module), {}
     for file in ("pytorch_lora_weights", "s-comfyui"):
         pipe = base_pipeline(pipeline_template)
         pipe.load_lora_weights(tmp_path / "s", weight_name=f"{file}.safetensors")
-        found[file] = outputs(pipe.transformer)
+        actual[file] = outputs(pipe.transformer)
         layer = pipe.transformer.blocks[0].ffn.net[2]
         torch.testing.assert_close(
             layer.lora_B["default_0"].bias.data,
             state["blocks.0.ffn.net.2.bias"] - old["blocks.0.ffn.net.2.bias"],
         )
-    assert torch.equal(*found.values())
+    assert torch.equal(*actual.values())
     without = tmp_path / "without"
     without.mkdir()
     save_file({k: v for k, v in ours.items() if "bias" not in k}, without / "x.safetensors")
     pipe = base_pipeline(pipeline_template)
     pipe.load_lora_weights(without, weight_name="x.safetensors")
-    errors = [float((x - wanted).norm()) for x in (found["s-comfyui"], outputs(pipe.transformer))]
+    errors = [
+        float((x - expected).norm()) for x in (actual["s-comfyui"], outputs(pipe.transformer))
+    ]
     assert errors[0] < 0.9 * errors[1]
 
 
@@ -336,12 +338,14 @@ def test_a_bias_alone_comes_with_empty_factors(pipeline_template):
     state = base.read(base.describe())
     state["proj_out.bias"] = state["proj_out.bias"] + 1
     state["blocks.0.scale_shift_table"] = state["blocks.0.scale_shift_table"] + 1
-    found = extract(TensorWeights("x", state), base, 2, precision="bf16")
-    assert found.factors.keys() == found.biases.keys() == {"proj_out"}
-    assert not any(factor.any() for factor in found.factors["proj_out"])
-    assert torch.equal(found.biases["proj_out"], torch.ones_like(found.biases["proj_out"]))
-    assert found.biases["proj_out"].dtype == torch.bfloat16
-    assert found.differences.keys() == {"blocks.0.scale_shift_table"}
+    extraction = extract(TensorWeights("x", state), base, 2, precision="bf16")
+    assert extraction.factors.keys() == extraction.biases.keys() == {"proj_out"}
+    assert not any(factor.any() for factor in extraction.factors["proj_out"])
+    assert torch.equal(
+        extraction.biases["proj_out"], torch.ones_like(extraction.biases["proj_out"])
+    )
+    assert extraction.biases["proj_out"].dtype == torch.bfloat16
+    assert extraction.differences.keys() == {"blocks.0.scale_shift_table"}
 
 
 @pytest.mark.parametrize(
@@ -360,30 +364,30 @@ def test_a_difference_that_is_not_the_roles_is_noticed(full, tmp_path, key):
 
 
 def test_the_reported_error_is_that_of_the_file(full, pipeline_template, tmp_path):
-    facts = full.export(tmp_path / "s", format="lora", lora_rank=6, precision="bf16")
+    record = full.export(tmp_path / "s", format="lora", lora_rank=6, precision="bf16")
     file = load_file(tmp_path / "s/pytorch_lora_weights.safetensors")
     assert {tensor.dtype for tensor in file.values()} == {torch.bfloat16}
     base = PLUGIN.weights(str(pipeline_template))["transformer"]
     state = full.module.state_dict()
-    lost = whole = 0.0
-    for layer, told in facts["lora"]["transformer"]["by_layer"].items():
+    lost = norm = 0.0
+    for layer, reported in record["lora"]["transformer"]["by_layer"].items():
         name = f"{layer}.weight"
         delta = (state[name] - base.read([name])[name]).double()
         a, b = (file[f"transformer.{layer}.lora_{side}.weight"].double() for side in "AB")
         error = (delta - b @ a).norm()
-        assert told["relative_error"] == pytest.approx(float(error / delta.norm()), rel=1e-4)
-        lost, whole = lost + error**2, whole + delta.norm() ** 2
-    told = facts["lora"]["transformer"]["relative_error"]
-    assert told == pytest.approx(float((lost / whole).sqrt()), rel=1e-4)
+        assert reported["relative_error"] == pytest.approx(float(error / delta.norm()), rel=1e-4)
+        lost, norm = lost + error**2, norm + delta.norm() ** 2
+    reported = record["lora"]["transformer"]["relative_error"]
+    assert reported == pytest.approx(float((lost / norm).sqrt()), rel=1e-4)
 
 
 def test_a_layer_that_did_not_change_gets_no_adapter(pipeline_template):
     base = PLUGIN.weights(str(pipeline_template))["transformer"]
     state = base.read(base.describe())
     state["proj_out.weight"] = state["proj_out.weight"] + 1
-    found = extract(TensorWeights("x", state), base, 2)
-    assert set(found.factors) == {"proj_out"}
-    assert found.relative_error < 1e-5  # a matrix of ones has rank 1
+    extraction = extract(TensorWeights("x", state), base, 2)
+    assert set(extraction.factors) == {"proj_out"}
+    assert extraction.relative_error < 1e-5  # a matrix of ones has rank 1
 
 
 def test_a_role_that_is_its_base_makes_no_lora(config, pipeline_template, tmp_path):
@@ -433,32 +437,32 @@ def test_a_good_export_passes_and_a_damaged_one_is_named(request, tmp_path, whic
     folder = tmp_path / "s"
     trained.export(folder, **request_)
     before = torch.get_rng_state()
-    facts = trained.verify(folder, **request_)
+    record = trained.verify(folder, **request_)
     assert torch.equal(torch.get_rng_state(), before)
-    found = facts["transformer"]
+    differences = record["transformer"]
     if request_.get("format") == "lora":
-        assert 0 < found["largest_difference"] < 1e-5
+        assert 0 < differences["largest_difference"] < 1e-5
     else:
-        assert found["largest_difference"] == 0
-        assert found["tensors"] == 69
+        assert differences["largest_difference"] == 0
+        assert differences["tensors"] == 69
     file = max(
         (f for f in folder.rglob("*.safetensors") if f.parent.name in ("s", "transformer")),
         key=lambda f: ("comfyui" not in f.name, f.stat().st_size),
     )
-    whole = load_file(file)
-    name = next(name for name in sorted(whole) if whole[name].dim() == 2)
+    full = load_file(file)
+    name = next(name for name in sorted(full) if full[name].dim() == 2)
 
-    bumped = whole[name].clone()
+    bumped = full[name].clone()
     bumped[0, 0] += 0.25
-    save_file({**whole, name: bumped}, file, {"format": "pt"})
+    save_file({**full, name: bumped}, file, {"format": "pt"})
     with pytest.raises(WeightsError, match=r"not those of the role|different outputs"):
         trained.verify(folder, **request_)
 
-    save_file({k: v for k, v in whole.items() if k != name}, file, {"format": "pt"})
+    save_file({k: v for k, v in full.items() if k != name}, file, {"format": "pt"})
     with pytest.raises(WeightsError, match=r"missing|other half"):
         trained.verify(folder, **request_)
 
-    save_file({**whole, "stray.weight": torch.zeros(2)}, file, {"format": "pt"})
+    save_file({**full, "stray.weight": torch.zeros(2)}, file, {"format": "pt"})
     if "max_shard_bytes" not in request_:  # what no index names is not read
         with pytest.raises(WeightsError, match=r"stray"):
             trained.verify(folder, **request_)
@@ -569,17 +573,17 @@ def test_two_experts_are_two_of_everything(experts, config, tmp_path, format, fi
     exporter = PLUGIN.exporter(config, source=role.path)
     rank = 2 if format == "lora" else None
     request = ExportRequest(sampler=SPEC, format=format, lora_rank=rank)
-    facts = exporter.export(role, weights, tmp_path / "s", request)
+    record = exporter.export(role, weights, tmp_path / "s", request)
     assert exporter.verify(role, weights, tmp_path / "s", request).keys() >= weights.keys()
     if files is not None:
-        assert set(facts["files"]) == files
+        assert set(record["files"]) == files
         return
     index = json.loads((tmp_path / "s/model_index.json").read_text())
     assert index["transformer_2"] == ["diffusers", "WanTransformer3DModel"]
     assert index["boundary_ratio"] == 0.875
     for name, source in weights.items():
-        found = load_file(tmp_path / "s" / name / "diffusion_pytorch_model.safetensors")
-        assert all(torch.equal(found[key], value) for key, value in source.tensors.items())
+        tensors = load_file(tmp_path / "s" / name / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(tensors[key], value) for key, value in source.tensors.items())
 
 
 def test_an_expert_that_never_moved_is_left_out_of_a_lora(experts, config, tmp_path):
@@ -588,16 +592,16 @@ def test_an_expert_that_never_moved_is_left_out_of_a_lora(experts, config, tmp_p
     weights = {**weights, "transformer": PLUGIN.weights(role.path)["transformer"]}
     exporter = PLUGIN.exporter(config, source=role.path)
     request = ExportRequest(sampler=SPEC, format="lora", lora_rank=2)
-    facts = exporter.export(role, weights, tmp_path / "s", request)
-    assert set(facts["files"]) == {
+    record = exporter.export(role, weights, tmp_path / "s", request)
+    assert set(record["files"]) == {
         "pytorch_lora_weights-transformer_2.safetensors",
         "s-comfyui-transformer_2.safetensors",
     }
-    assert any("transformer: no weight differs" in note for note in facts["notes"])
+    assert any("transformer: no weight differs" in note for note in record["notes"])
     checked = exporter.verify(role, weights, tmp_path / "s", request)
     assert checked["transformer"]["layers"] == 0
     assert checked["transformer_2"]["layers"] > 0
-    for file in facts["files"]:
+    for file in record["files"]:
         (tmp_path / "s" / file).unlink()
     with pytest.raises(WeightsError, match=r"is missing, and .* differs from the base's"):
         exporter.verify(role, weights, tmp_path / "s", request)

@@ -49,7 +49,7 @@ def test_two_ranks_write_what_one_does_byte_for_byte(config, pipeline_template, 
     for name, request in REQUESTS.items():
         weights = bundle["student"].weight_sources()
         PLUGIN.exporter(config, source=path).export(role, weights, tmp_path / "one" / name, request)
-    found, expected = files(tmp_path / "two"), files(tmp_path / "one")
-    assert found.keys() == expected.keys()
-    assert len(found) > 10
-    assert [name for name, content in found.items() if content != expected[name]] == []
+    actual, expected = files(tmp_path / "two"), files(tmp_path / "one")
+    assert actual.keys() == expected.keys()
+    assert len(actual) > 10
+    assert [name for name, content in actual.items() if content != expected[name]] == []

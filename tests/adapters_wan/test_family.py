@@ -83,9 +83,9 @@ def test_a_git_lfs_pointer_is_a_problem(pipeline, config):
 
 
 def test_a_folder_that_is_not_there(tmp_path, config):
-    said = problems(tmp_path / "nope" / "wan", config)
-    assert str(tmp_path / "nope" / "wan") in said
-    assert f"nearest that exists is {tmp_path}" in said
+    reported = problems(tmp_path / "nope" / "wan", config)
+    assert str(tmp_path / "nope" / "wan") in reported
+    assert f"nearest that exists is {tmp_path}" in reported
 
 
 def test_components_of_another_folder_are_checked_there(pipeline, tmp_path, config):

@@ -54,10 +54,10 @@ def by_hand(transformer: Any, index: int, call: dict[str, Any]) -> Tensor:
     hook = transformer.blocks[index].register_forward_hook(lambda *args: seen.append(args[2]))
     transformer(call["x_t"], call["t"], call["cond"].tensors["text"])
     hook.remove()
-    found = torch.empty(2, WIDTH, *GRID)
+    features = torch.empty(2, WIDTH, *GRID)
     for token, (f, h, w) in enumerate(torch.cartesian_prod(*map(torch.arange, GRID)).tolist()):
-        found[:, :, f, h, w] = seen[0][:, token]
-    return found
+        features[:, :, f, h, w] = seen[0][:, token]
+    return features
 
 
 def test_features_are_what_the_blocks_give(adapter, call):
@@ -66,9 +66,9 @@ def test_features_are_what_the_blocks_give(adapter, call):
     with torch.no_grad():
         pred = adapter.forward("teacher", **call, features=features)
         assert torch.equal(pred, adapter.forward("teacher", **call))
-        for index, found in features.items():
-            assert found.dtype == torch.float32
-            assert torch.equal(found, by_hand(transformer, index, call))
+        for index, feature in features.items():
+            assert feature.dtype == torch.float32
+            assert torch.equal(feature, by_hand(transformer, index, call))
     assert list(features) == [1, 0]
     assert not any(block._forward_hooks for block in transformer.blocks)
 

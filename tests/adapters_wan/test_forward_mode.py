@@ -54,8 +54,8 @@ def difference(adapter, x, t, cond, dx, dt):
         return (4 * central(H / 2) - central(H)) / 3
 
 
-def close(found, expected):
-    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+def close(actual, expected):
+    assert (actual - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("direction", ["x", "t", "both"])
@@ -77,11 +77,11 @@ def test_it_is_the_limit_of_differences(make, direction):
 def test_attention_by_parts_is_the_whole(make, monkeypatch):
     adapter, _ = make()
     x, t, cond, dx, dt = inputs(adapter)
-    whole = adapter.forward_jvp("student", x, t, cond, dx=dx, dt=dt)
+    full = adapter.forward_jvp("student", x, t, cond, dx=dx, dt=dt)
     # 18 tokens of two clips and two heads: five queries at a time.
     monkeypatch.setattr(forward_mode, "_MAX_SCORES", 5 * 2 * 2 * 18)
     parts = adapter.forward_jvp("student", x, t, cond, dx=dx, dt=dt)
-    for a, b in zip(whole, parts, strict=True):
+    for a, b in zip(full, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
@@ -141,10 +141,10 @@ def test_in_sixteen_bits_it_is_near(make):
     """bf16 has 8 bits: a correlation above 0.99 with the tangent in fp64."""
     adapter, exact = make(precision="bf16")[0], make()[0]
     x, t, cond, dx, dt = inputs(adapter)
-    found, expected = (
+    actual, expected = (
         a.forward_jvp("student", x.float(), t.float(), cond, dx=dx.float(), dt=20 * dt.float())[1]
         for a in (adapter, exact)
     )
-    assert found.dtype == torch.float32
-    pair = torch.stack([found.flatten(), expected.flatten()])
+    assert actual.dtype == torch.float32
+    pair = torch.stack([actual.flatten(), expected.flatten()])
     assert torch.corrcoef(pair)[0, 1] > 0.99

@@ -245,9 +245,9 @@ def test_weights_are_read_in_groups(sizes, most):
             return super().read(names)
 
     tensors = {str(i): torch.full((size,), float(i)) for i, size in enumerate(sizes)}
-    found = list(read_in_groups(Source("w", tensors), tensors, most))
-    assert len(found) == len(sizes)
-    assert all(torch.equal(tensors[name], value) for name, value in found)
+    groups = list(read_in_groups(Source("w", tensors), tensors, most))
+    assert len(groups) == len(sizes)
+    assert all(torch.equal(tensors[name], value) for name, value in groups)
     assert all(len(read) <= 1 or sum(read) <= most for read in reads)
 
 
@@ -262,8 +262,8 @@ def test_rows_of_a_tensor_are_those_of_the_whole(pipeline_template, one, other):
     places = {"a": (file, names[0]), "b": (memory, names[1]), "c": (drawn, *drawn.shapes)}
     joined = JoinedWeights("w", places)
     assert joined.describe()["a"] == file.describe()[names[0]]
-    whole = joined.read("abc")
-    assert list(whole) == ["a", "b", "c"]
-    assert whole["c"].std() > 0
-    for name, value in whole.items():
+    full = joined.read("abc")
+    assert list(full) == ["a", "b", "c"]
+    assert full["c"].std() > 0
+    for name, value in full.items():
         assert torch.equal(joined.read_rows(name, start, stop), value[start:stop])

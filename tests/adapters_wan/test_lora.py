@@ -197,10 +197,10 @@ def test_gradients_reach_adapters_alone_and_are_those_of_fp32(
     for name, parameter in module(bundle["student"]).named_parameters():
         assert (parameter.grad is not None) == is_adapter(name), name
     for layer, (a, b) in layers.items():
-        whole = module(bundle["plain"]).get_submodule(layer).weight.grad
+        full = module(bundle["plain"]).get_submodule(layer).weight.grad
         expected = {
-            a: lora.scale * moving[b].detach().T @ whole,
-            b: lora.scale * whole @ moving[a].detach().T,
+            a: lora.scale * moving[b].detach().T @ full,
+            b: lora.scale * full @ moving[a].detach().T,
         }
         for name, gradient in expected.items():
             own = moving[name].grad
@@ -222,7 +222,7 @@ def test_default_targets_are_every_linear_layer_of_a_block_but_those_of_pictures
 
 
 @pytest.mark.parametrize(
-    ("target", "said"),
+    ("target", "message"),
     [
         ("to_out", "did you mean 'to_out.0'"),
         ("q", "diffusers calls it 'to_q'"),
@@ -231,12 +231,12 @@ def test_default_targets_are_every_linear_layer_of_a_block_but_those_of_pictures
         ("_q", "did you mean 'to_q'"),
     ],
 )
-def test_targets_that_match_nothing(pipeline_template, config, target, said):
+def test_targets_that_match_nothing(pipeline_template, config, target, message):
     lora = LoraSpec(rank=2, target_modules=("to_q", target))
     (problem,) = PLUGIN.role_problems(role(pipeline_template, lora), config)
     assert problem.path == ("lora", "target_modules")
     assert problem.message.startswith(f"{target!r} ")
-    with pytest.raises(WeightsError, match=said):
+    with pytest.raises(WeightsError, match=message):
         load(role(pipeline_template, lora), config)
 
 
@@ -297,7 +297,7 @@ def test_whole_weights_become_the_base(pipeline_template, config):
 
 
 @pytest.mark.parametrize(
-    ("lora", "said"),
+    ("lora", "message"),
     [
         (
             LoraSpec(rank=3),
@@ -311,9 +311,9 @@ def test_whole_weights_become_the_base(pipeline_template, config):
         (None, r"rank 2, 20 layers.*no lora.*merged"),
     ],
 )
-def test_adapters_that_do_not_fit_are_named(pipeline_template, config, lora, said):
+def test_adapters_that_do_not_fit_are_named(pipeline_template, config, lora, message):
     source = checkpoint_of(load(role(pipeline_template), config))
-    with pytest.raises(WeightsError, match=said) as raised:
+    with pytest.raises(WeightsError, match=message) as raised:
         load(role(pipeline_template, lora), config, source=source)
     assert str(raised.value).startswith("role 'r', transformer")
 

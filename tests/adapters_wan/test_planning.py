@@ -71,11 +71,11 @@ def test_the_plan_has_each_tensor_that_is_loaded(folder, kind):
     (plan,) = PLUGIN.plan(spec, CLIP).modules
     handle = loaded(spec)
     module = handle.modules["transformer"]
-    found = {
+    loaded_tensors = {
         name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in module.named_parameters()
     }
-    assert {t.name: (t.shape, t.dtype, t.trained) for t in plan.tensors} == found
-    assert len(plan.tensors) == len(found)
+    assert {t.name: (t.shape, t.dtype, t.trained) for t in plan.tensors} == loaded_tensors
+    assert len(plan.tensors) == len(loaded_tensors)
     assert plan.buffer_bytes == sum(b.nbytes for b in module.buffers())
     for tensor in plan.tensors:
         block = ".".join(tensor.name.split(".")[:2]) if tensor.name.startswith("blocks.") else None
@@ -88,9 +88,9 @@ def test_a_call_takes_what_is_planned(folder, kind):
     spec = role(folder, kind)
     plan = PLUGIN.plan_call(spec, CLIP, source=spec.path, batch=3)
     assert plan is not None
-    found = measure_call(loaded(spec), PLUGIN.call_model, inputs(spec, 3))
-    assert plan.most == pytest.approx(found.most, rel=0.02)
-    assert plan.held == pytest.approx(found.held if spec.trainable else 0, rel=0.02)
+    measured = measure_call(loaded(spec), PLUGIN.call_model, inputs(spec, 3))
+    assert plan.most == pytest.approx(measured.most, rel=0.02)
+    assert plan.held == pytest.approx(measured.held if spec.trainable else 0, rel=0.02)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -105,8 +105,8 @@ def test_a_frozen_call_that_a_discriminator_reads_takes_what_is_planned(
     plan = PLUGIN.plan_call(spec, CLIP, source=spec.path, batch=3, input_gradient=True)
     values = inputs(spec, 3)
     values["latents"].requires_grad_()
-    found = measure_call(loaded(spec), PLUGIN.call_model, values)
-    assert plan.most == pytest.approx(found.most, rel=0.02)
+    measured = measure_call(loaded(spec), PLUGIN.call_model, values)
+    assert plan.most == pytest.approx(measured.most, rel=0.02)
     assert plan.held == 0
     assert plan.most > PLUGIN.plan_call(spec, CLIP, source=spec.path, batch=3).most
 
@@ -133,13 +133,13 @@ def test_a_call_of_every_variant_takes_what_is_planned(name, folder_of, monkeypa
     wan.forward("student", torch.randn(2, *wan.latent_shape), torch.full((2,), 950.0), cond)
     ((hidden, times, text, image),) = calls
     values = {"latents": hidden, "t": times, "text": text}
-    found = measure_call(
+    measured = measure_call(
         bundle["student"],
         lambda role, x: call_transformer(role, x["latents"], x["t"], x["text"], x.get("image")),
         values if image is None else {**values, "image": image},
     )
-    assert plan.most == pytest.approx(found.most, rel=0.02)
-    assert plan.held == pytest.approx(found.held, rel=0.02)
+    assert plan.most == pytest.approx(measured.most, rel=0.02)
+    assert plan.held == pytest.approx(measured.held, rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["trained", "trained in bf16", "LoRA"])

@@ -92,13 +92,13 @@ def on_meta(tmp_path_factory):
                 for name, numbers in model.transformers.items()
             }
         role = RoleHandle(name="student", modules=modules, call_options=model.call_options)
-        facts = PUBLISHED[hub_id].latents
+        latents = PUBLISHED[hub_id].latents
         folder = tmp_path_factory.mktemp("published")
         (folder / "vae").mkdir()
         vae = {
-            "z_dim": facts.channels, "scale_factor_temporal": facts.stride_t,
-            "scale_factor_spatial": facts.stride_hw, "latents_mean": [0.0] * facts.channels,
-            "latents_std": [1.0] * facts.channels,
+            "z_dim": latents.channels, "scale_factor_temporal": latents.stride_t,
+            "scale_factor_spatial": latents.stride_hw, "latents_mean": [0.0] * latents.channels,
+            "latents_std": [1.0] * latents.channels,
         }  # fmt: skip
         (folder / "vae/config.json").write_text(json.dumps(vae))
         bundle = ModelBundle({"student": role})
@@ -121,12 +121,12 @@ def test_a_call_of_the_real_size(hub_id, on_meta):
     shape = LATENTS.get(hub_id, (16, 21, 60, 104))
     assert adapter.latent_shape == shape
     assert PLUGIN.latent_shape(config_of(hub_id), source=hub_id) == shape
-    wanted = PLUGIN.condition_shapes(config_of(hub_id), source=hub_id)
-    assert wanted["text"] == (512, 4096)
-    assert ("image_latents" in wanted) == ("I2V-" in hub_id and "TI2V" not in hub_id)
-    assert ("image_embeds" in wanted) == ("Wan2.1-I2V" in hub_id)
+    expected = PLUGIN.condition_shapes(config_of(hub_id), source=hub_id)
+    assert expected["text"] == (512, 4096)
+    assert ("image_latents" in expected) == ("I2V-" in hub_id and "TI2V" not in hub_id)
+    assert ("image_embeds" in expected) == ("Wan2.1-I2V" in hub_id)
     with torch.device("meta"):
-        cond = {name: torch.empty(1, *size) for name, size in wanted.items()}
+        cond = {name: torch.empty(1, *size) for name, size in expected.items()}
         x_t = torch.empty(1, *shape)
         first = torch.empty(1, shape[0], 1, *shape[2:])
     tokens, calls, hooks = math.prod(shape[1:]) // 4, [], []

@@ -14,7 +14,7 @@ WAYS = [leave_whole, shard, shard_on_cpu, hsdp_parts]
 
 def all_of(results):
     """Of every rank, none of which failed."""
-    assert not any(isinstance(found, str) for found in results), results
+    assert not any(isinstance(result, str) for result in results), results
     return results
 
 
@@ -38,21 +38,23 @@ def test_the_derivative_of_a_sharded_role_is_that_of_a_whole_one(pipeline_templa
 
 def test_each_rank_reads_what_it_holds(pipeline_template):
     roles = [spec(pipeline_template)]
-    for read, held in all_of(run_on_ranks(wan.read_by_each, pipeline_template, roles, shard)):
-        assert read == {name: count for name, count in held.items() if count}
+    for read, local in all_of(run_on_ranks(wan.read_by_each, pipeline_template, roles, shard)):
+        assert read == {name: count for name, count in local.items() if count}
     first, second = all_of(run_on_ranks(wan.read_by_each, pipeline_template, roles, leave_whole))
     assert first[0] == first[1] == second[1]
     assert second[0] == {}
-    for read, held in all_of(run_on_ranks(wan.read_by_each, pipeline_template, roles, hsdp_copies)):
-        assert read == held
+    for read, local in all_of(
+        run_on_ranks(wan.read_by_each, pipeline_template, roles, hsdp_copies)
+    ):
+        assert read == local
 
 
 def test_what_one_rank_cannot_load_none_loads(pipeline_template, pipeline):
     file = pipeline / "transformer" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "eps": 1e-5}))
-    told = all_of(run_on_ranks(wan.refusals, pipeline_template, pipeline))
-    for rank in told:
+    messages = all_of(run_on_ranks(wan.refusals, pipeline_template, pipeline))
+    for rank in messages:
         assert "rank 0: " in rank["rank 0 cannot read"]
         assert "Input/output error" in rank["rank 0 cannot read"]
         assert rank["rank 1 need not read"] == "loaded"
@@ -64,20 +66,20 @@ def test_what_one_rank_cannot_load_none_loads(pipeline_template, pipeline):
 def test_adapters_beside_one_base_train(pipeline_template, way):
     (expected,) = [wan.trained_beside_a_base(pipeline_template, leave_whole)]
     results = all_of(run_on_ranks(wan.trained_beside_a_base, pipeline_template, way))
-    for found in [expected, *results]:
-        for role, names in found["gradients"].items():
+    for actual in [expected, *results]:
+        for role, names in actual["gradients"].items():
             assert names
             assert all(n.startswith(f"{role}.") and ".lora_" in n for n in names)
-        assert all("lora_" in name for name in found["moved"])
-        assert {name.split(".")[0] for name in found["moved"]} == {"student", "critic"}
-        assert found["outputs"]["student"] != found["outputs"]["teacher"]
+        assert all("lora_" in name for name in actual["moved"])
+        assert {name.split(".")[0] for name in actual["moved"]} == {"student", "critic"}
+        assert actual["outputs"]["student"] != actual["outputs"]["teacher"]
     for role, names in expected["shared"].items():
         assert all(names.values()), role
-    for found in results:
-        for names in found["shared"].values():
+    for actual in results:
+        for names in actual["shared"].values():
             # Of uneven parts FSDP2 keeps a padded copy: here of one row on two ranks.
             assert {n for n, same in names.items() if not same} <= {
                 n for n in names if n.endswith("scale_shift_table")
             }
-        assert found["moved"] == expected["moved"]
-        assert found["outputs"]["teacher"] == expected["outputs"]["teacher"]
+        assert actual["moved"] == expected["moved"]
+        assert actual["outputs"]["teacher"] == expected["outputs"]["teacher"]

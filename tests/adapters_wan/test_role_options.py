@@ -66,8 +66,8 @@ def choices(folder) -> tuple[list, list]:
 def test_options_change_no_name_and_no_number(pipeline_template):
     plain, optioned = choices(pipeline_template)
     expected = wan.gradients(pipeline_template, plain)
-    found, calls = wan.compiled_gradients(pipeline_template, optioned, leave_whole)
-    assert found == expected
+    gradients, calls = wan.compiled_gradients(pipeline_template, optioned, leave_whole)
+    assert gradients == expected
     assert calls == 2 * 2  # two blocks, and again in the backward pass
 
 
@@ -77,11 +77,11 @@ def test_options_work_over_shards(pipeline_template):
     expected = wan.gradients(pipeline_template, plain)
     for rank in run_on_ranks(wan.compiled_gradients, pipeline_template, optioned, shard):
         assert not isinstance(rank, str), rank
-        found, calls = rank
+        gradients, calls = rank
         assert calls == 2 * 2
-        assert found.keys() == expected.keys()
+        assert gradients.keys() == expected.keys()
         for name, bits in expected.items():
-            theirs, ours = (np.frombuffer(b, dtype=np.float32) for b in (bits, found[name]))
+            theirs, ours = (np.frombuffer(b, dtype=np.float32) for b in (bits, gradients[name]))
             assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max(), name
 
 
@@ -120,15 +120,17 @@ def place(bundle, role: str) -> dict[str, int]:
 @given(calls=st.lists(st.sampled_from(["teacher", "reward", "student"]), max_size=6))
 def test_one_role_at_a_time_is_away_from_home(pipeline_template, calls):
     bundle, adapter = waiting(pipeline_template)
-    home = {role: place(bundle, role) for role in bundle.roles}
+    addresses = {role: place(bundle, role) for role in bundle.roles}
     with torch.no_grad():
         expected = {role: adapter.forward(role, *wan.inputs()) for role in bundle.roles}
         for role in calls:
             assert torch.equal(adapter.forward(role, *wan.inputs()), expected[role])
             for other in ("teacher", "reward"):
-                moved = [where != home[other][name] for name, where in place(bundle, other).items()]
+                moved = [
+                    where != addresses[other][name] for name, where in place(bundle, other).items()
+                ]
                 assert all(moved) if other == role else not any(moved)
-    assert place(bundle, "student") == home["student"]
+    assert place(bundle, "student") == addresses["student"]
 
 
 def memory(bundle, role: str) -> list[StorageWeakRef]:
@@ -154,7 +156,7 @@ def test_what_goes_home_frees_the_device(pipeline_template):
 def test_a_graph_keeps_what_its_backward_pass_needs(pipeline_template, role):
     """Of ``reward`` the blocks come again, as its activations are computed again."""
     bundle, adapter = waiting(pipeline_template)
-    home = place(bundle, role)
+    addresses = place(bundle, role)
     x, t, cond = wan.inputs()
     gradients = []
     for others in ([], ["student"], ["teacher", "reward", "student"]):
@@ -165,16 +167,16 @@ def test_a_graph_keeps_what_its_backward_pass_needs(pipeline_template, role):
             for other in others:
                 adapter.forward(other, *wan.inputs())
         if others:
-            assert place(bundle, role) == home
+            assert place(bundle, role) == addresses
             assert (0 < gone(away) < len(away)) or role == "reward"
         loss.backward()
         gradients.append(given_x.grad)
         if others:
-            came_again = set(place(bundle, role).values()).isdisjoint(home.values())
-            assert came_again == (role == "reward")
+            reloaded = set(place(bundle, role).values()).isdisjoint(addresses.values())
+            assert reloaded == (role == "reward")
         del loss
         adapter.forward("student", *wan.inputs())
-        assert place(bundle, role) == home
+        assert place(bundle, role) == addresses
         assert gone(away) == len(away)
     assert gradients[0].abs().max() > 0
     assert all(torch.equal(one, other) for one, other in pairwise(gradients))
@@ -183,13 +185,13 @@ def test_a_graph_keeps_what_its_backward_pass_needs(pipeline_template, role):
 @pytest.mark.parametrize("options", [{}, *({k: v} for k, v in OPTIONS[1].items())])
 def test_the_backward_pass_of_another_role_has_the_device(pipeline_template, options):
     bundle, adapter = waiting(pipeline_template, **options)
-    home = place(bundle, "teacher")
+    addresses = place(bundle, "teacher")
     loss = adapter.forward("student", *wan.inputs()).square().mean()
     with torch.no_grad():
         adapter.forward("teacher", *wan.inputs())
-    assert not set(place(bundle, "teacher").values()) & set(home.values())
+    assert not set(place(bundle, "teacher").values()) & set(addresses.values())
     loss.backward()
-    assert place(bundle, "teacher") == home
+    assert place(bundle, "teacher") == addresses
 
 
 # -- one base -------------------------------------------------------------------------------------
@@ -230,15 +232,15 @@ def test_weights_for_a_role_beside_a_base(pipeline_template):
     ours, theirs = (b[r] for b, r in ((again, "student"), (first, "critic")))
     for name, value in theirs.trained_parameters("transformer").items():
         assert torch.equal(ours.trained_parameters("transformer")[name], value)
-    whole = first["teacher"].weight_sources()
+    full = first["teacher"].weight_sources()
     for role, message in (("student", "held once"), ("teacher", "weights of its path")):
         with pytest.raises(WeightsError, match=message):
-            wan.load(wan.trio(pipeline_template), weights={role: whole})
+            wan.load(wan.trio(pipeline_template), weights={role: full})
 
 
 def test_roles_beside_a_base_are_spread_as_it_is(pipeline_template):
-    for found in run_on_ranks(wan.refused_mixture, pipeline_template):
-        assert "otherwise than its base 'teacher'" in found
+    for message in run_on_ranks(wan.refused_mixture, pipeline_template):
+        assert "otherwise than its base 'teacher'" in message
 
 
 def test_a_guest_is_exported_like_any_lora(pipeline_template, tmp_path):

@@ -48,15 +48,15 @@ def started(role, config, path) -> dict[str, torch.Tensor]:
 
 def problem(role, config, path) -> str:
     (text,) = PLUGIN.start_problems(role, config, str(path))
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(WeightsError) as excinfo:
         PLUGIN.start_weights(role, str(path))
-    assert str(caught.value) == text
+    assert str(excinfo.value) == text
     return text
 
 
-def equal(found, expected) -> bool:
-    return found.keys() == expected.keys() and all(
-        torch.equal(found[k], expected[k]) for k in found
+def equal(actual, expected) -> bool:
+    return actual.keys() == expected.keys() and all(
+        torch.equal(actual[k], expected[k]) for k in actual
     )
 
 
@@ -114,9 +114,9 @@ def test_experts_in_the_folders_of_the_original_code(folder_of, tmp_path):
         moved = {to_original(name): tensor + 1 for name, tensor in tensors.items()}
         save_file(moved, tmp_path / folder / "diffusion_pytorch_model.safetensors")
     assert list(PLUGIN.start_problems(role, variant.config, str(tmp_path))) == []
-    found = PLUGIN.start_weights(role, str(tmp_path))
+    sources = PLUGIN.start_weights(role, str(tmp_path))
     for module, source in weights.items():
-        old, new = (x.read(x.describe()) for x in (source, found[module]))
+        old, new = (x.read(x.describe()) for x in (source, sources[module]))
         assert equal(new, {name: tensor + 1 for name, tensor in old.items()})
     one = tmp_path / "high_noise_model/diffusion_pytorch_model.safetensors"
     text = problem(role, variant.config, one)
@@ -203,18 +203,18 @@ def test_a_lora_of_any_code_is_merged_into_the_roles_path(
         if alpha == "in the file":
             tensors[names[0].rpartition(".lora_")[0] + ".alpha"] = torch.tensor(3.0)
     if alpha == "beside it" and form == "peft":
-        told = {"r": 2, "lora_alpha": 3.0, "alpha_pattern": {}}
-        (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+        lora_metadata = {"r": 2, "lora_alpha": 3.0, "alpha_pattern": {}}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(lora_metadata))
     elif alpha == "beside it":
         metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 3.0})}
     file = tmp_path / "lora.safetensors"
     save_file(tensors, file, metadata)
-    found = started(role, config, file)
+    actual = started(role, config, file)
     scale = 1.0 if alpha is None else 3.0 / 2
     expected = dict(own)
     for layer, (a, b) in factors(own).items():
         expected[f"{layer}.weight"] = own[f"{layer}.weight"] + scale * (b @ a)
-    assert equal(found, expected)
+    assert equal(actual, expected)
     assert PLUGIN.starts_with_adapters(str(file))
     # A folder is the same, under whatever name the file has.
     assert equal(started(role, config, tmp_path), expected)
@@ -230,9 +230,9 @@ def test_an_exported_fine_tune_comes_back_whole(base, role, config, tmp_path):
     request = ExportRequest(sampler=SamplerSpec(steps=1), format="lora", lora_rank=2)
     weights: dict[str, WeightSource] = {"transformer": TensorWeights("x", low)}
     exporter.export(role, weights, tmp_path / "s", request)
-    found = started(role, config, tmp_path / "s/s-comfyui.safetensors")
+    tensors = started(role, config, tmp_path / "s/s-comfyui.safetensors")
     for name, value in low.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(tensors[name], value, rtol=1e-5, atol=1e-5)
     # diffusers' own file, which the folder stands for, has no norms and tables.
     folder = started(role, config, tmp_path / "s")
     torch.testing.assert_close(folder["proj_out.bias"], low["proj_out.bias"])
@@ -250,11 +250,11 @@ def test_a_lora_is_the_start_of_a_role_with_the_same_lora(base, role, config, tm
     }
     file = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(tensors, file)
-    found = started(student, config, tmp_path)
+    parameters = started(student, config, tmp_path)
     for layer, (a, b) in factors(own).items():
-        assert torch.equal(found[f"{layer}.lora_A.default.weight"], a)
-        assert torch.equal(found[f"{layer}.lora_B.default.weight"] * 4, b)  # alpha / rank = 4
-        assert torch.equal(found[f"{layer}.base_layer.weight"], own[f"{layer}.weight"])
+        assert torch.equal(parameters[f"{layer}.lora_A.default.weight"], a)
+        assert torch.equal(parameters[f"{layer}.lora_B.default.weight"] * 4, b)  # alpha / rank = 4
+        assert torch.equal(parameters[f"{layer}.base_layer.weight"], own[f"{layer}.weight"])
     other = attrs.evolve(role, lora=attrs.evolve(spec, rank=4))
     assert "is of rank 2 and the role's of 4" in problem(other, config, file)
     other = attrs.evolve(role, lora=attrs.evolve(spec, target_modules=LAYERS[:1]))

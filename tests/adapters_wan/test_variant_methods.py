@@ -57,16 +57,16 @@ def test_a_causal_student_may_have_a_gan(kind, worlds):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_given_first_frame_stays_out_of_the_loss(kind, worlds):
     """TI2V: what the clip itself has there changes neither loss nor gradient."""
-    found = []
+    losses = []
     for value in (0.0, 50.0):
         method, given = worlds.build(kind, "ti2v", "bidirectional"), worlds.batch("ti2v", 2)
         given.latents[:, :, 0] = value
         loss = method.single_train_step(given, 2).loss_map["total_loss"]
         loss.backward()
-        found.append((loss.detach(), gradients(method)))
+        losses.append((loss.detach(), gradients(method)))
         method.optimizers_zero_grad(2)
-    assert torch.equal(found[0][0], found[1][0])
-    assert all(torch.equal(value, found[1][1][key]) for key, value in found[0][1].items())
+    assert torch.equal(losses[0][0], losses[1][0])
+    assert all(torch.equal(value, losses[1][1][key]) for key, value in losses[0][1].items())
 
 
 def test_without_a_picture_the_first_frame_is_trained(worlds):
@@ -84,7 +84,7 @@ def test_without_a_picture_the_first_frame_is_trained(worlds):
 
 def test_the_velocity_loss_of_trained_frames_by_hand(worlds):
     method, given = worlds.build("finetune", "ti2v", "bidirectional"), worlds.batch("ti2v", 2)
-    got = float(method.single_train_step(given, 1).loss_map["total_loss"].detach())
+    loss = float(method.single_train_step(given, 1).loss_map["total_loss"].detach())
     streams = RandomStreams(0)
     adapter, _ = worlds("ti2v", "bidirectional")
     t = sample_timesteps(TimeSampling(shift=8.0), streams.rows("finetune.t", 2))
@@ -93,7 +93,7 @@ def test_the_velocity_loss_of_trained_frames_by_hand(worlds):
     x_t = adapter.add_noise(x0, noise, t)
     v = adapter.forward("student", x_t, t, given.cond)
     by_hand = (v - (noise - x0))[:, :, 1:].square().mean()
-    assert got == pytest.approx(float(by_hand.detach()), rel=1e-5)
+    assert loss == pytest.approx(float(by_hand.detach()), rel=1e-5)
 
 
 # -- how t is drawn -------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_times_within_ranges_are_the_distribution_itself(time, boundary):
     assert float(high) == pytest.approx(shares[1], abs=5 * math.sqrt(0.25 / 4000))
     assert probability_below(time, boundary) == pytest.approx(shares[0])
     # All quantiles of the distribution, range by range, are those of one whole range.
-    whole = sample_timesteps_within((torch.arange(50_000) + 0.5) / 50_000, time, (0.0, 1000.0))
+    full = sample_timesteps_within((torch.arange(50_000) + 0.5) / 50_000, time, (0.0, 1000.0))
     for within, part_of in zip(cut, shares, strict=True):
         if part_of < 0.02:
             continue
@@ -127,7 +127,7 @@ def test_times_within_ranges_are_the_distribution_itself(time, boundary):
         assert bool((t >= within[0]).all())
         assert bool((t < within[1]).all()) or within[1] == 1000
         assert bool((t.diff() >= 0).all())
-        inside = whole[(whole >= within[0]) & (whole < within[1] + (within[1] == 1000))]
+        inside = full[(full >= within[0]) & (full < within[1] + (within[1] == 1000))]
         for q in (0.1, 0.5, 0.9):
             ours, theirs = t.quantile(q), inside.quantile(q)
             assert float(ours) == pytest.approx(float(theirs), abs=6 + 0.03 * 1000 / len(inside))
@@ -153,8 +153,8 @@ def test_which_expert_learns_is_drawn_by_its_share(worlds):
     drawn = [method.noise.sample_range("x", i, probability, "student") for i in range(1, count + 1)]
     expected = config.update_share("student", 875.0, 1000.0)
     assert expected == pytest.approx(0.5333, abs=1e-3)  # 1 - u with 8 u / (1 + 7 u) = .875
-    found = sum(low == 875.0 for low, _ in drawn) / count
-    assert found == pytest.approx(expected, abs=4 * math.sqrt(0.25 / count))
+    share = sum(low == 875.0 for low, _ in drawn) / count
+    assert share == pytest.approx(expected, abs=4 * math.sqrt(0.25 / count))
     again = worlds.build("finetune", "t2v-experts", "bidirectional")
     assert drawn[:9] == [
         again.noise.sample_range("x", i, probability, "student") for i in range(1, 10)

@@ -43,15 +43,15 @@ def normal(*shape, seed=0):
 @pytest.fixture(scope="session")
 def loaded(folder_of):
     """name -> (adapter, bundle) with a frozen role ``student``; tests must not change it."""
-    made = {}
+    bundles = {}
 
     def make(name):
-        if name not in made:
+        if name not in bundles:
             config, path = VARIANTS[name].config, folder_of(name)
             role = RoleSpec(name="student", path=path, trainable=False)
             bundle = PLUGIN.load([role], config, device=CPU)
-            made[name] = PLUGIN.adapter(bundle, config, source=path), bundle
-        return made[name]
+            bundles[name] = PLUGIN.adapter(bundle, config, source=path), bundle
+        return bundles[name]
 
     return make
 
@@ -88,13 +88,13 @@ SPECS = {
 }
 
 
-def clips(name, loaded, folder, facts, images, use_image=True):
+def clips(name, loaded, folder, record, images, use_image=True):
     """(ours, theirs) of the same noise, of the pipeline that ``model_index.json`` names."""
     import diffusers
 
     variant = VARIANTS[name]
     adapter, _ = loaded(name)
-    spec = SamplerSpec(**facts["sampler"])
+    spec = SamplerSpec(**record["sampler"])
     shape = adapter.latent_shape
     noise = normal(len(PROMPTS), *shape, seed=7)
     index = json.loads((folder / "model_index.json").read_text())
@@ -108,7 +108,7 @@ def clips(name, loaded, folder, facts, images, use_image=True):
         pipe.scheduler.step = partial(pipe.scheduler.step, generator=fresh)
     theirs = pipe(
         prompt=PROMPTS, negative_prompt="left", latents=noise, output_type="pt", **given,
-        **facts["call"],
+        **record["call"],
     ).frames.permute(0, 2, 1, 3, 4)  # fmt: skip
     frames = torch.stack([images] * len(PROMPTS)) if given else None
     latents = adapter.sample(
@@ -138,14 +138,14 @@ def test_the_stock_pipeline_gives_the_same_clip_bit_for_bit(
     role = RoleSpec(name="student", path=path, trainable=False)
     exporter = PLUGIN.exporter(variant.config, source=path)
     weights, request = bundle["student"].weight_sources(), ExportRequest(sampler=spec)
-    facts = exporter.export(role, weights, tmp_path / "s", request)
+    record = exporter.export(role, weights, tmp_path / "s", request)
     exporter.verify(role, weights, tmp_path / "s", request)
-    ours, theirs = clips(name, loaded, tmp_path / "s", facts, picture(variant))
+    ours, theirs = clips(name, loaded, tmp_path / "s", record, picture(variant))
     assert ours.std() > 1e-3
     assert not torch.allclose(ours[0], ours[1], atol=1e-3)
     assert torch.equal(ours, theirs)
     if variant.expand:
-        ours, theirs = clips(name, loaded, tmp_path / "s", facts, None, use_image=False)
+        ours, theirs = clips(name, loaded, tmp_path / "s", record, None, use_image=False)
         assert torch.equal(ours, theirs)
 
 
@@ -256,14 +256,14 @@ def test_pictures_are_read(name, loaded):
     x_t, t = normal(1, *SHAPE), torch.tensor([700.0])
     one = condition(name, adapter, batch=1, seed=1)
     two = condition(name, adapter, batch=1, seed=2)
-    found = []
+    results = []
     for key in [k for k in one.tensors if k != "text"]:
         changed = Condition({**one.tensors, key: two.tensors[key]})
         v, w = (adapter.forward("student", x_t, t, cond) for cond in (one, changed))
         assert not torch.allclose(v, w, atol=1e-4), key
-        found.append(key)
+        results.append(key)
     names = ["image_latents"] * variant.image + ["image_embeds"] * variant.embeds
-    assert sorted(found) == sorted(names)
+    assert sorted(results) == sorted(names)
 
 
 # -- invariant 10: one expert a call --------------------------------------------------------------
@@ -277,14 +277,14 @@ ratios = st.floats(0.01, 0.99)
 def test_exactly_one_expert_for_each_time_and_equality_goes_high(t, ratio):
     both = ("transformer", "transformer_2")
     boundary = boundary_of(both, None, ratio)
-    found = expert_of(torch.tensor([t]), boundary, "student")
-    assert found == both[t < boundary]  # in Python's own numbers
+    expert = expert_of(torch.tensor([t]), boundary, "student")
+    assert expert == both[t < boundary]  # in Python's own numbers
     inside = [
         name
         for name, (low, high) in module_ranges(boundary).items()
         if low <= t < high or t == high == 1000
     ]
-    assert inside == [found]
+    assert inside == [expert]
     edge = torch.tensor([boundary])
     assert expert_of(edge, boundary, "student") == "transformer"
     assert expert_of(torch.nextafter(edge, torch.zeros(1)), boundary, "student") == both[1]
@@ -295,12 +295,12 @@ def test_exactly_one_expert_for_each_time_and_equality_goes_high(t, ratio):
 
 @given(boundaries=st.lists(st.floats(1, 999), max_size=3), t=times)
 def test_ranges_fill_the_line(boundaries, t):
-    found = ranges(boundaries)
-    assert found[0][0] == 0
-    assert found[-1][1] == 1000
-    assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
-    assert len(found) == len(set(boundaries)) + 1
-    assert sum(low <= t < high or t == high == 1000 for low, high in found) == 1
+    time_ranges = ranges(boundaries)
+    assert time_ranges[0][0] == 0
+    assert time_ranges[-1][1] == 1000
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(time_ranges))
+    assert len(time_ranges) == len(set(boundaries)) + 1
+    assert sum(low <= t < high or t == high == 1000 for low, high in time_ranges) == 1
 
 
 @torch.no_grad()
@@ -336,9 +336,9 @@ def test_the_runs_own_boundary_is_exported(folder_of, loaded, tmp_path):
     role = RoleSpec(name="student", path=path, trainable=False)
     request = ExportRequest(sampler=SamplerSpec(steps=4, guidance=4.0, guidance_2=3.0))
     weights = bundle["student"].weight_sources()
-    facts = PLUGIN.exporter(config, source=path).export(role, weights, tmp_path / "s", request)
+    record = PLUGIN.exporter(config, source=path).export(role, weights, tmp_path / "s", request)
     assert json.loads((tmp_path / "s/model_index.json").read_text())["boundary_ratio"] == 0.5
-    assert (facts["call"]["guidance_scale"], facts["call"]["guidance_scale_2"]) == (4.0, 3.0)
+    assert (record["call"]["guidance_scale"], record["call"]["guidance_scale_2"]) == (4.0, 3.0)
 
 
 def test_a_second_guidance_needs_a_second_expert(folder_of, loaded):
@@ -349,8 +349,8 @@ def test_a_second_guidance_needs_a_second_expert(folder_of, loaded):
         adapter.sample("student", spec, normal(2, *SHAPE), cond, neg_cond=cond[:1])
     role = RoleSpec(name="student", path=folder_of("t2v"), trainable=False)
     problems = PLUGIN.export_problems(role, ExportRequest(sampler=spec))
-    found = {".".join(p.path): p.message for p in problems}
-    assert "guidance_2" in found["sampler"]
+    messages = {".".join(p.path): p.message for p in problems}
+    assert "guidance_2" in messages["sampler"]
     two = attrs.evolve(role, path=folder_of("t2v-experts"))
     assert not list(PLUGIN.export_problems(two, ExportRequest(sampler=spec)))
 

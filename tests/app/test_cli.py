@@ -31,13 +31,13 @@ def test_status_2_no_traceback_nothing_written_and_no_torch(values, write, tmp_p
 
 
 def test_help_and_a_missing_config(capsys):
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as excinfo:
         main(["--help"])
-    assert caught.value.code == 0
+    assert excinfo.value.code == 0
     assert "--dry-run" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as excinfo:
         main([])
-    assert caught.value.code == 2
+    assert excinfo.value.code == 2
     assert "--config RUN.yaml is needed" in capsys.readouterr().err
 
 

@@ -131,9 +131,9 @@ def test_when_training_raises_the_save_under_way_is_waited_for(tmp_path, gate, f
 
     run.callbacks["tally"].on_step_start = raises
     config = CheckpointConfig(async_save=True, every_steps=2)
-    with pytest.raises(RuntimeError, match="training fails") as caught:
+    with pytest.raises(RuntimeError, match="training fails") as excinfo:
         run.train(tmp_path, 5, CheckpointManager(config, tmp_path, {}))
-    notes = getattr(caught.value, "__notes__", [])
+    notes = getattr(excinfo.value, "__notes__", [])
     assert any("No space left on device" in note for note in notes) == fails
     assert (tmp_path / "checkpoint-000002").exists() == (not fails)
 

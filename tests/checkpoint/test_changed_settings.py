@@ -141,11 +141,11 @@ def _check_other_settings(root: Path, stop: int, interval: int, change: dict[str
     last = schedule_factor(config.schedule, horizon, horizon)
     assert rate(end, "student") == config.lr * last
     if not change:
-        whole = train(root / "whole", TOTAL, old, interval=interval)
-        for name, role in whole.bundle.roles.items():
-            mine = end.bundle[name].modules["net"].state_dict()
-            assert differences(mine, role.modules["net"].state_dict()) == []
-        assert differences(moments(end), moments(whole)) == []
+        full = train(root / "whole", TOTAL, old, interval=interval)
+        for name, role in full.bundle.roles.items():
+            own = end.bundle[name].modules["net"].state_dict()
+            assert differences(own, role.modules["net"].state_dict()) == []
+        assert differences(moments(end), moments(full)) == []
 
 
 def test_it_is_said_in_one_line(tmp_path, caplog):

@@ -236,9 +236,9 @@ def test_a_damaged_path_is_an_error_and_loads_nothing(folder, damage, word):
 def test_none_whole_is_an_error_that_names_them_all(folder):
     for iteration, damage in zip(STEPS, (flip, hollow, truncate), strict=True):
         damage(folder / f"checkpoint-00000{iteration}")
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError) as excinfo:
         resume(folder)
-    assert all(f"checkpoint-00000{i}" in str(caught.value) for i in STEPS)
+    assert all(f"checkpoint-00000{i}" in str(excinfo.value) for i in STEPS)
 
 
 def test_a_path_that_is_not_there_is_an_error(folder):
@@ -271,12 +271,12 @@ def test_any_flipped_byte_in_any_file_is_found(pristine, data):
     bad[place] ^= data.draw(st.integers(1, 255), label="flip")
     path.write_bytes(bad)
     try:
-        found = inspect(checkpoint, checksums=True)
+        inspection = inspect(checkpoint, checksums=True)
     finally:
         path.write_bytes(content)
     # Another white space in the manifest is no damage.
     good = inspect(checkpoint, checksums=True).manifest
-    assert found.damage or (path.name == "manifest.json" and found.manifest == good)
+    assert inspection.damage or (path.name == "manifest.json" and inspection.manifest == good)
 
 
 def test_a_nested_loop_or_header_is_one_error_of_whoever_reads_it(folder):

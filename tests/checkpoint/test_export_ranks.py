@@ -23,7 +23,7 @@ def files(folder: Path) -> dict[str, bytes]:
     ("strategy", "size"), [("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("offload", 2), ("fsdp2", 1)]
 )
 def test_it_is_the_export_of_the_checkpoint_byte_for_byte(tmp_path, strategy, size):
-    found = run_on_ranks(train_and_export, tmp_path, strategy, size=size)
+    results = run_on_ranks(train_and_export, tmp_path, strategy, size=size)
     stored = StoredCheckpoint.open(tmp_path / "checkpoint-000003")
     for export in exports():
         alone = tmp_path / "alone" / export.folder
@@ -35,7 +35,7 @@ def test_it_is_the_export_of_the_checkpoint_byte_for_byte(tmp_path, strategy, si
         assert "ema" in str(written.pop("request")) or not export.ema
         assert len(written) > 10
         assert written == expected
-    for alive, asked in found[1:]:
+    for alive, asked in results[1:]:
         # Live weights are read twice, to verify them; buffers are no parts.
         parts = 2 * 6 * 3 if strategy != "ddp" else 0
         assert (alive, asked) == (0, parts)

@@ -51,8 +51,8 @@ def assert_whole(folder: Path) -> None:
         read = saved.read([f"model.{name}"])[f"model.{name}"]
         assert read.dtype == tensor.dtype
         assert torch.equal(read, tensor)
-        facts = saved.describe()[f"model.{name}"]
-        assert (facts.size, facts.dtype) == (tuple(tensor.shape), tensor.dtype)
+        info = saved.describe()[f"model.{name}"]
+        assert (info.size, info.dtype) == (tuple(tensor.shape), tensor.dtype)
     assert saved.values == {"loader.position", "loader.names", "loader.flag"}
     assert saved.read_value("loader.position") == 3
     assert saved.read_value("loader.flag") is False
@@ -208,8 +208,8 @@ def test_a_value_that_would_run_code_is_refused(folder, evil, tmp_path):
 @pytest.mark.parametrize("where", ["top", "beside weights", "inside a list"])
 def test_a_pt_file_that_would_run_code_is_refused(evil, tmp_path, where, zipped):
     weights = {"a": torch.ones(2)}
-    held = {"top": evil, "beside weights": {"generator": weights, "x": evil}}
-    value = held.get(where, {"generator": [weights, [evil]]})
+    contents = {"top": evil, "beside weights": {"generator": weights, "x": evil}}
+    value = contents.get(where, {"generator": [weights, [evil]]})
     torch.save(value, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(CheckpointError, match=r"x\.pt was not read: .*(posix|os)\.system"):
         load_pt(tmp_path / "x.pt")
@@ -280,15 +280,15 @@ def content(tmp_path_factory) -> tuple[Path, bytes]:
 @given(st.data())
 def test_damaged_metadata_is_read_right_or_refused(content, data):
     """Whatever byte is changed: an error of ours, or tensors of the sizes that it says."""
-    folder, whole = content
-    place = data.draw(st.integers(0, len(whole) - 1))
-    changed = bytearray(whole)
+    folder, full = content
+    place = data.draw(st.integers(0, len(full) - 1))
+    changed = bytearray(full)
     changed[place] ^= data.draw(st.integers(1, 255))
-    (folder / ".metadata").write_bytes(changed[: data.draw(st.sampled_from([len(whole), place]))])
+    (folder / ".metadata").write_bytes(changed[: data.draw(st.sampled_from([len(full), place]))])
     with contextlib.suppress(CheckpointError):
         saved = open_dcp(folder)
-        for name, facts in saved.describe().items():
-            assert tuple(saved.read([name])[name].shape) == facts.size
+        for name, info in saved.describe().items():
+            assert tuple(saved.read([name])[name].shape) == info.size
 
 
 def altered(folder: Path, change) -> None:

@@ -112,11 +112,11 @@ LEGACY = {
 
 
 def test_legacy_distillation(legacy, tmp_path):
-    facts = turn(legacy, tmp_path)
+    report = turn(legacy, tmp_path)
     holds(tmp_path, LEGACY)
-    assert len(facts.taken) == 5
-    assert facts.layout == "a legacy distillation checkpoint"
-    left = "\n".join(facts.left)
+    assert len(report.taken) == 5
+    assert report.layout == "a legacy distillation checkpoint"
+    left = "\n".join(report.left)
     for word in (
         "student.transformer_2: optimizer moments", "generator: optimizer (", "scheduler",
         "dataloader", "random state", "generator_inference_transformer: again",
@@ -141,9 +141,9 @@ def test_a_role_that_was_not_trained_has_no_weights_and_is_left(tmp_path):
     folder = tmp_path / CHECKPOINT / "distributed_checkpoint"
     save_dcp(trained(theirs(wan_weights(0)), 0), folder / "generator")
     save_dcp({"dataloader": {"rank": 0}}, folder / "real_score_2")
-    facts = turn(tmp_path / CHECKPOINT, tmp_path)
+    report = turn(tmp_path / CHECKPOINT, tmp_path)
     holds(tmp_path, {"roles/student/transformer": wan_weights(0)})
-    assert any("real_score_2: no weights in it" in line for line in facts.left)
+    assert any("real_score_2: no weights in it" in line for line in report.left)
 
 
 def test_bf16_and_image_to_video_and_its_unused_weight(tmp_path):
@@ -165,14 +165,14 @@ def test_averages_in_pieces_are_put_together(tmp_path, ranks):
             save_pt(pieces, source / "ema_local_shard" / f"generator_ema{number}_rank{rank}.pt")
     (source / "ema").mkdir()
     save_file(wan_weights(9), source / "ema" / "generator_ema.safetensors")
-    facts = turn(source, tmp_path)
+    report = turn(source, tmp_path)
     weights = wan_weights(0, dtype=torch.bfloat16)
     expected = {
         "roles/student/transformer": weights, "ema/student/transformer": wan_weights(7),
         "roles/student/transformer_2": weights, "ema/student/transformer_2": wan_weights(8),
     }  # fmt: skip
     holds(tmp_path, expected)
-    assert any("generator_ema.safetensors: again" in line for line in facts.left)
+    assert any("generator_ema.safetensors: again" in line for line in report.left)
 
 
 @pytest.fixture
@@ -188,17 +188,17 @@ def replicated(tmp_path) -> Path:
 def test_pieces_that_do_not_fit_give_way_to_the_whole_file(replicated, tmp_path):
     (replicated / "ema").mkdir()
     save_file(wan_weights(9), replicated / "ema" / "generator_ema.safetensors")
-    facts = turn(replicated, tmp_path)
+    report = turn(replicated, tmp_path)
     roles = {"roles/student/transformer": wan_weights(0)}
     holds(tmp_path, {**roles, "ema/student/transformer": wan_weights(9)})
-    assert any("generator_ema.safetensors is taken" in line for line in facts.left)
+    assert any("generator_ema.safetensors is taken" in line for line in report.left)
 
 
 def test_pieces_that_do_not_fit_are_refused_or_left_out(replicated, tmp_path):
     refused(replicated, tmp_path, r"the 2 files .* do not make up the average")
-    facts = turn(replicated, tmp_path, ema=False)
+    report = turn(replicated, tmp_path, ema=False)
     holds(tmp_path, {"roles/student/transformer": wan_weights(0)})
-    assert "the average of student.transformer: not asked for" in facts.left
+    assert "the average of student.transformer: not asked for" in report.left
 
 
 def test_a_rank_that_is_missing_is_named(replicated, tmp_path):
@@ -213,9 +213,9 @@ def test_legacy_finetuning(tmp_path):
     state = trained(theirs(wan_weights(0)), 0) | {"random_state": {"torch_rng_state": [1]}}
     save_dcp(state, tmp_path / CHECKPOINT / "distributed_checkpoint")
     save_transformer(wan_weights(0), tmp_path / CHECKPOINT / "transformer")
-    facts = turn(tmp_path / CHECKPOINT, tmp_path)
+    report = turn(tmp_path / CHECKPOINT, tmp_path)
     holds(tmp_path, {"roles/student/transformer": wan_weights(0)})
-    assert any("random_state" in line for line in facts.left)
+    assert any("random_state" in line for line in report.left)
 
 
 def test_weights_only(tmp_path):
@@ -308,11 +308,11 @@ NEWER = {"roles/student/transformer": wan_weights(0), "roles/critic/transformer"
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_newer(tmp_path, ranks):
     average = wrapped(theirs(wan_weights(7)))
-    facts = turn(newer(tmp_path, newer_state(average), ranks=ranks), tmp_path)
+    report = turn(newer(tmp_path, newer_state(average), ranks=ranks), tmp_path)
     holds(tmp_path, {**NEWER, "ema/student/transformer": wan_weights(7)}, iteration=399)
     written = json.loads((tmp_path / "ours/config.json").read_text())
     assert written["config"] == {"method": {"_target_": "x.DMD2Method"}}
-    left = "\n".join(facts.left)
+    left = "\n".join(report.left)
     for word in ("optimizer moments", "schedulers", "dataloader", "rng_state_rank0.pt"):
         assert word in left
 
@@ -326,9 +326,9 @@ def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
 
 
 def test_an_average_that_had_not_begun_is_left(tmp_path):
-    facts = turn(newer(tmp_path, newer_state(theirs(wan_weights(7)), begun=False)), tmp_path)
+    report = turn(newer(tmp_path, newer_state(theirs(wan_weights(7)), begun=False)), tmp_path)
     holds(tmp_path, NEWER, iteration=399)
-    assert any("it had not begun" in line for line in facts.left)
+    assert any("it had not begun" in line for line in report.left)
 
 
 def test_an_average_of_which_one_ranks_piece_was_kept_is_refused_or_left_out(tmp_path):
@@ -353,14 +353,14 @@ def test_ode_init(tmp_path, names, flat):
 
 
 def test_a_file_of_several_roles(tmp_path):
-    held = {
+    contents = {
         "generator": self_forcing(wan_weights(0)), "critic": self_forcing(wan_weights(1)),
         "generator_ema": self_forcing(wan_weights(2)), "step": 5,
     }  # fmt: skip
-    save_pt(held, tmp_path / "model.pt")
-    facts = turn(tmp_path / "model.pt", tmp_path)
+    save_pt(contents, tmp_path / "model.pt")
+    report = turn(tmp_path / "model.pt", tmp_path)
     holds(tmp_path, {**NEWER, "ema/student/transformer": wan_weights(2)}, iteration=0)
-    assert facts.left == ("step: no weights of a role",)
+    assert report.left == ("step: no weights of a role",)
 
 
 # -- what is refused ------------------------------------------------------------------------------
@@ -404,14 +404,14 @@ def test_no_layout_at_all_says_what_was_looked_for(legacy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "held",
+    "content",
     [
         [1], {"other": {"a": torch.ones(1)}}, {}, {"generator": 3},
         {"generator": theirs(wan_weights(0)), "generator_ema": torch.ones(2)},
     ],
 )  # fmt: skip
-def test_a_file_without_weights_is_refused(tmp_path, held):
-    save_pt(held, tmp_path / "x.pt")
+def test_a_file_without_weights_is_refused(tmp_path, content):
+    save_pt(content, tmp_path / "x.pt")
     refused(tmp_path / "x.pt", tmp_path, r"x\.pt")
 
 

@@ -20,10 +20,10 @@ LINKS = 3
 
 
 def links(folder: Path, data: Path, path: list[tuple[str, int]]) -> list[list[Link]]:
-    found = [run_on_ranks(go_on, folder, data, strategy, size=size) for strategy, size in path]
-    for ranks in found:
+    results = [run_on_ranks(go_on, folder, data, strategy, size=size) for strategy, size in path]
+    for ranks in results:
         assert all(isinstance(link, Link) for link in ranks), ranks
-    return found
+    return results
 
 
 def seen(ranks: list[Link]) -> list[Seen]:
@@ -55,8 +55,8 @@ def alone(data) -> list[list[Link]]:
 @given(path=st.lists(st.sampled_from(STARTS), min_size=LINKS, max_size=LINKS))
 def test_it_goes_on_with_the_same_samples_noise_and_state(alone, data, path):
     with TemporaryDirectory() as folder:
-        found = links(Path(folder), data, path)
-    for ranks, expected, former in zip(found, alone, [None, *found], strict=False):
+        results = links(Path(folder), data, path)
+    for ranks, expected, former in zip(results, alone, [None, *results], strict=False):
         assert seen(ranks) == seen(expected)
         if former is not None:
             for link in ranks:

@@ -129,9 +129,9 @@ def same(a: object, b: object) -> bool:
 @example({"step": torch.tensor(7.0, dtype=torch.float64), "betas": (0.0, math.inf), "$float": 1})
 @example({"a/b": torch.ones(2), "a": {"b": torch.zeros(2)}, 3: Counter([1, 1])})
 def test_state_comes_back_as_it_was(tree):
-    packed, found = pack(tree, "test")
+    packed, unpacked = pack(tree, "test")
     with TemporaryDirectory() as name:
-        write_tensors(Path(name, "t"), found)
+        write_tensors(Path(name, "t"), unpacked)
         back = unpack(
             json.loads(json.dumps(packed, allow_nan=False)), read_tensors(Path(name, "t"))
         )
@@ -140,33 +140,33 @@ def test_state_comes_back_as_it_was(tree):
 
 @given(st.lists(st.integers(0, 20), max_size=6), st.integers(1, 100))
 def test_tensors_spread_over_files_come_back(sizes, shard_bytes):
-    found = {f"t{i}": torch.rand(size) for i, size in enumerate(sizes)}
+    tensors = {f"t{i}": torch.rand(size) for i, size in enumerate(sizes)}
     with TemporaryDirectory() as name:
-        write_tensors(Path(name, "t"), found, shard_bytes=shard_bytes)
+        write_tensors(Path(name, "t"), tensors, shard_bytes=shard_bytes)
         data = [4 * size for size in sizes]
         files = list(Path(name, "t").glob("*.safetensors"))
-        assert same(found, read_tensors(Path(name, "t")))
+        assert same(tensors, read_tensors(Path(name, "t")))
     assert len(files) >= sum(data) / (shard_bytes + max(data, default=0))
 
 
 def test_checksums_are_those_of_the_files(tmp_path):
     # Larger than what may be written ahead of the hashing.
-    found = {"small": torch.rand(3), "flag": torch.tensor([True]), "empty": torch.rand(0, 2)}
-    found |= {f"large{i}": torch.rand(2_000_000) for i in range(10)}
-    written = write_tensors(tmp_path / "t", found)
+    tensors = {"small": torch.rand(3), "flag": torch.tensor([True]), "empty": torch.rand(0, 2)}
+    tensors |= {f"large{i}": torch.rand(2_000_000) for i in range(10)}
+    written = write_tensors(tmp_path / "t", tensors)
     assert written == {
         path: FileInfo(size=path.stat().st_size, sha256=sha256_of_file(path))
         for path in (tmp_path / "t").iterdir()
     }
-    assert same(found, read_tensors(tmp_path / "t"))
+    assert same(tensors, read_tensors(tmp_path / "t"))
 
 
 def test_views_of_one_memory_come_back():
     base = torch.rand(4, 6)
-    found = {"base": base, "row": base[1], "turned": base.t(), "wide": base[:1].expand(3, 6)}
+    tensors = {"base": base, "row": base[1], "turned": base.t(), "wide": base[:1].expand(3, 6)}
     with TemporaryDirectory() as name:
-        write_tensors(Path(name, "t"), found)
-        assert same(found, read_tensors(Path(name, "t")))
+        write_tensors(Path(name, "t"), tensors)
+        assert same(tensors, read_tensors(Path(name, "t")))
 
 
 awkward = st.text(st.sampled_from("ab./\\%\0 é"), max_size=4) | st.text(max_size=4)
@@ -441,10 +441,10 @@ def test_export_at_the_end(tmp_path):
     ]
     assert exporter.verified == [tmp_path / "export" / "ema"]
     role = run.method.bundle["student"]
-    wanted = [role.modules["transformer"].state_dict(), role.ema["transformer"].weights()]
-    for found, weights in zip(exporter.weights, wanted, strict=True):
-        assert found.keys() == weights.keys()
-        assert all(torch.equal(found[name], weights[name]) for name in found)
+    expected = [role.modules["transformer"].state_dict(), role.ema["transformer"].weights()]
+    for actual, weights in zip(exporter.weights, expected, strict=True):
+        assert actual.keys() == weights.keys()
+        assert all(torch.equal(actual[name], weights[name]) for name in actual)
 
 
 def test_a_stopped_run_exports_nothing_and_says_so(tmp_path, caplog):

@@ -29,10 +29,10 @@ def uninterrupted(strategy: str, size: int) -> list[dict[str, str]]:
         return run_on_ranks(train, Path(folder), 4, strategy, size=size)
 
 
-def assert_whole(found: list[dict[str, str]], strategy: str) -> None:
+def assert_whole(results: list[dict[str, str]], strategy: str) -> None:
     """Every rank ended as one of a run that never stopped, in every bit."""
-    whole = uninterrupted(strategy, len(found))
-    assert [different(a, b) for a, b in zip(whole, found, strict=True)] == [[]] * len(found)
+    full = uninterrupted(strategy, len(results))
+    assert [different(a, b) for a, b in zip(full, results, strict=True)] == [[]] * len(results)
 
 
 def of_rank(place: str) -> bool:
@@ -53,7 +53,7 @@ def test_ranks_go_on_bit_for_bit(tmp_path, strategy, size, in_background):
     assert "/global" in own
     shared = [p for p in resumed[0] if p.startswith("/streams/shared")]
     assert shared
-    assert all(resumed[0][place] == found[place] for place in shared for found in resumed)
+    assert all(resumed[0][place] == result[place] for place in shared for result in resumed)
     for folder in tmp_path.glob("checkpoint-*"):
         assert inspect(folder, checksums=True).damage is None
 
@@ -72,9 +72,9 @@ def test_other_ranks_and_strategies_read_the_same_tensors(tmp_path, path, shape)
     for seed, (strategy, size) in enumerate(rest, start=1):
         [first, *others] = run_on_ranks(train, tmp_path, 3, strategy, seed, {}, shape, size=size)
         assert different(before, first) == [], (strategy, size)
-        for found in others:
+        for result in others:
             # Its own generators start anew where the checkpoint has none of this rank.
-            assert all(of_rank(place) for place in different(before, found)), (strategy, size)
+            assert all(of_rank(place) for place in different(before, result)), (strategy, size)
 
 
 @pytest.mark.parametrize(("strategy", "size"), [("ddp", 2), ("fsdp2", 2), ("hsdp", 4)])
@@ -87,17 +87,17 @@ def test_each_piece_is_written_once_and_all_ranks_write(tmp_path, strategy, size
     ):
         pieces = [numbers(file) for file in sorted((folder / below).glob("*.safetensors"))]
         assert len(pieces) == size
-        whole = {name for piece in pieces for name in piece if "weight" in name or "bias" in name}
-        assert sum(piece.get(name, 0) for piece in pieces for name in whole) == 70 * per_weight
+        full = {name for piece in pieces for name in piece if "weight" in name or "bias" in name}
+        assert sum(piece.get(name, 0) for piece in pieces for name in full) == 70 * per_weight
         sizes = [sum(piece.values()) for piece in pieces]
         assert max(sizes) < 0.7 * sum(sizes)
     # And whoever reads it needs to know nothing of ranks.
     weight = StoredCheckpoint.open(folder).weights("student")["transformer"]
-    whole = weight.read(["0.weight"])["0.weight"]
-    assert whole.shape == (6, 4)
+    full = weight.read(["0.weight"])["0.weight"]
+    assert full.shape == (6, 4)
     for start in range(7):
         for stop in range(start, 7):
-            assert torch.equal(weight.read_rows("0.weight", start, stop), whole[start:stop])
+            assert torch.equal(weight.read_rows("0.weight", start, stop), full[start:stop])
 
 
 def numbers(file: Path) -> dict[str, int]:

@@ -61,9 +61,9 @@ def test_weights_are_those_of_the_run(saved, ema):
     sources = StoredCheckpoint.open(saved[0]).weights("student", ema=ema)
     assert list(sources) == list(EXPERTS)
     for key, source in sources.items():
-        wanted = role.ema[key].weights() if ema else role.moving_state(key)
-        assert source.describe() == TensorWeights("", wanted).describe()
-        assert same(source.read(source.describe()), {n: v.detach() for n, v in wanted.items()})
+        expected = role.ema[key].weights() if ema else role.moving_state(key)
+        assert source.describe() == TensorWeights("", expected).describe()
+        assert same(source.read(source.describe()), {n: v.detach() for n, v in expected.items()})
         assert list(source.read(["4.bias", "1.num_batches_tracked"])) == [
             "4.bias", "1.num_batches_tracked",
         ]  # fmt: skip
@@ -200,8 +200,8 @@ def test_migrated_weights_come_back(student, critic, shard_bytes):
                     assert same(rows, {name: value[1:3]})
         # Any tool can read them.
         files = (folder / "roles" / "student").rglob("*.safetensors")
-        found = [load_file(path) for path in files]
-        assert same({n: v for tensors in found for n, v in tensors.items()}, student)
+        migrated = [load_file(path) for path in files]
+        assert same({n: v for tensors in migrated for n, v in tensors.items()}, student)
 
 
 def write(folder: Path, source: Lazy) -> None:

@@ -83,16 +83,16 @@ def resume(folder: Path, shape: Shape | None = None, seed: int = 1) -> tuple[Run
 def test_n_steps_save_load_m_steps_is_n_plus_m_steps(n, m, shape, every, in_background):
     with TemporaryDirectory() as name:
         folder = Path(name)
-        whole = new_run(shape)
-        whole.train(folder, n + m)
+        full = new_run(shape)
+        full.train(folder, n + m)
         config = CheckpointConfig(every_steps=every, async_save=in_background)
         new_run(shape).train(folder, n, manager(folder, config))
         # Other weights, and other draws made, before the resume: all of it must be overwritten.
         resumed = new_run(shape, seed=1)
         resumed.method.streams.get("tiny.student").seed()
         resumed.train(folder, n + m, manager(folder, RESUME))
-        assert resumed.method.update_counts == whole.method.update_counts
-        assert differences(whole.everything(), resumed.everything()) == []
+        assert resumed.method.update_counts == full.method.update_counts
+        assert differences(full.everything(), resumed.everything()) == []
 
 
 def test_a_checkpoint_changes_nothing_in_the_run_that_saves_it(tmp_path):
@@ -150,8 +150,8 @@ def test_a_frozen_base_is_not_saved(tmp_path):
     saved(tmp_path, shape)
     stored = StoredCheckpoint.open(tmp_path / "checkpoint-000003")
     for ema in (False, True):
-        facts = stored.weights("student", ema=ema)["transformer"].describe()
-        assert set(facts) == {
+        info = stored.weights("student", ema=ema)["transformer"].describe()
+        assert set(info) == {
             "4.weight", "1.running_mean", "1.running_var", "1.num_batches_tracked",
         }  # fmt: skip
     with pytest.raises(
@@ -178,8 +178,8 @@ def test_a_base_that_roles_share_is_nobodys_to_save_or_load(tmp_path):
     assert weight.eq(7).all()
     for module in other.method.bundle["student"].modules.values():
         assert module[0].weight is weight
-    found = read_tensors(tmp_path / "checkpoint-000001/roles/student/transformer")
-    assert [name for name in found if name.endswith("weight")] == ["4.weight"]
+    saved_tensors = read_tensors(tmp_path / "checkpoint-000001/roles/student/transformer")
+    assert [name for name in saved_tensors if name.endswith("weight")] == ["4.weight"]
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_a_resume_allocates_the_moments_and_nothing_else_of_their_size(tmp_path)
     run = new_run(shape, seed=1)
     for callback in run.callbacks.values():
         callback.on_train_start(run.state(tmp_path, 0))
-    with Allocated() as made:
+    with Allocated() as allocated:
         manager(tmp_path, RESUME).resume(run.state(tmp_path, 0), run.callbacks)
     moments = sum(
         value.nbytes
@@ -433,13 +433,13 @@ def test_a_resume_allocates_the_moments_and_nothing_else_of_their_size(tmp_path)
     )
     assert moments > 3_000_000
     # What is left over are generators' states, and not one more weight, average or moment.
-    assert moments <= made.total < moments + 100_000
+    assert moments <= allocated.total < moments + 100_000
 
 
 def test_micro_steps_are_counted_through_a_resume(tmp_path):
     class Count(Callback):
         name = "count"
-        found = 0
+        micro_steps = 0
 
         def on_train_end(self, run: RunState) -> None:
             self.found = run.micro_steps

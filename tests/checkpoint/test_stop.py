@@ -115,11 +115,11 @@ def check(n: int, m: int, shape: Shape, moment: int, in_background: bool = False
     last = n + 1 if finishes else n
     with TemporaryDirectory() as name:
         folder = Path(name)
-        before, whole, stopped = (folder / part for part in ("before", "whole", "stopped"))
+        before, full, stopped = (folder / part for part in ("before", "whole", "stopped"))
         expected = polling_run(shape)
         expected.train(before, last)
         uninterrupted = polling_run(shape)
-        uninterrupted.train(whole, n + m)
+        uninterrupted.train(full, n + m)
 
         run = polling_run(shape)
         run.method.ask_in, run.method.ask_at = n + 1, moment
@@ -144,9 +144,9 @@ def test_what_is_saved_keeps_what_was_measured_in_its_iteration(tmp_path):
     run.callbacks["tally"].on_step_end = measure
     config = CheckpointConfig(every_steps=9, keep_best=KeepBestConfig(metric="report/fd"))
     run.train(tmp_path, 9, manager(tmp_path, config))
-    found = inspect(tmp_path / "checkpoint-000002", checksums=True).manifest
-    assert found is not None
-    assert found.metrics == {"report/fd": 2.0}
+    manifest = inspect(tmp_path / "checkpoint-000002", checksums=True).manifest
+    assert manifest is not None
+    assert manifest.metrics == {"report/fd": 2.0}
 
 
 def test_a_stop_in_the_first_iteration_saves_nothing_and_leaves_the_beginning(tmp_path):

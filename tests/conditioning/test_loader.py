@@ -116,23 +116,23 @@ def test_resuming_anywhere_equals_never_stopping(
         return _dropping(dataset, batch_size=batch_size, seed=seed, **place)
 
     data_rank = data.draw(st.integers(0, world_size - 1))
-    whole = list(islice(loader(), stop + 4))
+    full = list(islice(loader(), stop + 4))
     first = loader()
     list(islice(first, stop))
     second = loader()
     list(islice(second, 2))  # also a loader that has moved must go where the state says
     second.load_state_dict(first.state_dict())
-    assert all(_equal(a, b) for a, b in zip(whole[stop:], islice(second, 4), strict=True))
+    assert all(_equal(a, b) for a, b in zip(full[stop:], islice(second, 4), strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_iterator_under_way_follows_a_loaded_position(dataset_of, workers):
     loader = LatentLoader(dataset_of(7, workers=workers), batch_size=2, seed=0)
     batches = iter(loader)
-    whole = []
+    full = []
     for _ in range(9):
-        whole.append((loader.state_dict(), next(batches)))
-    for state, batch in (whole[8], whole[0], whole[7], whole[3]):
+        full.append((loader.state_dict(), next(batches)))
+    for state, batch in (full[8], full[0], full[7], full[3]):
         loader.load_state_dict(state)
         assert _equal(next(batches), batch)
 
@@ -208,11 +208,11 @@ def test_workers_change_nothing_that_can_be_seen(
     plain, threaded = loader(0), loader(workers)
     global_state = torch.get_rng_state()
     count = -(-epochs * samples // (batch_size * world_size)) + 1
-    whole = []
+    full = []
     for a, b in islice(zip(plain, threaded, strict=True), count):
         assert _equal(a, b)
         assert plain.state_dict() == threaded.state_dict()
-        whole.append((plain.state_dict(), a))
+        full.append((plain.state_dict(), a))
     assert torch.equal(torch.get_rng_state(), global_state)
 
     # From any position, and from a loader with another number of workers, into one that moves.
@@ -220,8 +220,8 @@ def test_workers_change_nothing_that_can_be_seen(
     other = loader(data.draw(st.integers(0, 3)))
     batches = iter(other)
     next(batches)
-    other.load_state_dict(whole[stop][0])
-    for _, batch in whole[stop + 1 :]:
+    other.load_state_dict(full[stop][0])
+    for _, batch in full[stop + 1 :]:
         assert _equal(next(batches), batch)
 
 
@@ -284,13 +284,13 @@ def test_a_shard_that_vanished_is_named_when_its_batch_is_due(make_folder, tmp_p
     first, last = dataset.index.shards[0], dataset.index.shards[-1]
     (folder / last.file).unlink()
     loader = LatentLoader(dataset, batch_size=1, seed=0)
-    whole = 12 - last.samples
-    assert whole >= first.samples
-    assert _stream(loader, whole) == list(range(whole))
+    full = 12 - last.samples
+    assert full >= first.samples
+    assert _stream(loader, full) == list(range(full))
     for _ in range(2):  # asked again, it must not be left out
         with pytest.raises(DataError, match=last.file):
             next(iter(loader))
-        assert loader.state_dict()["samples_given"] == whole
+        assert loader.state_dict()["samples_given"] == full
 
 
 @pytest.mark.parametrize("workers", [-1, 65])
@@ -330,17 +330,17 @@ def test_dropout_knows_only_seed_epoch_and_sample(
 
     def decisions(batch_size: int, world_size: int, batches: int) -> dict[tuple[int, int], bool]:
         # The loader alone knows the epoch; here it is told by how often the sample was seen.
-        found: dict[tuple[int, int], bool] = {}
+        dropped: dict[tuple[int, int], bool] = {}
         for rank in range(world_size):
             place = {"rank": rank, "world_size": world_size}
             loader = _dropping(dataset, 0.5, batch_size=batch_size, seed=seed, **place)
             for number, batch in enumerate(islice(loader, batches)):
                 first = number * batch_size * world_size + rank
                 rows = zip(_numbers(batch), _dropped(batch, negative), strict=True)
-                for row, (sample, dropped) in enumerate(rows):
+                for row, (sample, is_dropped) in enumerate(rows):
                     epoch = (first + row * world_size) // samples
-                    found[epoch, sample] = dropped
-        return found
+                    dropped[epoch, sample] = is_dropped
+        return dropped
 
     one = decisions(1, 1, 2 * samples)
     cut = decisions(batch_size, world_size, -(-2 * samples // (batch_size * world_size)))

@@ -110,12 +110,14 @@ def test_a_negative_that_is_no_part_of_the_samples_is_refused(folder):
 
 
 def test_what_the_model_reads_of_a_picture_must_be_there(folder, tmp_path):
-    wanted = {"image_latents": (48,)}
-    assert dataset_info(folder, condition_shapes=wanted).problems == ()
+    expected = {"image_latents": (48,)}
+    assert dataset_info(folder, condition_shapes=expected).problems == ()
     (problem,) = dataset_info(folder, condition_shapes={"image_latents": (50,)}).problems
     assert "[48]" in problem
     assert "[50]" in problem
-    (problem,) = dataset_info(folder, condition_shapes={**wanted, "image_embeds": (2, 2)}).problems
+    (problem,) = dataset_info(
+        folder, condition_shapes={**expected, "image_embeds": (2, 2)}
+    ).problems
     assert "'image_embeds' is absent" in problem
     assert "first_frames=True" in problem
 
@@ -133,6 +135,6 @@ def test_pictures_are_of_one_size(tmp_path):
 def test_one_condition_over_another():
     text, other = Condition({"text": torch.ones(2, 1)}), Condition({"text": torch.zeros(2, 1)})
     below = Condition({**other.tensors, "image": torch.full((2, 1), 5.0)})
-    found = text.merged_onto(below).tensors
-    assert found["text"].sum() == 2
-    assert found["image"].sum() == 10
+    merged = text.merged_onto(below).tensors
+    assert merged["text"].sum() == 2
+    assert merged["image"].sum() == 10

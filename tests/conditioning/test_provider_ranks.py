@@ -23,24 +23,24 @@ def test_the_first_rank_encodes_for_all(tmp_path):
     )
     assert first["calls"] == ["ugly", "a", "b"]
     assert second["calls"] == []
-    negative, prompts = second["found"]
+    negative, prompts = second["conditions"]
     assert negative["text"] == (-embedding("ugly")).tolist()
     assert prompts["text"] == [embedding(prompt)[0].tolist() for prompt in PROMPTS]
-    assert first["found"][:2] == second["found"]
+    assert first["conditions"][:2] == second["conditions"]
     assert len(cached(tmp_path / "run")) == 3
     # Another number of ranks finds it there.
     for again in run_on_ranks(
         encode, tmp_path / "run", data, "ugly", "encoder-a", [PROMPTS], size=1
     ):
         assert again["calls"] == []
-        assert again["found"] == first["found"]
+        assert again["conditions"] == first["conditions"]
 
 
 def test_without_a_fingerprint_and_with_constants(tmp_path):
     data = write_dataset(tmp_path / "data", 3, negative="ugly")
     [first, second] = run_on_ranks(encode, tmp_path / "run", data, None, None, [PROMPTS] * 2)
     assert (first["calls"], second["calls"]) == (["a", "b"], [])
-    assert first["found"][:2] == second["found"]
+    assert first["conditions"][:2] == second["conditions"]
     assert not cached(tmp_path / "run")
 
 

@@ -77,8 +77,8 @@ def test_latents_are_stored_in_half_and_given_in_full_precision(tmp_path):
 def test_a_caption_is_stored_once_a_shard_and_equal_data_gives_equal_bytes(tmp_path, make_folder):
     a, b = make_folder(tmp_path / "a", 12), make_folder(tmp_path / "b", 12)
     assert (a / "index.json").read_text() == (b / "index.json").read_text()
-    whole = make_folder(tmp_path / "whole", 12, shard_bytes=10**6)
-    with safe_open(whole / "shard-00000.safetensors", framework="pt") as file:
+    full = make_folder(tmp_path / "whole", 12, shard_bytes=10**6)
+    with safe_open(full / "shard-00000.safetensors", framework="pt") as file:
         assert file.get_slice("conditions.text").get_shape()[0] == 3
 
 
@@ -125,11 +125,11 @@ def test_every_missing_and_truncated_shard_is_named_at_once(tmp_path, make_folde
     first, second = sorted(tmp_path.glob("shard-*"))[:2]
     first.unlink()
     second.write_bytes(second.read_bytes()[:-7])
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError) as excinfo:
         _open(tmp_path)
-    assert first.name in str(caught.value)
-    assert second.name in str(caught.value)
-    assert "truncated" in str(caught.value)
+    assert first.name in str(excinfo.value)
+    assert second.name in str(excinfo.value)
+    assert "truncated" in str(excinfo.value)
 
 
 def test_a_flipped_byte_is_found_by_full_verification(tmp_path, make_folder):

@@ -35,29 +35,29 @@ def folder(path: Path, samples: int = 10, *, settings=SETTINGS) -> TrajectoryFol
     )
 
 
-def fill(made: TrajectoryFolder, shard: int) -> None:
+def fill(folder_: TrajectoryFolder, shard: int) -> None:
     """Sample i: latents of the value i, its state k of the value i + (k + 1) / 8."""
     rows = ShardRows()
-    for number in made.span(shard):
+    for number in folder_.span(shard):
         caption = f"word {number % 3}"
         latents = torch.full((1, *SHAPE), float(number))
         states = torch.stack([latents + (k + 1) / 8 for k in range(3)], dim=1)
-        made.add(
+        folder_.add(
             rows, [number], [caption], Condition({"text": embedding(caption)}), latents, states
         )
-    made.write(shard, rows)
+    folder_.write(shard, rows)
 
 
-def finish(made: TrajectoryFolder):
+def finish(folder_: TrajectoryFolder):
     negative = ("", Condition({"text": -embedding("")}))
-    return made.finish(negative=negative, fingerprint={"text_encoder.weights": FINGERPRINT})
+    return folder_.finish(negative=negative, fingerprint={"text_encoder.weights": FINGERPRINT})
 
 
 def whole(path: Path, samples: int = 10) -> Path:
-    made = folder(path, samples)
-    for shard in made.missing():
-        fill(made, shard)
-    assert finish(made) is not None
+    trajectories = folder(path, samples)
+    for shard in trajectories.missing():
+        fill(trajectories, shard)
+    assert finish(trajectories) is not None
     return path
 
 
@@ -146,9 +146,9 @@ def test_other_settings_are_refused_with_what_differs(tmp_path):
     whole(tmp_path / "data")
     before = contents(tmp_path / "data")
     other = {"sampler": {"guidance": 5.0, "steps": 50}, "seed": 0, "times": [1000.0], "new": 1}
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError) as excinfo:
         folder(tmp_path / "data", settings=other)
-    message = str(caught.value)
+    message = str(excinfo.value)
     assert "sampler.guidance was 6.0 and is 5.0" in message
     assert "new was not there and is 1" in message
     assert "times was" in message
@@ -169,11 +169,11 @@ def test_another_data_set_in_the_folder_stays(tmp_path):
 
 
 def test_what_is_not_finite_is_not_stored(tmp_path):
-    made, rows = folder(tmp_path / "data"), ShardRows()
+    trajectories, rows = folder(tmp_path / "data"), ShardRows()
     latents = torch.zeros(1, *SHAPE)
     states = torch.full((1, 3, *SHAPE), float("nan"))
     with pytest.raises(DataError, match="clip-0: trajectories are not finite"):
-        made.add(rows, [0], ["a"], Condition({"text": embedding("a")}), latents, states)
+        trajectories.add(rows, [0], ["a"], Condition({"text": embedding("a")}), latents, states)
 
 
 def test_a_damaged_shard_is_named(tmp_path):

@@ -51,11 +51,11 @@ DRAWN_EXITS = ("dmd2", "dmd2, every step, gan", "ladd", "rcm", "self_forcing")
 @pytest.fixture(scope="module", params=CONFIGS)
 def case(request) -> MethodCase:
     name, config = request.param, CONFIGS[request.param]
-    whole = evolve(config, student_sampler=ONE) if name in DRAWN_EXITS else config
+    full = evolve(config, student_sampler=ONE) if name in DRAWN_EXITS else config
     return MethodCase(
         plugin=load_plugin("distill.methods", name.split(",")[0]),
         config=config,
-        accumulation_config=whole,
+        accumulation_config=full,
         losses=2 if name == "rcm" else 1,
         causal_roles=("student",) if name in CAUSAL else (),
     )

@@ -123,8 +123,8 @@ class BrightClips(ToyAdapter):
 
 class OneStepLess(ToyAdapter):
     def rollout(self, role, spec, noise, cond, *, exit_steps, **options):
-        exits = [max(k - 1, 0) for k in exit_steps]
-        return super().rollout(role, spec, noise, cond, exit_steps=exits, **options)
+        exit_indices = [max(k - 1, 0) for k in exit_steps]
+        return super().rollout(role, spec, noise, cond, exit_steps=exit_indices, **options)
 
 
 class GraphOfAllSteps(ToyAdapter):

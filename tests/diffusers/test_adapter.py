@@ -250,10 +250,10 @@ def test_features_are_what_the_blocks_give(family, request):
     expected = torch.stack(
         [tokens[:, i].reshape(2, -1) for i in range(tokens.shape[1])], dim=-1
     ).reshape(2, 16, *grid)
-    found = features[1]
-    assert found is not None
-    assert torch.equal(found, expected)
-    found.square().sum().backward()
+    actual = features[1]
+    assert actual is not None
+    assert torch.equal(actual, expected)
+    actual.square().sum().backward()
     assert x_t.grad is not None
     assert x_t.grad.abs().max() > 0
     with pytest.raises(ContractError, match="block 2"):

@@ -162,6 +162,6 @@ def test_statistics_in_buffers_are_read(folder, dtype):
     mean = torch.tensor([0.5, -0.25, 3.0], dtype=dtype)
     values = load_file(folder / VAE) | {"latents_mean": mean, "latents_std": mean.abs()}
     save_file(values, folder / VAE, {"format": "pt"})
-    found = fingerprints.latent_statistics(folder / "vae")
-    assert found["latents_mean"] == [0.5, -0.25, 3.0]
-    assert found["latents_std"] == [0.5, 0.25, 3.0]
+    statistics = fingerprints.latent_statistics(folder / "vae")
+    assert statistics["latents_mean"] == [0.5, -0.25, 3.0]
+    assert statistics["latents_std"] == [0.5, 0.25, 3.0]

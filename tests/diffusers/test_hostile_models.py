@@ -119,10 +119,10 @@ def test_an_absurd_encoder_is_one_error(pipeline, entry, value):
 )  # fmt: skip
 def test_an_odd_index_is_one_problem(pipeline, name, value):
     edit(pipeline / "model_index.json", **{name: value})
-    found = checked(pipeline)
-    assert len(found) == 1
-    assert "model_index.json" in found[0].message
-    assert name in found[0].message
+    reported = checked(pipeline)
+    assert len(reported) == 1
+    assert "model_index.json" in reported[0].message
+    assert name in reported[0].message
 
 
 NESTED = b"[" * 200_000
@@ -142,9 +142,9 @@ JSON_FILES = (
 @pytest.mark.parametrize("name", JSON_FILES)
 def test_broken_json_is_one_error_with_its_file(pipeline, name, content):
     (pipeline / name).write_bytes(BROKEN[content])
-    with pytest.raises(WeightsError, match=name.replace(".", r"\.")) as caught:
+    with pytest.raises(WeightsError, match=name.replace(".", r"\.")) as excinfo:
         load_and_encode(pipeline)
-    assert str(caught.value).isprintable()
+    assert str(excinfo.value).isprintable()
 
 
 def spoil_header(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:

@@ -48,8 +48,8 @@ def test_a_prediction_is_what_the_scheduler_makes(grid):
     spec = SamplerSpec(steps=5, timesteps=(1000.0, 900.0, 500.0, 300.0, 20.0))  # not met
     schedule = stock_schedule(spec, grid)
     config = schedule.config
-    made = grid.sigmas(5, config["shift"], config["shift_terminal"])
-    assert schedule.timesteps == pytest.approx([1000 * s for s in made], abs=1e-4)
+    sigmas = grid.sigmas(5, config["shift"], config["shift_terminal"])
+    assert schedule.timesteps == pytest.approx([1000 * s for s in sigmas], abs=1e-4)
     assert schedule.deviation > 1
 
 
@@ -116,8 +116,8 @@ def test_unipc_is_the_scheduler_of_the_published_pipelines_bit_for_bit(steps, sh
     schedule = stock_schedule(spec)
     assert schedule.deviation == 0
     assert schedule.config["flow_shift"] == shift
-    made = schedule.scheduler().config
-    assert {key: made[key] for key in WAN_SCHEDULER} == WAN_SCHEDULER | {"flow_shift": shift}
+    config = schedule.scheduler().config
+    assert {key: config[key] for key in WAN_SCHEDULER} == WAN_SCHEDULER | {"flow_shift": shift}
     json.dumps(schedule.config)  # it is written to sampler_spec.json
 
 

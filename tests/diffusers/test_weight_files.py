@@ -49,13 +49,13 @@ def test_the_reader_finds_every_tensor_bit_for_bit(tmp_path_factory, given_tenso
         assert stream.metadata() == {"format": "pt", **metadata}
         assert set(stream.keys()) == set(given_tensors)
         for name, tensor in given_tensors.items():
-            found = stream.get_tensor(name)
-            assert found.dtype == tensor.dtype
-            assert found.shape == tensor.shape
+            tensor_read = stream.get_tensor(name)
+            assert tensor_read.dtype == tensor.dtype
+            assert tensor_read.shape == tensor.shape
             assert (
-                found.numpy(force=True).tobytes() == tensor.numpy().tobytes()
+                tensor_read.numpy(force=True).tobytes() == tensor.numpy().tobytes()
                 if (tensor.dtype != torch.bfloat16)
-                else torch.equal(found.view(torch.int16), tensor.view(torch.int16))
+                else torch.equal(tensor_read.view(torch.int16), tensor.view(torch.int16))
             )
 
 
@@ -79,7 +79,7 @@ def test_one_tensor_is_held_at_a_time(tmp_path):
     import weakref
 
     alive = []
-    facts = {f"t{i}": TensorInfo((8, 8), torch.float32) for i in range(5)}
+    infos = {f"t{i}": TensorInfo((8, 8), torch.float32) for i in range(5)}
 
     def read(name):
         assert not any(ref() is not None for ref in alive[:-1])
@@ -87,31 +87,31 @@ def test_one_tensor_is_held_at_a_time(tmp_path):
         alive.append(weakref.ref(tensor))
         return tensor
 
-    write_weights(tmp_path / "w.safetensors", facts, read)
-    found = load_file(tmp_path / "w.safetensors")
-    assert [int(found[f"t{i}"][0, 0]) for i in range(5)] == [0, 1, 2, 3, 4]
+    write_weights(tmp_path / "w.safetensors", infos, read)
+    tensors = load_file(tmp_path / "w.safetensors")
+    assert [int(tensors[f"t{i}"][0, 0]) for i in range(5)] == [0, 1, 2, 3, 4]
 
 
 def test_a_view_is_written_as_it_reads(tmp_path):
     """Transposed, sliced and expanded tensors hold other bytes than they show."""
-    whole = torch.arange(24.0).reshape(4, 6)
+    full = torch.arange(24.0).reshape(4, 6)
     views = {
-        "t": whole.T,
-        "s": whole[:, 1:3],
-        "e": whole[:1].expand(3, 6),
-        "p": whole.requires_grad_(),
+        "t": full.T,
+        "s": full[:, 1:3],
+        "e": full[:1].expand(3, 6),
+        "p": full.requires_grad_(),
     }
     write_weights(tmp_path / "w.safetensors", facts_of(views), views.__getitem__)
-    found = load_file(tmp_path / "w.safetensors")
-    assert all(torch.equal(found[name], view) for name, view in views.items())
+    tensors = load_file(tmp_path / "w.safetensors")
+    assert all(torch.equal(tensors[name], view) for name, view in views.items())
 
 
 def test_what_the_header_does_not_say_is_refused(tmp_path):
-    facts = {"a": TensorInfo((2,), torch.float32)}
+    infos = {"a": TensorInfo((2,), torch.float32)}
     with pytest.raises(ContractError, match=r"a is \[3\] float32"):
-        write_weights(tmp_path / "shape", facts, lambda name: torch.zeros(3))
+        write_weights(tmp_path / "shape", infos, lambda name: torch.zeros(3))
     with pytest.raises(ContractError, match="bfloat16"):
-        write_weights(tmp_path / "dtype", facts, lambda name: torch.zeros(2, dtype=torch.bfloat16))
+        write_weights(tmp_path / "dtype", infos, lambda name: torch.zeros(2, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn])

@@ -42,11 +42,11 @@ def test_two_then_one_then_two(tmp_path):
     go(file_of(tmp_path, "parts", 4, {}), 1)
     go(file_of(tmp_path, "parts", 6, DDP), 2)
     for ema in (False, True):
-        whole, parts = (weights(tmp_path / name, ema=ema) for name in ("whole", "parts"))
-        assert furthest(whole, parts) < 2e-4
-    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
-    assert whole.keys() == parts.keys()
-    for iteration, values in whole.items():
+        full, parts = (weights(tmp_path / name, ema=ema) for name in ("whole", "parts"))
+        assert furthest(full, parts) < 2e-4
+    full, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert full.keys() == parts.keys()
+    for iteration, values in full.items():
         for name in ("loss/total_loss", "loss/critic_loss"):
             assert parts[iteration][name] == pytest.approx(values[name], rel=2e-4)
 
@@ -69,6 +69,6 @@ def test_a_rank_lost_in_a_step_ends_all_and_latest_resumes(tmp_path, how, distri
     go(file, 2)
     go(file_of(tmp_path, "whole", 4, settings), 2)
     for ema in (False, True):
-        whole, parts = (weights(tmp_path / name, ema=ema) for name in ("whole", "run"))
-        assert all(torch.equal(whole[name], parts[name]) for name in whole)
+        full, parts = (weights(tmp_path / name, ema=ema) for name in ("whole", "run"))
+        assert all(torch.equal(full[name], parts[name]) for name in full)
     assert losses(tmp_path / "whole") == losses(tmp_path / "run")

@@ -68,18 +68,18 @@ def other_data(tmp_path) -> Path:
 
 
 def problems(file: Path) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         read_config(file, planning=True)
-    return str(caught.value)
+    return str(excinfo.value)
 
 
 def test_another_rate_goes_on_with_the_moments_and_says_so_in_one_line(write, caplog):
     file = write(training={"optimizer": {"lr": 2e-4}})
-    said = "the optimizer of student goes on with lr 0.0004 -> 0.0002; its moments and its count"
-    assert describe(read_config(file, planning=True)).count(said) == 1
+    line = "the optimizer of student goes on with lr 0.0004 -> 0.0002; its moments and its count"
+    assert describe(read_config(file, planning=True)).count(line) == 1
     with caplog.at_level(logging.WARNING):
         assert main(["--config", str(file)]) == 0
-    assert sum(said in record.getMessage() for record in caplog.records) == 1
+    assert sum(line in record.getMessage() for record in caplog.records) == 1
     assert not any("training.optimizer.lr" in record.getMessage() for record in caplog.records)
     out = Path(read_config(file, planning=True).training.output_dir)
     stored = out / f"checkpoint-{END:06d}" / "optimizers" / "student.transformer.json"
@@ -91,24 +91,24 @@ def test_another_rate_goes_on_with_the_moments_and_says_so_in_one_line(write, ca
 
 
 def test_other_decays_of_the_moments_are_a_problem_of_the_file(write):
-    told = problems(write(training={"optimizer": {"betas": [0.5, 0.9]}}))
-    assert "models.student.optimizer" in told
-    assert "added: [optimizers.student]" in told
+    reported = problems(write(training={"optimizer": {"betas": [0.5, 0.9]}}))
+    assert "models.student.optimizer" in reported
+    assert "added: [optimizers.student]" in reported
     rule = {"added": ["optimizers.student"], "dropped": ["optimizers.student"]}
     file = write(training={"optimizer": {"betas": [0.5, 0.9]}}, checkpoint={"changes": rule})
     read_config(file, planning=True)
 
 
 def test_another_data_set_needs_a_rule(write, other_data, caplog):
-    told = problems(write(data={"path": str(other_data)}))
-    assert ": data.path: " in told
-    assert "the data set holds other samples" in told
+    reported = problems(write(data={"path": str(other_data)}))
+    assert ": data.path: " in reported
+    assert "the data set holds other samples" in reported
     rule = {"added": ["data"], "dropped": ["data"]}
     file = write(data={"path": str(other_data)}, checkpoint={"changes": rule})
     with caplog.at_level(logging.WARNING):
         assert main(["--config", str(file)]) == 0
-    said = "data is dropped and added (changes): another data set"
-    assert sum(said in record.getMessage() for record in caplog.records) == 1
+    message = "data is dropped and added (changes): another data set"
+    assert sum(message in record.getMessage() for record in caplog.records) == 1
     out = Path(read_config(file, planning=True).training.output_dir)
     position = json.loads((out / f"checkpoint-{END:06d}" / "loader.json").read_text())
     [state] = position.values()

@@ -38,9 +38,9 @@ class Watcher:
         return 0
 
     def after_step(self, run: RunState, callbacks: Mapping[str, Callback]) -> None:
-        found = {name: v for name, v in run.metrics.items() if name.startswith("report/")}
-        if found:
-            self.seen[run.iteration] = found
+        report = {name: v for name, v in run.metrics.items() if name.startswith("report/")}
+        if report:
+            self.seen[run.iteration] = report
 
     def finish(self, run: RunState, callbacks: Mapping[str, Callback]) -> None: ...
 

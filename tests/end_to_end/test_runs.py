@@ -331,10 +331,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_weights(tiny, tmp
     assert main(["--config", str(config)]) == EXIT_OK
     interrupted = load_file(final_weights(tmp_path / "out"))
 
-    whole = tiny("finetune", file="whole.yaml", **changes)
-    text = whole.read_text().replace(str(tmp_path / "out"), str(tmp_path / "whole"))
-    whole.write_text(text)
-    assert main(["--config", str(whole)]) == EXIT_OK
+    full = tiny("finetune", file="whole.yaml", **changes)
+    text = full.read_text().replace(str(tmp_path / "out"), str(tmp_path / "whole"))
+    full.write_text(text)
+    assert main(["--config", str(full)]) == EXIT_OK
     uninterrupted = load_file(final_weights(tmp_path / "whole"))
     assert interrupted.keys() == uninterrupted.keys()
     for key, value in uninterrupted.items():

@@ -76,7 +76,7 @@ def test_a_killed_worker_comes_back_and_goes_on_from_latest(tiny, tmp_path):
     assert "resumed" in second_log
     assert f"finished after iteration {STEPS}" in second_log
     assert "Warning" not in second_log, "torch's own, once a process"
-    facts = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["iteration"] for line in facts if "loss/total_loss" in line]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["iteration"] for line in rows if "loss/total_loss" in line]
     assert losses == list(range(1, STEPS + 1))
     assert (out / "student" / "model_index.json").exists()

@@ -53,16 +53,16 @@ def test_a_role_starts_with_what_it_is_told(kind, first, tiny, tmp_path):
     exported = weights(first.parent / "student" / "transformer")
     file = tmp_path / "comfyui.safetensors"
     save_file({f"model.diffusion_model.{to_original(k)}": v for k, v in exported.items()}, file)
-    start, wanted = {
+    start, expected = {
         "comfyui": ({"path": str(file)}, weights(first, "roles", "student")),
         "live": ({"path": str(first)}, weights(first, "roles", "student")),
         "ema": ({"path": str(first), "ema": True}, weights(first, "ema")),
         "export": ({"path": str(first.parent / "student")}, weights(first, "roles", "student")),
     }[kind]
-    found = begins_with(tiny, tmp_path, start)
-    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    actual = begins_with(tiny, tmp_path, start)
+    assert all(torch.equal(actual[name], expected[name]) for name in actual)
     original = weights(Path("configs/tiny/wan/transformer").resolve())
-    assert any(not torch.equal(found[name], original[name]) for name in found)
+    assert any(not torch.equal(actual[name], original[name]) for name in actual)
 
 
 @pytest.mark.parametrize("kind", ["live", "export"])
@@ -78,10 +78,10 @@ def test_a_causal_student_starts_from_a_bidirectional_one(kind, first, tiny, tmp
         callbacks={"report": None},
     )
     assert main(["--config", str(config)]) == EXIT_OK
-    found = weights(tmp_path / "out" / "checkpoint-000004", "roles", "student")
-    wanted = weights(first, "roles", "student")
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    actual = weights(tmp_path / "out" / "checkpoint-000004", "roles", "student")
+    expected = weights(first, "roles", "student")
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_a_run_that_goes_on_does_not_need_its_start_again(first, tiny, tmp_path):
@@ -121,9 +121,9 @@ def test_a_role_that_a_resumed_run_adds_starts_with_what_it_is_told(first, tiny,
         callbacks={"report": None},
     )  # fmt: skip
     assert main(["--config", str(config)]) == EXIT_OK
-    found = weights(tmp_path / "out" / "checkpoint-000006", "roles", "critic")
-    wanted = weights(first, "roles", "student")
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    actual = weights(tmp_path / "out" / "checkpoint-000006", "roles", "critic")
+    expected = weights(first, "roles", "student")
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_a_start_that_would_be_called_or_merged_wrongly_is_refused(first, tiny, tmp_path, capsys):
@@ -161,13 +161,13 @@ def test_a_lora_run_saves_adapters_alone_and_goes_on_bit_for_bit(tiny, tmp_path)
         assert main(["--config", str(config)]) == EXIT_OK
         return tmp_path / out / f"checkpoint-{steps:06d}"
 
-    whole = run("whole", 8)
+    full = run("whole", 8)
     run("parts", 4)
     parts = run("parts", 8)
-    found, wanted = weights(parts), weights(whole)
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    saved = weights(whole, "roles", "student")
+    actual, expected = weights(parts), weights(full)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    saved = weights(full, "roles", "student")
     assert saved
     assert all("lora_" in name for name in saved)
     assert any(value.any() for name, value in saved.items() if "lora_B" in name)
@@ -184,9 +184,9 @@ def test_adapters_start_from_adapters_of_the_same_scale_alone(tiny, tmp_path, ca
     assert run("first", {"rank": 2, "alpha": 4}, None) == EXIT_OK
     first = tmp_path / "first" / "checkpoint-000001"
     assert run("second", {"rank": 2, "alpha": 4}, {"path": str(first)}, lr=1e-30) == EXIT_OK
-    found = weights(tmp_path / "second" / "checkpoint-000001", "roles", "student")
-    wanted = weights(first, "roles", "student")
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    actual = weights(tmp_path / "second" / "checkpoint-000001", "roles", "student")
+    expected = weights(first, "roles", "student")
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
     for other in ({"rank": 2, "alpha": 2}, {"rank": 4, "alpha": 8}):
         assert run("third", other, {"path": str(first)}) == EXIT_USAGE
         assert "holds adapters of 'student' alone, of rank 2 and alpha / rank 2" in (

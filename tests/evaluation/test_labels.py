@@ -22,20 +22,20 @@ def test_a_repeated_word_is_not_ambiguous() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "found"), [("moving up", ()), ("a one and a seven moving up", ("one", "seven"))]
+    ("prompt", "labels"), [("moving up", ()), ("a one and a seven moving up", ("one", "seven"))]
 )
 def test_none_or_two_is_an_error_that_shows_the_way_out(
-    prompt: str, found: tuple[str, ...]
+    prompt: str, labels: tuple[str, ...]
 ) -> None:
-    with pytest.raises(PromptLabelError) as caught:
+    with pytest.raises(PromptLabelError) as excinfo:
         labels_of(prompt, ATTRIBUTES)
-    assert (caught.value.prompt, caught.value.attribute, caught.value.named) == (
+    assert (excinfo.value.prompt, excinfo.value.attribute, excinfo.value.named) == (
         prompt,
         "digit",
-        found,
+        labels,
     )
     for part in (repr(prompt), "zero, one, seven", "Reword the prompt"):
-        assert part in str(caught.value)
+        assert part in str(excinfo.value)
 
 
 def test_many_prompts_give_one_list_per_attribute() -> None:

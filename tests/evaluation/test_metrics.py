@@ -164,7 +164,7 @@ def test_distances_of_clips_against_numpy() -> None:
     clips, latents = smooth(160, 3, 4, 6, 6, seed=0), smooth(160, 4, 2, 4, 4, seed=2)
     fakes, codes = smooth(90, 3, 4, 6, 6, seed=3), smooth(90, 4, 2, 4, 4, seed=4, scale=1.25)
     reference = DistanceReference.of_clips(clips, latents)
-    found = reference.distances(reference.features(fakes, codes))
+    distances = reference.distances(reference.features(fakes, codes))
 
     def moving(x: torch.Tensor) -> np.ndarray:
         frames = x.double().numpy()
@@ -172,11 +172,11 @@ def test_distances_of_clips_against_numpy() -> None:
         return np.concatenate([frames.reshape(len(x), -1), steps.reshape(len(x), -1)], axis=1)
 
     assert np.allclose(motion_features(fakes).numpy(), moving(fakes), atol=1e-6)
-    assert found.pixels == pytest.approx(by_numpy(moving(clips), moving(fakes), 48), rel=1e-6)
+    assert distances.pixels == pytest.approx(by_numpy(moving(clips), moving(fakes), 48), rel=1e-6)
     flat = [x.double().flatten(1).numpy() for x in (latents, codes)]
-    assert found.latents == pytest.approx(by_numpy(flat[0], flat[1], 64), rel=1e-6)
-    assert found.latent_std == pytest.approx(flat[1].std() / flat[0].std(), rel=1e-4)
-    assert found.latent_std == pytest.approx(1.25, abs=0.1)
+    assert distances.latents == pytest.approx(by_numpy(flat[0], flat[1], 64), rel=1e-6)
+    assert distances.latent_std == pytest.approx(flat[1].std() / flat[0].std(), rel=1e-4)
+    assert distances.latent_std == pytest.approx(1.25, abs=0.1)
     same = reference.distances(reference.features(clips, latents))
     assert same.pixels == pytest.approx(0, abs=1e-6)
     assert same.latents == pytest.approx(0, abs=1e-6)

@@ -110,12 +110,12 @@ def test_a_stop_ends_the_report_before_the_next_call_and_leaves_no_file(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "clips.mp4", "contact_sheet.png", "report.json",
     ]  # fmt: skip
-    whole = list(adapter.done)
+    full = list(adapter.done)
     clips = 2 * len(report.prompts)
     assert clips > CHUNK, "more than one chunk, or this shows nothing"
-    assert whole.count("call") > 8
+    assert full.count("call") > 8
 
-    for position in (0, 1, 2, len(whole) // 2, len(whole) - 1):
+    for position in (0, 1, 2, len(full) // 2, len(full) - 1):
         folder = tmp_path / f"stopped-{position}"
         folder.mkdir()
         report, run, adapter = parts_of_a_run(folder)
@@ -125,7 +125,7 @@ def test_a_stop_ends_the_report_before_the_next_call_and_leaves_no_file(tmp_path
             run.request_stop("preempted") if len(adapter.done) >= at else None, poll(),
         )  # fmt: skip
         report.on_train_end(run)
-        assert adapter.done == whole[:position]
+        assert adapter.done == full[:position]
         assert list(folder.iterdir()) == []
         assert "report: left out, as the run was stopped (preempted)" in capsys.readouterr().out
 
@@ -150,8 +150,8 @@ def test_distances_are_of_the_clips_that_the_entry_samples(tmp_path, capsys):
     assert len(report.prompts) == prompts
     report.on_step_end(run, cast("Any", SimpleNamespace(iteration=1)))
     report.on_train_end(run)
-    found = json.loads((tmp_path / "out" / "report.json").read_text())
-    first, again = found["entries"]
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    first, again = written["entries"]
 
     real = (raw.half().float() - 1) / 2
     kept = DistanceReference.of_clips(torch.sigmoid(real[:100]), real[:100])
@@ -163,7 +163,7 @@ def test_distances_are_of_the_clips_that_the_entry_samples(tmp_path, capsys):
     assert first["distances"] == again["distances"] == pytest.approx(expected, rel=1e-6)
     assert first["distances"]["latent_std"] == pytest.approx(2, abs=0.01)
     rest = attrs.asdict(kept.distances(kept.features(torch.sigmoid(real[100:]), real[100:])))
-    assert found["real"] == pytest.approx({"clips": 100, **rest}, rel=1e-6)
+    assert written["real"] == pytest.approx({"clips": 100, **rest}, rel=1e-6)
     assert rest["latent_std"] == pytest.approx(1, abs=0.01)
     for name, value in first["distances"].items():
         assert run.metrics[f"report/two/{name}"] == value

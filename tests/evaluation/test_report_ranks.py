@@ -13,19 +13,19 @@ from validation_ranks import report
 
 def numbers(folder: Path) -> dict[str, Any]:
     """report.json without what a clock says."""
-    found = json.loads((folder / "report.json").read_text())
-    for entry in found["entries"]:
+    report = json.loads((folder / "report.json").read_text())
+    for entry in report["entries"]:
         assert entry.pop("seconds_per_clip") > 0
-    return found
+    return report
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
     items = value.items() if isinstance(value, dict) else enumerate(value)
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for key, item in items:
         inner = isinstance(item, dict | list)
-        found |= flat(item, f"{path}/{key}") if inner else {f"{path}/{key}": item}
-    return found
+        flattened |= flat(item, f"{path}/{key}") if inner else {f"{path}/{key}": item}
+    return flattened
 
 
 @pytest.mark.parametrize(
@@ -38,20 +38,20 @@ def test_numbers_and_pictures_are_those_of_one_process(
     for folder in folders:
         folder.mkdir()
     alone = report(folders[0], prompts, sheet_prompts, chunk=64)
-    found = run_on_ranks(report, folders[1], prompts, sheet_prompts, 4, size=size)
-    assert [rank["end"] for rank in (alone, *found)] == ["whole"] * (1 + size)
+    results = run_on_ranks(report, folders[1], prompts, sheet_prompts, 4, size=size)
+    assert [rank["end"] for rank in (alone, *results)] == ["whole"] * (1 + size)
 
-    expected, got = (flat(numbers(folder)) for folder in folders)
+    expected, actual = (flat(numbers(folder)) for folder in folders)
     assert len({expected[f"/entries/{n}/frechet_distance"] for n in range(3)}) == 3
-    assert got.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for key, value in expected.items():
         # The judge sees other batches: its last bits may differ, what it answers does not.
         exact = not key.endswith("frechet_distance")
-        assert got[key] == (value if exact else pytest.approx(value, rel=1e-6)), key
+        assert actual[key] == (value if exact else pytest.approx(value, rel=1e-6)), key
     for name in ("contact_sheet.png", "clips.mp4"):
         assert (folders[1] / name).read_bytes() == (folders[0] / name).read_bytes(), name
 
-    first, *others = found
+    first, *others = results
     assert first["metrics"] == pytest.approx(alone["metrics"], rel=1e-6)
     assert len(first["metrics"]) == 3 * 4
     assert first["texts"] == 1
@@ -62,27 +62,27 @@ def test_numbers_and_pictures_are_those_of_one_process(
         assert rank["polls"] == first["polls"]
         assert rank["texts"] == 0
         assert rank["printed"] == ""
-    assert all(rank["weights stay"] for rank in found)
+    assert all(rank["weights stay"] for rank in results)
 
 
 def test_a_stop_asked_of_one_rank_ends_the_report_of_all_at_the_same_call(tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
-    whole = report(tmp_path / "alone", 5, 2, chunk=4)
-    assert whole["polls"] > 60
+    full = report(tmp_path / "alone", 5, 2, chunk=4)
+    assert full["polls"] > 60
     for number in (3, 40):  # during the run, at its end
         folder = tmp_path / f"ranks-{number}"
         folder.mkdir()
-        found = run_on_ranks(report, folder, 5, 2, 4, number)
-        assert [rank["polls"] for rank in found] == [number] * 2
-        assert found[0]["calls"] == found[1]["calls"]
-        assert len({rank["end"] for rank in found}) == 1
+        results = run_on_ranks(report, folder, 5, 2, 4, number)
+        assert [rank["polls"] for rank in results] == [number] * 2
+        assert results[0]["calls"] == results[1]["calls"]
+        assert len({rank["end"] for rank in results}) == 1
         assert list(folder.iterdir()) == []
         printed = "report: left out, as the run was stopped (preempted)\n" if number == 40 else ""
-        assert [rank["printed"] for rank in found] == [printed, ""]
+        assert [rank["printed"] for rank in results] == [printed, ""]
 
 
 def test_what_rank_0_cannot_write_fails_on_all(tmp_path: Path) -> None:
     (tmp_path / "report.json").mkdir()
     (tmp_path / "report.json" / "in the way").touch()
-    found = run_on_ranks(report, tmp_path, 2, 1, 4)
-    assert all(rank["end"].startswith("RankError: rank 0: ") for rank in found), found
+    results = run_on_ranks(report, tmp_path, 2, 1, 4)
+    assert all(rank["end"].startswith("RankError: rank 0: ") for rank in results), results

@@ -79,11 +79,11 @@ def test_the_diffusers_folder_holds_what_the_checkpoint_holds(whole, tmp_path, c
     assert export(whole, tmp_path / "student", *["--ema"] * ema, "--verify") == 0
     assert "verified" in capsys.readouterr().out
     kind = "ema/student.transformer" if ema else "roles/student"
-    wanted = stored(whole, kind)
-    wanted.pop("ema.updates", None)
-    found = written(tmp_path / "student" / "transformer")
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    expected = stored(whole, kind)
+    expected.pop("ema.updates", None)
+    actual = written(tmp_path / "student" / "transformer")
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
     spec = json.loads((tmp_path / "student" / "sampler_spec.json").read_text())
     assert spec["sampler"]["timesteps"] == [1000, 700]
     pipe = WanPipeline.from_pretrained(tmp_path / "student")
@@ -102,13 +102,13 @@ def test_every_form_reads_back_alike(name, form, request, tmp_path, capsys):
 
 def test_a_lora_role_is_written_as_it_was_trained(low_rank, tmp_path, capsys):
     assert export(low_rank, tmp_path / "x", "--format", "lora", "--verify") == 0
-    wanted = stored(low_rank, "roles/student")
-    found = load_file(tmp_path / "x" / "pytorch_lora_weights.safetensors")
-    assert len(found) == len(wanted)
-    for name, value in wanted.items():
+    expected = stored(low_rank, "roles/student")
+    actual = load_file(tmp_path / "x" / "pytorch_lora_weights.safetensors")
+    assert len(actual) == len(expected)
+    for name, value in expected.items():
         # alpha / rank = 2 goes into B: diffusers then needs no word on it.
         factor = 2 if ".lora_B." in name else 1
-        assert torch.equal(found["transformer." + name.replace(".default", "")], factor * value)
+        assert torch.equal(actual["transformer." + name.replace(".default", "")], factor * value)
 
 
 def test_adapters_are_extracted_from_a_whole_role_with_their_error(whole, tmp_path, capsys):
@@ -159,9 +159,9 @@ def test_a_number_that_is_none_is_answered(option, value, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         export(tmp_path / "nowhere", tmp_path / "x", option, value)
     assert left.value.code == 2
-    said = capsys.readouterr().err
-    assert f"argument {option}: {value!r} must be" in said
-    assert "customary" in said
+    message = capsys.readouterr().err
+    assert f"argument {option}: {value!r} must be" in message
+    assert "customary" in message
 
 
 def test_a_folder_may_be_named_by_a_dot(whole, tmp_path, monkeypatch):

@@ -138,11 +138,11 @@ def test_3_a_critic_equal_to_the_teacher_leaves_the_student_where_it_is(worlds, 
 @given(place=places, seed=seeds, iteration=st.sampled_from([2, 3]))
 def test_11_accumulation_is_one_large_batch_and_a_batch_its_samples(worlds, place, seed, iteration):
     """Of one expert, whatever the number of micro steps: never a part of the batch for each."""
-    whole, seen = worlds.batch(place[1], 2), []
+    full, seen = worlds.batch(place[1], 2), []
     for size in (2, 1):
         method = worlds.build(*place, seed=seed, **CASES[place[0]].one_exit)
         for start in range(0, 2, size):
-            micro = part(whole, slice(start, start + size))
+            micro = part(full, slice(start, start + size))
             loss = method.single_train_step(micro, iteration).loss_map["total_loss"]
             (loss * size / 2).backward()
         seen.append(gradients(method))
@@ -180,9 +180,9 @@ def test_11_schedules_optimizers_and_averages_of_an_expert_count_alike(
         for role in roles:
             handle = method.bundle[role]
             counts = {key: result.updates[f"{role}.{key}"] for key in handle.modules}
-            had = sum(role in turns(method, i) for i in range(1, 5))
-            most = had * (CASES[place[0]].losses if role == "student" else 1)
-            assert had <= sum(counts.values()) <= most
+            turns_taken = sum(role in turns(method, i) for i in range(1, 5))
+            most = turns_taken * (CASES[place[0]].losses if role == "student" else 1)
+            assert turns_taken <= sum(counts.values()) <= most
             for key, count in counts.items():
                 assert handle.schedulers[key].last_epoch == count
                 average: WeightAverage = handle.ema[key]
@@ -272,9 +272,9 @@ def test_one_sampler_serves_rollouts_and_validation(worlds, kind, spec, guidance
     else:
         generators = rows()
         generators.normal(adapter.latent_shape)
-        exits = [spec.steps - 1] * len(adapter.chunks("student"))
+        exit_steps = [spec.steps - 1] * len(adapter.chunks("student"))
         rolled = adapter.rollout(
-            "student", spec, noise, cond, exit_steps=exits, generators=generators
+            "student", spec, noise, cond, exit_steps=exit_steps, generators=generators
         )
         assert torch.equal(rolled, clip)
     if student == "causal":

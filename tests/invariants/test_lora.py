@@ -213,14 +213,14 @@ def _moving(run: Run) -> dict[str, Tensor]:
 @example(shape=Shape(precision="bf16"), n=2, m=2)
 def test_n_steps_save_load_m_steps_is_n_plus_m_steps(shape, n, m):
     with TemporaryDirectory() as name:
-        whole = Run(shape)
-        whole.train(Path(name), n + m)
+        full = Run(shape)
+        full.train(Path(name), n + m)
         Run(shape).train(Path(name), n, CheckpointConfig())
         # Other adapters before the resume: all of them must be overwritten.
         resumed = Run(shape, seed=1)
         resumed.train(Path(name), n + m, CheckpointConfig(resume="latest"))
-        assert same(whole.moving(), resumed.moving())
-        assert same(whole.base(), resumed.base())
+        assert same(full.moving(), resumed.moving())
+        assert same(full.base(), resumed.base())
 
 
 @pytest.mark.parametrize("ema", [False, True])

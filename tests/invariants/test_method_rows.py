@@ -253,8 +253,8 @@ def exits_early(config: object) -> bool:
 
 @given(configs, st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
 def test_ranks_are_one_process_with_their_samples(config, seed, ranks, micro_steps, batch):
-    whole = Cut(ranks=1, micro_steps=micro_steps, batch=ranks * batch)
-    assert_same_run(config, seed, whole, Cut(ranks, micro_steps, batch))
+    full = Cut(ranks=1, micro_steps=micro_steps, batch=ranks * batch)
+    assert_same_run(config, seed, full, Cut(ranks, micro_steps, batch))
 
 
 @example(
@@ -262,10 +262,10 @@ def test_ranks_are_one_process_with_their_samples(config, seed, ranks, micro_ste
 )
 @given(configs, st.integers(0, 2**31))
 def test_four_samples_are_two_micro_batches_of_two_are_two_ranks_of_two(config, seed):
-    whole, halves, ranks = Cut(1, 1, 4), Cut(1, 2, 2), Cut(2, 1, 2)
-    assert_same_run(config, seed, whole, ranks)
+    full, halves, ranks = Cut(1, 1, 4), Cut(1, 2, 2), Cut(2, 1, 2)
+    assert_same_run(config, seed, full, ranks)
     if exits_early(config):
         # Two micro batches have two exit steps: they are what two ranks of them are.
         assert_same_run(config, seed, halves, Cut(2, 2, 1))
     else:
-        assert_same_run(config, seed, whole, halves)
+        assert_same_run(config, seed, full, halves)

@@ -102,9 +102,9 @@ def accepted(section) -> set[str]:
     with TemporaryDirectory() as folder:
         file = Path(folder) / "run.yaml"
         file.write_text(yaml.safe_dump(values))
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ConfigError) as excinfo:
             read_config(file)
-    (problem,) = (f for f in caught.value.problems if "no_such_key" in f)
+    (problem,) = (f for f in excinfo.value.problems if "no_such_key" in f)
     return set(problem.split("accepts: ")[1].rstrip(")").split(", "))
 
 
@@ -118,7 +118,7 @@ def test_14_an_unknown_key_anywhere_is_a_problem_that_names_it(tmp_path_factory,
     target[key] = 1
     file = tmp_path_factory.mktemp("run") / "run.yaml"
     file.write_text(yaml.safe_dump(values))
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         read_config(file)
     named = f"{'.'.join((*section, key))}: unknown key"
-    assert any(named in problem for problem in caught.value.problems)
+    assert any(named in problem for problem in excinfo.value.problems)

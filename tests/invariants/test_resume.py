@@ -190,7 +190,7 @@ def test_13_n_steps_save_load_m_steps_is_n_plus_m_steps(case: Case):
     needed = {"ladd": 2} | dict.fromkeys(MATCHING, case.interval)
     n = max(case.n, needed.get(case.method, 1))
     with TemporaryDirectory() as name:
-        whole = case.train(Path(name) / "whole", n + case.m)
+        full = case.train(Path(name) / "whole", n + case.m)
         case.train(Path(name) / "parts", n)
         parts = case.train(Path(name) / "parts", n + case.m)
-        assert differences(everything(whole), everything(parts)) == []
+        assert differences(everything(full), everything(parts)) == []

@@ -169,7 +169,7 @@ def test_the_students_turn_by_hand():
     batch = toy_batch(3)
     result = method.single_train_step(batch, 2)
     result.loss_map["total_loss"].backward()
-    got = gradients(method.bundle)["student"]
+    actual = gradients(method.bundle)["student"]
 
     plain = dmd2(gan={"generator_weight": 0.0}, rollout="data")
     plain.single_train_step(batch, 2).loss_map["total_loss"].backward()
@@ -189,7 +189,7 @@ def test_the_students_turn_by_hand():
     loss = torch.log1p(torch.exp(-logits_fake)).mean()
     torch.testing.assert_close(result.loss_map["gan_generator_loss"], loss.detach())
     loss.backward()
-    for ours, dmd, parameter in zip(got, of_dmd, nets["student"].parameters(), strict=True):
+    for ours, dmd, parameter in zip(actual, of_dmd, nets["student"].parameters(), strict=True):
         torch.testing.assert_close(ours, dmd + 0.5 * parameter.grad, rtol=1e-4, atol=1e-7)
 
 
@@ -198,7 +198,7 @@ def test_the_discriminators_turn_by_hand():
     batch = toy_batch(2)
     result = method.single_train_step(batch, 1)
     result.loss_map["total_loss"].backward()
-    got = gradients(method.bundle)["discriminator"]
+    actual = gradients(method.bundle)["discriminator"]
 
     streams = RandomStreams(0)
     nets = {n: next(iter(r.modules.values())) for n, r in method.bundle.roles.items()}
@@ -220,7 +220,7 @@ def test_the_discriminators_turn_by_hand():
     torch.testing.assert_close(result.loss_map["gan_discriminator_loss"], loss)
     torch.testing.assert_close(result.loss_map["gan_r1"], r1)
     (0.5 * (loss + 3.0 * r1)).backward()
-    for ours, parameter in zip(got, nets["discriminator"].parameters(), strict=True):
+    for ours, parameter in zip(actual, nets["discriminator"].parameters(), strict=True):
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-7)
     right = torch.cat([of_fake < 0, of_real > 0]).float().mean()
     assert result.outputs["gan_accuracy"] == right
@@ -322,8 +322,8 @@ def test_each_samples_gradient_is_weighted_by_its_own_ratio(name: FDivergence):
 
 def test_a_samples_weight_does_not_depend_on_its_neighbours():
     method = dmd2(f_divergence="js", rollout="data")
-    whole, batch = dmd2(f_divergence="js", rollout="data"), toy_batch(4)
-    total = whole.single_train_step(batch, 2).loss_map["total_loss"]
+    full, batch = dmd2(f_divergence="js", rollout="data"), toy_batch(4)
+    total = full.single_train_step(batch, 2).loss_map["total_loss"]
     parts = [
         method.single_train_step(rows(batch, i, i + 1), 2).loss_map["total_loss"] for i in range(4)
     ]

@@ -75,8 +75,8 @@ def test_a_pair_against_an_independent_formula(loss: str, skip: int):
     """t, the teacher's step and both clean clips by hand, in fp64 but for the nets."""
     method = build(discrete=Discrete(steps=4, shift=3.0, skip=skip, loss=loss), guidance_scale=2.0)
     batch = toy_batch(6)
-    got = method.single_train_step(batch, 1)
-    got.loss_map["total_loss"].backward()
+    actual = method.single_train_step(batch, 1)
+    actual.loss_map["total_loss"].backward()
     grads = gradients(method.bundle)
 
     streams, text = RandomStreams(0), batch.cond.tensors["text"]
@@ -92,8 +92,8 @@ def test_a_pair_against_an_independent_formula(loss: str, skip: int):
     target = (x_after - over(after) * student(x_after, 1000 * after, text)).detach()
     d = x_t - over(s) * student(x_t, 1000 * s, text) - target
     expected = d.square() if loss == "l2" else (d.square() + 1e-6).sqrt() - 1e-3
-    torch.testing.assert_close(got.loss_map["total_loss"], expected.mean(), rtol=1e-4, atol=0)
-    torch.testing.assert_close(got.outputs["target_x0"], target, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual.loss_map["total_loss"], expected.mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(actual.outputs["target_x0"], target, rtol=1e-5, atol=1e-6)
     expected.mean().backward()
     assert not grads["teacher"]
     for ours, theirs in zip(grads["student"], gradients(method.bundle)["student"], strict=True):
@@ -257,8 +257,8 @@ def test_the_tangent_is_scms_in_trigflow():
         bundle=bundle, guidance_scale=2.0, continuous=Continuous(tangent_warmup=0, time=time)
     )
     batch = toy_batch(5)
-    got = method.single_train_step(batch, 1)
-    got.loss_map["total_loss"].backward()
+    actual = method.single_train_step(batch, 1)
+    actual.loss_map["total_loss"].backward()
     grads = [g.double() for g in gradients(bundle)["student"]]
 
     streams = RandomStreams(0)
@@ -272,11 +272,11 @@ def test_the_tangent_is_scms_in_trigflow():
     c, u = (teacher(x_t, t.double(), y) for y in (text, torch.full_like(text, -0.5)))
     F, g = trigflow_tangent(student, x_t, s, text, 2 * c - u)
     torch.testing.assert_close(
-        got.outputs["tangent_rms"].double(), g.square().mean().sqrt(), rtol=1e-4, atol=0
+        actual.outputs["tangent_rms"].double(), g.square().mean().sqrt(), rtol=1e-4, atol=0
     )
     g = math.sqrt(NUMEL) * g / (g.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1) + 0.1)
     expected = 0.5 * (F - (F + g).detach()).square().mean()
-    torch.testing.assert_close(got.loss_map["total_loss"].double(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(actual.loss_map["total_loss"].double(), expected, rtol=1e-4, atol=0)
     expected.backward()
     assert not gradients(bundle)["teacher"]
     for ours, theirs in zip(grads, gradients(bundle)["student"], strict=True):
@@ -294,12 +294,12 @@ def test_at_the_beginning_of_the_warmup_it_is_the_teachers_velocity():
     assert NOW.warmup_at(1) == 1.0
     method = build(continuous=Continuous(tangent_warmup=10**9), guidance_scale=1.0)
     batch = toy_batch(3)
-    got = method.single_train_step(batch, 1)
-    distance = got.outputs["teacher_x0"] - got.outputs["student_x0"]
+    result = method.single_train_step(batch, 1)
+    distance = result.outputs["teacher_x0"] - result.outputs["student_x0"]
     call = next(c for c in method.adapter.calls if c.with_gradient)
     s = torch.tensor(call.t) / 1000
     g = over((1 - s) * (s**2 + (1 - s) ** 2).sqrt() / s) * -distance
-    torch.testing.assert_close(got.outputs["tangent_rms"], g.square().mean().sqrt())
+    torch.testing.assert_close(result.outputs["tangent_rms"], g.square().mean().sqrt())
 
 
 def test_a_derivative_that_is_not_finite_leaves_its_sample_out():

@@ -81,7 +81,7 @@ def test_the_student_turn_against_an_independent_formula():
     batch = toy_batch(2)
     result = method.single_train_step(batch, 2)
     result.loss_map["dmd_loss"].backward()
-    got = gradients(method.bundle)["student"]
+    actual = gradients(method.bundle)["student"]
 
     streams, nets = RandomStreams(0), {
         name: role.modules["transformer"] for name, role in method.bundle.roles.items()
@@ -108,7 +108,7 @@ def test_the_student_turn_against_an_independent_formula():
     g = (fake - real) / (x - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     x.backward((g / g.numel()).detach())
     expected = [p.grad for p in nets["student"].parameters()]
-    for ours, theirs in zip(got, expected, strict=True):
+    for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(result.loss_map["dmd_loss"], 0.5 * g.square().mean())
 
@@ -274,10 +274,10 @@ def test_the_deviation_of_each_exit_is_measured():
         assert [n for n in outputs if n.startswith("student_std/")] == [key]
         assert outputs[key] == outputs["student_std"] == outputs["student_x0"].std()
     x0 = torch.randn(3, 4, 5, 2, 2)
-    exits = torch.tensor([[0, 0, 2, 2, 2], [1, 1, 0, 0, 0], [2, 2, 2, 2, 2]])
-    by_frame = Rollout(x0, exits.float().mean(1), exits).outputs()
+    exit_steps = torch.tensor([[0, 0, 2, 2, 2], [1, 1, 0, 0, 0], [2, 2, 2, 2, 2]])
+    by_frame = Rollout(x0, exit_steps.float().mean(1), exit_steps).outputs()
     frames = {k: [] for k in (0, 1, 2)}
-    for row, numbers in enumerate(exits.tolist()):
+    for row, numbers in enumerate(exit_steps.tolist()):
         for place, k in enumerate(numbers):
             frames[k].append(x0[row, :, place].flatten())
     for k, parts in frames.items():

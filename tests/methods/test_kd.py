@@ -74,7 +74,7 @@ def trajectory_batch(size: int, seed: int = 0, levels: int = 3) -> Batch:
 
 def test_the_loss_against_an_independent_formula():
     method, batch = make(), trajectory_batch(8)
-    got = method.single_train_step(batch, 1)
+    actual = method.single_train_step(batch, 1)
     drawn = RandomStreams(0).rows("kd.level", 8).integers(3, (1,))[:, 0].tolist()
     assert set(drawn) == {0, 1, 2}  # or the formula would not be asked about all levels
     net = method.bundle["student"].modules["transformer"]
@@ -85,8 +85,8 @@ def test_the_loss_against_an_independent_formula():
         clean = (batch.latents[i] - MEAN) / STD
         errors.append((x_t - TIMES[k] / 1000 * v - clean).square().mean())
     expected = torch.stack(errors).mean()
-    torch.testing.assert_close(got.loss_map["total_loss"], expected, rtol=1e-5, atol=0)
-    assert got.outputs["teacher_x0"].equal((batch.latents - MEAN) / STD)
+    torch.testing.assert_close(actual.loss_map["total_loss"], expected, rtol=1e-5, atol=0)
+    assert actual.outputs["teacher_x0"].equal((batch.latents - MEAN) / STD)
     assert method.adapter.calls[0].t == tuple(TIMES[k] for k in drawn)
 
 
@@ -104,7 +104,7 @@ def test_levels_are_uniform():
 def test_chunks_of_a_causal_student_have_levels_of_their_own(past: str, levels: int):
     able = attrs.evolve(CAPABILITIES, supports_teacher_forcing=True, causal_roles={"student"})
     method, batch = make(Causal, able=able, past=past), trajectory_batch(400)
-    got = method.single_train_step(batch, 1).loss_map["total_loss"]
+    loss = method.single_train_step(batch, 1).loss_map["total_loss"]
     [(x_t, t)] = method.adapter.seen
     known = torch.tensor([*TIMES, 0.0][:levels])
     k = (t[..., None] == known).nonzero()[:, -1].view(400, 2)
@@ -127,7 +127,7 @@ def test_chunks_of_a_causal_student_have_levels_of_their_own(past: str, levels: 
             total = total + (x - s * scale * (x + before) - x0[i, :, frame]).square().sum()
     if past == "mixed":
         total = total * 4 / 3  # one draw in four has no loss
-    torch.testing.assert_close(got, total / batch.latents.numel(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(loss, total / batch.latents.numel(), rtol=1e-4, atol=0)
 
 
 def test_it_learns_where_the_trajectories_end():

@@ -49,14 +49,14 @@ def build(bundle=None, **options) -> RCMMethod:
 def test_the_student_gets_both_gradients_with_their_weights(form, weight: float):
     """Against each loss by itself, on streams of the same names."""
     together, batch = build(consistency_weight=weight, **form), toy_batch(3)
-    got = together.single_train_step(batch, 2)
-    got.loss_map["total_loss"].backward()
+    actual = together.single_train_step(batch, 2)
+    actual.loss_map["total_loss"].backward()
     grads = gradients(together.bundle)
     assert {name for name, g in grads.items() if g} == {"student"}
 
     alone = build(consistency_weight=weight, **form)
     first = alone.single_train_step(batch, 2).loss_map["dmd_loss"]
-    torch.testing.assert_close(first, got.loss_map["dmd_loss"])
+    torch.testing.assert_close(first, actual.loss_map["dmd_loss"])
     first.backward()
     of_matching = gradients(alone.bundle)["student"]
     other = build(**form)
@@ -66,35 +66,35 @@ def test_the_student_gets_both_gradients_with_their_weights(form, weight: float)
         teachers=Teachers(other.context, ConsistencyConfig(guidance_scale=2.0)),
         update_of=lambda _: 1,
     )(batch, 2).loss
-    torch.testing.assert_close(loss, got.loss_map["consistency_loss"])
+    torch.testing.assert_close(loss, actual.loss_map["consistency_loss"])
     loss.backward()
     of_consistency = gradients(other.bundle)["student"]
     for ours, a, b in zip(grads["student"], of_matching, of_consistency, strict=True):
         torch.testing.assert_close(ours, a + weight * b, rtol=1e-4, atol=1e-7)
         assert b.abs().max() > 0
-    expected = got.loss_map["dmd_loss"] + weight * loss
-    torch.testing.assert_close(got.loss_map["total_loss"], expected)
+    expected = actual.loss_map["dmd_loss"] + weight * loss
+    torch.testing.assert_close(actual.loss_map["total_loss"], expected)
 
 
 @EVERY_FORM
 def test_without_its_weight_it_is_dmd2(form):
     """At weight 0 the student's gradient is that of matching, and the critic's turn is DMD2's."""
-    mine = build(consistency_weight=0.0, **form)
-    theirs = toy_bundle(student=1, teacher=2, critic=3)
+    rcm = build(consistency_weight=0.0, **form)
+    bundle = toy_bundle(student=1, teacher=2, critic=3)
     dmd2 = DMD2Method(
-        theirs,
-        ToyAdapter(theirs),
+        bundle,
+        ToyAdapter(bundle),
         DMD2Config(**MATCHING),
         conditioning=ToyConditioning(),
         streams=RandomStreams(0),
     )
     for iteration in (1, 2):
-        for method in (mine, dmd2):
+        for method in (rcm, dmd2):
             method.single_train_step(toy_batch(2), iteration).loss_map["total_loss"].backward()
-        ours = {name for name, g in gradients(mine.bundle).items() if g}
-        assert ours == {name for name, g in gradients(theirs).items() if g}
+        ours = {name for name, g in gradients(rcm.bundle).items() if g}
+        assert ours == {name for name, g in gradients(bundle).items() if g}
         assert ours == {"critic" if iteration == 1 else "student"}
-        for method in (mine, dmd2):
+        for method in (rcm, dmd2):
             method.optimizers_zero_grad(iteration)
 
 

@@ -77,7 +77,7 @@ def over(value: torch.Tensor) -> torch.Tensor:
 def test_finetune_against_an_independent_formula(weighting: str):
     method = finetune(weighting=weighting, time=TimeSampling(shift=3.0))
     batch = toy_batch(4)
-    got = method.single_train_step(batch, 1)
+    result = method.single_train_step(batch, 1)
     streams = RandomStreams(0)
     u = streams.rows("finetune.t", 4).uniform()
     eps = streams.rows("finetune.noise", 4).normal(LATENT_SHAPE)
@@ -93,8 +93,10 @@ def test_finetune_against_an_independent_formula(weighting: str):
         bell = torch.exp(-2 * ((grid - 500) / 1000) ** 2)
         weight = torch.exp(-2 * ((t - 500) / 1000) ** 2) - bell.min()
         error = error * weight / (bell - bell.min()).mean()
-    torch.testing.assert_close(got.loss_map["total_loss"], error.mean().float(), rtol=1e-4, atol=0)
-    torch.testing.assert_close(got.outputs["student_x0"], (x_t - s * v).detach())
+    torch.testing.assert_close(
+        result.loss_map["total_loss"], error.mean().float(), rtol=1e-4, atol=0
+    )
+    torch.testing.assert_close(result.outputs["student_x0"], (x_t - s * v).detach())
 
 
 def test_finetune_overfits_one_clip():
@@ -107,7 +109,7 @@ def test_finetune_overfits_one_clip():
 def test_teacher_only_against_an_independent_formula():
     method = teacher_only(guidance_scale=3.0, time=TimeSampling(t_min=300, t_max=700))
     batch = toy_batch(4)
-    got = method.single_train_step(batch, 1).loss_map["total_loss"]
+    actual = method.single_train_step(batch, 1).loss_map["total_loss"]
     streams = RandomStreams(0)
     t = (1000 * streams.rows("teacher_only.t", 4).uniform()).clamp(300, 700)
     eps = streams.rows("teacher_only.noise", 4).normal(LATENT_SHAPE)
@@ -116,18 +118,18 @@ def test_teacher_only_against_an_independent_formula():
     teacher, student = (method.bundle[n].modules["transformer"] for n in ("teacher", "student"))
     c, u = teacher(x_t, t, text), teacher(x_t, t, torch.full_like(text, -0.5))
     expected = (student(x_t, t, text) - (3 * c - 2 * u)).square().mean()
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("input", ["data", "student"])
 def test_a_loss_on_x0_is_that_on_v_times_sigma_squared(input: str):
     """Computed from the clean clips that the two imply, not from v: to fp32's rounding."""
     options = {"guidance_scale": 3.0, "input": input, "time": TimeSampling(t_min=30)}
-    got = teacher_only(target="x0", **options).single_train_step(toy_batch(8), 1)
-    expected = (got.outputs["student_x0"] - got.outputs["teacher_x0"]).square().mean()
-    torch.testing.assert_close(got.loss_map["total_loss"].detach(), expected, rtol=1e-5, atol=0)
+    actual = teacher_only(target="x0", **options).single_train_step(toy_batch(8), 1)
+    expected = (actual.outputs["student_x0"] - actual.outputs["teacher_x0"]).square().mean()
+    torch.testing.assert_close(actual.loss_map["total_loss"].detach(), expected, rtol=1e-5, atol=0)
     on_v = teacher_only(**options).single_train_step(toy_batch(8), 1)
-    torch.testing.assert_close(on_v.outputs["student_x0"], got.outputs["student_x0"])
+    torch.testing.assert_close(on_v.outputs["student_x0"], actual.outputs["student_x0"])
     assert on_v.loss_map["total_loss"] > 1.2 * expected
 
 
@@ -136,8 +138,8 @@ def test_the_students_own_clips_can_be_the_place_where_it_is_compared():
     time = TimeSampling(t_min=300, t_max=700)
     method = teacher_only(input="student", guidance_scale=1.0, student_sampler=spec, time=time)
     batch = toy_batch(4)
-    got = method.single_train_step(batch, 1).loss_map["total_loss"]
-    got.backward()
+    actual = method.single_train_step(batch, 1).loss_map["total_loss"]
+    actual.backward()
     grads = gradients(method.bundle)["student"]
     streams, text = RandomStreams(0), batch.cond.tensors["text"]
     student, teacher = (method.bundle[n].modules["transformer"] for n in ("student", "teacher"))
@@ -152,7 +154,7 @@ def test_the_students_own_clips_can_be_the_place_where_it_is_compared():
     eps = streams.rows("teacher_only.noise", 4).normal(LATENT_SHAPE)
     x_t = (1 - over(t / 1000)) * x + over(t / 1000) * eps
     expected = (student(x_t, t, text) - teacher(x_t, t, text)).square().mean()
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(actual, expected)
     expected.backward()
     for ours, theirs in zip(grads, gradients(method.bundle)["student"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)

@@ -89,16 +89,16 @@ def test_dmd2_is_led_to_the_weighted_sum_of_guided_clips():
     )
     method = build(DMD2Method, config)
     batch = toy_batch(3)
-    got = method.single_train_step(batch, 2)
-    streams, x = RandomStreams(0), got.outputs["student_x0"]
+    result = method.single_train_step(batch, 2)
+    streams, x = RandomStreams(0), result.outputs["student_x0"]
     u = streams.rows("dmd2.student.t", 3).uniform()
     t = (1000 * 5 * u / (1 + 4 * u)).clamp(20, 980)
     noise = streams.rows("dmd2.student.noise", 3).normal(LATENT_SHAPE)
     s = (t / 1000).view(-1, 1, 1, 1, 1)
     x_t, text = (1 - s) * x + s * noise, batch.cond.tensors["text"]
     real = mixed(method, x_t, t, text, 3.0)
-    torch.testing.assert_close(got.outputs["teacher_x0"], real.detach(), rtol=1e-4, atol=1e-5)
-    got.loss_map["total_loss"].backward()
+    torch.testing.assert_close(result.outputs["teacher_x0"], real.detach(), rtol=1e-4, atol=1e-5)
+    result.loss_map["total_loss"].backward()
     assert {name for name, g in gradients(method.bundle).items() if g} == {"student"}
 
 
@@ -109,7 +109,7 @@ def test_teacher_only_learns_the_weighted_sum():
     )
     method = build(TeacherOnlyMethod, config, names=NAMES[:-1])
     batch = toy_batch(3)
-    got = method.single_train_step(batch, 1)
+    actual = method.single_train_step(batch, 1)
     streams = RandomStreams(0)
     t = (1000 * streams.rows("teacher_only.t", 3).uniform()).clamp(200, 1000)
     noise = streams.rows("teacher_only.noise", 3).normal(LATENT_SHAPE)
@@ -117,7 +117,7 @@ def test_teacher_only_learns_the_weighted_sum():
     x_t = (1 - s) * (batch.latents - 0.5) / 2.0 + s * noise
     student = x_t - s * method.bundle["student"].modules["transformer"](x_t, t, text)
     expected = (student - mixed(method, x_t, t, text, 3.0)).square().mean()
-    torch.testing.assert_close(got.loss_map["total_loss"], expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(actual.loss_map["total_loss"], expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("low", "expert"), [(100.0, "low"), (600.0, "high")])

@@ -199,10 +199,10 @@ def test_a_scheduler_steps_exactly_with_its_optimizer(table):
         assert set(stepped) == set(method.get_optimizers(iteration))
         assert set(method.get_lr_schedulers(iteration)) == set(stepped)
     for role in ("student", "critic"):
-        wanted = sum(role in row for row in table)
+        expected = sum(role in row for row in table)
         for key in ("a", "b"):
-            assert method.update_counts[f"{role}.{key}"] == wanted
-            assert method.scheduler_dict[f"{role}.{key}"].last_epoch == wanted
+            assert method.update_counts[f"{role}.{key}"] == expected
+            assert method.scheduler_dict[f"{role}.{key}"].last_epoch == expected
 
 
 def test_an_overflow_leaves_out_optimizer_and_scheduler_of_that_module_only():
@@ -273,7 +273,7 @@ def test_unknown_plugins_are_answered_with_the_known_ones():
 )
 def test_broken_plugins_say_what_is_wrong(monkeypatch, entries, message):
     group = "distill.methods"
-    found = [EntryPoint(name=n, value=v, group=group) for n, v in entries]
-    monkeypatch.setattr(plugins, "entry_points", lambda group: found)
+    entry_points = [EntryPoint(name=n, value=v, group=group) for n, v in entries]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: entry_points)
     with pytest.raises(PluginError, match=message):
         load_plugin(group, "x")

@@ -47,25 +47,25 @@ def ranks_of(seed: int, cut: Cut) -> list[RandomStreams]:
 
 @given(seeds, purposes, st.lists(st.integers(0, 2**40), min_size=1, max_size=5), shapes)
 def test_a_row_is_a_generator_of_its_own(seed, purpose, rows, shape):
-    found = RowGenerators.seeded(seed, purpose, rows)
+    generators = RowGenerators.seeded(seed, purpose, rows)
     again = [torch.Generator().manual_seed(derive_seed(seed, purpose, row)) for row in rows]
-    assert len(found) == len(rows)
+    assert len(generators) == len(rows)
     for draw, alone in (
-        (lambda: found.normal(shape), lambda g: torch.randn(shape, generator=g)),
-        (lambda: found.uniform(shape), lambda g: torch.rand(shape, generator=g)),
-        (lambda: found.integers(7), lambda g: torch.randint(7, (), generator=g)),
-        (found.normal, lambda g: torch.randn((), generator=g)),
+        (lambda: generators.normal(shape), lambda g: torch.randn(shape, generator=g)),
+        (lambda: generators.uniform(shape), lambda g: torch.rand(shape, generator=g)),
+        (lambda: generators.integers(7), lambda g: torch.randint(7, (), generator=g)),
+        (generators.normal, lambda g: torch.randn((), generator=g)),
     ):
         assert torch.equal(draw(), torch.stack([alone(g) for g in again]))
 
 
 @given(seeds, cuts, st.integers(1, 3))
 def test_any_cut_of_the_samples_draws_the_same(seed: int, cut: Cut, micro_steps: int):
-    whole = Cut(ranks=1, batch=cut.ranks * cut.batch * micro_steps)
-    expected = drawn(ranks_of(seed, whole), whole, 1)
-    found = drawn(ranks_of(seed, cut), cut, micro_steps)
-    assert all(map(torch.equal, found, expected))
-    assert len({tuple(row.tolist()) for row in found}) == len(found)
+    full = Cut(ranks=1, batch=cut.ranks * cut.batch * micro_steps)
+    expected = drawn(ranks_of(seed, full), full, 1)
+    actual = drawn(ranks_of(seed, cut), cut, micro_steps)
+    assert all(map(torch.equal, actual, expected))
+    assert len({tuple(row.tolist()) for row in actual}) == len(actual)
 
 
 @given(seeds, cuts, cuts, st.integers(0, 3), st.booleans())
@@ -80,8 +80,8 @@ def test_another_number_of_ranks_goes_on_with_the_same_numbers(seed, cut, other,
     for own in second:
         drawn([own], Cut(1, 3), 2)  # what it drew before it was loaded is nothing
         own.load_state_dict(first[-1].state_dict(), shared_only=seen)
-    found = drawn(second, other, 1)
-    assert all(map(torch.equal, found, expected))
+    actual = drawn(second, other, 1)
+    assert all(map(torch.equal, actual, expected))
 
 
 @given(seeds, cuts)

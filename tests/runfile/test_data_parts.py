@@ -33,9 +33,9 @@ def data(tmp_path, values) -> Path:
 
 
 def problems(path: Path, *, planning: bool = False) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         read_config(path, planning=planning)
-    return str(caught.value).splitlines()
+    return str(excinfo.value).splitlines()
 
 
 def change_json(file: Path, **change) -> None:
@@ -103,8 +103,8 @@ def test_statistics_that_cannot_normalise_are_problems(values, write, wan, chang
             role["path"] = str(TINY / "wan")
         values["pipeline_config"]["components"] = str(wan)
     values["data"]["accept"] = ["vae"]
-    found = problems(write(values), planning=True)
-    assert any(re.search(word, problem) for problem in found), found
+    reported = problems(write(values), planning=True)
+    assert any(re.search(word, problem) for problem in reported), reported
 
 
 def test_a_name_that_is_no_entry_cannot_be_accepted(values, write):

@@ -30,10 +30,10 @@ def _gan(values: Values) -> Values:
 
 def problem(path: Path) -> str:
     """The only one."""
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         read_config(path)
-    (found,) = caught.value.problems
-    return found
+    (reported,) = excinfo.value.problems
+    return reported
 
 
 def test_what_a_discriminator_does_not_say_is_that_of_the_role_it_is_on(gan, write):
@@ -100,11 +100,11 @@ def test_a_discriminator_that_cannot_be_is_answered(gan, write, role, changes, e
             gan["models"][role].pop(key)
         else:
             gan["models"][role][key] = value
-    found = problem(write(gan))
-    assert expected in found, found
-    line = int(found.split(":")[1])
+    reported = problem(write(gan))
+    assert expected in reported, reported
+    line = int(reported.split(":")[1])
     text = write(gan).read_text().splitlines()[line - 1]
-    key = found.split(": ")[1].split(".")
+    key = reported.split(": ")[1].split(".")
     assert any(part in text for part in key[1:]), (line, text)
 
 
@@ -123,8 +123,8 @@ def test_rules_between_gan_and_discriminator(gan, write):
 
 def test_a_causal_role_gives_no_features(gan, write):
     gan["pipeline_config"]["causal"] = {"roles": ["teacher"], "chunk_frames": 1}
-    found = problem(write(gan))
-    assert "models.discriminator.heads.on: 'teacher' is causal" in found
+    reported = problem(write(gan))
+    assert "models.discriminator.heads.on: 'teacher' is causal" in reported
 
 
 @pytest.mark.parametrize(
@@ -151,9 +151,9 @@ def test_another_runs_discriminator_to_start_from(gan, write, tmp_path):
 
     gan["training"]["output_dir"] = str(tmp_path / "third")  # nothing there to go on from
     role["heads"]["width"] = 16
-    found = problem(write(gan))
-    assert "holds discriminator as heads on blocks 1, 3 of width 8" in found
-    assert "discriminator is heads on blocks 1, 3 of width 16" in found
+    reported = problem(write(gan))
+    assert "holds discriminator as heads on blocks 1, 3 of width 8" in reported
+    assert "discriminator is heads on blocks 1, 3 of width 16" in reported
     role["heads"]["width"] = 8
     role["init_from"] = {"path": str(checkpoint), "role": "critic"}
     assert "holds critic as a model, and discriminator is heads" in problem(write(gan))

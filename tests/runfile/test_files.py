@@ -15,9 +15,9 @@ FOX = "\N{FOX FACE}"
 
 
 def problems(*args: Any) -> tuple[str, ...]:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         read_config(*args)
-    return caught.value.problems
+    return excinfo.value.problems
 
 
 # -- JSON -----------------------------------------------------------------------------------------
@@ -128,8 +128,8 @@ def test_keys_beside_it_are_laid_over_those_of_the_file(values, write, tmp_path)
 def test_problems_name_the_file_that_holds_the_key(values, write, tmp_path):
     pipeline = values["pipeline_config"] | {"num_frames": 8, "hieght": 3}
     (tmp_path / "wan.json").write_text(json.dumps(pipeline, indent=1))
-    found = problems(write(with_pipeline(values, "wan.json", width="wide")))
-    place = {problem.split(": ")[1]: problem.split(": ")[0] for problem in found}
+    reported = problems(write(with_pipeline(values, "wan.json", width="wide")))
+    place = {problem.split(": ")[1]: problem.split(": ")[0] for problem in reported}
     keys = list(pipeline)
     assert place.pop("num_frames") == f"wan.json:{keys.index('num_frames') + 2}"
     assert place.pop("hieght") == f"wan.json:{keys.index('hieght') + 2}"

@@ -38,9 +38,9 @@ def no_hang() -> Iterator[None]:
 
 
 def problems(*files: Path) -> tuple[str, ...]:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         read_config(*files)
-    return caught.value.problems
+    return excinfo.value.problems
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,10 @@ def test_an_odd_value_is_one_problem_with_its_line(values, write, key, value, me
     values["training"].pop(key, None)
     text = write(values).read_text().replace("training:\n", f"training:\n  {key}: {value}\n", 1)
     line = text.splitlines().index("training:") + 2
-    found = problems(write(text))
-    assert [p for p in found if p.startswith(f"run.yaml:{line}: ") and message in p], found
-    assert len(found) == 1 or key == "output_dir", found
-    assert not [p for p in found if "None" in p]
+    reported = problems(write(text))
+    assert [p for p in reported if p.startswith(f"run.yaml:{line}: ") and message in p], reported
+    assert len(reported) == 1 or key == "output_dir", reported
+    assert not [p for p in reported if "None" in p]
 
 
 @pytest.mark.parametrize(

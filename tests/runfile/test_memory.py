@@ -38,28 +38,28 @@ def mixed(values):
     return values
 
 
-def assert_close(found) -> None:
-    for key, (planned, held) in found.items():
-        for part, size in held.items():
+def assert_close(sizes) -> None:
+    for key, (planned, measured) in sizes.items():
+        for part, size in measured.items():
             assert planned[part] == pytest.approx(size, rel=0.02), (key, part)
 
 
 def test_one_process_holds_what_is_planned(mixed, write):
-    found = planned_and_held(write(mixed), ("none",), rank=0)
-    assert_close(found)
-    assert found["none", "student"][1]["optimizer"] > 8e6
-    assert found["none", "critic"][1]["ema"] == found["none", "critic"][1]["gradients"] > 0
+    sizes = planned_and_held(write(mixed), ("none",), rank=0)
+    assert_close(sizes)
+    assert sizes["none", "student"][1]["optimizer"] > 8e6
+    assert sizes["none", "critic"][1]["ema"] == sizes["none", "critic"][1]["gradients"] > 0
 
 
 def test_each_of_two_processes_holds_what_is_planned(mixed, write):
     from ranks import run_on_ranks
 
     ranks = run_on_ranks(planned_and_held, write(mixed), ("ddp", "fsdp2"))
-    for found in ranks:
-        assert isinstance(found, dict), found
-        assert_close(found)
-    whole, half = ranks[0]["ddp", "student"][1], ranks[0]["fsdp2", "student"][1]
-    assert half["optimizer"] < 0.55 * whole["optimizer"]
+    for sizes in ranks:
+        assert isinstance(sizes, dict), sizes
+        assert_close(sizes)
+    full, half = ranks[0]["ddp", "student"][1], ranks[0]["fsdp2", "student"][1]
+    assert half["optimizer"] < 0.55 * full["optimizer"]
 
 
 # -- arithmetic -----------------------------------------------------------------------------------
@@ -215,12 +215,12 @@ def test_each_suggestion_saves_what_it_says(values, write):
     config = read_config(write(values), world_size=4)
     planner = planner_of(4)
     before = planner.run(config).peak
-    found = suggestions(config, planner)
-    kinds = " ".join(s.line for s in found)
+    suggested = suggestions(config, planner)
+    kinds = " ".join(s.line for s in suggested)
     for kind in ("fsdp2", "teacher.fsdp.shard", "activation_checkpointing", "per_device: 2",
                  "base: teacher"):  # fmt: skip
         assert kind in kinds
-    for suggestion in found:
+    for suggestion in suggested:
         changed = with_line(values, suggestion.line)
         assert before - planned(changed, write).peak == suggestion.saves > 0, suggestion.line
 
@@ -233,8 +233,8 @@ def test_the_fewest_lines_that_fit(values, write, share_of_peak):
     config = read_config(write(values), world_size=4)
     planner = planner_of(4)
     size = int(planner.run(config).peak * share_of_peak)
-    found = fitting(config, planner, size)
-    assert found is not None
+    changes = fitting(config, planner, size)
+    assert changes is not None
 
     def peak(lines) -> int:
         changed = values
@@ -245,8 +245,8 @@ def test_the_fewest_lines_that_fit(values, write, share_of_peak):
         except ConfigError:  # some lines are only allowed beside others
             return 10**18
 
-    assert peak(found.lines) == found.memory.peak <= size
-    for fewer in itertools.combinations(found.lines, len(found.lines) - 1):
+    assert peak(changes.lines) == changes.memory.peak <= size
+    for fewer in itertools.combinations(changes.lines, len(changes.lines) - 1):
         assert peak(fewer) > size
 
 
@@ -275,9 +275,9 @@ def test_what_a_later_line_makes_needless_is_left_out():
     def tried(some: Any) -> Any:
         return SimpleNamespace(peak=peaks["".join(c.line for c in some)])
 
-    found = _descent(changes, tried, 20)
-    assert found is not None
-    assert found.lines == ("b", "c")
+    kept = _descent(changes, tried, 20)
+    assert kept is not None
+    assert kept.lines == ("b", "c")
     assert _descent(changes, tried, 17) is None
 
 
@@ -327,15 +327,15 @@ def test_a_trained_role_is_not_sharded_under_ddp(values, write, capsys):
     "flags", [["--world-size", "0"], ["--device-memory", "80 apples"], ["--device-memory", "0GB"]]
 )
 def test_flags_that_are_no_number(values, write, flags):
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as excinfo:
         main(["--config", str(write(values)), "--dry-run", *flags])
-    assert caught.value.code == 2
+    assert excinfo.value.code == 2
 
 
 def test_flags_of_a_plan_go_with_a_plan(values, write, capsys):
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as excinfo:
         main(["--config", str(write(values)), "--world-size", "2"])
-    assert caught.value.code == 2
+    assert excinfo.value.code == 2
     assert "go with --dry-run" in capsys.readouterr().err
 
 

@@ -27,9 +27,9 @@ def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refusal(file: Path) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         read_config(file)
-    (problem,) = caught.value.problems
+    (problem,) = excinfo.value.problems
     return problem
 
 
@@ -66,6 +66,6 @@ def test_the_published_causal_models_chain_too(name):
     (export,) = first.checkpoint.export
     assert start is not None
     assert start.path == str(Path(first.training.output_dir, export.folder))
-    made = read_request(CONFIGS / "wan" / "trajectories_1.3b.yaml", planning=True).section
-    assert made.output_dir == first.data.path
+    section = read_request(CONFIGS / "wan" / "trajectories_1.3b.yaml", planning=True).section
+    assert section.output_dir == first.data.path
     assert "trajectories_1.3b.yaml" in first.missing[0]

@@ -14,8 +14,8 @@ def test_a_problem_is_left_out_if_what_it_follows_from_is_one():
     other = Problem("models.critic.base", "not there", follows_from="models.teacher_2")
     assert independent([follows, cause, other]) == [cause, other]
     assert independent([follows, other]) == [follows, other]
-    whole = Problem("models", "no mapping")
-    assert independent([whole, follows]) == [whole]
+    full = Problem("models", "no mapping")
+    assert independent([full, follows]) == [full]
 
 
 def test_a_problem_is_no_cause_of_itself():

@@ -67,9 +67,9 @@ def test_an_option_reaches_the_family_the_plan_and_the_record(values, write, fam
 
 def test_a_value_that_the_family_does_not_have(values, write, family):
     values["models"]["student"]["attention_backend"] = "flesh"
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         read_config(write(values))
-    (problem,) = caught.value.problems
+    (problem,) = excinfo.value.problems
     assert "models.student.attention_backend: 'flesh' is none that family 'wan' has" in problem
     assert "(native, flash)" in problem
 
@@ -79,10 +79,10 @@ def test_an_option_that_the_family_does_not_honour(values, write, monkeypatch, f
     values["models"]["teacher"] |= {"offload": True, "compile": {}}
     values["models"]["student"] |= {"activation_checkpointing": True, "precision": "bf16"}
     path = write(values)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         read_config(path)
     keys = ["student.activation_checkpointing", "teacher.compile", "teacher.offload"]
-    problems = sorted(caught.value.problems, key=lambda problem: problem.split(": ")[1])
+    problems = sorted(excinfo.value.problems, key=lambda problem: problem.split(": ")[1])
     assert [problem.split(": ")[1] for problem in problems] == [f"models.{key}" for key in keys]
     for problem, key in zip(problems, keys, strict=True):
         assert "does not honour this option" in problem

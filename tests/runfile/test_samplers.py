@@ -55,9 +55,9 @@ def test_a_family_that_cannot_tell_tokens(values, write, monkeypatch):
     monkeypatch.setattr(WanFamily, "latent_tokens", lambda *args, **keys: None, raising=False)
     dynamic(values)
     path = write(values)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         read_config(path)
-    first, second = caught.value.problems
+    first, second = excinfo.value.problems
     assert "method_config.student_sampler: the shift depends on the number of tokens" in first
     assert "validation.views.teacher.sampler: the shift depends" in second
     assert "family 'wan' cannot tell" in first
@@ -66,18 +66,18 @@ def test_a_family_that_cannot_tell_tokens(values, write, monkeypatch):
 def test_where_the_family_is_wrong_the_shift_is_no_second_problem(values, write):
     dynamic(values)
     values["pipeline_config"]["num_frames"] = 8
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         read_config(write(values))
-    (problem,) = caught.value.problems
+    (problem,) = excinfo.value.problems
     assert "pipeline_config.num_frames" in problem
 
 
 def test_a_wrong_rule_is_answered_with_its_own_problem(values, write, counted):
     dynamic(values)
     values["method_config"]["student_sampler"]["shift"] = RULE | {"max_tokens": 5}
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         read_config(write(values))
-    (problem,) = caught.value.problems
+    (problem,) = excinfo.value.problems
     assert "method_config.student_sampler.shift.max_tokens: 5 must be above base_tokens" in problem
 
 
@@ -108,9 +108,9 @@ def test_a_solver_that_is_unknown_or_not_the_familys_is_a_problem(values, write,
     path = write(values)
 
     def problems():
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ConfigError) as excinfo:
             read_config(path)
-        return sorted(problem.split(": ", 1)[1] for problem in caught.value.problems)
+        return sorted(problem.split(": ", 1)[1] for problem in excinfo.value.problems)
 
     method, mixed, typo = problems()
     assert method.startswith("method_config.student_sampler: solver unipc makes each step")

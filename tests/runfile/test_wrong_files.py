@@ -20,9 +20,9 @@ TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 
 
 def problems(path: Path, models_json: Path | None = None) -> tuple[str, ...]:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         read_config(path, models_json)
-    return caught.value.problems
+    return excinfo.value.problems
 
 
 def test_the_run_file_that_the_others_spoil_is_right(values, write):
@@ -91,8 +91,8 @@ def test_the_file_is_compared_with_the_processes_that_torchrun_started(
     if problem is None:
         assert read_config(write(values)).roles
     else:
-        (found,) = problems(write(values))
-        assert problem in found
+        (reported,) = problems(write(values))
+        assert problem in reported
 
 
 def test_several_teachers_are_roles_of_the_file(values, write):
@@ -383,10 +383,10 @@ def test_a_problem_is_named_with_its_line(case, values, write):
     spoil, expected = SPOILT[case]
     spoil(values)
     path = write(values)
-    found = problems(path)
-    assert any(f": {expected}" in problem for problem in found), found
+    reported = problems(path)
+    assert any(f": {expected}" in problem for problem in reported), reported
     key = expected.split(":")[0].split(".")[-1]
-    problem = next(f for f in found if f": {expected}" in f)
+    problem = next(f for f in reported if f": {expected}" in f)
     line = int(problem.split(":")[1])
     if any(text.strip().startswith(f"{key}:") for text in path.read_text().splitlines()):
         # YAML that safe_dump wrote has one key a line, so the line can be checked.
@@ -397,17 +397,17 @@ def test_all_problems_of_a_file_come_at_once_in_the_order_of_the_file(values, wr
     for case in ("unknown key", "float for an integer", "trainable teacher", "unknown callback"):
         SPOILT[case][0](values)
     values["callbacks"]["ema"]["decay"] = 2.0
-    found = problems(write(values))
-    assert len(found) == 5
-    lines = [int(problem.split(":")[1]) for problem in found]
+    reported = problems(write(values))
+    assert len(reported) == 5
+    lines = [int(problem.split(":")[1]) for problem in reported]
     assert lines == sorted(lines)
 
 
 def test_one_broken_field_does_not_hide_a_rule_on_another(values, write):
     report()(values)
     values["training"] |= {"seed": "x", "max_train_steps": 0, "globl_batch_size": 1}
-    found = problems(write(values))
-    assert len(found) == 3, found
+    reported = problems(write(values))
+    assert len(reported) == 3, reported
 
 
 def test_what_follows_from_a_problem_is_not_reported(values, write):
@@ -453,8 +453,8 @@ def test_no_file(tmp_path):
 
 def test_duplicate_keys(values, write):
     text = yaml.safe_dump(values, sort_keys=False) + "data: {path: ./elsewhere}\n"
-    found = problems(write(text))
-    assert any("data: written twice (first in line" in problem for problem in found)
+    reported = problems(write(text))
+    assert any("data: written twice (first in line" in problem for problem in reported)
 
 
 def test_scalars_follow_yaml_1_2(values, write):

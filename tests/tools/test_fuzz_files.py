@@ -33,14 +33,14 @@ def test_many_mutations_are_answered(kind):
 
 
 def test_mutations_are_functions_of_their_seed():
-    whole = {
+    full = {
         mutate_json: b'{"a": [1, {"b": "x"}], "c": 2.5}',
         mutate_yaml: b"a: [1, {b: x}]\nc: 2.5\n",
         mutate_bytes: b"0123456789" * 9,
         mutate_safetensors: (70).to_bytes(8, "little")
         + b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'.ljust(70) + bytes(8),
     }  # fmt: skip
-    for mutate, content in whole.items():
+    for mutate, content in full.items():
         drawn = [mutate(content, random.Random(seed)) for seed in range(200)]
         assert drawn == [mutate(content, random.Random(seed)) for seed in range(200)]
         assert len({changed for _, changed in drawn}) > 60

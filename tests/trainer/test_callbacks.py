@@ -265,10 +265,10 @@ def test_debug_dump_holds_outputs_and_after_an_error_the_batch(tmp_path: Path) -
     regular = tmp_path / "debug" / "iteration-000002"
     last: StepRecord = recorder.records[-1]
     assert torch.equal(load_file(regular / "outputs.safetensors")["out"], last.outputs["out"])
-    facts = json.loads((tmp_path / "debug" / "error-000003" / "step.json").read_text())
-    assert facts["batch_ids"] == ["clip-2"]
-    assert facts["losses"]["total_loss"] == "nan"
-    assert facts["last_finished_step"]["iteration"] == 2
+    step = json.loads((tmp_path / "debug" / "error-000003" / "step.json").read_text())
+    assert step["batch_ids"] == ["clip-2"]
+    assert step["losses"]["total_loss"] == "nan"
+    assert step["last_finished_step"]["iteration"] == 2
 
 
 def test_training_in_another_thread_works_without_signal_handlers(tmp_path: Path) -> None:

@@ -88,10 +88,10 @@ def test_swapping_in_restores_bit_for_bit(fails: bool) -> None:
     live = {name: value.clone() for name, value in net.state_dict().items()}
     try:
         with average.swapped_in(net):
-            held = net.state_dict()
+            state = net.state_dict()
             averaged = average.state_dict()
-            assert torch.equal(held["0.weight"], averaged["0.weight"])
-            assert not torch.equal(held["0.weight"], live["0.weight"])
+            assert torch.equal(state["0.weight"], averaged["0.weight"])
+            assert not torch.equal(state["0.weight"], live["0.weight"])
             if fails:
                 raise RuntimeError
     except RuntimeError:

@@ -26,9 +26,9 @@ def _poisoned(at: int) -> list[tuple[tuple[str, ...], torch.Tensor]]:
 
 def test_it_stops_with_iteration_terms_and_ids_and_before_the_weights_move(tmp_path: Path) -> None:
     method, checkpointer = alternating(2), MemoryCheckpointer()
-    with pytest.raises(NonFiniteLossError) as caught:
+    with pytest.raises(NonFiniteLossError) as excinfo:
         DistillTrainer(training(tmp_path, 6), checkpointer=checkpointer).run(method, _poisoned(4))
-    error = caught.value
+    error = excinfo.value
     assert (error.iteration, error.batch_ids) == (4, ("clip-4",))
     assert set(error.losses) == {"total_loss", "student_loss"}
     assert math.isnan(error.losses["total_loss"])
@@ -46,13 +46,13 @@ def test_deferred_losses_are_looked_at_before_a_save_at_log_points_and_at_the_en
         "distill_trainer.loop.trainer.FiniteGuard", lambda **ranks: FiniteGuard(True, **ranks)
     )
     checkpointer, recorder = MemoryCheckpointer() if saves else None, Recorder()
-    with pytest.raises(NonFiniteLossError) as caught:
+    with pytest.raises(NonFiniteLossError) as excinfo:
         DistillTrainer(
             training(tmp_path, 6, log_every=log_every),
             callbacks=[recorder],
             checkpointer=checkpointer,
         ).run(alternating(2), _poisoned(4))
-    assert (caught.value.iteration, caught.value.batch_ids) == (4, ("clip-4",))
+    assert (excinfo.value.iteration, excinfo.value.batch_ids) == (4, ("clip-4",))
     if checkpointer:
         assert checkpointer.saved == [1, 2, 3]
     if log_every == 1:
@@ -85,14 +85,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run_unsaved(
         checkpointer=checkpointer,
     )
     data = [((f"clip-{i}",), x) for i, x in enumerate(batches(6), start=1)]
-    with pytest.raises(NonFiniteGradientError, match=r"grad_norm/student\.net=(nan|inf)") as caught:
+    with pytest.raises(
+        NonFiniteGradientError, match=r"grad_norm/student\.net=(nan|inf)"
+    ) as excinfo:
         trainer.run(method, data)
     # Two micro steps an iteration: the student's turn, the second, has clips 3 and 4.
-    assert (caught.value.iteration, caught.value.batch_ids) == (2, ("clip-3", "clip-4"))
-    assert set(caught.value.losses) == {"grad_norm/student.net"}
+    assert (excinfo.value.iteration, excinfo.value.batch_ids) == (2, ("clip-3", "clip-4"))
+    assert set(excinfo.value.losses) == {"grad_norm/student.net"}
     assert checkpointer.saved == [1]
-    whole = all(p.isfinite().all() for m in method.model_dict.values() for p in m.parameters())
-    assert whole is not defer, "at once before the step; deferred before the save"
+    full = all(p.isfinite().all() for m in method.model_dict.values() for p in m.parameters())
+    assert full is not defer, "at once before the step; deferred before the save"
 
 
 def test_every_term_counts_not_only_the_total() -> None:

@@ -113,10 +113,10 @@ def test_an_error_reaches_every_callback_closes_trackers_and_comes_out(tmp_path:
     trainer = DistillTrainer(
         training(tmp_path, 5), callbacks=[FailsTwice("first"), recorder], trackers=[tracker]
     )
-    with pytest.raises(KeyError, match="lost") as caught:
+    with pytest.raises(KeyError, match="lost") as excinfo:
         trainer.run(method, batches())
     assert recorder.calls[-1] == "recorder.exception:KeyError"
-    assert "disk full" in caught.value.__notes__[0]
+    assert "disk full" in excinfo.value.__notes__[0]
     assert tracker.closed
 
 
@@ -169,12 +169,12 @@ def test_a_loader_with_a_state_that_ends_is_told_to_go_on(tmp_path: Path) -> Non
 
 
 def test_only_the_newest_outputs_are_held_while_a_micro_step_runs(tmp_path: Path) -> None:
-    held: list[int] = []
+    alive: list[int] = []
     clips: list[weakref.ref[torch.Tensor]] = []
 
     class Clips(Alternating):
         def single_train_step(self, batch, iteration):  # type: ignore[no-untyped-def]
-            held.append(sum(clip() is not None for clip in clips))
+            alive.append(sum(clip() is not None for clip in clips))
             result = super().single_train_step(batch, iteration)
             clip = torch.ones(64)
             clips.append(weakref.ref(clip))
@@ -182,7 +182,7 @@ def test_only_the_newest_outputs_are_held_while_a_micro_step_runs(tmp_path: Path
 
     config = training(tmp_path, 3, global_batch_size=6, batch_size_per_device=2)
     DistillTrainer(config).run(Clips(alternating().bundle, 2), batches())
-    assert held == [0] * 9
+    assert alive == [0] * 9
 
 
 @given(length=st.integers(1, 5), given_out=st.integers(0, 12))
@@ -191,12 +191,12 @@ def test_a_restarting_loader_goes_on_where_it_was(length: int, given_out: int) -
         stream = iter(loader)
         return [next(stream) for _ in range(count)]
 
-    whole = take(RestartingLoader(range(length)), given_out + 4)
+    full = take(RestartingLoader(range(length)), given_out + 4)
     first = RestartingLoader(range(length))
     take(first, given_out)
     second = RestartingLoader(range(length))
     second.load_state_dict(first.state_dict())
-    assert take(second, 4) == whole[given_out:]
+    assert take(second, 4) == full[given_out:]
     assert second.state_dict() == {"batches": given_out + 4}
 
 

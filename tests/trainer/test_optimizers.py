@@ -30,8 +30,8 @@ def test_schedules_follow_their_closed_forms(
             1 - p * (1 - final),
             1.0,
         ]
-    got = [schedule_factor(config, done, horizon) for config in (cosine, linear, constant)]
-    assert got == pytest.approx(expected)
+    actual = [schedule_factor(config, done, horizon) for config in (cosine, linear, constant)]
+    assert actual == pytest.approx(expected)
 
 
 @given(warmup=st.integers(0, 10), horizon=st.integers(1, 40))
@@ -53,8 +53,8 @@ def test_one_optimizer_a_module_fused_except_under_fp16() -> None:
     assert set(role.optimizers) == set(role.schedulers) == {"net", "second"}
     group = role.optimizers["net"].param_groups[0]
     assert (group["lr"], group["betas"], group["fused"]) == (3e-4, (0.0, 0.9), True)
-    held = {id(p) for p in group["params"]}
-    assert held == {id(p) for p in role.modules["net"].parameters()}
+    parameter_ids = {id(p) for p in group["params"]}
+    assert parameter_ids == {id(p) for p in role.modules["net"].parameters()}
 
     half = linear_role("student", precision="fp16")
     build_optimizers(half, OptimizerConfig(), horizon=5)

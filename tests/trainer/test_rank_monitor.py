@@ -184,11 +184,11 @@ def test_a_process_alone_asks_nobody_and_its_errors_are_its_own(tmp_path: Path) 
             raise ValueError("boom")
 
     recorder = Recorder()
-    with pytest.raises(ValueError, match="boom") as caught:
+    with pytest.raises(ValueError, match="boom") as excinfo:
         DistillTrainer(training(tmp_path, 3), callbacks=[recorder, Checks()]).run(
             alternating(), batches()
         )
-    assert not hasattr(caught.value, "__notes__")
+    assert not hasattr(excinfo.value, "__notes__")
     assert recorder.calls[-1] == "recorder.exception:ValueError"
 
 
@@ -221,10 +221,10 @@ def test_who_has_come_is_not_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.distributed, "all_reduce", gone)
     ranks = Ranks(rank=0, size=4, timeout=7.0)
-    with pytest.raises(RankError) as caught:
+    with pytest.raises(RankError) as excinfo:
         RankMonitor(run, ranks, _FixedStore(others)).check_in_sync("optimizer step")
-    assert "(Connection closed by peer [1]:2): rank 2 did not come, last seen" in str(caught.value)
-    assert not re.search("ranks? 1|ranks? 3", str(caught.value))
+    assert "(Connection closed by peer [1]:2): rank 2 did not come, last seen" in str(excinfo.value)
+    assert not re.search("ranks? 1|ranks? 3", str(excinfo.value))
 
 
 def test_a_store_that_cannot_be_started_ends_no_run(

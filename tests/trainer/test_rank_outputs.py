@@ -51,9 +51,9 @@ def test_a_dump_after_an_error_asks_nobody(tmp_path: Path) -> None:
     assert survivor.startswith("RankError")
     for rank, error in enumerate(("RankError: ", "ValueError: boom")):
         folder = tmp_path / "debug" / f"error-000003-rank-{rank}"
-        facts = json.loads((folder / "step.json").read_text())
-        assert facts["error"].startswith(error)
-        assert facts["last_finished_step"]["losses"]["sum"] == 3.0
+        step = json.loads((folder / "step.json").read_text())
+        assert step["error"].startswith(error)
+        assert step["last_finished_step"]["losses"]["sum"] == 3.0
         assert load_file(folder / "outputs.safetensors")["rows"].tolist() == [
             2.0 * rank,
             2.0 * rank + 1,

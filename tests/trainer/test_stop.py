@@ -223,10 +223,10 @@ def test_a_loss_of_an_iteration_that_never_was_ends_no_run(
 ) -> None:
     class Poisoned(Stopped):
         def single_train_step(self, batch: Any, iteration: int) -> Any:
-            found = super().single_train_step(batch, iteration)
+            result = super().single_train_step(batch, iteration)
             factor = math.nan if self.micro_steps == self.at else 1.0
-            return found._replace(
-                loss_map={name: loss * factor for name, loss in found.loss_map.items()}
+            return result._replace(
+                loss_map={name: loss * factor for name, loss in result.loss_map.items()}
             )
 
     # As on an accelerator, where losses are looked at later.

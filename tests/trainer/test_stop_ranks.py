@@ -91,18 +91,18 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_point(
 ) -> None:
     pipes = [_FORK.Pipe() for _ in range(2)]
     ranks = [
-        _FORK.Process(target=_rank, args=(rank, there, tmp_path, case))
-        for rank, (_, there) in enumerate(pipes)
+        _FORK.Process(target=_rank, args=(rank, child_end, tmp_path, case))
+        for rank, (_, child_end) in enumerate(pipes)
     ]
     for process in ranks:
         process.start()
     try:
-        here = pipes[1][0]
-        assert here.poll(60), "rank 1 never came to the call in which it waits"
-        message = here.recv()
+        parent_end = pipes[1][0]
+        assert parent_end.poll(60), "rank 1 never came to the call in which it waits"
+        message = parent_end.recv()
         assert message == "under way", message
         os.kill(ranks[1].pid, signal.SIGTERM)  # type: ignore[arg-type]
-        here.send("go on")
+        parent_end.send("go on")
         outcomes = []
         for pipe, _ in pipes:
             assert pipe.poll(60), "a rank did not stop"
@@ -122,8 +122,8 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_point(
 def test_the_reason_of_the_first_rank_is_everybodys_even_if_it_is_long(tmp_path: Path) -> None:
     pipes = [_FORK.Pipe() for _ in range(2)]
     ranks = [
-        _FORK.Process(target=_asks, args=(rank, there, tmp_path))
-        for rank, (_, there) in enumerate(pipes)
+        _FORK.Process(target=_asks, args=(rank, child_end, tmp_path))
+        for rank, (_, child_end) in enumerate(pipes)
     ]
     for process in ranks:
         process.start()

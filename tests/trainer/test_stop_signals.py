@@ -61,18 +61,18 @@ def _child(pipe: Any, folder: Path, launched: bool, moment: float) -> None:
 def _run(
     folder: Path, *numbers: signal.Signals, launched: bool = False, moment: float = 60.0
 ) -> Any:
-    here, there = _FORK.Pipe()
-    child = _FORK.Process(target=_child, args=(there, folder, launched, moment))
+    parent_end, child_end = _FORK.Pipe()
+    child = _FORK.Process(target=_child, args=(child_end, folder, launched, moment))
     child.start()
     try:
-        assert here.poll(60), "the child never came to iteration 3"
-        here.recv()
+        assert parent_end.poll(60), "the child never came to iteration 3"
+        parent_end.recv()
         for number in numbers:
             os.kill(child.pid, number)  # type: ignore[arg-type]
             time.sleep(0.1)  # two signals at once may arrive as one
-        here.send("go on")
-        assert here.poll(60), "the child did not stop"
-        return here.recv()
+        parent_end.send("go on")
+        assert parent_end.poll(60), "the child did not stop"
+        return parent_end.recv()
     finally:
         child.join(5)
         if child.is_alive():

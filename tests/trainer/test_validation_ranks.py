@@ -44,14 +44,14 @@ def test_clips_and_files_are_those_of_one_process(tmp_path: Path, prompts: int, 
 
 
 def test_a_stop_asked_of_one_rank_ends_the_look_of_all_at_the_same_call(tmp_path: Path) -> None:
-    whole = validate(tmp_path / "alone", 5)
-    for number in (2, whole["polls"]):
+    full = validate(tmp_path / "alone", 5)
+    for number in (2, full["polls"]):
         folder = tmp_path / f"ranks-{number}"
         results = run_on_ranks(validate, folder, 5, number)
         assert [rank["end"] for rank in results] == ["stopped: preempted"] * 2
         assert [rank["polls"] for rank in results] == [number] * 2
         assert results[0]["calls"] == results[1]["calls"]
-        assert len(results[0]["calls"]) < len(whole["calls"]) or number == whole["polls"]
+        assert len(results[0]["calls"]) < len(full["calls"]) or number == full["polls"]
         assert all(rank["weights stay"] for rank in results)
         assert not any(rank["videos"] for rank in results)
         assert files(folder) == {}

@@ -84,27 +84,27 @@ def test_ways_begin_at_noise_and_end_at_the_samplers_clip_bit_for_bit(made):
     bundle = PLUGIN.load([spec], pipeline, device=torch.device("cpu"))
     adapter = PLUGIN.adapter(bundle, pipeline, source=spec.path)
     source = LatentDataset(DataConfig(path=str(TINY / "data")))
-    found = LatentDataset(DataConfig(path=str(made), verify="full"), times=TIMES)
-    assert len(found) == 8
-    whole = found.read(torch.arange(8))
-    assert whole.ids[3] == "digit-00003.0"
+    dataset = LatentDataset(DataConfig(path=str(made), verify="full"), times=TIMES)
+    assert len(dataset) == 8
+    full = dataset.read(torch.arange(8))
+    assert full.ids[3] == "digit-00003.0"
     noise = RowGenerators.seeded(0, "trajectories.noise", range(8)).normal(adapter.latent_shape)
-    assert torch.equal(whole.trajectory[:, 0], noise)
+    assert torch.equal(full.trajectory[:, 0], noise)
     cond = source.read(torch.arange(8)).cond
-    assert torch.equal(whole.cond.tensors["text"], cond.tensors["text"])
-    negative = found.negative().condition
+    assert torch.equal(full.cond.tensors["text"], cond.tensors["text"])
+    negative = dataset.negative().condition
     sampler = SamplerSpec(steps=32, shift=3.0, guidance=1.5)
     for first in range(0, 8, 2):
         rows = slice(first, first + 2)
         clip = adapter.sample("teacher", sampler, noise[rows], cond[rows], neg_cond=negative)
-        assert torch.equal(whole.latents[rows], adapter.denormalize_latents(clip))
+        assert torch.equal(full.latents[rows], adapter.denormalize_latents(clip))
     # What is kept on the way lies on it: sampling on from there ends at the same clip.
     rest = SamplerSpec(steps=14, timesteps=tuple(1000 * s for s in sampler.sigmas()[18:]),
                        guidance=1.5)  # fmt: skip
     assert rest.timesteps[0] == pytest.approx(700)
-    again = adapter.sample("teacher", rest, whole.trajectory[:, 1], cond, neg_cond=negative)
-    torch.testing.assert_close(adapter.denormalize_latents(again), whole.latents, rtol=0, atol=1e-4)
-    assert (whole.trajectory[:, 1] - whole.trajectory[:, 0]).abs().mean() > 0.1
+    again = adapter.sample("teacher", rest, full.trajectory[:, 1], cond, neg_cond=negative)
+    torch.testing.assert_close(adapter.denormalize_latents(again), full.latents, rtol=0, atol=1e-4)
+    assert (full.trajectory[:, 1] - full.trajectory[:, 0]).abs().mean() > 0.1
 
 
 def test_a_killed_process_goes_on_and_the_end_is_the_same_byte_for_byte(made, tmp_path, capsys):
@@ -250,10 +250,10 @@ def test_a_wrong_file_says_what_and_where(name, tmp_path):
     spoil, expected = SPOILT[name]
     values = copy.deepcopy(request(tmp_path / "data"))
     spoil(values)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         read_request(written(tmp_path, values))
-    assert any(expected in problem for problem in caught.value.problems), caught.value.problems
-    assert all(problem.startswith("trajectories.yaml:") for problem in caught.value.problems)
+    assert any(expected in problem for problem in excinfo.value.problems), excinfo.value.problems
+    assert all(problem.startswith("trajectories.yaml:") for problem in excinfo.value.problems)
 
 
 def test_a_wrong_file_ends_with_its_status_and_makes_nothing(tmp_path, capsys):
@@ -288,17 +288,17 @@ def test_the_tiny_kd_run_files_run(name, made, tmp_path):
 
 def test_kd_without_its_trajectories_is_told_before_anything_is_read(made, tmp_path):
     run = kd_run(tmp_path, "kd", TINY / "data")
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         read_config(written(tmp_path, run, "run.yaml"))
-    [problem] = caught.value.problems
+    [problem] = excinfo.value.problems
     assert "data.path: " in problem
     assert "no trajectories" in problem
     assert "apps/trajectories" in problem
     run = kd_run(tmp_path, "kd", made)
     run["method_config"]["student_sampler"] = {"steps": 2, "shift": 3.0, "stochastic": True}
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         read_config(written(tmp_path, run, "run.yaml"))
-    [problem] = caught.value.problems
+    [problem] = excinfo.value.problems
     assert "no level t = 750 among those stored (1000, 700)" in problem
     run["data"]["path"] = str(tmp_path / "later")
     assert read_config(written(tmp_path, run, "run.yaml"), planning=True)
