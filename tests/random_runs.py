@@ -25,7 +25,7 @@ from distill_conditioning import (
     TrajectoryFolder,
     preprocess,
 )
-from distill_protocols import ConfigError, ModelBundle, RoleSpec
+from distill_protocols import ConfigError, ModelBundle
 from distill_runfile import RunConfig
 from distill_runfile.read import read_config
 from distill_train.build import build
@@ -70,11 +70,7 @@ class Folders:
         folder = self.root / f"{variant}-data"
         if not folder.exists():
             kind, path = VARIANTS[variant], str(self.pipeline(variant))
-            role = RoleSpec(name="student", path=path, trainable=False)
-            bundle = PLUGIN.load([role], kind.config, device=torch.device("cpu"))
-            adapter = PLUGIN.adapter(
-                bundle if kind.image else ModelBundle({}), kind.config, source=path
-            )
+            adapter = PLUGIN.adapter(ModelBundle({}), kind.config, source=path)
             with ShardWriter(folder) as writer:
                 preprocess(_clips(), adapter, writer, negative_prompt="", first_frames=kind.image)
         return folder

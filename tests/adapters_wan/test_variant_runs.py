@@ -33,8 +33,7 @@ def values(folder_of, tmp_path):
         variant, path = VARIANTS[name], folder_of(name)
         adapter = WanAdapter(ModelBundle({}), PLUGIN, variant.config, source=path)
         with ShardWriter(tmp_path / "data") as writer:
-            encoder = _Encoder(name, path) if variant.image else adapter
-            preprocess(clips(), encoder, writer, negative_prompt="", first_frames=variant.image)
+            preprocess(clips(), adapter, writer, negative_prompt="", first_frames=variant.image)
         roles = {"student": {"path": path}}
         options = {"student_sampler": {"steps": 2, "guidance": 1.0}}
         if method == "dmd2":
@@ -61,18 +60,6 @@ def values(folder_of, tmp_path):
         }  # fmt: skip
 
     return values
-
-
-class _Encoder(WanAdapter):
-    """The adapter of a run, without its weights but with a role that reads pictures."""
-
-    def __new__(cls, name, path):
-        from distill_protocols import RoleSpec
-
-        config = VARIANTS[name].config
-        role = RoleSpec(name="student", path=path, trainable=False)
-        bundle = PLUGIN.load([role], config, device=torch.device("cpu"))
-        return PLUGIN.adapter(bundle, config, source=path)
 
 
 def started(values, tmp_path):

@@ -51,6 +51,7 @@ def test_every_clip_arrives_with_its_caption(tmp_path, encoder, batch_size):
         (("bad", "c", torch.full((3, 1, 4, 4), float("nan"))), r"bad.*nan"),
         (("bad", "c", torch.zeros(1, 3, 4, 4)), r"bad.*\[3, F, H, W\]"),
         (("clip-1", "c", torch.zeros(3, 1, 4, 4)), "clip-1.*two clips"),
+        (("bad", None, torch.zeros(3, 1, 4, 4)), "bad: its caption is None"),
     ],
 )
 def test_a_bad_clip_is_named_and_leaves_no_data_set(tmp_path, encoder, clip, word):
@@ -60,6 +61,16 @@ def test_a_bad_clip_is_named_and_leaves_no_data_set(tmp_path, encoder, clip, wor
     ):
         preprocess([*_clips(4), clip], encoder, writer, negative_prompt=None, batch_size=1)
     assert not (tmp_path / "index.json").exists()
+
+
+def test_a_clip_of_another_size_in_a_batch_is_named(tmp_path, encoder):
+    clips = [*_clips(2), ("other", "c", torch.zeros(3, 1, 8, 4))]
+    with (
+        pytest.raises(DataError, match=r"^other: video is \[3, 1, 8, 4\] and clip-0 is"),
+        ShardWriter(tmp_path) as writer,
+    ):
+        preprocess(clips, encoder, writer, negative_prompt=None, batch_size=8)
+    assert encoder.calls == []
 
 
 def test_the_writer_must_note_the_encoder_that_is_used(tmp_path, encoder):

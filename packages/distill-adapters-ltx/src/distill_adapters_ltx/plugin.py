@@ -52,6 +52,9 @@ class LtxFamily(DiffusersFamily[LTXPipelineConfig]):
         shape = self.latent_shape(config, source=source)
         return None if shape is None else shape[1] * shape[2] * shape[3]
 
+    def frame_rate(self, config: LTXPipelineConfig, *, source: str) -> float | None:
+        return config.frame_rate
+
     def condition_rows(
         self, transformer: Mapping[str, object], config: LTXPipelineConfig
     ) -> Mapping[str, tuple[int, ...]]:

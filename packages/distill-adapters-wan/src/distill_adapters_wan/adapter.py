@@ -97,6 +97,10 @@ class WanAdapter(FamilyAdapter):
             encoders=encoders,
         )
         _refuse_mixed_conditions(self.models)
+        # Of the source where there are no roles, as when data are made.
+        self._image_kind = next(map(_image_kind, self.models.values()), None) or image_kind(
+            self.transformer, family.describe(source).call_options["expand_timesteps"]
+        )
         self._text = encoders
         self._images = ImageEncoder(source, device=device)
         self._causal = CausalRoles(bundle, config.causal)
@@ -233,7 +237,7 @@ class WanAdapter(FamilyAdapter):
         A picture in channels of its own (Wan 2.1 and A14B) leaves every frame to be predicted.
         """
         image = cond.tensors.get(LATENTS)
-        if image is None or image.shape[2] != 1 or self._image_kind() != "frame":
+        if image is None or image.shape[2] != 1 or self._image_kind != "frame":
             return None
         mask = torch.ones(1, 1, self._latent_shape[1], 1, 1, device=image.device)
         mask[:, :, 0] = 0
@@ -248,7 +252,7 @@ class WanAdapter(FamilyAdapter):
                 clips, or there is not one for each row of ``cond``.
             WeightsError: Wan 2.1 reads CLIP's embedding, and the source has no image encoder.
         """
-        kind, size = self._image_kind(), (self._config.height, self._config.width)
+        kind, size = self._image_kind, (self._config.height, self._config.width)
         if kind == "none":
             raise ConditioningError(
                 "there is a first frame, but the models of this run read text alone; it would have "
@@ -270,14 +274,9 @@ class WanAdapter(FamilyAdapter):
         # normalize_latents.
         raw = torch.cat([self._codec.encode(clip) for clip in first.split(1)])
         tensors = {LATENTS: (raw - mean.to(raw)) * (1.0 / std.to(raw))}
-        if any(_reads_embeds(role) for role in self.models.values()):
+        if self.transformer.get("image_dim") is not None:
             tensors[EMBEDS] = self._images.encode(images)
         return Condition(tensors).merged_onto(cond)
-
-    def _image_kind(self) -> ImageKind:
-        """Return that of the run's models, which are of one kind."""
-        kinds: list[ImageKind] = [_image_kind(role) for role in self.models.values()]
-        return kinds[0] if kinds else "none"
 
     # -- latents and conditions ---------------------------------------------------------------
 

@@ -131,6 +131,14 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
     def latent_info(self, vae: Mapping[str, object]) -> LatentInfo:
         return latent_info(vae)
 
+    def frame_rate(self, config: WanPipelineConfig, *, source: str) -> float | None:
+        """Give 24 of TI2V-5B, which takes a first frame in its place, and 16 of the others."""
+        try:
+            model = self.describe(source)
+        except WeightsError:
+            return None
+        return 24.0 if model.call_options["expand_timesteps"] else 16.0
+
     def condition_rows(
         self, transformer: Mapping[str, object], config: WanPipelineConfig
     ) -> Mapping[str, tuple[int, ...]]:

@@ -95,14 +95,19 @@ def _add_clips(
     for batch in _batches(clips, batch_size):
         ids = [sample for sample, _, _ in batch]
         captions = [caption for _, caption, _ in batch]
-        for sample, _, video in batch:
-            _check_clip(sample, video, seen)
+        for sample, caption, video in batch:
+            _check_clip(sample, caption, video, seen)
+        _check_one_size(batch)
         with torch.no_grad():
             videos = torch.stack([video for _, _, video in batch])
+            try:
+                latents = encoder.encode(videos)
+            except DataError as error:
+                raise DataError(f"{', '.join(ids)}: {error}") from error
             cond = _encode_captions(encoder, captions)
             if first_frames:
                 cond = _add_first_frames(encoder, cond, videos)
-            writer.add(ids, captions, encoder.encode(videos), cond)
+            writer.add(ids, captions, latents, cond)
     return len(seen)
 
 
@@ -119,12 +124,27 @@ def _encode_captions(encoder: ConditionEncoder, captions: Sequence[str]) -> Cond
     return rows[torch.tensor([distinct.index(caption) for caption in captions])]
 
 
-def _check_clip(sample: str, video: Tensor, seen: set[str]) -> None:
+def _check_one_size(batch: Sequence[Clip]) -> None:
+    (first, _, example), *others = batch
+    for sample, _, video in others:
+        if video.shape != example.shape:
+            raise DataError(
+                f"{sample}: video is {list(video.shape)} and {first} is {list(example.shape)}; "
+                "clips that are encoded together have one size. Bring them to one, or give them "
+                "in calls of their own"
+            )
+
+
+def _check_clip(sample: str, caption: object, video: Tensor, seen: set[str]) -> None:
+    if not isinstance(caption, str):
+        raise DataError(f'{sample}: its caption is {caption!r}; it must be a text. "" is one too')
     if sample in seen:
         raise DataError(f"{sample}: two clips have this id; ids name samples in error messages")
     seen.add(sample)
     if video.ndim != 4 or video.shape[0] != 3:
         raise DataError(f"{sample}: video is {list(video.shape)}; it must be [3, F, H, W]")
+    if video.isnan().any():
+        raise DataError(f"{sample}: some pixels are nan, and so would all latents be. Leave it out")
     low, high = float(video.min()), float(video.max())
     if not 0 <= low <= high <= 1:
         raise DataError(

@@ -625,4 +625,4 @@ def device_of(bundle: ModelBundle) -> torch.device:
     modules = [module for role in bundle.roles.values() for module in role.modules.values()]
     buffers = (buffer.device for module in modules for buffer in module.buffers())
     calls = (role.call_device for role in bundle.roles.values())
-    return next(buffers, next(calls, torch.device("cpu")))
+    return next(buffers, next(calls, bundle.device or torch.device("cpu")))

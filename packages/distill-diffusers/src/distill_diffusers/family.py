@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from distill_protocols import (
     Capabilities,
+    CaptionTokens,
     FamilyPlugin,
     Fingerprint,
     PluginError,
@@ -390,6 +391,21 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         """Give (C, T, H, W) from the numbers of ``source``'s VAE."""
         info = self.latents(source)
         return info and info.shape(config.num_frames, config.height, config.width)
+
+    def clip_shapes(self, config: ConfigT) -> tuple[tuple[int, int, int], ...]:
+        return ((config.num_frames, config.height, config.width),)
+
+    def count_tokens(
+        self, config: ConfigT, captions: Sequence[str], *, source: str
+    ) -> CaptionTokens | None:
+        """Count those of ``tokenizer``, whose length ``text_settings`` states."""
+        limit = self.text_settings(config).get("text_encoder.length")
+        folder = locate(source)
+        if not isinstance(limit, int) or folder is None or not (folder / "tokenizer").is_dir():
+            return None
+        from distill_diffusers.components.encoders import count_tokens
+
+        return count_tokens(folder / "tokenizer", captions, limit)
 
     def text_settings(self, config: ConfigT) -> Mapping[str, object]:
         """Say what a text's embedding depends on beside encoders and tokenizers, by entry of the

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
-from distill_protocols import Condition, ModelBundle, RoleHandle, WeightsError
+from distill_protocols import Condition, DataError, ModelBundle, RoleHandle, WeightsError
 from torch import Tensor
 
 from distill_diffusers.adapter import FlowMatchingAdapter, VelocityCall, device_of
@@ -74,6 +74,7 @@ class FamilyAdapter(FlowMatchingAdapter):
         self.transformer = next(configs, None) or family.describe(source).main
         """Configuration of the run's transformers, of ``source`` where there are no roles."""
         self._family: DiffusersFamily[Any] = family
+        self._clip_shapes = family.clip_shapes(config)
         self.condition_rows = family.condition_rows(self.transformer, config)
         """By name, the shape of one row of each tensor of a condition."""
         for name, role in self.models.items():
@@ -116,6 +117,22 @@ class FamilyAdapter(FlowMatchingAdapter):
         A family whose call depends on its ``config`` overrides it.
         """
         return self._family.call_model(role, inputs)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """See ``FlowMatchingAdapter.encode``; clips of the run's size alone.
+
+        Raises:
+            DataError: other frames, height or width. A VAE would drop frames that fill no latent
+                one, and make latents of any size, which no model of the run takes.
+        """
+        shape = tuple(video.shape[2:])
+        if shape not in self._clip_shapes:
+            known = " or ".join(" x ".join(map(str, clip)) for clip in self._clip_shapes)
+            raise DataError(
+                f"clips are {' x '.join(map(str, shape))} (frames x height x width), and the "
+                f"models take {known}. Cut, scale and crop them before"
+            )
+        return super().encode(video)
 
     def feature_layout(self, role: RoleHandle, module: str, x_t: Tensor) -> FeatureLayout:
         """See ``FlowMatchingAdapter.feature_layout``."""

@@ -34,6 +34,7 @@ from distill_protocols.planned_run import PlannedRun
 from distill_protocols.plugins import (
     CONTRACT_VERSION,
     CallbackPlugin,
+    CaptionTokens,
     FamilyPlugin,
     Group,
     MethodPlugin,
@@ -125,6 +126,7 @@ __all__ = [
     "CallbackPlugin",
     "Capabilities",
     "CapabilityError",
+    "CaptionTokens",
     "CausalRollout",
     "CheckpointError",
     "Checkpointer",

@@ -257,9 +257,15 @@ def _some(names: set[str], most: int = 4) -> str:
 
 @define(eq=False)
 class ModelBundle:
-    """All roles of a run, by name."""
+    """All roles of a run, by name.
+
+    Attributes:
+        device: where VAE and encoders run if there are no roles, as when data are made; None: the
+            CPU. With roles they run beside them.
+    """
 
     roles: dict[str, RoleHandle]
+    device: torch.device | None = None
 
     def require_roles(
         self, names: Iterable[str], *, why: Mapping[str, str] = MappingProxyType({})

@@ -75,6 +75,21 @@ class Plugin(Protocol):
 
 
 @frozen(kw_only=True)
+class CaptionTokens:
+    """What a tokenizer makes of captions.
+
+    Attributes:
+        counts: tokens of each caption, uncut.
+        unknown: tokens of each that stand for words which the tokenizer does not know.
+        limit: tokens that the encoder reads; what is behind them has no effect.
+    """
+
+    counts: tuple[int, ...]
+    unknown: tuple[int, ...]
+    limit: int
+
+
+@frozen(kw_only=True)
 class MethodPlugin(Generic[MethodConfigT]):
     """An algorithm: its config class, which says everything of it without torch, and where the
     method is.
@@ -204,6 +219,23 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
         """How ``role`` divides a video of ``frames`` latent frames (``CausalRollout.chunks``). By
         default it makes all of it at once."""
         return (Chunk(0, frames),)
+
+    def clip_shapes(self, config: ConfigT) -> tuple[tuple[int, int, int], ...]:
+        """(frames, height, width) in pixels of the clips that latents are made of; empty: this
+        family cannot tell, and data for it are not made from clips."""
+        return ()
+
+    def frame_rate(self, config: ConfigT, *, source: str) -> float | None:
+        """Frames a second of the clips that the model at ``source`` was trained on; None where
+        that is unknown."""
+        return None
+
+    def count_tokens(
+        self, config: ConfigT, captions: Sequence[str], *, source: str
+    ) -> CaptionTokens | None:
+        """What the tokenizer makes of captions; None: this family cannot tell, or it is not on
+        this machine. May import torch."""
+        return None
 
     def condition_shapes(self, config: ConfigT, *, source: str) -> Mapping[str, tuple[int, ...]]:
         """By name, the shape of one row of every condition tensor that the model of ``source`` (a

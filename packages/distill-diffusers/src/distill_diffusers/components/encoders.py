@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from attrs import frozen
-from distill_protocols import DTYPES, ConditioningError, Precision, WeightsError
+from distill_protocols import DTYPES, CaptionTokens, ConditioningError, Precision, WeightsError
 from distill_protocols.plugins import EMPTY
 from distill_runtime import UnreadableFileError, read_json_object
 from torch import Tensor, nn
@@ -292,6 +292,24 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             raise
         raise _unreadable(folder, error) from error
     return tokenizer
+
+
+def count_tokens(folder: Path, captions: Sequence[str], limit: int) -> CaptionTokens:
+    """Tokenize captions uncut, and count.
+
+    Raises:
+        WeightsError: as ``load_tokenizer``.
+    """
+    tokenizer = load_tokenizer(folder)
+    if not captions:
+        return CaptionTokens(counts=(), unknown=(), limit=limit)
+    rows = cast(list[list[int]], tokenizer(list(captions), verbose=False)["input_ids"])
+    unknown = cast("int | None", tokenizer.unk_token_id)
+    return CaptionTokens(
+        counts=tuple(map(len, rows)),
+        unknown=tuple(0 if unknown is None else row.count(unknown) for row in rows),
+        limit=limit,
+    )
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, encoder: nn.Module, folder: Path) -> None:
