@@ -108,7 +108,7 @@ def write_trajectories(data: Path, folder: Path, *, samples: int = 6) -> Path:
         trajectories.write(shard, rows)
     stored = source.negative()
     negative = None if stored is None else (stored.prompt, stored.condition)
-    trajectories.finish(negative=negative, fingerprint=source.index.computed_by)
+    trajectories.finish(negative=negative, fingerprint=source.computed_by)
     return folder
 
 

@@ -67,9 +67,10 @@ def test_conditions_lose_their_padding_and_not_one_bit(
     bits = BITS[expected.dtype]
     assert torch.equal(found.view(bits), expected[order].view(bits))
     stored = sum(
-        len(map_tensors(dataset.path / shard.file)[0][CONDITION + "text"]) * (1 if cut else 5)
-        for shard in dataset.index.shards
-        for cut in [LENGTHS + "text" in map_tensors(dataset.path / shard.file)[0]]
+        len(map_tensors(dataset.sources[0].path / shard.file)[0][CONDITION + "text"])
+        * (1 if cut else 5)
+        for shard in dataset.sources[0].index.shards
+        for cut in [LENGTHS + "text" in map_tensors(dataset.sources[0].path / shard.file)[0]]
     )
     assert stored == sum(lengths)
 
@@ -92,8 +93,8 @@ def test_a_caption_costs_what_it_says_and_not_the_length_of_the_encoder(tmp_path
     text = torch.zeros(4, 512, 64)
     text[:, :40] = torch.randn(4, 40, 64).bfloat16().float()
     dataset = write(tmp_path, {"text": text})
-    assert dataset.index.bytes_per_sample < 40 * 64 * 2 + 1000
-    assert dataset.index.shapes[0].conditions == {"text": (512, 64)}
+    assert dataset.sources[0].index.bytes_per_sample < 40 * 64 * 2 + 1000
+    assert dataset.sources[0].index.shapes[0].conditions == {"text": (512, 64)}
 
 
 def test_samples_of_several_shapes_are_read_by_shape_and_not_mixed(tmp_path):
@@ -107,8 +108,8 @@ def test_samples_of_several_shapes_are_read_by_shape_and_not_mixed(tmp_path):
             writer.add(captions, captions, latents, Condition({"text": text}))
     dataset = open_folder(tmp_path)
     expected = [SampleShape(latents=s, conditions={"text": (2, 2)}) for s in shapes]
-    assert list(dataset.index.shapes) == expected
-    assert dataset_info(tmp_path).shapes == dataset.index.shapes
+    assert list(dataset.sources[0].index.shapes) == expected
+    assert dataset_info(tmp_path).shapes == dataset.sources[0].index.shapes
     seen = set()
     for sample in range(len(dataset)):
         batch = dataset.read(torch.tensor([sample, sample]))

@@ -233,9 +233,9 @@ class _Watched(LatentDataset):
         self.reads = 0
         self.threads: set[str] = set()
 
-    def read(self, samples: torch.Tensor) -> Batch:
+    def read(self, samples: torch.Tensor, choices: torch.Tensor | None = None) -> Batch:
         self.threads.add(threading.current_thread().name)
-        batch = super().read(samples)
+        batch = super().read(samples, choices)
         self.reads += 1
         return batch
 
@@ -281,7 +281,7 @@ def test_a_shard_that_vanished_is_named_when_its_batch_is_due(make_folder, tmp_p
     folder: Path = make_folder(tmp_path / "data", 12)
     config = DataConfig(path=str(folder), shuffle=False, workers=workers)
     dataset = LatentDataset(config)
-    first, last = dataset.index.shards[0], dataset.index.shards[-1]
+    first, last = dataset.sources[0].index.shards[0], dataset.sources[0].index.shards[-1]
     (folder / last.file).unlink()
     loader = LatentLoader(dataset, batch_size=1, seed=0)
     full = 12 - last.samples

@@ -72,7 +72,7 @@ def dataset(folder):
 
 def test_clips_of_one_caption_keep_their_own_pictures(folder):
     stored = dataset(folder)
-    [shape] = stored.index.shapes
+    [shape] = stored.sources[0].index.shapes
     assert shape.conditions == {"text": (3, 4), "image_latents": (48,)}
     cond = stored.read(torch.arange(6)).cond
     for i, (_, caption, video) in enumerate(clips()):

@@ -36,7 +36,7 @@ def test_every_clip_arrives_with_its_caption(tmp_path, encoder, batch_size):
     stored = dataset.negative()
     assert stored is not None
     assert stored.prompt == "ugly"
-    assert dataset.index.fingerprint == {
+    assert dataset.sources[0].index.fingerprint == {
         "text_encoder.weights": "encoder-a",
         "vae.weights": "vae-a",
     }
@@ -90,5 +90,5 @@ def test_a_part_that_is_downloaded_meanwhile_is_recorded_too(tmp_path, make_enco
     late.encode = download_and_encode
     with ShardWriter(tmp_path) as writer:
         preprocess(_clips(1), late, writer, negative_prompt=None)
-    index = LatentDataset(DataConfig(path=str(tmp_path))).index
+    index = LatentDataset(DataConfig(path=str(tmp_path))).sources[0].index
     assert index.fingerprint["text_encoder.weights"] == "encoder-a"

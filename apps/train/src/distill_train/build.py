@@ -93,6 +93,7 @@ def build(config: RunConfig, *, distribution: Distribution, again: Collection[st
         seed=config.training.seed,
         dropout=config.conditioning.dropout,
         negative=_negative(config, conditioning),
+        group_size=config.training.global_batch_size,
         rank=ranks.rank,
         world_size=ranks.size,
         device=device,
@@ -152,7 +153,7 @@ def _attach_optimizers(config: RunConfig, bundle: ModelBundle) -> None:
 
 
 def _negative(config: RunConfig, conditioning: CachedConditioning) -> Condition | None:
-    return conditioning.negative() if config.conditioning.dropout > 0 else None
+    return conditioning.negative() if config.conditioning.drops else None
 
 
 def _callbacks(config: RunConfig, parts: RunParts) -> list[Callback]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 
-from distill_conditioning import dataset_info
+from distill_conditioning import data_info
 from distill_runfile import SampledConfig
 
 from distill_trajectories.config import TrajectoriesConfig
@@ -34,10 +34,13 @@ def _size(config: SampledConfig[TrajectoriesConfig], own: TrajectoriesConfig) ->
     size = 0
     if shape is not None:
         size = prod(shape) * _BYTES[own.dtype] * (1 + len(own.steps))
-    if not Path(config.data.path).exists():
+    absent = [one.path for one in config.data.all_sets if not Path(one.path).exists()]
+    if absent:
         each = f"; {size / 1e6:,.2f} MB a clip and its caption" if size else ""
-        return [f"  the captions' data set is not on this machine yet: {config.data.path}{each}"]
-    samples = own.samples(dataset_info(config.data.path).samples)
+        return [
+            f"  the captions' data set is not on this machine yet: {path}{each}" for path in absent
+        ]
+    samples = own.samples(data_info(config.data).samples)
     shards = -(-samples // own.samples_per_shard)
     text = f", {samples * size / 1e6:,.1f} MB and captions" if size else ""
     return [f"  {samples:,} clips in {shards:,} shard(s){text}"]

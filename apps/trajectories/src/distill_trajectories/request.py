@@ -27,7 +27,7 @@ def read_request(file: Path, *, planning: bool = False) -> SampledConfig[Traject
 
 def _problems(config: SampledConfig[TrajectoriesConfig]) -> Iterator[Problem]:
     output_dir = config.section.output_dir
-    if output_dir == config.data.path:
+    if output_dir in [one.path for one in config.data.all_sets]:
         yield Problem(
             (SECTION, "output_dir"),
             f"{output_dir} is the data set that the captions come from; the clips are another "

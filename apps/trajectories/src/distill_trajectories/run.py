@@ -124,7 +124,7 @@ def _make(
             teacher.add(folder, rows, numbers)
             progress.advance(len(numbers))
         folder.write(shard, rows)
-    index = folder.finish(negative=negative, fingerprint=source.index.computed_by)
+    index = folder.finish(negative=negative, fingerprint=source.computed_by)
     if index is None:
         left = len(folder.missing())
         _log.info("this process is done; %d shard(s) are still with others", left)
@@ -222,7 +222,7 @@ def settings(config: SampledConfig[TrajectoriesConfig], source: LatentDataset) -
         "pipeline_config": to_plain(config.pipeline),
         # Without the fingerprint, which earlier releases did not record: their folders go on.
         "captions": hashlib.sha256(
-            evolve(source.index, fingerprint={}).to_json().encode()
+            "".join(evolve(one.index, fingerprint={}).to_json() for one in source.sources).encode()
         ).hexdigest(),
         "negative_prompt": config.conditioning.negative_prompt,
         "sampler": to_plain(own.sampler),
@@ -263,12 +263,12 @@ def _negative(
     conditioning: CachedConditioning,
 ) -> tuple[str, Condition] | None:
     """Prompt and condition, to guide with and to store beside the clips; None: there is none."""
-    stored = source.negative()
     prompt = config.conditioning.negative_prompt
-    if prompt is None and stored is None:
-        return None
     if prompt is None:
-        prompt = stored.prompt if stored else ""
+        stored = source.negative()
+        if stored is None:
+            return None
+        prompt = stored.prompt
     return prompt, conditioning.negative().to("cpu")
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from distill_protocols.lazy import lazy_exports
 
-from distill_conditioning.config import ConditioningConfig, DataConfig
-from distill_conditioning.dataset_info import DatasetInfo, dataset_info
+from distill_conditioning.config import ConditioningConfig, DataConfig, DataSetConfig
+from distill_conditioning.dataset_info import DataInfo, DatasetInfo, data_info, dataset_info
 from distill_conditioning.fingerprints import Comparison, Difference, compare_fingerprints
 from distill_conditioning.format import DatasetIndex, SampleShape, ShardEntry
 
@@ -40,6 +40,8 @@ __all__ = [
     "Comparison",
     "ConditioningConfig",
     "DataConfig",
+    "DataInfo",
+    "DataSetConfig",
     "DatasetIndex",
     "DatasetInfo",
     "Difference",
@@ -52,6 +54,7 @@ __all__ = [
     "StoredNegative",
     "TrajectoryFolder",
     "compare_fingerprints",
+    "data_info",
     "dataset_info",
     "preprocess",
 ]

@@ -9,6 +9,8 @@ from types import MappingProxyType
 from attrs import field, frozen
 from distill_protocols import DataError, Fingerprint
 
+from distill_conditioning.buckets import DataSource
+from distill_conditioning.config import DataConfig
 from distill_conditioning.fingerprints import compare_fingerprints
 from distill_conditioning.format import (
     REBUILD,
@@ -64,6 +66,88 @@ class DatasetInfo:
     def shapes(self) -> tuple[SampleShape, ...]:
         """The shapes of samples; none without an index."""
         return self.index.shapes if self.index else ()
+
+
+@frozen(kw_only=True)
+class DataInfo:
+    """What can be said of all data sets of a run.
+
+    Attributes:
+        config: which they are.
+        sets: of each, in their order.
+    """
+
+    config: DataConfig
+    sets: tuple[DatasetInfo, ...]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Those of all data sets, and what keeps them from being mixed."""
+        own = [problem for info in self.sets for problem in info.problems]
+        kinds = {
+            (index.has_latents, frozenset(index.shapes[0].conditions))
+            for index in (info.index for info in self.sets)
+            if index is not None
+        }
+        if not own and len(kinds) > 1:
+            listed = "; ".join(f"{info.path}: {info.shapes[0]}" for info in self.sets)
+            own.append(
+                f"the data sets hold different things ({listed}); all must have latents or none, "
+                "and the same conditions, to be read by one model. Preprocess them alike"
+            )
+        return tuple(own)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of them once; one line each."""
+        return tuple(note for info in self.sets for note in info.notes)
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all of them."""
+        return sum(info.samples for info in self.sets)
+
+    @property
+    def negative_prompts(self) -> tuple[str, ...]:
+        """The different prompts of their negative conditions."""
+        prompts = (info.negative_prompt for info in self.sets)
+        return tuple(dict.fromkeys(prompt for prompt in prompts if prompt is not None))
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """The data sets, if they have no problems."""
+        return tuple(
+            DataSource(name=name, path=info.path, index=info.index, weight=one.weight)
+            for name, one, info in zip(
+                self.config.names, self.config.all_sets, self.sets, strict=True
+            )
+            if info.index is not None
+        )
+
+
+def data_info(
+    config: DataConfig,
+    *,
+    latent_shape: tuple[int, ...] | None = None,
+    condition_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    times: tuple[float, ...] = (),
+    fingerprint: Fingerprint | None = None,
+) -> DataInfo:
+    """Check all data sets of a run; see ``dataset_info``."""
+    return DataInfo(
+        config=config,
+        sets=tuple(
+            dataset_info(
+                one.path,
+                latent_shape=latent_shape,
+                condition_shapes=condition_shapes,
+                times=times,
+                fingerprint=fingerprint,
+                accept=config.accept,
+            )
+            for one in config.all_sets
+        ),
+    )
 
 
 def dataset_info(

@@ -210,33 +210,6 @@ def content_hash(folder: Path, index: DatasetIndex) -> str:
     return digest.hexdigest()
 
 
-def position_problem(saved: Mapping[str, object], own: Mapping[str, object]) -> str | None:
-    """Say why a loader's position in ``saved`` means nothing to a run; None: it does.
-
-    Args:
-        saved: ``LatentLoader.state_dict()`` of then; what an earlier release did not save is not
-            compared.
-        own: the same entries of the run.
-    """
-    texts = {
-        "dataset_samples": "the data set had {} samples and has {}",
-        "dataset": "the data set holds other samples (its checksum was {:.12} and is {:.12})",
-        "seed": "the seed was {} and is {}",
-        "shuffle": "shuffle was {} and is {}",
-    }
-    changed = [
-        text.format(str(saved[key]), str(own[key]))
-        for key, text in texts.items()
-        if key in saved and saved[key] != own[key]
-    ]
-    if not changed:
-        return None
-    return (
-        f"the data position of the checkpoint does not fit this run: {'; '.join(changed)}. They "
-        "decide which samples are still to come, so the run could not go on where it stopped"
-    )
-
-
 def shard_file(number: int) -> str:
     """Return the file name of a shard."""
     return f"shard-{number:05d}.safetensors"

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import cast
 
 import torch
-from attrs import evolve
+from attrs import evolve, frozen
 from distill_protocols import Batch, Condition, ConditioningError, DataError
 from torch import Tensor
 
-from distill_conditioning.format import position_problem
-from distill_conditioning.order import drops_condition, epoch_order, rank_positions
+from distill_conditioning.buckets import (
+    Position,
+    describe_order,
+    load_position,
+    make_buckets,
+    position_problem,
+    save_position,
+)
+from distill_conditioning.order import (
+    BucketOrder,
+    choose_caption,
+    drops_condition,
+    epoch_order,
+    rank_positions,
+)
 from distill_conditioning.reading import LatentDataset
 
 AHEAD_PER_WORKER = 2
@@ -22,10 +36,11 @@ AHEAD_PER_WORKER = 2
 class LatentLoader:
     """Batches for one data-parallel rank, without end; a ``BatchLoader``.
 
-    Order (``dataset.config.shuffle``) and condition dropout are functions of (seed, epoch, sample)
-    alone: see ``distill_conditioning.order``. The
-    global batch is ``batch_size * world_size`` samples; where an epoch does not divide by it, its
-    last batch is filled up from the next epoch, so that no sample is lost or given twice as often.
+    Order (``dataset.config.shuffle``), the choice of captions and condition dropout are functions
+    of (seed, epoch, sample) alone: see ``distill_conditioning.order``. All samples of a group,
+    those of an iteration, come from one bucket: they have one shape, on all ranks. Where an epoch
+    of a bucket does not divide by the group, its last group is filled up from the next epoch, so
+    that no sample is lost or given twice as often.
 
     With ``dataset.config.workers`` threads read the batches to come. They are threads and not
     processes because reading is copying out of memory-mapped files, which torch does without
@@ -39,13 +54,18 @@ class LatentLoader:
         dataset: the samples.
         batch_size: of one rank, one micro step.
         seed: the run's seed.
-        dropout: chance that a sample's condition is replaced by ``negative``.
+        dropout: chance that a sample's condition is replaced by ``negative``; or by name of a
+            condition tensor, each drawn by itself. One that ``negative`` does not hold, such as an
+            image, is replaced by zeros then, as Diffusers does.
         negative: one row; needed where ``dropout`` is above 0.
+        group_size: samples of an iteration, all micro steps and ranks together; None: there is one
+            micro step.
         rank, world_size: among the data-parallel ranks.
         device: where the batches go.
 
     Raises:
         ConditioningError: dropout without a negative condition, or with one of another shape.
+        DataError: a group that ends within a batch, where there are several buckets.
     """
 
     def __init__(
@@ -54,8 +74,9 @@ class LatentLoader:
         *,
         batch_size: int,
         seed: int,
-        dropout: float = 0.0,
+        dropout: float | Mapping[str, float] = 0.0,
         negative: Condition | None = None,
+        group_size: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
@@ -69,14 +90,26 @@ class LatentLoader:
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = dataset.config.shuffle
-        self.dropout = dropout
         self.rank = rank
         self.world_size = world_size
         self.device = torch.device(device)
-        self._negative = self._check_negative(negative) if dropout > 0 else None
-        self._samples_yielded = 0
-        self._orders: dict[int, Tensor] = {}
-        self._ahead: dict[int, Future[Batch]] = {}
+        self._dropout = Dropout.of(dropout, negative, dataset)
+        self._buckets = make_buckets(dataset.sources)
+        self._order = BucketOrder(
+            seed=seed,
+            shares=tuple(bucket.share for bucket in self._buckets),
+            group_size=self._stride if group_size is None else group_size,
+        )
+        if len(self._buckets) > 1 and self._order.group_size % self._stride:
+            raise DataError(
+                f"a group of {self._order.group_size} samples is no whole number of batches of "
+                f"{batch_size} on {world_size} rank(s), and all of it must have one shape. Choose "
+                "a global batch that divides by them"
+            )
+        self._numbers = [torch.cat([_as_tensor(r) for r in b.numbers]) for b in self._buckets]
+        self._position = Position(taken=(0,) * len(self._buckets))
+        self._epoch_orders: dict[tuple[int, int], Tensor] = {}
+        self._ahead: dict[Position, Future[Batch]] = {}
         workers = dataset.config.workers
         self._threads = ThreadPoolExecutor(workers, "data-worker") if workers > 0 else None
 
@@ -84,110 +117,201 @@ class LatentLoader:
         """Yield batches from the loader's position on, which all iterators share."""
         try:
             while True:
-                first = self._samples_yielded
-                batch = _copy_to(self._batch(first), self.device)
-                self._samples_yielded = first + self._stride
+                position = self._position
+                batch = _copy_to(self._batch(position), self.device)
+                self._position = self._order.advance(position, self._stride)
                 yield batch
         finally:
-            self._cancel_all_but(range(0))
+            self._cancel_all_but([])
 
     @property
     def epoch(self) -> float:
-        """How many times all ranks together have gone through the data set so far."""
-        return self._samples_yielded / len(self.dataset)
+        """How many times all ranks together have gone through the data sets so far."""
+        return self._position.samples / len(self.dataset)
 
     def state_dict(self) -> dict[str, object]:
         """Return the position in the stream of all ranks (JSON), for any number of ranks."""
         return {
-            "samples_given": self._samples_yielded,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "dataset_samples": len(self.dataset),
-            "dataset": self.dataset.content_hash,
+            **save_position(self._position, self._buckets, self._order.group_size),
+            **self._decided,
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continue after the last batch that was yielded before ``state`` was taken.
 
         Raises:
-            DataError: another data set, seed or shuffling, with which the rest of the epoch
-                would be other samples than those that are still to come.
+            DataError: other data sets, seed or shuffling, with which the rest of the epoch
+                would be other samples than those that are still to come; or a position within a
+                group that this loader would cut otherwise.
         """
-        problem = position_problem(state, self.state_dict())
+        problem = position_problem(state, self._decided)
         if problem is not None:
             raise DataError(
                 f"{problem}. Put data set and run file back as they were, or start a new run with "
                 "another output_dir."
             )
-        self._samples_yielded = int(cast(int, state["samples_given"]))
+        self._position = load_position(
+            state, self._buckets, group_size=self._order.group_size, stride=self._stride
+        )
+
+    @cached_property
+    def _decided(self) -> dict[str, object]:
+        return describe_order(self.dataset.sources, seed=self.seed, shuffle=self.shuffle)
 
     @property
     def _stride(self) -> int:
         return self.batch_size * self.world_size
 
-    def _batch(self, first: int) -> Batch:
-        """Return this rank's batch of the global batch that begins at ``first``."""
+    def _batch(self, position: Position) -> Batch:
+        """Return this rank's batch of the global batch that begins at ``position``."""
         if self._threads is None:
-            return self._read(*self._choose(first))
-        count = 1 + AHEAD_PER_WORKER * self.dataset.config.workers
-        coming = range(first, first + count * self._stride, self._stride)
+            return self._read(self._choose(position))
+        coming = [position]
+        for _ in range(AHEAD_PER_WORKER * self.dataset.config.workers):
+            coming.append(self._order.advance(coming[-1], self._stride))
         self._cancel_all_but(coming)
         for each in coming:
             if each not in self._ahead:
                 # Chosen in this thread and read in another: so the orders need no lock.
-                self._ahead[each] = self._threads.submit(self._read, *self._choose(each))
-        return self._ahead.pop(first).result()
+                self._ahead[each] = self._threads.submit(self._read, self._choose(each))
+        return self._ahead.pop(position).result()
 
-    def _cancel_all_but(self, coming: range) -> None:
+    def _cancel_all_but(self, coming: Collection[Position]) -> None:
         """Drop batches that were read ahead in vain: after ``load_state_dict``, or at the end."""
-        for first in [first for first in self._ahead if first not in coming]:
-            self._ahead.pop(first).cancel()
+        for each in [each for each in self._ahead if each not in coming]:
+            self._ahead.pop(each).cancel()
 
-    def _choose(self, first: int) -> tuple[Tensor, Tensor]:
-        """Choose sample numbers, and whose condition is dropped: int64 and bool [B]."""
+    def _choose(self, position: Position) -> _Choice:
+        """Choose samples, their captions, and whose condition is dropped."""
+        number = self._order.bucket(position)
+        bucket, size = self._buckets[number], len(self._buckets[number])
+        first = position.taken[number] + position.offset
         positions = rank_positions(first, self.batch_size, self.rank, self.world_size)
-        places = [divmod(position, len(self.dataset)) for position in positions]
-        self._keep_orders(self._samples_yielded // len(self.dataset))
-        samples = [int(self._order(epoch)[place]) for epoch, place in places]
-        dropped = [
-            self._negative is not None and drops_condition(self.seed, epoch, sample, self.dropout)
-            for (epoch, _), sample in zip(places, samples, strict=True)
-        ]
-        return torch.tensor(samples), torch.tensor(dropped)
+        places = [divmod(place, size) for place in positions]
+        self._drop_old_orders()
+        samples = [(epoch, int(self._samples(number, epoch)[place])) for epoch, place in places]
+        draws = [choose_caption(self.seed, *sample, key=bucket.key) for sample in samples]
+        return _Choice(
+            numbers=self._numbers[number][[sample for _, sample in samples]],
+            captions=torch.tensor(draws),
+            dropped={
+                part: torch.tensor(
+                    [
+                        drops_condition(self.seed, *sample, rate, key=bucket.key, part=part)
+                        for sample in samples
+                    ]
+                )
+                for part, rate in self._dropout.rates.items()
+            },
+        )
 
-    def _read(self, samples: Tensor, dropped: Tensor) -> Batch:
-        batch = self.dataset.read(samples)
-        if self._negative is not None:
-            _replace_rows(batch.cond, dropped, self._negative)
+    def _read(self, choice: _Choice) -> Batch:
+        batch = self.dataset.read(choice.numbers, choice.captions)
+        self._dropout.apply(batch.cond, choice.dropped)
         return batch
 
-    def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._orders:
-            self._orders[epoch] = epoch_order(
-                self.seed, epoch, len(self.dataset), shuffle=self.shuffle
+    def _samples(self, bucket: int, epoch: int) -> Tensor:
+        """Return the order of a bucket's samples in an epoch, by their numbers in the bucket."""
+        if (bucket, epoch) not in self._epoch_orders:
+            own = self._buckets[bucket]
+            self._epoch_orders[bucket, epoch] = epoch_order(
+                self.seed, epoch, len(own), shuffle=self.shuffle, key=own.key
             )
-        return self._orders[epoch]
+        return self._epoch_orders[bucket, epoch]
 
-    def _keep_orders(self, epoch: int) -> None:
-        self._orders = {e: order for e, order in self._orders.items() if e >= epoch}
+    def _drop_old_orders(self) -> None:
+        """Forget the orders of epochs that are over."""
+        now = [
+            taken // len(bucket)
+            for taken, bucket in zip(self._position.taken, self._buckets, strict=True)
+        ]
+        self._epoch_orders = {
+            (bucket, epoch): order
+            for (bucket, epoch), order in self._epoch_orders.items()
+            if epoch >= now[bucket]
+        }
 
-    def _check_negative(self, negative: Condition | None) -> Condition:
-        if negative is None:
+
+@frozen(eq=False, kw_only=True)
+class _Choice:
+    """What a batch is read from.
+
+    Attributes:
+        numbers: int64 [B], of samples.
+        captions: int64 [B], see ``LatentDataset.read``.
+        dropped: bool [B], by condition tensor; under None, all of the negative condition's.
+    """
+
+    numbers: Tensor
+    captions: Tensor
+    dropped: Mapping[str | None, Tensor]
+
+
+@frozen(eq=False, kw_only=True)
+class Dropout:
+    """What takes the place of conditions, and how often.
+
+    Attributes:
+        rates: by name of a condition tensor; under None, for all of ``row`` by one draw.
+        row: one row, on the CPU.
+    """
+
+    rates: Mapping[str | None, float]
+    row: Condition
+
+    @classmethod
+    def of(
+        cls, rate: float | Mapping[str, float], negative: Condition | None, dataset: LatentDataset
+    ) -> Dropout:
+        """Check the negative condition of a loader, and add zeros where it lacks a tensor.
+
+        Raises:
+            ConditioningError: there is none, it does not fit, or the samples lack a named tensor.
+        """
+        by_name = isinstance(rate, Mapping)
+        rates: dict[str | None, float] = {**rate} if by_name else {None: cast(float, rate)}
+        rates = {name: chance for name, chance in rates.items() if chance > 0}
+        if not rates:
+            return cls(rates={}, row=Condition({}))
+        shapes = dataset.sources[0].index.shapes[0].conditions
+        unknown = [name for name in rates if name is not None and name not in shapes]
+        if unknown:
             raise ConditioningError(
-                f"condition dropout is {self.dropout:g}, but there is no negative condition to "
-                "put in a caption's place. Set ConditioningConfig.negative_prompt, use a data set "
-                "with constants, or set the dropout to 0."
+                f"condition dropout of {', '.join(map(str, unknown))}, but the samples have "
+                f"{', '.join(shapes)} alone. Name one of these"
             )
-        shapes = {name: tuple(value.shape) for name, value in negative.tensors.items()}
-        rows = self.dataset.index.shapes[0].conditions
-        needed = {name: (1, *shape) for name, shape in rows.items()}
-        if not shapes or not shapes.items() <= needed.items():
-            raise ConditioningError(
-                f"the negative condition is {shapes}, but the samples of {self.dataset.path} need "
-                f"{needed}, since it takes their place. Preprocess the data set with the encoder "
-                "of the run's model."
-            )
-        return negative.to("cpu")
+        # Zeros of one number broadcast over rows of any shape: an image's depends on the bucket.
+        row = {name: torch.zeros(1) for name in rates if name is not None}
+        negative = _check_negative(negative, dataset, rate)
+        return cls(rates=rates, row=Condition({**row, **negative.tensors}))
+
+    def apply(self, cond: Condition, dropped: Mapping[str | None, Tensor]) -> None:
+        """Write ``row`` over rows of a batch's own tensors; those that it does not hold stay, as an
+        image does where a caption is dropped."""
+        for part, rows in dropped.items():
+            for name in self.row.tensors if part is None else (part,):
+                own = cond.tensors[name]
+                own[rows] = self.row.tensors[name].to(own.dtype)
+
+
+def _check_negative(negative: Condition | None, dataset: LatentDataset, rate: object) -> Condition:
+    if negative is None:
+        raise ConditioningError(
+            f"condition dropout is {rate}, but there is no negative condition to "
+            "put in a caption's place. Set ConditioningConfig.negative_prompt, use a data set "
+            "with constants, or set the dropout to 0."
+        )
+    shapes = {name: tuple(value.shape) for name, value in negative.tensors.items()}
+    for source in dataset.sources:
+        for shape in source.index.shapes:
+            needed = {name: (1, *row) for name, row in shape.conditions.items()}
+            if not shapes or not shapes.items() <= needed.items():
+                raise ConditioningError(
+                    f"the negative condition is {shapes}, but the samples of {source.path} need "
+                    f"{needed}, since it takes their place. Preprocess the data set with the "
+                    "encoder of the run's model."
+                )
+    return negative.to("cpu")
 
 
 def _copy_to(batch: Batch, device: torch.device) -> Batch:
@@ -207,9 +331,5 @@ def _copy_to(batch: Batch, device: torch.device) -> Batch:
     )
 
 
-def _replace_rows(condition: Condition, rows: Tensor, row: Condition) -> None:
-    """Write the one row of ``row`` over the ``rows`` (bool [B]) of a batch's own tensors; those
-    that ``row`` does not hold stay, as an image does where a caption is dropped."""
-    for name, value in row.tensors.items():
-        own = condition.tensors[name]
-        own[rows] = value.to(own.dtype)
+def _as_tensor(numbers: range) -> Tensor:
+    return torch.arange(numbers.start, numbers.stop)

@@ -168,9 +168,9 @@ class CachedConditioning:
         return rows
 
     def _find_negative(self) -> Condition:
-        stored = self._dataset.negative() if self._dataset is not None else None
         prompt = self._config.negative_prompt
-        if stored is not None and prompt in (None, stored.prompt):
+        stored = self._dataset.negative(prompt) if self._dataset is not None else None
+        if stored is not None:
             return stored.condition
         if prompt is None:
             raise ConditioningError(
@@ -198,11 +198,15 @@ class CachedConditioning:
         return self._encoder.encode_neg_condition(prompt)
 
     def _compare_encoders(self, dataset: LatentDataset) -> None:
-        compared = compare_fingerprints(
-            dataset.index.computed_by, self._fingerprint, dataset.config.accept
-        )
-        if compared.differences:
-            raise ConditioningError("\n".join(compared.problems(str(dataset.path))))
+        problems: list[str] = []
+        for source in dataset.sources:
+            compared = compare_fingerprints(
+                source.index.computed_by, self._fingerprint, dataset.config.accept
+            )
+            if compared.differences:
+                problems += compared.problems(str(source.path))
+        if problems:
+            raise ConditioningError("\n".join(problems))
 
 
 class ConditionCache:

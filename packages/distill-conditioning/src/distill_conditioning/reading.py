@@ -12,13 +12,14 @@ from types import MappingProxyType
 
 import torch
 from attrs import frozen
-from distill_protocols import Batch, Condition, ConditioningError, DataError
+from distill_protocols import Batch, Condition, ConditioningError, DataError, Fingerprint
 from distill_runtime import sha256_of_file
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from distill_conditioning.buckets import DataSource
 from distill_conditioning.config import DataConfig
-from distill_conditioning.dataset_info import dataset_info
+from distill_conditioning.dataset_info import data_info
 from distill_conditioning.format import (
     CONDITION,
     LENGTHS,
@@ -27,7 +28,6 @@ from distill_conditioning.format import (
     TRAJECTORY,
     SampleShape,
     ShardEntry,
-    content_hash,
     find_levels,
     read_metadata,
     read_negative_prompt,
@@ -73,6 +73,8 @@ class _Shard:
     ids: list[str]
     captions: list[str]
     trajectory: Tensor | None
+    levels: Tensor
+    """Numbers of the levels of ``trajectory`` that are read."""
 
     def rows(self, samples: Tensor, choices: Tensor) -> Tensor:
         """Return the rows of conditions of ``samples``, by the remainder of ``choices``."""
@@ -80,14 +82,29 @@ class _Shard:
         return own[torch.arange(len(own)), choices % (own >= 0).sum(dim=1)]
 
 
+@frozen(kw_only=True)
+class _File:
+    """A shard of a data set, not opened yet; ``prefix`` begins the ids of its samples."""
+
+    source: DataSource
+    entry: ShardEntry
+    prefix: str
+
+    @property
+    def path(self) -> Path:
+        return self.source.path / self.entry.file
+
+
 class LatentDataset:
     """Samples by number, from memory-mapped shards that are opened when first needed.
+
+    Of several data sets the samples are counted through, in the order of the config.
 
     ``read`` may be called from several threads: a shard that two of them open at once is mapped
     twice, and one of the equal maps is kept.
 
     Args:
-        config: the folder, and how much of it is verified now.
+        config: the folders, and how much of them is verified now.
         latent_shape: (C, T, H, W) that the model takes, None to take what there is.
         condition_shapes: of one row of the condition tensors that the model takes, by name.
         times: levels t of the stored trajectories that are read with each sample, in this order;
@@ -105,28 +122,38 @@ class LatentDataset:
         condition_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
         times: tuple[float, ...] = (),
     ) -> None:
-        info = dataset_info(
-            config.path,
-            latent_shape=latent_shape,
-            condition_shapes=condition_shapes,
-            times=times,
+        info = data_info(
+            config, latent_shape=latent_shape, condition_shapes=condition_shapes, times=times
         )
-        if info.index is None or info.problems:
+        if info.problems:
             raise DataError("\n".join(info.problems))
         self.config = config
-        self.path = info.path
-        self.index = info.index
-        self.content_hash = content_hash(info.path, info.index)
+        self.sources = info.sources
+        self._files = [
+            _File(source=source, entry=entry, prefix=f"{source.name}/" if config.sets[1:] else "")
+            for source in self.sources
+            for entry in source.index.shards
+        ]
         if config.verify == "full":
             self._compare_hashes()
-        self._shards: list[_Shard | None] = [None] * len(self.index.shards)
-        counts = torch.tensor([shard.samples for shard in self.index.shards])
-        self._levels = torch.tensor(find_levels(times, self.index.trajectory_times))
+        self._shards: list[_Shard | None] = [None] * len(self._files)
+        counts = torch.tensor([file.entry.samples for file in self._files])
+        self._times = times
         self._ends = counts.cumsum(0)
         self._starts = self._ends - counts
 
     def __len__(self) -> int:
-        return self.index.samples
+        return int(self._ends[-1])
+
+    @property
+    def computed_by(self) -> Fingerprint:
+        """What computed the data sets, as far as they agree."""
+        first, *others = (source.index.computed_by for source in self.sources)
+        return {
+            name: value
+            for name, value in first.items()
+            if all(other.get(name) == value for other in others)
+        }
 
     def read(self, samples: Tensor, choices: Tensor | None = None) -> Batch:
         """Read samples by number (int64 [B]), in that order: latents, conditions and the levels of
@@ -146,8 +173,7 @@ class LatentDataset:
         shape = self._shape_of(shards)
         rows = samples - self._starts[shards]
         latents = torch.empty(len(samples), *(shape.latents or ()))
-        levels = self._levels
-        states = torch.empty(len(samples), len(levels), *(shape.latents or ()))
+        states = torch.empty(len(samples), len(self._times), *(shape.latents or ()))
         tables: dict[str, Tensor] = {}
         ids = [""] * len(samples)
         for number in shards.unique().tolist():
@@ -156,8 +182,8 @@ class LatentDataset:
             inside = rows[places]
             if shard.latents is not None:
                 latents[places] = shard.latents[inside].float()
-            if len(levels) and shard.trajectory is not None:
-                states[places] = shard.trajectory[inside[:, None], levels].float()
+            if shard.trajectory is not None:
+                states[places] = shard.trajectory[inside[:, None], shard.levels].float()
             numbers = shard.rows(inside, choices[places])
             for name, table in shard.conditions.items():
                 value = table.read(numbers)
@@ -165,20 +191,21 @@ class LatentDataset:
                     tables[name] = value.new_empty(len(samples), *value.shape[1:])
                 tables[name][places] = value
             for place, row in zip(places.tolist(), inside.tolist(), strict=True):
-                ids[place] = shard.ids[row]
+                ids[place] = self._files[number].prefix + shard.ids[row]
         return Batch(
             latents=latents,
             cond=Condition(tables),
             ids=tuple(ids),
-            trajectory=states if len(levels) else None,
+            trajectory=states if self._times else None,
         )
 
     def _shape_of(self, shards: Tensor) -> SampleShape:
-        shapes = [self.index.shards[number].shape for number in shards.unique().tolist()]
+        files = [self._files[number] for number in shards.unique().tolist()]
+        shapes = [file.entry.shape for file in files]
         if any(shape != shapes[0] for shape in shapes):
             raise DataError(
-                f"{self.path}: samples of the shapes {'; '.join(map(str, shapes))} cannot be one "
-                "batch. Read each shape by itself, as LatentLoader does."
+                f"{files[0].source.path}: samples of the shapes {'; '.join(map(str, shapes))} "
+                "cannot be one batch. Read each shape by itself, as LatentLoader does."
             )
         return shapes[0]
 
@@ -193,51 +220,45 @@ class LatentDataset:
         return tuple(shard.captions[n] for n in numbers if n >= 0)
 
     def id(self, sample: int) -> str:
-        """Return the id of one sample."""
+        """Return the id of one sample, after the name of its data set if there are several."""
+        number = int(torch.searchsorted(self._ends, sample, right=True))
         shard, row = self._locate(sample)
-        return shard.ids[row]
+        return self._files[number].prefix + shard.ids[row]
 
     def _locate(self, sample: int) -> tuple[_Shard, int]:
         number = int(torch.searchsorted(self._ends, sample, right=True))
         return self._open(number), sample - int(self._starts[number])
 
-    def negative(self) -> StoredNegative | None:
-        """Read the negative condition of the data set (fp32); None if it has none.
+    def negative(self, prompt: str | None = None) -> StoredNegative | None:
+        """Read a negative condition of the data sets (fp32); None if they have none.
 
         It may hold fewer tensors than the samples: of those that it lacks, such as an image, a
         sample keeps its own.
 
+        Args:
+            prompt: the one of this prompt, if it is there; None: the only one.
+
         Raises:
-            ConditioningError: a tensor of it is none of the samples'.
+            ConditioningError: a tensor of it is none of the samples'; or there are several, and
+                none is asked for.
         """
-        if self.index.constants is None:
-            return None
-        path = self.path / self.index.constants
-        tensors, metadata = map_tensors(path)
-        condition = Condition(
-            {
-                name.removeprefix(NEGATIVE): _as_fp32(value)
-                for name, value in tensors.items()
-                if name.startswith(NEGATIVE)
-            }
-        )
-        stored = {name: tuple(value.shape) for name, value in condition.tensors.items()}
-        for shape in self.index.shapes:
-            expected = {name: (1, *row) for name, row in shape.conditions.items()}
-            if not stored or not stored.items() <= expected.items():
-                raise ConditioningError(
-                    f"{path}: the negative condition holds {stored}, but the samples need "
-                    f"{expected}; one must be able to stand for the other. {REBUILD}"
-                )
-        prompt = read_negative_prompt(path, metadata)
-        return StoredNegative(prompt=prompt, condition=condition)
+        stored = [_read_negative(one) for one in self.sources if one.index.constants is not None]
+        if prompt is not None:
+            stored = [one for one in stored if one.prompt == prompt]
+        prompts = dict.fromkeys(one.prompt for one in stored)
+        if len(prompts) > 1:
+            raise ConditioningError(
+                f"the data sets have different negative prompts ({', '.join(map(repr, prompts))}), "
+                "and one condition stands for all samples. Set ConditioningConfig.negative_prompt"
+            )
+        return stored[0] if stored else None
 
     def _compare_hashes(self) -> None:
         damaged = [
-            f"{self.path / shard.file}: its SHA-256 is not the one in the index, so bytes of it "
+            f"{file.path}: its SHA-256 is not the one in the index, so bytes of it "
             f"changed after it was written. {REBUILD}"
-            for shard in self.index.shards
-            if sha256_of_file(self.path / shard.file) != shard.sha256
+            for file in self._files
+            if sha256_of_file(file.path) != file.entry.sha256
         ]
         if damaged:
             raise DataError("\n".join(damaged))
@@ -245,27 +266,51 @@ class LatentDataset:
     def _open(self, number: int) -> _Shard:
         shard = self._shards[number]
         if shard is None:
-            shard = self._shards[number] = self._map(self.index.shards[number])
+            shard = self._shards[number] = _map_shard(self._files[number], self._times)
         return shard
 
-    def _map(self, entry: ShardEntry) -> _Shard:
-        path = self.path / entry.file
-        tensors, metadata = map_tensors(path)
-        _check_tensors(path, tensors, entry, len(self.index.trajectory_times))
-        ids = tensors["condition_id"]
-        shard = _Shard(
-            latents=tensors.get("latents"),
-            conditions={
-                name: _table(path, tensors, name, shape)
-                for name, shape in entry.shape.conditions.items()
-            },
-            condition_id=ids if ids.ndim == 2 else ids[:, None],
-            ids=read_texts(path, metadata, "ids"),
-            captions=read_texts(path, metadata, "captions"),
-            trajectory=tensors.get(TRAJECTORY),
-        )
-        _check_rows(path, shard, entry.samples)
-        return shard
+
+def _read_negative(source: DataSource) -> StoredNegative:
+    assert source.index.constants is not None
+    path = source.path / source.index.constants
+    tensors, metadata = map_tensors(path)
+    condition = Condition(
+        {
+            name.removeprefix(NEGATIVE): _as_fp32(value)
+            for name, value in tensors.items()
+            if name.startswith(NEGATIVE)
+        }
+    )
+    stored = {name: tuple(value.shape) for name, value in condition.tensors.items()}
+    for shape in source.index.shapes:
+        expected = {name: (1, *row) for name, row in shape.conditions.items()}
+        if not stored or not stored.items() <= expected.items():
+            raise ConditioningError(
+                f"{path}: the negative condition holds {stored}, but the samples need "
+                f"{expected}; one must be able to stand for the other. {REBUILD}"
+            )
+    return StoredNegative(prompt=read_negative_prompt(path, metadata), condition=condition)
+
+
+def _map_shard(file: _File, times: tuple[float, ...]) -> _Shard:
+    path, entry, index = file.path, file.entry, file.source.index
+    tensors, metadata = map_tensors(path)
+    _check_tensors(path, tensors, entry, len(index.trajectory_times))
+    ids = tensors["condition_id"]
+    shard = _Shard(
+        latents=tensors.get("latents"),
+        conditions={
+            name: _table(path, tensors, name, shape)
+            for name, shape in entry.shape.conditions.items()
+        },
+        condition_id=ids if ids.ndim == 2 else ids[:, None],
+        ids=read_texts(path, metadata, "ids"),
+        captions=read_texts(path, metadata, "captions"),
+        trajectory=tensors.get(TRAJECTORY) if times else None,
+        levels=torch.tensor(find_levels(times, index.trajectory_times)),
+    )
+    _check_rows(path, shard, entry.samples)
+    return shard
 
 
 def _check_tensors(

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import attrs
 from attrs import define, field, frozen
 from distill_checkpoint.config import CheckpointConfig
-from distill_conditioning import DatasetInfo
+from distill_conditioning import DataInfo
 from distill_conditioning.config import ConditioningConfig, DataConfig
 from distill_protocols import (
     CallbackPlugin,
@@ -97,7 +97,7 @@ class Draft:
         written_roles: names under ``models:``, whatever is wrong with them.
         role_configs: those that could be read.
         roles: those of which the model is known, with nothing left open.
-        dataset: None: nothing can be said of it.
+        datasets: None: nothing can be said of them.
         run: the run as methods and callbacks see it.
         sampled: name and value of the section of an app that samples one role.
     """
@@ -121,7 +121,7 @@ class Draft:
     written_roles: frozenset[str] = frozenset()
     role_configs: Mapping[str, RoleConfig] = field(factory=dict)
     roles: Mapping[str, Role] = field(factory=dict)
-    dataset: DatasetInfo | None = None
+    datasets: DataInfo | None = None
     run: PlannedRun = field(factory=lambda: PlannedRun(roles={}))
     sampled: tuple[str, SampledSection] | None = None
 
@@ -136,7 +136,7 @@ class Draft:
         """Whether there will be a negative condition; None: it cannot be told yet."""
         if self.conditioning is None or self.conditioning.negative_prompt is not None:
             return True
-        return None if self.dataset is None else self.dataset.has_negative
+        return None if self.datasets is None else bool(self.datasets.negative_prompts)
 
 
 @define

@@ -6,8 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from distill_conditioning.config import DataConfig
+
 from distill_runfile.draft import Draft
 from distill_runfile.paths import resolve_path
+from distill_runfile.problems import KeyPath
 from distill_runfile.schema import is_local
 from distill_runfile.source import read_source
 
@@ -19,12 +22,24 @@ _MOST_FILES = 200
 def missing_parts(draft: Draft) -> Iterator[str]:
     """Yield what of a file's data and starts is not there, each with the command that makes it."""
     beside = draft.document.main.file
-    if draft.data is not None and not Path(draft.data.path).exists():
-        yield f"the data set {draft.data.path}{made_by(draft.data.path, beside)}"
+    for path in missing_data(draft.data) if draft.data is not None else ():
+        yield f"the data set {path}{made_by(path, beside)}"
     for name, role in draft.roles.items():
         start = role.init_from
         if start is not None and is_missing(start.path):
             yield f"the start of {name}, {start.path}{made_by(start.path, beside)}"
+
+
+def missing_data(data: DataConfig) -> tuple[str, ...]:
+    """Return the folders of data sets that are not there."""
+    return tuple(one.path for one in data.all_sets if not Path(one.path).exists())
+
+
+def data_key(data: DataConfig, path: str) -> KeyPath:
+    """Return where the data set of a folder is named."""
+    if data.path is not None:
+        return ("data", "path")
+    return ("data", "sets", str([one.path for one in data.sets].index(path)), "path")
 
 
 def is_missing(path: str) -> bool:

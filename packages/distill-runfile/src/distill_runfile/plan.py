@@ -11,9 +11,11 @@ from pathlib import Path
 
 from attrs import frozen
 from distill_checkpoint import preview_resume
-from distill_conditioning import dataset_info
+from distill_conditioning import DataInfo, data_info
+from distill_conditioning.buckets import make_buckets
 from distill_protocols import RolePlan, RoleSpec
 
+from distill_runfile.missing import missing_data
 from distill_runfile.planning.memory import Planner
 from distill_runfile.planning.text import memory_sections, table
 from distill_runfile.schema import RunConfig
@@ -204,15 +206,39 @@ def _batch(config: RunConfig, world_size: int) -> list[str]:
 
 
 def _data(config: RunConfig) -> list[str]:
-    if not Path(config.data.path).exists():
-        return [f"  not on this machine yet: {config.data.path}", "  a real run needs it"]
-    dataset = dataset_info(config.data.path)
-    epochs = config.training.max_train_steps * config.training.global_batch_size / dataset.samples
-    return [
-        f"  {dataset.samples:,} samples in {dataset.shards} shard(s), latents "
-        f"{list(dataset.shapes[0].latents or ())}; the run sees each {epochs:.2f} times",
-        f"  {config.data.path}",
+    absent = missing_data(config.data)
+    if absent:
+        lines = [f"  not on this machine yet: {path}" for path in absent]
+        return [*lines, "  a real run needs it" if len(absent) == 1 else "  a real run needs them"]
+    info = data_info(config.data)
+    seen = config.training.max_train_steps * config.training.global_batch_size
+    shards = sum(one.shards for one in info.sets)
+    if not config.data.sets and len(info.sets[0].shapes) == 1:
+        text = f"latents {list(info.sets[0].shapes[0].latents or ())}"
+    else:
+        text = f"of {len(make_buckets(info.sources))} buckets"
+    lines = [
+        f"  {info.samples:,} samples in {shards} shard(s), {text}; the run sees each "
+        f"{seen / info.samples:.2f} times"
     ]
+    if config.data.path is not None:
+        lines.append(f"  {config.data.path}")
+    if text.startswith("of"):
+        lines += _buckets(info, seen)
+    return lines
+
+
+def _buckets(info: DataInfo, seen: int) -> list[str]:
+    """Say how often the samples of each bucket are seen."""
+    rows = [("data set", "latents", "samples", "share", "times seen")]
+    for bucket in make_buckets(info.sources):
+        latents = "none" if bucket.shape.latents is None else str(list(bucket.shape.latents))
+        share = float(bucket.share)
+        rows.append((
+            bucket.key[0] if bucket.key else "", latents, f"{len(bucket):,}", f"{share:.1%}",
+            f"{seen * share / len(bucket):.2f}",
+        ))  # fmt: skip
+    return table(rows, right=(2, 3, 4))
 
 
 def _resume(config: RunConfig) -> list[str]:
@@ -225,11 +251,10 @@ def _resume(config: RunConfig) -> list[str]:
 
 def _conditioning(config: RunConfig) -> list[str]:
     prompt = config.conditioning.negative_prompt
-    exists = Path(config.data.path).exists()
-    stored = dataset_info(config.data.path).negative_prompt if exists else None
-    needed = config.method.needs_negative or config.conditioning.dropout > 0
-    if stored is not None and prompt in (None, stored):
-        source = f"in the data set's constants (prompt {stored!r})"
+    stored = () if missing_data(config.data) else data_info(config.data).negative_prompts
+    needed = config.method.needs_negative or config.conditioning.drops
+    if stored and (prompt is None or prompt in stored):
+        source = f"in the data set's constants (prompt {prompt or stored[0]!r})"
     elif prompt is not None:
         source = f"encoded once at set-up from {prompt!r}"
     elif needed:
@@ -238,5 +263,5 @@ def _conditioning(config: RunConfig) -> list[str]:
         source = "none, and no step needs one"
     return [
         f"  negative condition: {source}",
-        f"  condition dropout: {config.conditioning.dropout:g}",
+        f"  condition dropout: {_inline(config.conditioning.dropout)}",
     ]

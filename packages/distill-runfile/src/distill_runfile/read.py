@@ -19,7 +19,7 @@ from distill_trainer.config import TrainingConfig, ValidationConfig
 
 from distill_runfile.checks import MODELS_CHECKS, RUN_CHECKS, SAMPLED_CHECKS, Check
 from distill_runfile.checks.checkpoints import check_resume
-from distill_runfile.checks.data import read_dataset
+from distill_runfile.checks.data import read_datasets
 from distill_runfile.draft import (
     ConfiguredFamily,
     ConfiguredMethod,
@@ -107,7 +107,7 @@ def read_config(
         role_configs=role_configs,
     )
     draft = _joined(reader, draft)
-    draft = evolve(draft, dataset=read_dataset(draft))
+    draft = evolve(draft, datasets=read_datasets(draft))
     draft = evolve(draft, run=planned_run(draft))
     _raise_if_wrong(reader, draft, RUN_CHECKS)
     # Each of them missing is a problem.
@@ -238,7 +238,7 @@ def read_sampled(
         for name, role in draft.roles.items()
     }
     draft = evolve(draft, roles=frozen)
-    draft = evolve(draft, dataset=read_dataset(draft))
+    draft = evolve(draft, datasets=read_datasets(draft))
     draft = evolve(draft, run=planned_run(draft))
     _raise_if_wrong(reader, draft, SAMPLED_CHECKS)
     assert recipe is not None
@@ -372,7 +372,7 @@ def _raise_if_wrong(
 
 
 def _notes(draft: Draft) -> tuple[str, ...]:
-    return () if draft.dataset is None else draft.dataset.notes
+    return () if draft.datasets is None else draft.datasets.notes
 
 
 def _resolved(recipe: RecipeConfig, draft: Draft) -> dict[str, object]:

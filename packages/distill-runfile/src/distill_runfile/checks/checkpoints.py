@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distill_checkpoint import preview_resume
 from distill_checkpoint.config import CheckpointConfig
-from distill_conditioning.format import content_hash, position_problem
+from distill_conditioning.buckets import describe_order, position_problem
 from distill_protocols import MethodConfig, Problem, SamplerSpec, below
 from distill_runtime import export_folder_problem
 from distill_trainer.config import TrainingConfig
@@ -44,19 +44,14 @@ def check_resume(draft: Draft, resolved: Mapping[str, object]) -> Iterator[Probl
     if preview is None:
         return
     yield from preview.problems
-    dataset = draft.dataset
-    if dataset is None or dataset.index is None or draft.data is None or preview.takes_other_data:
+    datasets = draft.datasets
+    if datasets is None or draft.data is None or preview.takes_other_data:
         return
-    own = {
-        "dataset_samples": dataset.samples,
-        "dataset": content_hash(dataset.path, dataset.index),
-        "seed": draft.training.seed,
-        "shuffle": draft.data.shuffle,
-    }
+    own = describe_order(datasets.sources, seed=draft.training.seed, shuffle=draft.data.shuffle)
     problem = position_problem(preview.position, own)
     if problem is not None:
         yield Problem(
-            ("data", "path"),
+            ("data", "sets" if draft.data.sets else "path"),
             f"{problem} ({preview.folder}). Put data set and run file back as they were, start a "
             "new run in another output_dir, or say that another data set is meant, which is then "
             "read from its beginning (checkpoint.changes: {added: [data], dropped: [data]})",

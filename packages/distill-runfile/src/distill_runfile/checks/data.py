@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill_conditioning import DatasetInfo, dataset_info
+from distill_conditioning import DataInfo, data_info
 from distill_protocols import Problem
 
 from distill_runfile.draft import Draft
-from distill_runfile.missing import made_by
+from distill_runfile.missing import data_key, made_by, missing_data
 from distill_runfile.schema import components_source
 
 
-def read_dataset(draft: Draft) -> DatasetInfo | None:
-    """Read the data set's index and compare it with what the models take; None: there is none.
+def read_datasets(draft: Draft) -> DataInfo | None:
+    """Read the indices of the data sets and compare them with what the models take; None: there
+    are none.
 
     A plan may be made before the data are.
     """
-    if draft.data is None or (draft.planning and not Path(draft.data.path).exists()):
+    if draft.data is None or (draft.planning and missing_data(draft.data)):
         return None
     latent_shape, fingerprint = None, None
     condition_shapes: dict[str, tuple[int, ...]] = {}
@@ -32,25 +33,25 @@ def read_dataset(draft: Draft) -> DatasetInfo | None:
             shapes = plugin.condition_shapes(config, source=role.spec.path)
             condition_shapes = {**shapes, **condition_shapes}
     times = () if draft.method is None else draft.method.config.trajectory_times
-    return dataset_info(
-        draft.data.path,
+    return data_info(
+        draft.data,
         latent_shape=latent_shape,
         condition_shapes=condition_shapes,
         times=times,
         fingerprint=fingerprint,
-        accept=draft.data.accept,
     )
 
 
 def check_data(draft: Draft) -> Iterator[Problem]:
-    """Problems of the data set, and a run that would write into its folder."""
-    if draft.data is not None and draft.dataset is not None:
-        made = ""
-        if not Path(draft.data.path).exists():
-            made = made_by(draft.data.path, draft.document.main.file)
-        problems = draft.dataset.problems
-        for message in [f"{draft.data.path} is not there yet{made}"] if made else problems:
-            yield Problem(("data", "path"), message)
+    """Problems of the data sets, and a run that would write into the folder of one."""
+    if draft.data is not None and draft.datasets is not None:
+        for info in draft.datasets.sets:
+            path, problems = str(info.path), info.problems
+            if not info.path.exists() and (made := made_by(path, draft.document.main.file)):
+                problems = (f"{path} is not there yet{made}",)
+            yield from (Problem(data_key(draft.data, path), text) for text in problems)
+        if not any(info.problems for info in draft.datasets.sets):
+            yield from (Problem(("data", "sets"), text) for text in draft.datasets.problems)
     if draft.training is None:
         return
     output_dir = draft.training.output_dir
@@ -59,7 +60,7 @@ def check_data(draft: Draft) -> Iterator[Problem]:
             ("training", "output_dir"),
             f"{output_dir} is a file; a run writes many, into a folder of its own",
         )
-    if draft.data is not None and output_dir == draft.data.path:
+    if draft.data is not None and output_dir in [one.path for one in draft.data.all_sets]:
         yield Problem(
             ("training", "output_dir"),
             f"{output_dir} is the data set's folder; a run writes into a folder of its own",
