@@ -17,12 +17,12 @@ from distill_runfile.read import read_config
 from distill_train import build as build_module
 from distill_train import run as app
 from distill_train.build import Run
-from tiny_file import tiny_values, write_laid_over
+from tiny_file import tiny_values, write_changed
 from torch import Tensor, distributed
 
 
 def run_file(path: Path, method: str, **changes: Any) -> Path:
-    """``configs/tiny/<method>.yaml`` with ``changes`` laid over it, without what only reports."""
+    """Write ``configs/tiny/<method>.yaml`` with ``changes`` and without what only reports."""
     values = tiny_values(method)
     for section in ("validation",):
         values.pop(section, None)
@@ -34,11 +34,11 @@ def run_file(path: Path, method: str, **changes: Any) -> Path:
         "progress": False,
         "trackers": ["jsonl"],
     }
-    return write_laid_over(path, values, changes)
+    return write_changed(path, values, changes)
 
 
 def train(file: Path) -> str:
-    """One rank of a run; "" or what it said when it failed."""
+    """Train on one rank of a run; return "" or the error."""
     try:
         app.run(read_config(file, world_size=distributed.get_world_size()))
     except DistillError as error:
@@ -47,12 +47,12 @@ def train(file: Path) -> str:
 
 
 def train_own(files: Sequence[Path]) -> str:
-    """``train`` with a run file of this rank's own."""
+    """Train as ``train`` does, with a run file of this rank's own."""
     return train(files[distributed.get_rank()])
 
 
-def train_where_one_cannot(file: Path, what: str) -> tuple[str, float]:
-    """As ``train``, but rank 1 cannot do the part ``what`` of ``build``; and the seconds."""
+def train_with_failing_rank(file: Path, what: str) -> tuple[str, float]:
+    """Train while rank 1 fails in the part ``what`` of ``build``; return the error and seconds."""
 
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise DataError("no such file on this machine")
@@ -80,8 +80,8 @@ class _Fails(Callback):
     def on_step_end(self, run: RunState, step: StepRecord) -> None: ...
 
 
-def train_and_lose(file: Path, rank: int, iteration: int, how: str) -> str:
-    """As ``train``, but ``rank`` is killed or stopped before it steps in ``iteration``."""
+def train_and_lose_rank(file: Path, rank: int, iteration: int, how: str) -> str:
+    """Train as ``train`` does; ``rank`` is killed or stopped before it steps in ``iteration``."""
     build = app.build
 
     def with_failure(*args: Any, **kwargs: Any) -> Run:
@@ -96,8 +96,8 @@ def train_and_lose(file: Path, rank: int, iteration: int, how: str) -> str:
 _COMPARED = ("loss/", "grad_norm/", "student_", "dmd_")
 
 
-def losses(folder: Path) -> dict[int, dict[str, float]]:
-    """By iteration, the losses and gradient norms that the run logged."""
+def read_losses(folder: Path) -> dict[int, dict[str, float]]:
+    """Read the losses and gradient norms that the run logged, by iteration."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         line["iteration"]: {
@@ -109,15 +109,15 @@ def losses(folder: Path) -> dict[int, dict[str, float]]:
     }
 
 
-def weights(folder: Path, *, ema: bool = False) -> dict[str, Tensor]:
-    """The student's, of the newest checkpoint."""
+def read_weights(folder: Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """Read the student's weights of the newest checkpoint."""
     newest = max(folder.glob("checkpoint-*"))
     source = StoredCheckpoint.open(newest).weights("student", ema=ema)["transformer"]
     return source.read(source.describe())
 
 
-def furthest(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """The largest difference between two sets of weights."""
+def largest_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Return the largest difference between two sets of weights."""
     assert a.keys() == b.keys()
     return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
 

@@ -26,8 +26,8 @@ def chunk_lists(frames: int, *, size: int, alone: bool) -> list[list[int]]:
     return chunks
 
 
-def after_eviction(past: list[int], *, size: int, window: int | None, sink: int) -> list[int]:
-    """One frame after another leaves, the oldest that is no sink first."""
+def evict(past: list[int], *, size: int, window: int | None, sink: int) -> list[int]:
+    """Evict one frame after another, the oldest that is no sink first."""
     past = list(past)
     while window is not None and len(past) > window - size:
         past.pop(sink)
@@ -40,7 +40,7 @@ def seen_in_clip(frames: int, *, size, alone=False, window=None, sink=0) -> Seen
         keys = past + chunk
         for frame in chunk:
             seen.append((keys, list(range(len(keys))), keys.index(frame)))
-        past = after_eviction(keys, size=size, window=window, sink=sink)
+        past = evict(keys, size=size, window=window, sink=sink)
     return seen
 
 

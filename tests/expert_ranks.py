@@ -200,7 +200,7 @@ def trained(folder: Path, case: ExpertCase, out: str) -> Outcome:
                 for key, schedule in role.schedulers.items()
             },
             updates=dict(result.updates),
-            weights={name: _whole(p) for name, p in parameters.items()},
+            weights={name: _full_array(p) for name, p in parameters.items()},
             sharded=any(isinstance(p, DTensor) for p in parameters.values()),
             calls=calls,
         )
@@ -217,14 +217,14 @@ def _noted(method: DistillMethod[Any]) -> list[tuple[str, float]]:
     return calls
 
 
-def all_trained(folder: Path, cases: Sequence[ExpertCase]) -> list[Outcome]:
-    """One after the other, in these processes."""
+def run_cases(folder: Path, cases: Sequence[ExpertCase]) -> list[Outcome]:
+    """Train one case after another in the same processes."""
     with TemporaryDirectory() as out:
         return [trained(folder, case, out) for case in cases]
 
 
-def _whole(value: Tensor) -> Any:
-    """As an array: a tensor that another process reads needs its sender alive."""
+def _full_array(value: Tensor) -> Any:
+    """Return the full tensor as an array, which another process can read after this one ends."""
     value = value.detach()
     value = value.full_tensor() if isinstance(value, DTensor) else value
     return value.numpy().copy()

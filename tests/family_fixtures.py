@@ -61,7 +61,7 @@ def installed(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sd3(installed):
-    """The installed package's modules; afterwards it is as if it had never been there."""
+    """Install the example package for the test, and remove its modules afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(installed))
         names = ("config", "models", "text", "plugin", "adapter", "export")

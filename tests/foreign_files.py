@@ -40,7 +40,7 @@ def _sizes(image: bool) -> dict[str, tuple[int, ...]]:
 
 
 def wan_weights(seed: int, *, dtype: torch.dtype = torch.float32, image: bool = False) -> Weights:
-    """Of a tiny Wan, under Diffusers' names; each seed its own numbers."""
+    """Return weights of a tiny Wan under Diffusers' names; each seed gives its own values."""
     draw = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(size, generator=draw).to(dtype) for name, size in _sizes(image).items()
@@ -52,8 +52,8 @@ def renamed(weights: Weights, names: Callable[[str], str | None]) -> Weights:
     return {str(names(name)): value for name, value in weights.items()}
 
 
-def trained(weights: Weights, seed: int) -> dict[str, Any]:
-    """The state that FastVideo keeps of one transformer in training."""
+def training_state(weights: Weights, seed: int) -> dict[str, Any]:
+    """Return the state that FastVideo keeps of one transformer in training."""
     draw = torch.Generator().manual_seed(seed)
     state: dict[str, Any] = {"dataloader": {"rank": 0, "position": [1, 2]}, "model": weights}
     optimizer: dict[str, Any] = {}
@@ -67,14 +67,14 @@ def trained(weights: Weights, seed: int) -> dict[str, Any]:
 
 
 def save_dcp(state: Mapping[str, Any], folder: Path) -> None:
-    """As one rank does."""
+    """Save a DCP checkpoint as one rank does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(dict(state), checkpoint_id=str(folder), no_dist=True)
 
 
 def save_dcp_sharded(state: Mapping[str, Any], folder: Path, ranks: int) -> None:
-    """As so many ranks do, each with its rows of each tensor (FSDP2's ``Shard(0)``)."""
+    """Save a DCP checkpoint as several ranks, each its rows of a tensor (FSDP2's ``Shard(0)``)."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fork = multiprocessing.get_context("fork")
     processes = [
@@ -105,7 +105,7 @@ def _save_as_rank(state: Mapping[str, Any], folder: Path, rank: int, ranks: int)
 
 
 def rank_pieces(weights: Weights, ranks: int) -> list[Weights]:
-    """What each rank holds of each tensor; the last may hold nothing of it."""
+    """Split each tensor into the pieces of the ranks; the last may be empty."""
 
     def pieces(value: Tensor) -> list[Tensor]:
         cut = list(value.chunk(ranks))
@@ -128,7 +128,7 @@ def save_transformer(weights: Weights, folder: Path) -> None:
 
 
 class Evil:
-    """Runs a command when it is unpickled; ``touched`` says whether it has."""
+    """An object that runs a command when it is unpickled; ``touched`` is whether it has."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -140,8 +140,8 @@ class Evil:
     def touched(self) -> bool:
         return self.marker.exists()
 
-    def proves_itself(self) -> None:
-        """That it would have run, if anything had unpickled it."""
+    def assert_runs_code(self) -> None:
+        """Assert that unpickling the object runs its command."""
         pickle.loads(pickle.dumps(self))
         assert self.touched
         self.marker.unlink()

@@ -64,8 +64,8 @@ def train_logged(folder: Path, *events: tuple[int, Callable[[RunState], None]]) 
             continue
 
 
-def logged(folder: Path) -> tuple[list[Any], dict[str, Any]]:
-    """What metrics.jsonl and TensorBoard show, without what the clock says."""
+def read_logs(folder: Path) -> tuple[list[Any], dict[str, Any]]:
+    """Read metrics.jsonl and TensorBoard's events without times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()

@@ -17,7 +17,7 @@ RED, GREEN, BLUE, GREY = (220, 30, 30), (30, 200, 30), (30, 30, 220), (128, 128,
 
 
 def numbered_frames(count: int, height: int = 64, width: int = 96) -> np.ndarray:
-    """Frames [F, H, W, 3] of one grey each, 4 levels apart: which frame it is can be read off."""
+    """Return frames [F, H, W, 3] of one grey each, 4 levels apart, to recognise each by."""
     levels = np.arange(count, dtype=np.uint8) * 4 + 20
     return np.broadcast_to(levels[:, None, None, None], (count, height, width, 3)).copy()
 
@@ -28,7 +28,7 @@ def frame_numbers(frames: np.ndarray) -> list[int]:
 
 
 def quarters(count: int = 3, height: int = 64, width: int = 96) -> np.ndarray:
-    """Frames with red, green / blue, grey quarters: which way is up can be seen."""
+    """Return frames with red, green / blue, grey quarters, which show their orientation."""
     frames = np.zeros((count, height, width, 3), np.uint8)
     for row, colors in enumerate([(RED, GREEN), (BLUE, GREY)]):
         for column, color in enumerate(colors):
@@ -38,7 +38,7 @@ def quarters(count: int = 3, height: int = 64, width: int = 96) -> np.ndarray:
 
 
 def moving_frames(count: int, height: int = 64, width: int = 96, seed: int = 0) -> np.ndarray:
-    """Frames of a texture that moves to the right, a pixel a frame."""
+    """Return frames of a texture that moves to the right, one pixel a frame."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(40, 220, (height // 8 + 1, width // 8 + count, 3), np.uint8)
     wide = coarse.repeat(8, 0).repeat(8, 1)[:height]

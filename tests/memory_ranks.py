@@ -10,8 +10,8 @@ from typing import Any
 BENCH = Path(__file__).resolve().parents[1] / "tools" / "bench" / "memory_plan.py"
 
 
-def bench() -> Any:
-    """The benchmark's own code, which measures."""
+def load_bench() -> Any:
+    """Load the benchmark's module, which measures."""
     if "memory_plan" not in sys.modules:
         spec = importlib.util.spec_from_file_location("memory_plan", BENCH)
         assert spec is not None
@@ -24,17 +24,17 @@ def bench() -> Any:
 def planned_and_held(
     file: Path, strategies: tuple[str, ...], rank: int | None = None
 ) -> dict[tuple[str, str], tuple[dict[str, int], dict[str, int]]]:
-    """(planned, held) by strategy and role, on this process."""
+    """Return planned and measured bytes on this process, by strategy and role."""
     from distill_runfile.read import read_config
     from torch import distributed
 
     size = distributed.get_world_size() if rank is None else 1
     rank = distributed.get_rank() if rank is None else rank
-    tool, written = bench(), read_config(file)
+    tool, written = load_bench(), read_config(file)
     sizes = {}
     for strategy in strategies:
         config = tool.with_strategy(written, strategy)
         for role in config.roles:
-            plan = tool.planned(config, role, size, rank)
-            sizes[strategy, role] = (plan, tool.held(config, role)[0])
+            plan = tool.plan_bytes(config, role, size, rank)
+            sizes[strategy, role] = (plan, tool.measure_role(config, role)[0])
     return sizes

@@ -217,7 +217,7 @@ class Setups:
         streams: RandomStreams | None = None,
         **options: Any,
     ) -> DistillMethod[Any]:
-        """The method with fresh optimizers and averages."""
+        """Build the method with fresh optimizers and averages."""
         adapter, bundle = self(variant, student)
         for role in bundle.roles.values():
             role.ema.clear()
@@ -257,7 +257,7 @@ def part(whole: Batch, rows: slice) -> Batch:
 
 
 def gradients(method: DistillMethod[Any]) -> dict[str, Tensor]:
-    """Of each module that got one, as one vector."""
+    """Return the gradient of each module that has one, as one vector."""
     return {
         key: torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
         for key, module in method.model_dict.items()

@@ -30,7 +30,7 @@ from distill_runfile import RunConfig
 from distill_runfile.read import read_config
 from distill_train.build import build
 from PIL import Image
-from tiny_run import alone
+from tiny_run import one_process
 from wan_variants import VARIANTS
 from wan_variants import build as build_variant
 from wan_variants import template as build_template
@@ -337,7 +337,7 @@ def _read(values: Mapping[str, Any], out: Path) -> RunConfig:
 
 def _train(config: RunConfig, *, stop: int | None = None) -> int:
     """Train, and ask for a stop within iteration ``stop``; return the last iteration."""
-    run = build(config, distribution=alone())
+    run = build(config, distribution=one_process())
     step = run.method.single_train_step
 
     def step_and_stop(batch: Any, iteration: int) -> Any:

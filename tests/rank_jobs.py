@@ -46,7 +46,7 @@ TIMEOUT = 30.0
 
 
 def text_of_error(action: Callable[[], Any]) -> Any:
-    """What ``action`` returned, or the error of the framework that it raised."""
+    """Run ``action``; return its result, or the text of the framework's error."""
     try:
         return action()
     except DistillError as error:
@@ -124,7 +124,7 @@ def keep(folder: Path, scores_of_ranks: Sequence[Mapping[int, float]], sharded: 
 
 
 def claim(folders: Sequence[Path], resume: bool, after: str) -> str:
-    """Each rank claims its own of ``folders``; the first says whether it holds the lock."""
+    """Claim this rank's one of ``folders``; the first rank returns whether it holds the lock."""
     output_folder.VISIBLE_AFTER = 0.2
     ranks = Ranks.of_this_run(TIMEOUT)
     try:
@@ -233,7 +233,7 @@ def encode(
     fingerprint: str | None,
     prompts: Sequence[Sequence[str]],
 ) -> Any:
-    """The negative condition and those of this rank's prompts, and what it took."""
+    """Encode the negative condition and this rank's prompts; return them and the calls."""
     encoder = CountingEncoder(fingerprint if rank() == 0 else "of nobody else")
     ranks = Ranks.of_this_run(TIMEOUT) if distributed.is_initialized() else ALONE
 

@@ -79,7 +79,7 @@ class Beginning(Callback):
 
 @frozen(kw_only=True)
 class Link:
-    """What one rank tells of one part of a run.
+    """The numbers of one rank in one part of a run.
 
     Attributes:
         weights: live and averaged, whole, at the end.
@@ -92,7 +92,7 @@ class Link:
 
 
 def go_on(folder: Path, data: Path, strategy: str) -> Link:
-    """``PER_LINK`` more iterations from the newest checkpoint in ``folder``, and a save."""
+    """Train ``PER_LINK`` more iterations from the newest checkpoint in ``folder``, and save."""
     done = [int(path.name[-6:]) for path in folder.glob("checkpoint-*")]
     steps = max(done, default=0) + PER_LINK
     run = _run(data, strategy)

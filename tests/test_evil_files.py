@@ -27,7 +27,7 @@ WORKSPACE = Path(__file__).parent.parent
 @pytest.fixture
 def evil(tmp_path) -> Evil:
     evil = Evil(tmp_path / "marker")
-    evil.proves_itself()
+    evil.assert_runs_code()
     return evil
 
 
@@ -45,7 +45,7 @@ def bare(evil: Evil, file: Path) -> None:
 
 @pytest.fixture(params=[zipped, old, bare], ids=lambda write: write.__name__)
 def plant(request, evil):
-    """Puts a pickle where a file was."""
+    """Put a pickle in the place of a file."""
     return lambda file: request.param(evil, file)
 
 
@@ -53,7 +53,7 @@ def plant(request, evil):
 
 
 def sign(checkpoint: Path) -> None:
-    """As who knows the format would: sizes and checksums agree with what was planted."""
+    """Correct sizes and checksums after ``plant``, as an attacker who knows the format would."""
     file = checkpoint / "manifest.json"
     body = json.loads(file.read_text())
     del body["digest"]
@@ -146,8 +146,8 @@ UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "m
 INTERPRETS_WITHOUT_CALLING = "distill_checkpoint/foreign/safe_dcp.py"
 
 
-def doors(file: Path) -> list[str]:
-    """What in a source file could unpickle, or run a file's own code."""
+def unpickling_calls(file: Path) -> list[str]:
+    """Find calls in a source file that unpickle, or run a file's own code."""
     calls = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = []
@@ -179,7 +179,7 @@ def test_no_other_door_is_open():
     """Whoever adds one adds a test above."""
     sources = [*WORKSPACE.glob("packages/*/src/**/*.py"), *WORKSPACE.glob("apps/**/*.py")]
     assert len(sources) > 50
-    open_doors = {file.as_posix(): doors(file) for file in sources}
+    open_doors = {file.as_posix(): unpickling_calls(file) for file in sources}
     exempt = [name for name in open_doors if name.endswith(INTERPRETS_WITHOUT_CALLING)]
     assert [open_doors.pop(name) for name in exempt] == [["pickle"]]
     assert {name: calls for name, calls in open_doors.items() if calls} == {}

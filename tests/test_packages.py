@@ -89,7 +89,7 @@ def test_a_wheel_without_licence_and_types_is_found_out(dist, tmp_path):
     shutil.copy(dist / sdist, tmp_path)
     problems = sorted(content_problems(member, tmp_path))
     assert len(problems) == 3
-    assert "license_expression = 'MIT' and have to say 'Apache-2.0'" in problems[0]
+    assert "license_expression = 'MIT' and must have 'Apache-2.0'" in problems[0]
     assert "no distill_protocols-" in problems[1]
     assert "licenses/LICENSE" in problems[1]
     assert "no distill_protocols/py.typed" in problems[2]

@@ -21,8 +21,8 @@ def tiny_values(name: str) -> dict[str, Any]:
     return values
 
 
-def write_laid_over(path: Path, values: dict[str, Any], changes: Mapping[str, Any]) -> Path:
-    """``values``, with ``changes`` laid over them, as a file; a change to None drops its key."""
+def write_changed(path: Path, values: dict[str, Any], changes: Mapping[str, Any]) -> Path:
+    """Write ``values`` with ``changes`` to a file; a change to None drops its key."""
     path.write_text(yaml.safe_dump(_laid_over(values, changes), sort_keys=False))
     return path
 

@@ -57,7 +57,7 @@ class Shape:
 
 
 def net(seed: int, width: int) -> nn.Module:
-    """A network with a buffer that moves (batch norm) and one that draws (dropout)."""
+    """Build a network with a buffer that moves (batch norm) and one that draws (dropout)."""
     module = nn.Sequential(
         nn.Linear(FEATURES, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(0.2),
         nn.Linear(width, FEATURES),
@@ -186,7 +186,7 @@ class Run:
     callbacks: dict[str, Callback] = field(factory=dict)
 
     def train(self, output_dir: Path, steps: int, manager: CheckpointManager | None = None) -> None:
-        """Until iteration ``steps``."""
+        """Train until iteration ``steps``."""
         ranks = distributed.get_world_size() if distributed.is_initialized() else 1
         training = TrainingConfig(
             output_dir=str(output_dir), max_train_steps=steps, progress=False, trackers=(),
@@ -198,14 +198,14 @@ class Run:
         trainer.run(self.method, self.loader)
 
     def state(self, output_dir: Path, iteration: int) -> RunState:
-        """As the trainer would hand it to a checkpointer."""
+        """Return the state as the trainer hands it to a checkpointer."""
         return RunState(
             method=self.method, loader=self.loader, streams=self.method.streams,
             output_dir=output_dir, max_train_steps=100, ranks=ALONE, iteration=iteration,
         )  # fmt: skip
 
     def everything(self) -> dict[str, Any]:
-        """All that moves, as values to compare."""
+        """Return all state that moves, as values to compare."""
         by_module = self.method.bundle.by_module
         return {
             "weights": {key: m.state_dict() for key, m in by_module("modules").items()},
@@ -221,7 +221,7 @@ class Run:
 
 
 def new_run(shape: Shape, *, seed: int = 0) -> Run:
-    """A run at its start; ``seed`` is of everything that a resume has to overwrite."""
+    """Build a run at its start; ``seed`` is of everything that a resume has to overwrite."""
     torch.manual_seed(seed)
     method = TinyMethod(bundle(shape, seed), None, streams=RandomStreams(seed=7))
     method.interval = shape.interval
@@ -234,7 +234,7 @@ def new_run(shape: Shape, *, seed: int = 0) -> Run:
 def train_to_the_end(
     output_dir: str, steps: int, width: int, in_background: bool = False, last_sync: int = 0
 ) -> None:
-    """In a process of its own: resume, save after each step, until ``steps``.
+    """Resume, and train until ``steps`` with a save after each, in a process of its own.
 
     Or until the ``last_sync``-th time that it waits for the disk: SIGKILL, in the middle of a save.
     """
@@ -254,7 +254,7 @@ def train_to_the_end(
 
 
 def save_and_leave(output_dir: str, width: int) -> None:
-    """In a process of its own: save in the background, and end without waiting."""
+    """Save in the background and end without waiting, in a process of its own."""
     torch.set_num_threads(1)
     run = new_run(Shape(width=width))
     manager = CheckpointManager(CheckpointConfig(async_save=True), output_dir, {})
@@ -262,6 +262,6 @@ def save_and_leave(output_dir: str, width: int) -> None:
     raise SystemExit(3)
 
 
-def alone() -> Distribution:
-    """A process by itself, on the CPU."""
+def one_process() -> Distribution:
+    """Return a distribution of one process on the CPU."""
     return Distribution(config=DistributedConfig(), device=torch.device("cpu"))

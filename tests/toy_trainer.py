@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 def linear_role(
     name: str, *, trainable: bool = True, precision: Any = "fp32", seed: int = 0
 ) -> RoleHandle:
-    """A role of one 3 -> 3 linear module, ``net``, with weights by ``seed``."""
+    """Build a role of one 3 -> 3 linear module, ``net``, with weights by ``seed``."""
     generator = torch.Generator().manual_seed(seed)
     net = nn.Linear(3, 3)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def linear_role(
 
 
 def own_streams() -> RandomStreams:
-    """This rank's, where there are several."""
+    """Return this rank's random streams."""
     if not distributed.is_initialized():
         return RandomStreams(0)
     return RandomStreams(0, rank=distributed.get_rank(), world_size=distributed.get_world_size())
@@ -90,7 +90,7 @@ def alternating(
     precision: Any = "fp32",
     optimizer: OptimizerConfig | None = None,
 ) -> Alternating:
-    """The method with fresh roles and optimizers."""
+    """Build the method with fresh roles and optimizers."""
     roles = {
         name: linear_role(name, precision=precision, seed=i)
         for i, name in enumerate(("student", "critic"))
@@ -101,13 +101,13 @@ def alternating(
 
 
 def batches(count: int = 7, size: int = 2, seed: int = 0) -> list[Tensor]:
-    """``count`` tensors [size, 3]."""
+    """Return ``count`` tensors [size, 3]."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(size, 3, generator=generator) for _ in range(count)]
 
 
 def training(folder: Path, steps: int, **changes: Any) -> TrainingConfig:
-    """A quiet configuration without trackers."""
+    """Return a configuration without progress lines and trackers."""
     defaults: dict[str, Any] = {"progress": False, "trackers": ()}
     return TrainingConfig(output_dir=str(folder), max_train_steps=steps, **{**defaults, **changes})
 

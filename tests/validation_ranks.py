@@ -80,7 +80,7 @@ class _AskedFor(StopFlag):
 
 
 def _run_hooks(callback: Callback, method: DistillMethod[Any], ranks: Ranks, folder: Path) -> dict:
-    """What a call in iteration 1 and one at the end left on this rank."""
+    """Run the hooks of an iteration and of the end; return the files and clips of this rank."""
     tracker, printed, end = MemoryTracker(), io.StringIO(), "whole"
     run = RunState(
         method=method, loader=None, streams=method.streams, output_dir=folder, max_train_steps=1,
@@ -160,10 +160,10 @@ class Pixels:
         return x
 
 
-def report(
+def run_report(
     folder: Path, prompts: int, sheet_prompts: int, chunk: int, stop_at: int = 0
 ) -> dict[str, Any]:
-    """A report during the run and one at the end, in chunks of ``chunk`` clips."""
+    """Write a report during the run and one at the end, in chunks of ``chunk`` clips."""
     report_module.CHUNK = chunk
     ranks = Ranks.of_this_run(60)
     bundle = toy_bundle(student=1, teacher=2)

@@ -31,8 +31,8 @@ CPU = torch.device("cpu")
 Shard = Callable[[RoleHandle], None]
 
 
-def leave_whole(role: RoleHandle) -> None:
-    """Every process holds all of it."""
+def no_sharding(role: RoleHandle) -> None:
+    """Shard nothing: every process holds all of the module."""
 
 
 def shard(role: RoleHandle, *shape: int, **options: Any) -> None:
@@ -73,7 +73,7 @@ def trio(folder: Path | str, **kwargs: Any) -> list[RoleSpec]:
 
 def load(
     roles: Iterable[RoleSpec],
-    how: Shard = leave_whole,
+    how: Shard = no_sharding,
     weights: Mapping[str, Mapping[str, WeightSource]] | None = None,
     device: torch.device = CPU,
 ) -> ModelBundle:
@@ -93,13 +93,13 @@ def adapter_of(bundle: ModelBundle, folder: Path | str) -> WanAdapter:
 
 @torch.no_grad()
 def outputs(bundle: ModelBundle, folder: Path | str) -> dict[str, bytes]:
-    """The bits of each role's prediction."""
+    """Return the bits of each role's prediction."""
     adapter = adapter_of(bundle, folder)
     return {role: _bits(adapter.forward(role, *inputs())) for role in bundle.roles}
 
 
 def tangents(folder: str, hows: Iterable[Shard]) -> list[bytes]:
-    """The bits of v and its derivative, of a student spread in each of the ways."""
+    """Return the bits of v and its derivative, of a student sharded in each of the ways."""
     x, t, cond = inputs()
     outputs = []
     for how in hows:
@@ -116,7 +116,7 @@ def _bits(tensor: Tensor) -> bytes:
 
 
 def weights_of(bundle: ModelBundle) -> dict[str, tuple[str, bytes]]:
-    """The type and bits of every parameter, whole."""
+    """Return type and bits of every full parameter."""
     full = {
         f"{key}.{name}": value.full_tensor() if isinstance(value, DTensor) else value
         for key, module in bundle.by_module("modules").items()
@@ -164,10 +164,10 @@ Found = tuple[dict[str, bytes], dict[str, tuple[str, bytes]]]
 """(outputs by role, weights)."""
 
 
-def found(
-    folder: Path, roles: list[RoleSpec], ways: Iterable[Shard] = (leave_whole,)
+def outputs_of_ways(
+    folder: Path, roles: list[RoleSpec], ways: Iterable[Shard] = (no_sharding,)
 ) -> list[Found]:
-    """What each way of sharding gives, or the error of loading."""
+    """Return the outputs for each way of sharding, or the error of loading."""
     bundles = (load(roles, way) for way in ways)
     return [(outputs(bundle, folder), weights_of(bundle)) for bundle in bundles]
 
@@ -180,8 +180,8 @@ def read_by_each(folder: Path, roles: list[RoleSpec], way: Shard) -> tuple[dict,
     return source.counts, local_sizes
 
 
-def refusals(folder: Path, other: Path) -> dict[str, str]:
-    """What this rank is told where one of them cannot load; "loaded" if it can.
+def loading_error(folder: Path, other: Path) -> dict[str, str]:
+    """Return this rank's error where one rank cannot load; "loaded" without one.
 
     Args:
         other: a folder of another model.
@@ -190,10 +190,10 @@ def refusals(folder: Path, other: Path) -> dict[str, str]:
     teacher = [spec(folder)]
     theirs = [spec(other if rank == 1 else folder)]
     return {
-        "rank 0 cannot read": _told(teacher, leave_whole, _failing(folder, rank == 0)),
-        "rank 1 need not read": _told(teacher, leave_whole, _failing(folder, rank == 1)),
+        "rank 0 cannot read": _told(teacher, no_sharding, _failing(folder, rank == 0)),
+        "rank 1 need not read": _told(teacher, no_sharding, _failing(folder, rank == 1)),
         "rank 1 cannot read its part": _told(teacher, shard, _failing(folder, rank == 1)),
-        "rank 1 has another model": _told(theirs, leave_whole, {}),
+        "rank 1 has another model": _told(theirs, no_sharding, {}),
     }
 
 
@@ -227,8 +227,8 @@ class Broken(WeightSource):
         raise OSError(5, "Input/output error")
 
 
-def trained_beside_a_base(folder: Path, way: Shard) -> dict[str, Any]:
-    """Two steps of each guest, on one process or more; what came of everybody."""
+def train_beside_base(folder: Path, way: Shard) -> dict[str, Any]:
+    """Train two steps of each role beside a base, on one process or more; describe all roles."""
     bundle = load(trio(folder), way)
     teacher = parameters(bundle, "teacher")
     shared = {
@@ -260,7 +260,7 @@ def trained_beside_a_base(folder: Path, way: Shard) -> dict[str, Any]:
 
 
 def _same_storage(guest: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, bool]:
-    """By name of the base, whether the guest's is in the same memory; parts without numbers are."""
+    """Return, by name of the base's parameter, whether the other role's is in the same memory."""
     return {
         base_name(name): not local(value).numel()
         or local(value).data_ptr() == local(base[base_name(name)]).data_ptr()
@@ -269,8 +269,8 @@ def _same_storage(guest: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> di
     }
 
 
-def gradients(folder: Path, roles: list[RoleSpec], way: Shard = leave_whole) -> dict[str, bytes]:
-    """The bits (fp32) of each gradient of a loss of each role, whole."""
+def gradients(folder: Path, roles: list[RoleSpec], way: Shard = no_sharding) -> dict[str, bytes]:
+    """Return the bits (fp32) of each full gradient of a loss of each role."""
     bundle = load(roles, way)
     adapter = adapter_of(bundle, folder)
     for role in bundle.roles:
@@ -304,13 +304,13 @@ def counted(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
 def compiled_gradients(
     folder: Path, roles: list[RoleSpec], way: Shard
 ) -> tuple[dict[str, bytes], int]:
-    """``gradients``, and how many calls went through a graph."""
+    """Return ``gradients`` and the number of calls that went through a graph."""
     graph_calls.clear()
     return gradients(folder, roles, way), len(graph_calls)
 
 
-def refused_mixture(folder: Path) -> str:
-    """A sharded base, and a guest that is held whole."""
+def error_of_mixture(folder: Path) -> str:
+    """Return the error of a sharded base with an unsharded role beside it."""
 
     def mixed(role: RoleHandle) -> None:
         if not role.trainable:

@@ -28,7 +28,7 @@ class Variant:
 
     @property
     def config(self) -> WanPipelineConfig:
-        # Wan 2.1's attention tells text from a picture by the number 512.
+        # Wan 2.1's attention separates text from a picture by the number 512.
         length = 512 if self.embeds else 6
         return WanPipelineConfig(num_frames=9, height=32, width=48, max_sequence_length=length)
 
@@ -47,7 +47,7 @@ VARIANTS = {
 
 
 def template(folder: Path) -> Path:
-    """A complete text-to-video pipeline of 60,000 parameters, random and seeded."""
+    """Write a complete text-to-video pipeline of 60,000 parameters, random and seeded."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
@@ -108,7 +108,7 @@ def _save_tokenizer(folder: Path) -> None:
 
 
 def build(name: str, template: Path, folder: Path) -> Path:
-    """The folder of one variant; each transformer has weights of its own."""
+    """Write the folder of one variant; each transformer has weights of its own."""
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     variant = VARIANTS[name]

@@ -73,8 +73,8 @@ def content_problems(member: Member, dist: Path) -> Iterator[str]:
     for key, expected in expected_metadata(member).items():
         if metadata.get(key) != expected:
             yield (
-                f"The metadata of the wheel {stem} say {key} = {metadata.get(key)!r} and have to "
-                f"say {expected!r}. Mend the [project] table in {member.folder}/pyproject.toml."
+                f"The metadata of the wheel {stem} have {key} = {metadata.get(key)!r} and must "
+                f"have {expected!r}. Mend the [project] table in {member.folder}/pyproject.toml."
             )
 
 

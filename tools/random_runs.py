@@ -5,7 +5,7 @@
 
 Each case is a tiny run file: method x kind of Wan x precision x LoRA x base x checkpointing x
 compile x offload x attention kernel x causal options x accumulation x workers x dropout x EMA x
-validation x exports x asynchronous saves. ``tests/random_runs.py`` says what must hold of it.
+validation x exports x asynchronous saves. ``tests/random_runs.py`` states what must hold of it.
 Exit status 1 where an accepted file did not run to its end, or a run that was stopped and started
 again left other files.
 """

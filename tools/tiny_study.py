@@ -88,8 +88,8 @@ def main() -> None:
         print(table())
 
 
-def shipped(name: str = "dmd2") -> dict[str, Any]:
-    """A run file of configs/tiny with absolute paths, and its student alone in the report."""
+def read_shipped(name: str = "dmd2") -> dict[str, Any]:
+    """Read a run file of configs/tiny with absolute paths and its student alone in the report."""
     values = read_source(TINY / f"{name}.yaml").values
     for role in values["models"].values():
         if "path" in role:
@@ -113,8 +113,8 @@ def baseline_name(steps: int, solver: str) -> str:
 def baseline_run(
     steps: int, solver: str = "euler", grid: Sequence[tuple[float, float]] | None = None
 ) -> dict[str, Any]:
-    """One training step (there is no run without), then the teacher over a grid of (shift, w)."""
-    values = shipped()
+    """Train one step (a run needs one), then report the teacher over a grid of (shift, w)."""
+    values = read_shipped()
     values["training"]["max_train_steps"] = 1
     values["method_config"]["generator_update_interval"] = 1  # or the student has no turn in it
     grid = grid or [(shift, w) for shift in SHIFTS for w in GUIDANCES]
@@ -133,7 +133,7 @@ def baseline_run(
 
 
 def student_run(steps: int, seed: int) -> dict[str, Any]:
-    values = shipped()
+    values = read_shipped()
     values["training"]["seed"] = seed
     if steps != 2:
         sampler = {"steps": steps, "shift": 3.0, "stochastic": True}
@@ -153,21 +153,21 @@ def gan_run(seed: int) -> dict[str, Any]:
 
 
 def make_trajectories() -> None:
-    """What KD learns from: once, for all seeds."""
+    """Make the trajectories that KD trains on, once for all seeds."""
     file = TINY / "trajectories.yaml"
     command = [sys.executable, str(ROOT / "apps" / "trajectories"), "--config", str(file)]
     subprocess.run(command, check=True)
 
 
 def kd_run(seed: int) -> dict[str, Any]:
-    values = shipped("kd_causal")
+    values = read_shipped("kd_causal")
     values["training"]["seed"] = seed
     return values
 
 
 def self_forcing_run(seed: int) -> dict[str, Any]:
-    """From the KD student of the same seed."""
-    values = shipped("self_forcing")
+    """Train with Self-Forcing from the KD student of the same seed."""
+    values = read_shipped("self_forcing")
     values["training"]["seed"] = seed
     values["models"]["student"]["init_from"] = {
         "path": str(STUDY / f"kd_causal_seed{seed}" / "student")
@@ -184,7 +184,7 @@ EXPERT_STEPS = {"steps": 4, "shift": 3.0}
 
 
 def two_experts() -> Path:
-    """The shipped pipeline with its transformer twice."""
+    """Write the shipped pipeline with its transformer twice."""
     folder = STUDY / "two-experts"
     if not folder.exists():
         part = folder.with_name("two-experts.part")
@@ -199,7 +199,7 @@ def two_experts() -> Path:
 
 
 def expert_teacher_run(path: Path) -> dict[str, Any]:
-    """Each expert learns its own side of the boundary, from the shipped teacher on."""
+    """Train each expert on its own side of the boundary, from the shipped teacher on."""
     values = read_source(TINY / "finetune.yaml").values
     values["models"]["student"]["path"] = str(path)
     values["data"]["path"] = str(TINY / "data")
@@ -211,7 +211,7 @@ def expert_teacher_run(path: Path) -> dict[str, Any]:
 
 
 def measured(entries: dict[str, Any]) -> dict[str, Any]:
-    report = dict(shipped()["callbacks"]["report"])
+    report = dict(read_shipped()["callbacks"]["report"])
     return report | {"entries": entries}
 
 
@@ -298,7 +298,7 @@ def table() -> str:
 
 
 def real_row() -> list[str]:
-    """As many real clips as an entry has, against the others: what no student can be below."""
+    """Measure as many real clips as an entry has: a lower bound for any student."""
     for file in sorted(STUDY.glob("*/report.json")):
         real = json.loads(file.read_text()).get("real")
         if real is not None:

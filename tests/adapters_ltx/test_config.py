@@ -1,4 +1,4 @@
-"""The family's section of a run file: what it refuses, and how it says so."""
+"""The family's section of a run file: what it refuses, and its messages."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The app trains tiny LTX pipelines by every kind of method, and stock code samples what it gives.
 
-The folder is that of 0.9.1 but where a test says otherwise: its decoder reads a time and noise.
+The folder is that of 0.9.1 but where a test states otherwise: its decoder reads a time and noise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from app_ranks import furthest, losses, weights
+from app_ranks import largest_difference, read_losses, read_weights
 from app_ranks import train as train_rank
 from attrs import evolve
 from diffusers import LTXPipeline
@@ -28,7 +28,7 @@ from distill_train.cli import main
 from distill_train.run import run as run_app
 from ranks import run_on_ranks
 from safetensors.torch import load_file
-from tiny_run import alone
+from tiny_run import one_process
 from torch import Tensor
 
 CLIP = {
@@ -57,7 +57,7 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def data(folder_of, tmp_path_factory) -> Path:
-    """A data set of six clips, encoded as an adapter without roles does."""
+    """Encode a data set of six clips as an adapter without roles does."""
     folder = tmp_path_factory.mktemp("clips") / "data"
     source = str(folder_of("0.9.1"))
     adapter = PLUGIN.adapter(ModelBundle({}), LTXPipelineConfig(**CLIP), source=source)
@@ -72,7 +72,7 @@ def data(folder_of, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_file(folder_of, data, tmp_path):
-    """``run_file(method, steps, out=..., **sections)`` writes a run file; see ``METHODS``."""
+    """Return ``run_file(method, steps, out=..., **sections)``, which writes a run file."""
 
     def write(method: str, steps: int = 4, *, out: str = "out", **sections: Any) -> Path:
         roles, options = METHODS[method]
@@ -107,13 +107,13 @@ def run_file(folder_of, data, tmp_path):
 
 
 def train(file: Path) -> Run:
-    run = build(read_config(file), distribution=alone())
+    run = build(read_config(file), distribution=one_process())
     run.trainer.run(run.method, run.loader)
     return run
 
 
 def exported(folder: Path) -> tuple[Mapping[str, Any], Any]:
-    """Return what an export says of itself, and its stock pipeline."""
+    """Return the record of an export and its stock pipeline."""
     record = json.loads((folder / "sampler_spec.json").read_text())
     pipeline = LTXPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -164,10 +164,10 @@ def _tuple(sampler: Mapping[str, Any]) -> tuple[float, ...] | None:
 @pytest.mark.parametrize("method", ["ladd", "rcm"])
 def test_stock_code_samples_what_a_method_trained(run_file, folder_of, tmp_path, method):
     run = train(run_file(method))
-    lines = losses(tmp_path / "out")
+    lines = read_losses(tmp_path / "out")
     assert list(lines) == [1, 2, 3, 4]
     start = load_file(folder_of("0.9.1") / "transformer" / "diffusion_pytorch_model.safetensors")
-    assert 1e-4 < furthest(start, weights(tmp_path / "out")) < 0.1
+    assert 1e-4 < largest_difference(start, read_weights(tmp_path / "out")) < 0.1
     theirs, exact, plain = sampled_by_both(run, tmp_path / "out" / "student")
     assert torch.equal(theirs, exact)
     # LTXPipeline's grid is rounded to fp32 before it is shifted.
@@ -209,13 +209,13 @@ def test_two_processes_that_shard_train_as_one_does(run_file, tmp_path, method):
     two = run_file(method, out="two", training=fsdp)
     assert run_on_ranks(train_rank, one, size=1) == [""]
     assert run_on_ranks(train_rank, two, size=2) == ["", ""]
-    a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
+    a, b = read_losses(tmp_path / "one"), read_losses(tmp_path / "two")
     assert len(a) == 4
     for iteration, numbers in a.items():
         for name, value in numbers.items():
             if name.startswith("loss/"):
                 assert b[iteration][name] == pytest.approx(value, rel=2e-4), (iteration, name)
-    assert furthest(weights(tmp_path / "one"), weights(tmp_path / "two")) < 2e-4
+    assert largest_difference(read_weights(tmp_path / "one"), read_weights(tmp_path / "two")) < 2e-4
 
 
 def test_a_flash_kernel_is_one_problem_of_the_file_with_its_reason(run_file):

@@ -26,8 +26,8 @@ def shapes(hub_id):
     return {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
 
 
-def by_hand(width, layers, taken, text):
-    """Weights and biases of an LTX transformer: FFN of four widths, 256 frequencies."""
+def count_parameters(width, layers, taken, text):
+    """Count weights and biases of an LTX transformer: FFN of four widths, 256 frequencies."""
     linear = lambda i, o: i * o + o  # noqa: E731
     attention = 4 * linear(width, width) + 2 * width  # q, k, v, out; two norms over all heads
     block = 2 * attention + linear(width, 4 * width) + linear(4 * width, width) + 6 * width
@@ -44,7 +44,7 @@ def test_parameter_counts(hub_id):
     assert counted == PARAMETERS[config["num_layers"]]
     width = config["num_attention_heads"] * config["attention_head_dim"]
     assert width == config["cross_attention_dim"]  # captions are projected to the width first
-    assert counted == by_hand(width, config["num_layers"], LATENT_CHANNELS, 4096)
+    assert counted == count_parameters(width, config["num_layers"], LATENT_CHANNELS, 4096)
 
 
 def test_the_2b_model_is_diffusers_default():

@@ -22,7 +22,7 @@ def pipeline_template(tmp_path_factory):
 
 @pytest.fixture
 def pipeline(pipeline_template, tmp_path):
-    """A copy that a test may damage."""
+    """Copy the pipeline, so that a test may damage it."""
     return Path(shutil.copytree(pipeline_template, tmp_path / "pipeline"))
 
 
@@ -55,7 +55,7 @@ def adapter(make_adapter):
 
 @pytest.fixture
 def count_calls():
-    """Within: the batch size of every transformer call of the adapter's role ``teacher``."""
+    """Return a context that records the batch size of every call of the role ``teacher``."""
 
     @contextlib.contextmanager
     def counting(adapter):

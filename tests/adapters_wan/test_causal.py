@@ -94,7 +94,7 @@ def enlarge(transformer):
 
 
 def reference(bundle, seen):
-    """The causal role's weights in a stock module, with attention by ``causal_reference``."""
+    """Put the causal role's weights into a stock module, with attention by ``causal_reference``."""
     ours = bundle["student"].modules["transformer"]
     stock = copy.deepcopy(bundle["teacher"].modules["transformer"])
     stock.load_state_dict(ours.state_dict())
@@ -132,8 +132,8 @@ def rollout(adapter, x, t, cond, *, role="student", clean=None, stream="rollout"
 
 
 @st.composite
-def sections(draw):
-    """Numbers of the causal section, and those of a clip."""
+def draw_sections(draw):
+    """Draw numbers of the causal section and of a clip."""
     size, alone = draw(st.integers(1, 3)), draw(st.booleans())
     frames = draw(st.integers(1, 9))
     if draw(st.booleans()):
@@ -157,7 +157,7 @@ def as_reference(numbers):
 
 
 @property_based
-@given(sections(), st.integers(1, 3))
+@given(draw_sections(), st.integers(1, 3))
 def test_whole_clip_equals_an_independent_attention(causal, drawn, batch):
     numbers, frames = drawn
     adapter, bundle = causal(**numbers)
@@ -169,7 +169,7 @@ def test_whole_clip_equals_an_independent_attention(causal, drawn, batch):
 
 
 @property_based
-@given(sections(), st.integers(1, 2))
+@given(draw_sections(), st.integers(1, 2))
 def test_cached_chunks_equal_the_whole_clip(causal, drawn, batch):
     numbers, frames = drawn
     adapter, _ = causal(**numbers)
@@ -180,7 +180,7 @@ def test_cached_chunks_equal_the_whole_clip(causal, drawn, batch):
 
 
 @property_based
-@given(sections())
+@given(draw_sections())
 def test_teacher_forcing_equals_a_rollout_on_clean_pasts_and_the_reference(causal, drawn):
     numbers, frames = drawn
     adapter, bundle = causal(**numbers)
@@ -210,7 +210,7 @@ def test_guidance_keeps_two_pasts(causal, window):
 
 
 @property_based
-@given(sections(), st.data())
+@given(draw_sections(), st.data())
 def test_later_chunks_change_nothing_before_them(causal, drawn, data):
     """Exactly. And within a chunk the last frame does change the first."""
     numbers, frames = drawn
@@ -368,7 +368,7 @@ def checkpointing(transformer, enabled):
 
 
 def rollout_gradients(adapter, bundle, chunks, weights, *, checkpointed):
-    """Gradients of parameters and of each chunk's input; the caches are gone before backward."""
+    """Return gradients of parameters and of each chunk's input."""
     transformer = bundle["student"].modules["transformer"]
     transformer.zero_grad(set_to_none=True)
     inputs = [c.clone().requires_grad_() for c in chunks]
@@ -669,7 +669,7 @@ def test_wrong_numbers_are_refused(numbers, message):
 
 @pytest.fixture
 def with_roles(pipeline_template, config):
-    """An adapter of a bundle, with other causal roles."""
+    """Build an adapter of a bundle with other causal roles."""
 
     def make(bundle, *roles, **numbers):
         section = CausalConfig(roles=roles, **numbers) if roles else None

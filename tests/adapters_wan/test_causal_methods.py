@@ -144,8 +144,8 @@ def checkpointing(method, enabled):
         module.disable_gradient_checkpointing()
 
 
-def gradient(method, role="student"):
-    """All of a role's gradient in one vector, taken away from it; None: there is none."""
+def take_gradient(method, role="student"):
+    """Take a role's gradient away and return it as one vector; None if it has none."""
     gradients = []
     for module in method.bundle[role].modules.values():
         gradients += [p.grad.flatten() for p in module.parameters() if p.grad is not None]
@@ -179,8 +179,8 @@ specs = st.builds(
 )
 
 
-def drawn_exits(streams, config, count):
-    """What the method draws, by the names of its purposes."""
+def draw_exit_steps(streams, config, count):
+    """Draw the exit steps that the method draws, by the names of its purposes."""
     if config.last_step_only:
         return [config.student_sampler.steps - 1] * count
     generator = streams.get("self_forcing.student.exit_step", shared=True)
@@ -213,8 +213,8 @@ def reference(method, causal, frames):
     return velocity, stock.requires_grad_(True)
 
 
-def by_formula(method, causal, batch, exit_steps, frames, learned):
-    """The clip and, in the student's weights, the gradient of ``method``'s student turn."""
+def gradient_by_formula(method, causal, batch, exit_steps, frames, learned):
+    """Return the clip and, in the student's weights, the gradient of ``method``'s student turn."""
     adapter, config, streams = method.adapter, method.config, RandomStreams(0)
     velocity, stock = reference(method, causal, frames)
     spec, size = config.student_sampler, len(batch)
@@ -310,11 +310,11 @@ def test_a_step_is_its_formula_without_caches(
     with checkpointing(method, checkpointed):
         result = method.single_train_step(batch, STUDENTS_TURN)
         result.loss_map["total_loss"].backward()
-    actual = gradient(method)
-    assert gradient(method, "critic") is None
+    actual = take_gradient(method)
+    assert take_gradient(method, "critic") is None
     learned = min(SHAPE[1], gradient_frames or SHAPE[1])
-    exit_steps = drawn_exits(RandomStreams(0), config, count)
-    seen, expected = by_formula(method, causal, batch, exit_steps, frames, learned)
+    exit_steps = draw_exit_steps(RandomStreams(0), config, count)
+    seen, expected = gradient_by_formula(method, causal, batch, exit_steps, frames, learned)
     torch.testing.assert_close(result.outputs["student_x0"], seen.detach(), atol=1e-5, rtol=0)
     assert float(result.outputs["exit_step"]) == pytest.approx(sum(exit_steps) / count)
     assert_close(actual, expected)
@@ -480,7 +480,7 @@ def test_two_experts_learn_by_turns_and_the_other_takes_the_steps_before(build):
         result.loss_map["total_loss"].backward()
         modules = method.bundle["student"].modules
         reached = {k for k, m in modules.items() if any(p.grad is not None for p in m.parameters())}
-        gradient(method)
+        take_gradient(method)
         learned = {t for _, t, learns in calls if learns and t}
         assert reached == {"transformer" if min(learned) > 875 else "transformer_2"}
         if "transformer_2" in reached:
@@ -508,7 +508,7 @@ def test_micro_batches_are_one_large_batch(build, kind):
             for start in range(0, 4, size):
                 result = method.single_train_step(part(batch, start, start + size), iteration)
                 (result.loss_map["total_loss"] * size / 4).backward()
-            outcomes.append(gradient(method, role))
+            outcomes.append(take_gradient(method, role))
         for other in outcomes[1:]:
             assert_close(other, outcomes[0])
 
@@ -552,9 +552,9 @@ def test_causvid_noises_each_chunk_by_itself(build, clean):
             expected = x_t - s * method.adapter.forward("student", x_t, t, batch.cond)
         torch.testing.assert_close(x0, expected, atol=1e-5, rtol=0)
         result.loss_map["total_loss"].backward()
-        assert gradient(method, "critic") is None
+        assert take_gradient(method, "critic") is None
         if bool((t > 0).any()):
-            assert gradient(method).norm() > 0
+            assert take_gradient(method).norm() > 0
     assert levels == {1000.0, 800.0, 400.0} | ({0.0} if clean else set())
     assert different > 1
 
@@ -625,7 +625,7 @@ def test_per_chunk_times_of_two_experts_lie_on_one_side(build):
             k for k, m in modules.items() if any(p.grad is not None for p in m.parameters())
         ]
         sides.append(reached)
-        gradient(method)
+        take_gradient(method)
     assert len(set(sides)) == 2
 
 

@@ -362,8 +362,8 @@ def test_experts_with_a_guidance_each_are_sampled_by_chunks(build, noise, weight
 PICTURED = ["i2v-2.1", "i2v-experts", "ti2v"]
 
 
-def pictured(name, batch, frames=7, seed=1):
-    """A condition of the kind that the variant reads, of random numbers."""
+def random_condition(name, batch, frames=7, seed=1):
+    """Build a random condition of the kind that the variant reads."""
     tensors = {"text": normal(batch, VARIANTS[name].config.max_sequence_length, 16, seed=seed)}
     if VARIANTS[name].embeds:
         tensors["image_embeds"] = normal(batch, 17, 20, seed=seed + 1)
@@ -372,8 +372,8 @@ def pictured(name, batch, frames=7, seed=1):
     return Condition(tensors)
 
 
-def by_chunks(adapter, x, t, cond, clean):
-    """Each chunk after the clean ones before it."""
+def call_by_chunks(adapter, x, t, cond, clean):
+    """Call the role with each chunk after the clean chunks before it."""
     out = []
     for chunk in adapter.chunks("student", x.shape[2]):
         call = ChunkCall(first_frame=chunk.first)
@@ -394,20 +394,20 @@ def test_each_chunk_reads_its_own_part_of_a_picture(build, name, numbers):
     change when the picture's latents of later frames do."""
     batch = 2
     adapter, t = build(name, **numbers), torch.full((batch,), 500.0)
-    cond, x = pictured(name, batch), normal(batch, 4, 7, 4, 6)
+    cond, x = random_condition(name, batch), normal(batch, 4, 7, 4, 6)
     clean = normal(batch, 4, 7, 4, 6, seed=9)
-    rolled = by_chunks(adapter, x, t, cond, clean)
+    rolled = call_by_chunks(adapter, x, t, cond, clean)
     full = adapter.forward("student", x, t, cond, caches=CleanPast(latents=clean))
     assert torch.allclose(rolled, full, atol=1e-5)
     if name == "ti2v":
         other = Condition(dict(cond.tensors) | {"image_latents": normal(batch, 4, 1, 4, 6)})
-        assert not torch.allclose(by_chunks(adapter, x, t, other, clean), rolled, atol=1e-3)
+        assert not torch.allclose(call_by_chunks(adapter, x, t, other, clean), rolled, atol=1e-3)
         return
     changed = cond.tensors["image_latents"].clone()
     start = adapter.chunks("student", 7)[1].first
     changed[:, :, start:] += 1
     other = Condition(dict(cond.tensors) | {"image_latents": changed})
-    again = by_chunks(adapter, x, t, other, clean)
+    again = call_by_chunks(adapter, x, t, other, clean)
     assert torch.equal(again[:, :, :start], rolled[:, :, :start])
     assert not torch.allclose(again[:, :, start:], rolled[:, :, start:], atol=1e-3)
 
@@ -417,9 +417,9 @@ def test_each_chunk_reads_its_own_part_of_a_picture(build, name, numbers):
 def test_a_clip_of_one_chunk_is_the_bidirectional_one(build, name):
     """Another path through the adapter, without a mask or a cache."""
     adapter, x = build(name, chunk_frames=7), normal(2, 4, 7, 4, 6)
-    spec, cond = SamplerSpec(steps=2, shift=3.0), pictured(name, 2)
+    spec, cond = SamplerSpec(steps=2, shift=3.0), random_condition(name, 2)
     t = torch.full((2,), 500.0)
-    for given in (cond, pictured(name, 2, seed=20)):
+    for given in (cond, random_condition(name, 2, seed=20)):
         plain = adapter.forward("teacher", x, t, given, fwd_pred_type="x0")
         chunk = ChunkCall(first_frame=0)
         one = adapter.forward("student", x, t, given, fwd_pred_type="x0", caches=chunk)
@@ -435,7 +435,7 @@ def test_a_clip_of_one_chunk_is_the_bidirectional_one(build, name):
 @torch.no_grad()
 def test_pictures_that_do_not_go_with_a_video_are_refused(build):
     adapter, t = build("i2v-2.1", chunk_frames=3), torch.full((1,), 500.0)
-    cond, x = pictured("i2v-2.1", 1), normal(1, 4, 3, 4, 6)
+    cond, x = random_condition("i2v-2.1", 1), normal(1, 4, 3, 4, 6)
     adapter.forward("student", x, t, cond, caches=ChunkCall(first_frame=0, store=True))
     other = Condition(dict(cond.tensors) | {"image_latents": normal(1, 4, 7, 4, 6)})
     with pytest.raises(ContractError, match="the condition is another one"):
@@ -444,7 +444,7 @@ def test_pictures_that_do_not_go_with_a_video_are_refused(build):
         adapter.clear_caches("student")
         short = Condition(dict(cond.tensors) | {"image_latents": normal(1, 4, first, 4, 6)})
         with pytest.raises(ConditioningError, match="longer than they are"):
-            by_chunks(adapter, normal(1, 4, 9, 4, 6), t, short, normal(1, 4, 9, 4, 6))
+            call_by_chunks(adapter, normal(1, 4, 9, 4, 6), t, short, normal(1, 4, 9, 4, 6))
 
 
 def test_a_causal_role_has_no_way_of_a_whole_clip(adapter, noise):

@@ -25,7 +25,7 @@ BIN = {**STEMS, "text_encoder": "pytorch_model"}
 @pytest.fixture
 def evil(tmp_path) -> Evil:
     evil = Evil(tmp_path / "marker")
-    evil.proves_itself()
+    evil.assert_runs_code()
     return evil
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy
 import pytest
-from expert_ranks import STEPS, ExpertCase, all_trained
+from expert_ranks import STEPS, ExpertCase, run_cases
 from ranks import run_on_ranks
 
 CASES = [
@@ -19,11 +19,11 @@ CASES = [
 def spread(folder_of):
     """(case, the outcome of one process, those of two)."""
     folder = folder_of("t2v-experts")
-    by_rank = run_on_ranks(all_trained, folder, CASES)
+    by_rank = run_on_ranks(run_cases, folder, CASES)
     for result in by_rank:
         assert isinstance(result, list), result
     alone = {case.alone(): None for case in CASES}
-    alone = dict(zip(alone, all_trained(folder, list(alone)), strict=True))
+    alone = dict(zip(alone, run_cases(folder, list(alone)), strict=True))
     return [(case, alone[case.alone()], both) for case, *both in zip(CASES, *by_rank, strict=True)]
 
 

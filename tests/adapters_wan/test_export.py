@@ -78,7 +78,7 @@ def seeded(*seeds):
 
 
 def our_clips(adapter, spec, negative, rows):
-    """Those of ``rows`` (numbers of prompts) from the trainer's own sampler, in one batch."""
+    """Sample the prompts of ``rows`` with the trainer's own sampler, in one batch."""
     latents = adapter.sample(
         "student",
         spec,

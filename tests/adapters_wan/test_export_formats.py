@@ -524,7 +524,7 @@ def test_a_base_without_weights_is_refused_where_they_are_needed(full, lora, tmp
     needs = problems(attrs.evolve(full.role, **without), format="lora", lora_rank=8)
     assert "difference" in needs["format"]
     assert problems(attrs.evolve(full.role, **without)) == {}
-    # A hub id that is not downloaded yet can be planned; whoever loads it is told.
+    # A hub id that is not downloaded yet can be planned; loading it raises.
     hub = {"path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
     assert problems(attrs.evolve(lora.role, **hub)) == {}
     assert problems(attrs.evolve(full.role, **hub), format="lora", lora_rank=32) == {}

@@ -1,4 +1,4 @@
-"""What the family says of a folder, a hub id and a clip before anything is loaded."""
+"""The family's checks of a folder, a hub id and a clip before anything is loaded."""
 
 from __future__ import annotations
 

@@ -134,8 +134,8 @@ def test_a_two_expert_folder_is_refused(pipeline, config):
 # -- weights of another place -----------------------------------------------------------------
 
 
-def shifted(pipeline, by: float = 1.0):
-    """The folder's weights, all of them moved."""
+def shift_weights(pipeline, by: float = 1.0):
+    """Return the folder's weights, each of them changed."""
     weights = load_file(pipeline / "transformer/diffusion_pytorch_model.safetensors")
     return TensorWeights("shifted", {name: value + by for name, value in weights.items()})
 
@@ -149,7 +149,7 @@ def load_from(pipeline, config, source, **kwargs):
 @pytest.mark.parametrize(("trainable", "precision"), [(True, "bf16"), (False, "bf16")])
 def test_given_weights_are_taken_instead_of_the_paths(pipeline, config, trainable, precision):
     kwargs = {"trainable": trainable, "precision": precision}
-    source = shifted(pipeline)
+    source = shift_weights(pipeline)
     own = load(pipeline, config, **kwargs).modules["transformer"]
     (pipeline / "transformer/diffusion_pytorch_model.safetensors").unlink()
     given = load_from(pipeline, config, source, **kwargs).modules["transformer"].state_dict()
@@ -169,7 +169,7 @@ def test_given_weights_are_taken_instead_of_the_paths(pipeline, config, trainabl
     ],
 )
 def test_given_weights_that_do_not_fit_are_named(pipeline, config, change, kind):
-    source = shifted(pipeline)
+    source = shift_weights(pipeline)
     change(source.tensors)
     with pytest.raises(WeightsError, match=f"^shifted: .*{kind}"):
         load_from(pipeline, config, source)
@@ -177,7 +177,7 @@ def test_given_weights_that_do_not_fit_are_named(pipeline, config, change, kind)
 
 def test_weights_for_nobody_are_refused(pipeline, config):
     spec = RoleSpec(name="r", path=str(pipeline), trainable=True)
-    source = shifted(pipeline)
+    source = shift_weights(pipeline)
     with pytest.raises(WeightsError, match="given for studnt, but the roles are r"):
         PLUGIN.load([spec], config, device=CPU, weights={"studnt": {"transformer": source}})
     with pytest.raises(WeightsError, match=r"transformer_2 of role 'r'"):

@@ -319,7 +319,7 @@ def test_adapters_that_do_not_fit_are_named(pipeline_template, config, lora, mes
 
 
 def test_adapters_and_whole_weights_together_are_refused(pipeline_template, config):
-    """Neither of the two meanings: the whole injected module, say."""
+    """A state dict of the whole injected module is neither full weights nor adapters."""
     handle = load(role(pipeline_template), config)
     source = TensorWeights("everything", module(handle).state_dict())
     with pytest.raises(WeightsError, match=r"everything: .*unexpected: .*base_layer"):

@@ -1,6 +1,6 @@
 """Every parameter of every published Wan has, under the original names, its place and shape.
 
-``original_wan_names.json`` was built from the original code; it says how.
+``original_wan_names.json`` was built from the original code, as it describes.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ CLIP = WanPipelineConfig(num_frames=5, height=32, width=32, max_sequence_length=
 
 @pytest.fixture(scope="module")
 def folder(pipeline_template, tmp_path_factory) -> Path:
-    """The tiny pipeline with a wider and longer transformer: plans measure two and three blocks."""
+    """Write the tiny pipeline with a larger transformer: plans measure two and three blocks."""
     path = tmp_path_factory.mktemp("larger") / "pipeline"
     shutil.copytree(pipeline_template, path)
     config = json.loads((path / "transformer" / "config.json").read_text())

@@ -47,8 +47,8 @@ def role_of(hub_id, **given):
     return RoleSpec(name="student", path=hub_id, trainable=True, **given)
 
 
-def by_hand(d, f, layers, taken, given, image):
-    """Weights and biases of a Wan transformer of width d, FFN f, text 4096, frequencies 256."""
+def count_parameters(d, f, layers, taken, given, image):
+    """Count parameters of a Wan transformer of width d, FFN f, text 4096, frequencies 256."""
     linear = lambda i, o: i * o + o  # noqa: E731
     attention = 4 * linear(d, d) + 2 * d  # q, k, v, out; two norms over all heads
     block = 2 * attention + linear(d, f) + linear(f, d) + 2 * d + 6 * d
@@ -67,7 +67,7 @@ def test_parameter_counts(hub_id):
     assert tuple(module.name for module in plan.modules) == experts
     assert [module.parameters for module in plan.modules] == [EXPECTED[hub_id]] * len(experts)
     numbers = PUBLISHED[hub_id].transformers["transformer"]
-    assert EXPECTED[hub_id] == by_hand(
+    assert EXPECTED[hub_id] == count_parameters(
         128 * numbers["num_attention_heads"],
         numbers["ffn_dim"],
         numbers["num_layers"],

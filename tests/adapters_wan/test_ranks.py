@@ -7,13 +7,13 @@ import json
 import pytest
 import wan_ranks as wan
 from ranks import run_on_ranks
-from wan_ranks import hsdp_copies, hsdp_parts, leave_whole, shard, shard_on_cpu, spec, trio
+from wan_ranks import hsdp_copies, hsdp_parts, no_sharding, shard, shard_on_cpu, spec, trio
 
-WAYS = [leave_whole, shard, shard_on_cpu, hsdp_parts]
+WAYS = [no_sharding, shard, shard_on_cpu, hsdp_parts]
 
 
-def all_of(results):
-    """Of every rank, none of which failed."""
+def assert_no_error(results):
+    """Return the results of all ranks, none of which failed."""
     assert not any(isinstance(result, str) for result in results), results
     return results
 
@@ -24,26 +24,34 @@ def test_every_way_gives_the_numbers_of_one_process(pipeline_template):
         *trio(pipeline_template, precision="bf16"),
         spec(pipeline_template, "refiner", trainable=True),
     ]
-    (expected,) = wan.found(pipeline_template, roles)
-    for rank in all_of(run_on_ranks(wan.found, pipeline_template, roles, WAYS, size=3)):
+    (expected,) = wan.outputs_of_ways(pipeline_template, roles)
+    for rank in assert_no_error(
+        run_on_ranks(wan.outputs_of_ways, pipeline_template, roles, WAYS, size=3)
+    ):
         for way, (outputs, weights) in zip(WAYS, rank, strict=True):
             assert weights == expected[1], way
             assert outputs == expected[0], way
 
 
 def test_the_derivative_of_a_sharded_role_is_that_of_a_whole_one(pipeline_template):
-    for rank in all_of(run_on_ranks(wan.tangents, str(pipeline_template), [leave_whole, shard])):
+    for rank in assert_no_error(
+        run_on_ranks(wan.tangents, str(pipeline_template), [no_sharding, shard])
+    ):
         assert rank[0] == rank[1]
 
 
 def test_each_rank_reads_what_it_holds(pipeline_template):
     roles = [spec(pipeline_template)]
-    for read, local in all_of(run_on_ranks(wan.read_by_each, pipeline_template, roles, shard)):
+    for read, local in assert_no_error(
+        run_on_ranks(wan.read_by_each, pipeline_template, roles, shard)
+    ):
         assert read == {name: count for name, count in local.items() if count}
-    first, second = all_of(run_on_ranks(wan.read_by_each, pipeline_template, roles, leave_whole))
+    first, second = assert_no_error(
+        run_on_ranks(wan.read_by_each, pipeline_template, roles, no_sharding)
+    )
     assert first[0] == first[1] == second[1]
     assert second[0] == {}
-    for read, local in all_of(
+    for read, local in assert_no_error(
         run_on_ranks(wan.read_by_each, pipeline_template, roles, hsdp_copies)
     ):
         assert read == local
@@ -53,7 +61,7 @@ def test_what_one_rank_cannot_load_none_loads(pipeline_template, pipeline):
     file = pipeline / "transformer" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "eps": 1e-5}))
-    messages = all_of(run_on_ranks(wan.refusals, pipeline_template, pipeline))
+    messages = assert_no_error(run_on_ranks(wan.loading_error, pipeline_template, pipeline))
     for rank in messages:
         assert "rank 0: " in rank["rank 0 cannot read"]
         assert "Input/output error" in rank["rank 0 cannot read"]
@@ -62,10 +70,10 @@ def test_what_one_rank_cannot_load_none_loads(pipeline_template, pipeline):
         assert "another model for rank 1 than for rank 0" in rank["rank 1 has another model"]
 
 
-@pytest.mark.parametrize("way", [leave_whole, shard])
+@pytest.mark.parametrize("way", [no_sharding, shard])
 def test_adapters_beside_one_base_train(pipeline_template, way):
-    (expected,) = [wan.trained_beside_a_base(pipeline_template, leave_whole)]
-    results = all_of(run_on_ranks(wan.trained_beside_a_base, pipeline_template, way))
+    (expected,) = [wan.train_beside_base(pipeline_template, no_sharding)]
+    results = assert_no_error(run_on_ranks(wan.train_beside_base, pipeline_template, way))
     for actual in [expected, *results]:
         for role, names in actual["gradients"].items():
             assert names

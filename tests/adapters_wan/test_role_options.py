@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_on_ranks
 from torch.multiprocessing.reductions import StorageWeakRef
-from wan_ranks import leave_whole, shard, spec
+from wan_ranks import no_sharding, shard, spec
 
 COUNTED = CompileSpec(backend="counted")
 
 
 def saved_bytes(folder, **options) -> int:
-    """Of what the graph of a loss keeps for its backward pass, weights left out."""
+    """Count bytes that the graph of a loss keeps for its backward pass, without weights."""
     bundle = wan.load([spec(folder, trainable=True, **options)])
     adapter = wan.adapter_of(bundle, folder)
     weights = {p.untyped_storage().data_ptr() for p in wan.parameters(bundle, "teacher").values()}
@@ -54,7 +54,7 @@ OPTIONS = [
 
 
 def choices(folder) -> tuple[list, list]:
-    """A role for each of OPTIONS, without and with them."""
+    """Return a role for each of OPTIONS, without and with them."""
     bare = [{"lora": options.get("lora")} for options in OPTIONS]
     plain, optioned = (
         [spec(folder, f"r{i}", trainable=True, **chosen) for i, chosen in enumerate(choice)]
@@ -66,7 +66,7 @@ def choices(folder) -> tuple[list, list]:
 def test_options_change_no_name_and_no_number(pipeline_template):
     plain, optioned = choices(pipeline_template)
     expected = wan.gradients(pipeline_template, plain)
-    gradients, calls = wan.compiled_gradients(pipeline_template, optioned, leave_whole)
+    gradients, calls = wan.compiled_gradients(pipeline_template, optioned, no_sharding)
     assert gradients == expected
     assert calls == 2 * 2  # two blocks, and again in the backward pass
 
@@ -239,12 +239,12 @@ def test_weights_for_a_role_beside_a_base(pipeline_template):
 
 
 def test_roles_beside_a_base_are_spread_as_it_is(pipeline_template):
-    for message in run_on_ranks(wan.refused_mixture, pipeline_template):
+    for message in run_on_ranks(wan.error_of_mixture, pipeline_template):
         assert "otherwise than its base 'teacher'" in message
 
 
 def test_a_guest_is_exported_like_any_lora(pipeline_template, tmp_path):
-    """The file does not tell whether the base was shared."""
+    """The saved file does not depend on whether the base was shared."""
     from distill_protocols import ExportRequest, SamplerSpec
 
     request = ExportRequest(sampler=SamplerSpec(steps=2), format="lora")

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def base(pipeline_template):
-    """The pipeline's own weights, and others of the same shapes."""
+    """Return the pipeline's own weights and others of the same shapes."""
     own = load_file(pipeline_template / "transformer/diffusion_pytorch_model.safetensors")
     generator = torch.Generator().manual_seed(5)
     other = {k: v + 0.1 * torch.randn(v.shape, generator=generator) for k, v in own.items()}
@@ -38,8 +38,8 @@ def role(pipeline_template):
     return RoleSpec(name="student", path=str(pipeline_template), trainable=True)
 
 
-def started(role, config, path) -> dict[str, torch.Tensor]:
-    """The trained weights of a role that starts with ``path``, through check and loading."""
+def start_role(role, config, path) -> dict[str, torch.Tensor]:
+    """Check and load a role that starts with ``path``; return its trained weights."""
     assert list(PLUGIN.start_problems(role, config, str(path))) == []
     weights = PLUGIN.start_weights(role, str(path))
     bundle = PLUGIN.load([role], config, device=CPU, weights={role.name: weights})
@@ -75,7 +75,7 @@ def test_one_file_of_any_code(base, role, config, tmp_path, prefix, names):
             "text_encoders.x": torch.ones(2),
         }
     save_file(tensors, tmp_path / "wan.safetensors")
-    assert equal(started(role, config, tmp_path / "wan.safetensors"), other)
+    assert equal(start_role(role, config, tmp_path / "wan.safetensors"), other)
 
 
 @pytest.mark.parametrize("inside", [".", "transformer"])
@@ -94,7 +94,7 @@ def test_shards_of_the_official_repository(base, role, config, tmp_path, inside)
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps({"model_type": "t2v", "dim": 1536}))
     (folder / "Wan2.1_VAE.pth").write_bytes(b"x")
-    assert equal(started(role, config, folder), other)
+    assert equal(start_role(role, config, folder), other)
     index["weight_map"]["head.modulation"] = "../../etc/passwd"
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     assert "no weight_map of files beside it" in problem(role, config, folder)
@@ -209,7 +209,7 @@ def test_a_lora_of_any_code_is_merged_into_the_roles_path(
         metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 3.0})}
     file = tmp_path / "lora.safetensors"
     save_file(tensors, file, metadata)
-    actual = started(role, config, file)
+    actual = start_role(role, config, file)
     scale = 1.0 if alpha is None else 3.0 / 2
     expected = dict(own)
     for layer, (a, b) in factors(own).items():
@@ -217,7 +217,7 @@ def test_a_lora_of_any_code_is_merged_into_the_roles_path(
     assert equal(actual, expected)
     assert PLUGIN.starts_with_adapters(str(file))
     # A folder is the same, under whatever name the file has.
-    assert equal(started(role, config, tmp_path), expected)
+    assert equal(start_role(role, config, tmp_path), expected)
 
 
 def test_an_exported_fine_tune_comes_back_whole(base, role, config, tmp_path):
@@ -230,11 +230,11 @@ def test_an_exported_fine_tune_comes_back_whole(base, role, config, tmp_path):
     request = ExportRequest(sampler=SamplerSpec(steps=1), format="lora", lora_rank=2)
     weights: dict[str, WeightSource] = {"transformer": TensorWeights("x", low)}
     exporter.export(role, weights, tmp_path / "s", request)
-    tensors = started(role, config, tmp_path / "s/s-comfyui.safetensors")
+    tensors = start_role(role, config, tmp_path / "s/s-comfyui.safetensors")
     for name, value in low.items():
         torch.testing.assert_close(tensors[name], value, rtol=1e-5, atol=1e-5)
     # diffusers' own file, which the folder stands for, has no norms and tables.
-    folder = started(role, config, tmp_path / "s")
+    folder = start_role(role, config, tmp_path / "s")
     torch.testing.assert_close(folder["proj_out.bias"], low["proj_out.bias"])
     assert torch.equal(folder["blocks.0.norm2.weight"], own["blocks.0.norm2.weight"])
 
@@ -250,7 +250,7 @@ def test_a_lora_is_the_start_of_a_role_with_the_same_lora(base, role, config, tm
     }
     file = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(tensors, file)
-    parameters = started(student, config, tmp_path)
+    parameters = start_role(student, config, tmp_path)
     for layer, (a, b) in factors(own).items():
         assert torch.equal(parameters[f"{layer}.lora_A.default.weight"], a)
         assert torch.equal(parameters[f"{layer}.lora_B.default.weight"] * 4, b)  # alpha / rank = 4

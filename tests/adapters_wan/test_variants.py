@@ -153,8 +153,8 @@ def test_the_stock_pipeline_gives_the_same_clip_bit_for_bit(
 
 
 @pytest.fixture
-def seen(loaded):
-    """Within ``seen(name)``: one (module, its arguments) a transformer call."""
+def record_calls(loaded):
+    """Return ``record_calls(name)``, which yields (module, arguments) of each transformer call."""
 
     @contextlib.contextmanager
     def watching(name):
@@ -177,12 +177,12 @@ SHAPE = (4, 3, 4, 6)
 
 @torch.no_grad()
 @EVERY
-def test_model_inputs_by_hand(name, loaded, seen):
+def test_model_inputs_by_hand(name, loaded, record_calls):
     variant, (adapter, _) = VARIANTS[name], loaded(name)
     cond, x_t = condition(name, adapter), normal(2, *SHAPE, seed=2)
     t = torch.tensor([700.0, 640.5])
     negative = Condition({"text": normal(1, *cond.tensors["text"].shape[1:], seed=9)})
-    with seen(name) as calls:
+    with record_calls(name) as calls:
         adapter.forward("student", x_t, t, cond, neg_cond=negative, cfg=3.0)
     [(module, given)] = calls  # one call of 2B
     assert module == variant.modules[-1]  # 700 is below the boundary of either model of two
@@ -232,13 +232,13 @@ def test_a_first_frame_is_what_the_condition_says(loaded):
 
 
 @torch.no_grad()
-def test_one_time_for_all_tokens_is_one_time_a_token(loaded, seen):
+def test_one_time_for_all_tokens_is_one_time_a_token(loaded, record_calls):
     """TI2V without a picture: the cheap call of training and the stock one of sampling."""
     adapter, bundle = loaded("ti2v")
     cond, x_t = condition("ti2v", adapter, image=False), normal(2, *SHAPE)
     t = torch.tensor([700.0, 333.3])
     v = adapter.forward("student", x_t, t, cond)
-    with seen("ti2v") as calls:
+    with record_calls("ti2v") as calls:
         adapter.sample("student", SamplerSpec(steps=1), x_t, cond)
     assert calls[0][1]["timestep"].shape == (2, 18)
     (each,) = bundle["student"].modules["transformer"](

@@ -48,7 +48,7 @@ def test_plugins_are_listed(capsys):
 
 
 def test_one_process_a_machine_says_what_is_wrong(values, write):
-    """The others neither say it too, nor end before it is said: torchrun would end the first."""
+    """The other processes print nothing and wait: torchrun ends all once one has ended."""
     values["training"]["seed"] = -1
     command = [sys.executable, "-c", "from distill_train.cli import main; main()"]
     first, second = (

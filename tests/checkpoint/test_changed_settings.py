@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
-from checkpoint.test_resume import differences
+from checkpoint.test_resume import find_differences
 from distill_checkpoint import ChangesConfig, CheckpointConfig, CheckpointManager
 from distill_protocols import CheckpointError, ModelBundle, derive_seed
 from distill_runfile.structure import to_plain
@@ -56,8 +56,8 @@ class Data:
         self.position = state["position"]
 
 
-def updates(role: str, interval: int, after: int = 0) -> int:
-    """How often ``role`` is updated after an iteration of the run."""
+def count_updates(role: str, interval: int, after: int = 0) -> int:
+    """Count the updates of ``role`` after an iteration of the run."""
     student = TOTAL // interval - after // interval
     return student if role == "student" else TOTAL - after - student
 
@@ -76,7 +76,7 @@ def train(
         build_optimizers(
             roles[name],
             config,
-            horizon=lambda after, name=name: updates(name, interval, after),
+            horizon=lambda after, name=name: count_updates(name, interval, after),
         )
     method = Alternating(ModelBundle(roles), interval)
     file = {"models": {name: {"optimizer": to_plain(c)} for name, c in settings.items()}}
@@ -127,10 +127,10 @@ def _check_other_settings(root: Path, stop: int, interval: int, change: dict[str
     new = {"student": attrs.evolve(FIRST, **change), "critic": FIRST}
     before = train(folder, stop, old, interval=interval)
     after = train(folder, stop, new, interval=interval)
-    assert differences(moments(after), moments(before)) == []
-    assert differences(after.state_dict(), before.state_dict()) == []
+    assert find_differences(moments(after), moments(before)) == []
+    assert find_differences(after.state_dict(), before.state_dict()) == []
     config, done = new["student"], stop // interval
-    horizon = updates("student", interval)
+    horizon = count_updates("student", interval)
     group = after.optimizer_dict["student.net"].param_groups[0]
     assert group["lr"] == config.lr * schedule_factor(config.schedule, done, horizon)
     assert (group["weight_decay"], group["eps"]) == (config.weight_decay, config.eps)
@@ -144,8 +144,8 @@ def _check_other_settings(root: Path, stop: int, interval: int, change: dict[str
         full = train(root / "whole", TOTAL, old, interval=interval)
         for name, role in full.bundle.roles.items():
             own = end.bundle[name].modules["net"].state_dict()
-            assert differences(own, role.modules["net"].state_dict()) == []
-        assert differences(moments(end), moments(full)) == []
+            assert find_differences(own, role.modules["net"].state_dict()) == []
+        assert find_differences(moments(end), moments(full)) == []
 
 
 def test_it_is_said_in_one_line(tmp_path, caplog):
@@ -195,7 +195,7 @@ def test_a_role_that_is_added_has_a_horizon_of_its_own(tmp_path):
         return method.bundle["judge"].schedulers["net"]._steps
 
     added = train(tmp_path, 7, three, rules=(("roles.judge",), ()))
-    assert horizon_of(added) == updates("judge", 2, after=6)
+    assert horizon_of(added) == count_updates("judge", 2, after=6)
     # Saved under the rule, so the rule is over, and where the role began is remembered.
-    assert horizon_of(train(tmp_path, 8, three)) == updates("judge", 2, after=6)
-    assert horizon_of(train(tmp_path / "fresh", 1, three)) == updates("judge", 2)
+    assert horizon_of(train(tmp_path, 8, three)) == count_updates("judge", 2, after=6)
+    assert horizon_of(train(tmp_path / "fresh", 1, three)) == count_updates("judge", 2)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from checkpoint.test_resume import differences
+from checkpoint.test_resume import find_differences
 from distill_checkpoint import ChangesConfig, CheckpointConfig, CheckpointManager
 from distill_protocols import CheckpointError
 from hypothesis import given
@@ -71,13 +71,13 @@ def test_the_way_out_in_the_error_is_the_rule_that_works(then, now):
         before, after = first.everything(), run.everything()
         for kind in ("weights", "optimizers", "schedulers"):
             for key in before[kind].keys() & after[kind].keys():
-                assert differences(before[kind][key], after[kind][key]) == []
+                assert find_differences(before[kind][key], after[kind][key]) == []
         for key in before["callbacks"].keys() & after["callbacks"].keys():
-            assert differences(before["callbacks"][key], after["callbacks"][key]) == []
+            assert find_differences(before["callbacks"][key], after["callbacks"][key]) == []
         # What was added starts as a fresh run has it, but an average at the weights that are there.
         fresh = new_run(now, seed=1).everything()
         for key in after["weights"].keys() - before["weights"].keys():
-            assert differences(after["weights"][key], fresh["weights"][key]) == []
+            assert find_differences(after["weights"][key], fresh["weights"][key]) == []
             assert run.method.update_counts[key] == 0
         for key in after["ema"].keys() - before["ema"].keys():
             live = after["weights"][key]
@@ -116,14 +116,14 @@ def test_an_optimizer_starts_anew_with_other_settings_once(started, tmp_path, ca
     assert optimizers["critic.transformer"].state
     assert run.method.update_counts["student.transformer"] == 0
     assert run.method.update_counts["critic.transformer"] == 2
-    assert differences(run.everything()["weights"], before.everything()["weights"]) == []
+    assert find_differences(run.everything()["weights"], before.everything()["weights"]) == []
     assert len(lines(caplog, "optimizers.student is dropped and added")) == 1
     # It goes on, saves, and is resumed with the same file: not a second time.
     run = resumed(tmp_path, Shape(), file=settings(0.2), **both, steps=STEPS + 2)
     assert run.method.optimizer_dict["student.transformer_2"].state
     caplog.clear()
     again = resumed(tmp_path, Shape(), file=settings(0.2), **both, steps=STEPS + 2)
-    assert differences(again.everything(), run.everything()) == []
+    assert find_differences(again.everything(), run.everything()) == []
     assert "matches nothing" in lines(caplog, "optimizers.student")[0]
     # Yet other settings are another change.
     again = resumed(tmp_path, Shape(), file=settings(0.3), **both, steps=STEPS + 2)
@@ -144,7 +144,7 @@ def test_a_role_starts_anew(started, tmp_path):
 def test_one_word_of_two_lists_restarts_nothing(started, tmp_path):
     before = started(Shape())
     run = resumed(tmp_path, Shape(), added=("roles.critic",))
-    assert differences(run.everything(), before.everything()) == []
+    assert find_differences(run.everything(), before.everything()) == []
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint.test_resume import differences
+from checkpoint.test_resume import find_differences
 from distill_checkpoint import (
     CheckpointConfig,
     CheckpointManager,
@@ -46,7 +46,7 @@ STEPS = [1, 2, 3]
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory) -> Path:
-    """An output folder with checkpoints 1, 2, 3."""
+    """Write an output folder with checkpoints 1, 2 and 3."""
     folder = tmp_path_factory.mktemp("pristine")
     config = CheckpointConfig(every_steps=1, keep_last=3)
     new_run(Shape()).train(folder, 3, CheckpointManager(config, folder, {}))
@@ -120,7 +120,7 @@ def list_for_a_manifest(checkpoint: Path) -> None:
 
 
 def rewrite_manifest(checkpoint: Path, key: str, value: object) -> None:
-    """As a person or another program would: with the digest of what it says now."""
+    """Change an entry of the manifest and correct its digest, as a person or a program would."""
     path = checkpoint / "manifest.json"
     body = json.loads(path.read_text()) | {key: value}
     del body["digest"]
@@ -230,7 +230,7 @@ def test_a_damaged_path_is_an_error_and_loads_nothing(folder, damage, word):
     config = CheckpointConfig(resume=str(folder / "checkpoint-000003"))
     with pytest.raises(CheckpointError, match=word):
         CheckpointManager(config, folder, {}).resume(run.state(folder, 0), run.callbacks)
-    assert differences(run.everything(), before) == []
+    assert find_differences(run.everything(), before) == []
 
 
 def test_none_whole_is_an_error_that_names_them_all(folder):
@@ -376,7 +376,7 @@ def test_a_really_full_disk(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def small_disk(folder: Path, options: str) -> Iterator[None]:
-    """A file system of its own; only root may have one, and not in every container."""
+    """Mount a small file system; only root may, and not in every container."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(command, check=False).returncode:
@@ -470,14 +470,14 @@ def test_kills_at_any_moment_leave_whole_checkpoints_and_the_same_end(tmp_path_f
     last = start(folder)
     last.join(120)
     assert (undisturbed.exitcode, last.exitcode) == (0, 0)
-    ends = [contents(out / f"checkpoint-{steps:06d}") for out in (tmp_path / "whole", folder)]
+    ends = [read_files(out / f"checkpoint-{steps:06d}") for out in (tmp_path / "whole", folder)]
     assert ends[0].keys() == ends[1].keys()
     assert [name for name in ends[0] if ends[0][name] != ends[1][name]] == []
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def contents(checkpoint: Path) -> dict[str, str | dict[str, bytes]]:
-    """Every file; of safetensors their tensors, as they order their header as they like."""
+def read_files(checkpoint: Path) -> dict[str, str | dict[str, bytes]]:
+    """Read every file; safetensors as tensors, since the order of their header is free."""
     assert inspect(checkpoint, checksums=True).damage is None
     return {
         path.relative_to(checkpoint).as_posix(): path.read_text()

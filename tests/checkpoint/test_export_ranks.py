@@ -10,8 +10,8 @@ from rank_jobs import ToyExporter, exports, train_and_export
 from ranks import run_on_ranks
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """By relative path."""
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Read the files of a folder by relative path."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
@@ -29,9 +29,9 @@ def test_it_is_the_export_of_the_checkpoint_byte_for_byte(tmp_path, strategy, si
         alone = tmp_path / "alone" / export.folder
         weights = stored.weights(export.role, ema=export.ema)
         ToyExporter().export(None, weights, alone, None)
-        expected = files(alone)
+        expected = read_files(alone)
         del expected["request"]
-        written = files(tmp_path / export.folder)
+        written = read_files(tmp_path / export.folder)
         assert "ema" in str(written.pop("request")) or not export.ema
         assert len(written) > 10
         assert written == expected

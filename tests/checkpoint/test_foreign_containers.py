@@ -41,7 +41,7 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def evil(tmp_path) -> Evil:
     evil = Evil(tmp_path / "marker")
-    evil.proves_itself()
+    evil.assert_runs_code()
     return evil
 
 
@@ -82,7 +82,7 @@ def test_only_the_pieces_asked_for_are_opened(folder):
 
 
 def hand_written(marker: Path) -> dict[str, bytes]:
-    """The ways in which a pickle names what it calls."""
+    """Write pickles by hand, one for each way of naming what is called."""
     touch = f"touch {marker}"
     string = b"\x8c" + bytes([len(touch)]) + touch.encode()
 
@@ -279,7 +279,7 @@ def content(tmp_path_factory) -> tuple[Path, bytes]:
 
 @given(st.data())
 def test_damaged_metadata_is_read_right_or_refused(content, data):
-    """Whatever byte is changed: an error of ours, or tensors of the sizes that it says."""
+    """Any changed byte gives one of our errors, or tensors of the stated sizes."""
     folder, full = content
     place = data.draw(st.integers(0, len(full) - 1))
     changed = bytearray(full)

@@ -25,7 +25,7 @@ from foreign_files import (
     save_dcp_sharded,
     save_pt,
     save_transformer,
-    trained,
+    training_state,
     wan_weights,
 )
 from safetensors.torch import load_file, save_file
@@ -38,7 +38,7 @@ def theirs(weights: Weights) -> Weights:
 
 
 def wrapped(weights: Weights) -> Weights:
-    """As ``named_parameters`` calls them under activation checkpointing."""
+    """Rename weights as ``named_parameters`` does under activation checkpointing."""
     return {
         name.replace(".to_q.", "._checkpoint_wrapped_module.to_q."): value
         for name, value in weights.items()
@@ -57,8 +57,8 @@ def refused(source: Path, tmp_path: Path, match: str, **options) -> None:
     assert not (tmp_path / "ours").exists()
 
 
-def holds(tmp_path: Path, expected: dict[str, Weights], iteration: int = 400) -> None:
-    """That the new checkpoint has these (``kind/role/module``) and no others, bit for bit."""
+def assert_holds(tmp_path: Path, expected: dict[str, Weights], iteration: int = 400) -> None:
+    """Assert that the new checkpoint has exactly these ``kind/role/module``, bit for bit."""
     stored = StoredCheckpoint.open(tmp_path / "ours")
     assert stored.iteration == iteration
     loop = json.loads((tmp_path / "ours/loop.json").read_text())
@@ -85,10 +85,10 @@ def holds(tmp_path: Path, expected: dict[str, Weights], iteration: int = 400) ->
 
 @pytest.fixture(scope="module")
 def legacy_template(tmp_path_factory) -> Path:
-    """Two experts, three roles, as one rank saves them."""
+    """Save two experts of three roles, as one rank does."""
     source = tmp_path_factory.mktemp("legacy") / CHECKPOINT
     for seed, role in enumerate(["generator", "critic", "generator_2", "critic_2", "real_score_2"]):
-        state = trained(theirs(wan_weights(seed)), seed)
+        state = training_state(theirs(wan_weights(seed)), seed)
         save_dcp(state, source / "distributed_checkpoint" / role)
     shared = {"random_state": {"torch_rng_state": torch.get_rng_state()}}
     save_dcp(shared, source / "distributed_checkpoint" / "shared")
@@ -98,7 +98,7 @@ def legacy_template(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def legacy(legacy_template, tmp_path) -> Path:
-    """A copy that a test may damage."""
+    """Copy the legacy checkpoint, so that a test may damage it."""
     return Path(shutil.copytree(legacy_template, tmp_path / CHECKPOINT))
 
 
@@ -113,7 +113,7 @@ LEGACY = {
 
 def test_legacy_distillation(legacy, tmp_path):
     report = turn(legacy, tmp_path)
-    holds(tmp_path, LEGACY)
+    assert_holds(tmp_path, LEGACY)
     assert len(report.taken) == 5
     assert report.layout == "a legacy distillation checkpoint"
     left = "\n".join(report.left)
@@ -125,7 +125,7 @@ def test_legacy_distillation(legacy, tmp_path):
 
 
 def test_moments_are_kept_where_they_are_asked_for(tmp_path):
-    state = trained(theirs(wan_weights(0)), seed=5)
+    state = training_state(theirs(wan_weights(0)), seed=5)
     save_dcp(state, tmp_path / CHECKPOINT / "distributed_checkpoint" / "generator")
     turn(tmp_path / CHECKPOINT, tmp_path, moments=True)
     moments = {
@@ -134,15 +134,15 @@ def test_moments_are_kept_where_they_are_asked_for(tmp_path):
         for name in wan_weights(0)
     }
     expected = {"roles/student/transformer": wan_weights(0), "moments/student/transformer": moments}
-    holds(tmp_path, expected)
+    assert_holds(tmp_path, expected)
 
 
 def test_a_role_that_was_not_trained_has_no_weights_and_is_left(tmp_path):
     folder = tmp_path / CHECKPOINT / "distributed_checkpoint"
-    save_dcp(trained(theirs(wan_weights(0)), 0), folder / "generator")
+    save_dcp(training_state(theirs(wan_weights(0)), 0), folder / "generator")
     save_dcp({"dataloader": {"rank": 0}}, folder / "real_score_2")
     report = turn(tmp_path / CHECKPOINT, tmp_path)
-    holds(tmp_path, {"roles/student/transformer": wan_weights(0)})
+    assert_holds(tmp_path, {"roles/student/transformer": wan_weights(0)})
     assert any("real_score_2: no weights in it" in line for line in report.left)
 
 
@@ -151,7 +151,7 @@ def test_bf16_and_image_to_video_and_its_unused_weight(tmp_path):
     saved = theirs(weights) | {"blocks.0.attn2.norm_added_q.weight": torch.ones(24)}
     save_dcp({"model": saved}, tmp_path / CHECKPOINT / "distributed_checkpoint" / "generator")
     turn(tmp_path / CHECKPOINT, tmp_path)
-    holds(tmp_path, {"roles/student/transformer": weights})
+    assert_holds(tmp_path, {"roles/student/transformer": weights})
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -171,13 +171,13 @@ def test_averages_in_pieces_are_put_together(tmp_path, ranks):
         "roles/student/transformer": weights, "ema/student/transformer": wan_weights(7),
         "roles/student/transformer_2": weights, "ema/student/transformer_2": wan_weights(8),
     }  # fmt: skip
-    holds(tmp_path, expected)
+    assert_holds(tmp_path, expected)
     assert any("generator_ema.safetensors: again" in line for line in report.left)
 
 
 @pytest.fixture
 def replicated(tmp_path) -> Path:
-    """Two ranks that hold everything each (HSDP): their pieces do not add up."""
+    """Save two ranks that hold everything each (HSDP): their pieces do not add up."""
     source = tmp_path / CHECKPOINT
     save_dcp({"model": theirs(wan_weights(0))}, source / "distributed_checkpoint" / "generator")
     for rank in range(2):
@@ -190,14 +190,14 @@ def test_pieces_that_do_not_fit_give_way_to_the_whole_file(replicated, tmp_path)
     save_file(wan_weights(9), replicated / "ema" / "generator_ema.safetensors")
     report = turn(replicated, tmp_path)
     roles = {"roles/student/transformer": wan_weights(0)}
-    holds(tmp_path, {**roles, "ema/student/transformer": wan_weights(9)})
+    assert_holds(tmp_path, {**roles, "ema/student/transformer": wan_weights(9)})
     assert any("generator_ema.safetensors is taken" in line for line in report.left)
 
 
 def test_pieces_that_do_not_fit_are_refused_or_left_out(replicated, tmp_path):
     refused(replicated, tmp_path, r"the 2 files .* do not make up the average")
     report = turn(replicated, tmp_path, ema=False)
-    holds(tmp_path, {"roles/student/transformer": wan_weights(0)})
+    assert_holds(tmp_path, {"roles/student/transformer": wan_weights(0)})
     assert "the average of student.transformer: not asked for" in report.left
 
 
@@ -210,11 +210,11 @@ def test_a_rank_that_is_missing_is_named(replicated, tmp_path):
 
 
 def test_legacy_finetuning(tmp_path):
-    state = trained(theirs(wan_weights(0)), 0) | {"random_state": {"torch_rng_state": [1]}}
+    state = training_state(theirs(wan_weights(0)), 0) | {"random_state": {"torch_rng_state": [1]}}
     save_dcp(state, tmp_path / CHECKPOINT / "distributed_checkpoint")
     save_transformer(wan_weights(0), tmp_path / CHECKPOINT / "transformer")
     report = turn(tmp_path / CHECKPOINT, tmp_path)
-    holds(tmp_path, {"roles/student/transformer": wan_weights(0)})
+    assert_holds(tmp_path, {"roles/student/transformer": wan_weights(0)})
     assert any("random_state" in line for line in report.left)
 
 
@@ -230,7 +230,7 @@ def test_weights_only(tmp_path):
         "roles/student/transformer": wan_weights(0), "ema/student/transformer": wan_weights(2),
         "roles/student/transformer_2": wan_weights(1), "ema/student/transformer_2": wan_weights(3),
     }  # fmt: skip
-    holds(tmp_path, expected)
+    assert_holds(tmp_path, expected)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_one_transformers_folder(tmp_path, name, module):
     save_transformer(wan_weights(0), tmp_path / name)
     turn(tmp_path / name, tmp_path)
     expected = {f"roles/student/transformer{module}": wan_weights(0)}
-    holds(tmp_path, expected, iteration=400 if name.endswith("checkpoint-400") else 0)
+    assert_holds(tmp_path, expected, iteration=400 if name.endswith("checkpoint-400") else 0)
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
@@ -253,7 +253,7 @@ def test_one_safetensors_file(tmp_path, prefix):
     weights = wan_weights(0)
     save_file({prefix + to_original(k): v for k, v in weights.items()}, tmp_path / "x.safetensors")
     assert turn(tmp_path / "x.safetensors", tmp_path).layout == "a transformer's file"
-    holds(tmp_path, {"roles/student/transformer": weights}, iteration=0)
+    assert_holds(tmp_path, {"roles/student/transformer": weights}, iteration=0)
 
 
 def test_plain_fp8_is_refused(tmp_path):
@@ -276,7 +276,7 @@ def test_a_type_that_no_weight_has_is_refused(tmp_path):
 def newer_state(average: Weights | None, *, begun: bool = True) -> dict:
     state = {}
     for seed, role in enumerate(["student", "critic"]):
-        kept = trained(theirs(wan_weights(seed)), seed)
+        kept = training_state(theirs(wan_weights(seed)), seed)
         state[f"roles.{role}.transformer"] = kept["model"]
         state[f"optimizers.{role}"] = {
             key.replace("state.", "state.transformer.", 1): value
@@ -309,7 +309,7 @@ NEWER = {"roles/student/transformer": wan_weights(0), "roles/critic/transformer"
 def test_newer(tmp_path, ranks):
     average = wrapped(theirs(wan_weights(7)))
     report = turn(newer(tmp_path, newer_state(average), ranks=ranks), tmp_path)
-    holds(tmp_path, {**NEWER, "ema/student/transformer": wan_weights(7)}, iteration=399)
+    assert_holds(tmp_path, {**NEWER, "ema/student/transformer": wan_weights(7)}, iteration=399)
     written = json.loads((tmp_path / "ours/config.json").read_text())
     assert written["config"] == {"method": {"_target_": "x.DMD2Method"}}
     left = "\n".join(report.left)
@@ -327,7 +327,7 @@ def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
 
 def test_an_average_that_had_not_begun_is_left(tmp_path):
     report = turn(newer(tmp_path, newer_state(theirs(wan_weights(7)), begun=False)), tmp_path)
-    holds(tmp_path, NEWER, iteration=399)
+    assert_holds(tmp_path, NEWER, iteration=399)
     assert any("it had not begun" in line for line in report.left)
 
 
@@ -335,7 +335,7 @@ def test_an_average_of_which_one_ranks_piece_was_kept_is_refused_or_left_out(tmp
     source = newer(tmp_path, newer_state(rank_pieces(theirs(wan_weights(7)), 2)[0]))
     refused(source, tmp_path, "one rank's alone was kept")
     turn(source, tmp_path, ema=False)
-    holds(tmp_path, NEWER, iteration=399)
+    assert_holds(tmp_path, NEWER, iteration=399)
 
 
 def self_forcing(weights: Weights) -> Weights:
@@ -349,7 +349,7 @@ def test_ode_init(tmp_path, names, flat):
     save_pt(weights if flat else {"generator": weights}, tmp_path / "ode_init.pt")
     turn(tmp_path / "ode_init.pt", tmp_path)
     expected = {"roles/student/transformer": wan_weights(0, dtype=torch.bfloat16)}
-    holds(tmp_path, expected, iteration=0)
+    assert_holds(tmp_path, expected, iteration=0)
 
 
 def test_a_file_of_several_roles(tmp_path):
@@ -359,7 +359,7 @@ def test_a_file_of_several_roles(tmp_path):
     }  # fmt: skip
     save_pt(contents, tmp_path / "model.pt")
     report = turn(tmp_path / "model.pt", tmp_path)
-    holds(tmp_path, {**NEWER, "ema/student/transformer": wan_weights(2)}, iteration=0)
+    assert_holds(tmp_path, {**NEWER, "ema/student/transformer": wan_weights(2)}, iteration=0)
     assert report.left == ("step: no weights of a role",)
 
 

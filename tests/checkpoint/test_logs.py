@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from distill_checkpoint import CheckpointConfig, CheckpointManager, KeepBestConfig
 from distill_trainer import DistillTrainer
-from logged_runs import kill, logged, stop, train_logged
+from logged_runs import kill, read_logs, stop, train_logged
 from ranks import run_on_ranks
 from toy_trainer import MemoryTracker, alternating, batches, training
 
@@ -14,7 +14,7 @@ from toy_trainer import MemoryTracker, alternating, batches, training
 def uninterrupted(_folders_in_memory, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     train_logged(folder)
-    lines, scalars = logged(folder)
+    lines, scalars = read_logs(folder)
     assert [line["iteration"] for line in lines] == [3, 6, 8]
     return lines, scalars
 
@@ -35,21 +35,21 @@ def uninterrupted(_folders_in_memory, tmp_path_factory):
 )
 def test_logs_are_those_of_a_run_that_nobody_stopped(uninterrupted, tmp_path, events):
     train_logged(tmp_path, *events)
-    assert logged(tmp_path) == uninterrupted
+    assert read_logs(tmp_path) == uninterrupted
 
 
 def test_on_several_ranks_too(tmp_path):
     for name, events in (("whole", []), ("parts", [(4, stop), (7, kill)])):
         outcomes = run_on_ranks(train_logged, tmp_path / name, *events)
         assert outcomes == [None, None], outcomes
-    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+    assert read_logs(tmp_path / "parts") == read_logs(tmp_path / "whole")
 
 
 def test_values_of_another_number_of_ranks_are_not_lost(tmp_path):
     outcomes = run_on_ranks(train_logged, tmp_path, (4, stop), (5, stop))
     assert outcomes == [None, None], outcomes
     train_logged(tmp_path / "one")
-    (two, _), (one, _) = logged(tmp_path), logged(tmp_path / "one")
+    (two, _), (one, _) = read_logs(tmp_path), read_logs(tmp_path / "one")
     assert [line["iteration"] for line in two] == [line["iteration"] for line in one]
 
 

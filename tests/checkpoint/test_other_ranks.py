@@ -43,8 +43,8 @@ def data(_folders_in_memory):
 
 
 @pytest.fixture(scope="module")
-def alone(data) -> list[list[Link]]:
-    """One process that never stops."""
+def train_uninterrupted(data) -> list[list[Link]]:
+    """Train in one process that never stops."""
     with TemporaryDirectory() as folder:
         return links(Path(folder), data, [("ddp", 1)] * LINKS)
 
@@ -53,10 +53,12 @@ def alone(data) -> list[list[Link]]:
 @example(path=[("hsdp", 4), ("fsdp2", 1), ("fsdp2", 2)])
 @settings(max_examples=1)
 @given(path=st.lists(st.sampled_from(STARTS), min_size=LINKS, max_size=LINKS))
-def test_it_goes_on_with_the_same_samples_noise_and_state(alone, data, path):
+def test_it_goes_on_with_the_same_samples_noise_and_state(train_uninterrupted, data, path):
     with TemporaryDirectory() as folder:
         results = links(Path(folder), data, path)
-    for ranks, expected, former in zip(results, alone, [None, *results], strict=False):
+    for ranks, expected, former in zip(
+        results, train_uninterrupted, [None, *results], strict=False
+    ):
         assert seen(ranks) == seen(expected)
         if former is not None:
             for link in ranks:

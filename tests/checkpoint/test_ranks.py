@@ -29,8 +29,8 @@ def uninterrupted(strategy: str, size: int) -> list[dict[str, str]]:
         return run_on_ranks(train, Path(folder), 4, strategy, size=size)
 
 
-def assert_whole(results: list[dict[str, str]], strategy: str) -> None:
-    """Every rank ended as one of a run that never stopped, in every bit."""
+def assert_same_end(results: list[dict[str, str]], strategy: str) -> None:
+    """Assert that every rank ended as in a run that never stopped, bit for bit."""
     full = uninterrupted(strategy, len(results))
     assert [different(a, b) for a, b in zip(full, results, strict=True)] == [[]] * len(results)
 
@@ -47,7 +47,7 @@ def test_ranks_go_on_bit_for_bit(tmp_path, strategy, size, in_background):
     config = {"async_save": in_background, "every_steps": 1}
     run_on_ranks(train, tmp_path, 2, strategy, 0, config, size=size)
     resumed = run_on_ranks(train, tmp_path, 4, strategy, 1, config, size=size)
-    assert_whole(resumed, strategy)
+    assert_same_end(resumed, strategy)
     own = [place for place in different(*resumed[:2]) if of_rank(place)]
     assert [place for place in own if place.startswith("/streams")]  # each has its own generators
     assert "/global" in own
@@ -85,7 +85,7 @@ def test_each_piece_is_written_once_and_all_ranks_write(tmp_path, strategy, size
         ("roles/student/transformer", 1),
         ("optimizers/student.transformer", 2),
     ):
-        pieces = [numbers(file) for file in sorted((folder / below).glob("*.safetensors"))]
+        pieces = [count_values(file) for file in sorted((folder / below).glob("*.safetensors"))]
         assert len(pieces) == size
         full = {name for piece in pieces for name in piece if "weight" in name or "bias" in name}
         assert sum(piece.get(name, 0) for piece in pieces for name in full) == 70 * per_weight
@@ -100,8 +100,8 @@ def test_each_piece_is_written_once_and_all_ranks_write(tmp_path, strategy, size
             assert torch.equal(weight.read_rows("0.weight", start, stop), full[start:stop])
 
 
-def numbers(file: Path) -> dict[str, int]:
-    """How many a tensor has in ``file``."""
+def count_values(file: Path) -> dict[str, int]:
+    """Count the values of a tensor in ``file``."""
     with safe_open(file, framework="pt") as stream:
         names = list(stream.keys())
         return {name: math.prod(stream.get_slice(name).get_shape()) for name in names}
@@ -110,7 +110,7 @@ def numbers(file: Path) -> dict[str, int]:
 def test_weights_that_a_forward_pass_left_whole_are_saved_in_parts(tmp_path):
     assert run_on_ranks(save_after_a_look, tmp_path, "fsdp2") == [[False, True]] * 2
     files = (tmp_path / "checkpoint-000001" / "roles/student/transformer").glob("*")
-    assert [numbers(file)["0.weight"] for file in files] == [12, 12]
+    assert [count_values(file)["0.weight"] for file in files] == [12, 12]
 
 
 def test_ranks_at_different_iterations_save_nothing(tmp_path):
@@ -185,4 +185,4 @@ def test_a_rank_that_is_lost_tears_nothing(tmp_path, strategy, size, how, who, c
     assert folders
     assert folders[-1].name in ("checkpoint-000002", "checkpoint-000003")
     assert all(inspect(folder, checksums=True).damage is None for folder in folders)
-    assert_whole(run_on_ranks(train, tmp_path, 4, strategy, 1, size=size), strategy)
+    assert_same_end(run_on_ranks(train, tmp_path, 4, strategy, 1, size=size), strategy)

@@ -134,7 +134,7 @@ def test_what_is_a_checkpoint(checkpoint, tmp_path):
     assert not is_checkpoint_folder(tmp_path / "absent")
     (tmp_path / "manifest.json").write_text('{"name": "a web app"}')
     assert not is_checkpoint_folder(tmp_path)
-    (checkpoint / "manifest.json").unlink()  # damaged, and still to be told as a checkpoint
+    (checkpoint / "manifest.json").unlink()  # damaged, but still recognised as a checkpoint
     assert is_checkpoint_folder(str(checkpoint))
 
 

@@ -24,19 +24,19 @@ RESUME = CheckpointConfig(resume="latest")
 PARAMETERS = [f"{i}.{name}" for i in (0, 1, 4) for name in ("weight", "bias")]
 
 
-def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Places where two states differ in type, dtype or any bit."""
+def find_differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """Find the paths where two states differ in type, dtype or any bit."""
     if type(a) is not type(b):
         return [f"{path}: {type(a).__name__} and {type(b).__name__}"]
     if isinstance(a, dict):
         if set(a) != set(b):
             return [f"{path}: keys {sorted(map(str, set(a) ^ set(b)))}"]
-        return [line for key in a for line in differences(a[key], b[key], f"{path}.{key}")]
+        return [line for key in a for line in find_differences(a[key], b[key], f"{path}.{key}")]
     if isinstance(a, list | tuple):
         if len(a) != len(b):
             return [f"{path}: lengths {len(a)} and {len(b)}"]
         pairs = enumerate(zip(a, b, strict=True))
-        return [line for i, (x, y) in pairs for line in differences(x, y, f"{path}.{i}")]
+        return [line for i, (x, y) in pairs for line in find_differences(x, y, f"{path}.{i}")]
     if isinstance(a, Tensor):
         same = a.dtype == b.dtype and torch.equal(a, b)
         return [] if same else [f"{path}: tensors"]
@@ -92,7 +92,7 @@ def test_n_steps_save_load_m_steps_is_n_plus_m_steps(n, m, shape, every, in_back
         resumed.method.streams.get("tiny.student").seed()
         resumed.train(folder, n + m, manager(folder, RESUME))
         assert resumed.method.update_counts == full.method.update_counts
-        assert differences(full.everything(), resumed.everything()) == []
+        assert find_differences(full.everything(), resumed.everything()) == []
 
 
 def test_a_checkpoint_changes_nothing_in_the_run_that_saves_it(tmp_path):
@@ -101,7 +101,7 @@ def test_a_checkpoint_changes_nothing_in_the_run_that_saves_it(tmp_path):
     quiet.train(tmp_path / "quiet", 6)
     torch.manual_seed(0)
     noisy.train(tmp_path / "noisy", 6, manager(tmp_path / "noisy", CheckpointConfig(every_steps=1)))
-    assert differences(quiet.everything(), noisy.everything()) == []
+    assert find_differences(quiet.everything(), noisy.everything()) == []
 
 
 def test_moments_of_bf16_weights_keep_fp32(tmp_path):
@@ -190,7 +190,7 @@ def test_any_string_is_a_role_and_stays_inside_the_folder(tmp_path, role):
     run = saved(tmp_path / "out", shape)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     resumed, _ = resume(tmp_path / "out", shape)
-    assert differences(run.everything()["weights"], resumed.everything()["weights"]) == []
+    assert find_differences(run.everything()["weights"], resumed.everything()["weights"]) == []
 
 
 def test_only_trainable_roles_are_saved(tmp_path):
@@ -219,7 +219,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(tmp_path, th
     before = copy.deepcopy(run.everything())
     with pytest.raises(CheckpointError, match=named):
         manager(tmp_path, RESUME).resume(run.state(tmp_path, 0), run.callbacks)
-    assert differences(run.everything(), before) == []
+    assert find_differences(run.everything(), before) == []
 
 
 def test_other_dtype_is_refused_rather_than_rounded(tmp_path):
@@ -252,7 +252,7 @@ def test_a_path_resumes_from_another_folder(tmp_path):
     config = CheckpointConfig(resume=str(tmp_path / "old" / "checkpoint-000003"))
     other = new_run(Shape(), seed=1)
     other.train(tmp_path / "new", 3, manager(tmp_path / "new", config))
-    assert differences(run.everything(), other.everything()) == []
+    assert find_differences(run.everything(), other.everything()) == []
     assert (tmp_path / "new" / "checkpoint-000003" / "manifest.json").exists()
 
 
@@ -341,7 +341,7 @@ def resume_with(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> Run:
     try:
         CheckpointManager(RESUME, folder, now).resume(other.state(folder, 0), other.callbacks)
     except CheckpointError:
-        assert differences(other.everything(), before) == []
+        assert find_differences(other.everything(), before) == []
         raise
     return other
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint.test_resume import RESUME, differences, manager
+from checkpoint.test_resume import RESUME, find_differences, manager
 from distill_checkpoint import CheckpointConfig, KeepBestConfig
 from distill_checkpoint.manifest import inspect
 from distill_protocols import Callback, RandomStreams, RunState, StepRecord, StepResult
@@ -124,14 +124,14 @@ def check(n: int, m: int, shape: Shape, moment: int, in_background: bool = False
         run = polling_run(shape)
         run.method.ask_in, run.method.ask_at = n + 1, moment
         run.train(stopped, n + m + 1, manager(stopped, saves))
-        assert differences(expected.everything(), run.everything()) == []
+        assert find_differences(expected.everything(), run.everything()) == []
         modules = run.method.model_dict.values()
         assert all(p.grad is None for module in modules for p in module.parameters())
         assert [path.name for path in stopped.glob("checkpoint-*")] == [f"checkpoint-{last:06d}"]
 
         resumed = polling_run(shape, seed=1)
         resumed.train(stopped, n + m, manager(stopped, RESUME))
-        assert differences(uninterrupted.everything(), resumed.everything()) == []
+        assert find_differences(uninterrupted.everything(), resumed.everything()) == []
 
 
 def test_what_is_saved_keeps_what_was_measured_in_its_iteration(tmp_path):
@@ -155,7 +155,7 @@ def test_a_stop_in_the_first_iteration_saves_nothing_and_leaves_the_beginning(tm
     run.method.ask_in, run.method.ask_at = 1, 5
     fresh.callbacks["ema"].on_train_start(fresh.state(tmp_path, 0))
     run.train(tmp_path, 3, manager(tmp_path))
-    assert differences(fresh.everything(), run.everything()) == []
+    assert find_differences(fresh.everything(), run.everything()) == []
     assert list(tmp_path.iterdir()) == []
 
 

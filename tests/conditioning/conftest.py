@@ -28,7 +28,7 @@ def make_folder() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def dataset_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., LatentDataset]:
-    """``dataset_of(7)``: seven samples in several shards; the same object for the same size."""
+    """Return ``dataset_of(n)``, which makes n samples in several shards, once for each n."""
 
     @functools.cache
     def build(samples: int, shuffle: bool = True, workers: int = 0) -> LatentDataset:

@@ -38,7 +38,7 @@ def write(folder: Path, condition: Mapping[str, Tensor], captions=None, **option
 
 
 def padded(lengths: list[int], row: tuple[int, ...], kind: torch.dtype, seed: int) -> Tensor:
-    """Rows of which the first ``lengths`` are not zero, the last of them in one bit alone."""
+    """Return rows that are zero beyond their first ``lengths``, the last with one bit set."""
     values = torch.zeros(len(lengths), *row, dtype=kind)
     generator = torch.Generator().manual_seed(seed)
     for i, length in enumerate(lengths):

@@ -120,7 +120,7 @@ def test_resuming_anywhere_equals_never_stopping(
     first = loader()
     list(islice(first, stop))
     second = loader()
-    list(islice(second, 2))  # also a loader that has moved must go where the state says
+    list(islice(second, 2))  # a loader that has moved must go to the position of the state too
     second.load_state_dict(first.state_dict())
     assert all(_equal(a, b) for a, b in zip(full[stop:], islice(second, 4), strict=True))
 
@@ -329,7 +329,7 @@ def test_dropout_knows_only_seed_epoch_and_sample(
     negative = _negative(dataset)
 
     def decisions(batch_size: int, world_size: int, batches: int) -> dict[tuple[int, int], bool]:
-        # The loader alone knows the epoch; here it is told by how often the sample was seen.
+        # Only the loader knows the epoch; here it follows from the position.
         dropped: dict[tuple[int, int], bool] = {}
         for rank in range(world_size):
             place = {"rank": rank, "world_size": world_size}

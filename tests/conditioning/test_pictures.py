@@ -52,7 +52,7 @@ class Pictured:
 
 
 def clips(count=6):
-    """Two captions in turn; every clip begins with a picture of its own."""
+    """Yield clips with two captions in turn, each with a first frame of its own."""
     for i in range(count):
         video = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(i))
         yield f"clip-{i}", f"caption {i % 2}", video

@@ -17,7 +17,7 @@ def _text(condition) -> torch.Tensor:
 
 @pytest.fixture
 def provide(tmp_path, encoder, make_folder):
-    """``provide(stored=..., prompt=...)``: a provider over a data set with that negative prompt."""
+    """Return ``provide(stored=..., prompt=...)``: a provider over a data set with that prompt."""
 
     def build(stored: str | None = None, prompt: str | None = None, by=encoder, cache=None):
         folder = tmp_path / f"data {stored}"

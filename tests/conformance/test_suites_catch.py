@@ -276,7 +276,7 @@ BROKEN_FAMILIES: list[tuple[type, Callable[[AdapterCase], None]]] = [
 
 
 def family_of(broken: type) -> ToyFamily:
-    """The toy family with a broken adapter, or a broken family itself."""
+    """Return the toy family with a broken adapter, or a broken family."""
     if issubclass(broken, ToyFamily):
         return broken()
 

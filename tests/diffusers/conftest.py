@@ -13,7 +13,7 @@ from other_kinds import LTX_CONFIG
 
 @pytest.fixture(scope="session")
 def ltx_folder(tmp_path_factory) -> Path:
-    """An index and a transformer, random and seeded."""
+    """Write an index and a transformer of seeded random weights."""
     folder = tmp_path_factory.mktemp("ltx") / "pipeline"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -140,7 +140,7 @@ def test_large_weights_are_sampled_to_their_ends(tmp_path, monkeypatch, offset):
     before = hash_weights([file])
     values["big"][offset] = 1
     save_file(values, file)
-    seen = offset != 100_000  # between two samples, as the module says
+    seen = offset != 100_000  # between two samples, as the module documents
     assert (hash_weights([file]) != before) == seen
     monkeypatch.setattr(fingerprints, "_WHOLE_BYTES", 10**6)
     assert hash_weights([file]) != before

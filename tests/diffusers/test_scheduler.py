@@ -85,7 +85,7 @@ WAN_SCHEDULER = {
 
 
 def drift(x, t):
-    """A velocity that depends on x and t as a model's does, so that solvers differ."""
+    """Return a velocity that depends on x and t as a model's does, so that solvers differ."""
     return torch.tanh(x) * (t / 1000).view(-1, 1, 1, 1, 1) + torch.sin(3 * x)
 
 

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from app_ranks import furthest, losses, run_file, train, train_and_lose, weights
+from app_ranks import (
+    largest_difference,
+    read_losses,
+    read_weights,
+    run_file,
+    train,
+    train_and_lose_rank,
+)
 from distill_checkpoint.manifest import inspect
 from ranks import run_on_ranks
 
@@ -42,9 +49,9 @@ def test_two_then_one_then_two(tmp_path):
     go(file_of(tmp_path, "parts", 4, {}), 1)
     go(file_of(tmp_path, "parts", 6, DDP), 2)
     for ema in (False, True):
-        full, parts = (weights(tmp_path / name, ema=ema) for name in ("whole", "parts"))
-        assert furthest(full, parts) < 2e-4
-    full, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+        full, parts = (read_weights(tmp_path / name, ema=ema) for name in ("whole", "parts"))
+        assert largest_difference(full, parts) < 2e-4
+    full, parts = read_losses(tmp_path / "whole"), read_losses(tmp_path / "parts")
     assert full.keys() == parts.keys()
     for iteration, values in full.items():
         for name in ("loss/total_loss", "loss/critic_loss"):
@@ -58,7 +65,7 @@ def test_a_rank_lost_in_a_step_ends_all_and_latest_resumes(tmp_path, how, distri
     file = file_of(tmp_path, "run", 4, settings, checkpoint={"every_steps": 2})
     began = time.monotonic()
     lost, survivor = 1, 0
-    outcomes = run_on_ranks(train_and_lose, file, lost, 3, how)
+    outcomes = run_on_ranks(train_and_lose_rank, file, lost, 3, how)
     assert time.monotonic() - began < 100  # bounded: torch's own patience is half an hour
     assert outcomes[survivor].startswith("RankError: "), outcomes
     assert "rank 1" in outcomes[survivor]
@@ -69,6 +76,6 @@ def test_a_rank_lost_in_a_step_ends_all_and_latest_resumes(tmp_path, how, distri
     go(file, 2)
     go(file_of(tmp_path, "whole", 4, settings), 2)
     for ema in (False, True):
-        full, parts = (weights(tmp_path / name, ema=ema) for name in ("whole", "run"))
+        full, parts = (read_weights(tmp_path / name, ema=ema) for name in ("whole", "run"))
         assert all(torch.equal(full[name], parts[name]) for name in full)
-    assert losses(tmp_path / "whole") == losses(tmp_path / "run")
+    assert read_losses(tmp_path / "whole") == read_losses(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""What a run file may say of a role changes memory and time, not numbers."""
+"""The options of a role change memory and time, not numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from app_ranks import losses, run_file, train
+from app_ranks import read_losses, run_file, train
 from ranks import run_on_ranks
 from tiny_file import TINY
 
@@ -51,7 +51,7 @@ def run(folder: Path, options: str, size: int, strategy: str | None) -> dict[int
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     assert run_on_ranks(train, file, size=size) == [""] * size
     assert (folder / name / "student" / "model_index.json").is_file()
-    return losses(folder / name)
+    return read_losses(folder / name)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from app_ranks import furthest, losses, run_file, train, weights
+from app_ranks import largest_difference, read_losses, read_weights, run_file, train
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ranks import run_on_ranks
@@ -36,7 +36,7 @@ def run(
 
 
 def assert_alike(one: Path, many: Path, *, ema: bool) -> None:
-    a, b = losses(one), losses(many)
+    a, b = read_losses(one), read_losses(many)
     assert a.keys() == b.keys()
     assert len(a) == STEPS
     for iteration in a:
@@ -51,9 +51,9 @@ def assert_alike(one: Path, many: Path, *, ema: bool) -> None:
                 name,
             )
     # AdamW divides by the root of a square that may be almost 0: a step of either sign there.
-    assert furthest(weights(one), weights(many)) < 2e-4
+    assert largest_difference(read_weights(one), read_weights(many)) < 2e-4
     if ema:
-        assert furthest(weights(one, ema=True), weights(many, ema=True)) < 2e-4
+        assert largest_difference(read_weights(one, ema=True), read_weights(many, ema=True)) < 2e-4
 
 
 STRATEGIES = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from app_ranks import run_file, train, train_own, train_where_one_cannot
+from app_ranks import run_file, train, train_own, train_with_failing_rank
 from ranks import run_on_ranks
 
 FEW = {"max_train_steps": 1, "global_batch_size": 2}
@@ -26,7 +26,7 @@ def test_ranks_with_other_run_files_take_no_folder(tmp_path):
 @pytest.mark.parametrize("what", ["_start_weights", "LatentDataset", "_callbacks"])
 def test_what_one_rank_cannot_read_ends_all(tmp_path, what):
     file = run_file(tmp_path / "run.yaml", "finetune", training=FEW)
-    (first, waited), (second, _) = run_on_ranks(train_where_one_cannot, file, what)
+    (first, waited), (second, _) = run_on_ranks(train_with_failing_rank, file, what)
     assert second == "DataError: no such file on this machine"
     assert first.startswith("RankError: "), first
     if what != "_callbacks":

@@ -10,25 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_file import tiny_values, write_laid_over
+from tiny_file import tiny_values, write_changed
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., Path]:
-    """``tiny("dmd2", training={...})`` writes that run file with changes; None drops a key."""
+    """Return ``tiny("dmd2", training={...})``, which writes that run file; None drops a key."""
 
     def make(name: str, file: str = "run.yaml", **changes: Any) -> Path:
         values = tiny_values(name)
         values["training"] |= {"output_dir": str(tmp_path / "out"), "global_batch_size": 4}
-        return write_laid_over(tmp_path / file, values, changes)
+        return write_changed(tmp_path / file, values, changes)
 
     return make
 
 
 def app(*args: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    """The app as a process of its own."""
+    """Run the app in a process of its own."""
     return subprocess.run(
         [sys.executable, str(ROOT / "apps" / "train"), *map(str, args)],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""A run that goes on under another file: what is told before models are loaded, and what holds."""
+"""A run that resumes under another file: problems before models are loaded, and what applies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distill_runfile import describe
 from distill_runfile.read import read_config
 from distill_runtime import sha256_of_file
 from distill_train.cli import main
-from tiny_file import TINY, tiny_values, write_laid_over
+from tiny_file import TINY, tiny_values, write_changed
 
 STEPS, END = 4, 6
 QUIET: dict[str, Any] = {"validation": None, "callbacks": {"report": None, "step_timer": None}}
@@ -33,29 +33,29 @@ def values_of(out: Path, **training: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """The output folder of a run that took four steps; nobody changes it."""
+def trained_folder(tmp_path_factory) -> Path:
+    """Train four steps; no test changes the output folder."""
     folder = tmp_path_factory.mktemp("run")
-    file = write_laid_over(folder / "run.yaml", values_of(folder / "out"), QUIET)
+    file = write_changed(folder / "run.yaml", values_of(folder / "out"), QUIET)
     assert main(["--config", str(file)]) == 0
     return folder / "out"
 
 
 @pytest.fixture
-def write(trained, tmp_path) -> Callable[..., Path]:
+def write(trained_folder, tmp_path) -> Callable[..., Path]:
     """Write a run file that goes on in a copy of the trained folder, with changes."""
-    out = shutil.copytree(trained, tmp_path / "out")
+    out = shutil.copytree(trained_folder, tmp_path / "out")
 
     def write_run(**changes: Any) -> Path:
         values = values_of(out, max_train_steps=END)
-        return write_laid_over(tmp_path / "run.yaml", values, {**QUIET, **changes})
+        return write_changed(tmp_path / "run.yaml", values, {**QUIET, **changes})
 
     return write_run
 
 
 @pytest.fixture
 def other_data(tmp_path) -> Path:
-    """The shipped data set with one bit turned: of the same length and shapes."""
+    """Copy the shipped data set and flip one bit of it."""
     folder = Path(shutil.copytree(TINY / "data", tmp_path / "data"))
     [shard] = folder.glob("shard-*.safetensors")
     content = bytearray(shard.read_bytes())

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from app_ranks import losses
+from app_ranks import read_losses
 from attrs import evolve, frozen
 from diffusers import LTXPipeline, StableDiffusion3Pipeline
 from distill_adapters_ltx import PLUGIN as LTX
@@ -23,7 +23,7 @@ from distill_runfile.read import read_config
 from distill_train.build import Run, build
 from family_fixtures import installed, ltx_folder, sd3, sd3_folder
 from safetensors.torch import load_file
-from tiny_run import alone
+from tiny_run import one_process
 from torch import Tensor
 
 __all__ = ["installed", "ltx_folder", "sd3", "sd3_folder"]
@@ -175,7 +175,7 @@ def encode_clips(
 
 
 def train(file: Path) -> Run:
-    run = build(read_config(file), distribution=alone())
+    run = build(read_config(file), distribution=one_process())
     run.trainer.run(run.method, run.loader)
     run.method.set_trainable("student", False)
     return run
@@ -197,7 +197,7 @@ def test_a_resumed_run_ends_as_one_that_never_stopped_and_stock_code_samples_its
     file, out = family.write(tmp_path, method), tmp_path / "out"
     train(file)
     middle, last = out / "checkpoint-000002", out / "checkpoint-000004"
-    expected, numbers = stored(last), losses(out)
+    expected, numbers = stored(last), read_losses(out)
     assert list(numbers) == [1, 2, 3, 4]
     assert any("ema" in name for name in expected)
     assert any("optim" in name for name in expected)
@@ -209,7 +209,7 @@ def test_a_resumed_run_ends_as_one_that_never_stopped_and_stock_code_samples_its
     resumed, before = stored(last), stored(middle)
     assert resumed.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(resumed[name], expected[name])] == []
-    assert losses(out) == numbers
+    assert read_losses(out) == numbers
     assert any(not torch.equal(before[name], value) for name, value in expected.items())
 
     theirs, at_levels, at_spec = family.sample_exported(run, out / "student")

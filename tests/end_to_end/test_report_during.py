@@ -1,4 +1,4 @@
-"""Reports during a run, on the shipped tiny Wan and its judge: what they say, and that they only
+"""Reports during a run, on the shipped tiny Wan and its judge: their numbers, and that they only
 look."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from distill_protocols import Callback, ConfigError, RunState
 from distill_runfile.read import read_config
 from distill_runfile.schema import RunConfig
 from distill_train.build import Run, build
-from tiny_run import alone
+from tiny_run import one_process
 
 JUDGE = Path(__file__).resolve().parents[2] / "configs" / "tiny" / "judge"
 ENTRIES = {
@@ -47,7 +47,7 @@ class Watcher:
 
 @pytest.fixture
 def checked(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., RunConfig]:
-    """A run file of 4 iterations with a report, which stands before ``ema`` in the file."""
+    """Check a run file of 4 iterations with a report that stands before ``ema``."""
 
     def make(**changes: Any) -> RunConfig:
         path = tiny(
@@ -80,7 +80,7 @@ def checked(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., RunConfi
 
 def trained(config: RunConfig) -> tuple[Run, Watcher]:
     torch.manual_seed(0)
-    run = build(config, distribution=alone())
+    run = build(config, distribution=one_process())
     watcher = Watcher()
     run.trainer.checkpointer = watcher
     run.trainer.run(run.method, run.loader)
@@ -121,7 +121,7 @@ def test_a_run_that_is_measured_is_the_run_that_is_not(checked, tmp_path):
     looked_at, watcher = trained(config)
     assert_same(before, everything(looked_at))
 
-    # What the checkpointer sees is what the plugin announces, and what the end says too.
+    # The checkpointer gets the metrics that the plugin names, and so does the report at the end.
     announced = plugin.metrics(config.callbacks["report"])
     assert set(announced) == {
         f"report/{entry}/{number}" for entry in ("teacher_2", "student_2") for number in NUMBERS

@@ -30,7 +30,7 @@ from distill_trajectories.cli import main as make_trajectories
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import alone
+from tiny_run import one_process
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT_REPORT = {
@@ -109,7 +109,7 @@ def test_the_exported_student_gives_the_trainers_clip_in_the_stock_pipeline(tiny
     from distill_train.build import build
 
     checked = read_config(config)
-    run = build(checked, distribution=alone())
+    run = build(checked, distribution=one_process())
     run.trainer.run(run.method, run.loader)
     prompts = ["the digit three moving up", "the digit seven moving left"]
     spec = run.method.sampler_spec
@@ -164,7 +164,7 @@ TRAJECTORIES = [file for file in FILES if file.stem.startswith("trajectories")]
 
 
 def _status_of(plan: str) -> int:
-    """What a plan's last line says is what its status says."""
+    """Return the exit status of a plan and assert that its last line agrees."""
     is_incomplete = plan.splitlines()[-1].startswith("a run still needs ")
     return EXIT_INCOMPLETE if is_incomplete else EXIT_OK
 

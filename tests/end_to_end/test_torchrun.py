@@ -31,8 +31,8 @@ def torchrun(config: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
         )
 
 
-def worker(parent: int, rank: int) -> int:
-    """The process id of a rank that torchrun started."""
+def worker_pid(parent: int, rank: int) -> int:
+    """Return the process id of a rank that torchrun started."""
     for children in Path(f"/proc/{parent}/task").glob("*/children"):
         for child in children.read_text().split():
             if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
@@ -57,8 +57,8 @@ def test_a_killed_worker_comes_back_and_goes_on_from_latest(tiny, tmp_path):
         while not (out / f"checkpoint-{EVERY:06}").exists():
             assert run.poll() is None, log.read_text()
             time.sleep(0.05)
-        survivor, victim = (worker(run.pid, rank) for rank in (0, 1))
-        # Or torchrun may end the survivor before that has said why.
+        survivor, victim = (worker_pid(run.pid, rank) for rank in (0, 1))
+        # Or torchrun may end the survivor before it has printed its error.
         os.kill(run.pid, signal.SIGSTOP)
         os.kill(victim, signal.SIGKILL)
         while state(survivor) not in "ZX":

@@ -26,8 +26,8 @@ def weights(checkpoint: Path, *parts: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def first(tiny, tmp_path) -> Path:
-    """A checkpoint of a finetune with an average."""
+def first_checkpoint(tiny, tmp_path) -> Path:
+    """Finetune with an average; return the checkpoint."""
     config = tiny("finetune", "first.yaml", training={"max_train_steps": 2, **QUIET},
                   checkpoint={"export": [{"role": "student", "folder": "student"}]})  # fmt: skip
     assert main(["--config", str(config)]) == EXIT_OK
@@ -35,8 +35,8 @@ def first(tiny, tmp_path) -> Path:
     return tmp_path / "first" / "checkpoint-000002"
 
 
-def begins_with(tiny, tmp_path, start: dict, **changes) -> dict[str, torch.Tensor]:
-    """The student's weights after one step that moves nothing."""
+def initial_weights(tiny, tmp_path, start: dict, **changes) -> dict[str, torch.Tensor]:
+    """Return the student's weights after one step with a learning rate of 0."""
     config = tiny(
         "finetune",
         training={**STEP, "optimizer": STILL},
@@ -49,26 +49,29 @@ def begins_with(tiny, tmp_path, start: dict, **changes) -> dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("kind", ["live", "ema", "export", "comfyui"])
-def test_a_role_starts_with_what_it_is_told(kind, first, tiny, tmp_path):
-    exported = weights(first.parent / "student" / "transformer")
+def test_a_role_starts_with_what_it_is_told(kind, first_checkpoint, tiny, tmp_path):
+    exported = weights(first_checkpoint.parent / "student" / "transformer")
     file = tmp_path / "comfyui.safetensors"
     save_file({f"model.diffusion_model.{to_original(k)}": v for k, v in exported.items()}, file)
     start, expected = {
-        "comfyui": ({"path": str(file)}, weights(first, "roles", "student")),
-        "live": ({"path": str(first)}, weights(first, "roles", "student")),
-        "ema": ({"path": str(first), "ema": True}, weights(first, "ema")),
-        "export": ({"path": str(first.parent / "student")}, weights(first, "roles", "student")),
+        "comfyui": ({"path": str(file)}, weights(first_checkpoint, "roles", "student")),
+        "live": ({"path": str(first_checkpoint)}, weights(first_checkpoint, "roles", "student")),
+        "ema": ({"path": str(first_checkpoint), "ema": True}, weights(first_checkpoint, "ema")),
+        "export": (
+            {"path": str(first_checkpoint.parent / "student")},
+            weights(first_checkpoint, "roles", "student"),
+        ),
     }[kind]
-    actual = begins_with(tiny, tmp_path, start)
+    actual = initial_weights(tiny, tmp_path, start)
     assert all(torch.equal(actual[name], expected[name]) for name in actual)
     original = weights(Path("configs/tiny/wan/transformer").resolve())
     assert any(not torch.equal(actual[name], original[name]) for name in actual)
 
 
 @pytest.mark.parametrize("kind", ["live", "export"])
-def test_a_causal_student_starts_from_a_bidirectional_one(kind, first, tiny, tmp_path):
+def test_a_causal_student_starts_from_a_bidirectional_one(kind, first_checkpoint, tiny, tmp_path):
     """The weights are the same; what is causal is how they are called."""
-    start = {"live": first, "export": first.parent / "student"}[kind]
+    start = {"live": first_checkpoint, "export": first_checkpoint.parent / "student"}[kind]
     config = tiny(
         "self_forcing",
         training={**STEP, "max_train_steps": 4, "optimizer": STILL},
@@ -79,28 +82,33 @@ def test_a_causal_student_starts_from_a_bidirectional_one(kind, first, tiny, tmp
     )
     assert main(["--config", str(config)]) == EXIT_OK
     actual = weights(tmp_path / "out" / "checkpoint-000004", "roles", "student")
-    expected = weights(first, "roles", "student")
+    expected = weights(first_checkpoint, "roles", "student")
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_a_run_that_goes_on_does_not_need_its_start_again(first, tiny, tmp_path):
-    start = {"student": {"init_from": {"path": str(first)}}}
+def test_a_run_that_goes_on_does_not_need_its_start_again(first_checkpoint, tiny, tmp_path):
+    start = {"student": {"init_from": {"path": str(first_checkpoint)}}}
     config = tiny("finetune", training=STEP, models=start,
                   checkpoint={"every_steps": None, "export": []})  # fmt: skip
     assert main(["--config", str(config)]) == EXIT_OK
-    shutil.rmtree(first.parent)
+    shutil.rmtree(first_checkpoint.parent)
     longer = config.read_text().replace("max_train_steps: 1", "max_train_steps: 2")
     config.write_text(longer)
     assert main(["--config", str(config)]) == EXIT_OK
 
 
-def test_what_cannot_be_started_from_is_a_fault_of_the_file(first, tiny, tmp_path, capsys):
+def test_what_cannot_be_started_from_is_a_fault_of_the_file(
+    first_checkpoint, tiny, tmp_path, capsys
+):
     cases = {
-        "first.parent": ({"path": str(first.parent)}, "checkpoint-000002"),
+        "first.parent": ({"path": str(first_checkpoint.parent)}, "checkpoint-000002"),
         "nowhere": ({"path": "./nowhere"}, "nowhere"),
-        "role": ({"path": str(first), "role": "critic"}, "student"),
-        "ema of a folder": ({"path": str(first.parent / "student"), "ema": True}, "init_from.ema"),
+        "role": ({"path": str(first_checkpoint), "role": "critic"}, "student"),
+        "ema of a folder": (
+            {"path": str(first_checkpoint.parent / "student"), "ema": True},
+            "init_from.ema",
+        ),
     }
     for start, word in cases.values():
         config = tiny("finetune", training=STEP, models={"student": {"init_from": start}})
@@ -108,13 +116,15 @@ def test_what_cannot_be_started_from_is_a_fault_of_the_file(first, tiny, tmp_pat
         assert word in capsys.readouterr().err
 
 
-def test_a_role_that_a_resumed_run_adds_starts_with_what_it_is_told(first, tiny, tmp_path):
+def test_a_role_that_a_resumed_run_adds_starts_with_what_it_is_told(
+    first_checkpoint, tiny, tmp_path
+):
     config = tiny(
         "dmd2",
         training={**STEP, "max_train_steps": 6, "optimizer": STILL},
         models={"critic": {"optimizer": None,
-                           "init_from": {"path": str(first), "role": "student"}}},
-        checkpoint={"every_steps": None, "export": [], "resume": str(first),
+                           "init_from": {"path": str(first_checkpoint), "role": "student"}}},
+        checkpoint={"every_steps": None, "export": [], "resume": str(first_checkpoint),
                     "changes": {"added": ["roles.critic", "optimizers.student"],
                                 "dropped": ["optimizers.student"]}},
         validation=None,
@@ -122,11 +132,13 @@ def test_a_role_that_a_resumed_run_adds_starts_with_what_it_is_told(first, tiny,
     )  # fmt: skip
     assert main(["--config", str(config)]) == EXIT_OK
     actual = weights(tmp_path / "out" / "checkpoint-000006", "roles", "critic")
-    expected = weights(first, "roles", "student")
+    expected = weights(first_checkpoint, "roles", "student")
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_a_start_that_would_be_called_or_merged_wrongly_is_refused(first, tiny, tmp_path, capsys):
+def test_a_start_that_would_be_called_or_merged_wrongly_is_refused(
+    first_checkpoint, tiny, tmp_path, capsys
+):
     def refusal(start: Path, **role) -> str:
         role = {"init_from": {"path": str(start)}, **role}
         config = tiny("finetune", training=STEP, models={"student": role},
@@ -135,8 +147,8 @@ def test_a_start_that_would_be_called_or_merged_wrongly_is_refused(first, tiny, 
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
-    exported = first.parent / "student"
-    for start in (first, exported):
+    exported = first_checkpoint.parent / "student"
+    for start in (first_checkpoint, exported):
         # Exports know the base by its path: they would merge adapters into other weights.
         assert "but the base of student's lora is" in refusal(start, lora={"rank": 2})
     file = exported / "transformer" / "config.json"
@@ -146,8 +158,8 @@ def test_a_start_that_would_be_called_or_merged_wrongly_is_refused(first, tiny, 
     numbers["attention_head_dim"] *= 2
     file.write_text(json.dumps(numbers))
     assert "num_attention_heads 2 instead of 4" in refusal(exported)
-    (first / "config.json").write_text("{")
-    assert "its config.json is missing or damaged" in refusal(first)
+    (first_checkpoint / "config.json").write_text("{")
+    assert "its config.json is missing or damaged" in refusal(first_checkpoint)
 
 
 def test_a_lora_run_saves_adapters_alone_and_goes_on_bit_for_bit(tiny, tmp_path):
@@ -182,13 +194,15 @@ def test_adapters_start_from_adapters_of_the_same_scale_alone(tiny, tmp_path, ca
         return main(["--config", str(config)])
 
     assert run("first", {"rank": 2, "alpha": 4}, None) == EXIT_OK
-    first = tmp_path / "first" / "checkpoint-000001"
-    assert run("second", {"rank": 2, "alpha": 4}, {"path": str(first)}, lr=1e-30) == EXIT_OK
+    first_checkpoint = tmp_path / "first" / "checkpoint-000001"
+    assert (
+        run("second", {"rank": 2, "alpha": 4}, {"path": str(first_checkpoint)}, lr=1e-30) == EXIT_OK
+    )
     actual = weights(tmp_path / "second" / "checkpoint-000001", "roles", "student")
-    expected = weights(first, "roles", "student")
+    expected = weights(first_checkpoint, "roles", "student")
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     for other in ({"rank": 2, "alpha": 2}, {"rank": 4, "alpha": 8}):
-        assert run("third", other, {"path": str(first)}) == EXIT_USAGE
+        assert run("third", other, {"path": str(first_checkpoint)}) == EXIT_USAGE
         assert "holds adapters of 'student' alone, of rank 2 and alpha / rank 2" in (
             capsys.readouterr().err
         )

@@ -136,7 +136,7 @@ def by_numpy(reference: np.ndarray, samples: np.ndarray, components: int) -> flo
 
 
 def smooth(count: int, *shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
-    """Clips whose pixels hang together, as those of real ones do."""
+    """Return clips whose neighbouring pixels are correlated, as in real ones."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, *shape, generator=generator)
     return scale * (noise + noise.cumsum(-1) + noise.cumsum(2)) + 0.3

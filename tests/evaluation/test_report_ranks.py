@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from ranks import run_on_ranks
-from validation_ranks import report
+from validation_ranks import run_report
 
 
 def numbers(folder: Path) -> dict[str, Any]:
-    """report.json without what a clock says."""
+    """Read report.json without times."""
     report = json.loads((folder / "report.json").read_text())
     for entry in report["entries"]:
         assert entry.pop("seconds_per_clip") > 0
@@ -37,8 +37,8 @@ def test_numbers_and_pictures_are_those_of_one_process(
     folders = [tmp_path / name for name in ("alone", "ranks")]
     for folder in folders:
         folder.mkdir()
-    alone = report(folders[0], prompts, sheet_prompts, chunk=64)
-    results = run_on_ranks(report, folders[1], prompts, sheet_prompts, 4, size=size)
+    alone = run_report(folders[0], prompts, sheet_prompts, chunk=64)
+    results = run_on_ranks(run_report, folders[1], prompts, sheet_prompts, 4, size=size)
     assert [rank["end"] for rank in (alone, *results)] == ["whole"] * (1 + size)
 
     expected, actual = (flat(numbers(folder)) for folder in folders)
@@ -67,12 +67,12 @@ def test_numbers_and_pictures_are_those_of_one_process(
 
 def test_a_stop_asked_of_one_rank_ends_the_report_of_all_at_the_same_call(tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
-    full = report(tmp_path / "alone", 5, 2, chunk=4)
+    full = run_report(tmp_path / "alone", 5, 2, chunk=4)
     assert full["polls"] > 60
     for number in (3, 40):  # during the run, at its end
         folder = tmp_path / f"ranks-{number}"
         folder.mkdir()
-        results = run_on_ranks(report, folder, 5, 2, 4, number)
+        results = run_on_ranks(run_report, folder, 5, 2, 4, number)
         assert [rank["polls"] for rank in results] == [number] * 2
         assert results[0]["calls"] == results[1]["calls"]
         assert len({rank["end"] for rank in results}) == 1
@@ -84,5 +84,5 @@ def test_a_stop_asked_of_one_rank_ends_the_report_of_all_at_the_same_call(tmp_pa
 def test_what_rank_0_cannot_write_fails_on_all(tmp_path: Path) -> None:
     (tmp_path / "report.json").mkdir()
     (tmp_path / "report.json" / "in the way").touch()
-    results = run_on_ranks(report, tmp_path, 2, 1, 4)
+    results = run_on_ranks(run_report, tmp_path, 2, 1, 4)
     assert all(rank["end"].startswith("RankError: rank 0: ") for rank in results), results

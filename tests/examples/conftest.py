@@ -10,7 +10,7 @@ from family_fixtures import sd3_folder as folders
 __all__ = ["folders", "installed", "sd3", "stock"]
 
 WITHOUT_T5 = ("text_encoder_3", "tokenizer_3")
-"""Components that from_pretrained wants to be told are None, though the folder's index says so."""
+"""Components that must be passed to from_pretrained as None, though the index has null."""
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from distill_train.build import build
 from distill_train.cli import main
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_run import alone
+from tiny_run import one_process
 
 HEIGHT, WIDTH, LENGTH = 32, 48, 8
 PROMPTS, NEGATIVE = ["a seven moving left", "a"], "moving"
@@ -130,7 +130,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def trained(values, tmp_path):
     """Run in this process; return its parts."""
-    run = build(read_config(write(values, tmp_path)), distribution=alone())
+    run = build(read_config(write(values, tmp_path)), distribution=one_process())
     run.trainer.run(run.method, run.loader)
     run.method.set_trainable("student", False)
     return run

@@ -1,6 +1,6 @@
 """The latents and pictures of StableDiffusion3Pipeline, computed step by step without it.
 
-This says how an adapter must call the models. On the CPU in fp32 every bit agrees.
+It shows how an adapter must call the models. On the CPU in fp32 every bit agrees.
 """
 
 from __future__ import annotations

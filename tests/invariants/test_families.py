@@ -75,7 +75,7 @@ class Calls:
 
 
 def copies(modules):
-    """What ``load_state_dict`` of each puts back."""
+    """Copy what ``load_state_dict`` of each role restores."""
     return {k: {n: t.clone() for n, t in m.state_dict().items()} for k, m in modules.items()}
 
 

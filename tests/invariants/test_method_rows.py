@@ -241,8 +241,7 @@ def assert_same_run(config: object, seed: int, cut: Cut, other: Cut) -> None:
 
 
 def exits_early(config: object) -> bool:
-    """Whether each micro step has an exit step or a length of its own, which decides about
-    calls."""
+    """Return whether each micro step draws an exit step or a length, which changes later calls."""
     if isinstance(config, SelfForcingConfig):
         return config.student_sampler.steps > 1 or config.rollout_frames is not None
     simulates = (

@@ -69,7 +69,7 @@ def test_4_guidance_of_one_is_conditional_and_of_zero_unconditional(wan, seed, b
 
 
 def sections(values, path=()):
-    """Every mapping in a run file whose keys are fixed."""
+    """Yield every mapping in a run file whose keys are fixed."""
     if isinstance(values, dict):
         free = path in ((), ("models",), ("callbacks",), ("validation", "views"))
         if not free and path[-1:] != ("entries",):
@@ -92,8 +92,8 @@ SECTIONS = sorted(sections(RUN))
 
 
 @functools.cache
-def accepted(section) -> set[str]:
-    """Keys that a section takes, from its own complaint about one that it does not."""
+def accepted_keys(section) -> set[str]:
+    """Return the keys that a section accepts, read from its error about an unknown one."""
     values = copy.deepcopy(RUN)
     target = values
     for part in section:
@@ -114,7 +114,7 @@ def test_14_an_unknown_key_anywhere_is_a_problem_that_names_it(tmp_path_factory,
     target = values
     for part in section:
         target = target[part]
-    assume(key not in accepted(section))
+    assume(key not in accepted_keys(section))
     target[key] = 1
     file = tmp_path_factory.mktemp("run") / "run.yaml"
     file.write_text(yaml.safe_dump(values))

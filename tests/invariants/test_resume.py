@@ -15,7 +15,7 @@ from distill_train.build import Run, build
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from random_runs import write_trajectories
-from tiny_run import alone
+from tiny_run import one_process
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 SAMPLER = {"steps": 2, "timesteps": [1000, 700], "stochastic": True}
@@ -124,7 +124,7 @@ class Case:
         folder.mkdir(exist_ok=True)
         file = folder / "run.yaml"
         file.write_text(yaml.safe_dump(self.run_file(folder, steps)))
-        run = build(read_config(file), distribution=alone())
+        run = build(read_config(file), distribution=one_process())
         result = run.trainer.run(run.method, run.loader)
         assert result.iteration == steps
         return run

@@ -39,7 +39,7 @@ def clips(path: Path, *shapes: ClipShape, scene_cuts=None, segment=None, **cut) 
 
 
 def corners(frame: np.ndarray) -> list[tuple[int, ...]]:
-    """The colours of the four quarters: top left, top right, bottom left, bottom right."""
+    """Return the colours of the four quarters: top left, top right, bottom left, bottom right."""
     height, width = frame.shape[:2]
     places = [(1, 1), (1, 3), (3, 1), (3, 3)]
     return [tuple(map(int, frame[height * r // 4, width * c // 4])) for r, c in places]
@@ -212,7 +212,7 @@ def test_members_of_a_tar_are_read_in_place(tmp_path):
     assert frame_numbers(clip.frames) == [0, 1, 2, 3, 4]
 
 
-# -- what is refused, and what is said ------------------------------------------------------------
+# -- refused files and their messages ------------------------------------------------------------
 
 
 def truncated(path: Path, share: float) -> Path:
@@ -262,7 +262,7 @@ BAD = {
 
 
 def cut_off(path: Path) -> Path:
-    """An MP4 whose index comes first: cut short it opens, and ends early."""
+    """Write an MP4 whose index comes first, and cut it short: it opens, and ends early."""
     import av
 
     whole = write_video(path.with_name("whole.mkv"), moving_frames(48))

@@ -1,4 +1,4 @@
-"""What every kind of source gives, and what is said of those that are wrong."""
+"""Items of every kind of source, and the errors of wrong ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every rule of every option: what is refused and what the message says."""
+"""Every rule of every option: refused values and their messages."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_a_pair_against_an_independent_formula(loss: str, skip: int):
 
 
 def test_at_the_end_of_the_grid_the_target_is_the_teachers_own_point():
-    """f(x, 0) = x whatever the student says there: also where it says something enormous."""
+    """f(x, 0) = x whatever the student predicts there, also for enormous values."""
     method = discrete(steps=2, skip=2)
     student, _ = nets(method)
     batch = toy_batch(4)
@@ -167,7 +167,7 @@ def test_one_call_comes_to_give_what_the_trajectory_ends_at(options):
 
 
 class Routed(ToyAdapter):
-    """Roles of two experts, one network here, that say so when a call is on both sides."""
+    """Roles of two experts, one network here, which raise if a call is on both sides."""
 
     @property
     def experts(self):

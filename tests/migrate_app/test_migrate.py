@@ -1,4 +1,4 @@
-"""A foreign file through the app, and what it says to write next."""
+"""A foreign file through the app, and the run file that it suggests."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ EXPERTS = ("transformer", "transformer_2")
 
 
 class Turns(DistillMethod[None]):
-    """Iteration i trains the expert that ``order`` says; both stand in ``get_optimizers``."""
+    """Train in iteration i the expert ``order[i]``; both are in ``get_optimizers``."""
 
     def __init__(self, bundle, order):
         super().__init__(bundle, None)

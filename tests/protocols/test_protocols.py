@@ -154,7 +154,7 @@ def handle(name: str, *, trainable: bool, precision: str = "fp32") -> RoleHandle
 
 
 class Turns(DistillMethod[None]):
-    """Steps the roles that a table says; loss is the sum of all weights of the turn."""
+    """A method that steps the roles of a table; its loss is the sum of the turn's weights."""
 
     required_roles = ("student", "critic")
     frozen_roles = ("teacher",)

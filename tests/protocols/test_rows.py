@@ -26,8 +26,8 @@ class Cut(NamedTuple):
 cuts = st.builds(Cut, ranks=st.integers(1, 4), batch=st.integers(1, 4))
 
 
-def drawn(streams: list[RandomStreams], cut: Cut, micro_steps: int, *, purpose: str = "t"):
-    """By place, in the order of the data: what the ranks of ``cut`` drew in further micro steps."""
+def draw_rows(streams: list[RandomStreams], cut: Cut, micro_steps: int, *, purpose: str = "t"):
+    """Return what the ranks of ``cut`` draw in further micro steps, in the order of the data."""
     rows: list[torch.Tensor] = []
     for _ in range(micro_steps):
         rows += [torch.empty(0)] * cut.ranks * cut.batch
@@ -62,8 +62,8 @@ def test_a_row_is_a_generator_of_its_own(seed, purpose, rows, shape):
 @given(seeds, cuts, st.integers(1, 3))
 def test_any_cut_of_the_samples_draws_the_same(seed: int, cut: Cut, micro_steps: int):
     full = Cut(ranks=1, batch=cut.ranks * cut.batch * micro_steps)
-    expected = drawn(ranks_of(seed, full), full, 1)
-    actual = drawn(ranks_of(seed, cut), cut, micro_steps)
+    expected = draw_rows(ranks_of(seed, full), full, 1)
+    actual = draw_rows(ranks_of(seed, cut), cut, micro_steps)
     assert all(map(torch.equal, actual, expected))
     assert len({tuple(row.tolist()) for row in actual}) == len(actual)
 
@@ -74,25 +74,25 @@ def test_another_number_of_ranks_goes_on_with_the_same_numbers(seed, cut, other,
     straight = RandomStreams(seed)
     count = before * cut.ranks * cut.batch
     straight.rows("t", count)
-    expected = drawn([straight], Cut(1, other.ranks * other.batch), 1)
+    expected = draw_rows([straight], Cut(1, other.ranks * other.batch), 1)
     first, second = ranks_of(seed, cut), ranks_of(seed, other)
-    drawn(first, cut, before)
+    draw_rows(first, cut, before)
     for own in second:
-        drawn([own], Cut(1, 3), 2)  # what it drew before it was loaded is nothing
+        draw_rows([own], Cut(1, 3), 2)  # what it drew before it was loaded is nothing
         own.load_state_dict(first[-1].state_dict(), shared_only=seen)
-    actual = drawn(second, other, 1)
+    actual = draw_rows(second, other, 1)
     assert all(map(torch.equal, actual, expected))
 
 
 @given(seeds, cuts)
 def test_purposes_count_their_rows_apart_and_leave_generators_alone(seed: int, cut: Cut):
     one, both = RandomStreams(seed), RandomStreams(seed)
-    drawn([both], cut._replace(ranks=1), 2, purpose="other")
+    draw_rows([both], cut._replace(ranks=1), 2, purpose="other")
     state = both.get("t").get_state()
     assert torch.equal(one.rows("t", 2).normal(), both.rows("t", 2).normal())
     assert torch.equal(both.get("t").get_state(), state)
     before = torch.get_rng_state()
-    drawn([both], cut._replace(ranks=1), 1)
+    draw_rows([both], cut._replace(ranks=1), 1)
     assert torch.equal(torch.get_rng_state(), before)
 
 

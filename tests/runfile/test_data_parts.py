@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 @pytest.fixture
 def wan(tmp_path, values) -> Path:
-    """A copy of the shipped models, which the run takes."""
+    """Copy the shipped models for the run."""
     folder = Path(shutil.copytree(TINY / "wan", tmp_path / "wan"))
     for role in values["models"].values():
         role["path"] = str(folder)
@@ -26,7 +26,7 @@ def wan(tmp_path, values) -> Path:
 
 @pytest.fixture
 def data(tmp_path, values) -> Path:
-    """A copy of the shipped data set, which the run takes."""
+    """Copy the shipped data set for the run."""
     folder = Path(shutil.copytree(TINY / "data", tmp_path / "data"))
     values["data"]["path"] = str(folder)
     return folder

@@ -19,7 +19,7 @@ Values = dict[str, Any]
 
 @pytest.fixture(name="gan")
 def _gan(values: Values) -> Values:
-    """The right run file, with a discriminator on the teacher."""
+    """Return the right run file with a discriminator on the teacher."""
     values["models"]["discriminator"] = {"heads": {"on": "teacher", "blocks": [1, 3], "width": 8}}
     values["method_config"] |= {"gan": {}, "generator_update_interval": 2}
     values["training"] |= {"max_train_steps": 2, "progress": False, "trackers": []}
@@ -28,8 +28,8 @@ def _gan(values: Values) -> Values:
     return values
 
 
-def problem(path: Path) -> str:
-    """The only one."""
+def only_problem(path: Path) -> str:
+    """Return the only problem of the run file."""
     with pytest.raises(ConfigError) as excinfo:
         read_config(path)
     (reported,) = excinfo.value.problems
@@ -100,7 +100,7 @@ def test_a_discriminator_that_cannot_be_is_answered(gan, write, role, changes, e
             gan["models"][role].pop(key)
         else:
             gan["models"][role][key] = value
-    reported = problem(write(gan))
+    reported = only_problem(write(gan))
     assert expected in reported, reported
     line = int(reported.split(":")[1])
     text = write(gan).read_text().splitlines()[line - 1]
@@ -110,7 +110,7 @@ def test_a_discriminator_that_cannot_be_is_answered(gan, write, role, changes, e
 
 def test_rules_between_gan_and_discriminator(gan, write):
     gan["method_config"]["gan"] = {"train_features": True}
-    assert "'teacher' is not what dmd2 takes features of" in problem(write(gan))
+    assert "'teacher' is not what dmd2 takes features of" in only_problem(write(gan))
     gan["models"]["discriminator"]["heads"]["on"] = "critic"
     assert read_config(write(gan)).roles
     del gan["method_config"]["gan"]
@@ -118,12 +118,12 @@ def test_rules_between_gan_and_discriminator(gan, write):
         read_config(write(gan))
     gan["method_config"]["f_divergence"] = "js"
     del gan["models"]["discriminator"]
-    assert "method_config.f_divergence: js weights each sample" in problem(write(gan))
+    assert "method_config.f_divergence: js weights each sample" in only_problem(write(gan))
 
 
 def test_a_causal_role_gives_no_features(gan, write):
     gan["pipeline_config"]["causal"] = {"roles": ["teacher"], "chunk_frames": 1}
-    reported = problem(write(gan))
+    reported = only_problem(write(gan))
     assert "models.discriminator.heads.on: 'teacher' is causal" in reported
 
 
@@ -138,7 +138,7 @@ def test_a_causal_role_gives_no_features(gan, write):
     ],
 )  # fmt: skip
 def test_a_discriminator_is_neither_exported_nor_looked_at(gan, write, section, expected):
-    assert expected in problem(write(gan | section))
+    assert expected in only_problem(write(gan | section))
 
 
 def test_another_runs_discriminator_to_start_from(gan, write, tmp_path):
@@ -151,19 +151,19 @@ def test_another_runs_discriminator_to_start_from(gan, write, tmp_path):
 
     gan["training"]["output_dir"] = str(tmp_path / "third")  # nothing there to go on from
     role["heads"]["width"] = 16
-    reported = problem(write(gan))
+    reported = only_problem(write(gan))
     assert "holds discriminator as heads on blocks 1, 3 of width 8" in reported
     assert "discriminator is heads on blocks 1, 3 of width 16" in reported
     role["heads"]["width"] = 8
     role["init_from"] = {"path": str(checkpoint), "role": "critic"}
-    assert "holds critic as a model, and discriminator is heads" in problem(write(gan))
+    assert "holds critic as a model, and discriminator is heads" in only_problem(write(gan))
     role["init_from"] = {"path": str(TINY / "wan")}
-    assert "must be a checkpoint folder" in problem(write(gan))
+    assert "must be a checkpoint folder" in only_problem(write(gan))
     del role["init_from"]
     gan["models"]["critic"]["init_from"] = {"path": str(checkpoint), "role": "discriminator"}
     assert (
         "holds discriminator as heads on blocks 1, 3 of width 8, and critic is a model"
-        in problem(write(gan))
+        in only_problem(write(gan))
     )
 
 

@@ -1,4 +1,4 @@
-"""What an export will not do as the run does, said before anything is trained."""
+"""Warnings, before training, of what an export will not do as the run does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILES = [f for f in sorted(CONFIGS.glob("*/*.yaml")) if not f.stem.startswith("t
 
 @pytest.fixture
 def two_experts(tmp_path: Path) -> Path:
-    """The shipped pipeline with its transformer twice."""
+    """Write the shipped pipeline with its transformer twice."""
     folder, shipped = tmp_path / "two", CONFIGS / "tiny" / "wan"
     folder.mkdir()
     for part in shipped.iterdir():

@@ -29,7 +29,7 @@ WAN_14B = ROOT / "configs" / "wan" / "dmd2_14b.yaml"
 
 @pytest.fixture
 def mixed(values):
-    """A trained role, a frozen one in 16 bits, and one that trains adapters."""
+    """Return a trained role, a frozen one in 16 bits, and one that trains adapters."""
     values["models"]["teacher"]["precision"] = "bf16"
     values["models"]["critic"] |= {"lora": {"rank": 4}}
     # One set of roles a turn, so that one DDP a role is what a run has.
@@ -192,8 +192,8 @@ def test_turns(values, write):
 # -- what would help ------------------------------------------------------------------------------
 
 
-def with_line(values: dict[str, Any], line: str) -> dict[str, Any]:
-    """``values`` with one suggested line written into it, as a user would."""
+def add_line(values: dict[str, Any], line: str) -> dict[str, Any]:
+    """Write a suggested line into ``values``, as a user would."""
     changed = copy.deepcopy(values)
     where, _, text = line.partition(": ")
     replaces = text.endswith(", in place of path")
@@ -221,7 +221,7 @@ def test_each_suggestion_saves_what_it_says(values, write):
                  "base: teacher"):  # fmt: skip
         assert kind in kinds
     for suggestion in suggested:
-        changed = with_line(values, suggestion.line)
+        changed = add_line(values, suggestion.line)
         assert before - planned(changed, write).peak == suggestion.saves > 0, suggestion.line
 
 
@@ -239,7 +239,7 @@ def test_the_fewest_lines_that_fit(values, write, share_of_peak):
     def peak(lines) -> int:
         changed = values
         for line in lines:
-            changed = with_line(changed, line)
+            changed = add_line(changed, line)
         try:
             return planned(changed, write).peak
         except ConfigError:  # some lines are only allowed beside others

@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 @pytest.fixture
 def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The shipped files of the tiny causal chain, in a place where nothing was run yet."""
+    """Copy the files of the tiny causal chain to a folder where nothing was run yet."""
     folder = tmp_path / "configs" / "tiny"
     folder.mkdir(parents=True)
     for shared in ("wan", "data", "judge"):

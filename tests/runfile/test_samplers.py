@@ -15,8 +15,8 @@ TOKENS = 16
 
 
 @pytest.fixture
-def counted(monkeypatch) -> list[str]:
-    """The family tells tokens; the folders that it was asked for."""
+def count_tokens(monkeypatch) -> list[str]:
+    """Let the family count tokens; return the folders that it was asked for."""
     sources: list[str] = []
 
     def tokens(self: WanFamily, config: object, *, source: str) -> int:
@@ -38,7 +38,7 @@ def dynamic(values) -> SamplerSpec:
     return SamplerSpec(steps=4, shift=DynamicShift(**RULE)).resolved(TOKENS)
 
 
-def test_every_sampler_of_a_file_is_resolved(values, write, counted, tmp_path):
+def test_every_sampler_of_a_file_is_resolved(values, write, count_tokens, tmp_path):
     expected = dynamic(values)
     config = read_config(write(values))
     assert config.method.student_sampler is not None
@@ -48,7 +48,7 @@ def test_every_sampler_of_a_file_is_resolved(values, write, counted, tmp_path):
     written = config.resolved["validation"]["views"]["teacher"]["sampler"]
     assert written["shift"] == 1.0
     assert tuple(written["timesteps"]) == expected.timesteps
-    assert set(counted) == {config.source}
+    assert set(count_tokens) == {config.source}
 
 
 def test_a_family_that_cannot_tell_tokens(values, write, monkeypatch):
@@ -72,7 +72,7 @@ def test_where_the_family_is_wrong_the_shift_is_no_second_problem(values, write)
     assert "pipeline_config.num_frames" in problem
 
 
-def test_a_wrong_rule_is_answered_with_its_own_problem(values, write, counted):
+def test_a_wrong_rule_is_answered_with_its_own_problem(values, write, count_tokens):
     dynamic(values)
     values["method_config"]["student_sampler"]["shift"] = RULE | {"max_tokens": 5}
     with pytest.raises(ConfigError) as excinfo:
@@ -81,7 +81,7 @@ def test_a_wrong_rule_is_answered_with_its_own_problem(values, write, counted):
     assert "method_config.student_sampler.shift.max_tokens: 5 must be above base_tokens" in problem
 
 
-def test_a_solver_is_known_and_resolved(values, write, counted):
+def test_a_solver_is_known_and_resolved(values, write, count_tokens):
     dynamic(values)
     values["validation"]["views"]["teacher"]["sampler"]["solver"] = "unipc"
     config = read_config(write(values))

@@ -154,8 +154,8 @@ def report(**changes: Any) -> Callable[[Values], None]:
     return put("callbacks", "report", value=right | changes)
 
 
-def beside(base: str, **keys: Any) -> Callable[[Values], None]:
-    """The student as a LoRA beside ``base``, with ``keys`` laid over it."""
+def lora_beside(base: str, **keys: Any) -> Callable[[Values], None]:
+    """Return the student as a LoRA beside ``base``, with ``keys`` added."""
     role = {"base": base, "lora": {"rank": 2}} | keys
     return put("models", "student", value={k: v for k, v in role.items() if v is not None})
 
@@ -182,14 +182,14 @@ def together(*spoil: Callable[[Values], None]) -> Callable[[Values], None]:
 
 
 SPOILT = {
-    "base that is no role": (beside("tacher"), "models.student.base: 'tacher' must be another role of this file (there are: teacher, critic)"),
-    "base of itself": (beside("student"), "models.student.base: 'student' must be another role"),
-    "base without lora": (beside("teacher", lora=None), "models.student.base: a role beside another's weights needs lora"),
-    "base and a path": (beside("teacher", path="./x"), "models.student.path: with base: teacher it is that role's"),
-    "base and a precision": (beside("teacher", precision="bf16"), "models.student.precision: with base: teacher it is that role's"),
-    "base that learns": (beside("critic"), "models.student.base: 'critic' is trained, so its weights would move under the adapters"),
+    "base that is no role": (lora_beside("tacher"), "models.student.base: 'tacher' must be another role of this file (there are: teacher, critic)"),
+    "base of itself": (lora_beside("student"), "models.student.base: 'student' must be another role"),
+    "base without lora": (lora_beside("teacher", lora=None), "models.student.base: a role beside another's weights needs lora"),
+    "base and a path": (lora_beside("teacher", path="./x"), "models.student.path: with base: teacher it is that role's"),
+    "base and a precision": (lora_beside("teacher", precision="bf16"), "models.student.precision: with base: teacher it is that role's"),
+    "base that learns": (lora_beside("critic"), "models.student.base: 'critic' is trained, so its weights would move under the adapters"),
     "base that starts elsewhere": (
-        together(beside("teacher"), put("models", "teacher", "init_from", value={"path": "./x"})),
+        together(lora_beside("teacher"), put("models", "teacher", "init_from", value={"path": "./x"})),
         "models.student.base: 'teacher' starts from",
     ),
     "offload of a role that learns": (put("models", "student", "offload", value=True), "models.student.offload: true, but 'student' is trained"),
@@ -201,7 +201,7 @@ SPOILT = {
         "models.teacher.offload: true, but 'teacher' is sharded",
     ),
     "offload under others": (
-        together(beside("teacher"), put("models", "teacher", "offload", value=True)),
+        together(lora_beside("teacher"), put("models", "teacher", "offload", value=True)),
         "models.teacher.offload: true, but student uses the same weights",
     ),
     "unknown key of a policy": (put("models", "teacher", "fsdp", value={"shards": True}), "models.teacher.fsdp.shards: unknown key; did you mean 'shard'?"),
@@ -535,8 +535,8 @@ def test_the_resolved_config_can_be_run_again_from_anywhere(values, write, tmp_p
     assert Path(resolved["models"]["teacher"]["path"]).is_absolute()
 
 
-def planned(values: Values, write: Callable[..., Path], model: str) -> tuple[str, ...]:
-    """Problems of a dry run of ``values`` on a published model."""
+def plan_problems(values: Values, write: Callable[..., Path], model: str) -> tuple[str, ...]:
+    """Return the problems of a dry run of ``values`` on a published model."""
     for role in values["models"].values():
         role["path"] = model
     values["pipeline_config"] = {"num_frames": 81, "height": 480, "width": 832}
@@ -556,20 +556,20 @@ def validation_of_the_teacher(**sampler: Any) -> Values:
 
 def test_two_guidances_are_for_two_experts(values, write):
     values["validation"] = validation_of_the_teacher(guidance_2=2.0)
-    assert planned(copy.deepcopy(values), write, "Wan-AI/Wan2.2-T2V-A14B-Diffusers") == ()
-    (problem,) = planned(values, write, "Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    assert plan_problems(copy.deepcopy(values), write, "Wan-AI/Wan2.2-T2V-A14B-Diffusers") == ()
+    (problem,) = plan_problems(values, write, "Wan-AI/Wan2.1-T2V-14B-Diffusers")
     assert "validation.views.a.sampler.guidance_2: 2 is of a second expert" in problem
 
 
 def test_prompts_alone_sample_no_image_to_video_model(values, write):
     model = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
-    assert planned(copy.deepcopy(values), write, model) == ()
+    assert plan_problems(copy.deepcopy(values), write, model) == ()
     values["validation"] = validation_of_the_teacher()
-    (problem,) = planned(values, write, model)
+    (problem,) = plan_problems(values, write, model)
     assert "validation.views.a.role: 'teacher' is an image-to-video model" in problem
     # TI2V takes a first frame or none.
     values["pipeline_config"] = {}
-    assert planned(values, write, "Wan-AI/Wan2.2-TI2V-5B-Diffusers") == ()
+    assert plan_problems(values, write, "Wan-AI/Wan2.2-TI2V-5B-Diffusers") == ()
 
 
 def test_an_export_may_not_take_the_place_of_something_else(values, write, tmp_path):

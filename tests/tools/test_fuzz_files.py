@@ -1,4 +1,4 @@
-"""Every kind of file that is read, mutated: an error of the framework or the file as it says.
+"""Every kind of file that is read, mutated: an error of the framework, or the right content.
 
 A mutation of each kind here, and 2,000 of all before a release: `uv run pytest -m slow` here, or
 `uv run tools/fuzz_files --mutations 2000` with another `--seed`.

@@ -56,7 +56,7 @@ def git(root: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A committed workspace: tiny-trainer needs tiny-protocols, which has something to release."""
+    """Commit a workspace: tiny-trainer needs tiny-protocols, which has something to release."""
     for name in (
         "GIT_AUTHOR_NAME",
         "GIT_COMMITTER_NAME",

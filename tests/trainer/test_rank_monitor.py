@@ -1,4 +1,4 @@
-"""Ranks that fail, die, stop, or go their own way: all others end, and say whose problem it was."""
+"""Ranks that fail, die, stop or diverge: all others end and name the rank."""
 
 from __future__ import annotations
 

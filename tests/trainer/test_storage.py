@@ -1,4 +1,4 @@
-"""A disk that is full, or a folder that is gone: one error that says where, and nothing half."""
+"""A full disk, or a folder that is gone: one error that names the file, and no partial output."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from toy_trainer import (
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
+    """Mount a file system of 1 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]

@@ -40,7 +40,7 @@ TIMES = (1000.0, 700.0)
 
 
 def request(output_dir: Path) -> dict[str, Any]:
-    """trajectories.yaml with absolute paths, few clips, and shards that take half a second."""
+    """Return trajectories.yaml with absolute paths, few clips and shards of half a second."""
     values = yaml.safe_load((TINY / "trajectories.yaml").read_text())
     values["models"]["teacher"]["path"] = str(TINY / "wan")
     values["data"]["path"] = str(TINY / "data")
@@ -70,21 +70,21 @@ def _threads():
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    """A data set made at one go."""
+def dataset_folder(tmp_path_factory) -> Path:
+    """Make a data set without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     assert main(["--config", str(written(folder, request(folder / "data")))]) == EXIT_OK
     return folder / "data"
 
 
-def test_ways_begin_at_noise_and_end_at_the_samplers_clip_bit_for_bit(made):
+def test_ways_begin_at_noise_and_end_at_the_samplers_clip_bit_for_bit(dataset_folder):
     torch.set_num_threads(1)
     pipeline = WanPipelineConfig(**PIPELINE)
     spec = RoleSpec(name="teacher", path=str(TINY / "wan"), trainable=False)
     bundle = PLUGIN.load([spec], pipeline, device=torch.device("cpu"))
     adapter = PLUGIN.adapter(bundle, pipeline, source=spec.path)
     source = LatentDataset(DataConfig(path=str(TINY / "data")))
-    dataset = LatentDataset(DataConfig(path=str(made), verify="full"), times=TIMES)
+    dataset = LatentDataset(DataConfig(path=str(dataset_folder), verify="full"), times=TIMES)
     assert len(dataset) == 8
     full = dataset.read(torch.arange(8))
     assert full.ids[3] == "digit-00003.0"
@@ -107,7 +107,9 @@ def test_ways_begin_at_noise_and_end_at_the_samplers_clip_bit_for_bit(made):
     assert (full.trajectory[:, 1] - full.trajectory[:, 0]).abs().mean() > 0.1
 
 
-def test_a_killed_process_goes_on_and_the_end_is_the_same_byte_for_byte(made, tmp_path, capsys):
+def test_a_killed_process_goes_on_and_the_end_is_the_same_byte_for_byte(
+    dataset_folder, tmp_path, capsys
+):
     config = written(tmp_path, request(tmp_path / "data"))
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "apps" / "trajectories"), "--config", str(config)],
@@ -130,10 +132,10 @@ def test_a_killed_process_goes_on_and_the_end_is_the_same_byte_for_byte(made, tm
     capsys.readouterr()
     assert main(["--config", str(config)]) == EXIT_OK
     assert first.stat().st_mtime_ns == kept
-    assert contents(tmp_path / "data") == contents(made)
+    assert contents(tmp_path / "data") == contents(dataset_folder)
 
 
-def test_a_stop_on_request_keeps_whole_shards(made, tmp_path, monkeypatch, capsys):
+def test_a_stop_on_request_keeps_whole_shards(dataset_folder, tmp_path, monkeypatch, capsys):
     config = written(tmp_path, request(tmp_path / "data"))
     add, calls = Teacher.add, []
 
@@ -148,17 +150,17 @@ def test_a_stop_on_request_keeps_whole_shards(made, tmp_path, monkeypatch, capsy
     assert "2 whole shard(s)" in capsys.readouterr().out
     assert main(["--config", str(config)]) == EXIT_OK
     assert len(calls) == 5  # two, the one that was left, and the rest
-    assert contents(tmp_path / "data") == contents(made)
+    assert contents(tmp_path / "data") == contents(dataset_folder)
 
 
-def test_processes_share_the_shards(made, tmp_path, monkeypatch):
+def test_processes_share_the_shards(dataset_folder, tmp_path, monkeypatch):
     config = written(tmp_path, request(tmp_path / "data"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         assert not (tmp_path / "data" / "index.json").exists()
         assert main(["--config", str(config)]) == EXIT_OK
-    assert contents(tmp_path / "data") == contents(made)
+    assert contents(tmp_path / "data") == contents(dataset_folder)
 
 
 def test_a_second_start_in_the_same_folder_is_refused(tmp_path, capsys):
@@ -169,9 +171,11 @@ def test_a_second_start_in_the_same_folder_is_refused(tmp_path, capsys):
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_other_settings_are_refused_and_nothing_is_touched(made, tmp_path, capsys, caplog):
-    before = contents(made)
-    values = request(made)
+def test_other_settings_are_refused_and_nothing_is_touched(
+    dataset_folder, tmp_path, capsys, caplog
+):
+    before = contents(dataset_folder)
+    values = request(dataset_folder)
     values["trajectories"]["sampler"]["guidance"] = 2.0
     values["trajectories"]["seed"] = 3
     assert main(["--config", str(written(tmp_path, values))]) == EXIT_FAILED
@@ -179,9 +183,12 @@ def test_other_settings_are_refused_and_nothing_is_touched(made, tmp_path, capsy
     assert "sampler.guidance was 1.5 and is 2.0" in error
     assert "seed was 0 and is 3" in error
     assert "name a new folder" in error
-    assert main(["--config", str(written(tmp_path, request(made))), "--limit", "3"]) == EXIT_OK
+    assert (
+        main(["--config", str(written(tmp_path, request(dataset_folder))), "--limit", "3"])
+        == EXIT_OK
+    )
     assert "nothing to do" in caplog.text
-    assert contents(made) == before
+    assert contents(dataset_folder) == before
 
 
 def test_a_plan_makes_nothing(tmp_path, capsys):
@@ -217,7 +224,7 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a learner": (put("models", "teacher", "trainable", value=True), "teacher.trainable: true"),
     "no such model": (put("models", "teacher", "path", value="/nowhere"), "models.teacher.path: "),
     "no such data": (put("data", "path", value="/nowhere"), "data.path: /nowhere: no such folder"),
-    "a solver whose states say nothing alone": (
+    "a multistep solver": (
         own("sampler", {"steps": 4, "solver": "unipc"}), "sampler: solver unipc corrects",
     ),
     "a stochastic sampler": (
@@ -280,13 +287,13 @@ def kd_run(tmp_path: Path, name: str, data: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["kd", "kd_causal"])
-def test_the_tiny_kd_run_files_run(name, made, tmp_path):
-    file = written(tmp_path, kd_run(tmp_path, name, made), "run.yaml")
+def test_the_tiny_kd_run_files_run(name, dataset_folder, tmp_path):
+    file = written(tmp_path, kd_run(tmp_path, name, dataset_folder), "run.yaml")
     assert train(["--config", str(file)]) == EXIT_OK
     assert (tmp_path / "out" / "student" / "transformer").is_dir()
 
 
-def test_kd_without_its_trajectories_is_told_before_anything_is_read(made, tmp_path):
+def test_kd_without_its_trajectories_is_told_before_anything_is_read(dataset_folder, tmp_path):
     run = kd_run(tmp_path, "kd", TINY / "data")
     with pytest.raises(ConfigError) as excinfo:
         read_config(written(tmp_path, run, "run.yaml"))
@@ -294,7 +301,7 @@ def test_kd_without_its_trajectories_is_told_before_anything_is_read(made, tmp_p
     assert "data.path: " in problem
     assert "no trajectories" in problem
     assert "apps/trajectories" in problem
-    run = kd_run(tmp_path, "kd", made)
+    run = kd_run(tmp_path, "kd", dataset_folder)
     run["method_config"]["student_sampler"] = {"steps": 2, "shift": 3.0, "stochastic": True}
     with pytest.raises(ConfigError) as excinfo:
         read_config(written(tmp_path, run, "run.yaml"))

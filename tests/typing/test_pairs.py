@@ -19,7 +19,7 @@ MARK = "# expect-error"
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, dict[int, str]]:
-    """Messages by file name and line."""
+    """Return messages by file name and line."""
     checker = Path(sys.executable).parent / "basedpyright"
     command = [str(checker), "--pythonpath", sys.executable, "--outputjson"]
     result = subprocess.run(

@@ -259,7 +259,7 @@ def high_water() -> float:
 
 
 def memory_of(folder: Path, parameters: int, steps: int, resume: str) -> None:
-    """In a process of its own: train ``steps``, and say what it took."""
+    """Train ``steps`` in a process of its own and print the peak memory."""
     torch.set_num_threads(1)
     watch = Memory()
     watch.start()

@@ -42,11 +42,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.case:
-        print(json.dumps(measured(given.folder, *CASES[given.case])))
+        print(json.dumps(measure(given.folder, *CASES[given.case])))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        facts = built(folder, given.layers)
+        facts = build_folders(folder, given.layers)
         print(
             f"role: {facts['parameters'] / 1e6:.0f}M parameters, {facts['bytes'] / 1e9:.2f} GB, "
             f"largest tensor {facts['largest'] / 1e6:.0f} MB"
@@ -62,8 +62,8 @@ def main() -> None:
             )
 
 
-def built(folder: Path, layers: int) -> dict[str, int]:
-    """``base`` and ``role``, pipeline folders, and ``adapters.safetensors``."""
+def build_folders(folder: Path, layers: int) -> dict[str, int]:
+    """Write ``base`` and ``role``, pipeline folders, and ``adapters.safetensors``."""
     import torch
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
     from distill_adapters_wan import PUBLISHED, WAN
@@ -105,8 +105,8 @@ def built(folder: Path, layers: int) -> dict[str, int]:
     }
 
 
-def measured(folder: Path, kind: str, request: dict[str, object]) -> dict[str, float]:
-    """One export in this process: seconds, and bytes above what was there before it."""
+def measure(folder: Path, kind: str, request: dict[str, object]) -> dict[str, float]:
+    """Export in this process; return seconds, and bytes above those before it."""
     import distill_diffusers.export.verification  # noqa: F401 - everything, so that imports do not count
     from distill_adapters_wan import PLUGIN, WanPipelineConfig
     from distill_diffusers.weights.sources import FileWeights
@@ -137,7 +137,7 @@ def measured(folder: Path, kind: str, request: dict[str, object]) -> dict[str, f
 
 
 def status(key: str) -> int:
-    """A line of /proc/self/status in bytes."""
+    """Return a line of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024

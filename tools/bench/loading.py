@@ -28,7 +28,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from export import Anonymous, built, status
+from export import Anonymous, build_folders, status
 
 RANK = 32
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -57,18 +57,18 @@ def main() -> None:
     given = parser.parse_args()
     CONTEXT.set_forkserver_preload(["distill_diffusers.roles.loading", "torch._dynamo", "export"])
     with tempfile.TemporaryDirectory() as name:
-        facts = built(Path(name), given.layers)
+        facts = build_folders(Path(name), given.layers)
         print(f"{facts['parameters'] / 1e6:.0f}M parameters, {facts['bytes'] / 1e9:.2f} GB in fp32")
         for size in (1, 2):
             rounds = [
-                {case: processes(Path(name), case, size) for case in CASES}
+                {case: run_processes(Path(name), case, size) for case in CASES}
                 for _ in range(given.rounds)
             ]
             report(rounds, size, facts["bytes"])
 
 
-def processes(folder: Path, case: str, size: int) -> list[dict[str, float]]:
-    """One load on each rank, in processes forked from one that has imported everything."""
+def run_processes(folder: Path, case: str, size: int) -> list[dict[str, float]]:
+    """Load on each rank, in processes forked from one that has imported everything."""
     store = folder / "store"
     store.unlink(missing_ok=True)
     started = []
@@ -91,7 +91,7 @@ def process(pipe: Any, folder: Path, case: str, rank: int, size: int) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
     distributed.init_process_group("gloo", store, rank=rank, world_size=size)
-    pipe.send(measured(folder, case, size))
+    pipe.send(measure(folder, case, size))
     distributed.barrier()
 
 
@@ -126,8 +126,8 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def measured(folder: Path, case: str, size: int) -> dict[str, float]:
-    """One load in this process: seconds, and bytes above what was there before it."""
+def measure(folder: Path, case: str, size: int) -> dict[str, float]:
+    """Load in this process; return seconds, and bytes above those before it."""
     import time
 
     import torch

@@ -6,7 +6,7 @@ A Wan transformer of random weights (200M parameters by default) is loaded as a 
 process, two of DDP and two of FSDP2, and is called, differentiated and stepped, with an average.
 Then the storages of weights, gradients, moments and average are added up and put beside the plan,
 and the growth of the process beside their sum. Last, one call is watched: what it holds for its
-backward pass beside what the plan says of it.
+backward pass beside the plan of it.
 """
 
 from __future__ import annotations
@@ -38,16 +38,18 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("weights", "gradients", "optimizer", "ema")
 
 
-def held(
+def measure_role(
     config: RunConfig, role: str, at_the_end: Callable[[], int] = lambda: 0
 ) -> tuple[dict[str, int], int]:
-    """Bytes by part that ``role`` holds on this process after a step, by ``config``'s strategy;
-    and what ``at_the_end`` says while it does."""
+    """Measure bytes that ``role`` holds on this process after a step, by ``config``'s strategy.
+
+    Returns them by part, and the result of ``at_the_end`` while they are held.
+    """
     spec = config.roles[role].spec
     bundle = config.family_plugin.load([spec], config.pipeline, device=torch.device("cpu"))
     handle = bundle[role]
     module = handle.modules["transformer"]
-    called = spread(module, config, role)
+    called = distribute(module, config, role)
     optimizer = config.roles[role].optimizer
     averages: dict[str, Tensor] = {}
     if optimizer is not None:
@@ -67,8 +69,8 @@ def held(
     return found, at_the_end()
 
 
-def spread(module: nn.Module, config: RunConfig, role: str) -> nn.Module:
-    """What is to be called: ``module`` spread by torch's own means."""
+def distribute(module: nn.Module, config: RunConfig, role: str) -> nn.Module:
+    """Distribute ``module`` by torch's own means; return what is to be called."""
     strategy = config.training.distributed.strategy
     if strategy == "ddp" and config.roles[role].spec.trainable:
         return DistributedDataParallel(module, gradient_as_bucket_view=True)
@@ -82,7 +84,7 @@ def spread(module: nn.Module, config: RunConfig, role: str) -> nn.Module:
 
 
 def step(config: RunConfig, role: Any, called: nn.Module) -> None:
-    """One call, its backward pass and an optimizer step; gradients stay."""
+    """Run one call, its backward pass and an optimizer step; gradients stay."""
     x_t, t, text = inputs(config, role.name)
     with torch.set_grad_enabled(role.trainable), role.autocast():
         (v,) = called(hidden_states=x_t, timestep=t, encoder_hidden_states=text, return_dict=False)
@@ -108,7 +110,7 @@ def inputs(config: RunConfig, role: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def storages(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the memory behind ``tensors`` on this process, each storage once."""
+    """Count bytes of the memory behind ``tensors`` on this process, each storage once."""
     found = {}
     for tensor in tensors:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -117,8 +119,8 @@ def storages(tensors: Iterable[Tensor]) -> int:
     return sum(found.values())
 
 
-def planned(config: RunConfig, role: str, world_size: int, rank: int) -> dict[str, int]:
-    """What the plan says of the same."""
+def plan_bytes(config: RunConfig, role: str, world_size: int, rank: int) -> dict[str, int]:
+    """Return the planned bytes of the same."""
     memory = Planner(world_size=world_size).role(config, config.roles[role], rank)
     return asdict(memory.device)
 
@@ -139,7 +141,7 @@ def main() -> None:
 
 
 def run_file(folder: Path, width: int, layers: int) -> Path:
-    """A run of finetuning on a transformer of random weights beside the tiny pipeline's rest."""
+    """Write a finetuning run on a random transformer beside the tiny pipeline's components."""
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     tiny = ROOT / "configs" / "tiny" / "wan"
@@ -168,7 +170,7 @@ def run_file(folder: Path, width: int, layers: int) -> Path:
 
 
 def with_strategy(config: RunConfig, strategy: str) -> RunConfig:
-    """The same run, spread so."""
+    """Return the same run with another strategy."""
     distributed = evolve(config.training.distributed, strategy=strategy)
     return evolve(config, training=evolve(config.training, distributed=distributed))
 
@@ -176,12 +178,12 @@ def with_strategy(config: RunConfig, strategy: str) -> RunConfig:
 def _process(rank: int, size: int, file: str, strategy: str) -> None:
     torch.set_num_threads(1)
     config = with_strategy(read_config(Path(file)), strategy)
-    plan = planned(config, "student", size, rank)
+    plan = plan_bytes(config, "student", size, rank)
     if size > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
         distributed.init_process_group("gloo", rank=rank, world_size=size)
     before = _rss()
-    found, grown = held(config, "student", _rss)
+    found, grown = measure_role(config, "student", _rss)
     print(
         f"{strategy} {rank + 1}/{size}: {_compared(plan, found)}; grown by "
         f"{(grown - before) / 1e6:.0f} MB, parts {sum(found.values()) / 1e6:.0f} MB",

@@ -113,11 +113,11 @@ def anonymous() -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return float(line.split()[1]) * 1024 / MB
-    raise RuntimeError("this system does not say RssAnon in /proc/self/status")
+    raise RuntimeError("/proc/self/status has no RssAnon on this system")
 
 
-def worker(strategy: str, parameters: int, report: Path) -> None:
-    """In each process."""
+def run_worker(strategy: str, parameters: int, report: Path) -> None:
+    """Run on each process."""
     torch.set_num_threads(1)
     memory, highest, over = Memory(), [0.0], threading.Event()
 
@@ -139,7 +139,7 @@ def worker(strategy: str, parameters: int, report: Path) -> None:
 
 
 def warm(here: Distribution, folder: str) -> None:
-    """Imports and buffers of libraries are there before anything is measured."""
+    """Import libraries and fill their buffers before anything is measured."""
     run(here, 8 * WIDTH * WIDTH, folder, 2, Memory())
 
 
@@ -165,8 +165,8 @@ def run(here: Distribution, parameters: int, folder: str, steps: int, memory: Me
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def measured(strategy: str, processes: int, parameters: int, mmap: int) -> dict[str, float]:
-    """Of the process that holds most."""
+def measure(strategy: str, processes: int, parameters: int, mmap: int) -> dict[str, float]:
+    """Return the numbers of the process that holds most."""
     with tempfile.TemporaryDirectory() as report:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -193,13 +193,13 @@ def main() -> None:
     parser.add_argument("--report", type=Path)
     given = parser.parse_args()
     if given.worker:
-        worker(given.worker, given.parameters, given.report)
+        run_worker(given.worker, given.parameters, given.report)
         return
     for strategy in given.strategies:
         pairs = []
         for number in range(given.repeats):
-            one = measured("none", 1, given.parameters, given.mmap)
-            many = measured(strategy, given.processes, given.parameters, given.mmap)
+            one = measure("none", 1, given.parameters, given.mmap)
+            many = measure(strategy, given.processes, given.parameters, given.mmap)
             pairs.append({key: (one[key], many[key]) for key in one if key != "parameters"})
             changes = ", ".join(f"{k} {a:.0f} -> {b:.0f} MB" for k, (a, b) in pairs[-1].items())
             print(f"pair {number + 1}, {one['parameters'] / 1e6:.0f}M parameters: {changes}")

@@ -55,7 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.one is not None:
-        print(json.dumps(measured(args.one, args.chunks)))
+        print(json.dumps(measure(args.one, args.chunks)))
         return
     found = {steps: in_a_process(steps, args.chunks) for steps in args.steps}
     first = found[args.steps[0]]
@@ -71,18 +71,18 @@ def in_a_process(steps: int, chunks: int) -> dict[str, int]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def measured(steps: int, chunks: int) -> dict[str, int]:
-    """Bytes by the names that ``main`` prints."""
+def measure(steps: int, chunks: int) -> dict[str, int]:
+    """Return bytes by the names that ``main`` prints."""
     frames = CHUNK * chunks
     bundle, pipeline = roles(frames)
     spec = SamplerSpec(steps=steps, shift=3.0, stochastic=True)
     before = resident_bytes()
-    take(method(bundle, pipeline, spec))
+    run_turn(method(bundle, pipeline, spec))
     peak = peak_bytes() - before
-    saved = saved_bytes(lambda: take(method(bundle, pipeline, spec)))
+    saved = saved_bytes(lambda: run_turn(method(bundle, pipeline, spec)))
     adapter = WanAdapter(bundle, PLUGIN, pipeline, source=WAN)
     batch = clips(adapter)
-    through = saved_bytes(lambda: through_all(adapter, spec, batch))
+    through = saved_bytes(lambda: call_with_all_gradients(adapter, spec, batch))
     return {"saved": saved, "peak": peak, "saved through all steps": through}
 
 
@@ -119,8 +119,8 @@ def clips(adapter: WanAdapter) -> Batch:
     )
 
 
-def take(made: SelfForcingMethod) -> None:
-    """One student's turn, forward and backward."""
+def run_turn(made: SelfForcingMethod) -> None:
+    """Run one student's turn, forward and backward."""
     result = made.single_train_step(
         clips(made.adapter),  # type: ignore[arg-type]
         made.config.generator_update_interval,
@@ -130,8 +130,8 @@ def take(made: SelfForcingMethod) -> None:
         module.zero_grad(set_to_none=True)
 
 
-def through_all(adapter: WanAdapter, spec: SamplerSpec, batch: Batch) -> Tensor:
-    """A chunk's every call with gradient, chunk by chunk."""
+def call_with_all_gradients(adapter: WanAdapter, spec: SamplerSpec, batch: Batch) -> Tensor:
+    """Make every call of a chunk with gradient, chunk by chunk."""
     out = []
     for chunk in adapter.chunks("student"):
         x, call = batch.latents[:, :, chunk.span], ChunkCall(first_frame=chunk.first)
@@ -148,7 +148,7 @@ def through_all(adapter: WanAdapter, spec: SamplerSpec, batch: Batch) -> Tensor:
 
 
 def saved_bytes(turn: Callable[[], object]) -> int:
-    """Of all storages that graphs made in ``turn`` keep for their backward pass."""
+    """Count the storages that graphs made in ``turn`` keep for their backward pass."""
     storages: dict[int, int] = {}
     kept: list[Tensor] = []  # alive until counted, so that no address is used twice
 

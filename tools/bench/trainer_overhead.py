@@ -110,12 +110,12 @@ class Turns:
             self._go[1 - side].release()
 
     def leave(self, side: int) -> None:
-        """The loop has ended; the other one need not wait for it any more."""
+        """End this loop, so that the other one no longer waits for it."""
         self._go[1 - side].release(self._steps)
 
 
 def with_trainer(model: nn.Module, batches: Iterator[Sample], steps: int, folder: Path) -> None:
-    """The loop of this package, with the callbacks that a normal user has."""
+    """Run the loop of this package, with the callbacks that a normal user has."""
     role = RoleHandle(name="student", modules={"net": model}, trainable=True)
     training = TrainingConfig(
         output_dir=str(folder),
@@ -134,7 +134,7 @@ def with_trainer(model: nn.Module, batches: Iterator[Sample], steps: int, folder
 
 
 def bare(model: nn.Module, batches: Iterator[Sample], steps: int, folder: Path) -> None:
-    """A loop written by hand, with care."""
+    """Run a loop written by hand, with care."""
     generator = RandomStreams(0).get("noise")
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.01, fused=True)

@@ -1,9 +1,9 @@
-"""Mutate every kind of file that is read, and say what was not answered as it should be.
+"""Mutate every kind of file that is read, and report what was not answered as it should be.
 
     uv run tools/fuzz_files --mutations 2000
     uv run tools/fuzz_files --kinds 'weight map' tokenizer --mutations 500 --seed 7
 
-Each mutation ends well with an error of the framework, or with the file taken for what it says.
+Each mutation ends well with an error of the framework, or with the file read as its content states.
 Anything else is a finding: another exception, a hang, a file taken for something else. The exit
 status is 1 if there are any.
 """

@@ -146,7 +146,7 @@ def _limited(seconds: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Warnings about damaged files, in thousands, tell nothing here."""
+    """Silence warnings about damaged files, of which there are thousands."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)

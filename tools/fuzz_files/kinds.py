@@ -1,7 +1,7 @@
 """Every kind of file that is read: where a whole one comes from, and what reads it.
 
 ``Kind.use`` does what a run, an export, a migration or a data set does with the file, and may raise
-errors of the framework's tree alone. Where more than that is known (what the file says, or which
+errors of the framework's tree alone. Where more than that is known (what the file states, or which
 checkpoint must be taken), it compares, and raises ``SilentDifferenceError``.
 """
 
@@ -35,7 +35,7 @@ TINY = ROOT / "configs" / "tiny"
 
 
 class SilentDifferenceError(Exception):
-    """A damaged file was taken, and for something else than it says."""
+    """A damaged file was read, as something else than its content."""
 
 
 @frozen(kw_only=True)
@@ -64,8 +64,8 @@ def _require(ok: bool, what: str) -> None:
         raise SilentDifferenceError(what)
 
 
-def _made(make: Callable[[Path], object]) -> Callable[[], Path]:
-    """A folder that ``make`` fills, once a process."""
+def _make_folder(make: Callable[[Path], object]) -> Callable[[], Path]:
+    """Return a folder that ``make`` fills, once a process."""
 
     @functools.cache
     def template() -> Path:
@@ -153,7 +153,7 @@ _Yaml12.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 
 
 def _plain(value: Any) -> Any:
-    """Keys as text, as a run file's are, and UTF-16 pairs joined."""
+    """Convert keys to text, as those of a run file are, and join UTF-16 pairs."""
     if isinstance(value, dict):
         return {_plain(str(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -218,7 +218,7 @@ def _use_checkpoint(folder: Path, *, signed: bool = False) -> None:
 
     states = _states()
     iteration, state = _resumed(folder)
-    if not signed:  # who signs has said that it is meant
+    if not signed:  # a signed change is meant
         _require(states.get(iteration) == state, f"resumed {iteration} with another state")
     newest = folder / "checkpoint-000002"
     is_checkpoint_folder(newest)
@@ -230,7 +230,7 @@ def _use_checkpoint(folder: Path, *, signed: bool = False) -> None:
 
 
 def _sign(folder: Path) -> None:
-    """As who knows the format would: sizes and checksums agree with what was mutated."""
+    """Correct sizes and checksums after a mutation, as an attacker who knows the format would."""
     checkpoint = folder / "checkpoint-000002"
     file = checkpoint / "manifest.json"
     body = json.loads(file.read_text())
@@ -256,7 +256,7 @@ def _sign_manifest(folder: Path) -> None:
     file.write_text(json.dumps({**body, "digest": hashlib.sha256(text.encode()).hexdigest()}))
 
 
-_CHECKPOINTS = _made(_write_checkpoints)
+_CHECKPOINTS = _make_folder(_write_checkpoints)
 
 
 def _checkpoint_kinds() -> Iterator[Kind]:
@@ -323,7 +323,7 @@ def _use_data(folder: Path) -> None:
 
 
 def _sign_data(folder: Path) -> None:
-    """Sizes in the index agree with what was mutated."""
+    """Correct the sizes in the index after a mutation."""
     file = folder / "data" / "index.json"
     index = json.loads(file.read_text())
     for shard in index["shards"]:
@@ -435,7 +435,7 @@ def _use_pipeline(folder: Path, *, plan: bool = True, encode: bool = False) -> N
 
 
 def _check_run_file(folder: Path) -> None:
-    """The check of a run file answers with problems of the file, and raises nothing else."""
+    """Check a run file, which must give problems of the file and raise nothing else."""
     from distill_protocols import ConfigError, DistillError
     from distill_runfile import read_config
 
@@ -570,11 +570,19 @@ def _use_foreign(folder: Path, source: str) -> None:
 
 
 def all_kinds() -> list[Kind]:
-    """Every kind of file that a run, an export, a migration or a data set reads."""
-    runs, data, judge = _made(_write_run_files), _made(_write_data), _made(_write_judge)
-    wan, sharded, foreign = _made(_write_pipeline), _made(_write_sharded), _made(_write_foreign)
-    trajectories, image = _made(_write_trajectories), _made(_write_image_pipeline)
-    cache, marker = _made(_write_cache), _made(_write_marker)
+    """Return every kind of file that a run, an export, a migration or a data set reads."""
+    runs, data, judge = (
+        _make_folder(_write_run_files),
+        _make_folder(_write_data),
+        _make_folder(_write_judge),
+    )
+    wan, sharded, foreign = (
+        _make_folder(_write_pipeline),
+        _make_folder(_write_sharded),
+        _make_folder(_write_foreign),
+    )
+    trajectories, image = _make_folder(_write_trajectories), _make_folder(_write_image_pipeline)
+    cache, marker = _make_folder(_write_cache), _make_folder(_write_marker)
     json_, tensors = mutate_json, mutate_safetensors
     vision, steps = "i2v/image_encoder/config.json", "data/trajectories.json"
     pixels = "i2v/image_processor/preprocessor_config.json"

@@ -64,10 +64,10 @@ def mutate_safetensors(content: bytes, draw: random.Random) -> Mutation:
     length = int.from_bytes(content[:8], "little")
     header, rest = content[8 : 8 + length], content[8 + length :]
     if choice < 0.3:
-        told = draw.choice(
+        length = draw.choice(
             [0, 1, length - 1, length + 1, 10**8 + 1, 2**63, 2**64 - 1, len(content)]
         )
-        return f"header length {told}", told.to_bytes(8, "little") + header + rest
+        return f"header length {length}", length.to_bytes(8, "little") + header + rest
     if choice < 0.7:
         label, value = _mutate_entries(json.loads(header), draw)
     else:
@@ -163,7 +163,7 @@ def _mutate_tree(value: Any, draw: random.Random, *, raw: bool = True) -> tuple[
 
 
 def _mutate_entries(header: dict[str, Any], draw: random.Random) -> tuple[str, Any]:
-    """What only the header of a safetensors file has: offsets, shapes, types."""
+    """Mutate the entries of a safetensors header: offsets, shapes, types."""
     header = copy.deepcopy(header)
     names = [name for name in header if name != "__metadata__"]
     if not names:

@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def measure(names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What each run file computes, by its name; the trajectories come first, as KD reads them."""
+    """Compute the numbers of each run file; trajectories come first, as KD reads them."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         needed = [name for name in names if name != "trajectories"]
@@ -97,7 +97,7 @@ def make_trajectories(folder: Path) -> dict[str, str]:
 
 
 def train(name: str, folder: Path) -> dict[str, Any]:
-    """Losses, exports and validation clips of 20 iterations of ``configs/tiny/<name>.yaml``."""
+    """Return losses, exports and clips of 20 iterations of ``configs/tiny/<name>.yaml``."""
     values = absolute(read(TINY / f"{name}.yaml"))
     output = folder / name
     values["training"] |= {
@@ -124,13 +124,13 @@ def train(name: str, folder: Path) -> dict[str, Any]:
         for path, digest in hashes(output / export["folder"], "*").items()
     }
     return {
-        "metrics": metrics(output / "metrics.jsonl"),
+        "metrics": read_metrics(output / "metrics.jsonl"),
         "files": exported | hashes(output / "validation", "*.gif"),
     }
 
 
-def metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file without what the clock says."""
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Read the lines of a metrics file without times."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     return [
         {key: value for key, value in line.items() if not key.startswith(("time", "memory"))}
@@ -139,7 +139,7 @@ def metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def compare(recorded: Mapping[str, Any], measured: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each value that is not the recorded one."""
+    """Yield a line for each value that differs from the recorded one."""
     pairs = zip(recorded.get("metrics", []), measured.get("metrics", []), strict=False)
     for old, new in pairs:
         for key in sorted({*old, *new}):
@@ -192,7 +192,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def absolute(value: Any) -> Any:
-    """``value`` with the paths in it as seen from configs/tiny."""
+    """Replace relative paths in ``value``, as seen from configs/tiny, by absolute ones."""
     if isinstance(value, dict):
         return {key: absolute(item) for key, item in value.items()}
     if isinstance(value, str) and value.startswith(("./", "../")):

@@ -84,7 +84,7 @@ def _save_config(vae: AutoencoderKLWan, folder: Path) -> None:
 
 
 def _fingerprint(out: Path) -> Fingerprint:
-    """What computes the data set: a run refuses one of other parts than its own."""
+    """Return what computes the data set: a run refuses one of other parts than its own."""
     config = WanPipelineConfig(num_frames=9, height=32, width=32, max_sequence_length=8)
     return PLUGIN.fingerprint(config, source=str((out / "wan").resolve()))
 
@@ -126,12 +126,12 @@ def _report(judge: Judge, clips: Tensor, truth: Clips, reference: Tensor) -> str
 
 
 def build_teacher(out: Path) -> None:
-    """The project trains its own teacher, by the `finetune.yaml` beside the folder it trains."""
+    """Train the teacher by the `finetune.yaml` beside the folder that it trains."""
     config = out / "finetune.yaml"
     if not config.is_file():
         raise SystemExit(
             f"{config} is missing: the teacher is trained by the project's finetune method, and "
-            "that file says how. Copy it from configs/tiny/ into the folder that you build."
+            "that file describes how. Copy it from configs/tiny/ into the folder that you build."
         )
     settings = yaml.safe_load(config.read_text())
     run = (out / settings["training"]["output_dir"]).resolve()

@@ -152,7 +152,7 @@ def spoil(clips: Tensor, partners: Tensor) -> Tensor:
 
 def _pools(vae: AutoencoderKLWan, config: JudgeTraining) -> tuple[_Pool, _Pool]:
     """Original clips, and others that were sent through the VAE."""
-    images = augmented(load_images("judge"), config.copies, config.seed)
+    images = augment(load_images("judge"), config.copies, config.seed)
     originals = draw_clips(images, config.clips, seed=config.seed)
     source = draw_clips(images, config.decoded, seed=config.seed + 1)
     restored = decode(vae, encode(vae, to_rgb(source.grey)))
@@ -171,8 +171,8 @@ def _pool(clips: Clips, grey: Tensor) -> _Pool:
     return _Pool(grey, labels, torch.from_numpy(partner))
 
 
-def augmented(images: Images, copies: int, seed: int) -> Images:
-    """The images and `copies` turned, scaled and sheared ones: 1,200 are few to learn from."""
+def augment(images: Images, copies: int, seed: int) -> Images:
+    """Return the images and `copies` turned, scaled and sheared ones; 1,200 are few to train on."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.from_numpy(images.pixels).float().unsqueeze(1)
     variants = [pixels]

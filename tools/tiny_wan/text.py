@@ -59,7 +59,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def build_text_encoder(seed: int = 0) -> UMT5EncoderModel:
-    """`initializer_factor=1.0` keeps the outputs at unit scale."""
+    """Build the encoder; `initializer_factor=1.0` keeps the outputs at unit scale."""
     torch.manual_seed(seed)
     config = UMT5Config(
         vocab_size=len(WORDS),

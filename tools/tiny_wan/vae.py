@@ -117,7 +117,7 @@ def train_vae(config: VaeTraining) -> AutoencoderKLWan:
 
 
 def psnr(mse: float) -> float:
-    """Of pixels in [-1, 1]: the peak is 2."""
+    """Return the PSNR of pixels in [-1, 1], whose peak is 2."""
     return 10 * math.log10(4 / max(mse, 1e-12))
 
 
@@ -129,7 +129,7 @@ def encode(vae: AutoencoderKLWan, clips: torch.Tensor, batch: int = 50) -> torch
 
 @torch.no_grad()
 def decode(vae: AutoencoderKLWan, latents: torch.Tensor, batch: int = 50) -> torch.Tensor:
-    """The inverse of `encode`, in [0, 1]."""
+    """Decode to pixels in [0, 1], the inverse of `encode`."""
     return torch.cat(
         [vae.decode(part).sample.clamp(-1, 1) / 2 + 0.5 for part in latents.split(batch)]
     )
