@@ -175,7 +175,7 @@ def unpickling_calls(file: Path) -> list[str]:
     return calls
 
 
-def test_no_other_door_is_open():
+def test_no_other_module_unpickles():
     """Whoever adds one adds a test above."""
     sources = [*WORKSPACE.glob("packages/*/src/**/*.py"), *WORKSPACE.glob("apps/**/*.py")]
     assert len(sources) > 50

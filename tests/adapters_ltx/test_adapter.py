@@ -193,7 +193,7 @@ def test_a_kernel_that_takes_no_mask_is_a_problem_with_its_reason(folder_of, bac
     assert backend not in PLUGIN.attention_backends(role, CONFIG)
 
 
-def test_the_plugin_says_what_the_adapter_computes_with(load, folder_of):
+def test_plugin_and_adapter_have_the_same_fingerprint(load, folder_of):
     """Statistics are buffers of LTX's VAE, and have an entry of their own all the same."""
     adapter, source = load(), str(folder_of("0.9.0"))
     parts = {**adapter.latent_fingerprint(), **adapter.condition_fingerprint()}

@@ -29,7 +29,7 @@ def draw(seed, *shape, dtype=torch.float32):
 
 
 @given(sizes, small, small, seeds)
-def test_packing_is_the_pipelines_and_comes_back(size, batch, channels, seed):
+def test_packing_equals_the_pipelines_and_can_be_undone(size, batch, channels, seed):
     latents = draw(seed, batch, channels, *size)
     tokens = pack(latents)
     assert torch.equal(tokens, LTXPipeline._pack_latents(latents))

@@ -36,7 +36,7 @@ def call():
     return {"x_t": normal(2, *SHAPE), "t": torch.tensor([900.0, 333.3]), "cond": text(2)}
 
 
-def test_capabilities_are_kept(adapter, call):
+def test_calls_beyond_the_capabilities_are_refused(adapter, call):
     adapter.capabilities.require(["supports_cfg", "supports_decode", "pred:x0"], by="test")
     with pytest.raises(CapabilityError, match="features"):
         adapter.forward("teacher", **call, neg_cond=text(1, seed=3), cfg=4.0, features={0: None})
@@ -381,7 +381,7 @@ def gaussian(spread: float):
 
 
 @pytest.mark.parametrize("spread", [0.3, 2.0])
-def test_what_is_seen_lies_on_the_way_that_is_known_in_closed_form(spread):
+def test_states_at_each_step_follow_the_closed_form(spread):
     velocity, std = gaussian(spread)
     spec = SamplerSpec(steps=400, shift=3.0)
     noise, seen = torch.randn(2, 1, 2, 3, 3, generator=torch.Generator().manual_seed(0)), {}
@@ -398,7 +398,7 @@ def test_what_is_seen_lies_on_the_way_that_is_known_in_closed_form(spread):
         torch.testing.assert_close(seen[after], by_hand, rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_seen_changes_nothing(adapter):
+def test_on_step_does_not_change_the_sample(adapter):
     noise, cond = normal(2, *SHAPE), text(2)
     spec, seen = SamplerSpec(steps=3, shift=3.0), {}
     shown = adapter.sample("teacher", spec, noise, cond, on_step=seen.__setitem__)

@@ -158,7 +158,7 @@ def as_reference(numbers):
 
 @property_based
 @given(draw_sections(), st.integers(1, 3))
-def test_whole_clip_equals_an_independent_attention(causal, drawn, batch):
+def test_a_full_clip_equals_an_independent_attention(causal, drawn, batch):
     numbers, frames = drawn
     adapter, bundle = causal(**numbers)
     x, t, cond = clip(batch, frames), times(batch, frames), text(batch)
@@ -321,7 +321,7 @@ def test_a_long_rollout_does_not_depend_on_where_it_stands(causal, lead):
 
 
 @torch.no_grad()
-def test_a_still_video_with_a_sink_comes_to_rest(causal):
+def test_a_still_video_with_a_sink_becomes_stationary(causal):
     """The sink stays right before the window, so nothing changes any more; exactly."""
     adapter, _ = causal(chunk_frames=2, first_frame_alone=True, window_frames=5, sink_frames=1)
     x = clip(1, 1).expand(-1, -1, 41, -1, -1)
@@ -332,7 +332,7 @@ def test_a_still_video_with_a_sink_comes_to_rest(causal):
 
 
 @torch.no_grad()
-def test_what_is_cached_is_bounded_by_the_window(causal):
+def test_the_cache_is_bounded_by_the_window(causal):
     adapter, _ = causal(chunk_frames=2, window_frames=8, sink_frames=2)
     adapter.clear_caches("student")
     sizes = []
@@ -503,7 +503,7 @@ def test_roles_conditions_and_streams_do_not_mix(causal):
     assert adapter.cached_bytes("student") == 0 < adapter.cached_bytes("other")
 
 
-def test_threads_do_not_mix(causal):
+def test_rollouts_in_several_threads_are_independent(causal):
     """Two threads on one role's one module, each with its own stream."""
     adapter, _ = causal(chunk_frames=2, window_frames=4)
     t, inputs = times(1, 12), [clip(1, 12, seed=i) for i in range(2)]
@@ -679,7 +679,7 @@ def with_roles(pipeline_template, config):
     return make
 
 
-def test_capabilities_say_who_is_causal(causal, config, with_roles):
+def test_capabilities_state_which_roles_are_causal(causal, config, with_roles):
     adapter, bundle = causal(chunk_frames=2)
     needed = ("supports_kv_cache", "supports_teacher_forcing", "supports_frame_times",
               "causal:student")  # fmt: skip

@@ -401,7 +401,7 @@ def test_gradient_reaches_the_last_frames_alone(build):
     assert [(n, learns) for n, t, learns in calls if t] == [(1, False), (2, False), (2, True)]
 
 
-def test_longer_rollouts_are_judged_by_their_last_clip(build):
+def test_longer_rollouts_are_scored_by_their_last_clip(build):
     spec = evolve(SPEC, steps=1, timesteps=(1000,))
     config = SelfForcingConfig(**MATCHING, student_sampler=spec, rollout_frames=(5, 10))
     method, lengths = build(config, causal={"chunk_frames": 2, "first_frame_alone": True}), set()
@@ -559,7 +559,7 @@ def test_causvid_noises_each_chunk_by_itself(build, clean):
     assert different > 1
 
 
-def test_causvid_of_two_experts_keeps_to_one_an_iteration(build):
+def test_causvid_trains_one_of_two_experts_an_iteration(build):
     spec = SamplerSpec(steps=3, timesteps=(1000, 950, 400), stochastic=True)
     method = build(
         CausVidConfig(**MATCHING, student_sampler=spec),

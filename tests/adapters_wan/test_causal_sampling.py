@@ -165,7 +165,7 @@ def test_context_noise(adapter, noise, calls):
         adapter.sample("student", evolve(ODE, context_noise=50.0), noise, text(2))
 
 
-def test_what_becomes_past_is_exactly_the_clean_chunk_or_its_noised_form():
+def test_the_past_stores_the_clean_chunk_or_its_noised_form():
     """The sampler alone, with a velocity that a test can compute: x0 = x - s (x - 1) ..."""
     stored = []
 
@@ -265,7 +265,7 @@ def test_a_stop_is_asked_for_before_each_call_and_leaves_no_cache(adapter, noise
     assert adapter.cached_bytes("student") == 0
 
 
-def test_batches_do_not_matter(adapter, noise):
+def test_a_sample_does_not_depend_on_its_batch(adapter, noise):
     spec = SamplerSpec(steps=2, shift=3.0, guidance=2.5, stochastic=True, context_noise=50.0)
     neg = {"neg_cond": text(1, seed=3)}
     both = adapter.sample("student", spec, noise, text(2), generators=drawn(6), **neg)
@@ -447,6 +447,6 @@ def test_pictures_that_do_not_go_with_a_video_are_refused(build):
             call_by_chunks(adapter, normal(1, 4, 9, 4, 6), t, short, normal(1, 4, 9, 4, 6))
 
 
-def test_a_causal_role_has_no_way_of_a_whole_clip(adapter, noise):
+def test_a_causal_role_has_no_states_of_a_full_clip(adapter, noise):
     with pytest.raises(ContractError, match="'student' is causal and samples chunk by chunk"):
         adapter.sample("student", ODE, noise, text(2), on_step=lambda step, x: None)

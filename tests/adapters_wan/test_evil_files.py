@@ -91,7 +91,7 @@ def _read(sources) -> None:
         source.read(source.describe())
 
 
-def test_the_text_encoder_takes_no_harmless_bin_either(pipeline, monkeypatch):
+def test_the_text_encoder_is_not_loaded_from_a_bin_file(pipeline, monkeypatch):
     """Its own library would: that it is asked for safetensors alone is what keeps it away."""
     folder = pipeline / "text_encoder"
     weights = {"shared.weight": torch.ones(8, 16)}

@@ -245,7 +245,7 @@ def test_16_bits_load_as_the_wide_weights_would(export, tmp_path, precision):
     assert {k: v.dtype for k, v in stored.items()} == {k: v.dtype for k, v in narrow.items()}
 
 
-def test_what_fp16_cannot_hold_is_refused(export, tmp_path):
+def test_values_beyond_fp16_are_refused(export, tmp_path):
     write, _, bundle = export
     with torch.no_grad():
         bundle["student"].modules["transformer"].proj_out.weight[0, 0] = 70000.0
@@ -265,7 +265,7 @@ def test_the_spec_is_written_beside(export, tmp_path):
     assert "negative prompt" in " ".join(record["notes"])
 
 
-def test_a_role_that_trains_in_16_bits_is_told_so(export, tmp_path, pipeline_template):
+def test_a_role_that_trains_in_16_bits_is_warned_about(export, tmp_path, pipeline_template):
     write, _, _ = export
     role = attrs.evolve(spec_of(pipeline_template), precision="bf16")
     assert "bf16 rounding" in " ".join(write(tmp_path / "s", role=role)["notes"])
@@ -313,7 +313,7 @@ def test_a_failed_export_leaves_nothing(export, tmp_path, monkeypatch, request_)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_older_export_is_put_back_when_the_new_one_cannot_take_its_place(
+def test_an_older_export_is_restored_if_the_new_one_cannot_replace_it(
     export, tmp_path, monkeypatch
 ):
     write, _, _ = export
@@ -333,7 +333,7 @@ def test_an_older_export_is_put_back_when_the_new_one_cannot_take_its_place(
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_broken_source_is_told_before_writing(make_adapter, pipeline, config, tmp_path):
+def test_a_broken_source_is_an_error_before_writing(make_adapter, pipeline, config, tmp_path):
     _, bundle = make_adapter(source=pipeline, student=(True, "fp32"))
     (pipeline / "vae/diffusion_pytorch_model.safetensors").unlink()
     exporter = PLUGIN.exporter(config, source=str(pipeline))
@@ -367,7 +367,7 @@ def test_weights_of_another_model_are_refused(export, config, pipeline_template,
 
 
 @given(st.integers(1, 50), st.floats(0.2, 15.0), st.booleans())
-def test_every_shifted_grid_is_met(steps, shift, stochastic):
+def test_every_shifted_grid_is_reached(steps, shift, stochastic):
     """Within fp32's own error at 1000, about 1e-4."""
     spec = SamplerSpec(steps=steps, shift=shift, stochastic=stochastic)
     schedule = stock_schedule(spec)
@@ -380,7 +380,7 @@ def test_every_shifted_grid_is_met(steps, shift, stochastic):
 
 
 @pytest.mark.parametrize("shift", [1.0, 2.0, 3.0, 5.0, 7.0, 8.0, 12.0])
-def test_customary_grids_are_met_bit_for_bit(shift):
+def test_customary_grids_are_reached_bit_for_bit(shift):
     for steps in (*range(1, 17), 20, 25, 30, 32, 40, 50):
         spec = SamplerSpec(steps=steps, shift=shift)
         scheduler = stock_schedule(spec).scheduler()
@@ -397,11 +397,11 @@ def test_the_schedulers_arithmetic_is_known_to_the_last_bit(steps, shift, termin
 
 
 @given(st.floats(1.0, 999.0))
-def test_any_second_timestep_is_met(t):
+def test_any_second_timestep_is_reached(t):
     assert stock_schedule(SamplerSpec(steps=2, timesteps=(1000.0, t))).deviation == 0
 
 
-def test_what_cannot_be_met_is_measured_and_noted(export, tmp_path):
+def test_unreachable_timesteps_are_measured_and_noted(export, tmp_path):
     write, _, _ = export
     spec = SamplerSpec(steps=2, timesteps=(950.0, 500.0))
     assert stock_schedule(spec).deviation == pytest.approx(50)

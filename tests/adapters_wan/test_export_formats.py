@@ -269,7 +269,7 @@ def test_extracted_adapters_of_other_weights_do_not_pass(full, tmp_path, precisi
         full.verify(tmp_path / "s", **request)
 
 
-def test_what_is_no_matrix_is_beside_the_adapters(full, pipeline_template, tmp_path):
+def test_changed_vectors_are_stored_beside_the_adapters(full, pipeline_template, tmp_path):
     """Biases of linear layers in both files; norms, tables and the patch embedding as ComfyUI reads
     them. Nothing is left out."""
     record = full.export(tmp_path / "s", format="lora", lora_rank=23)
@@ -492,7 +492,7 @@ def problems(role, **request):
     return {".".join(p.path): p.message for p in problems}
 
 
-def test_requests_that_cannot_be_had(full, lora, tmp_path):
+def test_impossible_export_requests_are_refused(full, lora, tmp_path):
     whole, adapted = full.role, lora.role
     for role in (whole, adapted):
         assert problems(role) == {}

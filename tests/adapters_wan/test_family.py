@@ -69,7 +69,7 @@ def test_a_missing_shard_is_named(pipeline, config):
     assert shards[1].name in problems(pipeline, config)
 
 
-def test_a_truncated_file_is_a_fault_before_loading(pipeline, config):
+def test_a_truncated_file_is_a_problem_before_loading(pipeline, config):
     file = pipeline / "transformer/diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert str(file) in problems(pipeline, config)
@@ -107,7 +107,7 @@ def test_components_of_another_folder_are_checked_there(pipeline, tmp_path, conf
     ("change", "word"),
     [({"height": 40}, "height 40"), ({"width": 272}, "positions"), ({"num_frames": 7}, "4k")],
 )
-def test_a_clip_that_does_not_fit_is_told(pipeline, config, change, word):
+def test_a_clip_that_does_not_fit_is_a_problem(pipeline, config, change, word):
     with attrs.validators.disabled():  # other VAEs have other strides than the config's own rule
         wrong = attrs.evolve(config, **change)
     assert word in problems(pipeline, wrong)
@@ -141,13 +141,13 @@ def test_a_published_hub_id_can_be_planned_offline_but_not_loaded():
         PLUGIN.load([role(SMALL_ID)], REAL, device=torch.device("cpu"))
 
 
-def test_hub_ids_that_cannot_be_planned():
+def test_hub_ids_that_cannot_be_planned_are_problems():
     assert f"did you mean {SMALL_ID}?" in problems("Wan-AI/Wan2.1-T2V-1.3B", REAL)
     assert "hf download some/model" in problems("some/model", REAL)
 
 
 @pytest.mark.parametrize("path", ["models/wan", "models/wan--x", "models/wan..x", "models/wan.git"])
-def test_a_folder_without_its_dot_is_told_how_folders_are_written(pipeline, config, path):
+def test_the_error_of_a_folder_without_its_dot_shows_the_syntax(pipeline, config, path):
     assert f"for a folder write ./{path}" in problems(path, REAL)
     (problem,) = PLUGIN.config_problems(attrs.evolve(config, components=path), ())
     assert problem.path == ("components",)

@@ -137,13 +137,13 @@ def test_wrappers_and_prefix_are_taken_out(data):
         "",
     ],
 )
-def test_what_wan_does_not_have_is_unknown(name):
+def test_names_that_wan_does_not_have_are_unknown(name):
     assert migrated(name) is None
     assert not unused(name)
 
 
 @pytest.mark.parametrize("name", sorted(fastvideo_names(CONFIGS["tiny image"])))
-def test_original_names_come_home_too(name):
+def test_original_names_map_back_to_diffusers(name):
     ours = to_diffusers(name)
     if ours is None:
         return
@@ -187,7 +187,7 @@ def test_each_name_stands_for_the_same_weight():
 
 
 @given(st.data())
-def test_whatever_is_missing_is_named(data):
+def test_any_missing_weight_is_named(data):
     config = data.draw(st.sampled_from([CONFIGS["tiny"], CONFIGS["tiny image"]]))
     names = sorted(diffusers_names(config))
     lost = data.draw(st.sampled_from(names))

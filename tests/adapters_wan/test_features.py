@@ -246,7 +246,7 @@ def test_heads_start_with_weights_that_are_given_or_not_at_all(pipeline_template
         PLUGIN.load(specs(pipeline_template, blocks=(7,)), config, device=CPU)
 
 
-def test_a_discriminator_is_no_model_to_the_adapter(folder_of):
+def test_the_adapter_ignores_the_model_of_a_discriminator(folder_of):
     """Neither of its clip nor of its conditions: those are the others'."""
     path, variant = folder_of("ti2v"), VARIANTS["ti2v"]
     bundle = PLUGIN.load(specs(path, on="critic")[::-1], variant.config, device=CPU)

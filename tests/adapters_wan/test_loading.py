@@ -175,7 +175,7 @@ def test_given_weights_that_do_not_fit_are_named(pipeline, config, change, kind)
         load_from(pipeline, config, source)
 
 
-def test_weights_for_nobody_are_refused(pipeline, config):
+def test_weights_for_an_unknown_role_are_refused(pipeline, config):
     spec = RoleSpec(name="r", path=str(pipeline), trainable=True)
     source = shift_weights(pipeline)
     with pytest.raises(WeightsError, match="given for studnt, but the roles are r"):
@@ -223,7 +223,7 @@ def test_weights_that_are_not_there_or_damaged(pipeline, tmp_path):
         PLUGIN.weights(str(pipeline))
 
 
-def test_files_that_cannot_be_trained_from(tmp_path):
+def test_ambiguous_or_quantised_weights_are_refused(tmp_path):
     for name in "ab":
         save_file({"x": torch.zeros(2)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(WeightsError, match="which one counts"):

@@ -267,7 +267,7 @@ def checkpoint_of(handle: RoleHandle):
 
 @settings(max_examples=6)
 @given(lora=specs, precision=precisions)
-def test_adapters_of_another_lora_role_stand_beside_the_base(
+def test_adapters_of_another_lora_role_are_loaded_beside_the_base(
     pipeline_template, config, lora, precision
 ):
     spec = role(pipeline_template, lora, precision=precision)

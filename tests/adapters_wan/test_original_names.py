@@ -79,7 +79,7 @@ def test_a_foreign_name_is_refused(name):
         to_original(name)
 
 
-def test_an_original_name_is_none_of_diffusers():
+def test_unknown_original_names_are_refused():
     with pytest.raises(WeightsError, match=r"blocks\.0\.self_attn\.q"):
         to_original("blocks.0.self_attn.q.weight")
     with pytest.raises(WeightsError, match="WanModel"):

@@ -143,7 +143,7 @@ def test_a_call_of_every_variant_takes_what_is_planned(name, folder_of, monkeypa
 
 
 @pytest.mark.parametrize("kind", ["trained", "trained in bf16", "LoRA"])
-def test_what_is_held_is_what_autograd_saved(folder, kind):
+def test_planned_activations_are_those_that_autograd_saved(folder, kind):
     """By another way of counting: autograd's own hooks, in a real call."""
     spec = role(folder, kind)
     plan = PLUGIN.plan_call(spec, CLIP, source=spec.path, batch=2)

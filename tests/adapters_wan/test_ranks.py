@@ -18,7 +18,7 @@ def assert_no_error(results):
     return results
 
 
-def test_every_way_gives_the_numbers_of_one_process(pipeline_template):
+def test_every_way_of_sharding_gives_the_numbers_of_one_process(pipeline_template):
     """Of 24, 32 and 1 rows three processes hold uneven parts, and some nothing."""
     roles = [
         *trio(pipeline_template, precision="bf16"),
@@ -57,7 +57,7 @@ def test_each_rank_reads_what_it_holds(pipeline_template):
         assert read == local
 
 
-def test_what_one_rank_cannot_load_none_loads(pipeline_template, pipeline):
+def test_a_loading_error_on_one_rank_is_raised_on_all(pipeline_template, pipeline):
     file = pipeline / "transformer" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "eps": 1e-5}))

@@ -118,7 +118,7 @@ def place(bundle, role: str) -> dict[str, int]:
 
 @settings(max_examples=10)
 @given(calls=st.lists(st.sampled_from(["teacher", "reward", "student"]), max_size=6))
-def test_one_role_at_a_time_is_away_from_home(pipeline_template, calls):
+def test_one_offloaded_role_at_a_time_is_on_the_device(pipeline_template, calls):
     bundle, adapter = waiting(pipeline_template)
     addresses = {role: place(bundle, role) for role in bundle.roles}
     with torch.no_grad():
@@ -142,7 +142,7 @@ def gone(storages: list[StorageWeakRef]) -> int:
     return sum(storage.expired() for storage in storages)
 
 
-def test_what_goes_home_frees_the_device(pipeline_template):
+def test_unloading_a_role_frees_the_device(pipeline_template):
     bundle, adapter = waiting(pipeline_template)
     with torch.no_grad():
         adapter.forward("teacher", *wan.inputs())
@@ -208,7 +208,7 @@ WRONG_BASES = [
 
 
 @pytest.mark.parametrize(("base", "guest", "message"), WRONG_BASES)
-def test_what_cannot_be_a_base(pipeline_template, base, guest, message):
+def test_roles_that_cannot_be_a_base_are_refused(pipeline_template, base, guest, message):
     roles = [
         spec(pipeline_template, **base),
         spec(
@@ -243,7 +243,7 @@ def test_roles_beside_a_base_are_spread_as_it_is(pipeline_template):
         assert "otherwise than its base 'teacher'" in message
 
 
-def test_a_guest_is_exported_like_any_lora(pipeline_template, tmp_path):
+def test_a_role_beside_a_base_is_exported_like_any_lora(pipeline_template, tmp_path):
     """The saved file does not depend on whether the base was shared."""
     from distill_protocols import ExportRequest, SamplerSpec
 

@@ -124,7 +124,7 @@ def test_experts_in_the_folders_of_the_original_code(folder_of, tmp_path):
     assert "is built of transformer, transformer_2" in text
 
 
-def test_what_cannot_be_started_from_says_why(base, role, config, tmp_path):
+def test_the_error_of_a_wrong_start_has_a_reason(base, role, config, tmp_path):
     _, other = base
     file = tmp_path / "x.safetensors"
     save_file({"unet.down.weight": torch.ones(2), **other}, file)

@@ -141,7 +141,7 @@ def test_times_never_reach_the_next_range(time, boundary):
     assert float(sample_timesteps_within(0 * last, time, (boundary, 1000.0))) >= boundary
 
 
-def test_which_expert_learns_is_drawn_by_its_share(worlds):
+def test_the_trained_expert_is_drawn_by_its_share(worlds):
     """As often as plan and schedule expect: within four standard deviations in 3000 iterations."""
     count = 3000
     config = FinetuneConfig(time=TimeSampling(shift=8.0))

@@ -85,7 +85,7 @@ def test_a_run_validates_clips_that_begin_with_the_pictures(values, tmp_path, na
     assert (tmp_path / "out" / "student" / "model_index.json").exists()
 
 
-def test_pictures_that_cannot_be_are_problems_of_the_file(values, tmp_path):
+def test_wrong_pictures_are_problems_of_the_file(values, tmp_path):
     given = values("i2v-2.1")
     for images, message in [
         ([], "bring no first frame"),

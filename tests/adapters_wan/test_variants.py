@@ -304,7 +304,7 @@ def test_ranges_fill_the_line(boundaries, t):
 
 
 @torch.no_grad()
-def test_a_call_is_the_experts_own(loaded):
+def test_a_call_is_that_of_its_expert(loaded):
     """Each side of the boundary, and the boundary itself, is the module called by hand."""
     adapter, bundle = loaded("t2v-experts")
     cond, x_t = condition("t2v-experts", adapter, batch=1), normal(1, *SHAPE)
@@ -457,7 +457,7 @@ def test_pictures_that_do_not_fit_are_refused(loaded):
         ("t2v", "index", {"transformer": [None, None]}, "names no transformer"),
     ],
 )
-def test_what_would_be_called_wrongly_is_refused(
+def test_models_that_would_be_called_wrongly_are_refused(
     name, module, change, reason, pipeline_template, tmp_path
 ):
     folder = build(name, pipeline_template, tmp_path / "p")
@@ -469,7 +469,7 @@ def test_what_would_be_called_wrongly_is_refused(
         PLUGIN.load([role], config, device=CPU)
 
 
-def test_the_run_may_say_what_the_index_does_not(pipeline_template, tmp_path):
+def test_the_run_file_may_set_a_boundary_that_the_index_lacks(pipeline_template, tmp_path):
     folder = build("t2v-experts", pipeline_template, tmp_path / "p")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": None}))

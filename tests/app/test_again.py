@@ -37,7 +37,7 @@ def finished(tmp_path_factory) -> Path:
     return file
 
 
-def test_it_says_so_and_touches_nothing(finished, capsys):
+def test_a_finished_run_prints_so_and_changes_nothing(finished, capsys):
     before = contents(finished.parent)
     assert main(["--config", str(finished)]) == EXIT_OK
     assert capsys.readouterr().out.startswith(
@@ -46,7 +46,7 @@ def test_it_says_so_and_touches_nothing(finished, capsys):
     assert contents(finished.parent) == before
 
 
-def test_results_are_made_anew_one_by_one(finished, capsys):
+def test_each_result_is_rebuilt_alone_on_request(finished, capsys):
     out = finished.parent / "out"
     before = contents(out)
     shutil.rmtree(out / "student")
@@ -65,7 +65,7 @@ def test_results_are_made_anew_one_by_one(finished, capsys):
     assert "this run has no such result (it has: export, validation" in capsys.readouterr().err
 
 
-def test_it_is_not_trained_for_that(finished, tmp_path, capsys):
+def test_results_of_a_longer_run_are_not_rebuilt(finished, tmp_path, capsys):
     shutil.copytree(finished.parent / "out", tmp_path / "out")
     values = yaml.safe_load(finished.read_text())
     values["training"] |= {"output_dir": str(tmp_path / "out"), "max_train_steps": 4}

@@ -66,7 +66,7 @@ def test_one_process_a_machine_says_what_is_wrong(values, write):
     assert second.communicate()[1] == ""
 
 
-def test_who_alone_finds_something_wrong_says_it_in_the_end(values, write, monkeypatch, capsys):
+def test_a_process_that_alone_has_problems_prints_them_at_last(values, write, monkeypatch, capsys):
     monkeypatch.setattr(distill_runfile.cli, "FIRST_RANK_SECONDS", 0.0)
     monkeypatch.setenv("LOCAL_RANK", "1")
     values["training"]["seed"] = -1
@@ -74,7 +74,7 @@ def test_who_alone_finds_something_wrong_says_it_in_the_end(values, write, monke
     assert "training.seed" in capsys.readouterr().err
 
 
-def test_the_plan_says_where_the_negative_condition_comes_from(
+def test_the_plan_states_the_source_of_the_negative_condition(
     values, write, capsys, tmp_path, monkeypatch
 ):
     # Memory of model calls, which takes seconds, is not what is asked for here.

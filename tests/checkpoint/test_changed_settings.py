@@ -148,7 +148,7 @@ def _check_other_settings(root: Path, stop: int, interval: int, change: dict[str
         assert find_differences(moments(end), moments(full)) == []
 
 
-def test_it_is_said_in_one_line(tmp_path, caplog):
+def test_changed_optimizer_settings_are_logged_in_one_line(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     train(tmp_path, 8, {"student": FIRST, "critic": FIRST})
     train(tmp_path, TOTAL, {"student": attrs.evolve(FIRST, lr=0.002), "critic": FIRST})
@@ -159,7 +159,7 @@ def test_it_is_said_in_one_line(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("change", [{"betas": (0.0, 0.9)}, {"name": "sgd"}])
-def test_what_the_moments_were_made_by_needs_a_rule(tmp_path, change):
+def test_other_betas_need_a_rule(tmp_path, change):
     train(tmp_path, 8, {"student": FIRST, "critic": FIRST})
     now = {"student": attrs.evolve(FIRST, lr=0.002, **change), "critic": FIRST}
     with pytest.raises(CheckpointError, match=rf"student\.optimizer\.{next(iter(change))} is"):

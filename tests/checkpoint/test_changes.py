@@ -57,7 +57,7 @@ SHAPES = st.builds(
 
 
 @given(SHAPES, SHAPES)
-def test_the_way_out_in_the_error_is_the_rule_that_works(then, now):
+def test_the_rule_suggested_by_the_error_works(then, now):
     with TemporaryDirectory() as name:
         folder = Path(name)
         first = run_with(folder, then, STEPS, ChangesConfig(), {}, seed=0)
@@ -141,7 +141,7 @@ def test_a_role_starts_anew(started, tmp_path):
     assert run.method.update_counts["critic.transformer"] == 0
 
 
-def test_one_word_of_two_lists_restarts_nothing(started, tmp_path):
+def test_a_rule_in_one_of_two_lists_restarts_nothing(started, tmp_path):
     before = started(Shape())
     run = resumed(tmp_path, Shape(), added=("roles.critic",))
     assert find_differences(run.everything(), before.everything()) == []

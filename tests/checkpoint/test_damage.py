@@ -211,7 +211,7 @@ DAMAGES = {
 @pytest.mark.parametrize(
     ("damage", "word"), DAMAGES.items(), ids=lambda d: getattr(d, "__name__", "")
 )
-def test_latest_skips_the_damaged_with_a_word(folder, caplog, damage, word):
+def test_latest_skips_damaged_checkpoints_and_logs_it(folder, caplog, damage, word):
     damage(folder / "checkpoint-000003")
     _, iteration = resume(folder)
     assert iteration == 2

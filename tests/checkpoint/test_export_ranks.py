@@ -48,7 +48,7 @@ def test_it_is_the_export_of_the_checkpoint_byte_for_byte(tmp_path, strategy, si
         ("refuse", "OutputError: disk full", "CheckpointError: rank 0: disk full"),
     ],
 )
-def test_what_fails_on_the_first_rank_fails_on_all(tmp_path, problem, first, others):
+def test_a_failure_on_the_first_rank_fails_on_all(tmp_path, problem, first, others):
     outcomes = run_on_ranks(train_and_export, tmp_path, "fsdp2", problem)
     assert outcomes == [first, others]
 

@@ -128,7 +128,7 @@ def test_metadata_that_would_run_code_is_refused(folder, evil, kind):
     assert not evil.touched
 
 
-def test_these_would_have_run(evil):
+def test_the_evil_files_would_run_code_if_unpickled(evil):
     """The pickles above are no straw men (but for the two that torch's own would refuse too)."""
     for kind, content in hand_written(evil.marker).items():
         if kind in ("class of an allowed name", "torch's own loader", "getattr"):
@@ -140,7 +140,7 @@ def test_these_would_have_run(evil):
             evil.marker.unlink()
 
 
-def test_an_evil_object_within_a_true_metadata_is_refused(folder, evil):
+def test_an_evil_object_in_valid_metadata_is_refused(folder, evil):
     with (folder / ".metadata").open("rb") as file:
         metadata = pickle.load(file)
     metadata.planner_data = {"model.a": evil}
@@ -218,14 +218,14 @@ def test_a_pt_file_that_would_run_code_is_refused(evil, tmp_path, where, zipped)
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bare_pickle_under_the_name_of_a_pt_file_is_refused(evil, tmp_path, kind):
+def test_a_bare_pickle_named_pt_is_refused(evil, tmp_path, kind):
     (tmp_path / "x.pt").write_bytes(hand_written(evil.marker)[kind])
     with pytest.raises(CheckpointError, match=r"x\.pt"):
         load_pt(tmp_path / "x.pt")
     assert not evil.touched
 
 
-def test_an_environment_variable_does_not_open_the_door(evil, tmp_path, monkeypatch):
+def test_an_environment_variable_does_not_allow_unpickling(evil, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save(evil, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match="was not read"):
@@ -253,7 +253,7 @@ def test_torchscript_is_refused(tmp_path):
     [b"", b"hello", b"PK\x03\x04", b"version https://git-lfs.github.com/spec/v1\n", b"\x80\x04."],
     ids=["empty", "text", "zip", "lfs", "no value"],
 )
-def test_what_is_no_pickle_is_an_error_that_names_the_file(folder, content, tmp_path):
+def test_a_pt_file_that_is_no_pickle_is_an_error_with_its_name(folder, content, tmp_path):
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"x\.pt holds no weights"):
         load_pt(tmp_path / "x.pt")
@@ -262,7 +262,7 @@ def test_what_is_no_pickle_is_an_error_that_names_the_file(folder, content, tmp_
         open_dcp(folder)
 
 
-def test_what_is_not_there_or_cannot_be_opened_is_an_error(tmp_path):
+def test_missing_and_unreadable_files_are_errors(tmp_path):
     for path in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(CheckpointError, match=str(path)):
             load_pt(path)

@@ -317,7 +317,7 @@ def test_newer(tmp_path, ranks):
         assert word in left
 
 
-def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
+def test_a_pipe_among_the_files_does_not_block(tmp_path):
     source = newer(tmp_path, newer_state(None))
     [file] = (source / "dcp").glob("*.distcp")
     file.unlink()
@@ -325,7 +325,7 @@ def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
     refused(source, tmp_path, "it is a folder or a pipe")
 
 
-def test_an_average_that_had_not_begun_is_left(tmp_path):
+def test_an_average_that_had_not_begun_is_left_out(tmp_path):
     report = turn(newer(tmp_path, newer_state(theirs(wan_weights(7)), begun=False)), tmp_path)
     assert_holds(tmp_path, NEWER, iteration=399)
     assert any("it had not begun" in line for line in report.left)
@@ -389,7 +389,7 @@ def test_two_names_of_one_weight_are_refused(tmp_path):
     refused(with_model(tmp_path, weights), tmp_path, r"are both our blocks\.0\.attn1\.to_q\.bias")
 
 
-def test_no_layout_at_all_says_what_was_looked_for(legacy, tmp_path):
+def test_an_unknown_layout_lists_what_was_looked_for(legacy, tmp_path):
     (tmp_path / "empty").mkdir()
     looked = (
         r"metadata\.json, dcp/.*distributed_checkpoint/.*generator_inference_transformer/.*\.pt"
@@ -429,7 +429,9 @@ def evil(tmp_path) -> Evil:
 
 
 @pytest.mark.parametrize("where", ["file", "average", "metadata", "piece", "newer piece"])
-def test_what_would_run_code_is_refused_and_nothing_is_written(legacy, tmp_path, evil, where):
+def test_files_that_would_run_code_are_refused_and_nothing_is_written(
+    legacy, tmp_path, evil, where
+):
     source = legacy
     generator = legacy / "distributed_checkpoint" / "generator"
     if where == "file":

@@ -45,7 +45,7 @@ def test_on_several_ranks_too(tmp_path):
     assert read_logs(tmp_path / "parts") == read_logs(tmp_path / "whole")
 
 
-def test_values_of_another_number_of_ranks_are_not_lost(tmp_path):
+def test_metrics_saved_by_another_number_of_ranks_are_kept(tmp_path):
     outcomes = run_on_ranks(train_logged, tmp_path, (4, stop), (5, stop))
     assert outcomes == [None, None], outcomes
     train_logged(tmp_path / "one")

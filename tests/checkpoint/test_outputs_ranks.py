@@ -15,13 +15,13 @@ def claims(folder: Path, *, resume: bool = True, after: str = "") -> list[str]:
     return run_on_ranks(claim, [folder] * 2, resume, after)
 
 
-def test_the_first_rank_holds_it_for_all(tmp_path):
+def test_the_first_rank_locks_the_folder_for_all(tmp_path):
     [first, second] = claims(tmp_path / "out", resume=False)
     assert first == "held"
     assert second == "held by another"
 
 
-def test_a_refusal_is_the_same_on_all(tmp_path):
+def test_all_ranks_raise_the_same_refusal(tmp_path):
     with claim_output_dir(tmp_path, resume=True):
         outcomes = claims(tmp_path)
     assert outcomes[0] == outcomes[1]
@@ -39,7 +39,7 @@ def test_a_restart_after_a_killed_rank_finds_it_free(tmp_path, who):
     assert claims(tmp_path) == ["held", "held by another"]
 
 
-def test_a_run_that_did_not_start_gives_it_back(tmp_path):
+def test_a_run_that_did_not_start_releases_the_folder(tmp_path):
     claims(tmp_path / "out", resume=False, after="release")
     assert not (tmp_path / "out").exists()
 

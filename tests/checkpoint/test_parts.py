@@ -84,7 +84,7 @@ def test_changes_name_what_a_run_can_gain_or_lose(entry):
         ChangesConfig(added=(entry,))
 
 
-def test_a_change_said_twice():
+def test_a_state_listed_twice_in_changes_is_refused():
     with pytest.raises(ValueError, match=r"roles\.a is listed twice"):
         ChangesConfig(dropped=("roles.a", "roles.a"))
 
@@ -323,7 +323,7 @@ sys.stdin.read()
 """
 
 
-def test_two_living_processes_do_not_share_a_folder_and_a_killed_one_leaves_it(tmp_path):
+def test_a_folder_is_locked_by_a_living_process_and_freed_by_a_killed_one(tmp_path):
     other = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -338,7 +338,7 @@ def test_two_living_processes_do_not_share_a_folder_and_a_killed_one_leaves_it(t
         assert json.loads((tmp_path / "run.json").read_text())["pid"] == os.getpid()
 
 
-def test_only_who_made_the_marker_takes_it_away(tmp_path):
+def test_only_the_owner_of_a_marker_removes_it(tmp_path):
     first = claim_output_dir(tmp_path / "a", resume=False)
     first.close()
     claim_output_dir(tmp_path / "a", resume=True).release()

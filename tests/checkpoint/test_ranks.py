@@ -134,7 +134,7 @@ def test_the_mean_over_ranks_says_which_checkpoints_stay(tmp_path, sharded):
     }
 
 
-def test_what_one_rank_alone_measured_counts(tmp_path):
+def test_a_metric_of_one_rank_alone_is_recorded(tmp_path):
     assert run_on_ranks(keep, tmp_path, [{}, {1: 1.0, 2: 2.0, 3: 3.0}], False) == [None, None]
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-000001", "checkpoint-000003"}
 
@@ -147,7 +147,7 @@ def test_what_one_rank_alone_measured_counts(tmp_path):
         ("spoilt", {}, "inf in a shard"),
     ],
 )
-def test_what_one_rank_cannot_save_is_saved_by_none(tmp_path, how, config, word):
+def test_a_save_that_fails_on_one_rank_fails_on_all(tmp_path, how, config, word):
     outcomes = run_on_ranks(train_and_lose_a_rank, tmp_path, "fsdp2", how, config)
     assert outcomes[0] == outcomes[1]
     assert word in outcomes[0]

@@ -48,7 +48,7 @@ def checkpoint(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved[0], tmp_path / saved[0].name))
 
 
-def test_it_lists_what_there_is(saved):
+def test_an_opened_checkpoint_lists_its_roles_and_averages(saved):
     stored = StoredCheckpoint.open(saved[0])
     assert (stored.iteration, stored.config, stored.origin) == (4, {"seed": 7}, None)
     assert stored.roles == {"student": EXPERTS, "critic": ("transformer",)}
@@ -85,7 +85,7 @@ def test_opening_and_listing_read_no_numbers(saved, monkeypatch):
         ("critic", True, r"no EMA of 'critic', transformer \(EMA of: student\)"),
     ],
 )
-def test_what_is_not_there_is_named_with_what_is(saved, role, ema, message):
+def test_an_unknown_role_is_named_with_the_known_ones(saved, role, ema, message):
     with pytest.raises(CheckpointError, match=message):
         StoredCheckpoint.open(saved[0]).weights(role, ema=ema)
 
@@ -102,7 +102,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_damage_is_found_where_it_is_read_and_only_there(checkpoint):
+def test_damage_is_reported_where_it_is_read(checkpoint):
     path = next((checkpoint / "roles" / "critic").rglob("*.safetensors"))
     flip(path)
     stored = StoredCheckpoint.open(checkpoint)
@@ -128,7 +128,7 @@ def test_a_folder_that_is_no_whole_checkpoint(checkpoint, tmp_path):
         StoredCheckpoint.open(tmp_path)
 
 
-def test_what_is_a_checkpoint(checkpoint, tmp_path):
+def test_which_folders_are_checkpoints(checkpoint, tmp_path):
     assert is_checkpoint_folder(checkpoint)
     assert not is_checkpoint_folder(tmp_path)
     assert not is_checkpoint_folder(tmp_path / "absent")
@@ -237,7 +237,7 @@ def test_a_migration_writes_over_nothing(tmp_path):
         )  # fmt: skip
 
 
-def test_a_source_that_lies_is_found(tmp_path):
+def test_a_source_with_a_wrong_description_is_an_error(tmp_path):
     source = Lazy({"a": torch.ones(2)})
     source.describe = lambda: {"a": TensorInfo((3,), torch.float32)}
     with pytest.raises(CheckpointError, match=r"a is \[2\] float32, but its source said \[3\]"):
@@ -250,7 +250,7 @@ def test_a_type_that_safetensors_lacks_is_refused(tmp_path):
         write(tmp_path / "checkpoint-000001", Lazy({"a": torch.ones(2, dtype=torch.complex64)}))
 
 
-def test_a_run_does_not_delete_what_somebody_reads(tmp_path, caplog):
+def test_a_run_does_not_delete_a_checkpoint_in_use(tmp_path, caplog):
     caplog.set_level("INFO")
     run = new_run(Shape(ema_roles=()))
     manager = CheckpointManager(CheckpointConfig(keep_last=1), tmp_path, {})
@@ -266,7 +266,7 @@ def test_a_run_does_not_delete_what_somebody_reads(tmp_path, caplog):
     assert list(list_checkpoints(tmp_path)) == [3]
 
 
-def test_what_was_deleted_meanwhile_is_an_error_that_says_so(tmp_path):
+def test_a_file_deleted_meanwhile_is_an_error(tmp_path):
     """By hand, or by a run of an older version."""
     run = new_run(Shape(ema_roles=()))
     CheckpointManager(CheckpointConfig(), tmp_path, {}).save(run.state(tmp_path, 1), run.callbacks)

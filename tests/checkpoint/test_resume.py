@@ -160,7 +160,7 @@ def test_a_frozen_base_is_not_saved(tmp_path):
         resume(tmp_path, Shape(trained=frozenset({"4.weight", "4.bias", "0.bias"})))
 
 
-def test_a_base_that_roles_share_is_nobodys_to_save_or_load(tmp_path):
+def test_a_shared_base_is_neither_saved_nor_loaded(tmp_path):
     def build(base: float) -> tuple[Run, torch.nn.Parameter]:
         run = new_run(Shape(trained=frozenset({"4.weight"})))
         roles = run.method.bundle.roles
@@ -241,7 +241,7 @@ def test_optimizer_groups_that_moved_are_refused(tmp_path):
         manager(tmp_path, RESUME).resume(run.state(tmp_path, 0), run.callbacks)
 
 
-def test_latest_in_an_empty_folder_starts_afresh_with_a_word(tmp_path, caplog):
+def test_latest_in_an_empty_folder_starts_afresh_and_logs_it(tmp_path, caplog):
     _, iteration = resume(tmp_path / "new")
     assert iteration == 0
     assert "starts afresh" in caplog.text
@@ -256,7 +256,7 @@ def test_a_path_resumes_from_another_folder(tmp_path):
     assert (tmp_path / "new" / "checkpoint-000003" / "manifest.json").exists()
 
 
-def test_one_under_another_name_is_saved_again_under_its_own(tmp_path):
+def test_a_renamed_checkpoint_is_saved_again_under_its_own_name(tmp_path):
     saved(tmp_path)
     source = (tmp_path / "checkpoint-000003").rename(tmp_path / "good")
     config = CheckpointConfig(resume=str(source))
@@ -284,7 +284,7 @@ def test_starting_before_what_the_folder_holds_is_refused(tmp_path, start):
         (CheckpointConfig(save_at_end=False), 5, 3, {3}),
     ],
 )
-def test_when_it_saves(tmp_path, caplog, config, steps, stop, expected):
+def test_saves_happen_at_their_iterations(tmp_path, caplog, config, steps, stop, expected):
     run = new_run(Shape())
     if stop:
         run.callbacks["tally"].on_step_start = lambda state: (
@@ -386,7 +386,7 @@ def test_config_that_is_not_json_is_refused_at_once(tmp_path):
         CheckpointManager(CheckpointConfig(), tmp_path, {"path": Path("/x")})
 
 
-def test_the_log_says_what_was_saved_and_resumed(tmp_path, caplog):
+def test_the_log_names_saved_and_resumed_checkpoints(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     saved(tmp_path)
     resume(tmp_path)

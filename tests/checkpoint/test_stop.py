@@ -134,7 +134,7 @@ def check(n: int, m: int, shape: Shape, moment: int, in_background: bool = False
         assert find_differences(uninterrupted.everything(), resumed.everything()) == []
 
 
-def test_what_is_saved_keeps_what_was_measured_in_its_iteration(tmp_path):
+def test_a_manifest_records_the_metrics_of_its_iteration(tmp_path):
     run = polling_run(Shape())
     run.method.ask_in, run.method.ask_at = 3, 1
 

@@ -195,7 +195,7 @@ def test_a_position_of_another_order_is_refused(dataset_of, samples, seed, shuff
     epochs=st.integers(1, 3),
     data=st.data(),
 )
-def test_workers_change_nothing_that_can_be_seen(
+def test_workers_change_no_batch(
     dataset_of, samples, batch_size, world_size, seed, workers, epochs, data
 ):
     rank = data.draw(st.integers(0, world_size - 1))

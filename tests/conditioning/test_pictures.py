@@ -109,7 +109,7 @@ def test_a_negative_that_is_no_part_of_the_samples_is_refused(folder):
             LatentLoader(stored, batch_size=2, seed=0, dropout=0.5, negative=Condition(wrong))
 
 
-def test_what_the_model_reads_of_a_picture_must_be_there(folder, tmp_path):
+def test_a_data_set_needs_the_condition_of_the_picture(folder, tmp_path):
     expected = {"image_latents": (48,)}
     assert dataset_info(folder, condition_shapes=expected).problems == ()
     (problem,) = dataset_info(folder, condition_shapes={"image_latents": (50,)}).problems

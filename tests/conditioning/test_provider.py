@@ -67,7 +67,7 @@ def test_a_data_set_of_another_encoder_is_refused_with_both(provide, make_encode
         provide(stored="", by=make_encoder("encoder-b"))
 
 
-def test_what_is_accepted_may_differ(tmp_path, make_folder, make_encoder):
+def test_accepted_entries_may_differ(tmp_path, make_folder, make_encoder):
     folder = make_folder(tmp_path / "data", 3, negative="")
 
     def build(*accept: str) -> CachedConditioning:
@@ -83,7 +83,7 @@ def test_what_is_accepted_may_differ(tmp_path, make_folder, make_encoder):
     assert len(build("text_encoder").negative()) == 1
 
 
-def test_an_unknown_encoder_is_taken_at_the_data_sets_word(provide, make_encoder):
+def test_an_encoder_without_fingerprint_is_trusted(provide, make_encoder):
     assert len(provide(stored="", by=make_encoder(None)).negative()) == 1
 
 
@@ -123,13 +123,13 @@ def test_without_a_fingerprint_nothing_is_kept_on_disk(make_encoder, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_the_cache_is_where_the_config_says(provide, tmp_path):
+def test_the_cache_is_in_the_configured_folder(provide, tmp_path):
     provide(cache=str(tmp_path / "elsewhere")).encode(["a", "b"])
     assert len(list((tmp_path / "elsewhere").glob("*.safetensors"))) == 2
 
 
 @pytest.mark.parametrize("damage", ["other prompt", "flipped", "truncated", "pickle"])
-def test_a_cache_file_that_lies_is_encoded_again_with_a_word(
+def test_a_wrong_cache_file_is_encoded_again_and_logged(
     provide, make_encoder, tmp_path, caplog, damage
 ):
     good = _text(provide().encode(["a"]))
@@ -163,7 +163,7 @@ def test_the_fingerprint_is_asked_once(make_encoder, tmp_path):
     assert late.calls == ["a"]
 
 
-def test_stored_embeddings_are_taken_at_their_word_with_a_word(provide, make_encoder, caplog):
+def test_stored_embeddings_are_trusted_and_logged(provide, make_encoder, caplog):
     with caplog.at_level(logging.INFO):
         provider = provide(stored="", by=make_encoder(None))
         provider.negative()

@@ -49,7 +49,7 @@ def test_without_a_fingerprint_and_with_constants(tmp_path):
     [(None, "encoder-a", "no negative condition"), ("", "encoder-b", "encoder-a.*encoder-b")],
     ids=["no negative", "another encoder"],
 )
-def test_what_fails_on_the_first_rank_fails_on_all(tmp_path, negative, fingerprint, word):
+def test_a_failure_on_the_first_rank_fails_on_all(tmp_path, negative, fingerprint, word):
     data = write_dataset(tmp_path / "data", 3, negative=None)
     outcomes = run_on_ranks(encode, tmp_path / "run", data, negative, fingerprint, [PROMPTS] * 2)
     assert outcomes[0] == outcomes[1]

@@ -83,7 +83,7 @@ def test_the_loader_gives_each_sample_its_own_trajectory(tmp_path):
     assert batch.to("meta").trajectory.is_meta
 
 
-def test_who_asks_for_none_reads_none(tmp_path):
+def test_trajectories_are_read_only_on_request(tmp_path):
     whole(tmp_path / "data")
     dataset = LatentDataset(DataConfig(path=str(tmp_path / "data")))
     assert dataset.read(torch.tensor([7, 2])).trajectory is None
@@ -92,7 +92,7 @@ def test_who_asks_for_none_reads_none(tmp_path):
     assert dataset.id(7) == "clip-7"
 
 
-def test_levels_that_are_not_there(tmp_path):
+def test_trajectory_times_that_are_not_stored_are_refused(tmp_path):
     data = whole(tmp_path / "data")
     assert dataset_info(data, times=(1000.0, 756.8)).problems == ()
     [problem] = dataset_info(data, times=(1000.0, 750.0)).problems
@@ -110,7 +110,7 @@ def test_levels_that_are_not_there(tmp_path):
     assert "apps/trajectories" in problem
 
 
-def test_in_any_order_by_any_process_it_is_the_same(tmp_path):
+def test_shards_written_in_any_order_by_any_process_are_the_same(tmp_path):
     whole(tmp_path / "one")
     mine, theirs = folder(tmp_path / "two"), folder(tmp_path / "two")
     assert (mine.missing(0, 2), theirs.missing(1, 2)) == ([0, 2], [1])
@@ -168,7 +168,7 @@ def test_another_data_set_in_the_folder_stays(tmp_path):
         folder(tmp_path / "torn")
 
 
-def test_what_is_not_finite_is_not_stored(tmp_path):
+def test_values_that_are_not_finite_are_not_stored(tmp_path):
     trajectories, rows = folder(tmp_path / "data"), ShardRows()
     latents = torch.zeros(1, *SHAPE)
     states = torch.full((1, 3, *SHAPE), float("nan"))
@@ -184,7 +184,7 @@ def test_a_damaged_shard_is_named(tmp_path):
         folder(data).missing()
 
 
-def test_of_two_that_begin_at_once_one_gives_way(tmp_path, monkeypatch):
+def test_of_two_processes_that_start_at_once_one_is_refused(tmp_path, monkeypatch):
     """Both have seen that there are no settings yet, and the other one's come first."""
     write = trajectories.write_new_text
 

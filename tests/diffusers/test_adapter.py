@@ -195,7 +195,7 @@ def proves_the_contract(adapter: FlowMatchingAdapter) -> DistillAdapter:
 
 
 @torch.no_grad()
-def test_packed_latents_come_back_in_their_places(ltx):
+def test_packed_predictions_are_unpacked_to_their_cells(ltx):
     """Each cell of v is what the transformer gives for that cell's token."""
     x_t, cond = normal(2, 4, 2, 2, 3), ltx_cond(2)
     v = ltx.forward("teacher", x_t, TIMES, cond)
@@ -329,7 +329,7 @@ def test_latents_are_normalised_by_the_statistics_and_back(ltx):
     torch.testing.assert_close(ltx.denormalize_latents(normalised), raw)
 
 
-def test_what_a_family_does_not_declare_is_refused_and_none(ltx):
+def test_what_an_adapter_lacks_is_none_and_calls_of_it_are_refused(ltx):
     x_t, cond = normal(2, 4, 2, 2, 3), ltx_cond(2)
     assert ltx.causal is ltx.experts is ltx.images is None
     assert ltx.discriminators is ltx.tangents is ltx

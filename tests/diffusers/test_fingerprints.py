@@ -69,7 +69,7 @@ def test_an_encoder_that_was_saved_again_is_the_same(folder):
     assert before["encoder"] != after["encoder"]
 
 
-def test_what_computes_has_a_name_of_its_own(folder):
+def test_each_component_has_its_own_fingerprint_entry(folder):
     before = entries(folder)
 
     def differs(change, undo: Path) -> set[str]:
@@ -108,7 +108,7 @@ def test_what_computes_has_a_name_of_its_own(folder):
         assert differs(lambda path, c=change: change_json(path, **c), folder / file) == {name}
 
 
-def test_what_computes_nothing_does_not_count(folder):
+def test_unused_files_do_not_change_a_fingerprint(folder):
     before = entries(folder)
     change_json(folder / "text_encoder/config.json", architectures=["X"], torch_dtype="bfloat16")
     change_json(folder / "vae/config.json", _diffusers_version="9", _name_or_path="/elsewhere")

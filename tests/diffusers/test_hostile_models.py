@@ -210,13 +210,13 @@ def test_a_weight_map_stays_in_its_folder(pipeline, shard):
         ("tokenizer_config.json", {"pad_token": None}),
     ],
 )
-def test_what_its_library_raises_of_a_tokenizer_is_one_error(pipeline, name, changes):
+def test_errors_of_the_tokenizers_library_become_one_error(pipeline, name, changes):
     edit(pipeline / "tokenizer" / name, **changes)
     with pytest.raises(WeightsError, match="tokenizer"):
         load_tokenizer(pipeline / "tokenizer")
 
 
-def test_a_librarys_warnings_print_nothing_that_a_terminal_obeys(pipeline):
+def test_warnings_of_libraries_are_printed_without_control_characters(pipeline):
     """They name entries that the library does not know."""
     edit(pipeline / "tokenizer" / "tokenizer_config.json", **{"a\x1b[31m": 1})
     with pytest.raises(WeightsError, match=r"tokenizer_config\.json has an entry whose name"):
@@ -226,7 +226,7 @@ def test_a_librarys_warnings_print_nothing_that_a_terminal_obeys(pipeline):
     assert r"a\x1b[31m" in problem.message
 
 
-def test_words_that_the_encoder_has_no_row_for(pipeline):
+def test_token_ids_beyond_the_embedding_are_refused(pipeline):
     file = pipeline / "tokenizer" / "tokenizer.json"
     model = json.loads(file.read_text())["model"]
     edit(file, model=model | {"vocab": model["vocab"] | {"new": 99}})
@@ -270,7 +270,7 @@ def test_a_folder_that_exists_is_no_hub_id(pipeline, monkeypatch):
 # -- the rules by themselves ----------------------------------------------------------------------
 
 
-def test_building_is_limited_and_leaves_no_trace(monkeypatch):
+def test_building_on_meta_is_limited_and_removes_its_hooks(monkeypatch):
     monkeypatch.setattr(building, "MAX_PARTS", 1000)
 
     def build() -> nn.Module:
@@ -292,7 +292,7 @@ def test_building_is_limited_and_leaves_no_trace(monkeypatch):
 
 
 @pytest.mark.parametrize("plugin", ["distill_adapters_wan", "distill_adapters_ltx"])
-def test_what_is_published_has_no_problem(plugin):
+def test_published_models_have_no_problem(plugin):
     import importlib
 
     published = importlib.import_module(f"{plugin}.published").PUBLISHED

@@ -75,7 +75,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_what_is_loaded_and_called_is_what_is_planned(ltx_folder, name):
+def test_loaded_weights_and_calls_take_the_planned_bytes(ltx_folder, name):
     role = spec(ltx_folder, **OPTIONS[name])
     (plan,) = plan_modules(LTX, describe(role.path), role)
     handle = load(role)["student"]
@@ -187,6 +187,6 @@ def test_a_plan_counts_what_the_attention_backend_holds(ltx_folder):
     assert plan_call(LTX, main, role, call, long).held > fused.held
 
 
-def test_the_index_says_which_transformers_there_are(ltx_folder):
+def test_the_index_states_which_transformers_there_are(ltx_folder):
     assert list(describe(str(ltx_folder)).transformers) == ["transformer"]
     assert inspect_model(LTX, describe(str(ltx_folder)).main).width == 16

@@ -106,7 +106,7 @@ def test_a_view_is_written_as_it_reads(tmp_path):
     assert all(torch.equal(tensors[name], view) for name, view in views.items())
 
 
-def test_what_the_header_does_not_say_is_refused(tmp_path):
+def test_tensors_that_differ_from_the_header_are_refused(tmp_path):
     infos = {"a": TensorInfo((2,), torch.float32)}
     with pytest.raises(ContractError, match=r"a is \[3\] float32"):
         write_weights(tmp_path / "shape", infos, lambda name: torch.zeros(3))

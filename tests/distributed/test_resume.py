@@ -43,7 +43,7 @@ def go(file: Path, size: int) -> None:
     assert run_on_ranks(train, file, size=size) == [""] * size
 
 
-def test_two_then_one_then_two(tmp_path):
+def test_a_run_on_two_one_and_two_processes_equals_one_on_two(tmp_path):
     go(file_of(tmp_path, "whole", 6, {}), 1)
     go(file_of(tmp_path, "parts", 2, FSDP2), 2)
     go(file_of(tmp_path, "parts", 4, {}), 1)

@@ -24,7 +24,7 @@ def test_ranks_with_other_run_files_take_no_folder(tmp_path):
 
 # Before what they do together in loading; before what they do in training.
 @pytest.mark.parametrize("what", ["_start_weights", "LatentDataset", "_callbacks"])
-def test_what_one_rank_cannot_read_ends_all(tmp_path, what):
+def test_a_reading_error_on_one_rank_ends_all(tmp_path, what):
     file = run_file(tmp_path / "run.yaml", "finetune", training=FEW)
     (first, waited), (second, _) = run_on_ranks(train_with_failing_rank, file, what)
     assert second == "DataError: no such file on this machine"

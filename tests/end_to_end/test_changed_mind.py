@@ -73,7 +73,7 @@ def problems(file: Path) -> str:
     return str(excinfo.value)
 
 
-def test_another_rate_goes_on_with_the_moments_and_says_so_in_one_line(write, caplog):
+def test_another_learning_rate_keeps_the_moments_and_is_logged_in_one_line(write, caplog):
     file = write(training={"optimizer": {"lr": 2e-4}})
     line = "the optimizer of student goes on with lr 0.0004 -> 0.0002; its moments and its count"
     assert describe(read_config(file, planning=True)).count(line) == 1

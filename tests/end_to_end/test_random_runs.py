@@ -17,7 +17,7 @@ def folders(tmp_path_factory) -> Folders:
 @pytest.mark.parametrize(
     "seed", [101, 105, 109, *(pytest.param(n, marks=pytest.mark.slow) for n in range(200, 240))]
 )
-def test_what_the_check_accepts_runs_and_stops_and_goes_on(seed, folders, tmp_path):
+def test_accepted_random_files_run_stop_and_resume(seed, folders, tmp_path):
     outcome = try_file(seed, folders, tmp_path)
     assert outcome.differences == ()
     assert outcome.problems or outcome.files > 5

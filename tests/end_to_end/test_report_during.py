@@ -112,7 +112,7 @@ def assert_same(a: Any, b: Any, path: str = "") -> None:
         assert a == b, path
 
 
-def test_a_run_that_is_measured_is_the_run_that_is_not(checked, tmp_path):
+def test_reports_during_a_run_do_not_change_it(checked, tmp_path):
     plain, nothing = trained(checked())
     before = everything(plain)
     assert nothing.seen == {}

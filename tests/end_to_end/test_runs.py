@@ -43,7 +43,7 @@ SHORT_REPORT = {
 }
 
 
-def test_dmd2_leaves_behind_all_that_it_promises(tiny, tmp_path, capsys, caplog):
+def test_a_dmd2_run_writes_all_documented_files(tiny, tmp_path, capsys, caplog):
     config = tiny(
         "dmd2",
         training={"max_train_steps": 10, "log_every": 5},
@@ -194,7 +194,7 @@ def name_of(file: Path) -> str:
 
 
 @pytest.mark.parametrize("config", RUNS, ids=name_of)
-def test_every_run_file_is_right(config):
+def test_every_shipped_run_file_is_valid(config):
     assert read_config(config, planning=True).roles["student"].spec.trainable
 
 

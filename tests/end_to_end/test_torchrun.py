@@ -41,7 +41,7 @@ def worker_pid(parent: int, rank: int) -> int:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_comes_back_and_goes_on_from_latest(tiny, tmp_path):
+def test_a_killed_worker_is_restarted_and_resumes_from_latest(tiny, tmp_path):
     """What is lost is done again, and nothing else: one line of metrics an iteration."""
     out = tmp_path / "out"
     config = tiny(

@@ -49,7 +49,7 @@ def initial_weights(tiny, tmp_path, start: dict, **changes) -> dict[str, torch.T
 
 
 @pytest.mark.parametrize("kind", ["live", "ema", "export", "comfyui"])
-def test_a_role_starts_with_what_it_is_told(kind, first_checkpoint, tiny, tmp_path):
+def test_a_role_starts_with_the_weights_of_init_from(kind, first_checkpoint, tiny, tmp_path):
     exported = weights(first_checkpoint.parent / "student" / "transformer")
     file = tmp_path / "comfyui.safetensors"
     save_file({f"model.diffusion_model.{to_original(k)}": v for k, v in exported.items()}, file)
@@ -87,7 +87,7 @@ def test_a_causal_student_starts_from_a_bidirectional_one(kind, first_checkpoint
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_a_run_that_goes_on_does_not_need_its_start_again(first_checkpoint, tiny, tmp_path):
+def test_a_resumed_run_does_not_need_init_from(first_checkpoint, tiny, tmp_path):
     start = {"student": {"init_from": {"path": str(first_checkpoint)}}}
     config = tiny("finetune", training=STEP, models=start,
                   checkpoint={"every_steps": None, "export": []})  # fmt: skip
@@ -98,9 +98,7 @@ def test_a_run_that_goes_on_does_not_need_its_start_again(first_checkpoint, tiny
     assert main(["--config", str(config)]) == EXIT_OK
 
 
-def test_what_cannot_be_started_from_is_a_fault_of_the_file(
-    first_checkpoint, tiny, tmp_path, capsys
-):
+def test_wrong_init_from_is_a_problem_of_the_file(first_checkpoint, tiny, tmp_path, capsys):
     cases = {
         "first.parent": ({"path": str(first_checkpoint.parent)}, "checkpoint-000002"),
         "nowhere": ({"path": "./nowhere"}, "nowhere"),
@@ -116,9 +114,7 @@ def test_what_cannot_be_started_from_is_a_fault_of_the_file(
         assert word in capsys.readouterr().err
 
 
-def test_a_role_that_a_resumed_run_adds_starts_with_what_it_is_told(
-    first_checkpoint, tiny, tmp_path
-):
+def test_a_role_added_by_a_resumed_run_starts_with_init_from(first_checkpoint, tiny, tmp_path):
     config = tiny(
         "dmd2",
         training={**STEP, "max_train_steps": 6, "optimizer": STILL},

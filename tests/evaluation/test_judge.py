@@ -33,7 +33,7 @@ def test_saved_and_loaded_judges_agree(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["judge.json", "judge.safetensors"]
 
 
-def test_answers_have_the_attributes_shape_and_range() -> None:
+def test_classifications_have_the_attributes_shape_and_range() -> None:
     judge = small_judge()
     clips = torch.rand(5, 3, 5, 16, 16)
     answers = judge.classify(clips)

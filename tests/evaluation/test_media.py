@@ -102,7 +102,7 @@ def test_a_row_needs_one_clip_per_prompt(tmp_path: Path) -> None:
         write_contact_sheet([], ["a"], tmp_path / "x.png")
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> None:
     target = tmp_path / "file.txt"
     target.write_text("old")
 

@@ -66,7 +66,7 @@ def test_diagonal_covariances_have_a_closed_form(deviations: list[tuple[float, f
 
 @settings(max_examples=20)
 @given(seeds)
-def test_rotating_both_changes_nothing(seed: int) -> None:
+def test_rotating_both_feature_sets_changes_no_distance(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     first, second = (
         torch.randn(20, 4, generator=generator),
@@ -95,7 +95,7 @@ def test_features_must_be_a_table_of_two_rows(shape: tuple[int, ...]) -> None:
         feature_statistics(torch.zeros(shape))
 
 
-def test_two_judges_do_not_mix() -> None:
+def test_features_of_two_judges_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match="one judge"):
         frechet_distance(random_statistics(3, 0), random_statistics(4, 0))
 

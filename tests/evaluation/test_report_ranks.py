@@ -65,7 +65,7 @@ def test_numbers_and_pictures_are_those_of_one_process(
     assert all(rank["weights stay"] for rank in results)
 
 
-def test_a_stop_asked_of_one_rank_ends_the_report_of_all_at_the_same_call(tmp_path: Path) -> None:
+def test_a_stop_on_one_rank_ends_the_report_on_all_at_the_same_call(tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
     full = run_report(tmp_path / "alone", 5, 2, chunk=4)
     assert full["polls"] > 60
@@ -81,7 +81,7 @@ def test_a_stop_asked_of_one_rank_ends_the_report_of_all_at_the_same_call(tmp_pa
         assert [rank["printed"] for rank in results] == [printed, ""]
 
 
-def test_what_rank_0_cannot_write_fails_on_all(tmp_path: Path) -> None:
+def test_a_writing_error_of_rank_0_fails_on_all(tmp_path: Path) -> None:
     (tmp_path / "report.json").mkdir()
     (tmp_path / "report.json" / "in the way").touch()
     results = run_on_ranks(run_report, tmp_path, 2, 1, 4)

@@ -57,7 +57,7 @@ def test_the_wheel_has_licence_and_types(installed):
     assert (installed / "distill_family_sd3" / "py.typed").is_file()
 
 
-def test_it_is_no_member_of_the_workspace_and_small():
+def test_the_example_is_no_member_of_the_workspace_and_small():
     assert "distill-family-sd3" not in read_members()
     assert "distill-family-sd3" not in (ROOT / "uv.lock").read_text()
     files = sorted((PACKAGE / "src").rglob("*.py"))

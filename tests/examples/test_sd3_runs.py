@@ -238,7 +238,7 @@ def test_the_installed_family_is_all_that_the_app_needs(values, installed, tmp_p
     assert (tmp_path / "out" / "student" / "model_index.json").is_file()
 
 
-def test_a_run_looks_at_its_pictures(values, tmp_path):
+def test_a_run_validates_with_its_pictures(values, tmp_path):
     given = values()
     given["validation"] = {"prompts": PROMPTS, "views": {"student": {"role": "student"}}}
     assert main(["--config", str(write(given, tmp_path))]) == EXIT_OK

@@ -146,7 +146,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_request_is_answered_and_writes_nothing(case, whole, tmp_path, capsys):
+def test_a_wrong_request_is_an_error_and_writes_nothing(case, whole, tmp_path, capsys):
     more, word = WRONG[case]
     assert export(whole, tmp_path / "x", *more) == 2
     assert word in capsys.readouterr().err
@@ -155,7 +155,7 @@ def test_a_wrong_request_is_answered_and_writes_nothing(case, whole, tmp_path, c
 
 @pytest.mark.parametrize("option", ["--max-shard-gb", "--lora-rank"])
 @pytest.mark.parametrize("value", ["0", "1e-12", "-1", "inf", "nan", "much"])
-def test_a_number_that_is_none_is_answered(option, value, tmp_path, capsys):
+def test_an_argument_that_is_no_number_is_refused(option, value, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         export(tmp_path / "nowhere", tmp_path / "x", option, value)
     assert left.value.code == 2
@@ -189,16 +189,14 @@ def test_a_checkpoint_without_its_list_is_refused(whole, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"--checkpoint: {out} cannot be read")
 
 
-def test_what_is_there_and_is_no_export_stays(whole, tmp_path, capsys):
+def test_an_existing_folder_that_is_no_export_stays(whole, tmp_path, capsys):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "thesis.tex").write_text("years of work")
     assert export(whole, tmp_path / "x") == 1
     assert (tmp_path / "x" / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_checkpoint_that_is_deleted_as_it_is_chosen_gives_way_to_the_next(
-    whole, tmp_path, capsys, monkeypatch
-):
+def test_a_checkpoint_deleted_while_it_is_chosen_is_skipped(whole, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(whole / LAST, out / "checkpoint-000003")
     shutil.copytree(whole / LAST, out / "checkpoint-000009")
@@ -218,7 +216,7 @@ def test_a_checkpoint_that_is_deleted_as_it_is_chosen_gives_way_to_the_next(
     assert (tmp_path / "s" / "sampler_spec.json").is_file()
 
 
-def test_ctrl_c_while_the_run_file_is_read_is_said_in_a_line(
+def test_ctrl_c_while_the_run_file_is_read_prints_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*_: Any) -> None:

@@ -27,7 +27,7 @@ def test_a_critic_equal_to_the_teacher_gives_no_gradient(seed: int, batch: int, 
 
 
 @given(seeds, batches, scales)
-def test_the_loss_hands_g_over_numel_to_the_student(seed: int, batch: int, scale: float):
+def test_the_student_gets_the_gradient_g_over_numel(seed: int, batch: int, scale: float):
     x, f, r = triple(seed, batch, scale)
     x.requires_grad_()
     g = dmd_gradient(x, f, r)
@@ -55,7 +55,7 @@ def test_the_gradient_does_not_depend_on_the_scale_of_all_three(seed, batch, sca
 
 
 @given(seeds, batches)
-def test_following_the_gradient_leads_to_the_teacher_where_the_critic_sees_the_student(seed, batch):
+def test_following_the_gradient_with_an_exact_critic_leads_to_the_teacher(seed, batch):
     """With f = x, a step of one normaliser against g lands on r: the sign is right."""
     x, _, r = triple(seed, batch)
     n = (x - r).abs().mean(dim=(1, 2, 3, 4), keepdim=True)

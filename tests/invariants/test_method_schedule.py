@@ -64,7 +64,7 @@ def build(config: MatchingConfig) -> DistillMethod:
 
 @settings(max_examples=12)
 @given(configs, st.integers(1, 3))
-def test_the_plan_is_what_really_steps(config: MatchingConfig, accumulation: int):
+def test_the_planned_updates_are_those_that_step(config: MatchingConfig, accumulation: int):
     """Over 20 iterations: planned roles == roles with a gradient == optimizers == schedulers."""
     method = build(config)
     planned = dict.fromkeys(("student", "critic"), 0)

@@ -264,7 +264,7 @@ def test_the_gan_may_have_a_t_of_its_own():
         assert all(400 <= t <= 410 for c in seen for t in c.t)
 
 
-def test_a_student_that_learns_from_the_gan_alone_finds_the_data():
+def test_a_student_trained_by_the_gan_alone_matches_the_data():
     """Data of one mean; a discriminator on the teacher's random features must lead there."""
     method = ladd(r1_weight=30.0, r1_sigma=0.3, time=TimeSampling(t_max=600))
     for key, lr in (("student.transformer", 3e-3), ("discriminator.heads", 1e-2)):

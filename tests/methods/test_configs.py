@@ -76,7 +76,7 @@ WRONG_OPTIONS = [
 
 
 @pytest.mark.parametrize(("config", "options", "message"), WRONG_OPTIONS)
-def test_a_wrong_option_says_why(config: type, options: dict, message: str):
+def test_the_error_of_a_wrong_option_has_the_reason(config: type, options: dict, message: str):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         config(**options)
 
@@ -109,7 +109,7 @@ def test_plugins_state_roles_capabilities_and_guidance():
     assert FinetuneConfig().needs_negative
 
 
-def test_what_asks_for_a_causal_student():
+def test_options_that_need_a_causal_student():
     for config, needed in [
         (SelfForcingConfig(), {"causal:student", "supports_kv_cache"}),
         (CausVidConfig(), {"causal:student", "supports_frame_times"}),

@@ -342,12 +342,12 @@ def test_frames_that_the_condition_gives_count_for_nothing():
     (ConsistencyConfig, {"guidance_scale": -1.0}, "away from the prompt"),
     (ConsistencyConfig, {"student_sampler": SamplerSpec(steps=4, guidance=3.0)}, "3.0 must be 1"),
 ])  # fmt: skip
-def test_a_wrong_option_says_why(config, options, message):
+def test_the_error_of_a_wrong_option_has_the_reason(config, options, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         config(**options)
 
 
-def test_what_it_needs():
+def test_roles_and_capabilities_follow_the_options():
     assert isinstance(ConsistencyConfig().form, Discrete)
     assert ConsistencyConfig().roles[-1].name == "teacher"
     several = ConsistencyConfig(teachers={"a": TeacherTerm(weight=1.0)})

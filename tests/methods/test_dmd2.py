@@ -50,7 +50,7 @@ def build(
 
 
 @pytest.mark.parametrize("rollout", ["simulate", "data"])
-def test_two_losses_in_one_backward_do_not_mix(rollout: str):
+def test_two_losses_in_one_backward_are_independent(rollout: str):
     """A joint turn gives each role just the gradient of its own loss."""
     options = {"rollout": rollout, "generator_update_interval": 1, "critic_update": "every_step"}
     joint = build(**options)
@@ -162,7 +162,7 @@ class GaussianTeacher(torch.nn.Module):
         return (x_t - self.MEAN - gain * (x_t - (1 - s) * self.MEAN)) / s
 
 
-def test_the_student_finds_the_teachers_distribution():
+def test_the_student_matches_the_teachers_distribution():
     """Mean and spread of a Gaussian, from a student that starts at another place."""
     bundle = toy_bundle(lr=1e-2, student=1, teacher=2, critic=3)
     bundle["teacher"].modules["transformer"] = GaussianTeacher().requires_grad_(False)
@@ -189,7 +189,7 @@ def test_the_student_finds_the_teachers_distribution():
 # -- calls ------------------------------------------------------------------------------------
 
 
-def test_a_step_that_is_stopped_leaves_all_roles_as_they_were():
+def test_a_stopped_step_restores_modes_and_requires_grad():
     method = build(critic_update="every_step", generator_update_interval=1)
     method.stop.request("preempted")
     with pytest.raises(StopRequested):

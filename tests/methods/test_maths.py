@@ -76,7 +76,7 @@ def test_a_weight_a_frame_that_is_the_samples_own_is_its_weight():
     torch.testing.assert_close(by_frame, velocity_loss(pred, target, weight))
 
 
-def test_what_a_chunk_has_is_for_each_of_its_frames():
+def test_a_value_per_chunk_is_repeated_for_its_frames():
     values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     assert repeat_per_frame(values, [1, 3, 2]).tolist() == [[1, 2, 2, 2, 3, 3], [4, 5, 5, 5, 6, 6]]
 

@@ -77,7 +77,7 @@ def test_the_student_gets_both_gradients_with_their_weights(form, weight: float)
 
 
 @EVERY_FORM
-def test_without_its_weight_it_is_dmd2(form):
+def test_rcm_without_consistency_weight_is_dmd2(form):
     """At weight 0 the student's gradient is that of matching, and the critic's turn is DMD2's."""
     rcm = build(consistency_weight=0.0, **form)
     bundle = toy_bundle(student=1, teacher=2, critic=3)
@@ -105,7 +105,7 @@ def test_the_warmup_counts_the_students_updates():
     assert shares == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
-def test_what_it_needs():
+def test_roles_and_capabilities_follow_the_options():
     config = RCMConfig()
     assert [need.name for need in config.roles] == ["student", "teacher", "critic"]
     assert isinstance(config.form, Continuous)
@@ -125,7 +125,7 @@ def test_what_it_needs():
     assert not list(RCMConfig(discrete=Discrete()).problems(two))
 
 
-def test_an_expert_learns_from_either_loss():
+def test_an_expert_is_trained_by_either_loss():
     """Of times [1000, 700] half are high, of the grid's 8 points (shift 5) five."""
     spec = SamplerSpec(steps=2, timesteps=(1000.0, 700.0), stochastic=True)
     config = RCMConfig(discrete=Discrete(steps=8), student_sampler=spec)

@@ -133,7 +133,7 @@ def test_a_loss_on_x0_is_that_on_v_times_sigma_squared(input: str):
     assert on_v.loss_map["total_loss"] > 1.2 * expected
 
 
-def test_the_students_own_clips_can_be_the_place_where_it_is_compared():
+def test_the_student_can_be_compared_on_its_own_clips():
     spec = SamplerSpec(steps=2, shift=3.0, stochastic=True)
     time = TimeSampling(t_min=300, t_max=700)
     method = teacher_only(input="student", guidance_scale=1.0, student_sampler=spec, time=time)

@@ -64,7 +64,7 @@ def test_views_share_initial_and_fresh_noise():
     assert not torch.equal(sample(views, seed=1)[0]["s"], clips["s"])
 
 
-def test_a_view_is_the_adapters_own_sampler():
+def test_a_view_samples_as_the_adapter_does():
     clips, adapter = sample([SampleView(name="s", role="student")])
     generators = RowGenerators.seeded(0, "look", range(2))
     noise = generators.normal(LATENT_SHAPE)
@@ -72,7 +72,7 @@ def test_a_view_is_the_adapters_own_sampler():
     assert torch.equal(clips["s"], adapter.decode(latents))
 
 
-def test_a_validation_leaves_no_trace():
+def test_validation_changes_no_state():
     bundle = toy_bundle(student=1)
     before = torch.random.get_rng_state()
     _, adapter = sample([SampleView(name="s", role="student")], bundle=bundle)
@@ -107,7 +107,7 @@ def test_ema_weights_are_used_where_asked_and_put_back():
     assert not torch.equal(clips["live"], clips["ema"])
 
 
-def test_what_cannot_be_shown_is_refused():
+def test_impossible_views_are_refused():
     view = SampleView(name="s", role="student", ema=True)
     with pytest.raises(RoleError, match="keeps no EMA"):
         sample([view])

@@ -83,7 +83,7 @@ def mixed(method, x_t, t, text, guidance: float) -> torch.Tensor:
     return total
 
 
-def test_dmd2_is_led_to_the_weighted_sum_of_guided_clips():
+def test_dmd2_follows_the_weighted_sum_of_guided_teachers():
     config = DMD2Config(
         teachers=TEACHERS, real_score_guidance_scale=3.0, generator_update_interval=2
     )
@@ -189,7 +189,7 @@ def test_a_guidance_that_is_never_used_is_a_problem_of_the_file(options, run, ke
     ({"critic": 1.0}, "'critic' is a role that the method itself gives"),
 ])  # fmt: skip
 @pytest.mark.parametrize("config", [DMD2Config, TeacherOnlyConfig])
-def test_teachers_that_cannot_be(config, teachers, message):
+def test_wrong_teachers_are_refused(config, teachers, message):
     with pytest.raises(ValueError, match=message):
         config(teachers={name: TeacherTerm(weight=w) for name, w in teachers.items()})
 
@@ -217,7 +217,7 @@ def test_a_trainable_teacher_among_several_is_refused():
         )
 
 
-def test_why_a_critic_is_needed():
+def test_the_error_without_a_critic_explains_the_role():
     message = r"missing role\(s\): critic.*critic: .*own clips.*teacher_only"
     with pytest.raises(RoleError, match=message):
         build(DMD2Method, DMD2Config(teachers=TEACHERS), names=NAMES[:-1])

@@ -244,7 +244,7 @@ def test_a_frozen_role_stays_frozen():
         pass
 
 
-def test_looking_at_a_role_leaves_each_part_as_it_was():
+def test_freezing_a_role_restores_the_mode_of_each_module():
     net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
     role = RoleHandle(name="student", modules={"net": net}, trainable=True)
     net[1].eval()
@@ -271,7 +271,7 @@ def test_unknown_plugins_are_answered_with_the_known_ones():
         ([("x", "math:pi"), ("x", "math:e")], "is offered twice"),
     ],
 )
-def test_broken_plugins_say_what_is_wrong(monkeypatch, entries, message):
+def test_broken_plugins_are_refused_with_the_reason(monkeypatch, entries, message):
     group = "distill.methods"
     entry_points = [EntryPoint(name=n, value=v, group=group) for n, v in entries]
     monkeypatch.setattr(plugins, "entry_points", lambda group: entry_points)

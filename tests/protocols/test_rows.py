@@ -60,7 +60,7 @@ def test_a_row_is_a_generator_of_its_own(seed, purpose, rows, shape):
 
 
 @given(seeds, cuts, st.integers(1, 3))
-def test_any_cut_of_the_samples_draws_the_same(seed: int, cut: Cut, micro_steps: int):
+def test_any_division_of_the_samples_draws_the_same(seed: int, cut: Cut, micro_steps: int):
     full = Cut(ranks=1, batch=cut.ranks * cut.batch * micro_steps)
     expected = draw_rows(ranks_of(seed, full), full, 1)
     actual = draw_rows(ranks_of(seed, cut), cut, micro_steps)
@@ -110,7 +110,7 @@ def test_state_holds_counts_and_generators_and_no_more():
 
 
 @given(st.integers(1, 40), st.integers(1, 9))
-def test_spread_rows_are_all_there_once_in_order_and_ranks_have_equally_many(count, size):
+def test_a_row_partition_has_each_row_once_and_equal_shares(count, size):
     parts = [RowPartition(Ranks(rank=r, size=size), count).own for r in range(size)]
     assert len({len(part) for part in parts}) == 1
     assert len(parts[0]) == -(-count // size)

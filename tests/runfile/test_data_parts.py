@@ -60,7 +60,7 @@ def test_another_precision_is_named(values, write, planning):
     assert "accepted, though text_encoder.precision is fp32" in note
 
 
-def test_an_encoder_that_was_saved_again_is_taken(values, write, wan):
+def test_an_encoder_that_was_saved_again_is_accepted(values, write, wan):
     config = wan / "tokenizer" / "tokenizer_config.json"
     change_json(config, backend="tokenizers", is_local=True, tokenizer_class="TokenizersBackend")
     assert read_config(write(values)).notes == ()
@@ -132,7 +132,7 @@ def test_its_one_hash_is_still_compared(values, write, data, wan):
     assert len(read_config(write(values)).notes) == 2
 
 
-def test_without_the_encoder_on_this_machine_the_rest_is_compared(values, write, wan):
+def test_without_the_encoder_the_other_entries_are_compared(values, write, wan):
     shutil.rmtree(wan / "text_encoder")
     [note] = read_config(write(values)).notes
     assert "text_encoder and tokenizer, which are not on this machine" in note

@@ -36,7 +36,7 @@ def only_problem(path: Path) -> str:
     return reported
 
 
-def test_what_a_discriminator_does_not_say_is_that_of_the_role_it_is_on(gan, write):
+def test_a_discriminator_inherits_options_of_its_role(gan, write):
     config = read_config(write(gan))
     spec = config.roles["discriminator"].spec
     assert spec.path == config.roles["teacher"].spec.path
@@ -94,7 +94,7 @@ HEADS = {"on": "teacher", "blocks": [1], "width": 8}
         ("critic", {"path": None, "heads": HEADS}, "critic.heads: dmd2 calls critic as a model"),
     ],
 )
-def test_a_discriminator_that_cannot_be_is_answered(gan, write, role, changes, expected):
+def test_an_impossible_discriminator_is_a_problem(gan, write, role, changes, expected):
     for key, value in changes.items():
         if value is None:
             gan["models"][role].pop(key)
@@ -137,7 +137,7 @@ def test_a_causal_role_gives_no_features(gan, write):
          "validation.views.d.role: 'discriminator' is a discriminator, which makes no clips"),
     ],
 )  # fmt: skip
-def test_a_discriminator_is_neither_exported_nor_looked_at(gan, write, section, expected):
+def test_a_discriminator_is_neither_exported_nor_sampled(gan, write, section, expected):
     assert expected in only_problem(write(gan | section))
 
 
@@ -168,7 +168,7 @@ def test_another_runs_discriminator_to_start_from(gan, write, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ladd", "dmd2_gan"])
-def test_what_would_fit_never_asks_of_heads_what_they_have_not(name, capsys):
+def test_suggestions_for_heads_have_only_their_options(name, capsys):
     file = TINY.parent / "wan" / f"{name}_1.3b.yaml"
     options = ["--dry-run", "--world-size", "16", "--device-memory", "30GB"]
     assert main(["--config", str(file), *options]) == EXIT_INCOMPLETE

@@ -54,7 +54,7 @@ def test_json_is_read_as_json_reads_it(tmp_path, indent, ascii_only):
         ("", 1, "not valid JSON: Expecting value"),
     ],
 )
-def test_what_is_wrong_with_json_has_a_line(tmp_path, text, line, message):
+def test_problems_of_json_have_a_line(tmp_path, text, line, message):
     file = tmp_path / "models.json"
     file.write_text(text)
     (problem,) = read_source(file).problems
@@ -82,7 +82,7 @@ def test_hostile_yaml_is_answered(tmp_path, text, message):
     assert all(str(problem).encode() for problem in source.problems)  # a terminal can show it
 
 
-def test_escaped_pairs_are_one_character_in_yaml_too(tmp_path):
+def test_escaped_surrogate_pairs_are_one_character_in_yaml_too(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text('a: "\\ud83e\\udd8a"')
     assert read_source(file).values == {"a": FOX}
@@ -117,7 +117,7 @@ def test_pipeline_config_may_be_in_a_file_of_its_own(values, write, tmp_path):
         assert "pipeline_config_path" not in config.resolved["pipeline_config"]
 
 
-def test_keys_beside_it_are_laid_over_those_of_the_file(values, write, tmp_path):
+def test_keys_beside_file_override_those_of_the_file(values, write, tmp_path):
     file = tmp_path / "wan.json"
     file.write_text(json.dumps(values["pipeline_config"] | {"num_frames": 13}))
     (problem,) = problems(write(with_pipeline(values, "wan.json")))
@@ -166,7 +166,7 @@ def test_a_file_that_cannot_be_read(values, write, tmp_path, path, content, star
     assert message in problem
 
 
-def test_it_belongs_under_pipeline_config(values, write):
+def test_pipeline_config_path_belongs_under_pipeline_config(values, write):
     (problem,) = problems(write({**values, "pipeline_config_path": "./wan.json"}))
     assert "pipeline_config_path: is no section of its own: write it under" in problem
     assert "pipeline_config: {pipeline_config_path: FILE}" in problem

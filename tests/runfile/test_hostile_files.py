@@ -57,7 +57,7 @@ def problems(*files: Path) -> tuple[str, ...]:
     ],
     ids=["aliases", "merges", "alias as key", "many", "brackets", "braces", "dashes", "large"],
 )
-def test_a_file_that_would_never_be_read_is_answered(write, text, message):
+def test_a_file_that_would_never_be_read_is_a_problem(write, text, message):
     (problem,) = problems(write(text))
     assert message in problem
 
@@ -128,7 +128,7 @@ def test_an_odd_key_is_one_printable_problem(values, write, key, message):
 
 
 @pytest.mark.parametrize("value", ['"\\e[2J\\r"', '"\\u202e"', '!!x "\\e[2J"'])
-def test_the_terminal_obeys_nothing_of_a_file(values, write, capsys, value):
+def test_text_of_a_file_is_escaped_on_the_terminal(values, write, capsys, value):
     text = write(values).read_text().replace("recipe:", f'"\\e[31m": {value}\nrecipe:', 1)
     file = write(text + f"\nconditioning: {value}\n")
     assert main(["--config", str(file)]) == cli.EXIT_USAGE
@@ -138,7 +138,7 @@ def test_the_terminal_obeys_nothing_of_a_file(values, write, capsys, value):
     assert output.replace("\n", "").isprintable()
 
 
-def test_errors_and_logs_are_printable_too(capsys):
+def test_errors_and_logs_are_escaped_too(capsys):
     from distill_protocols import WeightsError
 
     def fail() -> int:
@@ -161,7 +161,7 @@ def test_models_json_is_json_whatever_its_indentation(values, write, tmp_path, i
     assert read_config(write(values), over).roles["critic"].spec.precision == "bf16"
 
 
-def test_escaped_pairs_of_models_json_are_text(values, write, tmp_path):
+def test_escaped_surrogate_pairs_of_models_json_are_text(values, write, tmp_path):
     over = tmp_path / "models.json"
     over.write_text('{"critic": {"pa\\ud83e\\udd8ath": 3}}')
     (problem,) = problems(write(values), over)

@@ -142,7 +142,7 @@ def test_strategies_and_policies(values, write):
     assert narrow["student"].called < quarter["student"].called
 
 
-def test_buckets_stay_in_turns_of_others_and_gradients_wait_beside_them(values, write):
+def test_ddp_buckets_and_waiting_gradients_are_planned(values, write):
     values["training"] |= {"batch_size_per_device": 1, "global_batch_size": 8}
     run = planned(values, write)
     critic = run.roles["critic"]
@@ -210,7 +210,7 @@ def add_line(values: dict[str, Any], line: str) -> dict[str, Any]:
     return changed
 
 
-def test_each_suggestion_saves_what_it_says(values, write):
+def test_each_suggestion_saves_the_stated_bytes(values, write):
     values["training"] |= {"global_batch_size": 32, "batch_size_per_device": 4}
     config = read_config(write(values), world_size=4)
     planner = planner_of(4)
@@ -226,7 +226,7 @@ def test_each_suggestion_saves_what_it_says(values, write):
 
 
 @pytest.mark.parametrize("share_of_peak", [0.8, 0.5, 0.3])
-def test_the_fewest_lines_that_fit(values, write, share_of_peak):
+def test_the_plan_suggests_the_fewest_lines_that_fit(values, write, share_of_peak):
     values["training"] |= {"global_batch_size": 32, "batch_size_per_device": 4}
     for role in values["models"].values():
         role["precision"] = "bf16"
@@ -250,7 +250,7 @@ def test_the_fewest_lines_that_fit(values, write, share_of_peak):
         assert peak(fewer) > size
 
 
-def test_where_nothing_is_enough(values, write):
+def test_the_plan_reports_that_no_suggestion_is_enough(values, write):
     config = read_config(write(values), world_size=4)
     sections = dict(memory_sections(config, planner_of(4), 10**6))
     lines = "\n".join(sections["on a device of 1.0 MB"])
@@ -259,7 +259,7 @@ def test_where_nothing_is_enough(values, write):
     assert "not even all of this together is enough" in lines
 
 
-def test_where_it_fits(values, write, capsys):
+def test_a_fitting_run_gets_no_suggestion(values, write, capsys):
     argv = ["--config", str(write(values)), "--dry-run", "--device-memory", "24GiB"]
     assert main(argv) == 0
     out = capsys.readouterr().out
@@ -267,7 +267,7 @@ def test_where_it_fits(values, write, capsys):
     assert "would help" not in out
 
 
-def test_what_a_later_line_makes_needless_is_left_out():
+def test_suggestions_made_needless_by_a_later_one_are_left_out():
     """a saves most at first, b and c do it together without a."""
     peaks = {"": 100, "a": 60, "b": 70, "c": 80, "ab": 55, "ac": 58, "bc": 20, "abc": 18}
     changes = [Change(line=name, apply=lambda config: config) for name in "abc"]

@@ -23,12 +23,12 @@ def test_a_problem_is_no_cause_of_itself():
     assert independent([problem]) == [problem]
 
 
-def test_causes_move_with_their_problems():
+def test_causes_follow_their_problems_into_sections():
     (problem,) = below([Problem("a", "x", follows_from="b.c")], "method_config")
     assert problem.follows_from == ("method_config", "b", "c")
 
 
-def test_problems_are_sorted_by_file_and_line_and_told_once():
+def test_problems_are_sorted_by_file_and_line_and_reported_once():
     run, other = Path("z/run.yaml"), Path("a/models.json")
     late, early = (LocatedProblem(run, line, (), "m") for line in (9, 3))
     elsewhere = LocatedProblem(other, 1, ("critic", "path"), "m")

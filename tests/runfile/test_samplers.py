@@ -51,7 +51,7 @@ def test_every_sampler_of_a_file_is_resolved(values, write, count_tokens, tmp_pa
     assert set(count_tokens) == {config.source}
 
 
-def test_a_family_that_cannot_tell_tokens(values, write, monkeypatch):
+def test_a_family_that_cannot_count_tokens_is_a_problem_of_the_shift(values, write, monkeypatch):
     monkeypatch.setattr(WanFamily, "latent_tokens", lambda *args, **keys: None, raising=False)
     dynamic(values)
     path = write(values)
@@ -63,7 +63,7 @@ def test_a_family_that_cannot_tell_tokens(values, write, monkeypatch):
     assert "family 'wan' cannot tell" in first
 
 
-def test_where_the_family_is_wrong_the_shift_is_no_second_problem(values, write):
+def test_a_wrong_family_gives_no_second_problem_for_the_shift(values, write):
     dynamic(values)
     values["pipeline_config"]["num_frames"] = 8
     with pytest.raises(ConfigError) as excinfo:
@@ -72,7 +72,7 @@ def test_where_the_family_is_wrong_the_shift_is_no_second_problem(values, write)
     assert "pipeline_config.num_frames" in problem
 
 
-def test_a_wrong_rule_is_answered_with_its_own_problem(values, write, count_tokens):
+def test_a_wrong_rule_is_a_problem_of_its_own(values, write, count_tokens):
     dynamic(values)
     values["method_config"]["student_sampler"]["shift"] = RULE | {"max_tokens": 5}
     with pytest.raises(ConfigError) as excinfo:

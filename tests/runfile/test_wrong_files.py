@@ -25,7 +25,7 @@ def problems(path: Path, models_json: Path | None = None) -> tuple[str, ...]:
     return excinfo.value.problems
 
 
-def test_the_run_file_that_the_others_spoil_is_right(values, write):
+def test_the_run_file_that_tests_change_is_valid(values, write):
     config = read_config(write(values))
     assert list(config.roles) == ["student", "teacher", "critic"]
     assert config.roles["critic"].optimizer.lr == 6e-4
@@ -34,7 +34,7 @@ def test_the_run_file_that_the_others_spoil_is_right(values, write):
     assert config.roles["student"].optimizer.betas == (0.0, 0.99)
 
 
-def test_a_base_that_is_wrong_itself_is_there(values, write):
+def test_a_wrong_base_gives_no_second_problem_at_its_lora(values, write):
     values["models"]["teacher"]["prec"] = "bf16"
     values["models"]["student"] = {"base": "teacher", "lora": {"rank": 2}}
     (problem,) = problems(write(values))
@@ -365,7 +365,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize(("key", "word"), [("family", "hunyuan"), ("method", "xyz")])
-def test_what_is_not_installed_comes_with_a_package(values, write, key, word):
+def test_an_uninstalled_plugin_is_named_with_its_package(values, write, key, word):
     values["recipe"][key] = word
     (problem,) = problems(write(values))
     assert f"recipe.{key}: unknown {key} '{word}' (installed: " in problem
@@ -410,7 +410,7 @@ def test_one_broken_field_does_not_hide_a_rule_on_another(values, write):
     assert len(reported) == 3, reported
 
 
-def test_what_follows_from_a_problem_is_not_reported(values, write):
+def test_consequences_of_a_problem_are_not_reported(values, write):
     report(entries={"a": {"role": "student"}})(values)
     values["validation"] = {"prompts": ["x"], "views": {"a": {"role": "student"}}}
     values["method_config"]["generator_update_interval"] = 0
@@ -442,7 +442,7 @@ def test_what_follows_from_a_problem_is_not_reported(values, write):
         ("recipe: {family: !!python/object/apply:os.system [ls]}", "the tag"),
     ],
 )
-def test_what_is_no_run_file_at_all(text, expected, write):
+def test_files_that_are_no_run_files_are_refused(text, expected, write):
     assert any(expected in problem for problem in problems(write(text)))
 
 

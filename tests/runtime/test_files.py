@@ -49,7 +49,7 @@ def test_a_new_file_waits_for_the_disk(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("files_are_synced", [True, False])
-def test_a_published_folder_takes_the_place_of_another(tmp_path, monkeypatch, files_are_synced):
+def test_a_published_folder_replaces_another(tmp_path, monkeypatch, files_are_synced):
     synced: list[Path] = []
     real = os.fsync
 
@@ -70,7 +70,7 @@ def test_a_published_folder_takes_the_place_of_another(tmp_path, monkeypatch, fi
     assert synced == [*files, stage / "in", stage, tmp_path]
 
 
-def test_a_publication_that_is_killed_leaves_the_former_folder_aside(tmp_path, monkeypatch):
+def test_a_killed_replacement_keeps_the_old_folder_under_another_name(tmp_path, monkeypatch):
     stage, target, aside = tmp_path / "stage", tmp_path / "target", tmp_path / ".aside"
     stage.mkdir()
     target.mkdir()
@@ -149,7 +149,7 @@ def test_json_of_too_many_values_is_refused_before_it_is_built(tmp_path, monkeyp
             read_json(tmp_path / "a.json")
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path):
+def test_reading_a_pipe_or_device_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "itself").symlink_to("itself")
     for name in ("pipe", "", "itself", "missing", "a\0b", "a" * 300):
@@ -163,7 +163,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
     ["../x", "a/../../x", "/etc/passwd", "..", "", "a\0b", "a" * 256, "\ud800", "~root/x",
      "a\\..\\b", 3, None, ["x"]],
 )  # fmt: skip
-def test_a_name_that_stands_in_a_file_stays_in_its_folder(tmp_path, name):
+def test_paths_in_files_cannot_leave_the_folder(tmp_path, name):
     with pytest.raises(UnreadableFileError, match=r"index\.json names"):
         path_inside(tmp_path, name, tmp_path / "index.json")
 
@@ -173,7 +173,7 @@ def test_a_name_beside_or_below_is_taken(tmp_path):
         assert path_inside(tmp_path, name, "x") == tmp_path / name
 
 
-def test_text_from_files_is_shown_and_not_obeyed():
+def test_text_from_files_is_escaped():
     hostile = "a\x1b[2J\r\x07\x9b1m\u202eb\u2028\ud800\u200bc"
     assert printable(hostile) == r"a\x1b[2J\r\x07\x9b1m\u202eb\u2028\ud800\u200bc"
     fine = "one\n\ttwo \N{FOX FACE} \u3042\u3000\xe9"
@@ -259,7 +259,7 @@ def test_a_safetensors_file_is_described_as_it_is(tmp_path):
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
-def test_a_source_that_is_not_what_it_describes(tmp_path):
+def test_a_source_that_differs_from_its_description_is_an_error(tmp_path):
     with pytest.raises(ContractError, match="but its source said"):
         write_safetensors(
             tmp_path / "a", {"a": TensorInfo((3,), torch.float32)}, lambda name: torch.ones(2)

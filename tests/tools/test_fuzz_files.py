@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_a_mutation_is_answered(kind):
+def test_a_mutated_file_gives_an_error_or_its_content(kind):
     tally = fuzz(kind, 1, seed=12)
     assert tally.findings == ()
     assert tally.refused + tally.accepted == 1
@@ -28,7 +28,7 @@ def test_a_mutation_is_answered(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_many_mutations_are_answered(kind):
+def test_many_mutated_files_give_an_error_or_their_content(kind):
     assert fuzz(kind, -(-2000 // len(KINDS)), seed=1).findings == ()
 
 
@@ -67,7 +67,7 @@ def read_number(folder):
         ("differ", "a silent difference: another state"), ("break", "RecursionError"),
     ],
 )  # fmt: skip
-def test_what_counts_as_a_finding(tmp_path, monkeypatch, text, outcome):
+def test_fuzzing_reports_wrong_answers_as_findings(tmp_path, monkeypatch, text, outcome):
     (tmp_path / "a").write_text("whole")
     monkeypatch.setattr("fuzz_files.fuzz._replace", lambda file, draw: str(file.write_text(text)))
     kind = Kind(

@@ -176,7 +176,7 @@ def test_a_wheel_without_types_is_not_released(root):
     assert git(root, "status", "--porcelain") == ""
 
 
-def test_reasons_against_a_release_are_told_together(root):
+def test_all_reasons_against_a_release_are_reported_at_once(root):
     git(root, "tag", "tiny-trainer-v1.0.1")
     (root / "notes.txt").touch()
     with pytest.raises(SystemExit) as refusal:

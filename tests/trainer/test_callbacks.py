@@ -137,7 +137,7 @@ def test_validation_does_not_change_the_run(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
-def test_validation_looks_when_it_should_and_writes_what_it_saw(tmp_path: Path) -> None:
+def test_validation_samples_at_its_iterations_and_writes_the_clips(tmp_path: Path) -> None:
     method, tracker = Sampling(alternating(1).bundle, 1), MemoryTracker()
     callbacks = [
         EmaCallback(EmaConfig(roles=("student",), decay=0.9)),
@@ -162,7 +162,7 @@ def test_validation_looks_when_it_should_and_writes_what_it_saw(tmp_path: Path) 
         assert (gif.n_frames, gif.size) == (2, (2 * (4 + 2), 4))
 
 
-def test_a_resumed_or_stopped_run_is_not_looked_at_start_or_end(tmp_path: Path) -> None:
+def test_a_resumed_or_stopped_run_skips_validation_at_start_or_end(tmp_path: Path) -> None:
     class Stopper(Recorder):
         def on_step_end(self, run, step):  # type: ignore[no-untyped-def]
             run.request_stop("preempted")

@@ -35,7 +35,7 @@ def test_accumulation_is_the_global_batch_over_what_goes_at_once(
     assert config.accumulation(world) == micro
 
 
-def test_what_does_not_divide_is_refused_with_the_arithmetic() -> None:
+def test_an_indivisible_batch_is_refused_with_the_arithmetic() -> None:
     config = TrainingConfig(
         output_dir="x", max_train_steps=1, global_batch_size=10, batch_size_per_device=4
     )

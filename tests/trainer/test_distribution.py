@@ -195,7 +195,7 @@ def test_one_process_may_be_sharded_too() -> None:
     compare_with_one_process([case, evolve(case, strategy="hsdp")], 1)
 
 
-def test_a_script_that_brought_its_processes_together_needs_nothing_else(tmp_path: Path) -> None:
+def test_a_script_that_initialised_its_process_group_needs_nothing_else(tmp_path: Path) -> None:
     outcomes = run_on_ranks(train_in_script, str(tmp_path))
     expected = expected_outcome(evolve(Case(), accumulation=3, turns="both"))
     for outcome in outcomes:
@@ -226,7 +226,7 @@ def test_an_average_is_swapped_in_and_out_bit_for_bit(reshards: bool) -> None:
         (Case(strategy="hsdp", shard_size=1), 2, {"strategy": "hsdp", "mesh": (2, 1)}),
     ],
 )
-def test_processes_meet_by_torchruns_environment(
+def test_processes_connect_by_torchruns_variables(
     case: Case, size: int, expected: dict[str, Any]
 ) -> None:
     for rank, description in enumerate(launch(describe_distribution, case, size=size)):
@@ -246,7 +246,7 @@ def test_processes_meet_by_torchruns_environment(
         (Case(), {"MASTER_PORT": "x"}, ["MASTER_PORT='x'", "torchrun"]),
     ],
 )
-def test_what_does_not_fit_is_an_error(
+def test_a_strategy_that_does_not_fit_the_processes_is_an_error(
     case: Case, variables: dict[str, str], words: list[str]
 ) -> None:
     for message in launch(describe_distribution, case, size=2, **variables):
@@ -255,7 +255,7 @@ def test_what_does_not_fit_is_an_error(
         assert all(word in message for word in words), message
 
 
-def test_processes_that_are_started_again_meet_in_the_store_that_knows_their_predecessors() -> None:
+def test_restarted_processes_connect_through_torchruns_old_store() -> None:
     """As torchrun's --max-restarts has it: the store is its own, and lives on."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     agent = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -287,7 +287,7 @@ def test_a_model_that_returns_a_view_may_be_sharded() -> None:
             assert (parameter.grad.full_tensor() == 2).all()
 
 
-def test_who_does_not_come_is_not_waited_for_without_end() -> None:
+def test_a_process_that_does_not_connect_times_out() -> None:
     # The other one is not started.
     half = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     (message,) = launch(describe_distribution, Case(timeout=2.0), size=1, **half)
@@ -312,14 +312,14 @@ def test_a_rank_that_dies_in_a_step_ends_the_others(strategy: str) -> None:
     assert "Error: " in message[0], message[0]
 
 
-def test_a_rank_that_does_not_begin_is_not_waited_for(tmp_path: Path) -> None:
+def test_the_others_end_if_a_rank_does_not_begin(tmp_path: Path) -> None:
     (message, waited), _ = run_on_ranks(train_without_other_rank, str(tmp_path))
     assert message.startswith("RankError: rank 0 lost the others"), message
     assert waited < 50, "of a hundred"
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_loss_that_one_rank_finds_infinite_ends_all_before_the_step(strategy: str) -> None:
+def test_an_infinite_loss_on_one_rank_ends_all_before_the_step(strategy: str) -> None:
     results = run_on_ranks(train_on_nan, evolve(Case(), strategy=strategy, accumulation=3), 27)
     # Sample 27 is row 3 of iteration 3: rank 1's, and so is the error.
     assert results[1][0].startswith("NonFiniteLossError: iteration 3: the loss is not finite")
@@ -334,7 +334,7 @@ def test_ranks_with_the_same_streams_are_refused_together() -> None:
     assert first.startswith("RankError: rank 1: the run's RandomStreams"), first
 
 
-def test_what_a_script_has_sharded_is_found_as_its_strategy_says() -> None:
+def test_the_strategy_of_roles_sharded_by_a_script_is_recognised() -> None:
     assert run_on_ranks(adopt_strategy, "fsdp2") == ["fsdp2"] * 2
     for message in run_on_ranks(adopt_strategy, "none"):
         assert message.startswith("RankError: the strategy is none with 2 processes")

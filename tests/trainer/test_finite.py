@@ -38,7 +38,7 @@ def test_it_stops_with_iteration_terms_and_ids_and_before_the_weights_move(tmp_p
 
 
 @pytest.mark.parametrize(("log_every", "saves"), [(1, False), (100, True), (100, False)])
-def test_deferred_losses_are_looked_at_before_a_save_at_log_points_and_at_the_end(
+def test_deferred_losses_are_checked_before_a_save_at_log_points_and_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int, saves: bool
 ) -> None:
     # What happens on an accelerator, where looking at once would make the host wait.

@@ -138,7 +138,7 @@ def test_names_must_differ(tmp_path: Path) -> None:
         DistillTrainer(training(tmp_path, 1), callbacks=[Recorder(), Recorder()])
 
 
-def test_a_method_without_total_loss_is_told(tmp_path: Path) -> None:
+def test_a_method_without_total_loss_is_refused(tmp_path: Path) -> None:
     class Nameless(Alternating):
         def single_train_step(self, batch, iteration):  # type: ignore[no-untyped-def]
             result = super().single_train_step(batch, iteration)
@@ -157,7 +157,7 @@ def test_a_loader_that_runs_out_is_restarted_and_an_empty_one_refused(tmp_path: 
         DistillTrainer(training(tmp_path, 5)).run(alternating(), iter(batches(2)))
 
 
-def test_a_loader_with_a_state_that_ends_is_told_to_go_on(tmp_path: Path) -> None:
+def test_a_loader_with_a_state_that_ends_is_refused(tmp_path: Path) -> None:
     class Ends(RestartingLoader):
         def __iter__(self):  # type: ignore[no-untyped-def]
             return iter(batches(3))

@@ -23,7 +23,7 @@ STEP = "iteration 3, forward and backward of micro step 1 of 1"
 SEEN = r"(come|answer), last seen \d+\.\d s ago at"
 
 
-def test_ranks_that_stay_together_end_well(tmp_path: Path) -> None:
+def test_ranks_in_sync_end_without_error(tmp_path: Path) -> None:
     assert run_on_ranks(monitor_ranks.fail_in_a_step, tmp_path, "none") == ["no error", "no error"]
 
 
@@ -55,7 +55,7 @@ def test_of_many_ranks_the_dead_one_is_named_by_all(tmp_path: Path) -> None:
         assert "Read the log of rank 1 first" in survivor
 
 
-def test_where_all_stores_are_gone_the_last_check_is_named(tmp_path: Path) -> None:
+def test_without_any_store_the_last_check_is_named(tmp_path: Path) -> None:
     _, survivor, _ = run_on_ranks(monitor_ranks.fail_in_a_step, tmp_path, "kill", 0, 2, size=3)
     assert re.search(
         r"ranks 0, 2 did not (come|answer), no word of it; all were last together \d+\.\d s ago at "
@@ -64,7 +64,7 @@ def test_where_all_stores_are_gone_the_last_check_is_named(tmp_path: Path) -> No
     )
 
 
-def test_a_slow_rank_is_given_up_and_hears_of_it(tmp_path: Path) -> None:
+def test_a_slow_rank_is_given_up_and_raises(tmp_path: Path) -> None:
     waited, slow = run_on_ranks(monitor_ranks.fail_in_a_step, tmp_path, "slow", 1, timeout=4)
     assert re.search(rf"rank 1 did not {SEEN} {STEP}", waited)
     assert "raise DistributedConfig.timeout_seconds (4)" in waited
@@ -82,7 +82,7 @@ def test_a_slow_rank_is_given_up_and_hears_of_it(tmp_path: Path) -> None:
         ("interrupt", 1, "KeyboardInterrupt"),
     ],
 )
-def test_what_one_rank_fails_of_is_what_the_others_say(
+def test_other_ranks_report_the_error_of_the_failed_one(
     tmp_path: Path, failure: str, rank: int, error: str
 ) -> None:
     outcomes = run_on_ranks(monitor_ranks.fail_in_a_step, tmp_path, failure, rank)
@@ -145,7 +145,7 @@ def test_a_rank_that_fails_when_training_is_over(tmp_path: Path, failure: str) -
         assert "rank 1 did not come, last seen" in survivor
 
 
-def test_ranks_in_two_places_say_where_instead_of_waiting(tmp_path: Path) -> None:
+def test_ranks_in_different_phases_raise_instead_of_waiting(tmp_path: Path) -> None:
     polled = run_on_ranks(monitor_ranks.poll_unequally, tmp_path)
     assert polled[0] == polled[1]
     assert "rank 0 at iteration 2, callback 'asks', on_step_end (check 3)" in polled[0]
@@ -174,7 +174,7 @@ def test_all_ranks_must_have_the_same_run() -> None:
     assert "Start all ranks with the same run file" in outcomes[0]
 
 
-def test_a_process_alone_asks_nobody_and_its_errors_are_its_own(tmp_path: Path) -> None:
+def test_a_single_process_raises_its_errors_unchanged(tmp_path: Path) -> None:
     class Checks(Callback):
         name = "checks"
 
@@ -203,7 +203,9 @@ class _FixedStore(StatusStore):
         return self.statuses
 
 
-def test_who_has_come_is_not_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_have_come_are_not_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     method = alternating()
     run = RunState(
         method=method, loader=RestartingLoader(batches()), streams=method.streams,
@@ -227,7 +229,7 @@ def test_who_has_come_is_not_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not re.search("ranks? 1|ranks? 3", str(excinfo.value))
 
 
-def test_a_store_that_cannot_be_started_ends_no_run(
+def test_a_status_store_that_cannot_be_started_ends_no_run(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*_: Any, **__: Any) -> None:

@@ -45,7 +45,7 @@ def test_dumps_and_traces_of_several_ranks_have_their_numbers(tmp_path: Path) ->
     ]
 
 
-def test_a_dump_after_an_error_asks_nobody(tmp_path: Path) -> None:
+def test_a_dump_after_an_error_needs_no_other_rank(tmp_path: Path) -> None:
     survivor, failed = run_on_ranks(monitor_ranks.dump_an_error, tmp_path)
     assert failed.startswith("ValueError: boom")
     assert survivor.startswith("RankError")

@@ -58,7 +58,7 @@ def run(method: Alternating, folder: Path, steps: int = 5, *, micro: int = 3, **
     return DistillTrainer(config, **parts).run(method, batches())
 
 
-def test_an_iteration_that_is_stopped_within_never_was(tmp_path: Path) -> None:
+def test_an_iteration_stopped_in_the_middle_is_rolled_back(tmp_path: Path) -> None:
     method, tracker, saved = Stopped(at=8), MemoryTracker(), MemoryCheckpointer()
     recorder, stream = Recorder(), io.StringIO()
     bar = ProgressCallback(1, stream, seconds_between_lines=0)
@@ -97,7 +97,7 @@ def test_a_stop_that_a_method_raises_by_hand_is_one_too(tmp_path: Path, at: int)
     assert (result.iteration, result.stop_reason) == (at // 3, "the reward is out of bounds")
 
 
-def test_each_run_has_a_flag_of_its_own(tmp_path: Path) -> None:
+def test_each_run_has_its_own_stop_flag(tmp_path: Path) -> None:
     method = Stopped(at=1)
     before = method.stop
     assert run(method, tmp_path).stop_reason == "enough"
@@ -180,7 +180,7 @@ class _Prompts:
 
 
 @pytest.mark.parametrize(("at", "polls"), [(3, True), (4, True), (3, False)])
-def test_a_look_that_is_stopped_leaves_nothing_behind(tmp_path: Path, at: int, polls: bool) -> None:
+def test_a_stopped_validation_leaves_no_files(tmp_path: Path, at: int, polls: bool) -> None:
     method, tracker = Looking(at), MemoryTracker()
     method.polls = polls
     method.event = lambda _: None
@@ -218,7 +218,7 @@ def test_a_trace_holds_a_whole_iteration_or_is_not_written(
     assert [path.name for path in tmp_path.glob("profile/*")] == traces
 
 
-def test_a_loss_of_an_iteration_that_never_was_ends_no_run(
+def test_a_loss_of_a_rolled_back_iteration_ends_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Poisoned(Stopped):
@@ -238,7 +238,7 @@ def test_a_loss_of_an_iteration_that_never_was_ends_no_run(
         run(Poisoned(at=6), tmp_path)
 
 
-def test_only_what_is_forgotten_is_forgotten() -> None:
+def test_only_losses_of_the_stopped_iteration_are_forgotten() -> None:
     guard = FiniteGuard(defer=True)
     nan = {"total_loss": torch.tensor(float("nan"))}
     guard.watch(3, nan, [])

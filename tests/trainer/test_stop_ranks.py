@@ -119,7 +119,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_point(
     assert [call for call in done if call[0] == case["wait_at"][0]] == calls
 
 
-def test_the_reason_of_the_first_rank_is_everybodys_even_if_it_is_long(tmp_path: Path) -> None:
+def test_all_ranks_have_the_stop_reason_of_the_first(tmp_path: Path) -> None:
     pipes = [_FORK.Pipe() for _ in range(2)]
     ranks = [
         _FORK.Process(target=_asks, args=(rank, child_end, tmp_path))

@@ -100,9 +100,7 @@ def test_a_second_sigint_interrupts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_one_wish_that_a_launcher_forwards_is_still_one(
-    tmp_path: Path, first: signal.Signals
-) -> None:
+def test_one_forwarded_ctrl_c_counts_once(tmp_path: Path, first: signal.Signals) -> None:
     """The terminal's SIGINT, and each launcher's copy of it within a moment."""
     outcome, last_hook, _, saved, restored = _run(
         tmp_path, first, signal.SIGINT, signal.SIGINT, launched=True

@@ -50,7 +50,7 @@ def test_tensorboard_holds_scalars_texts_and_animated_clips(tmp_path: Path) -> N
         assert max(red[1:]) < 50
 
 
-def test_a_resumed_run_hides_what_it_does_anew(tmp_path: Path) -> None:
+def test_a_resumed_run_hides_metrics_of_repeated_iterations(tmp_path: Path) -> None:
     for resumed, steps, value in ((0, (1, 2, 3), 1.0), (2, (3, 4), 2.0)):
         tracker = TensorBoardTracker(tmp_path)
         tracker.resume(resumed)

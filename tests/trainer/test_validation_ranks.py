@@ -43,7 +43,7 @@ def test_clips_and_files_are_those_of_one_process(tmp_path: Path, prompts: int, 
     assert [len(call.t) for call in first["calls"]] == [-(-prompts // size)] * len(alone["calls"])
 
 
-def test_a_stop_asked_of_one_rank_ends_the_look_of_all_at_the_same_call(tmp_path: Path) -> None:
+def test_a_stop_on_one_rank_ends_validation_on_all_at_the_same_call(tmp_path: Path) -> None:
     full = validate(tmp_path / "alone", 5)
     for number in (2, full["polls"]):
         folder = tmp_path / f"ranks-{number}"
@@ -57,7 +57,7 @@ def test_a_stop_asked_of_one_rank_ends_the_look_of_all_at_the_same_call(tmp_path
         assert files(folder) == {}
 
 
-def test_what_rank_0_cannot_write_fails_on_all(tmp_path: Path) -> None:
+def test_a_writing_error_of_rank_0_fails_on_all(tmp_path: Path) -> None:
     (tmp_path / "validation").write_text("in the way")
     results = run_on_ranks(validate, tmp_path, 2)
     assert all(rank["end"].startswith("RankError: rank 0: ") for rank in results), results

@@ -77,7 +77,7 @@ def dataset_folder(tmp_path_factory) -> Path:
     return folder / "data"
 
 
-def test_ways_begin_at_noise_and_end_at_the_samplers_clip_bit_for_bit(dataset_folder):
+def test_trajectories_begin_at_noise_and_end_at_the_samplers_clip_bit_for_bit(dataset_folder):
     torch.set_num_threads(1)
     pipeline = WanPipelineConfig(**PIPELINE)
     spec = RoleSpec(name="teacher", path=str(TINY / "wan"), trainable=False)
@@ -253,7 +253,7 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_a_wrong_file_says_what_and_where(name, tmp_path):
+def test_problems_name_the_value_and_the_line(name, tmp_path):
     spoil, expected = SPOILT[name]
     values = copy.deepcopy(request(tmp_path / "data"))
     spoil(values)
@@ -263,7 +263,7 @@ def test_a_wrong_file_says_what_and_where(name, tmp_path):
     assert all(problem.startswith("trajectories.yaml:") for problem in excinfo.value.problems)
 
 
-def test_a_wrong_file_ends_with_its_status_and_makes_nothing(tmp_path, capsys):
+def test_a_wrong_file_ends_with_its_status_and_writes_nothing(tmp_path, capsys):
     values = request(tmp_path / "data")
     values["trajectories"] |= {"limit": 0, "sede": 1}
     assert main(["--config", str(written(tmp_path, values))]) == EXIT_USAGE
@@ -293,7 +293,7 @@ def test_the_tiny_kd_run_files_run(name, dataset_folder, tmp_path):
     assert (tmp_path / "out" / "student" / "transformer").is_dir()
 
 
-def test_kd_without_its_trajectories_is_told_before_anything_is_read(dataset_folder, tmp_path):
+def test_kd_without_its_trajectories_is_refused_before_reading(dataset_folder, tmp_path):
     run = kd_run(tmp_path, "kd", TINY / "data")
     with pytest.raises(ConfigError) as excinfo:
         read_config(written(tmp_path, run, "run.yaml"))
@@ -311,7 +311,7 @@ def test_kd_without_its_trajectories_is_told_before_anything_is_read(dataset_fol
     assert read_config(written(tmp_path, run, "run.yaml"), planning=True)
 
 
-def test_ctrl_c_while_the_file_is_read_is_said_in_a_line(
+def test_ctrl_c_while_the_file_is_read_prints_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*_: Any, **__: Any) -> None:

@@ -39,7 +39,9 @@ def test_every_method_takes_every_adapter(errors: dict[str, dict[int, str]]):
     assert errors[PAIRS.name] == {}
 
 
-def test_what_breaks_a_contract_is_refused_on_its_line(errors: dict[str, dict[int, str]]):
+def test_the_type_checker_refuses_broken_contracts_on_their_lines(
+    errors: dict[str, dict[int, str]],
+):
     lines = REFUSED.read_text().splitlines()
     expected = {n for n, line in enumerate(lines, 1) if line.rstrip().endswith(MARK)}
     assert expected
