@@ -13,7 +13,7 @@ TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny"
 
 
 def tiny_values(name: str) -> dict[str, Any]:
-    """What ``configs/tiny/<name>.yaml`` says, with absolute paths, and no start from a run that
+    """Read ``configs/tiny/<name>.yaml`` with absolute paths, and no start from a run that
     would have to come first."""
     values = _absolute(read_source(TINY / f"{name}.yaml").values)
     for role in values["models"].values():

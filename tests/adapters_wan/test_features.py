@@ -251,5 +251,5 @@ def test_the_adapter_ignores_the_model_of_a_discriminator(folder_of):
     path, variant = folder_of("ti2v"), VARIANTS["ti2v"]
     bundle = PLUGIN.load(specs(path, on="critic")[::-1], variant.config, device=CPU)
     adapter = PLUGIN.adapter(bundle, variant.config, source=path)
-    assert adapter._image_kind() == "frame"
+    assert adapter._image_kind == "frame"
     assert Path(path).is_dir()

@@ -240,7 +240,9 @@ def test_a_migration_writes_over_nothing(tmp_path):
 def test_a_source_with_a_wrong_description_is_an_error(tmp_path):
     source = Lazy({"a": torch.ones(2)})
     source.describe = lambda: {"a": TensorInfo((3,), torch.float32)}
-    with pytest.raises(CheckpointError, match=r"a is \[2\] float32, but its source said \[3\]"):
+    with pytest.raises(
+        CheckpointError, match=r"a is \[2\] float32, but its source described \[3\]"
+    ):
         write(tmp_path / "checkpoint-000001", source)
     assert list(tmp_path.iterdir()) == []
 

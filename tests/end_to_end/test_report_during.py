@@ -185,7 +185,7 @@ def test_a_report_that_a_stop_ends_adds_nothing(checked, monkeypatch):
 
 def test_measuring_nothing_is_a_problem_of_the_file(checked):
     entries = {name: {**entry, "during": False} for name, entry in ENTRIES.items()}
-    with pytest.raises(ConfigError, match=r"report.every_steps: 5, but every entry says during"):
+    with pytest.raises(ConfigError, match=r"report.every_steps: 5, but every entry states during"):
         checked(every_steps=5, entries=entries)
     checked(entries=entries)
     with pytest.raises(ConfigError, match=r"report.every_steps: -1 must be at least 0"):

@@ -60,7 +60,7 @@ def test_a_family_that_cannot_count_tokens_is_a_problem_of_the_shift(values, wri
     first, second = excinfo.value.problems
     assert "method_config.student_sampler: the shift depends on the number of tokens" in first
     assert "validation.views.teacher.sampler: the shift depends" in second
-    assert "family 'wan' cannot tell" in first
+    assert "family 'wan' cannot count" in first
 
 
 def test_a_wrong_family_gives_no_second_problem_for_the_shift(values, write):

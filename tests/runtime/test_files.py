@@ -260,7 +260,7 @@ def test_a_safetensors_file_is_described_as_it_is(tmp_path):
 
 
 def test_a_source_that_differs_from_its_description_is_an_error(tmp_path):
-    with pytest.raises(ContractError, match="but its source said"):
+    with pytest.raises(ContractError, match="but its source described"):
         write_safetensors(
             tmp_path / "a", {"a": TensorInfo((3,), torch.float32)}, lambda name: torch.ones(2)
         )

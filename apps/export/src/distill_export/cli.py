@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     return cli.run_command(
         write,
         interrupted=lambda: (
-            f"interrupted: {args.to} is as it was, or, if its size was told already, written "
+            f"interrupted: {args.to} is as it was, or, if its size was printed already, written "
             "whole but not verified"
         ),
     )
@@ -169,8 +169,8 @@ def _request(
     if args.role not in models.roles and not problems:
         problems.append(
             f"--role: {args.role!r} is in the checkpoint, but not among the models of the run "
-            f"file ({', '.join(models.roles)}), so nothing says how it is built. Name a run file "
-            "that has it with --config"
+            f"file ({', '.join(models.roles)}), so nothing describes how it is built. Name a run "
+            "file that has it with --config"
         )
     if problems or sampler is None:
         raise CheckpointError("\n".join(problems))

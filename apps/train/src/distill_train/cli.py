@@ -32,7 +32,7 @@ _UNITS = {
 
 _EPILOG = """\
 exit status: 0 finished, 1 failed, 2 the run file is wrong, 3 with --dry-run: it is right, but data
-or weights are not here yet (the last line says which), 74 a file could not be written or read (a
+or weights are not here yet (the last line states which), 74 a file could not be written or read (a
 full disk ...), 75 stopped on request with a checkpoint saved (start the same command again with
 checkpoint.resume: latest), 130 interrupted.
 
@@ -129,7 +129,9 @@ def _collector_off() -> Iterator[None]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(
-        "train", "Distil or finetune a video diffusion model, as one YAML file says.", _EPILOG
+        "train",
+        "Distil or finetune a video diffusion model, as described in one YAML file.",
+        _EPILOG,
     )
     parser.add_argument("--config", type=Path, metavar="RUN.yaml", help="the run file")
     parser.add_argument(

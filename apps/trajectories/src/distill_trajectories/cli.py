@@ -24,7 +24,7 @@ same, byte for byte. Several processes share the shards, on one machine or on se
   uv run torchrun --nproc-per-node 8 apps/trajectories --config FILE.yaml
 
 exit status: 0 done, 1 failed, 2 the file is wrong, 3 with --dry-run: it is right, but what it needs
-is not here yet (the last line says what), 74 a file could not be written or read, 75 stopped on
+is not here yet (the last line states what), 74 a file could not be written or read, 75 stopped on
 request, 130 interrupted before anything was made.
 """
 
@@ -77,6 +77,6 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", type=Path, required=True, metavar="FILE.yaml", help="what to sample, and how")
     add("--limit", type=cli.positive_integer("clips"), metavar="N",
-        help="stop after N clips, whatever the file says; more later extend it")  # fmt: skip
+        help="stop after N clips, whatever the file has; more later extend it")  # fmt: skip
     add("--dry-run", action="store_true", help="check the file, say what would be made")
     return parser

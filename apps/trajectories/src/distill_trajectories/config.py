@@ -88,7 +88,7 @@ class TrajectoriesConfig:
     def _check_steps(self, attribute: object, value: tuple[int, ...]) -> None:
         if bool(value) == bool(self.keep_times):
             raise ValueError(
-                f"{list(value)} beside keep_times {list(self.keep_times)}: one of the two says "
+                f"{list(value)} beside keep_times {list(self.keep_times)}: one of the two states "
                 "what is kept. Write one"
             )
         if not value:

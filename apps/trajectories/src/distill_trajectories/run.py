@@ -195,7 +195,7 @@ class Progress:
         self.began = self.last_line = time.monotonic()
 
     def advance(self, count: int) -> None:
-        """Count clips that were made, and say so from time to time."""
+        """Count clips that were made, and print the count from time to time."""
         self.done += count
         now = time.monotonic()
         if now - self.last_line < SECONDS_BETWEEN_LINES and self.done < self.total:

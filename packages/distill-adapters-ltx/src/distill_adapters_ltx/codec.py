@@ -20,14 +20,14 @@ DECODE_SEED = derive_seed(0, "ltx.decode")
 class LtxCodec(VideoCodec):
     """``VideoCodec`` of ``AutoencoderKLLTXVideo``.
 
-    A timestep-conditioned decoder (0.9.1 and later) gets latents with a little noise and its
-    level, and may draw more noise within. All of it is a function of the clip's shape alone, so
-    that a clip depends neither on its neighbours nor on what drew before.
+        A timestep-conditioned decoder (0.9.1 and later) gets latents with a little noise and its
+        level, and may draw more noise within. All of it is a function of the clip's shape alone, so
+        that a clip depends neither on its neighbours nor on what drew before.
 
-    Args:
-        source: Diffusers folder or hub id.
-        config: says how much noise.
-        device: where it runs.
+        Args:
+            source: Diffusers folder or hub id.
+    config: how much noise.
+            device: where it runs.
     """
 
     def __init__(self, source: str, config: LTXPipelineConfig, *, device: torch.device) -> None:

@@ -61,7 +61,7 @@ class WanAdapter(FamilyAdapter):
     """``DistillAdapter``, ``ExpertRouting``, ``ImageConditioning`` and ``CausalRollout`` of Wan.
 
     A condition is ``{"text": [B, L, D]}`` and, of a model that reads a first frame, what
-    ``distill_adapters_wan.images.conditions`` says.
+    ``distill_adapters_wan.images.conditions`` states.
 
     Args:
         bundle: roles, each with a module ``transformer``, and ``transformer_2`` where it has two

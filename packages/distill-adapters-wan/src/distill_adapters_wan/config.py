@@ -21,7 +21,7 @@ class WanPipelineConfig(VideoConfig):
         max_sequence_length: tokens that a text embedding is padded to. Wan attends its padding, so
             it must be the data set's and, for a published Wan, 512.
         boundary_ratio: of a model of two experts, the sigma from which on the one for high noise
-            is called; left out, what the model's own index says (Wan 2.2: 0.875 for text, 0.9 for
+            is called; left out, what the model's own index states (Wan 2.2: 0.875 for text, 0.9 for
             images).
         causal: roles that make a clip chunk by chunk, and how; default: none.
     """

@@ -12,7 +12,7 @@ from distill_adapters_wan.config import WanPipelineConfig
 MASK_CHANNELS = 4
 """Beside a picture's latents: which of the four pixel frames of a latent frame are given."""
 TEXT_TOKENS = 512
-"""Wired into diffusers' attention where it tells text from a picture's embedding."""
+"""Fixed in diffusers' attention, which separates text from a picture's embedding by it."""
 
 
 def latent_info(vae: Mapping[str, object]) -> LatentInfo:

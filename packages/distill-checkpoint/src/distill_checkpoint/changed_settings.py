@@ -43,7 +43,7 @@ def changes_section(*, added: Iterable[str] = (), dropped: Iterable[str] = ()) -
 # A role's own section holds training.optimizer too: it is what its optimizer was made from.
 _OPTIMIZER = re.compile(r"models\.(?P<role>.+?)\.optimizer\..+")
 _SCHEDULE = re.compile(r"(training|models\.[^.]+)\.optimizer\.schedule\.name")
-# These tell where and how to resume: they nearly always differ, and are over once that is done.
+# These state where and how to resume: they nearly always differ, and are over once that is done.
 _NOT_COMPARED = ("checkpoint.resume", "checkpoint.changes")
 _ABSENT = object()
 
@@ -181,14 +181,14 @@ def change_notes(
 
 @frozen(kw_only=True)
 class ResumePreview:
-    """What a resume will find, as far as run files and a few lines of JSON tell it.
+    """What a resume will find, read from run files and a few lines of JSON.
 
     Attributes:
         folder: the checkpoint.
         problems: settings that do not go with it; paths begin at the top of a run file.
         notes: what has changed, a line each.
         position: the first rank's data position.
-        takes_other_data: a rule says that another data set is meant.
+        takes_other_data: a rule states that another data set is meant.
     """
 
     folder: Path

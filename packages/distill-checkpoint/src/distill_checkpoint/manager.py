@@ -113,7 +113,7 @@ class CheckpointManager:
         self._warned_unmeasured = False
 
     def resume(self, run: RunState, callbacks: Mapping[str, Callback]) -> int:
-        """Put everything back as ``config.resume`` says.
+        """Restore everything from the checkpoint that ``config.resume`` names.
 
         Call it after every callback's ``on_train_start``: averages made there are loaded into.
 

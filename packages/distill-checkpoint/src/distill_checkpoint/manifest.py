@@ -140,7 +140,7 @@ class Contents:
         """Read them from the folder of a checkpoint.
 
         Raises:
-            UnreadableFileError: ``loop.json`` is missing, damaged, or does not say it all.
+            UnreadableFileError: ``loop.json`` is missing, damaged or incomplete.
         """
         value: dict[str, Any] = read_json_object(checkpoint / LOOP)
         try:
@@ -294,7 +294,7 @@ def _read_manifest(folder: Path) -> Manifest:
             f"its format is version {value.get('version')}, and this release reads version "
             f"{VERSION}"
         )
-    # The digest tells what a disk did to it, and not what a person or another program wrote.
+    # The digest shows what a disk did to it, and not what a person or another program wrote.
     try:
         return Manifest(
             iteration=as_count(body["iteration"]),
@@ -363,7 +363,7 @@ def role_problems(checkpoint: Path, role: str, *, ema: bool) -> Iterator[Problem
             "role",
             f"there is no trained role {role!r} in {checkpoint}{hint} (it holds: "
             f"{', '.join(roles) or 'none'}); frozen roles are not saved, they are what their own "
-            "path says",
+            "path states",
         )
     elif ema and role not in averaged:
         yield Problem(

@@ -233,7 +233,7 @@ def _holder(file: IO[str]) -> str:
 
 
 def _read_marker(file: IO[str]) -> dict[str, object]:
-    """What the marker says; nothing, where it is new or was torn by a full disk."""
+    """Read the marker; empty where it is new or was torn by a full disk."""
     try:
         value = parse_json(file.read(_MARKER_CHARACTERS), MARKER)
     except (UnreadableFileError, UnicodeDecodeError):

@@ -142,7 +142,7 @@ def _load_state_of_rank(folder: Path, run: RunState, ranks: Ranks, plan: ResumeP
 
 
 def _load_position(run: RunState, position: Mapping[str, object], plan: ResumePlan) -> list[str]:
-    """Load the data position, unless it is one in another data set and a rule says that it is
+    """Load the data position, unless it is one in another data set and a rule states that it is
     meant: then the loader stays at its beginning.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What of a checkpoint goes into a run: everything, unless a rule says otherwise.
+"""What of a checkpoint goes into a run: everything, unless a rule states otherwise.
 
 Which roles, optimizers, averages and callbacks there are is compared before any state is (as are
 the settings of the two run files, in ``changed_settings.py``). What only one side has is an error
@@ -36,7 +36,7 @@ _NOUNS = {
 
 @frozen(kw_only=True)
 class ResumePlan:
-    """Which state is loaded, and what is to be said about the rest.
+    """Which state is loaded, and the notes on the rest.
 
     Attributes:
         load: state that the checkpoint and the run both have, and that does not start anew.
@@ -173,7 +173,7 @@ class _Rules:
         for effect, entries in (("added", self._rules.added), ("dropped", self._rules.dropped)):
             for entry in entries:
                 if entry == DATA:
-                    continue  # told where the position is loaded
+                    continue  # reported where the position is loaded
                 if not {(effect, entry), ("anew", entry)} & self._used.keys():
                     yield (
                         f"changes.{effect}: {entry} matches nothing, so it changes nothing (it is "

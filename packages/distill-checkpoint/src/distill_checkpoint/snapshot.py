@@ -1,7 +1,7 @@
 """What of a run is in a checkpoint, and how it is written, now or beside the training.
 
 Only trainable roles' weights are saved, and of those only what training changes: the rest is what
-its source says, and stays there.
+its source states, and stays there.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class StoredCheckpoint:
         if role not in self.roles:
             raise CheckpointError(
                 f"{self.folder} has no role {role!r} (roles: {_listed(self.roles)}). A checkpoint "
-                "holds the roles that were trained; a frozen one is what its own path says. Name "
+                "holds the roles that were trained; a frozen one is what its own path states. Name "
                 "one of these."
             )
         missing = sorted(set(self.roles[role]) - set(self.averaged.get(role, ())))

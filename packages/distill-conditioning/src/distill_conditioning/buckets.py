@@ -126,7 +126,7 @@ def describe_order(sources: Sequence[DataSource], *, seed: int, shuffle: bool) -
 def save_position(
     position: Position, buckets: Sequence[Bucket], group_size: int
 ) -> dict[str, object]:
-    """Return the part of a checkpoint that says how far a run is (JSON)."""
+    """Return the part of a checkpoint that describes how far a run is (JSON)."""
     given: dict[str, object] = {"samples_given": position.samples}
     if len(buckets) == 1:
         return given

@@ -70,7 +70,7 @@ class DatasetInfo:
 
 @frozen(kw_only=True)
 class DataInfo:
-    """What can be said of all data sets of a run.
+    """The summary of all data sets of a run.
 
     Attributes:
         config: which they are.
@@ -99,7 +99,7 @@ class DataInfo:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is to be said of them once; one line each."""
+        """Notes to log once; one line each."""
         return tuple(note for info in self.sets for note in info.notes)
 
     @property
@@ -208,7 +208,7 @@ def _file_problems(folder: Path, index: DatasetIndex) -> list[str]:
             problems.append(f"{file}: this shard is in the index, but not in the folder. {REBUILD}")
         elif (size := file.stat().st_size) != shard.bytes:
             problems.append(
-                f"{file}: {size} bytes, but the index says {shard.bytes}, so the shard is "
+                f"{file}: {size} bytes, but the index states {shard.bytes}, so the shard is "
                 f"truncated or another one. {REBUILD}"
             )
         else:
@@ -216,7 +216,7 @@ def _file_problems(folder: Path, index: DatasetIndex) -> list[str]:
                 ids = read_texts(file, read_metadata(file), "ids")
                 if len(ids) != shard.samples:
                     problems.append(
-                        f"{file}: holds {len(ids)} samples, but the index says {shard.samples}. "
+                        f"{file}: holds {len(ids)} samples, but the index states {shard.samples}. "
                         f"{REBUILD}"
                     )
             except DataError as error:

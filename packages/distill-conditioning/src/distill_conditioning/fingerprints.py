@@ -2,7 +2,7 @@
 
 A fingerprint is a mapping of dotted names to short texts: ``vae.weights`` (a hash),
 ``text_encoder.precision`` (``bf16``), ``text_encoder.config.num_heads`` (``64``). The part before
-the first dot is the component. A family says which entries there are (``FamilyPlugin.fingerprint``,
+the first dot is the component. A family chooses the entries (``FamilyPlugin.fingerprint``,
 ``LatentCodec.latent_fingerprint``, ``ConditionEncoder.condition_fingerprint``); here they are only
 compared, name by name.
 """

@@ -1,4 +1,4 @@
-"""The format of a latent data set: its files, and what its index says. No torch here.
+"""The format of a latent data set: its files, and what its index states. No torch here.
 
 ::
 
@@ -284,7 +284,7 @@ def _parse_index(path: Path, values: Any) -> DatasetIndex:
         ) from error
     if index.samples < 1 or index.samples != sum(shard.samples for shard in index.shards):
         raise DataError(
-            f"{path}: says {index.samples} samples, but its shards hold "
+            f"{path}: states {index.samples} samples, but its shards hold "
             f"{sum(shard.samples for shard in index.shards)}; the sum must be the same and at "
             f"least 1, because a sample is found by counting. {REBUILD}"
         )

@@ -214,7 +214,7 @@ class ConditionCache:
 
     A file is named by the hash of (kind, prompt, fingerprint) and repeats all three inside, with a
     hash of its tensors; one that does not agree with its name is encoded again, with a warning.
-    Without a fingerprint nothing is kept on disk: no run could tell later which encoder it was.
+    Without a fingerprint nothing is kept on disk: no run could know later which encoder it was.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -168,7 +168,7 @@ class LatentDataset:
         """
         shards = torch.searchsorted(self._ends, samples, right=True)
         for number in shards.unique().tolist():
-            self._open(number)  # a damaged one is noticed before memory is taken for what it says
+            self._open(number)  # a damaged one is noticed before memory is taken for what it states
         choices = torch.zeros_like(samples) if choices is None else choices
         shape = self._shape_of(shards)
         rows = samples - self._starts[shards]
@@ -335,7 +335,7 @@ def _check_tensors(
     floats = [tensors[name] for name in ("latents", TRAJECTORY) if name in tensors]
     if found != expected or not counted or not all(v.is_floating_point() for v in floats):
         raise DataError(
-            f"{path}: one row of its tensors is {found}, but the index says {expected}. {REBUILD}"
+            f"{path}: one row of its tensors is {found}, but the index states {expected}. {REBUILD}"
         )
 
 
@@ -370,8 +370,8 @@ def _check_rows(path: Path, shard: _Shard, samples: int) -> None:
     if len(counts) != 1 or rows != {captions} or not inside or gaps.any():
         raise DataError(
             f"{path}: {len(shard.condition_id)} samples, {len(shard.ids)} ids and {rows} "
-            f"conditions for {captions} captions do not belong together (the index says {samples} "
-            f"samples). {REBUILD}"
+            f"conditions for {captions} captions do not belong together (the index states "
+            f"{samples} samples). {REBUILD}"
         )
 
 

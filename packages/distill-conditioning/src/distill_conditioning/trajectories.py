@@ -185,7 +185,7 @@ class TrajectoryFolder:
         if old:
             raise DataError(
                 f"{self.folder}: holds {old[-1].name}, but no {SETTINGS_FILE}, so it is another "
-                "data set, and shards of two could not be told apart. Name a new folder."
+                "data set, and shards of two could not be distinguished. Name a new folder."
             )
         text = json.dumps(self._settings, indent=1, ensure_ascii=False) + "\n"
         if not write_new_text(file, text):  # another process has begun this very moment
@@ -196,8 +196,7 @@ class TrajectoryFolder:
             settings = read_json(file)
         except UnreadableFileError as error:
             raise DataError(
-                f"{error}, so nobody can tell how the shards beside it were made. Name a new "
-                "folder."
+                f"{error}, so the settings of the shards beside it are unknown. Name a new folder."
             ) from error
         then, now = _flatten(settings), _flatten(self._settings)
         differences = [
@@ -208,7 +207,7 @@ class TrajectoryFolder:
         if differences:
             raise DataError(
                 f"{self.folder}: was made with other settings: {'; '.join(differences)}. Samples "
-                "of two settings in one data set could not be told apart. Put them back as they "
+                "of two settings in one data set could not be distinguished. Put them back as they "
                 "were, or name a new folder."
             )
 

@@ -223,7 +223,7 @@ class ShardWriter:
             ``record``).
         shard_bytes: a shard is written once it holds this much; until then it is in memory. Of
             samples of several shapes up to four times this much is in memory.
-        latent_dtype: as stored. The README says what each costs.
+        latent_dtype: as stored. The README states what each costs.
 
     Raises:
         DataError: the folder holds a data set already, or the rest of an interrupted one.
@@ -253,7 +253,7 @@ class ShardWriter:
             self._claim.close()
             raise DataError(
                 f"{self.folder}: holds {old[-1].name} already; two data sets in one folder could "
-                "not be told apart. Name a new folder, or delete this one (without an "
+                "not be distinguished. Name a new folder, or delete this one (without an "
                 f"{INDEX_FILE} it is the rest of an interrupted preprocessing)."
             )
 
@@ -261,7 +261,7 @@ class ShardWriter:
         """Record what computes latents and conditions: entries are added to those before.
 
         Raises:
-            DataError: an entry has another value than before: no run could tell which samples are
+            DataError: an entry has another value than before: no run could know which samples are
                 of which.
         """
         known = without_whole_encoder(self.fingerprint)
@@ -270,7 +270,7 @@ class ShardWriter:
             listed = "; ".join(f"{d.name} was {d.stored} and is {d.own}" for d in changed)
             raise DataError(
                 f"{self.folder}: what computes the data set has changed while it is written "
-                f"({listed}); no run could tell which samples fit its model. Encode all with the "
+                f"({listed}); no run could know which samples fit its model. Encode all with the "
                 "same parts, into a new folder"
             )
         self.fingerprint.update(fingerprint)

@@ -59,7 +59,7 @@ class AdapterCase:
         source: folder of a tiny pipeline, whose models take milliseconds a call.
         roles: what is loaded; left out, a trainable ``student`` and a frozen ``teacher``, both
             of ``source``.
-        prompts: two that the text encoder tells apart.
+        prompts: two that the text encoder encodes differently.
         negative_prompt: another one.
         linear_guidance: whether guidance is ``u + w (c - u)``. False for a family that combines
             the two predictions otherwise; w = 1 and w = 0 must mean the same there.

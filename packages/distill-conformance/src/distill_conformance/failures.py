@@ -1,4 +1,4 @@
-"""How a check fails: with a sentence that says what was observed and which rule it breaks."""
+"""How a check fails: with the observation and the rule that it breaks."""
 
 from __future__ import annotations
 

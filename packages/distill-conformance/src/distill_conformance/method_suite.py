@@ -13,7 +13,7 @@ class MethodSuite:
     To take a check out, set it to None in the subclass, and say why there.
     """
 
-    # what the config says
+    # what the config declares
     test_plugin = as_test(configs.check_plugin)
     test_config_is_frozen = as_test(configs.check_config_is_frozen)
     test_config_needs_no_torch = as_test(configs.check_config_needs_no_torch)

@@ -128,7 +128,7 @@ class FlowMatchingAdapter(abc.ABC):
         self._encoders = encoders
         self._batch_guidance = batch_guidance
 
-    # -- what a family says -------------------------------------------------------------------
+    # -- what a family defines ------------------------------------------------------------------
 
     @abc.abstractmethod
     def predict_velocity(
@@ -152,7 +152,7 @@ class FlowMatchingAdapter(abc.ABC):
 
         Raises:
             ConditioningError: a tensor of ``cond`` is missing or of another shape than the model
-                reads. The message says which shape it should have, and why.
+                reads. The message states which shape it should have, and why.
         """
 
     @abc.abstractmethod
@@ -296,7 +296,7 @@ class FlowMatchingAdapter(abc.ABC):
     ) -> tuple[Tensor, Tensor]:
         """See ``Tangents``; attention runs without a fused kernel (``forward_mode``).
 
-        A frame that ``cond`` gives does not move, whatever ``dx`` says.
+        A frame that ``cond`` gives does not move, whatever ``dx`` states.
         """
         flow.sigma_of(t, x_t)
         handle = self._bundle[role]

@@ -104,7 +104,7 @@ def is_kept_in_fp32(name: str, parts: frozenset[str]) -> bool:
 def find_block_lists(module: ModelMixin) -> tuple[str, ...]:
     """Names of the module lists that hold the transformer's repeated blocks.
 
-    They are those right below the model whose entries are of one class; where the class says
+    They are those right below the model whose entries are of one class; where the class states
     which of its parts repeat (``_repeated_blocks``), of one of these.
 
     Raises:

@@ -95,7 +95,7 @@ def describe_model(
     """Read the configurations of a folder or a cached hub id, else take the published numbers.
 
     Raises:
-        WeightsError: nothing says how the model is built.
+        WeightsError: nothing describes how the model is built.
     """
     folder = locate(path)
     if folder is not None and (folder / "model_index.json").is_file():
@@ -145,7 +145,7 @@ def _call_option(folder: Path, name: str, value: object, default: object) -> obj
     kinds = {bool: "true or false", str: "a text", float: f"a number from 0 to {TRAIN_STEPS:g}"}
     raise WeightsError(
         f"{folder / 'model_index.json'}: {name!a} is {value!a:.80} and must be {kinds[kind]}, as "
-        "it says how the model is called; download it again"
+        "it describes how the model is called; download it again"
     )
 
 

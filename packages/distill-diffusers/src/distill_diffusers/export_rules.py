@@ -98,7 +98,7 @@ def _rank_problems(
 
 def _base_problems(use: str, role: RoleSpec, modules: Collection[str]) -> Iterator[Problem]:
     folder = locate(role.path)
-    if folder is None:  # Not downloaded yet: no problem of a plan, and loading says so.
+    if folder is None:  # Not downloaded yet: no problem of a plan, and loading raises.
         return
     for name in modules:
         for problem in module_problems(folder / name, DIFFUSERS_STEM):

@@ -1,7 +1,7 @@
 """A model family on diffusers, as an app sees it before torch is imported.
 
 ``DiffusersFamily`` is the base class of a family's plugin. It answers everything that a folder, a
-module on the meta device and ``ModelKind`` tell; a family adds what is true of it alone::
+module on the meta device and ``ModelKind`` show; a family adds what is true of it alone::
 
     class LtxFamily(DiffusersFamily[LtxConfig]):
         name = "ltx"
@@ -11,7 +11,7 @@ module on the meta device and ``ModelKind`` tell; a family adds what is true of 
         kind = LTX              # a ModelKind
         published = PUBLISHED   # hub id -> PublishedModel
 
-        def latent_info(self, vae): ...           # what vae/config.json says of the latents
+        def latent_info(self, vae): ...           # the latents, from vae/config.json
         def condition_rows(self, transformer, config): ...   # shapes of each condition tensor
         def call_model(self, role, inputs): ...   # one call of the transformer, to plan its memory
         def adapter(self, bundle, config, *, source): ...    # how the models are called
@@ -143,7 +143,7 @@ CAPABILITIES = Capabilities(
     supported_pred_types=frozenset({"v", "x0", "eps"}),
     solvers=frozenset({"euler", "unipc"}),
 )
-"""Those of every ``FlowMatchingAdapter`` that says where its hidden states are."""
+"""Those of every ``FlowMatchingAdapter`` that defines where its hidden states are."""
 
 
 @runtime_checkable
@@ -169,7 +169,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
     original_folders: ClassVar[Mapping[str, str]] = EMPTY
     """By module, the folder that the model's original code keeps an expert in."""
 
-    # -- hooks: what a family says of its own -------------------------------------------------
+    # -- hooks: what a family defines of its own ------------------------------------------------
 
     @abstractmethod
     def latent_info(self, vae: Mapping[str, object]) -> LatentInfo:
@@ -277,7 +277,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         """Report problems of a role's path, its LoRA, its discriminator and its attention.
 
         A hub id that is not in the local cache is no problem if its numbers are published: the run
-        can be planned, and ``load`` says what to download.
+        can be planned, and ``load`` states what to download.
         """
         if role.heads is not None:
             yield from below(self.discriminator_problems(role, config), "heads")
@@ -290,7 +290,9 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
     def discriminator_problems(self, role: RoleSpec, config: ConfigT) -> Iterator[Problem]:
         """Report blocks that the model does not have; paths are keys of ``heads``."""
         assert role.heads is not None
-        with suppress(WeightsError):  # nothing says how it is built: a problem of the other role
+        with suppress(
+            WeightsError
+        ):  # nothing describes how it is built: a problem of the other role
             from distill_diffusers.architecture import inspect_model
             from distill_diffusers.roles.discriminator import block_problems
 
@@ -339,13 +341,15 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         try:
             start = self._find_start(path)
         except WeightsError:
-            return False  # a problem that ``start_problems`` tells
+            return False  # a problem that ``start_problems`` reports
         return start is not None and start.is_lora
 
     def export_problems(self, role: RoleSpec, request: ExportRequest) -> Iterable[Problem]:
         configs: Iterable[Mapping[str, object]] = ()
         modules: Collection[str] = ()
-        with suppress(WeightsError):  # nothing says how it is built: a problem of the role's path
+        with suppress(
+            WeightsError
+        ):  # nothing describes how it is built: a problem of the role's path
             transformers = self.describe(role.path).transformers
             configs, modules = transformers.values(), transformers.keys()
 
@@ -372,7 +376,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         """Describe the model of a folder or hub id.
 
         Raises:
-            WeightsError: nothing says how it is built.
+            WeightsError: nothing describes how it is built.
         """
         return describe_model(self.kind, path, self.published)
 
@@ -422,8 +426,8 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         }
 
     def condition_shapes(self, config: ConfigT, *, source: str) -> Mapping[str, tuple[int, ...]]:
-        """Give ``condition_rows`` of the model; none where nothing says how it is built, which is
-        a problem of the role's path."""
+        """Give ``condition_rows`` of the model; none where nothing describes how it is built, which
+        is a problem of the role's path."""
         try:
             return self.condition_rows(self.describe(source).main, config)
         except WeightsError:
@@ -433,7 +437,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         """Plan modules and sizes, from the meta device.
 
         Raises:
-            WeightsError: nothing says how the model is built.
+            WeightsError: nothing describes how the model is built.
         """
         from distill_protocols import RolePlan
 
@@ -607,7 +611,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         """Report targets that name no linear layer of the role's model."""
         if role.lora is None or not role.lora.target_modules:
             return
-        with suppress(WeightsError):  # nothing says how it is built: a problem of the path
+        with suppress(WeightsError):  # nothing describes how it is built: a problem of the path
             from distill_diffusers.architecture import inspect_model
             from distill_diffusers.lora import target_problems
 

@@ -1,4 +1,4 @@
-"""The adapter of a family whose plugin says how its models are called.
+"""The adapter of a family whose plugin describes how its models are called.
 
 ``DiffusersFamily`` knows the shapes of latents and conditions, what does not fit, and one call of
 the transformer. An adapter on this class adds what only a loaded run needs: how prompts are

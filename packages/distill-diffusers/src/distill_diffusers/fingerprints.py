@@ -2,7 +2,7 @@
 
 Only what computes counts: weights by type, shape and content, whatever their names and files, and
 of configurations and tokenizers what changes an output. So the same encoder is the same after it
-was saved again. ``FamilyPlugin.fingerprint`` says what the entries are for.
+was saved again. ``FamilyPlugin.fingerprint`` states what the entries are for.
 
 Weights of up to 64 MB a component are read whole. Of larger ones each tensor over 64 kB gives eight
 samples of 4 kB, spread from its first to its last byte: a few thousand reads for the 28 GB of two
@@ -89,7 +89,7 @@ def condition_fingerprint(
 ) -> dict[str, str]:
     """Name text encoders and tokenizers of a folder or hub id.
 
-    Empty unless all of them are whole on this machine: half of what computes an embedding says
+    Empty unless all of them are whole on this machine: half of what computes an embedding states
     nothing about it.
 
     Args:

@@ -68,7 +68,7 @@ def fetch(path: str, subfolders: tuple[str, ...]) -> Path:
     """The local folder of ``path``; a hub id is downloaded (only ``subfolders``) where it may be.
 
     Raises:
-        WeightsError: no such folder, or the download cannot be had; says how to get it.
+        WeightsError: no such folder, or the download failed; the message shows how to get it.
     """
     if not is_hub_id(path):
         if not Path(path).is_dir():
@@ -116,7 +116,7 @@ def transformer_names(folder: Path, modules: Sequence[str]) -> tuple[str, ...]:
 def index_entry(
     folder: Path, index: Mapping[str, object], name: str
 ) -> tuple[str, str] | tuple[None, None]:
-    """Library and class of a part of a pipeline, as ``index``, its ``model_index.json``, says.
+    """Library and class of a part of a pipeline, as ``index``, its ``model_index.json``, states.
 
     Raises:
         WeightsError: the entry is anything else than the two, or two nulls.
@@ -183,7 +183,7 @@ def module_problems(folder: Path, stem: str) -> Iterator[str]:
         yield f"{folder} is missing; a Diffusers-format folder has it. Download it again"
         return
     if not (folder / "config.json").is_file():
-        yield f"{folder / 'config.json'} is missing; it says how to build the module"
+        yield f"{folder / 'config.json'} is missing; it describes how to build the module"
     else:
         try:
             read_config(folder / "config.json")

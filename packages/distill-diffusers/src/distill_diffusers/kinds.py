@@ -34,7 +34,7 @@ class ModelKind:
             every linear layer within the blocks.
         block_lists: names of the module lists whose entries are sharded, compiled, checkpointed
             and read one at a time; empty: found on the meta module (``find_block_lists``).
-        depth: entry of the transformer's configuration that says how many blocks the first of
+        depth: entry of the transformer's configuration with the number of blocks in the first of
             the block lists has.
         attention_bias: whether the transformer adds a bias to the scores of its attention, as where
             it hides the padding of a text: only some kernels can.

@@ -1,6 +1,6 @@
 """Configurations of models, read without trust: what a size, a depth or a flag may be. No torch.
 
-A ``config.json`` says how a module is built, so a wrong number in it is a wrong number everywhere:
+A ``config.json`` describes how a module is built, so a wrong number in it is wrong everywhere:
 in plans, in checks, and in a module with a billion blocks. Entries whose meaning is common to
 diffusers and transformers are checked here by name; a class's own entries by the types of its
 defaults when it is built (``distill_diffusers.building``).

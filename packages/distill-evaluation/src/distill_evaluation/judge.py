@@ -62,7 +62,7 @@ class ClipJudge(nn.Module):
     head per attribute.
 
     Frames as channels let a plain image network see motion. The features keep position (they are
-    not pooled to a point), so that clips which all start at the same place are told from clips that
+    not pooled to a point), so that clips which all start at the same place differ from clips that
     do not.
     """
 

@@ -55,7 +55,7 @@ class ReportPlugin(CallbackPlugin[ReportConfig]):
         if config.every_steps and not any(entry.during for entry in config.entries.values()):
             yield Problem(
                 "every_steps",
-                f"{config.every_steps}, but every entry says during: false, so there would be "
+                f"{config.every_steps}, but every entry states during: false, so there would be "
                 "nothing to measure; leave one of them out, or use every_steps: 0",
             )
         for name, entry in config.entries.items():

@@ -35,7 +35,7 @@ class Framing:
 
 
 class NoBucketError(ValueError):
-    """No bucket fits; the message says why."""
+    """No bucket fits; the message states why."""
 
 
 def choose_bucket(

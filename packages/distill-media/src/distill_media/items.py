@@ -22,7 +22,7 @@ class MediaPlace:
     """Where the bytes of a clip or picture are: a file, or a part of one (a member of a tar).
 
     Attributes:
-        name: as the source calls it; its suffix says whether it is a picture.
+        name: as the source calls it; its suffix states whether it is a picture.
         size: in bytes; None: to the end of the file.
     """
 
@@ -54,7 +54,7 @@ class MediaItem:
 
     Attributes:
         id: unique within all sources, and the same whenever they are read.
-        captions: one or more; none: ``problem`` says why, or the item has none.
+        captions: one or more; none: ``problem`` states why, or the item has none.
         place: None: a prompt alone.
         segment: (start, end) in seconds, the part of the clip that the source speaks of.
         size: bytes of the clip, to notice another one in its place.

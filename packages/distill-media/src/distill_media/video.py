@@ -38,7 +38,7 @@ _HDR = {16: "PQ", 18: "HLG"}
 
 
 class VideoError(ValueError):
-    """A video cannot be used; the message says why, without its name."""
+    """A video cannot be used; the message states why, without its name."""
 
 
 @frozen(kw_only=True)
@@ -244,13 +244,13 @@ def _timeline(
     shown = [(stamp - known[0]) * base for stamp in known]
     mean = shown[-1] / (len(shown) - 1) if len(shown) > 1 else 1 / rate
     last = durations[max(range(len(stamps)), key=lambda i: stamps[i] or 0)] * base
-    # A last frame that is said to stay for minutes is a mistake of the writer.
+    # A last frame with a duration of minutes is a mistake of the writer.
     end = shown[-1] + (last if 0 < last <= 10 * mean else mean)
     return Timeline(tuple(shown), end), tuple(known), True
 
 
 def _check_end(container: InputContainer, stream: VideoStream, timeline: Timeline) -> None:
-    """Refuse a file that is shorter than its header says."""
+    """Refuse a file that is shorter than its header states."""
     count = len(timeline.times)
     if stream.frames and count < 0.98 * stream.frames:
         raise VideoError(

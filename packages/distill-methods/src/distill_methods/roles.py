@@ -24,6 +24,6 @@ def discriminator(*on: str) -> RoleNeed:
     return RoleNeed(
         name=DISCRIMINATOR,
         trainable=True,
-        help="heads that tell the student's clips from the data's",
+        help="heads that distinguish the student's clips from the data's",
         features_of=on,
     )

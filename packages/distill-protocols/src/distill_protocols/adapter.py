@@ -1,7 +1,7 @@
 """How a model is called. When a model is updated is the method's business.
 
 Small Protocols, one per need; a method asks only for those that it uses. All tensors at this
-boundary are normalised latents [B, C, T, H, W] in fp32 unless a name says otherwise, and t is a
+boundary are normalised latents [B, C, T, H, W] in fp32 unless a name states otherwise, and t is a
 float tensor [B] in [0, 1000], t = 1000 sigma, never cast to bf16 or int. Where the capability
 ``supports_frame_times`` is given, t may be [B, T], one a frame.
 """
@@ -289,11 +289,11 @@ class ImageConditioning(Protocol):
     """Conditions with a picture (``supports_image_condition``)."""
 
     def trained_frames(self, cond: Condition) -> Tensor | None:
-        """1 where the model predicts and 0 where the condition says what is there, fp32,
+        """1 where the model predicts and 0 where the condition states what is there, fp32,
         [1, 1, T, 1, 1]; None: it predicts everything.
 
         Predictions of v and eps mean nothing where it is 0 and must stay out of a loss; of x0 they
-        are what the condition says.
+        are what the condition states.
         """
         ...
 

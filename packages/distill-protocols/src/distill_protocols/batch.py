@@ -52,7 +52,7 @@ class Condition:
     def merged_onto(self, below: Condition) -> Condition:
         """These tensors, and those of ``below`` under names that are not here.
 
-        A negative condition says what replaces what: one of text alone leaves a picture as it is.
+        A negative condition states what replaces what: one of text alone leaves a picture as it is.
         """
         return Condition({**below.tensors, **self.tensors})
 

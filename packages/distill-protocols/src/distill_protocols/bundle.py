@@ -70,7 +70,7 @@ class RoleHandle:
         trainable: a frozen role has no optimizer and takes no gradient, ever.
         precision: compute precision of a call. A trainable role keeps fp32 weights under it.
         fsdp_policy: how it is spread over processes; the trainer's distribution reads it.
-        call_options: what the family's adapter must know to call the modules and no module says
+        call_options: what the family's adapter must know to call the modules and no module states
             (which of two experts when ...); nobody else reads it.
         blocks: by module, the dotted names of its repeated blocks: what is sharded one at a time
             where the policy names nothing else.
@@ -78,7 +78,7 @@ class RoleHandle:
         discriminator: which features it reads, of a role that is a discriminator; None: the role
             is a model.
         trained: by module, the names of the only parameters that ever move (LoRA: the adapter's);
-            None: all of them. The others are what the role's source says, and are not saved.
+            None: all of them. The others are what the role's source states, and are not saved.
         device: where calls compute; None: where the weights are.
         release_gathered: frees whole weights that were gathered from several processes for a
             call. It comes before anything reads or changes a parameter from outside of a call,

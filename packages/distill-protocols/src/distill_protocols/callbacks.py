@@ -141,7 +141,7 @@ class Callback:
 
 
 class Checkpointer(Protocol):
-    """Saves and resumes a run. The trainer says when a step is safe; this decides to save."""
+    """Saves and resumes a run. The trainer calls it when a save is safe; it decides."""
 
     def resume(self, run: RunState, callbacks: Mapping[str, Callback]) -> int:
         """Put everything back; returns the last finished iteration (0: start afresh)."""

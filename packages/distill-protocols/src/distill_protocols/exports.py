@@ -23,7 +23,7 @@ class ExportRequest:
     Attributes:
         sampler: how the role is sampled; it is written beside the weights.
         weights: which weights of the role these are, for the record.
-        format: one of ``FamilyPlugin.export_formats``, which says what each of them is.
+        format: one of ``FamilyPlugin.export_formats``, which states what each of them is.
         precision: of the written weights; None: as they are stored.
         lora_rank: for low-rank adapters of a role that has none: the rank of the difference to
             its base, taken by singular value decomposition.
@@ -39,7 +39,7 @@ class ExportRequest:
 
 
 class ExportRecord(TypedDict):
-    """What an export or a verification says of itself; an exporter adds entries of its own.
+    """The record of an export or a verification; an exporter adds entries of its own.
 
     Attributes:
         notes: lines that a person should read.
@@ -63,7 +63,7 @@ class Exporter(Protocol):
         Returns a record of the export.
 
         Args:
-            role: where it came from: its path says how it is built, and is the base of a LoRA.
+            role: where it came from: its path describes how it is built, and is the base of a LoRA.
             weights: by module, whole; or of a LoRA role the adapters alone.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What a method's config says of the method, without torch."""
+"""What a method's config declares, without torch."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class CaptionTokens:
 
 @frozen(kw_only=True)
 class MethodPlugin(Generic[MethodConfigT]):
-    """An algorithm: its config class, which says everything of it without torch, and where the
+    """An algorithm: its config class, which states everything of it without torch, and where the
     method is.
 
     Attributes:
@@ -222,7 +222,7 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
 
     def clip_shapes(self, config: ConfigT) -> tuple[tuple[int, int, int], ...]:
         """(frames, height, width) in pixels of the clips that latents are made of; empty: this
-        family cannot tell, and data for it are not made from clips."""
+        family does not know, and data for it are not made from clips."""
         return ()
 
     def frame_rate(self, config: ConfigT, *, source: str) -> float | None:
@@ -233,7 +233,7 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
     def count_tokens(
         self, config: ConfigT, captions: Sequence[str], *, source: str
     ) -> CaptionTokens | None:
-        """What the tokenizer makes of captions; None: this family cannot tell, or it is not on
+        """What the tokenizer makes of captions; None: this family does not know, or it is not on
         this machine. May import torch."""
         return None
 
@@ -249,7 +249,7 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
     def fingerprint(self, config: ConfigT, *, source: str) -> Fingerprint:
         """What computes latents and conditions: the ``latent_fingerprint`` and the
         ``condition_fingerprint`` of the adapter, from files alone. A data set is compared with it
-        before anything is loaded; empty: this family cannot tell, and nothing is compared."""
+        before anything is loaded; empty: this family does not know, and nothing is compared."""
         return EMPTY
 
     def needs_image(self, role: RoleSpec, config: ConfigT) -> bool:
@@ -277,7 +277,7 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
         guided: bool = False,
         input_gradient: bool = False,
     ) -> CallPlan | None:
-        """What one call of the role takes beside its weights; None: this family cannot tell.
+        """What one call of the role takes beside its weights; None: this family cannot estimate it.
 
         Args:
             role: its ``fsdp`` only where the role is really sharded.

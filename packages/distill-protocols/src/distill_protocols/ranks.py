@@ -59,7 +59,7 @@ class RankGroup(Protocol):
         """Wait until all ranks are here.
 
         Raises:
-            DistillError: some do not come. Rank 0 says which; the others, that it knows.
+            DistillError: some do not come. Rank 0 names them; the others refer to rank 0.
         """
         ...
 

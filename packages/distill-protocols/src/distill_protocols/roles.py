@@ -1,4 +1,4 @@
-"""What a run says of one role: its options, and what a family needs to load it. No torch."""
+"""The settings of one role: its options, and what a family needs to load it. No torch."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class CompileSpec:
 
 
 OF_WEIGHTS: Mapping[str, bool] = MappingProxyType({"of_weights": True})
-"""Metadata of an option that says how weights are held."""
+"""Metadata of an option for how weights are held."""
 
 
 @frozen(kw_only=True)
@@ -145,7 +145,7 @@ class RoleOptions:
         lora: train low-rank adapters beside the role's weights, which stay as they are.
         heads: the role is a discriminator: small networks on the features of another role's
             blocks.
-        fsdp: how it is spread over processes; None: as the run's strategy says.
+        fsdp: how it is spread over processes; None: as the run's strategy states.
         activation_checkpointing: keep only the inputs of its blocks for the backward pass, which
             computes the rest again.
         compile: ``torch.compile`` its blocks; ``{}`` as torch does it by itself.

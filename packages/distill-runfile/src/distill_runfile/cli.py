@@ -130,7 +130,7 @@ def print_problems(error: ConfigError, outcome: str) -> int:
 def let_the_first_rank_speak() -> None:
     """Wait, on all processes of a machine but the first.
 
-    One process a machine says what is wrong with the file (on another machine it may be another
+    One process a machine reports the problems of the file (on another machine it may be another
     file), and by its end all others end: torchrun sees to that. They must not end before it, or
     they would take it along, unheard; one whose first process finds nothing speaks in the end.
     """
@@ -154,7 +154,7 @@ def show_logs(*, every_rank: bool = False) -> None:
     To be called before torch is imported.
 
     Args:
-        every_rank: not only the first one tells what it does; of the others, warnings alone.
+        every_rank: show the log of every rank; of all but the first warnings alone.
     """
     # Its C++ side warns past Python, once a process: of DDP that looks for weights which a step
     # leaves out, though none was; of a store that is gone with its process, with C++ frames.

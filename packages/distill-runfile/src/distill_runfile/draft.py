@@ -1,7 +1,7 @@
 """A run file on its way to a config: its sections, as far as they could be read. No torch.
 
-Every part is optional: a pass of ``checks`` reads those that it needs, and says nothing where one
-of them is missing, as that has a problem of its own.
+Every part is optional: a pass of ``checks`` reads those that it needs, and reports nothing where
+one of them is missing, as that has a problem of its own.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Draft:
         written_roles: names under ``models:``, whatever is wrong with them.
         role_configs: those that could be read.
         roles: those of which the model is known, with nothing left open.
-        datasets: None: nothing can be said of them.
+        datasets: None: nothing is known of them.
         run: the run as methods and callbacks see it.
         sampled: name and value of the section of an app that samples one role.
     """
@@ -133,7 +133,7 @@ class Draft:
 
     @property
     def has_negative(self) -> bool | None:
-        """Whether there will be a negative condition; None: it cannot be told yet."""
+        """Whether there will be a negative condition; None: it is not known yet."""
         if self.conditioning is None or self.conditioning.negative_prompt is not None:
             return True
         return None if self.datasets is None else bool(self.datasets.negative_prompts)
@@ -239,7 +239,7 @@ class SamplerCompletion:
 
     Attributes:
         family: its name, for messages.
-        count_tokens: tells those of one clip, where they are needed; None: the family cannot.
+        count_tokens: counts those of one clip, where they are needed; None: the family cannot.
         solvers: that the family has; None: not known.
     """
 
@@ -283,7 +283,7 @@ class SamplerCompletion:
             return spec.resolved(tokens)
         raise ValueError(
             f"the shift depends on the number of tokens of a clip, and family {self.family!r} "
-            "cannot tell how many its models make of one. Write a number for shift, or timesteps"
+            "cannot count how many its models make of one. Write a number for shift, or timesteps"
         )
 
 

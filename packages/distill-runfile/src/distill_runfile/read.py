@@ -73,7 +73,7 @@ def read_config(
         models_json: a JSON object role -> keys, laid over the file's ``models:`` key by key.
         planning: nothing will be started, so what is not there yet (data, weights that another run
             makes) is no problem, but listed in the config's ``missing``.
-        world_size: processes that the run is meant for; None: as torchrun says, or one.
+        world_size: processes that the run is meant for; None: as torchrun set it, or one.
 
     Raises:
         ConfigError: with every problem that was found, each ``file:line: key: message``.
@@ -143,7 +143,7 @@ def read_config(
 
 
 def read_models(file: Path, role: str) -> ModelsConfig:
-    """Read what ``file``, a run file or a checkpoint's ``config.json``, says of its models.
+    """Read the models of ``file``, a run file or a checkpoint's ``config.json``.
 
     Raises:
         ConfigError: with every problem of those sections, of other roles than ``role`` excepted:
@@ -173,7 +173,7 @@ def read_models(file: Path, role: str) -> ModelsConfig:
     draft = _joined(reader, draft)
     for section in MODELS_NEEDED:
         if reader.document.values.get(section) is None:
-            reader.report((section,), "missing section; it says how the weights are used")
+            reader.report((section,), "missing section; it describes how the weights are used")
     _raise_if_wrong(
         reader,
         draft,

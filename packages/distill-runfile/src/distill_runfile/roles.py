@@ -1,4 +1,4 @@
-"""From what a file says of its roles to roles with nothing left open. No torch.
+"""Resolve the roles of a file: no option is left open. No torch.
 
 ``RoleConfig`` (a section of the file) and ``RoleNeed`` (what the method asks) make a ``RoleSpec``
 (complete, for the family) within a ``Role`` (with its optimizer); a loaded one is a ``RoleHandle``.
@@ -33,7 +33,7 @@ def join_roles(
 ) -> dict[str, Role]:
     """Complete each role from the method's needs, its base, and ``training.optimizer``.
 
-    A role of which nothing says what the model is is left out.
+    A role without a model is left out.
 
     Args:
         how: takes the problems of optimizers, whose keys are merged here.
@@ -82,7 +82,7 @@ def _role_spec(
 
 
 def _model_of(name: str, configs: Mapping[str, RoleConfig]) -> str:
-    """Name of the role whose path says what the model of role ``name`` is."""
+    """Name of the role whose path states what the model of role ``name`` is."""
     config = configs.get(name)
     return name if config is None or config.base is None else config.base
 

@@ -88,7 +88,7 @@ class RoleConfig(RoleOptions):
             ``owner/name``: how the model is built, and its weights. Left out beside ``base`` and
             ``heads``.
         init_from: start with other weights than those of ``path``.
-        family: only where a file shall say it twice; must equal ``recipe.family``.
+        family: may repeat it; must equal ``recipe.family``.
         trainable: what the method needs, if left out.
         optimizer: keys that replace those of ``training.optimizer`` (a schedule as a whole).
     """
@@ -129,7 +129,7 @@ class Role:
 
 @frozen(kw_only=True)
 class ModelsConfig:
-    """What a run file says of its models: all that an export needs to know of a run.
+    """The models of a run file: all that an export needs to know of a run.
 
     Attributes:
         pipeline: of the family's own ``config_class``.
@@ -195,7 +195,7 @@ class RunConfig(ModelsConfig):
         callbacks: by name, of the plugin's own ``config_class``.
         resolved: every section as plain values, defaults included: what is saved beside the run.
         missing: what is not on this machine yet; empty unless the file was read for a plan.
-        notes: what is no problem and is to be said once; a line each.
+        notes: what is no problem and is to be logged once; a line each.
     """
 
     training: TrainingConfig
@@ -213,5 +213,5 @@ class RunConfig(ModelsConfig):
 def components_source(
     family: FamilyPlugin[Any], pipeline: object, roles: Mapping[str, Role]
 ) -> str:
-    """Where the family says that VAE and encoders come from, or the path of the first role."""
+    """Where VAE and encoders come from: as the family decides, or the path of the first role."""
     return family.components(pipeline) or next(iter(roles.values())).spec.path

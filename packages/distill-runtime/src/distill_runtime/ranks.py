@@ -130,7 +130,7 @@ class Ranks:
         """Until all ranks are here.
 
         Raises:
-            DistillError: some do not come. Rank 0 says which; the others, that it knows.
+            DistillError: some do not come. Rank 0 names them; the others refer to rank 0.
         """
         if self.group is not None:
             with self.within_timeout():

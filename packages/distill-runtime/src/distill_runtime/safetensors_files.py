@@ -37,7 +37,7 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
 """What the format can hold, by its own names."""
 
 DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-"""The other direction: what a header says -> torch's."""
+"""The other direction: a header's type -> torch's."""
 
 ALIGNMENT = 64
 
@@ -56,12 +56,12 @@ def write_safetensors(
 
     Args:
         infos: what goes in, by its name in the file; every dtype is in ``DTYPE_NAMES``.
-        read: gives one of them on the CPU, as ``infos`` says; asked for each once.
+        read: gives one of them on the CPU, as ``infos`` states; asked for each once.
         metadata: of the header, besides ``{"format": "pt"}``, by which readers know torch's.
 
     Raises:
         ContractError: a dtype that the format does not have, or ``read`` gives something else
-            than ``infos`` says.
+            than ``infos`` states.
         OSError: it could not be written.
     """
     unknown = sorted({str(info.dtype) for info in infos.values() if info.dtype not in DTYPE_NAMES})
@@ -78,8 +78,8 @@ def write_safetensors(
             given = TensorInfo(tuple(tensor.shape), tensor.dtype)
             if given != infos[name]:
                 raise ContractError(
-                    f"{name} is {given}, but its source said {infos[name]}; what is written would "
-                    "not be what the header says. WeightSource.describe and read must agree"
+                    f"{name} is {given}, but its source described {infos[name]}; what is written "
+                    "would not be what the header states. WeightSource.describe and read must agree"
                 )
             hashed.write(raw_bytes(tensor))
     return hashed.info

@@ -26,7 +26,7 @@ _MAX_DIMENSIONS = 64
 
 @frozen(kw_only=True)
 class SafetensorsHeader:
-    """What the beginning of a safetensors file says.
+    """The header of a safetensors file.
 
     Attributes:
         tensors: by name, (dtype as the format calls it, shape, first byte, byte after the last),
@@ -39,7 +39,7 @@ class SafetensorsHeader:
 
 
 def read_header(file: Path) -> SafetensorsHeader:
-    """The header of ``file``, if the file is as long as it says and its tensors fill it without
+    """The header of ``file``, if the file is as long as it states and its tensors fill it without
     gaps or overlaps, as the format demands. No tensor is read.
 
     Raises:
@@ -61,7 +61,7 @@ def read_header(file: Path) -> SafetensorsHeader:
     expected = 8 + len(text) + end
     if size != expected:
         raise UnreadableFileError(
-            f"{file} has {size} bytes where its header says {expected}: it was cut short or "
+            f"{file} has {size} bytes where its header states {expected}: it was cut short or "
             "overwritten"
         )
     return header

@@ -95,7 +95,7 @@ class DistributedConfig:
     Attributes:
         strategy: none: one process. ddp: each process has all of a trained role (and of a frozen
             one, unless the role's ``FsdpPolicy`` shards it). fsdp2: each has a shard of every role
-            (unless its policy says otherwise). hsdp: shards within a group of ``shard_size``
+            (unless its policy states otherwise). hsdp: shards within a group of ``shard_size``
             processes, copies across groups. Left out: ddp for several processes, else none.
         shard_size: processes of one group of hsdp; left out, those of one machine.
         sync_every_micro_step: fsdp2 and hsdp: sum gradients over processes in every micro step

@@ -33,7 +33,7 @@ COMFY_CONSTANTS = {
     "patch_size": [1, 2, 2],
     "eps": 1e-6,
 }
-"""What ComfyUI takes for granted, as nothing in a weight file says it."""
+"""What ComfyUI assumes, as a weight file does not state it."""
 PROBE_TEXT_TOKENS = 8
 """Of the inputs for verification, where the model does not fix the number of text tokens."""
 

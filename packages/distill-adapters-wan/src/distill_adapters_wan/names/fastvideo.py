@@ -102,9 +102,8 @@ def unused(name: str) -> bool:
 
 
 def missing(names: Iterable[str]) -> Sequence[str]:
-    """What a whole ``WanTransformer3DModel`` has beside ``names`` (Diffusers'), as far as names
-    tell: what every Wan has, what makes up its image branch if there is any of it, and blocks that
-    are all alike and without a gap."""
+    """List the names that a complete ``WanTransformer3DModel`` has beside ``names`` (Diffusers'):
+    what every Wan has, the rest of an image branch, and equal blocks without a gap."""
     have = set(names)
     image = any(".image_embedder." in name or ".add_k_proj." in name for name in have)
     blocks = 1 + max((int(name.split(".")[1]) for name in have if _in_block(name)), default=0)

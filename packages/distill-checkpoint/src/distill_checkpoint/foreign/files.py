@@ -1,7 +1,7 @@
 """Files of other frameworks as weight sources: ``.pt`` and safetensors, under our names.
 
 A pickle is a program, and is not run: ``torch.load(weights_only=True)`` interprets it with a
-machine of its own that knows tensors and containers and nothing to call. The errors here tell why
+machine of its own that knows tensors and containers and nothing to call. The errors here state why
 a file was refused, and what to do instead.
 
 What is in a file is known at once, and its numbers are read when asked for, so that a writer takes

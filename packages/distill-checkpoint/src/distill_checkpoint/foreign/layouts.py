@@ -47,7 +47,7 @@ THEIR_ROLES: Mapping[str, str] = {
     "critic": "critic",
     "real_score": "teacher",
 }
-"""Legacy name -> ours. The newer layout says ``student`` and so on itself."""
+"""Legacy name -> ours. The newer layout states ``student`` and so on itself."""
 
 _DISTRIBUTED = "distributed_checkpoint"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -79,7 +79,7 @@ class ForeignCheckpoint:
 
     Attributes:
         layout: which of those above.
-        iteration: how far it had come; 0 where nothing says so.
+        iteration: how far it had come; 0 where it is not recorded.
         roles: what can be taken.
         left: a line for each thing that is not taken, with the reason.
         config: the run file of the other framework, where it kept it.

@@ -93,7 +93,7 @@ class DcpCheckpoint(WeightSource):
         """These tensors, put together from the pieces of all ranks.
 
         Raises:
-            CheckpointError: a piece is missing, damaged, of another size than ``.metadata`` says,
+            CheckpointError: a piece is missing, damaged, of another size than ``.metadata`` states,
                 or would call something when unpickled.
         """
         return {name: self._tensor(name) for name in names}
@@ -115,7 +115,7 @@ class DcpCheckpoint(WeightSource):
             if kind != (piece.sizes, info.dtype):
                 raise CheckpointError(
                     f"{self.folder / piece.file}: the piece of {name} at {list(piece.offsets)} is "
-                    f"{kind}, where {METADATA} says {(piece.sizes, info.dtype)}; one of the two "
+                    f"{kind}, where {METADATA} states {(piece.sizes, info.dtype)}; one of the two "
                     "files is of another checkpoint. Copy the folder again"
                 )
             box = zip(piece.offsets, piece.sizes, strict=True)
@@ -173,7 +173,7 @@ def open_dcp(folder: Path) -> DcpCheckpoint:
 
 
 class _Record:
-    """Holds what a pickle says of an object, and does nothing with it.
+    """Holds a pickle's description of an object, and does nothing with it.
 
     ``__setstate__`` also takes the BUILD instruction away from the class itself: unpickling could
     otherwise set attributes of a class that it was given.
@@ -234,7 +234,7 @@ def _read_metadata(file: Path) -> Any:
         ) from error
 
 
-# -- what it says ---------------------------------------------------------------------------------
+# -- reading the metadata --------------------------------------------------------------------------
 
 
 class _MalformedError(Exception):

@@ -10,7 +10,7 @@ from distill_conformance.failures import applies_if, must_raise, require, requir
 
 
 def check_condition_shapes(case: AdapterCase) -> None:
-    """``condition_shapes`` says what an encoded condition holds, row for row.
+    """``condition_shapes`` states what an encoded condition holds, row for row.
 
     A data set is checked against it; a tensor that it leaves out is missing in the first step.
     """
@@ -29,7 +29,7 @@ def check_condition_shapes(case: AdapterCase) -> None:
 
 
 def check_conditions_row_by_row(case: AdapterCase) -> None:
-    """A row of a condition does not depend on the others, and prompts are told apart.
+    """A row of a condition does not depend on the others, and prompts give different rows.
 
     Otherwise a cached embedding is another than a fresh one.
     """
@@ -82,10 +82,10 @@ def check_negative_is_merged(case: AdapterCase) -> None:
 
 
 def check_encoders(case: AdapterCase) -> None:
-    """Fingerprints are stable and told without weights, and a kept encoder encodes as a fresh one.
+    """Fingerprints are stable and need no weights, and a kept encoder encodes as a fresh one.
 
     Cached embeddings are used while the fingerprint is the same, and a data set is compared with
-    what the plugin says before any adapter is there.
+    what the plugin states before any adapter is there.
     """
     fingerprint = case.adapter.condition_fingerprint()
     latents = case.adapter.latent_fingerprint()

@@ -145,7 +145,7 @@ def check_incomplete_weights(case: AdapterCase) -> None:
 def check_path_weights(case: AdapterCase) -> None:
     """``weights(path)`` gives what ``load`` reads from there.
 
-    Otherwise ``init_from`` starts a role from another model than the path says.
+    Otherwise ``init_from`` starts a role from another model than the path states.
     """
     role = case.trained_role
     sources = dict(case.plugin.weights(role.path))

@@ -268,7 +268,7 @@ def check_images(case: AdapterCase) -> None:
     try:
         pictured = case.images.with_image(text, case.pictures())
     except ConditioningError:
-        applies_if(False, "the models of this case read no picture, and say so")
+        applies_if(False, "the models of this case read no picture, and declare it")
         return
     added = sorted(pictured.tensors.keys() - text.tensors.keys())
     require(bool(added), "with_image adds no tensor to the condition")

@@ -1,4 +1,4 @@
-"""What a method's config says of the method."""
+"""What a method's config declares."""
 
 from __future__ import annotations
 
@@ -169,9 +169,9 @@ def check_missing_roles(case: MethodCase) -> None:
 
 
 def check_needs_negative(case: MethodCase) -> None:
-    """A method that is guided says so, and is not built without a negative condition.
+    """A guided method declares it, and is not built without a negative condition.
 
-    Otherwise the run ends in its first guided call. One that does not say so never asks for it.
+    Otherwise the run ends in its first guided call. One that does not declare it never asks for it.
     """
     without = ToyConditioning(has_negative=False)
     if case.config.needs_negative:
@@ -188,7 +188,7 @@ def check_update_share(case: MethodCase) -> None:
 
     With several losses in an iteration (``MethodCase.losses``) they sum to at most as many.
     Learning-rate schedules of experts are as long as their shares. A config without an answer
-    says 1 for every range.
+    states 1 for every range.
     """
 
     @FEW

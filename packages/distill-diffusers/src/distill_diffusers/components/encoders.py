@@ -239,9 +239,9 @@ class TextEncoders:
             longest: int = text.tokenizer.model_max_length
             if length is None and longest > MAX_TOKENS:
                 raise WeightsError(
-                    f"{self._source}: the tokenizer of {name} says {longest:,} for the length of a "
-                    f"prompt, which is at most {MAX_TOKENS:,}; its model_max_length is missing or "
-                    "damaged. Download it again"
+                    f"{self._source}: the tokenizer of {name} states {longest:,} for the length "
+                    f"of a prompt, at most {MAX_TOKENS:,}; its model_max_length is missing "
+                    "or damaged. Download it again"
                 )
             tokens = text.tokenizer(
                 list(prompts),

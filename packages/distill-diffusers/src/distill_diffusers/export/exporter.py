@@ -1,7 +1,7 @@
 """The exporter that every family on diffusers inherits from.
 
 ``PipelineExporter`` writes a role as a pipeline folder (``diffusers``) and as low-rank adapters
-(``lora``), tensor by tensor. A family says how its pipeline is called (``config_arguments``) and
+(``lora``), tensor by tensor. A family defines how its pipeline is called (``config_arguments``) and
 what a person should know (``notes``), and adds formats of its own (``formats``).
 """
 
@@ -88,7 +88,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
     1.
 
     Args:
-        family: says how the models of a path are built and which requests cannot be had.
+        family: describes how the models of a path are built and which requests cannot be had.
         config: the run's ``pipeline_config``.
         source: Diffusers folder or hub id that the other components are copied from.
     """
@@ -106,7 +106,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
         self.config = config
         self.source = source
 
-    # -- what a family says -------------------------------------------------------------------
+    # -- what a family defines ------------------------------------------------------------------
 
     def call_arguments(self, role: RoleSpec, request: ExportRequest) -> Mapping[str, object]:
         """Return what the stock pipeline is called with, beside the prompt, to sample alike.
@@ -180,7 +180,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
     def sampler_notes(
         self, role: RoleSpec, request: ExportRequest, schedule: StockSchedule
     ) -> Iterator[str]:
-        """Yield where the stock pipeline cannot sample as the request says."""
+        """Yield where the stock pipeline cannot sample as the request asks."""
         if schedule.deviation > TOLERABLE_DEVIATION:
             yield (
                 f"stock timesteps differ from the sampler's by up to {schedule.deviation:.2f} of "
@@ -190,7 +190,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
         if request.format == "lora":
             yield (
                 "a LoRA file holds no scheduler: give the base's pipeline "
-                f"{schedule.class_name}.from_config(`scheduler`) to sample as `sampler` says"
+                f"{schedule.class_name}.from_config(`scheduler`) to sample as `sampler` states"
             )
 
     def warnings(self, role: RoleSpec, request: ExportRequest) -> Iterator[str]:
@@ -232,7 +232,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
         """Write ``folder`` whole or not at all, with a few tensors in memory at a time.
 
         - ``diffusers``: ``Pipeline.from_pretrained(folder)(prompt, **record["call"])`` samples as
-          ``request.sampler`` says; ``record["notes"]`` tells where stock code cannot.
+          ``request.sampler`` states; ``record["notes"]`` states where stock code cannot.
         - ``lora``: ``pytorch_lora_weights.safetensors`` for ``load_lora_weights(folder)``.
           alpha / rank is multiplied into B, so that readers that look for alpha in different
           places (or nowhere) agree.
@@ -240,7 +240,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
         An older export in ``folder`` is replaced; anything else there is left alone.
 
         Returns:
-            what ``sampler_spec.json`` says: sampler, timesteps, files, notes ...
+            what ``sampler_spec.json`` states: sampler, timesteps, files, notes ...
 
         Raises:
             OutputError: ``folder`` holds something else, or cannot be written.

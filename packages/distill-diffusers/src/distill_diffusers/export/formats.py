@@ -84,7 +84,7 @@ class Export:
         modules: the role's transformers, on the meta device.
         weights: of the role, by module: whole, or adapters alone.
         schedule: the stock scheduler for ``request.sampler``.
-        record: what ``sampler_spec.json`` says whatever the format is.
+        record: what ``sampler_spec.json`` states whatever the format is.
     """
 
     name: str

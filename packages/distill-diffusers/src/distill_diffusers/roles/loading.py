@@ -289,7 +289,7 @@ class RoleLoader:
         return handle
 
     def _build(self, role: RoleSpec, weights: Mapping[str, WeightSource]) -> _Built:
-        # All names, as only the index says which there are; absent ones are simply not fetched.
+        # All names, as only the index states which there are; absent ones are simply not fetched.
         folder = fetch(role.path, self.kind.modules)
         description = self.describe(role.path)
         names = transformer_names(folder, self.kind.modules)

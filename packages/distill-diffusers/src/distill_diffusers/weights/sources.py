@@ -50,7 +50,7 @@ class FileWeights(WeightSource):
                 if name in self._files:
                     raise WeightsError(
                         f"{name} is in {self._files[name]} and in {file.name}; which one counts "
-                        "cannot be told. Remove the shard that the index does not name"
+                        "is unknown. Remove the shard that the index does not name"
                     )
                 self._infos[name], self._files[name] = info, file
 
@@ -116,7 +116,7 @@ def folder_weights(path: str, modules: tuple[str, ...]) -> dict[str, WeightSourc
     Raises:
         WeightsError: there are none, or they are damaged.
     """
-    # All, as only the index says which there are; absent ones are simply not fetched.
+    # All, as only the index states which there are; absent ones are simply not fetched.
     folder = fetch(path, modules)
     return {name: module_weights(folder / name) for name in transformer_names(folder, modules)}
 

@@ -386,8 +386,8 @@ def _files_of(folder: Path) -> tuple[Path, ...]:
     if len(indexes) > 1 or len(singles) > 1:
         several = ", ".join(file.name for file in (indexes or singles)[:4])
         raise WeightsError(
-            f"{folder} holds the weights of several models ({several}); which one is meant cannot "
-            "be told. Name one file"
+            f"{folder} holds the weights of several models ({several}); which one is meant is "
+            "unknown. Name one file"
         )
     return tuple(singles)
 
@@ -406,7 +406,7 @@ def _without_prefix(names: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _default_alpha(files: Iterable[Path]) -> float | None:
-    """Read alpha where a file says it once for all layers: in diffusers' metadata, or in peft's
+    """Read alpha where a file states it once for all layers: in diffusers' metadata, or in peft's
     configuration beside it."""
     for file in files:
         settings: Any = {}

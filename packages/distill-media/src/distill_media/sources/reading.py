@@ -34,8 +34,8 @@ def read_items(sources: Sequence[SourceConfig], captions: CaptionsConfig) -> lis
     counts = Counter(item.id for item in items)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise DataError(
-            f"{len(twice)} items have the id of another ({twice[0]!r}, for one), and ids tell "
-            "samples apart. Give each source a name of its own"
+            f"{len(twice)} items have the id of another ({twice[0]!r}, for one), and an id "
+            "names one sample. Give each source a name of its own"
         )
     if captions.missing == "error" and (bare := [i.id for i in items if _lacks_caption(i)]):
         shown = ", ".join(map(repr, bare[:_SHOWN])) + (" ..." if len(bare) > _SHOWN else "")

@@ -74,7 +74,9 @@ class GanConfig(DiscriminatorOptions):
 
     generator_weight: float = field(
         default=0.03,
-        validator=at_least(0, "a negative weight would make the student easier to tell from data"),
+        validator=at_least(
+            0, "a negative weight would make the student easier to distinguish from data"
+        ),
     )
     discriminator_weight: float = field(
         default=1.0, validator=above(0, "the discriminator would learn nothing")

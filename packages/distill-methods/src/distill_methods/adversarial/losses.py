@@ -23,7 +23,7 @@ def generator_loss(logits_fake: Tensor) -> Tensor:
 
 def discriminator_loss(logits_fake: Tensor, logits_real: Tensor) -> Tensor:
     """Return ``mean softplus(logit_fake) + mean softplus(-logit_real)`` (Goodfellow et al. 2014,
-    eq. 1); 2 log 2 where D cannot tell them apart."""
+    eq. 1); 2 log 2 where D cannot distinguish them."""
     return softplus(logits_fake).mean() + softplus(-logits_real).mean()
 
 
@@ -65,8 +65,8 @@ def divergence_weight(divergence: FDivergence, ratio: Tensor) -> Tensor:
     distribution matching gradient (f-distill, Xu et al. 2025, theorem 1 and table 1).
 
     f is such that ``D_f(p || q) = E_q f(p / q)``, p the data, q the student. Divided by h(1), every
-    divergence gives the gradient of the reverse KL, which has h = 1, where D cannot tell data and
-    student apart: the loss keeps its scale.
+    divergence gives the gradient of the reverse KL, which has h = 1, where D cannot distinguish
+    data and student: the loss keeps its scale.
     """
     return _WEIGHTS[divergence](ratio)
 

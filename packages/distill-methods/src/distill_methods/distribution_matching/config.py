@@ -51,8 +51,8 @@ def _has_a_density_ratio(config: MatchingConfig, _attribute: object, value: FDiv
     if config.gan is None:
         raise ValueError(
             f"{value} weights each sample by its density ratio, which only a discriminator can "
-            "tell. Set gan ({} has its defaults; generator_weight: 0 for the ratio alone), or use "
-            "reverse_kl"
+            "estimate. Set gan ({} has its defaults; generator_weight: 0 for the ratio alone), or "
+            "use reverse_kl"
         )
     if config.gan.time is not None:
         raise ValueError(

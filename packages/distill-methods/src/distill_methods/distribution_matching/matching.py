@@ -36,9 +36,9 @@ class DistributionMatching:
     (``Adversary``). With ``f_divergence`` g is multiplied by h, a function of the density ratio
     that the discriminator's logits give.
 
-    ``MatchingConfig.turns`` says which roles step when. In an iteration in which student and critic
-    step, the two losses are added and differentiated at once. They share no graph: a turn calls the
-    other turn's role with its weights frozen and in eval mode, or without gradient.
+    ``MatchingConfig.turns`` states which roles step when. In an iteration in which student and
+    critic step, the two losses are added and differentiated at once. They share no graph: a turn
+    calls the other turn's role with its weights frozen and in eval mode, or without gradient.
 
     ``outputs``: ``student_x0`` of the turn, its mean and std, and the (mean) exit step; in the
     student's turn ``teacher_x0`` and ``critic_x0``, the mean normaliser, the rms of g (before h)

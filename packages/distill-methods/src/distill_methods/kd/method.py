@@ -61,8 +61,8 @@ class KDMethod(LatentMethod[KDConfig]):
         L = mean |x0_student(x_{t_k}, t_k, c) - x0|^2
 
     k is uniform, drawn for each sample, or for each chunk of a causal student. Each chunk then sees
-    the chunks before it as ``config.past`` says. If the student has two experts, an iteration takes
-    the levels of one of them.
+    the chunks before it as ``config.past`` states. If the student has two experts, an iteration
+    takes the levels of one of them.
 
     Where the public codes disagree, and what is done here:
 

@@ -16,8 +16,8 @@ from distill_methods.turns import TurnResult, add_turns
 
 
 class LaddMethod(LatentMethod[LaddConfig]):
-    """A few-step student that a discriminator on the teacher's features cannot tell from data
-    (Sauer et al. 2024, arXiv:2403.12015).
+    """A few-step student that a discriminator on the teacher's features cannot distinguish from
+    data (Sauer et al. 2024, arXiv:2403.12015).
 
     ::
 

@@ -212,6 +212,6 @@ def _describe_heads(heads: Mapping[str, Any] | None) -> str:
 def _full_under_lora(start: object, role: Role, way_out: str) -> str:
     return (
         f"{start} holds whole weights, but the base of {role.spec.name}'s lora is what its path "
-        "says: checkpoints hold the adapters alone, and an export would merge them into other "
+        "states: checkpoints hold the adapters alone, and an export would merge them into other "
         f"weights than they were trained beside. Without init_from, {way_out}"
     )

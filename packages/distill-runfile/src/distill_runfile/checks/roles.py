@@ -165,7 +165,7 @@ def _key_problems(
     elif role.path is None and not discriminator:  # which lacks heads, and has that problem
         yield Problem(
             ("path",),
-            "missing: a folder (begin it with ./ or ../ or /) or a hub id (owner/name) says what "
+            "missing: a folder (begin it with ./ or ../ or /) or a hub id (owner/name) states what "
             "the model is. Write it, or base: <role> to train lora beside another role's weights",
         )
     if role.offload:
@@ -202,7 +202,7 @@ def _head_problems(
             yield Problem(
                 (key,),
                 f"has no place beside heads: {name!r} is small networks on the features of "
-                f"{heads.on!r}, and that role says what the model is. Leave it out",
+                f"{heads.on!r}, and that role states what the model is. Leave it out",
             )
 
 

@@ -11,7 +11,7 @@ from distill_runfile.draft import Draft
 
 
 def check_validation(draft: Draft) -> Iterator[Problem]:
-    """Whether the role of each view can be sampled as the view says."""
+    """Whether the role of each view can be sampled with the view's settings."""
     if draft.validation is None:
         return
     # A first frame for each prompt is what image-to-video models lack otherwise.

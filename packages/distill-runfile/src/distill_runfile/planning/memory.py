@@ -43,7 +43,7 @@ class RoleMemory:
         buckets: part of ``device.gradients`` that stays in turns which are not its own.
         called: on the device only while the role is called: gathered blocks, their gradients, or
             weights that wait in host memory otherwise.
-        call: what a call takes beside weights; None: the family cannot tell.
+        call: what a call takes beside weights; None: the family cannot estimate it.
         judged_call: most at once in a call whose features a discriminator reads, differentiated by
             the clips; 0: nobody reads them.
     """

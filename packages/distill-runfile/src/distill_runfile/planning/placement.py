@@ -11,7 +11,7 @@ from distill_trainer.config import DistributedConfig
 
 Strategy = Literal["none", "ddp", "fsdp2", "hsdp"]
 PROCESSES_PER_MACHINE = 8
-"""Assumed where nothing says it; a run knows it."""
+"""Assumed where it is not stated; a run knows it."""
 
 
 @frozen(kw_only=True)
@@ -45,7 +45,7 @@ def is_sharded(role: RoleSpec, config: DistributedConfig, world_size: int) -> bo
     """Whether each process holds a shard of the role, by strategy and policy."""
     strategy, policy = strategy_of(config, world_size), role.fsdp
     if strategy == "ddp":
-        # DDP keeps trained roles complete; frozen ones are sharded where their policy says so.
+        # DDP keeps trained roles complete; frozen ones are sharded where their policy asks for it.
         may_shard = world_size > 1 and not role.trainable and policy is not None
     else:
         may_shard = strategy in ("fsdp2", "hsdp")

@@ -290,7 +290,7 @@ def _with_training(config: RunConfig, **changes: Any) -> RunConfig:
 def _with_policy(
     config: RunConfig, name: str, planner: Planner, **changes: Any
 ) -> RunConfig | None:
-    """None where it would have no effect: the role is not sharded, or its base says it."""
+    """None where it would have no effect: the role is not sharded, or its base decides it."""
     role = config.roles[name]
     if role.spec.base or not planner.placement(config, role).sharded:
         return None

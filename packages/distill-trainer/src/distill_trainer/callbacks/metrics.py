@@ -60,7 +60,7 @@ class MetricsCallback(Callback):
     def state_dict(self) -> dict[str, object]:
         """Return the values since the last log point, by rank and name; nothing right after one.
 
-        What the clock says is left out: equal runs have equal checkpoints. All ranks call it
+        Times are left out: equal runs have equal checkpoints. All ranks call it
         together.
         """
         fetched = {name: fetch_floats(column) for name, column in self._values.items()}

@@ -128,7 +128,7 @@ class Distribution:
 
     def shard(self, role: RoleHandle) -> None:
         """Replace the parameters of ``role`` (on meta or not) by DTensors, where the strategy and
-        ``role.fsdp_policy`` say so. It comes before the role's optimizers are made.
+        ``role.fsdp_policy`` ask for it. It comes before the role's optimizers are made.
 
         ===========  ========================  =============================
         strategy     trained role              frozen role

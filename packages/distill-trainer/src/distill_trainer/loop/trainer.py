@@ -71,7 +71,7 @@ class DistillTrainer:
             anew; nothing is trained. Empty: it is a run as any other.
 
     Raises:
-        ContractError: two callbacks of one name: a checkpoint could not tell them apart.
+        ContractError: two callbacks of one name: a checkpoint could not distinguish them.
     """
 
     def __init__(
@@ -324,7 +324,7 @@ def _close_all(trackers: Sequence[Tracker]) -> list[OSError]:
 
 @contextlib.contextmanager
 def _naming_storage(run: RunState) -> Iterator[None]:
-    """Within: an OSError of whatever writes or reads files becomes a StorageError that says where
+    """Within: an OSError of whatever writes or reads files becomes a StorageError that states where
     in the run it came up."""
     place = "start of the run"
     enter: Callable[[str], None] = run.enter

@@ -51,7 +51,7 @@ def monitor_ranks(run: RunState, timeout: float) -> Iterator[RankMonitor | None]
         RankError: a rank does not come.
     """
     former = run.method.stop
-    # A new group waits for all of its ranks, dead ones too, and does not tell which one is missing;
+    # A new group waits for all of its ranks, dead ones too, and does not show which one is missing;
     # the group that exists does.
     run.ranks.barrier()
     with Ranks.temporary(timeout) as ranks:
