@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from attrs import define, field, frozen
+from attrs import Factory, define, field, frozen
 from torch import Tensor
 
 from distill_protocols.batch import BatchLoader
@@ -86,10 +87,14 @@ class RunState:
     ranks: RankGroup
     """The processes of the run. What only one shall do (files, trackers) is for
     ``ranks.is_first``; what asks the others must be done by all of them alike."""
-    enter: Callable[[str], None] = field(default=lambda phase: None)
-    """Publishes the phase that this process enters (``run.enter("validation")``): where there are
-    several, the others name it in the error if they lose this one. The trainer enters each hook of
-    a callback by itself; whatever takes long may publish more. Not from threads."""
+    phase: str = "start of the run"
+    """What this process does at present; errors name it."""
+    enter: Callable[[str], None] = field(
+        default=Factory(lambda run: partial(setattr, run, "phase"), takes_self=True)
+    )
+    """Sets ``phase`` (``run.enter("validation")``), and publishes it where there are several
+    processes: the others name it in the error if they lose this one. The trainer enters each hook
+    of a callback by itself; whatever takes long may enter more phases. Not from threads."""
     check_in_sync: Callable[[str], None] = field(default=lambda phase: None)
     """Enters a phase and waits until all processes are in it. Raises ``RankError`` on every process
     that arrives if one does not, or is in another phase."""

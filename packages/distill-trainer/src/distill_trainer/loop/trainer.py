@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -324,21 +324,11 @@ def _close_all(trackers: Sequence[Tracker]) -> list[OSError]:
 
 @contextlib.contextmanager
 def _naming_storage(run: RunState) -> Iterator[None]:
-    """Within: an OSError of whatever writes or reads files becomes a StorageError that states where
-    in the run it came up."""
-    place = "start of the run"
-    enter: Callable[[str], None] = run.enter
-
-    def remember(phase: str) -> None:
-        nonlocal place
-        place = phase
-        enter(phase)
-
-    run.enter = remember
+    """Turn an OSError of whatever writes or reads files into a StorageError with the phase."""
     try:
         yield
     except OSError as error:
-        raise _storage_error(f"iteration {run.iteration}, {place}", error) from error
+        raise _storage_error(f"iteration {run.iteration}, {run.phase}", error) from error
 
 
 def _storage_error(place: str, error: OSError) -> StorageError:

@@ -79,15 +79,14 @@ class RankMonitor:
         self._run = run
         self._ranks = ranks
         self._store = store
-        self._phase = "start of the run"
         self._statuses = self._checks = self._checks_in_phase = 0
         self._last_check = (self._place, time.monotonic())
         self._reported: BaseException | None = None
         self._publish()
 
     def enter(self, phase: str) -> None:
-        """Publish that this rank does ``phase`` from now on."""
-        self._phase = phase
+        """Set ``run.phase`` and publish that this rank does it from now on."""
+        self._run.phase = phase
         self._checks_in_phase = 0
         self._publish()
 
@@ -153,7 +152,7 @@ class RankMonitor:
 
     @property
     def _place(self) -> str:
-        return f"iteration {self._run.iteration}, {self._phase}"
+        return f"iteration {self._run.iteration}, {self._run.phase}"
 
     @property
     def _others(self) -> list[int]:
@@ -162,7 +161,7 @@ class RankMonitor:
     def _new_status(self, error: str | None = None, *, lost_others: bool = False) -> RankStatus:
         self._statuses += 1
         return RankStatus(
-            number=self._statuses, iteration=self._run.iteration, phase=self._phase,
+            number=self._statuses, iteration=self._run.iteration, phase=self._run.phase,
             checks=self._checks, error=error, lost_others=lost_others,
         )  # fmt: skip
 
