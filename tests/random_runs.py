@@ -137,6 +137,12 @@ def draw(seed: int, folders: Folders) -> dict[str, Any]:
         if role in models and "teacher" in models and chance(0.2):
             lora = models[role].get("lora", {"rank": 2})
             models[role] = {"base": "teacher", "lora": lora}
+    one_expert = random.Random(f"experts {seed}")  # so that older seeds draw what they did
+    if kind.experts == 2 and one_expert.random() < 0.3:
+        expert = one_expert.choice(kind.modules)
+        for name, model in models.items():
+            if name != "discriminator" and (name != "teacher" or one_expert.random() < 0.5):
+                model["experts"] = [expert]
     accumulation, batch = draws.choice([1, 2]), draws.choice([1, 2])
     ema = chance(0.7)
     lora = "lora" in models["student"]

@@ -3,63 +3,17 @@
 from __future__ import annotations
 
 import pytest
-import torch
 import yaml
-from distill_adapters_wan import PLUGIN, WanAdapter
-from distill_conditioning import ShardWriter, preprocess
-from distill_protocols import ConfigError, ModelBundle
+from distill_protocols import ConfigError
 from distill_runfile.read import read_config
 from distill_train.run import run
 from PIL import Image
 from wan_variants import VARIANTS
 
 
-def clips(count=4):
-    generator = torch.Generator().manual_seed(0)
-    for i in range(count):
-        yield f"clip-{i}", "a seven moving left", torch.rand(3, 9, 32, 48, generator=generator)
-
-
 def picture(path, value, size=(48, 32)):
     Image.new("RGB", size, (value, 40, 255 - value)).save(path)
     return str(path)
-
-
-@pytest.fixture
-def values(folder_of, tmp_path):
-    """Name of a variant -> a run file's values, its data set made."""
-
-    def values(name, method="finetune"):
-        variant, path = VARIANTS[name], folder_of(name)
-        adapter = WanAdapter(ModelBundle({}), PLUGIN, variant.config, source=path)
-        with ShardWriter(tmp_path / "data") as writer:
-            preprocess(clips(), adapter, writer, negative_prompt="", first_frames=variant.image)
-        roles = {"student": {"path": path}}
-        options = {"student_sampler": {"steps": 2, "guidance": 1.0}}
-        if method == "dmd2":
-            roles |= {"teacher": {"path": path}, "critic": {"path": path}}
-            options |= {"generator_update_interval": 2, "real_score_guidance_scale": 2.0}
-        return {
-            "recipe": {"family": "wan", "method": method},
-            "models": roles,
-            "training": {
-                "output_dir": str(tmp_path / "out"), "max_train_steps": 4, "global_batch_size": 2,
-                "optimizer": {"lr": 1e-3},
-            },
-            "data": {"path": str(tmp_path / "data")},
-            "pipeline_config": {
-                "num_frames": 9, "height": 32, "width": 48,
-                "max_sequence_length": variant.config.max_sequence_length,
-            },
-            "method_config": options,
-            "checkpoint": {"export": [{"role": "student", "folder": "student"}]},
-            "validation": {
-                "prompts": ["a seven moving left", "a seven moving left"],
-                "views": {"student": {"role": "student"}},
-            },
-        }  # fmt: skip
-
-    return values
 
 
 def started(values, tmp_path):

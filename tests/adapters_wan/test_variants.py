@@ -11,7 +11,7 @@ import attrs
 import pytest
 import torch
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
-from distill_adapters_wan.experts import boundary_of, expert_of, module_ranges, ranges
+from distill_adapters_wan.experts import Experts, boundary_of, module_ranges, ranges
 from distill_diffusers.lora import base_name
 from distill_protocols import (
     Condition,
@@ -277,7 +277,8 @@ ratios = st.floats(0.01, 0.99)
 def test_exactly_one_expert_for_each_time_and_equality_goes_high(t, ratio):
     both = ("transformer", "transformer_2")
     boundary = boundary_of(both, None, ratio)
-    expert = expert_of(torch.tensor([t]), boundary, "student")
+    role = Experts(role="student", modules=both, boundary=boundary)
+    expert = role.module_at(torch.tensor([t]))
     assert expert == both[t < boundary]  # in Python's own numbers
     inside = [
         name
@@ -286,11 +287,12 @@ def test_exactly_one_expert_for_each_time_and_equality_goes_high(t, ratio):
     ]
     assert inside == [expert]
     edge = torch.tensor([boundary])
-    assert expert_of(edge, boundary, "student") == "transformer"
-    assert expert_of(torch.nextafter(edge, torch.zeros(1)), boundary, "student") == both[1]
+    assert role.module_at(edge) == "transformer"
+    assert role.module_at(torch.nextafter(edge, torch.zeros(1))) == both[1]
     with pytest.raises(ContractError, match="both sides"):
-        expert_of(torch.tensor([boundary, boundary - 1.0]), boundary, "student")
-    assert expert_of(torch.tensor([t]), boundary_of(both[:1], ratio, None), "s") == both[0]
+        role.module_at(torch.tensor([boundary, boundary - 1.0]))
+    one = Experts(role="s", modules=both[:1], boundary=boundary_of(both[:1], ratio, None))
+    assert one.module_at(torch.tensor([t])) == both[0]
 
 
 @given(boundaries=st.lists(st.floats(1, 999), max_size=3), t=times)

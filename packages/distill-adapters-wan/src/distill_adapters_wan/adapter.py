@@ -20,6 +20,7 @@ from distill_diffusers.components.statistics import LatentStatistics
 from distill_diffusers.family import DiffusersFamily
 from distill_diffusers.family_adapter import FamilyAdapter, transformer_config
 from distill_diffusers.fingerprints import image_fingerprint
+from distill_diffusers.kinds import EXPERTS
 from distill_diffusers.sampling import sampler
 from distill_protocols import (
     CapabilityError,
@@ -44,7 +45,7 @@ from distill_adapters_wan.calling import call_transformer, transformer_of
 from distill_adapters_wan.causal.kv_cache import Place
 from distill_adapters_wan.causal.roles import CausalRoles, PreparedCall, token_times
 from distill_adapters_wan.config import WanPipelineConfig
-from distill_adapters_wan.experts import boundary_of, expert_of, ranges, stated_ratio
+from distill_adapters_wan.experts import Experts, boundary_of, ranges, stated_ratio
 from distill_adapters_wan.images.conditions import (
     append_image_channels,
     frame_times,
@@ -209,25 +210,34 @@ class WanAdapter(FamilyAdapter):
     # -- experts ------------------------------------------------------------------------------
 
     def choose_module(self, role: RoleHandle, t: Tensor) -> str:
-        """See ``expert_of``."""
-        return expert_of(t, self._boundary(role), role.name)
+        """See ``Experts.module_at``."""
+        return self._experts_of(role).module_at(t)
 
     def expert_of(self, role: str, t: Tensor) -> str:
         """Choose ``transformer`` where ``t`` reaches the boundary, else ``transformer_2``.
 
         Raises:
-            ContractError: ``t`` lies on both sides of it.
+            ContractError: ``t`` lies on both sides of it, or the role does not have this expert.
         """
         return self.choose_module(self._bundle[role], t)
 
     def expert_ranges(self, *roles: str) -> tuple[tuple[float, float], ...]:
         """See ``ExpertRouting``: with ends at the boundaries of all of ``roles``."""
-        boundaries = (self._boundary(self._bundle[name]) for name in roles)
-        return ranges(boundary for boundary in boundaries if boundary is not None)
+        experts = [self._experts_of(self._bundle[name]) for name in roles]
+        found = ranges(role.boundary for role in experts if role.boundary is not None)
+        owned = [tuple(role.ranges().values()) for role in experts]
+        return tuple(
+            (low, high)
+            for low, high in found
+            if all(any(a <= low and high <= b for a, b in own) for own in owned)
+        )
 
-    def _boundary(self, role: RoleHandle) -> float | None:
+    def _experts_of(self, role: RoleHandle) -> Experts:
         own = stated_ratio(role.call_options)
-        return boundary_of(role.modules, own, self._config.boundary_ratio)
+        # A role that was loaded with one of two experts has the times of that one alone.
+        model = self._family.kind.modules if role.call_options.get(EXPERTS) else role.modules
+        boundary = boundary_of(model, own, self._config.boundary_ratio)
+        return Experts(role=role.name, modules=role.modules, boundary=boundary)
 
     # -- first frames -------------------------------------------------------------------------
 

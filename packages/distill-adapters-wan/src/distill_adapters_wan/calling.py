@@ -18,9 +18,11 @@ from distill_adapters_wan.experts import HIGH
 from distill_adapters_wan.kind import WAN
 
 
-def transformer_of(role: RoleHandle, module: str = HIGH) -> WanTransformer3DModel:
-    """Return the role's transformer, or of two experts the one of this name."""
-    return cast(WanTransformer3DModel, role.modules[module])
+def transformer_of(role: RoleHandle, module: str | None = None) -> WanTransformer3DModel:
+    """Return the role's transformer: the one of this name, or its first of two experts, which are
+    built alike."""
+    name = next(iter(role.modules)) if module is None else module
+    return cast(WanTransformer3DModel, role.modules[name])
 
 
 def call_transformer(

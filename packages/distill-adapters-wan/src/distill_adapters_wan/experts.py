@@ -11,6 +11,7 @@ import struct
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from attrs import frozen
 from distill_diffusers.kinds import TRAIN_STEPS
 from distill_diffusers.model_configs import read_number
 from distill_protocols import ContractError
@@ -38,6 +39,7 @@ def boundary_of(
     """Return the t at and above which HIGH is called; None for a single transformer.
 
     Args:
+        modules: of the model, whichever of them a role has.
         own: ``boundary_ratio`` of the model's index (``stated_ratio``).
         override: that of the run.
     """
@@ -54,34 +56,61 @@ def ranges(boundaries: Iterable[float]) -> tuple[tuple[float, float], ...]:
     return tuple(itertools.pairwise(ends))
 
 
-def module_ranges(boundary: float | None) -> Mapping[str, tuple[float, float]]:
-    """Return each module's own [low, high); empty for a single transformer."""
+def module_ranges(
+    boundary: float | None, modules: Collection[str] = (HIGH, LOW)
+) -> Mapping[str, tuple[float, float]]:
+    """Return the [low, high) of each of ``modules``; empty for a single transformer."""
     if boundary is None:
         return {}
     low, high = ranges([boundary])
-    return {HIGH: high, LOW: low}
+    return {name: own for name, own in ((HIGH, high), (LOW, low)) if name in modules}
 
 
-def expert_of(t: Tensor, boundary: float | None, role: str) -> str:
-    """Choose the module for a call at ``t`` [B].
+@frozen(kw_only=True)
+class Experts:
+    """Which module of a role is called at which t.
 
-    The comparison is WanPipeline's: in the type of t, equality to the high noise one.
-
-    Raises:
-        ContractError: ``t`` lies on both sides. The call is not cut in two: in a run of several
-            processes each must call the same modules, and the gradient of one accumulation round
-            must be one expert's.
+    Attributes:
+        role: its name.
+        modules: that it has.
+        boundary: t at and above which its model calls HIGH; None: the model has one transformer.
     """
-    if boundary is None:
-        return HIGH
-    times = t.detach().cpu()
-    high = times >= boundary
-    if bool(high.all()):
-        return HIGH
-    if not bool(high.any()):
-        return LOW
-    raise ContractError(
-        f"role {role!r} was called with t from {float(times.min()):g} to "
-        f"{float(times.max()):g}, on both sides of {boundary:g}, where its experts change; one "
-        "call goes to one expert. Draw the times of a batch within one of adapter.expert_ranges"
-    )
+
+    role: str
+    modules: Collection[str]
+    boundary: float | None
+
+    def ranges(self) -> Mapping[str, tuple[float, float]]:
+        """Return the [low, high) of each module that there is."""
+        return module_ranges(self.boundary, self.modules) or {HIGH: (0.0, TRAIN_STEPS)}
+
+    def module_at(self, t: Tensor) -> str:
+        """Choose the module for a call at ``t`` [B].
+
+        The comparison is WanPipeline's: in the type of t, equality to the high noise one.
+
+        Raises:
+            ContractError: ``t`` lies on both sides. The call is not cut in two: in a run of
+                several processes each must call the same modules, and the gradient of one
+                accumulation round must be one expert's. Or the role does not have this expert.
+        """
+        if self.boundary is None:
+            return HIGH
+        times = t.detach().cpu()
+        high = times >= self.boundary
+        if bool(high.any()) != bool(high.all()):
+            raise ContractError(
+                f"role {self.role!r} was called with t from {float(times.min()):g} to "
+                f"{float(times.max()):g}, on both sides of {self.boundary:g}, where its experts "
+                "change; one call goes to one expert. Draw the times of a batch within one of "
+                "adapter.expert_ranges"
+            )
+        module = HIGH if bool(high.all()) else LOW
+        if module in self.modules:
+            return module
+        ((low, end),) = self.ranges().values()
+        raise ContractError(
+            f"role {self.role!r} was called at t = {float(times.flatten()[0]):g}, which is for its "
+            f"model's {module}, and it has {', '.join(self.modules)} alone, for t from {low:g} to "
+            f"{end:g}. Call it there, or load both experts"
+        )

@@ -24,7 +24,7 @@ from distill_protocols.plugins import EMPTY
 from distill_adapters_wan.capabilities import capabilities_of
 from distill_adapters_wan.causal.config import causal_problems
 from distill_adapters_wan.config import WanPipelineConfig
-from distill_adapters_wan.experts import HIGH, boundary_of, module_ranges, stated_ratio
+from distill_adapters_wan.experts import boundary_of, module_ranges, stated_ratio
 from distill_adapters_wan.images.shapes import (
     CLIP_TOKENS,
     EMBEDS,
@@ -183,7 +183,7 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
     def expert_ranges(
         self, role: RoleSpec, config: WanPipelineConfig
     ) -> Mapping[str, tuple[float, float]]:
-        """Give the ranges of Wan 2.2 A14B: ``transformer`` above the boundary, ``transformer_2``
+        """Give the ranges of Wan 2.2 A14B: ``transformer`` from the boundary on, ``transformer_2``
         below."""
         if role.heads is not None:
             return EMPTY  # a discriminator learns from both
@@ -192,7 +192,8 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
         except WeightsError:
             return EMPTY
         own = stated_ratio(model.call_options)
-        return module_ranges(boundary_of(model.transformers, own, config.boundary_ratio))
+        boundary = boundary_of(model.transformers, own, config.boundary_ratio)
+        return module_ranges(boundary, role.experts or model.transformers)
 
     def call_shapes(
         self, role: RoleSpec, config: WanPipelineConfig, latents: tuple[int, int, int, int]
@@ -250,7 +251,7 @@ PLUGIN = WanFamily()
 
 
 def _image_kind(model: ModelDescription) -> ImageKind:
-    return image_kind(model.transformers[HIGH], model.call_options["expand_timesteps"])
+    return image_kind(model.main, model.call_options["expand_timesteps"])
 
 
 def _clip_tokens(source: str) -> int:

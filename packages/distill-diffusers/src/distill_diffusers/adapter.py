@@ -494,7 +494,7 @@ class FlowMatchingAdapter(abc.ABC):
         """Refuse a spec that has no meaning for ``role``.
 
         Raises:
-            ContractError: ``guidance_2`` for a role of one module.
+            ContractError: ``guidance_2`` for a role whose only module is the kind's first.
             CapabilityError: a solver that ``capabilities`` does not state.
         """
         if spec.solver not in self._capabilities.solvers:
@@ -502,7 +502,7 @@ class FlowMatchingAdapter(abc.ABC):
                 f"the sampler has solver {spec.solver}, and this family has "
                 f"{', '.join(sorted(self._capabilities.solvers))}. Use one of these"
             )
-        if spec.guidance_2 is not None and len(role.modules) == 1:
+        if spec.guidance_2 is not None and set(role.modules) == {self._kind.modules[0]}:
             raise ContractError(
                 f"the sampler has guidance_2 {spec.guidance_2:g}, and role {role.name!r} has one "
                 "expert that it would never reach. Leave it out"

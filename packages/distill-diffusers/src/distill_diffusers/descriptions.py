@@ -11,8 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
-from attrs import Attribute, field, frozen
-from distill_protocols import WeightsError
+from attrs import Attribute, evolve, field, frozen
+from distill_protocols import RoleSpec, WeightsError
 
 from distill_diffusers.folders import (
     folder_hint,
@@ -127,6 +127,46 @@ def describe_model(
             else f"{path} has no {kind.modules[0]}/config.json"
         )
     )
+
+
+def expert_problems(
+    model: ModelDescription, role: RoleSpec, ranges: Mapping[str, tuple[float, float]]
+) -> Iterator[str]:
+    """Say which of ``role.experts`` the model does not have.
+
+    Args:
+        ranges: by module of the model, the t that its calls have; empty of a model of one.
+    """
+    if role.experts and len(model.transformers) == 1:
+        yield (
+            f"{list(role.experts)}: {role.path} has one transformer, called at every t, and no "
+            "experts to choose from. Leave this out"
+        )
+        return
+    if unknown := [name for name in role.experts if name not in model.transformers]:
+        known = ", ".join(
+            f"{name} for t from {low:g} to {high:g}" for name, (low, high) in ranges.items()
+        )
+        yield (
+            f"{', '.join(unknown)}: no expert of {role.path}, which has "
+            f"{known or ', '.join(model.transformers)}. Name one of these"
+        )
+
+
+def choose_experts(model: ModelDescription, role: RoleSpec) -> ModelDescription:
+    """Leave of ``model`` the transformers that ``role`` has.
+
+    Raises:
+        WeightsError: the model does not have one of ``role.experts``.
+    """
+    for problem in expert_problems(model, role, {}):
+        raise WeightsError(f"role {role.name!r}: experts: {problem}")
+    chosen = {
+        name: config
+        for name, config in model.transformers.items()
+        if not role.experts or name in role.experts
+    }
+    return evolve(model, transformers=chosen)
 
 
 def _call_option(folder: Path, name: str, value: object, default: object) -> object:

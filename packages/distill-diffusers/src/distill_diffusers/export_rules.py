@@ -19,6 +19,7 @@ def export_problems(
     *,
     formats: Collection[str],
     modules: Collection[str],
+    others: Collection[str] = (),
     max_rank: Callable[[], int | None],
 ) -> Iterator[Problem]:
     """Yield what is wrong with ``request`` for ``role``; paths are fields of the request.
@@ -26,6 +27,8 @@ def export_problems(
     Args:
         formats: that the family writes.
         modules: names of the role's transformers; none where its architecture is not known.
+        others: names of its model's transformers that the role does not have: a pipeline folder
+            gets those of the role's path.
         max_rank: full rank of the model's largest linear layer; None where it is not known. Called
             only where a request names a rank.
     """
@@ -47,7 +50,7 @@ def export_problems(
             f"{request.max_shard_bytes} must be at least 1: it is the size of a weight file in "
             "bytes; 5000000000 is customary",
         )
-    if request.sampler.guidance_2 is not None and len(modules) == 1:
+    if request.sampler.guidance_2 is not None and len(modules) == 1 and not others:
         yield Problem(
             "sampler",
             f"guidance_2 {request.sampler.guidance_2:g} is of a second expert, and {role.path} has "
@@ -58,6 +61,8 @@ def export_problems(
         yield from _base_problems("merged into", role, modules)
     elif role.lora is None and request.format == "lora":
         yield from _base_problems("taken as the difference to", role, modules)
+    if request.format == "diffusers" and others:
+        yield from _base_problems("completed with", role, others)
 
 
 def _rank_problems(

@@ -30,6 +30,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, runtime_checkable
 
+from attrs import evolve
 from distill_protocols import (
     Capabilities,
     CaptionTokens,
@@ -48,8 +49,10 @@ from distill_diffusers.descriptions import (
     LatentInfo,
     ModelDescription,
     PublishedModel,
+    choose_experts,
     describe_model,
     differing_entries,
+    expert_problems,
     statistics_problems,
     unknown_hub_id,
 )
@@ -69,7 +72,7 @@ from distill_diffusers.folders import (
     locate,
     pipeline_problems,
 )
-from distill_diffusers.kinds import ModelKind
+from distill_diffusers.kinds import EXPERTS, ModelKind
 from distill_diffusers.model_configs import read_config
 
 if TYPE_CHECKING:
@@ -256,7 +259,8 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         return CAPABILITIES
 
     def role_options(self, config: ConfigT) -> Collection[str]:
-        return ROLE_OPTIONS
+        """Give ``ROLE_OPTIONS``, and ``experts`` of a kind that has several modules."""
+        return ROLE_OPTIONS | {EXPERTS} if len(self.kind.modules) > 1 else ROLE_OPTIONS
 
     def attention_backends(self, role: RoleSpec, config: ConfigT) -> Collection[str]:
         """Give the kernels of diffusers that the transformer can use with the installed
@@ -274,7 +278,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
     # -- what is wrong with a run -------------------------------------------------------------
 
     def role_problems(self, role: RoleSpec, config: ConfigT) -> Iterator[Problem]:
-        """Report problems of a role's path, its LoRA, its discriminator and its attention.
+        """Report problems of a role's path, experts, LoRA, discriminator and attention.
 
         A hub id that is not in the local cache is no problem if its numbers are published: the run
         can be planned, and ``load`` states what to download.
@@ -283,6 +287,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
             yield from below(self.discriminator_problems(role, config), "heads")
             return
         yield from (Problem("path", text) for text in self._path_problems(role, config))
+        yield from self._expert_problems(role, config)
         yield from below(self._lora_problems(role), "lora")
         if role.attention_backend is not None and (text := self.attention_problem(role, config)):
             yield Problem("attention_backend", text)
@@ -316,7 +321,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         width."""
         with suppress(WeightsError):  # no configuration: names and shapes of the weights must do
             theirs = self.describe(path).transformers
-            ours = self.describe(role.path).transformers
+            ours = self.describe_role(role).transformers
             for name in theirs.keys() & ours.keys():
                 if differ := differing_entries(theirs[name], ours[name]):
                     yield (
@@ -347,11 +352,11 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
     def export_problems(self, role: RoleSpec, request: ExportRequest) -> Iterable[Problem]:
         configs: Iterable[Mapping[str, object]] = ()
         modules: Collection[str] = ()
-        with suppress(
-            WeightsError
-        ):  # nothing describes how it is built: a problem of the role's path
-            transformers = self.describe(role.path).transformers
+        others: Collection[str] = ()
+        with suppress(WeightsError):  # nothing states how it is built: a problem of the role's path
+            transformers = self.describe_role(role).transformers
             configs, modules = transformers.values(), transformers.keys()
+            others = self.describe(role.path).transformers.keys() - modules
 
         def max_rank() -> int | None:
             from distill_diffusers.architecture import inspect_model
@@ -360,7 +365,12 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
             return max((min(size) for sizes in layers for size in sizes.values()), default=None)
 
         return export_problems(
-            role, request, formats=self.export_formats(), modules=modules, max_rank=max_rank
+            role,
+            request,
+            formats=self.export_formats(),
+            modules=modules,
+            others=others,
+            max_rank=max_rank,
         )
 
     def export_warnings(
@@ -379,6 +389,14 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
             WeightsError: nothing describes how it is built.
         """
         return describe_model(self.kind, path, self.published)
+
+    def describe_role(self, role: RoleSpec) -> ModelDescription:
+        """Describe the model of ``role`` with the transformers that the role has.
+
+        Raises:
+            WeightsError: nothing states how it is built, or it has no such expert.
+        """
+        return choose_experts(self.describe(role.path), role)
 
     def latents(self, source: str) -> LatentInfo | None:
         """Say what the VAE of a folder or hub id makes of pixels; None where it is not known, or
@@ -443,7 +461,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
 
         from distill_diffusers.planning.modules import plan_modules
 
-        model = self.describe(role.path)
+        model = self.describe_role(role)
         folder = locate(role.path)
         is_present = folder is not None and all(
             has_weights(folder / name, DIFFUSERS_STEM) for name in model.transformers
@@ -524,21 +542,17 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
     def start_weights(self, role: RoleSpec, path: str) -> Mapping[str, WeightSource]:
         """Open weights to start from: a pipeline folder or hub id, or what ``weights.starts``
         reads. Names and shapes are compared with the role's model."""
-        start = self._find_start(path)
-        if start is None:
-            return self.weights(path)
         from distill_diffusers.architecture import build_on_meta, inspect_model
         from distill_diffusers.lora import adapted_layers
         from distill_diffusers.weights import starts
         from distill_diffusers.weights.modules import ALL_OR_NOTHING, check_keys
+        from distill_diffusers.weights.sources import folder_weights
 
-        configs = self.describe(role.path).transformers
-        if start.files.keys() != configs.keys():
-            raise WeightsError(
-                f"{path} holds weights of {', '.join(start.files)}, and {role.path} is built of "
-                f"{', '.join(configs)}; a role starts with all of its transformers. Name a folder "
-                "that has them"
-            )
+        start = self._find_start(path)
+        if start is None:
+            return folder_weights(path, role.experts or self.kind.modules)
+        configs = self.describe_role(role).transformers
+        start = starts.choose_files(start, configs, role)
         names = self._foreign_names()
         sources: dict[str, WeightSource] = {}
         for module, config in configs.items():
@@ -549,7 +563,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
                 continue
             lora = starts.read_lora(start, module, state, names, self.original_name)
             if role.lora is None:
-                base = self.weights(role.path)[module]
+                base = folder_weights(role.path, (module,))[module]
                 sources[module] = starts.PatchedWeights(base, lora)
             else:
                 layers = adapted_layers(inspect_model(self.kind, config), role.lora)
@@ -577,7 +591,9 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         folder = locate(path)
         if folder is not None and not is_hub_id(path):
             with_components = config.components is None
-            missing += pipeline_problems(folder, self.kind.modules, components=with_components)
+            chosen = tuple(name for name in self.kind.modules if name in role.experts)
+            modules = chosen or self.kind.modules
+            missing += pipeline_problems(folder, modules, components=with_components)
         if config.components is None:
             missing += self._statistics_problems(path)
         if missing:
@@ -588,6 +604,14 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
             return reasons or list(self.fit_problems(role, config, model))
         except WeightsError as error:
             return [str(error)]
+
+    def _expert_problems(self, role: RoleSpec, config: ConfigT) -> Iterator[Problem]:
+        """Report experts that the model does not have."""
+        with suppress(WeightsError):  # nothing states how it is built: a problem of the path
+            model = self.describe(role.path)
+            ranges = self.expert_ranges(evolve(role, experts=()), config)
+            for text in expert_problems(model, role, ranges):
+                yield Problem("experts", text)
 
     def _statistics_problems(self, path: str) -> Iterator[str]:
         """Report what the latents of ``path``'s VAE could not be normalised by."""
@@ -615,7 +639,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
             from distill_diffusers.architecture import inspect_model
             from distill_diffusers.lora import target_problems
 
-            for config in self.describe(role.path).transformers.values():
+            for config in self.describe_role(role).transformers.values():
                 architecture = inspect_model(self.kind, config)
                 for text in target_problems(architecture, role.lora, self.kind.foreign_layers):
                     yield Problem("target_modules", text)

@@ -12,6 +12,9 @@ from attrs import field, frozen
 TRAIN_STEPS = 1000.0
 """t at pure noise, of every family."""
 
+EXPERTS = "experts"
+"""Entry of ``RoleHandle.call_options``: ``RoleOptions.experts``, where it names some."""
+
 
 @frozen(kw_only=True)
 class ModelKind:

@@ -72,8 +72,8 @@ def chunks_of(adapter: LatentDiffusion, role: str, frames: int | None = None) ->
 
 
 def expert_ranges_of(adapter: LatentDiffusion, *roles: str) -> tuple[TimeRange, ...]:
-    """Return the rising ranges of t within which no role of ``roles`` changes its expert
-    (``ExpertRouting.expert_ranges``); one range for a family without experts."""
+    """Return the rising ranges of t at which all of ``roles`` can be called and within which none
+    changes its expert (``ExpertRouting.expert_ranges``); one range for a family without experts."""
     if adapter.experts is None:
         return ((0.0, MAX_T),)
     return adapter.experts.expert_ranges(*roles)

@@ -4,10 +4,14 @@ it."""
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Literal
 
 from attrs import field, frozen
-from distill_protocols import MethodConfig, RoleNeed, SamplerSpec
+from distill_protocols import MethodConfig, PlannedRun, Problem, RoleNeed, SamplerSpec
+
+from distill_methods.roles import STUDENT
+from distill_methods.time_sampling import MAX_T, fraction_within
 
 RolloutSource = Literal["simulate", "data"]
 """Where the input of the student's training call comes from: its own sampling from noise (DMD2,
@@ -54,3 +58,35 @@ class LatentMethodConfig(MethodConfig):
     def student_levels(self) -> tuple[float, ...]:
         """t at each step of ``student_sampler``, falling; 0 is not among them."""
         return tuple(1000 * sigma for sigma in self.student_sampler.sigmas())
+
+    def rollout_times(self, low: float, high: float) -> tuple[float, ...]:
+        """Return t of the student's calls in a rollout that is trained at its steps in [low, high);
+        by default there are no rollouts."""
+        return ()
+
+    def levels_until(self, low: float, high: float) -> tuple[float, ...]:
+        """Return the ``student_levels`` down to the last in [low, high)."""
+        levels = self.student_levels
+        inside = [i for i, t in enumerate(levels) if fraction_within([t], low, high)]
+        return levels[: inside[-1] + 1] if inside else ()
+
+    def problems(self, run: PlannedRun) -> Iterator[Problem]:
+        """See ``MethodConfig.problems``: rules of roles that have one expert of several."""
+        low, high = run.time_limits.get(STUDENT.name, (0.0, MAX_T))
+        for name, (start, end) in run.time_limits.items():
+            if name != STUDENT.name and not (start <= low and high <= end):
+                yield Problem(
+                    (),
+                    f"{name!r} has one of its model's experts, called at t from {start:g} to "
+                    f"{end:g}, and the student is trained at t from {low:g} to {high:g}. Give "
+                    f"{name!r} the experts that the student has, or both",
+                )
+        times = self.rollout_times(low, high)
+        if missed := [t for t in times if not fraction_within([t], low, high)]:
+            yield Problem(
+                (),
+                f"'student' has one of its model's experts, called at t from {low:g} to {high:g}, "
+                f"and its rollouts call it at t = {', '.join(f'{t:.6g}' for t in missed)} too. "
+                "Let the student begin with data, where the method can (rollout: data), or give it "
+                "both experts",
+            )

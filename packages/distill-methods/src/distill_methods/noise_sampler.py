@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from distill_protocols import Chunk, RandomStreams, RowGenerators
+from distill_protocols import Chunk, ContractError, RandomStreams, RowGenerators
 from torch import Tensor
 
 from distill_methods.contracts import LatentDiffusion, expert_ranges_of
@@ -18,7 +18,7 @@ from distill_methods.maths import (
     sample_timesteps_within,
     standard_noise,
 )
-from distill_methods.time_sampling import TimeRange, TimeSampling, probability_within
+from distill_methods.time_sampling import MAX_T, TimeRange, TimeSampling, probability_within
 
 
 class NoisedLatents(NamedTuple):
@@ -106,12 +106,24 @@ class NoiseSampler:
         an expert would step on a part of the batch. Hence one range an iteration.
 
         Args:
-            probability: of each range that experts divide t into; they add up to 1.
+            probability: of each range that experts divide t into. Where a role has one expert of
+                several, there are none of the others, and t has its distribution within these.
+
+        Raises:
+            ContractError: all of ``roles`` can be called at no t of a probability above 0.
         """
         ranges = expert_ranges_of(self._adapter, *roles)
-        if len(ranges) == 1:
+        if ranges == ((0.0, MAX_T),):
             return None
         probabilities = [probability(r) for r in ranges]
+        total = sum(probabilities)
+        if not total > 0:
+            raise ContractError(
+                f"{', '.join(roles)} can be called at t in {list(ranges)} (each has the experts "
+                "for these), and no t of these is ever drawn. Give the roles the same experts, and "
+                "the method times at which they are called"
+            )
+        probabilities = [p / total for p in probabilities]
         return ranges[self.sample_index(f"{purpose}.range", iteration, probabilities)]
 
     def sample_index(self, purpose: str, iteration: int, probabilities: Sequence[float]) -> int:

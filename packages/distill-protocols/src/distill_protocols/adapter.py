@@ -272,15 +272,18 @@ class ExpertRouting(Protocol):
         On a CPU tensor it costs nothing; on another device the host waits for it.
 
         Raises:
-            ContractError: the times lie in more than one range: a call has one expert.
+            ContractError: the times lie in more than one range: a call has one expert. Or the
+                role does not have that expert (``RoleOptions.experts``).
         """
         ...
 
     def expert_ranges(self, *roles: str) -> tuple[tuple[float, float], ...]:
-        """Rising ranges [low, high) of t that fill [0, 1000]; 1000 itself is in the last.
+        """Rising ranges [low, high) of t at which all of ``roles`` can be called; a range that ends
+        at 1000 holds it.
 
         Within one, no role of ``roles`` changes its expert: t of a batch that all of them shall be
-        called with must come from one range. A single range where none has experts.
+        called with must come from one range. They fill [0, 1000], unless a role has one expert of
+        several; a single range where none has experts.
         """
         ...
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from attrs import frozen
+from attrs import field, frozen
 
 from distill_protocols.causal import Chunk
 from distill_protocols.problems import Problem
 from distill_protocols.roles import RoleSpec
-from distill_protocols.sampler import SamplerSpec
+from distill_protocols.sampler import DynamicShift, SamplerSpec
+
+MAX_T = 1000.0
+"""t of pure noise."""
 
 
 @frozen(kw_only=True)
@@ -24,6 +27,8 @@ class PlannedRun:
         student_sampler: the method's own, where it states one.
         has_negative: whether there will be a negative condition.
         experts: names of the roles that have more than one expert; None: not known.
+        time_limits: by role, the t [low, high) that it can be called at, of those that have one
+            expert of several (``RoleOptions.experts``); 1000 is in the last range.
         pictured: names of the roles that cannot be called without a first frame, and get none.
         clip_frames: latent frames of the run's clips; None: not known.
         chunks: divides a video of a number of latent frames as a role, by name, does; None: not
@@ -36,14 +41,37 @@ class PlannedRun:
     student_sampler: SamplerSpec | None = None
     has_negative: bool = True
     experts: frozenset[str] | None = None
+    time_limits: Mapping[str, tuple[float, float]] = field(factory=dict)
     pictured: frozenset[str] = frozenset()
     clip_frames: int | None = None
     chunks: Callable[[str, int], tuple[Chunk, ...]] | None = None
 
     @property
     def single(self) -> frozenset[str]:
-        """Names of the roles that have one expert; none where it is not known."""
-        return frozenset() if self.experts is None else frozenset(self.roles) - self.experts
+        """Names of the roles that have no expert for low noise levels beside another, and so no
+        use for a guidance of its own; none where it is not known."""
+        if self.experts is None:
+            return frozenset()
+        low_noise = {name for name, (_, high) in self.time_limits.items() if high < MAX_T}
+        return frozenset(self.roles) - self.experts - low_noise
+
+    def has_past(self, role: str) -> bool:
+        """Whether ``role`` makes a clip chunk by chunk, each from those before it."""
+        if self.chunks is None or self.clip_frames is None:
+            return False
+        return len(self.chunks(role, self.clip_frames)) > 1
+
+    def missed_steps(self, role: str, sampler: SamplerSpec) -> tuple[float, ...]:
+        """t of the calls that ``role`` cannot make, as it has not the expert that they go to: of
+        steps, and of a causal role's finished chunks."""
+        limits = self.time_limits.get(role)
+        if limits is None or isinstance(sampler.shift, DynamicShift):
+            return ()
+        low, high = limits
+        times = [1000 * sigma for sigma in sampler.sigmas()]
+        if self.has_past(role):
+            times.append(sampler.context_noise)
+        return tuple(t for t in times if not low <= t < high and not t == high == MAX_T)
 
     def role_problems(self, role: str, *, ema: bool = False) -> Iterator[Problem]:
         """What is wrong with naming ``role`` (and its average): pairs of key and message."""
@@ -84,6 +112,15 @@ class PlannedRun:
                 "sampler.guidance_2",
                 f"{spec.guidance_2:g} is of a second expert, and {role!r} has one, which would "
                 "never have it. Leave it out",
+            )
+        if role is not None and (missed := self.missed_steps(role, spec)):
+            low, high = self.time_limits[role]
+            yield Problem(
+                "role",
+                f"{role!r} has one of its model's experts, called at t from {low:g} to {high:g}, "
+                f"and this sampler also takes t = {', '.join(f'{t:.6g}' for t in missed)}. Leave "
+                "this out and look at the export, whose folder has the path's other expert in it; "
+                "or name a role that has both",
             )
         if spec.guided and not self.has_negative:
             w = next(w for w in spec.guidances if w != 1)

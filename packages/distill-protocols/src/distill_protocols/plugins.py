@@ -257,7 +257,8 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
         return False
 
     def expert_ranges(self, role: RoleSpec, config: ConfigT) -> Mapping[str, tuple[float, float]]:
-        """By module, the t [low, high) that its calls have; empty for a role of one module.
+        """By module of the role, the t [low, high) that its calls have; empty for a model of one
+        module. Of ``role.experts`` only these.
 
         The last range holds its upper end, 1000, as well. Needs no weights.
         """

@@ -60,6 +60,11 @@ class LoraSpec:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
+def _names_each_once(_: Any, __: Any, value: tuple[str, ...]) -> None:
+    if len(set(value)) != len(value):
+        raise ValueError(f"{list(value)} names an expert twice; each is loaded once")
+
+
 def _blocks_of_heads(_: Any, __: Any, value: tuple[int, ...]) -> None:
     if not value or len(set(value)) != len(value) or min(value) < 0:
         raise ValueError(
@@ -152,6 +157,8 @@ class RoleOptions:
         offload: its weights wait in host memory while other roles are called; frozen roles only.
         attention_backend: name of the kernel that its attention layers use, as the family lists
             them (``FamilyPlugin.attention_backends``); None: the library's own choice.
+        experts: names of the modules that the role has, of a model that has one for each range of
+            t; empty: all of them. Only these are loaded, and the role is called at their t alone.
     """
 
     precision: Precision | None = field(default=None, metadata=OF_WEIGHTS)
@@ -163,6 +170,7 @@ class RoleOptions:
     compile: CompileSpec | None = None
     offload: bool = False
     attention_backend: str | None = None
+    experts: tuple[str, ...] = field(default=(), validator=_names_each_once)
 
     @staticmethod
     def of_weights() -> tuple[str, ...]:

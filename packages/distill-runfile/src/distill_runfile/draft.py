@@ -311,6 +311,7 @@ def planned_run(draft: Draft) -> PlannedRun:
     if draft.family is None:
         return run
     plugin, config = draft.family.plugin, draft.family.config
+    ranges = {name: plugin.expert_ranges(spec, config) for name, spec in run.roles.items()}
     specs = run.roles.items()
     source = components_source(plugin, config, draft.roles) if draft.roles else None
     shape = None if source is None else plugin.latent_shape(config, source=source)
@@ -322,6 +323,7 @@ def planned_run(draft: Draft) -> PlannedRun:
         run,
         clip_frames=None if shape is None else shape[1],
         chunks=chunks,
-        experts=frozenset(name for name, spec in specs if plugin.expert_ranges(spec, config)),
+        experts=frozenset(name for name, own in ranges.items() if len(own) > 1),
+        time_limits={n: next(iter(own.values())) for n, own in ranges.items() if len(own) == 1},
         pictured=frozenset(name for name, spec in specs if plugin.needs_image(spec, config)),
     )

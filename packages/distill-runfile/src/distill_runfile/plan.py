@@ -43,10 +43,10 @@ def horizons(config: RunConfig, role: str, *, after: int = 0) -> dict[str, int]:
     """
     ranges = config.family_plugin.expert_ranges(config.roles[role].spec, config.pipeline)
     steps = horizon(config, role, after=after)
-    return {
-        module: max(1, round(steps * config.method.update_share(role, low, high)))
-        for module, (low, high) in ranges.items()
-    }
+    shares = {m: config.method.update_share(role, low, high) for m, (low, high) in ranges.items()}
+    if len(shares) == 1:  # one expert of several, which takes all steps
+        return dict.fromkeys(shares, max(1, steps))
+    return {module: max(1, round(steps * share)) for module, share in shares.items()}
 
 
 @frozen(kw_only=True)
@@ -189,7 +189,8 @@ def _updates(config: RunConfig) -> list[str]:
             marks = ("x" if name in config.method.turns(i) else "." for i in iterations)
             lr = f"lr {role.optimizer.lr:g}, {role.optimizer.schedule.name}"
             rows.append((f"{name} ({lr})", *marks, f"{horizon(config, name):,}"))
-            for module, steps in horizons(config, name).items():
+            experts = horizons(config, name)
+            for module, steps in experts.items() if len(experts) > 1 else ():
                 blank = [""] * SHOWN_ITERATIONS
                 rows.append((f"  of which {module}, by t", *blank, f"about {steps:,}"))
     return table(rows, right=range(1, SHOWN_ITERATIONS + 2))

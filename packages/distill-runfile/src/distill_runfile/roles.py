@@ -63,6 +63,7 @@ def _role_spec(
     model = name if config.base is None else config.base
     if model in configs:
         options |= {option: getattr(configs[model], option) for option in FROM_BASE}
+        options["experts"] = options["experts"] or configs[model].experts
     options["precision"] = options["precision"] or "fp32"
     # A discriminator has no model, and is built for that of another role.
     owner = model if config.heads is None else _model_of(config.heads.on, configs)
@@ -105,7 +106,7 @@ def plain_role(family: str, role: Role) -> dict[str, object]:
         **{option: plain_or_none(getattr(spec, option)) for option in OPTIONS},
         "optimizer": plain_or_none(role.optimizer) or {},
     }
-    left_out = {option for option in ("base", "heads") if plain[option] is None}
+    left_out = {option for option in ("base", "heads", "experts") if not plain[option]}
     if spec.base is not None:
         left_out |= {"path", *FROM_BASE}
     elif spec.heads is not None:

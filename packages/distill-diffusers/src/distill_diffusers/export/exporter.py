@@ -69,7 +69,6 @@ from distill_diffusers.sampling.scheduler import (
 )
 from distill_diffusers.weights.extraction import Extraction, extract
 from distill_diffusers.weights.modules import check_keys
-from distill_diffusers.weights.sources import folder_weights
 
 if TYPE_CHECKING:
     from attrs import AttrsInstance
@@ -309,12 +308,18 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
         if problems := [f"{'.'.join(p.path)}: {p.message}" for p in found]:
             raise WeightsError(f"role {role.name!r} cannot be exported so; {'; '.join(problems)}")
         schedule = stock_schedule(request.sampler, self.grid)
+        modules = self._checked_modules(role, weights)
+        others: dict[str, nn.Module] = {}
+        if request.format == "diffusers":
+            model = self.family.describe(role.path).transformers
+            others = {k: build_on_meta(self.kind, c) for k, c in model.items() if k not in modules}
         return Export(
             name=name,
             kind=self.kind,
             role=role,
             request=request,
-            modules=self._checked_modules(role, weights),
+            modules={k: (modules | others)[k] for k in self.kind.modules if k in modules | others},
+            others=frozenset(others),
             weights=weights,
             schedule=schedule,
             record=self._record(role, request, schedule),
@@ -323,7 +328,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
     def _checked_modules(
         self, role: RoleSpec, weights: Mapping[str, WeightSource]
     ) -> dict[str, nn.Module]:
-        configs = self.family.describe(role.path).transformers
+        configs = self.family.describe_role(role).transformers
         if set(configs) != set(weights):
             raise WeightsError(
                 f"role {role.name!r} has weights of {', '.join(weights) or 'nothing'}, and "
@@ -381,7 +386,14 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
             _name_tokenizer(file)
         index = self._model_index(export, source, stage)
         write_json(stage / "model_index.json", index)
-        return Written()
+        return Written(
+            notes=tuple(
+                f"{name} is that of {export.role.path}, unchanged: role {export.role.name!r} has "
+                f"{', '.join(export.weights)} alone"
+                for name in export.modules
+                if name in export.others
+            )
+        )
 
     def _model_index(self, export: Export, source: Path, stage: Path) -> dict[str, object]:
         """Compose the source's index with our scheduler, the role's transformers, and only what
@@ -419,7 +431,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
                 contents = LoraContents(factors=pairs)
                 summaries[name] = {"rank": role.lora.rank, "layers": len(pairs)}
             else:
-                base = folder_weights(role.path, self.kind.modules)[name]
+                base = export.path_weights([name])[name]
                 rank = request.lora_rank or 0  # problems() refuses a request without it
                 extraction = extract(
                     export.weights[name], base, rank, precision=request.precision, seed_name=name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -81,7 +81,8 @@ class Export:
     Attributes:
         name: of the folder.
         kind: class of the transformers.
-        modules: the role's transformers, on the meta device.
+        modules: transformers, on the meta device: the role's, and ``others``.
+        others: names of those that the role does not have, and that are its path's own.
         weights: of the role, by module: whole, or adapters alone.
         schedule: the stock scheduler for ``request.sampler``.
         record: what ``sampler_spec.json`` states whatever the format is.
@@ -92,21 +93,30 @@ class Export:
     role: RoleSpec
     request: ExportRequest
     modules: Mapping[str, nn.Module]
+    others: frozenset[str] = frozenset()
     weights: Mapping[str, WeightSource]
     schedule: StockSchedule
     record: Mapping[str, object]
 
     def full_weights(self) -> dict[str, WeightSource]:
-        """Return full weights by module: a LoRA merged into its base, then rounded."""
+        """Return full weights by module: a LoRA merged into its base, then rounded; ``others`` as
+        they are in the role's path."""
         sources: dict[str, WeightSource] = dict(self.weights)
         if self.role.lora is not None:
-            base, scale = folder_weights(self.role.path, self.kind.modules), self.role.lora.scale
+            base, scale = self.path_weights(sources), self.role.lora.scale
             sources = {k: MergedWeights(base[k], v, scale) for k, v in sources.items()}
+        if self.others:
+            sources |= self.path_weights(self.others)
+            sources = {name: sources[name] for name in self.modules}
         if self.request.precision is not None:
             kept = kept_in_fp32(self.kind)
             precision = self.request.precision
             sources = {k: CastWeights(v, precision, kept) for k, v in sources.items()}
         return sources
+
+    def path_weights(self, modules: Collection[str]) -> dict[str, WeightSource]:
+        """Return the weights of these modules in the role's path."""
+        return folder_weights(self.role.path, tuple(modules))
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -118,8 +128,8 @@ class Export:
         return {"sampler_spec": json.dumps({name: self.record[name] for name in names})}
 
     def suffix(self, module: str) -> str:
-        """End of the file names of a module: empty for the first."""
-        return "" if module == next(iter(self.modules)) else f"-{module}"
+        """End of the file names of a module: empty for the first of its kind."""
+        return "" if module == self.kind.modules[0] else f"-{module}"
 
 
 @frozen(kw_only=True)

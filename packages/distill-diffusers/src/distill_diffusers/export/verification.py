@@ -42,7 +42,7 @@ from distill_diffusers.kinds import class_name, load_class
 from distill_diffusers.weights.derived import CastWeights
 from distill_diffusers.weights.extraction import Extraction, extract_others
 from distill_diffusers.weights.modules import build_from
-from distill_diffusers.weights.sources import FileWeights, folder_weights, read_in_groups
+from distill_diffusers.weights.sources import FileWeights, read_in_groups
 
 LORA_TOLERANCE = 1e-4
 """Largest difference of outputs through adapters from outputs of merged weights, as a part of the
@@ -185,7 +185,7 @@ def verify_lora(pipeline: StockPipeline, export: Export, folder: Path) -> Compar
     bit (extracted ones: nearest to the role's difference to its base), the outputs those of the
     merged weights within ``LORA_TOLERANCE``."""
     role, request = export.role, export.request
-    base = folder_weights(role.path, pipeline.kind.modules)
+    base = export.path_weights(export.modules)
     source = fetch(role.path, tuple(export.modules))
     numbers = {}
     for name, meta in export.modules.items():

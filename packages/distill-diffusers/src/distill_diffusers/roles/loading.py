@@ -24,9 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
 from distill_diffusers.architecture import Architecture, inspect_model, transformer_class
-from distill_diffusers.descriptions import ModelDescription
-from distill_diffusers.folders import fetch, transformer_names
-from distill_diffusers.kinds import ModelKind
+from distill_diffusers.descriptions import ModelDescription, choose_experts
+from distill_diffusers.folders import fetch
+from distill_diffusers.kinds import EXPERTS, ModelKind
 from distill_diffusers.lora import (
     adapted_layers,
     adapter_names,
@@ -290,17 +290,20 @@ class RoleLoader:
 
     def _build(self, role: RoleSpec, weights: Mapping[str, WeightSource]) -> _Built:
         # All names, as only the index states which there are; absent ones are simply not fetched.
-        folder = fetch(role.path, self.kind.modules)
-        description = self.describe(role.path)
-        names = transformer_names(folder, self.kind.modules)
-        if weights and weights.keys() != set(names):
+        folder = fetch(role.path, role.experts or self.kind.modules)
+        description = choose_experts(self.describe(role.path), role)
+        names = tuple(description.transformers)
+        # Another run's checkpoint may hold more experts than this role has.
+        given = weights.keys() & set(names) if role.experts else weights.keys()
+        if weights and given != set(names):
             raise WeightsError(
                 f"weights are given for {', '.join(sorted(weights))} of role {role.name!r}, and "
                 f"its modules are {', '.join(names)}: one of the two would be another model's, or "
                 "nobody would take it. Take those of a model with the same modules"
             )
         parts = {name: self._build_part(role, name, folder / name) for name in names}
-        return _Built(call_options=description.call_options, parts=parts)
+        options = {**description.call_options, **({EXPERTS: names} if role.experts else {})}
+        return _Built(call_options=options, parts=parts)
 
     def _build_part(self, role: RoleSpec, name: str, folder: Path) -> _Part:
         module = build_module(transformer_class(self.kind), folder)

@@ -10,13 +10,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import field, frozen
-from distill_protocols import ForeignNames, LoraSpec, TensorInfo, WeightsError, WeightSource
+from attrs import evolve, field, frozen
+from distill_protocols import (
+    ForeignNames,
+    LoraSpec,
+    RoleSpec,
+    TensorInfo,
+    WeightsError,
+    WeightSource,
+)
 from distill_runtime import parse_json
 from torch import Tensor
 
@@ -98,6 +105,27 @@ def find_start(
         return _start(path, {m: (file,) for m, file in loras.items() if file.is_file()})
     files = _files_of(folder)
     return _start(path, {modules[0]: files}) if files else None
+
+
+def choose_files(start: Start, modules: Collection[str], role: RoleSpec) -> Start:
+    """Leave of ``start`` what ``role`` starts with: the files of all of its ``modules``.
+
+    Files that name no module are those of a role's only expert.
+
+    Raises:
+        WeightsError: a module has no weights in it, or there are some of a module that a role of
+            all experts does not have.
+    """
+    chosen = {name: files for name, files in start.files.items() if name in modules}
+    if role.experts and len(modules) == len(start.files) == 1:
+        chosen = dict(zip(modules, start.files.values(), strict=True))
+    if chosen.keys() != set(modules) or (not role.experts and len(chosen) < len(start.files)):
+        raise WeightsError(
+            f"{start.where} holds weights of {', '.join(start.files)}, and role {role.name!r} is "
+            f"built of {', '.join(modules)}; a role starts with all of its transformers. Name a "
+            "folder that has them"
+        )
+    return evolve(start, files=chosen)
 
 
 def whole_weights(start: Start, module: str, names: ForeignNames | None) -> WeightSource:

@@ -206,10 +206,18 @@ class ConsistencyConfig(TeachersConfig):
 
 def form_problems(form: Discrete | Continuous, run: PlannedRun) -> Iterator[Problem]:
     """Yield why ``form`` cannot be used with the models of ``run``, if it cannot."""
+    low, _ = run.time_limits.get(STUDENT.name, (0.0, 0.0))
+    if low > 0:
+        yield Problem((), WITHOUT_LOW_NOISE)
     if isinstance(form, Continuous) and run.experts and STUDENT.name in run.experts:
         yield Problem("continuous", CONTINUOUS_WITH_EXPERTS)
 
 
+WITHOUT_LOW_NOISE = (
+    "'student' has its model's expert for high noise levels alone, and the chain of targets ends "
+    "at data, which only the other one reaches: it would be consistent with itself, and end "
+    "anywhere. Give it both experts, or the one for low noise levels"
+)
 CONTINUOUS_WITH_EXPERTS = (
     "'student' has two experts, and the derivative at a t knows nothing of the other side of "
     "their boundary: the one for high noise levels would be consistent with itself alone, and "

@@ -9,7 +9,12 @@ import torch
 from distill_protocols import Batch, ContractError
 from torch import Tensor
 
-from distill_methods.consistency.config import CONTINUOUS_WITH_EXPERTS, Continuous, Discrete
+from distill_methods.consistency.config import (
+    CONTINUOUS_WITH_EXPERTS,
+    WITHOUT_LOW_NOISE,
+    Continuous,
+    Discrete,
+)
 from distill_methods.context import MethodContext
 from distill_methods.contracts import expert_ranges_of, loss_mask_of, require_contract
 from distill_methods.maths import (
@@ -19,7 +24,7 @@ from distill_methods.maths import (
     x0_distance,
 )
 from distill_methods.teachers.ensemble import Teachers
-from distill_methods.time_sampling import TimeRange
+from distill_methods.time_sampling import TimeRange, fraction_within
 
 
 class ConsistencyResult(NamedTuple):
@@ -66,7 +71,15 @@ class DiscreteConsistency:
         self._config = config
         self._teachers = teachers
         ranges = expert_ranges_of(context.adapter, "student", *teachers.names)
+        student = expert_ranges_of(context.adapter, "student")
+        if not student or student[0][0] > 0:
+            raise ContractError(WITHOUT_LOW_NOISE)
         self._pair_groups = _group_pairs(config, ranges)
+        if not self._pair_groups:
+            raise ContractError(
+                f"student and teachers can be called at t in {list(ranges)}, and no point of the "
+                "grid is there. Give them the same experts, or a finer grid"
+            )
         # On the device once: copying them in each step would make the host wait for it.
         self._pairs = torch.tensor(config.pairs).to(context.device)
 
@@ -92,7 +105,8 @@ class DiscreteConsistency:
     def _sample_pairs(self, count: int, iteration: int) -> tuple[Tensor, Tensor]:
         """Draw (t, t') of each sample, each [B]."""
         name, noise = self._context.name, self._context.noise
-        probabilities = [len(group) / self._config.steps for group in self._pair_groups]
+        total = sum(map(len, self._pair_groups))
+        probabilities = [len(group) / total for group in self._pair_groups]
         group = self._pair_groups[
             noise.sample_index(f"{name}.pair.range", iteration, probabilities)
         ]
@@ -120,7 +134,7 @@ class ContinuousConsistency:
             tangent warmup counts them.
 
     Raises:
-        ContractError: the student has two experts.
+        ContractError: the student has two experts, or the one for high noise levels alone.
         CapabilityError: the adapter has no forward-mode derivatives.
     """
 
@@ -132,8 +146,9 @@ class ContinuousConsistency:
         teachers: Teachers,
         update_of: Callable[[int], int],
     ) -> None:
-        if len(expert_ranges_of(context.adapter, "student")) > 1:
-            raise ContractError(CONTINUOUS_WITH_EXPERTS)
+        ranges = expert_ranges_of(context.adapter, "student")
+        if len(ranges) > 1 or not ranges or ranges[0][0] > 0:
+            raise ContractError(CONTINUOUS_WITH_EXPERTS if len(ranges) > 1 else WITHOUT_LOW_NOISE)
         self._context = context
         self._tangents = require_contract(context.adapter.tangents, "supports_jvp", by=context.name)
         self._config = config
@@ -170,11 +185,13 @@ class ContinuousConsistency:
 
 
 def _group_pairs(config: Discrete, ranges: tuple[TimeRange, ...]) -> list[tuple[int, ...]]:
-    """Group the grid points by the expert ranges of both times of their pairs."""
+    """Group the grid points in ``ranges`` by the expert ranges of both times of their pairs."""
     groups: dict[tuple[int, int], list[int]] = {}
     for grid_point, pair in enumerate(config.pairs):
         # Rounded to fp32, as the adapter compares them with the boundary.
         t, t_next = torch.tensor(pair).tolist()
+        if not any(fraction_within([t], *time_range) for time_range in ranges):
+            continue  # an expert that is not there
         key = _range_index(t, ranges), _range_index(t_next, ranges)
         groups.setdefault(key, []).append(grid_point)
     return [tuple(grid_points) for grid_points in groups.values()]

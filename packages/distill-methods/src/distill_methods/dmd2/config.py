@@ -22,3 +22,7 @@ class DMD2Config(MatchingConfig):
     """
 
     rollout: RolloutSource = field(default="simulate", validator=in_(get_args(RolloutSource)))
+
+    def rollout_times(self, low: float, high: float) -> tuple[float, ...]:
+        """See ``LatentMethodConfig.rollout_times``."""
+        return self.levels_until(low, high) if self.rollout == "simulate" else ()

@@ -91,6 +91,10 @@ class LaddConfig(DiscriminatorOptions, LatentMethodConfig):
         """Capabilities that the adapter must have."""
         return ("pred:v", "pred:x0", "supports_features")
 
+    def rollout_times(self, low: float, high: float) -> tuple[float, ...]:
+        """See ``LatentMethodConfig.rollout_times``."""
+        return self.levels_until(low, high) if self.rollout == "simulate" else ()
+
     def update_share(self, role: str, low: float, high: float) -> float:
         """See ``MethodConfig.update_share``."""
         if role == STUDENT.name:

@@ -47,6 +47,10 @@ class RCMConfig(MatchingConfig):
         """The form that is used."""
         return self.discrete or self.continuous or Continuous()
 
+    def rollout_times(self, low: float, high: float) -> tuple[float, ...]:
+        """See ``LatentMethodConfig.rollout_times``."""
+        return self.levels_until(low, high) if self.rollout == "simulate" else ()
+
     def student_updates(self, iteration: int) -> int:
         """Return how many updates the student has had at the end of ``iteration``."""
         return iteration // self.generator_update_interval

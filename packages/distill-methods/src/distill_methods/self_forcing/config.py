@@ -70,6 +70,11 @@ class SelfForcingConfig(MatchingConfig):
             return fraction_within(self.student_levels[-1:], low, high)
         return super().update_share(role, low, high)
 
+    def rollout_times(self, low: float, high: float) -> tuple[float, ...]:
+        """See ``LatentMethodConfig.rollout_times``: a finished chunk is called once more."""
+        levels = self.student_levels if self.last_step_only else self.levels_until(low, high)
+        return (*levels, self.student_sampler.context_noise)
+
     def problems(self, run: PlannedRun) -> Iterator[Problem]:
         """See ``MethodConfig.problems``; rollouts are held against the clip and its chunks."""
         yield from super().problems(run)

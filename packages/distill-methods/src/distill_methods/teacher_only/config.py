@@ -81,6 +81,10 @@ class TeacherOnlyConfig(TeachersConfig):
         """Capabilities that the adapter must have."""
         return ("pred:v", *(("supports_cfg",) if self.needs_negative else ()))
 
+    def rollout_times(self, low: float, high: float) -> tuple[float, ...]:
+        """See ``LatentMethodConfig.rollout_times``: all steps are taken."""
+        return self.student_levels if self.input == "student" else ()
+
     def update_share(self, role: str, low: float, high: float) -> float:
         """See ``MethodConfig.update_share``."""
         return probability_within(self.time, low, high)

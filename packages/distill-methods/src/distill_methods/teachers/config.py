@@ -130,6 +130,7 @@ class TeachersConfig(LatentMethodConfig):
 
     def problems(self, run: PlannedRun) -> Iterator[Problem]:
         """See ``MethodConfig.problems``."""
+        yield from super().problems(run)
         yield from self.teacher_problems(run.single)
 
     def teacher_problems(self, single_expert_roles: Collection[str]) -> Iterator[Problem]:

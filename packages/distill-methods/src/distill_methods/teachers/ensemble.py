@@ -9,6 +9,7 @@ from torch import Tensor
 from distill_methods.context import MethodContext
 from distill_methods.contracts import expert_ranges_of
 from distill_methods.teachers.config import ExpertGuidance, TeachersConfig
+from distill_methods.time_sampling import MAX_T
 
 
 class Teachers:
@@ -24,7 +25,8 @@ class Teachers:
         self._context = context
         self._teachers = config.weighted_teachers
         self.names = tuple(self._teachers)
-        single = [n for n in self.names if len(expert_ranges_of(context.adapter, n)) == 1]
+        ranges = {name: expert_ranges_of(context.adapter, name) for name in self.names}
+        single = [n for n, own in ranges.items() if len(own) == 1 and own[0][1] == MAX_T]
         for problem in config.teacher_problems(single):
             raise ContractError(f"{'.'.join(problem.path)}: {problem.message}")
 
@@ -57,8 +59,10 @@ class Teachers:
         """Return w of the expert that ``t`` goes to."""
         ranges = expert_ranges_of(self._context.adapter, name)
         # Reading a value of t makes the host wait for the device: only where it decides something.
-        if guidance.high_noise == guidance.low_noise or len(ranges) == 1:
+        if guidance.high_noise == guidance.low_noise:
             return guidance.high_noise
+        if len(ranges) == 1:  # one transformer, or one expert of several
+            return guidance.high_noise if ranges[0][1] == MAX_T else guidance.low_noise
         boundary = ranges[-1][0]
         is_high_noise = float(t.flatten()[0]) >= boundary
         return guidance.high_noise if is_high_noise else guidance.low_noise

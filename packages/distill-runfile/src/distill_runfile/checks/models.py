@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from distill_checkpoint import is_checkpoint_folder, list_checkpoints, role_problems
-from distill_protocols import LoraSpec, Problem, below
+from distill_protocols import LoraSpec, MethodConfig, Problem, below
 
 from distill_runfile.draft import ConfiguredFamily, Draft
 from distill_runfile.missing import is_missing, made_by
@@ -39,6 +39,7 @@ def check_method(draft: Draft) -> Iterator[Problem]:
     if draft.method is None:
         return
     yield from below(draft.method.config.problems(draft.run), "method_config")
+    yield from _never_called(draft, draft.method.config)
     if draft.training is None:
         return
     steps = draft.training.max_train_steps
@@ -51,6 +52,18 @@ def check_method(draft: Draft) -> Iterator[Problem]:
                 ("training", "max_train_steps"),
                 f"{steps} iterations hold no update of {name}, which would come out as it went "
                 "in. Train longer, or have it updated more often (method_config)",
+            )
+
+
+def _never_called(draft: Draft, method: MethodConfig) -> Iterator[Problem]:
+    """Roles with one expert of several, at whose t the method calls nothing."""
+    for name, (low, high) in draft.run.time_limits.items():
+        if name in draft.needs and method.update_share(name, low, high) == 0:
+            yield Problem(
+                ("models", name, "experts"),
+                f"{list(draft.run.roles[name].experts)} is called at t from {low:g} to {high:g}, "
+                f"and this method_config calls {name} at no t of these. Let it, or name the other "
+                "expert",
             )
 
 
@@ -168,6 +181,14 @@ def _compare_stored(
     checkpoint: Path, values: Mapping[str, Any], source: str, role: Role, family: ConfiguredFamily
 ) -> Iterator[Problem]:
     written = (values.get("models") or {}).get(source) or {}
+    if missing := _missing_experts(written.get("experts"), role):
+        yield Problem(
+            ("path",),
+            f"{checkpoint} holds {source} with {', '.join(written['experts'])} alone, and "
+            f"{role.spec.name} has {missing}. Give the role the same experts, or export {source} "
+            "of it (--format diffusers) and make that the path",
+        )
+        return
     heads = role.spec.heads and {
         "blocks": list(role.spec.heads.blocks),
         "width": role.spec.heads.width,
@@ -201,6 +222,13 @@ def _compare_stored(
             "mean other weights. Give the role the same lora, or export that one merged "
             "(--format diffusers) and start from the export",
         )
+
+
+def _missing_experts(theirs: Sequence[str] | None, role: Role) -> str:
+    """Name what ``role`` has beside the experts of a stored one; empty: nothing."""
+    if not theirs:
+        return ""
+    return ", ".join(set(role.spec.experts) - set(theirs)) if role.spec.experts else "all"
 
 
 def _describe_heads(heads: Mapping[str, Any] | None) -> str:

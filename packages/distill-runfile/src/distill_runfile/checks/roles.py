@@ -234,6 +234,12 @@ def _base_problems(
             "a role beside another's weights needs lora: {rank: ...}, or nothing of it is its own. "
             "For a plain copy write the same path instead",
         )
+    if missing := [e for e in role.experts if base.experts and e not in base.experts]:
+        yield Problem(
+            ("experts",),
+            f"{', '.join(missing)}: {role.base!r} has {', '.join(base.experts)} alone, and these "
+            f"adapters are beside its weights. Name one of these, or both under models.{role.base}",
+        )
     for key in ("path", *FROM_BASE):
         if getattr(role, key) is not None:
             yield Problem(
