@@ -1,17 +1,8 @@
-"""A family of tiny models behind the whole contract, for tests of methods.
-
-It needs no files and no model library, and a call takes a fraction of a millisecond. The roles
-have any name, and may be causal or discriminators; ``ToyAdapter`` records its
-calls, so that a test can ask who was called, at which t, and with gradient or not.
-
-It passes ``AdapterSuite`` itself.
-"""
+"""``ToyAdapter``: calls toy networks, and records its calls."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import math
 from collections.abc import (
     Callable,
     Generator,
@@ -22,14 +13,11 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from attrs import define, evolve, field, frozen
+from attrs import define, field, frozen
 from distill_protocols import (
-    CONTRACT_VERSION,
-    Batch,
     Capabilities,
     CapabilityError,
     CausalRollout,
@@ -40,112 +28,26 @@ from distill_protocols import (
     ConditioningError,
     ContractError,
     Discriminating,
-    DiscriminatorSpec,
-    Exporter,
-    ExportRecord,
-    ExportRequest,
-    FamilyPlugin,
     Fingerprint,
     ModelBundle,
-    ModulePlan,
     PredType,
-    Problem,
-    RoleHandle,
-    RoleNeed,
-    RolePlan,
-    RoleSpec,
     RowGenerators,
     SamplerSpec,
     Tangents,
-    TensorInfo,
-    TensorPlan,
-    TensorWeights,
-    WeightsError,
-    WeightSource,
     derive_seed,
 )
-from distill_protocols.plugins import EMPTY
-from distill_runtime.safetensors_files import write_safetensors
-from torch import Tensor, nn
+from torch import Tensor
 
-LATENT_SHAPE = (3, 2, 4, 4)
-TEXT_DIM = 5
-WIDTH = 24
-MEAN, STD = 0.5, 2.0
-LATENT_FINGERPRINT: Fingerprint = {"vae.statistics": f"{MEAN:g}, {STD:g}"}
-CONDITION_FINGERPRINT: Fingerprint = {"text_encoder.weights": "a function of the prompt"}
-CAPABILITIES = Capabilities(
-    supports_cfg=True,
-    supports_decode=True,
-    supports_features=True,
-    supports_frame_times=True,
-    supports_jvp=True,
-    supported_pred_types=frozenset({"v", "x0", "eps"}),
+from distill_conformance.toy.networks import (
+    CAPABILITIES,
+    CONDITION_FINGERPRINT,
+    LATENT_FINGERPRINT,
+    LATENT_SHAPE,
+    MEAN,
+    STD,
+    TEXT_DIM,
+    ToyConfig,
 )
-"""Of a run without causal roles."""
-
-
-@frozen(kw_only=True)
-class ToyConfig:
-    """A run of toy models.
-
-    Attributes:
-        causal_roles: roles that make frame after frame, each a chunk of its own.
-    """
-
-    causal_roles: frozenset[str] = field(default=frozenset(), converter=frozenset)
-
-
-# -- models -----------------------------------------------------------------------------------
-
-
-class ToyNet(nn.Module):
-    """v of a network of one hidden layer that works on each pixel by itself.
-
-    It reads x_t, t, the text, and of a causal role the mean of the frames that are past (0 where
-    none is given).
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        channels = LATENT_SHAPE[0]
-        self.inner = nn.Linear(2 * channels + 1 + TEXT_DIM, WIDTH)
-        self.outer = nn.Linear(WIDTH, channels)
-
-    def forward(self, x_t: Tensor, t: Tensor, text: Tensor, past: Tensor | None = None) -> Tensor:
-        """v [B, C, T, H, W] at t [B] or [B, T], from ``past`` like ``x_t``."""
-        return self.velocity(self.features(x_t, t, text, past))
-
-    def features(self, x_t: Tensor, t: Tensor, text: Tensor, past: Tensor | None = None) -> Tensor:
-        """[B, WIDTH, T, H, W] of its only block."""
-        past = torch.zeros_like(x_t) if past is None else past
-        pixels = torch.cat([x_t, past], dim=1).movedim(1, -1)
-        size = pixels.shape[:-1]
-        times = (t if t.dim() == 2 else t[:, None])[:, :, None, None, None] / 1000
-        texts = text[:, None, None, None]
-        rows = [times.expand(*size, 1), texts.expand(*size, text.shape[-1])]
-        return torch.tanh(self.inner(torch.cat([pixels, *rows], -1))).movedim(-1, 1)
-
-    def velocity(self, features: Tensor) -> Tensor:
-        """v from ``features``."""
-        return self.outer(features.movedim(1, -1)).movedim(-1, 1)
-
-
-class ToyHeads(nn.Module):
-    """A logit of a clip for each block, from the means of its features and of their squares."""
-
-    def __init__(self, blocks: int = 1) -> None:
-        super().__init__()
-        self.outer = nn.ModuleList(nn.Linear(2 * WIDTH, 1) for _ in range(blocks))
-
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Logits [B, heads] of features [B, WIDTH, T, H, W], one a head."""
-        cells = [block.flatten(2) for block in features]
-        moments = [torch.cat([c.mean(dim=2), c.square().mean(dim=2)], dim=1) for c in cells]
-        return torch.cat([head(m) for head, m in zip(self.outer, moments, strict=True)], dim=1)
-
-
-# -- adapter ----------------------------------------------------------------------------------
 
 
 @frozen
@@ -163,7 +65,7 @@ class ToyAdapter:
     """``DistillAdapter`` of toy models. A condition is ``{"text": [B, TEXT_DIM]}``."""
 
     bundle: ModelBundle
-    config: ToyConfig = ToyConfig()
+    config: ToyConfig = field(factory=ToyConfig)
     capabilities: Capabilities = CAPABILITIES
     calls: list[ToyCall] = field(factory=list)
     _past: dict[tuple[str, str], list[Tensor]] = field(factory=dict)
@@ -571,240 +473,3 @@ def _one_a_row(generators: RowGenerators | None, noise: Tensor) -> RowGenerators
         count = "no" if generators is None else str(len(generators))
         raise ContractError(f"{count} generators for {len(noise)} rows; there must be one a row")
     return generators
-
-
-# -- family -----------------------------------------------------------------------------------
-
-
-class ToyFamily(FamilyPlugin[ToyConfig]):
-    """Toy models. The path of a role is any text; its weights are a function of it and the seed."""
-
-    name: ClassVar[str] = "toy"
-    help: ClassVar[str] = "networks of a thousand weights, for tests"
-    contract: ClassVar[int] = CONTRACT_VERSION
-    config_class: ClassVar[type] = ToyConfig
-
-    def capabilities(self, config: ToyConfig) -> Capabilities:
-        if not config.causal_roles:
-            return CAPABILITIES
-        return evolve(
-            CAPABILITIES,
-            supports_kv_cache=True,
-            supports_teacher_forcing=True,
-            causal_roles=config.causal_roles,
-        )
-
-    def role_options(self, config: ToyConfig) -> tuple[str, ...]:
-        return ("heads",)
-
-    def export_formats(self) -> Mapping[str, str]:
-        return {"toy": "model.safetensors and sampler.json"}
-
-    def role_problems(self, role: RoleSpec, config: ToyConfig) -> Iterable[Problem]:
-        return ()
-
-    def latent_shape(self, config: ToyConfig, *, source: str) -> tuple[int, int, int, int]:
-        return LATENT_SHAPE
-
-    def latent_tokens(self, config: ToyConfig, *, source: str) -> int:
-        return math.prod(LATENT_SHAPE[1:])
-
-    def condition_shapes(self, config: ToyConfig, *, source: str) -> Mapping[str, tuple[int, ...]]:
-        return {"text": (TEXT_DIM,)}
-
-    def fingerprint(self, config: ToyConfig, *, source: str) -> Fingerprint:
-        return {**LATENT_FINGERPRINT, **CONDITION_FINGERPRINT}
-
-    def plan(self, role: RoleSpec, config: ToyConfig) -> RolePlan:
-        plans = [
-            ModulePlan(
-                name=key,
-                architecture=type(module).__name__,
-                tensors=tuple(
-                    TensorPlan(
-                        name=name,
-                        shape=tuple(parameter.shape),
-                        dtype=parameter.dtype,
-                        trained=role.trainable,
-                    )
-                    for name, parameter in module.named_parameters()
-                ),
-            )
-            for key, module in _build_modules(role).items()
-        ]
-        return RolePlan(role=role.name, source=role.path, modules=tuple(plans), present=True)
-
-    def load(
-        self,
-        roles: Sequence[RoleSpec],
-        config: ToyConfig,
-        *,
-        device: torch.device,
-        seed: int = 0,
-        weights: Mapping[str, Mapping[str, WeightSource]] = EMPTY,
-        shard: Callable[[RoleHandle], None] = lambda role: None,
-    ) -> ModelBundle:
-        handles = {}
-        for spec in roles:
-            handle = RoleHandle(
-                name=spec.name,
-                modules=_draw_modules(spec, seed),
-                trainable=spec.trainable,
-                precision=spec.precision,
-                discriminator=spec.heads,
-            )
-            for key, source in weights.get(spec.name, {}).items():
-                _fill_module(handle.modules[key], source)
-            shard(handle)
-            handles[spec.name] = handle
-        return ModelBundle(handles)
-
-    def weights(self, path: str) -> Mapping[str, WeightSource]:
-        spec = RoleSpec(name="weights", path=path, trainable=False)
-        modules = _draw_modules(spec, seed=0)
-        return {key: TensorWeights(path, module.state_dict()) for key, module in modules.items()}
-
-    def adapter(self, bundle: ModelBundle, config: ToyConfig, *, source: str) -> ToyAdapter:
-        missing = sorted(config.causal_roles - bundle.roles.keys())
-        if missing:
-            raise ContractError(f"causal_roles names {missing}, which are no roles of the run")
-        return ToyAdapter(bundle, config, self.capabilities(config))
-
-    def exporter(self, config: ToyConfig, *, source: str) -> Exporter:
-        return ToyExporter()
-
-
-def _build_modules(spec: RoleSpec) -> dict[str, nn.Module]:
-    """Modules on the meta device, so that their constructors draw from no generator."""
-    with torch.device("meta"):
-        if spec.heads is not None:
-            return {"heads": ToyHeads(len(spec.heads.blocks))}
-        return {"transformer": ToyNet()}
-
-
-def _draw_modules(spec: RoleSpec, seed: int) -> dict[str, nn.Module]:
-    modules = {key: module.to_empty(device="cpu") for key, module in _build_modules(spec).items()}
-    generator = torch.Generator().manual_seed(derive_seed(seed, "toy", spec.path))
-    with torch.no_grad():
-        for module in modules.values():
-            for parameter in module.parameters():
-                parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
-    return modules
-
-
-def _fill_module(module: nn.Module, source: WeightSource) -> None:
-    names = module.state_dict().keys()
-    wrong = sorted(names ^ source.describe().keys())
-    if wrong:
-        raise WeightsError(f"{source.where}: {', '.join(wrong)} are missing or unexpected")
-    module.load_state_dict(source.read(names))
-
-
-class ToyExporter:
-    """Writes one safetensors file, and the sampler as JSON."""
-
-    def export(
-        self,
-        role: RoleSpec,
-        weights: Mapping[str, WeightSource],
-        folder: Path,
-        request: ExportRequest,
-    ) -> ExportRecord:
-        source = weights["transformer"]
-        folder.mkdir(parents=True)
-        infos: Mapping[str, TensorInfo] = source.describe()
-        write_safetensors(
-            folder / "model.safetensors", infos, lambda name: source.read([name])[name]
-        )
-        sampler = {"steps": request.sampler.steps, "stochastic": request.sampler.stochastic}
-        (folder / "sampler.json").write_text(json.dumps(sampler))
-        return {"notes": []}
-
-    def verify(
-        self,
-        role: RoleSpec,
-        weights: Mapping[str, WeightSource],
-        folder: Path,
-        request: ExportRequest,
-    ) -> ExportRecord:
-        source = weights["transformer"]
-        expected = source.read(source.describe())
-        data = (folder / "model.safetensors").read_bytes()
-        missing = [
-            name
-            for name, tensor in expected.items()
-            if tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() not in data
-        ]
-        if missing:
-            raise WeightsError(f"{folder}: {', '.join(missing)} differ from the weights")
-        return {"notes": []}
-
-
-# -- parts of a method's test -----------------------------------------------------------------
-
-
-@frozen
-class ToyConditioning:
-    """A provider whose negative condition is not zero, or one that has none."""
-
-    has_negative: bool = True
-
-    def negative(self) -> Condition:
-        if not self.has_negative:
-            raise ConditioningError("this run has no negative condition")
-        return Condition({"text": torch.full((1, TEXT_DIM), -0.5)})
-
-    def encode(self, prompts: Sequence[str], images: Tensor | None = None) -> Condition:
-        return Condition({"text": torch.zeros(len(prompts), TEXT_DIM)})
-
-
-def toy_models(
-    needs: Sequence[RoleNeed], *, seed: int = 0, causal_roles: Iterable[str] = ()
-) -> tuple[ToyAdapter, ModelBundle]:
-    """Roles as a method needs them, each with weights of its own, and optimizers of those that
-    are trained.
-
-    Args:
-        needs: ``MethodConfig.roles``; a discriminator reads the first of its ``features_of``.
-    """
-    config = ToyConfig(causal_roles=causal_roles)
-    specs = [
-        RoleSpec(
-            name=need.name,
-            path=need.name,
-            trainable=need.trainable,
-            heads=DiscriminatorSpec(on=need.features_of[0], blocks=(0,))
-            if need.features_of
-            else None,
-        )
-        for need in needs
-    ]
-    family = ToyFamily()
-    bundle = family.load(specs, config, device=torch.device("cpu"), seed=seed)
-    for role in bundle.roles.values():
-        add_optimizers(role)
-    return family.adapter(bundle, config, source="toy"), bundle
-
-
-def add_optimizers(role: RoleHandle, *, lr: float = 1e-3, decay: float = 0.98) -> None:
-    """Give each trained module an AdamW, whose learning rate is multiplied by ``decay`` at every
-    step."""
-    for key in role.modules if role.trainable else ():
-        optimizer = torch.optim.AdamW(role.trained_parameters(key).values(), lr=lr)
-        role.optimizers[key] = optimizer
-        role.schedulers[key] = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)
-
-
-def toy_batch(size: int, seed: int = 0, *, levels: int = 0) -> Batch:
-    """Random latents and texts; row n is the same in a batch of any size.
-
-    Args:
-        levels: states of a teacher's trajectory that each sample holds.
-    """
-    rows = RowGenerators.seeded(seed, "toy.batch", range(size))
-    return Batch(
-        latents=rows.normal(LATENT_SHAPE),
-        cond=Condition({"text": rows.normal((TEXT_DIM,))}),
-        ids=tuple(f"sample-{i}" for i in range(size)),
-        trajectory=rows.normal((levels, *LATENT_SHAPE)) if levels else None,
-    )
