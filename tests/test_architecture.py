@@ -33,6 +33,7 @@ LIGHT = (
     "distill_train.cli",
     "distill_export.cli",
     "distill_migrate.cli",
+    "distill_preprocess.cli",
     "distill_trajectories.cli",
 )
 

@@ -46,6 +46,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "distill-trainer": ("trainer",),
     "export": ("export_app",),
     "migrate": ("migrate_app",),
+    "preprocess": ("preprocess_app",),
     "train": ("app",),
     "trajectories": ("trajectories_app",),
 }

@@ -14,7 +14,7 @@ from distill_conditioning import (
     ShardRows,
     TrajectoryFolder,
     dataset_info,
-    trajectories,
+    settings,
 )
 from distill_protocols import Condition, DataError
 from toy_data import FINGERPRINT, SHAPE, embedding, write_dataset
@@ -186,13 +186,13 @@ def test_a_damaged_shard_is_named(tmp_path):
 
 def test_of_two_processes_that_start_at_once_one_is_refused(tmp_path, monkeypatch):
     """Both have seen that there are no settings yet, and the other one's come first."""
-    write = trajectories.write_new_text
+    write = settings.write_new_text
 
     def beaten(path: Path, text: str) -> bool:
         write(path, json.dumps({**SETTINGS, "seed": 1}))
         return write(path, text)
 
-    monkeypatch.setattr(trajectories, "write_new_text", beaten)
+    monkeypatch.setattr(settings, "write_new_text", beaten)
     with pytest.raises(DataError, match="seed was 1 and is 0"):
         folder(tmp_path / "a")
     assert json.loads((tmp_path / "a" / "trajectories.json").read_text())["seed"] == 1

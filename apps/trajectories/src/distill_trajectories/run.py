@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from attrs import define, evolve, frozen
+from attrs import define, evolve
 from distill_checkpoint import read_start_weights
 from distill_conditioning import (
     CachedConditioning,
@@ -20,38 +18,13 @@ from distill_conditioning import (
 )
 from distill_protocols import Condition, DistillAdapter, RowGenerators
 from distill_runfile import SampledConfig, to_plain
-from distill_runtime import claim_folder, device_type, sigterm_as_interrupt
+from distill_runfile.progress import Progress
+from distill_runtime import Worker, claim_folder, sigterm_as_interrupt
 from torch import Tensor
-from tqdm import tqdm
 
 from distill_trajectories.config import TrajectoriesConfig
 
 _log = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_LINES = 10.0
-
-
-@frozen
-class Worker:
-    """One of the processes that make the same data set: every ``size``-th shard is its own.
-
-    They do not talk: a shard is a file, and whoever finds all of them there writes the index.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @classmethod
-    def of_this_process(cls) -> Worker:
-        """Read its number from torchrun; one alone without it."""
-        rank, size = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
-        return cls(rank, size, int(os.environ.get("LOCAL_RANK", "0")))
-
-    def device(self) -> torch.device:
-        """Choose its accelerator, or the CPU."""
-        kind = device_type()
-        return torch.device(kind, self.local_rank) if kind == "cuda" else torch.device(kind)
 
 
 def run(config: SampledConfig[TrajectoriesConfig]) -> bool:
@@ -115,7 +88,7 @@ def _make(
     _log.info("%s", _opening(config, own, folder, worker, missing, device))
     for note in config.notes:
         _log.info("%s", note)
-    progress = Progress(total=sum(len(folder.span(shard)) for shard in missing))
+    progress = Progress(sum(len(folder.span(shard)) for shard in missing), "clips", _log)
     for shard in missing:
         rows = ShardRows()
         span = folder.span(shard)
@@ -180,30 +153,6 @@ class Teacher:
         )
         kept = torch.stack([states[step] for step in self.config.steps], dim=1)
         return self.adapter.denormalize_latents(clean).cpu(), kept
-
-
-@define(eq=False)
-class Progress:
-    """Lines that say how far this process is, and how long it will take."""
-
-    total: int
-    done: int = 0
-    began: float = 0.0
-    last_line: float = 0.0
-
-    def __attrs_post_init__(self) -> None:
-        self.began = self.last_line = time.monotonic()
-
-    def advance(self, count: int) -> None:
-        """Count clips that were made, and print the count from time to time."""
-        self.done += count
-        now = time.monotonic()
-        if now - self.last_line < SECONDS_BETWEEN_LINES and self.done < self.total:
-            return
-        self.last_line = now
-        each = (now - self.began) / self.done
-        left = tqdm.format_interval(each * (self.total - self.done))
-        _log.info("%d/%d clips, %.3g s each, %s left", self.done, self.total, each, left)
 
 
 def settings(config: SampledConfig[TrajectoriesConfig], source: LatentDataset) -> dict[str, object]:

@@ -17,13 +17,14 @@ from distill_conditioning.format import DatasetIndex, SampleShape, ShardEntry
 if TYPE_CHECKING:
     from distill_conditioning.loader import LatentLoader
     from distill_conditioning.preprocessing import ClipEncoder, preprocess
-    from distill_conditioning.provider import CachedConditioning
+    from distill_conditioning.provider import CachedConditioning, ConditionCache
     from distill_conditioning.reading import LatentDataset, StoredNegative
     from distill_conditioning.trajectories import TrajectoryFolder
+    from distill_conditioning.units import ItemKey, ReportLine, Summary, UnitFolder, UnitRecord
     from distill_conditioning.writing import ShardRows, ShardWriter
 
 _LAZY = {
-    "CachedConditioning": "provider",
+    **dict.fromkeys(["CachedConditioning", "ConditionCache"], "provider"),
     "ClipEncoder": "preprocessing",
     "LatentDataset": "reading",
     "LatentLoader": "loader",
@@ -32,12 +33,14 @@ _LAZY = {
     "StoredNegative": "reading",
     "TrajectoryFolder": "trajectories",
     "preprocess": "preprocessing",
+    **dict.fromkeys(["ItemKey", "ReportLine", "Summary", "UnitFolder", "UnitRecord"], "units"),
 }
 
 __all__ = [
     "CachedConditioning",
     "ClipEncoder",
     "Comparison",
+    "ConditionCache",
     "ConditioningConfig",
     "DataConfig",
     "DataInfo",
@@ -45,14 +48,19 @@ __all__ = [
     "DatasetIndex",
     "DatasetInfo",
     "Difference",
+    "ItemKey",
     "LatentDataset",
     "LatentLoader",
+    "ReportLine",
     "SampleShape",
     "ShardEntry",
     "ShardRows",
     "ShardWriter",
     "StoredNegative",
+    "Summary",
     "TrajectoryFolder",
+    "UnitFolder",
+    "UnitRecord",
     "compare_fingerprints",
     "data_info",
     "dataset_info",

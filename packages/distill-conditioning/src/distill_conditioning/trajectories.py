@@ -6,13 +6,10 @@ the rest is made, by any number of processes, and the end is the same, byte for 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from distill_protocols import WHOLE_ENCODER, Condition, DataError, Fingerprint
-from distill_runtime import UnreadableFileError, read_json
+from distill_protocols import WHOLE_ENCODER, Condition, Fingerprint
 from torch import Tensor
 
 from distill_conditioning.format import (
@@ -26,6 +23,7 @@ from distill_conditioning.format import (
     shard_file,
     split_fingerprint,
 )
+from distill_conditioning.settings import claim_settings
 from distill_conditioning.writing import (
     DTYPES,
     LatentDtype,
@@ -33,7 +31,6 @@ from distill_conditioning.writing import (
     check_finite,
     shard_entry,
     write_constants,
-    write_new_text,
     write_text,
 )
 
@@ -71,13 +68,13 @@ class TrajectoryFolder:
         dtype: LatentDtype,
     ) -> None:
         self.folder = Path(folder)
-        self._settings = json.loads(json.dumps(settings))  # as it will be read back
         self._times = tuple(times)
         self._samples = samples
         self._per_shard = samples_per_shard
         self._ids = ids
         self._dtype: LatentDtype = dtype
-        self._claim()
+        foreign = ["shard-*.safetensors", INDEX_FILE]
+        claim_settings(self.folder, SETTINGS_FILE, settings, foreign=foreign)
 
     @property
     def shards(self) -> int:
@@ -174,53 +171,3 @@ class TrajectoryFolder:
             return None
         ids = read_texts(file, read_metadata(file), "ids")
         return len(ids) if len(ids) >= len(self.span(shard)) else None
-
-    def _claim(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / SETTINGS_FILE
-        if file.exists():
-            self._compare(file)
-            return
-        old = [*self.folder.glob("shard-*.safetensors"), *self.folder.glob(INDEX_FILE)]
-        if old:
-            raise DataError(
-                f"{self.folder}: holds {old[-1].name}, but no {SETTINGS_FILE}, so it is another "
-                "data set, and shards of two could not be distinguished. Name a new folder."
-            )
-        text = json.dumps(self._settings, indent=1, ensure_ascii=False) + "\n"
-        if not write_new_text(file, text):  # another process has begun this very moment
-            self._compare(file)
-
-    def _compare(self, file: Path) -> None:
-        try:
-            settings = read_json(file)
-        except UnreadableFileError as error:
-            raise DataError(
-                f"{error}, so the settings of the shards beside it are unknown. Name a new folder."
-            ) from error
-        then, now = _flatten(settings), _flatten(self._settings)
-        differences = [
-            f"{key} was {_json(then, key)} and is {_json(now, key)}"
-            for key in dict.fromkeys([*then, *now])
-            if _json(then, key) != _json(now, key)
-        ]
-        if differences:
-            raise DataError(
-                f"{self.folder}: was made with other settings: {'; '.join(differences)}. Samples "
-                "of two settings in one data set could not be distinguished. Put them back as they "
-                "were, or name a new folder."
-            )
-
-
-def _flatten(value: Any, path: str = "") -> dict[str, object]:
-    if not isinstance(value, dict):
-        return {path: value}
-    return {
-        key: item
-        for name, inner in value.items()
-        for key, item in _flatten(inner, f"{path}.{name}" if path else name).items()
-    }
-
-
-def _json(values: Mapping[str, object], key: str) -> str:
-    return json.dumps(values[key], ensure_ascii=False) if key in values else "not there"

@@ -17,7 +17,14 @@ from distill_media.scene_cuts import read_scene_cuts
 from distill_media.sources import read_items
 
 if TYPE_CHECKING:
-    from distill_media.clips import MediaClip, read_clips
+    from distill_media.clips import (
+        MediaClip,
+        PlannedClip,
+        decode_clips,
+        group_clips,
+        plan_clips,
+        read_clips,
+    )
     from distill_media.inspection import find_notes
 
 __all__ = [
@@ -29,14 +36,24 @@ __all__ = [
     "MediaItem",
     "MediaPlace",
     "NoBucketError",
+    "PlannedClip",
     "SourceConfig",
     "choose_bucket",
+    "decode_clips",
     "find_notes",
+    "group_clips",
+    "plan_clips",
     "read_clips",
     "read_items",
     "read_scene_cuts",
 ]
 
-_LAZY = {"MediaClip": "clips", "read_clips": "clips", "find_notes": "inspection"}
+_LAZY = {
+    **dict.fromkeys(
+        ["MediaClip", "PlannedClip", "decode_clips", "group_clips", "plan_clips", "read_clips"],
+        "clips",
+    ),
+    "find_notes": "inspection",
+}
 
 __getattr__ = lazy_exports(__name__, _LAZY)

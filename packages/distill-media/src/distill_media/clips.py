@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from attrs import frozen
 
-from distill_media.buckets import ClipShape, NoBucketError, choose_bucket, frame_for
+from distill_media.buckets import ClipShape, Framing, NoBucketError, choose_bucket, frame_for
 from distill_media.config import CutConfig
 from distill_media.errors import MediaError
 from distill_media.items import MediaItem, MediaPlace
-from distill_media.pictures import frame_picture, read_picture
+from distill_media.pictures import frame_picture, read_picture, read_picture_size
 from distill_media.timing import find_gaps, frame_numbers, frames_in, split_scenes, starts
-from distill_media.video import VideoError, VideoInfo, read_frames, read_info
+from distill_media.video import VideoError, VideoInfo, Wanted, read_frames, read_info
+
+CLIPS_A_PASS = 4
+"""That are decoded together, and so in memory together."""
 
 
 @frozen(kw_only=True, eq=False)
@@ -34,82 +38,135 @@ class MediaClip:
     notes: tuple[str, ...] = ()
 
 
+@frozen(kw_only=True, eq=False)
+class PlannedClip:
+    """A clip that is known, and not decoded yet.
+
+    Attributes:
+        numbers: of the video's frames that make it; of a picture none.
+        info: None of a picture.
+    """
+
+    item: MediaItem
+    place: MediaPlace
+    id: str
+    shape: ClipShape
+    numbers: tuple[int, ...] = ()
+    info: VideoInfo | None = None
+
+
 def read_clips(
     item: MediaItem,
     buckets: Sequence[ClipShape],
     cut: CutConfig,
     *,
     scene_cuts: Mapping[str, Sequence[float]] | None = None,
-    threads: int = 1,
 ) -> Iterator[MediaClip]:
     """Yield the clips of ``item``, decoding each when it is asked for.
 
     Args:
         scene_cuts: seconds by the item's id.
-        threads: of the decoder.
 
     Raises:
         MediaError: with the item's id and the reason. A video that is damaged in its middle may
             have given clips before.
     """
+    planned = plan_clips(item, buckets, cut, scene_cuts=scene_cuts)
+    for group in group_clips(planned):
+        yield from decode_clips(group, cut)
+
+
+def plan_clips(
+    item: MediaItem,
+    buckets: Sequence[ClipShape],
+    cut: CutConfig,
+    *,
+    scene_cuts: Mapping[str, Sequence[float]] | None = None,
+) -> list[PlannedClip]:
+    """Choose the clips of ``item`` by its frames' times and size: one, or more.
+
+    Raises:
+        MediaError: as ``read_clips``.
+    """
     if item.problem is not None:
         raise MediaError(item.id, item.problem)
     if item.place is None:
         raise MediaError(item.id, "it is a prompt without a clip")
-    try:
+    with _naming(item):
         if item.place.is_picture:
-            yield _picture(item, item.place, buckets, cut)
-        else:
-            cuts = (scene_cuts or {}).get(item.id, ())
-            yield from _videos(item, item.place, buckets, cut, cuts, threads)
+            height, width = read_picture_size(item.place, cut.max_pixels)
+            shape = choose_bucket(1, height, width, buckets, upscale=cut.upscale)
+            return [PlannedClip(item=item, place=item.place, id=item.id, shape=shape)]
+        info = read_info(item.place, cut.max_pixels)
+        cuts = (scene_cuts or {}).get(item.id, ())
+        return [
+            PlannedClip(
+                item=item,
+                place=item.place,
+                id=item.id if count == 0 else f"{item.id}#{count + 1}",
+                shape=shape,
+                numbers=tuple(numbers),
+                info=info,
+            )
+            for count, (shape, numbers) in enumerate(_windows(item, info, buckets, cut, cuts))
+        ]
+
+
+def group_clips(planned: Sequence[PlannedClip]) -> list[list[PlannedClip]]:
+    """Divide the clips of an item into groups that are decoded in one pass each.
+
+    Decoding begins at a key frame, which may be hundreds of frames before a clip.
+    """
+    return [list(planned[i : i + CLIPS_A_PASS]) for i in range(0, len(planned), CLIPS_A_PASS)]
+
+
+def decode_clips(
+    planned: Sequence[PlannedClip], cut: CutConfig, *, threads: int = 1
+) -> list[MediaClip]:
+    """Decode clips of one item in one pass.
+
+    Args:
+        threads: of the decoder.
+
+    Raises:
+        MediaError: as ``read_clips``.
+    """
+    first = planned[0]
+    with _naming(first.item):
+        if first.info is None:
+            pixels, notes = read_picture(first.place, cut.max_pixels)
+            frames = frame_picture(pixels, _framing(first, pixels.shape[0], pixels.shape[1], cut))
+            return [MediaClip(id=first.id, shape=first.shape, frames=frames, notes=notes)]
+        info = first.info
+        wanted = [
+            Wanted(clip.numbers, _framing(clip, info.height, info.width, cut)) for clip in planned
+        ]
+        results = read_frames(first.place, info, wanted, max_pixels=cut.max_pixels, threads=threads)
+    return [
+        MediaClip(
+            id=clip.id,
+            shape=clip.shape,
+            frames=frames,
+            start=info.timeline.times[clip.numbers[0]],
+            notes=info.notes,
+        )
+        for clip, frames in zip(planned, results, strict=True)
+    ]
+
+
+def _framing(clip: PlannedClip, height: float, width: float, cut: CutConfig) -> Framing:
+    return frame_for(clip.shape, height, width, crop=cut.crop, seed=cut.seed, name=clip.id)
+
+
+@contextlib.contextmanager
+def _naming(item: MediaItem) -> Iterator[None]:
+    """Give reasons the item's name."""
+    try:
+        yield
     except (VideoError, NoBucketError) as error:
         raise MediaError(item.id, str(error)) from error
     except OSError as error:
         raise MediaError(item.id, f"it cannot be read ({error.strerror or error})") from error
-
-
-def _picture(
-    item: MediaItem, place: MediaPlace, buckets: Sequence[ClipShape], cut: CutConfig
-) -> MediaClip:
-    pixels, notes = read_picture(place, cut.max_pixels)
-    height, width = pixels.shape[:2]
-    shape = choose_bucket(1, height, width, buckets, upscale=cut.upscale)
-    framing = frame_for(shape, height, width, crop=cut.crop, seed=cut.seed, name=item.id)
-    return MediaClip(id=item.id, shape=shape, frames=frame_picture(pixels, framing), notes=notes)
-
-
-@frozen
-class _Window:
-    """Frames of a video that make one clip."""
-
-    shape: ClipShape
-    numbers: list[int]
-
-
-def _videos(
-    item: MediaItem,
-    place: MediaPlace,
-    buckets: Sequence[ClipShape],
-    cut: CutConfig,
-    cuts: Sequence[float],
-    threads: int,
-) -> Iterator[MediaClip]:
-    info = read_info(place, cut.max_pixels)
-    for count, window in enumerate(_windows(item, info, buckets, cut, cuts)):
-        name = item.id if count == 0 else f"{item.id}#{count + 1}"
-        framing = frame_for(
-            window.shape, info.height, info.width, crop=cut.crop, seed=cut.seed, name=name
-        )
-        frames = read_frames(
-            place, info, window.numbers, framing, max_pixels=cut.max_pixels, threads=threads
-        )
-        yield MediaClip(
-            id=name,
-            shape=window.shape,
-            frames=frames,
-            start=info.timeline.times[window.numbers[0]],
-            notes=info.notes,
-        )
 
 
 def _windows(
@@ -118,8 +175,10 @@ def _windows(
     buckets: Sequence[ClipShape],
     cut: CutConfig,
     cuts: Sequence[float],
-) -> list[_Window]:
-    """Choose the clips of a video; scenes that are too short for every bucket give none.
+) -> list[tuple[ClipShape, list[int]]]:
+    """Choose the clips of a video, each by its shape and the numbers of its frames.
+
+    Scenes that are too short for every bucket give none.
 
     Raises:
         NoBucketError: no scene is long and large enough.
@@ -132,7 +191,7 @@ def _windows(
             "Correct start and end"
         )
     counts = [frames_in(scene, info.timeline, cut.fps) for scene in scenes]
-    windows: list[_Window] = []
+    windows: list[tuple[ClipShape, list[int]]] = []
     for scene, available in zip(scenes, counts, strict=True):
         try:
             shape = choose_bucket(available, info.height, info.width, buckets, upscale=cut.upscale)
@@ -140,7 +199,7 @@ def _windows(
             continue
         for start in starts(available, shape.frames, cut):
             numbers = frame_numbers(scene, info.timeline, cut.fps, start, shape.frames)
-            windows.append(_Window(shape, numbers))
+            windows.append((shape, numbers))
     if not windows:
         choose_bucket(max(counts), info.height, info.width, buckets, upscale=cut.upscale)
     return windows[:1] if cut.take == "head" else windows[: cut.count]

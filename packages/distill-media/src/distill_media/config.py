@@ -108,7 +108,8 @@ class CutConfig:
     Attributes:
         fps: frames a second that the model was trained on (Wan 2.1: 16; Wan 2.2 TI2V-5B and LTX:
             24). Other rates are resampled by time: of each moment the nearest frame. ``keep``:
-            every frame, whatever its time.
+            every frame, whatever its time. None stands for the model's rate, which this package
+            does not know, and is taken as ``keep``.
         take: ``head``: the first clip of a video; ``uniform``: ``count`` clips, evenly spread from
             its beginning to its end; ``windows``: one after the other, each ``stride`` frames
             after the last one.
@@ -123,7 +124,7 @@ class CutConfig:
         max_pixels: of one frame; a larger one is refused before memory is taken for it.
     """
 
-    fps: float | Literal["keep"] = field(default="keep", validator=_check_rate)
+    fps: float | Literal["keep"] | None = field(default=None, validator=optional(_check_rate))
     take: Literal["head", "uniform", "windows"] = field(
         default="head", validator=in_(("head", "uniform", "windows"))
     )

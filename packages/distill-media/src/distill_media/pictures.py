@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+import contextlib
+from collections.abc import Iterator
 
 import av
 import numpy as np
@@ -13,7 +14,22 @@ from distill_media.items import MediaPlace
 from distill_media.orientation import UPRIGHT
 from distill_media.video import VideoError, to_rgb
 
+_ORIENTATION = 0x0112
+"""Of EXIF: how the picture is turned; from 5 on, rows are shown as columns."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+
+
+def read_picture_size(place: MediaPlace, max_pixels: int) -> tuple[int, int]:
+    """Read height and width of a picture as it is shown; nothing is decoded.
+
+    Raises:
+        VideoError: as ``read_picture``.
+        OSError: the file cannot be opened.
+    """
+    with _open_picture(place, max_pixels) as image:
+        width, height = image.size
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
 
 
 def read_picture(place: MediaPlace, max_pixels: int) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -23,22 +39,25 @@ def read_picture(place: MediaPlace, max_pixels: int) -> tuple[np.ndarray, tuple[
         VideoError: it is damaged, too large, or no picture.
         OSError: the file cannot be opened.
     """
+    with _open_picture(place, max_pixels) as image:
+        return _to_array(ImageOps.exif_transpose(image))
+
+
+@contextlib.contextmanager
+def _open_picture(place: MediaPlace, max_pixels: int) -> Iterator[Image.Image]:
     with place.open() as file:
         if not file.read(1):
             raise VideoError("it is empty (0 bytes). Copy it again, or remove it")
         file.seek(0)
         try:
-            with (
-                warnings.catch_warnings(action="ignore"),
-                Image.open(file, formats=_FORMATS) as img,
-            ):
+            with Image.open(file, formats=_FORMATS) as img:
                 width, height = img.size  # of the header: nothing is decoded yet
                 if width * height > max_pixels:
                     raise VideoError(
                         f"it is {width} x {height}, more than the {max_pixels:,} pixels that are "
                         "read. Scale it down, or raise max_pixels"
                     )
-                return _to_array(ImageOps.exif_transpose(img))
+                yield img
         except UnidentifiedImageError as error:
             raise VideoError(
                 f"it is no picture that can be read ({', '.join(_FORMATS)}). Convert or remove it"

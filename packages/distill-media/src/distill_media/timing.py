@@ -79,10 +79,10 @@ def find_gaps(timeline: Timeline) -> list[float]:
     return [timeline.times[n + 1] for n, step in enumerate(steps) if step >= longest]
 
 
-def frames_in(scene: Scene, timeline: Timeline, fps: float | Literal["keep"]) -> int:
+def frames_in(scene: Scene, timeline: Timeline, fps: float | Literal["keep"] | None) -> int:
     """Count the frames that ``scene`` gives at ``fps``."""
     first, last = _span(scene, timeline)
-    if fps == "keep":
+    if fps == "keep" or fps is None:
         return last - first
     # As long as the scene lasts, and as long as there is a frame of its own to show.
     lasting = int((scene.end - scene.start) * fps + _SLACK)
@@ -104,11 +104,11 @@ def starts(available: int, length: int, cut: CutConfig) -> list[int]:
 
 
 def frame_numbers(
-    scene: Scene, timeline: Timeline, fps: float | Literal["keep"], start: int, length: int
+    scene: Scene, timeline: Timeline, fps: float | Literal["keep"] | None, start: int, length: int
 ) -> list[int]:
     """Number the video's frames that make a clip: ``length`` at ``fps`` from the ``start``-th."""
     first, last = _span(scene, timeline)
-    if fps == "keep":
+    if fps == "keep" or fps is None:
         return list(range(first + start, first + start + length))
     times: Iterator[float] = (scene.start + (start + k) / fps for k in range(length))
     return [min(max(timeline.nearest(time), first), last - 1) for time in times]

@@ -6,6 +6,7 @@ library open whatever files and addresses stand in it.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -136,45 +137,74 @@ def read_info(place: MediaPlace, max_pixels: int) -> VideoInfo:
     )
 
 
+@frozen
+class Wanted:
+    """The frames of one clip.
+
+    Attributes:
+        places: among ``VideoInfo.numbers``, never falling; the same one may stand several times.
+    """
+
+    places: Sequence[int]
+    framing: Framing
+
+
 def read_frames(
     place: MediaPlace,
     info: VideoInfo,
-    wanted: Sequence[int],
-    framing: Framing,
+    clips: Sequence[Wanted],
     *,
     max_pixels: int,
     threads: int = 1,
-) -> np.ndarray:
-    """Decode frames and bring each to the size of ``framing``.
-
-    Args:
-        wanted: places among ``info.numbers``, never falling; the same one may stand several times.
+) -> list[np.ndarray]:
+    """Decode the frames of some clips in one pass, and bring each to the size of its framing.
 
     Returns:
-        [F, H, W, 3] uint8, RGB.
+        for each clip [F, H, W, 3] uint8, RGB.
 
     Raises:
         VideoError: a frame is damaged or missing.
     """
-    numbers = [info.numbers[place] for place in wanted]
-    result = np.empty((len(wanted), framing.height, framing.width, 3), np.uint8)
+    results = [
+        np.empty((len(clip.places), clip.framing.height, clip.framing.width, 3), np.uint8)
+        for clip in clips
+    ]
+    targets = sorted(
+        _Target(info.numbers[place], row, clip.framing, result)
+        for clip, result in zip(clips, results, strict=True)
+        for row, place in enumerate(clip.places)
+    )
 
     def decode(*, seek: bool) -> int:
         with open_video(place, max_pixels, threads) as (container, stream):
-            if seek and not _seek(container, numbers[0]):
+            if seek and not _seek(container, targets[0].number):
                 return 0
-            return _fill(result, container, stream, info, numbers, framing, seeked=seek)
+            return _fill(targets, container.decode(stream), info, seeked=seek)
 
-    can_seek = info.stamped and numbers[0] > info.numbers[0]
-    if can_seek and decode(seek=True) == len(numbers):
-        return result
+    can_seek = info.stamped and targets[0].number > info.numbers[0]
+    if can_seek and decode(seek=True) == len(targets):
+        return results
     done = decode(seek=False)
-    if done < len(numbers):
+    if done < len(targets):
+        lost = bisect.bisect_left(info.numbers, targets[done].number)
         raise VideoError(
-            f"its frame {wanted[done]} of {len(info.numbers)} cannot be decoded: it ends there, or "
-            "is damaged. Copy it again, or remove it"
+            f"its frame {lost} of {len(info.numbers)} cannot be decoded: it ends there, or is "
+            "damaged. Copy it again, or remove it"
         )
-    return result
+    return results
+
+
+@frozen(order=False, eq=False)
+class _Target:
+    """Where one frame goes."""
+
+    number: int
+    row: int
+    framing: Framing
+    result: np.ndarray
+
+    def __lt__(self, other: _Target) -> bool:
+        return self.number < other.number
 
 
 def to_rgb(
@@ -220,13 +250,13 @@ def _explained() -> Iterator[None]:
     """Turn the library's errors into reasons."""
     try:
         yield
-    except (av.error.InvalidDataError, av.error.ArgumentError) as error:
+    except av.error.DecoderNotFoundError as error:
+        raise VideoError("nothing here decodes its codec. Convert it to H.264") from error
+    except av.error.FFmpegError as error:
         raise VideoError(
             "it is no video that can be read, or it is damaged (its beginning or its index is "
             f"missing; {error.strerror}). Copy it again, or remove it"
         ) from error
-    except av.error.FFmpegError as error:
-        raise VideoError(f"it cannot be decoded ({error.strerror}). Convert it to H.264") from error
     except (MemoryError, OverflowError) as error:
         raise VideoError(f"it asks for more memory than there is ({error})") from error
 
@@ -301,49 +331,38 @@ def _seek(container: InputContainer, stamp: int) -> bool:
 
 
 def _fill(
-    result: np.ndarray,
-    container: InputContainer,
-    stream: VideoStream,
-    info: VideoInfo,
-    numbers: Sequence[int],
-    framing: Framing,
-    *,
-    seeked: bool,
+    targets: Sequence[_Target], frames: Iterator[VideoFrame], info: VideoInfo, *, seeked: bool
 ) -> int:
-    """Decode until all of ``numbers`` are there; return how many are.
+    """Decode until all of ``targets`` are there; return how many are.
 
     Of each number the nearest decoded frame is taken, as some packets give no frame.
     """
-    gap = (info.numbers[-1] - info.numbers[0]) / max(1, len(info.numbers) - 1)
-    done, before, pixels = 0, None, None
-    for place, frame in enumerate(container.decode(stream)):
-        number = place if not info.stamped else frame.pts
+    reach = 1.5 * (info.numbers[-1] - info.numbers[0]) / max(1, len(info.numbers) - 1)
+    done = 0
+    before: tuple[int, VideoFrame] | None = None
+    for place, frame in enumerate(frames):
+        number = frame.pts if info.stamped else place
         if number is None:
             continue
-        if before is None and seeked and number > numbers[0]:
+        if before is None and seeked and number > targets[0].number:
             return 0  # behind what was asked for, as containers without an index do
-        while done < len(numbers) and numbers[done] <= number:
-            wanted = numbers[done]
-            chosen = frame
-            if before is not None and wanted - before[0] < number - wanted:
-                number_chosen, chosen = before
-            else:
-                number_chosen = number
-            if abs(number_chosen - wanted) > 1.5 * gap:
+        while done < len(targets) and targets[done].number <= number:
+            wanted = targets[done].number
+            is_nearer = before is not None and wanted - before[0] < number - wanted
+            nearest = before if before is not None and is_nearer else (number, frame)
+            if abs(nearest[0] - wanted) > reach or nearest[1].is_corrupt:
                 return done
-            if chosen.is_corrupt:
-                return done
-            if done and numbers[done - 1] == wanted and pixels is not None:
-                result[done] = pixels
-            else:
-                pixels = to_rgb(chosen, framing, info.orientation)
-                result[done] = pixels
+            _put(targets[done], nearest[1], info)
             done += 1
-        if done == len(numbers):
+        if done == len(targets):
             return done
         before = (number, frame)
     # The last frames may have been wanted a little later than the last that was decoded.
-    while before is not None and done < len(numbers) and numbers[done] - before[0] <= 1.5 * gap:
-        result[done] = to_rgb(before[1], framing, info.orientation)
+    while before is not None and done < len(targets) and targets[done].number - before[0] <= reach:
+        _put(targets[done], before[1], info)
         done += 1
     return done
+
+
+def _put(target: _Target, frame: VideoFrame, info: VideoInfo) -> None:
+    target.result[target.row] = to_rgb(frame, target.framing, info.orientation)

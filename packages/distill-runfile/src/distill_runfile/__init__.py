@@ -12,8 +12,15 @@ from distill_protocols.lazy import lazy_exports
 if TYPE_CHECKING:
     from distill_runfile.plan import RunPlan, describe, export_warnings, horizon, horizons, plan_run
     from distill_runfile.problems import LocatedProblem
-    from distill_runfile.read import read_config, read_models, read_sampled, world_size_of
+    from distill_runfile.read import (
+        read_components,
+        read_config,
+        read_models,
+        read_sampled,
+        world_size_of,
+    )
     from distill_runfile.schema import (
+        ComponentsConfig,
         FamilyConfig,
         InitFromConfig,
         ModelsConfig,
@@ -31,10 +38,12 @@ _LAZY = {
         ["RunPlan", "describe", "export_warnings", "horizon", "horizons", "plan_run"], "plan"
     ),
     "LocatedProblem": "problems",
-    **dict.fromkeys(["read_config", "read_models", "read_sampled", "world_size_of"], "read"),
     **dict.fromkeys(
-        ["FamilyConfig", "InitFromConfig", "ModelsConfig", "RecipeConfig", "Role", "RoleConfig",
-         "RunConfig", "SampledConfig"],
+        ["read_components", "read_config", "read_models", "read_sampled", "world_size_of"], "read"
+    ),
+    **dict.fromkeys(
+        ["ComponentsConfig", "FamilyConfig", "InitFromConfig", "ModelsConfig", "RecipeConfig",
+         "Role", "RoleConfig", "RunConfig", "SampledConfig"],
         "schema",
     ),
     "read_source": "source",
@@ -42,6 +51,7 @@ _LAZY = {
 }  # fmt: skip
 
 __all__ = [
+    "ComponentsConfig",
     "FamilyConfig",
     "InitFromConfig",
     "LocatedProblem",
@@ -57,6 +67,7 @@ __all__ = [
     "horizon",
     "horizons",
     "plan_run",
+    "read_components",
     "read_config",
     "read_models",
     "read_sampled",

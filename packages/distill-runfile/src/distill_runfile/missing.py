@@ -14,7 +14,7 @@ from distill_runfile.problems import KeyPath
 from distill_runfile.schema import is_local
 from distill_runfile.source import read_source
 
-_WRITERS = {"training": "train", "trajectories": "trajectories"}
+_WRITERS = {"training": "train", "trajectories": "trajectories", "preprocess": "preprocess"}
 """Sections that have an ``output_dir``, and the app of each."""
 _MOST_FILES = 200
 

@@ -7,7 +7,7 @@ passes of ``checks`` report problems, and what has none becomes a config (``sche
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,13 @@ from distill_conditioning.config import ConditioningConfig, DataConfig
 from distill_protocols import ConfigError, FamilyPlugin, MethodPlugin, Problem
 from distill_trainer.config import TrainingConfig, ValidationConfig
 
-from distill_runfile.checks import MODELS_CHECKS, RUN_CHECKS, SAMPLED_CHECKS, Check
+from distill_runfile.checks import (
+    COMPONENTS_CHECKS,
+    MODELS_CHECKS,
+    RUN_CHECKS,
+    SAMPLED_CHECKS,
+    Check,
+)
 from distill_runfile.checks.checkpoints import check_resume
 from distill_runfile.checks.data import read_datasets
 from distill_runfile.draft import (
@@ -30,9 +36,10 @@ from distill_runfile.draft import (
     planned_run,
 )
 from distill_runfile.missing import missing_parts
-from distill_runfile.problems import in_order, independent
+from distill_runfile.problems import KeyPath, in_order, independent
 from distill_runfile.roles import join_roles, plain_or_none, plain_role
 from distill_runfile.schema import (
+    ComponentsConfig,
     FamilyConfig,
     ModelsConfig,
     RecipeConfig,
@@ -262,11 +269,84 @@ def read_sampled(
     return config
 
 
+def read_components(
+    file: Path,
+    section: str,
+    config_class: type[ConfigT],
+    rules: Callable[[ComponentsConfig[ConfigT]], Iterable[Problem]] = lambda config: (),
+    *,
+    base_key: str,
+) -> ComponentsConfig[ConfigT]:
+    """Read and check the file of an app that calls VAE and encoders, and has a section of its own.
+
+    Args:
+        section: the app's own.
+        rules: what else is wrong, across sections, once each is right by itself; paths begin at
+            the top of the file.
+        base_key: key of ``section`` that may name a run file, whose recipe, models, conditioning
+            and ``pipeline_config`` are those of this file where it has none.
+
+    Raises:
+        ConfigError: as ``read_config``.
+    """
+    needed = (*MODELS_NEEDED, section)
+    reader = _open(file, base=((section, base_key), (*MODELS_NEEDED, "conditioning")))
+    written = reader.document.values.get("recipe")
+    kind = RecipeConfig if isinstance(written, dict) and "method" in written else FamilyConfig
+    recipe = _required(reader, kind, "recipe")
+    family = _family(reader, recipe)
+    # Nothing is trained, and data do not depend on what a role starts with.
+    configs = {
+        name: evolve(config, optimizer={}, init_from=None)
+        for name, config in reader.roles().items()
+    }
+    pipeline = _pipeline(reader, family, configs)
+    own = _section(reader, config_class, section, needed).value
+    draft = Draft(
+        document=reader.document,
+        known=(*needed, "conditioning"),
+        needed=needed,
+        recipe=recipe,
+        family=pipeline,
+        conditioning=reader.section(ConditioningConfig, "conditioning").value,
+        written_roles=_written_roles(reader.document),
+        role_configs=configs,
+    )
+    draft = _joined(reader, draft)
+    frozen = {
+        name: evolve(role, spec=evolve(role.spec, trainable=False))
+        for name, role in draft.roles.items()
+    }
+    draft = evolve(draft, roles=frozen)
+    if not draft.written_roles and "models" in reader.document.values:
+        reader.report(("models",), "names no role; write one, with the path of its model")
+    _raise_if_wrong(reader, draft, COMPONENTS_CHECKS)
+    assert recipe is not None
+    assert draft.family is not None
+    assert draft.conditioning is not None
+    assert own is not None
+    config = ComponentsConfig(
+        recipe=recipe,
+        roles=draft.roles,
+        pipeline=draft.family.config,
+        conditioning=draft.conditioning,
+        family_plugin=draft.family.plugin,
+        section=own,
+    )
+    _raise_if_wrong(reader, draft, (lambda _: rules(config),))
+    return config
+
+
 # -- drafting -------------------------------------------------------------------------------------
 
 
-def _open(file: Path, models_json: Path | None = None) -> SectionReader:
-    document = read_document(file, models_json)
+def _open(
+    file: Path,
+    models_json: Path | None = None,
+    *,
+    base: tuple[KeyPath, Sequence[str]] | None = None,
+) -> SectionReader:
+    document = read_document(file, models_json, base=base)
     if document.main.values is None or (document.over and document.over.values is None):
         raise ConfigError([str(problem) for problem in document.problems])
     return SectionReader(document=document)

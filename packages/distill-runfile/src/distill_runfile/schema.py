@@ -187,6 +187,32 @@ class SampledConfig(Generic[SectionT]):
         )
 
 
+ComponentsSectionT = TypeVar("ComponentsSectionT")
+
+
+@frozen(kw_only=True)
+class ComponentsConfig(Generic[ComponentsSectionT]):
+    """What an app needs that calls VAE and encoders alone; no model is loaded.
+
+    Attributes:
+        roles: that the data are made for.
+        pipeline: of the family's own ``config_class``.
+        section: the app's own.
+    """
+
+    recipe: FamilyConfig
+    roles: Mapping[str, Role]
+    pipeline: object
+    conditioning: ConditioningConfig
+    family_plugin: FamilyPlugin[Any]
+    section: ComponentsSectionT
+
+    @property
+    def source(self) -> str:
+        """Folder or hub id of VAE, text encoder and tokenizer."""
+        return components_source(self.family_plugin, self.pipeline, self.roles)
+
+
 @frozen(kw_only=True)
 class RunConfig(ModelsConfig):
     """A run file that was read and has no problem. Nobody edits it.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import bisect
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ MAX_VALUES = 20_000
 
 RUN_FILE = "--config takes a run file: a mapping of sections (recipe:, models:, training: ...)"
 MODELS_FILE = "--models_json takes a JSON object: role -> keys of models.<role>"
+BASE_FILE = "run_file takes a run file, whose sections are those of this file where it has none"
 PIPELINE_FILE = "pipeline_config_path takes a YAML or JSON file: the keys of pipeline_config"
 
 
@@ -456,6 +457,7 @@ class Document:
         values: its values with those of the other files merged in.
         over: keys of ``models`` from another file, which win over those of the run file.
         under: keys of ``pipeline_config`` from another file, over which those of the run file win.
+        base: another run file, for ``base_sections``, which this file does not have.
         unreadable: sections whose other file could not be read.
     """
 
@@ -463,13 +465,19 @@ class Document:
     values: dict[str, object]
     over: Source | None = None
     under: Source | None = None
+    base: Source | None = None
+    base_sections: frozenset[str] = frozenset()
     unreadable: frozenset[str] = frozenset()
 
     @property
     def problems(self) -> list[LocatedProblem]:
         """What is wrong with the files as YAML or JSON."""
-        sources = (self.main, self.over, self.under)
-        return [problem for source in sources if source for problem in source.problems]
+        return [problem for source in self._sources for problem in source.problems]
+
+    @property
+    def _sources(self) -> list[Source]:
+        sources = (self.main, self.over, self.under, self.base)
+        return [source for source in sources if source is not None]
 
     def locate(self, path: KeyPath, message: str) -> LocatedProblem:
         """Say in which file, and where in it, ``path`` is written."""
@@ -478,12 +486,11 @@ class Document:
 
     def is_unreadable(self, problem: LocatedProblem) -> bool:
         """Whether ``problem`` follows from a value, at or below its path, that cannot be read."""
-        sources = (self.main, self.over, self.under)
         length = len(problem.path)
         return any(
             problem.path == path[:length]
-            for source in sources
-            if source and source.file == problem.file and length
+            for source in self._sources
+            if source.file == problem.file and length
             for path in source.unreadable
         )
 
@@ -498,17 +505,27 @@ class Document:
         under = self.under if section == ("pipeline_config",) else None
         if under and path not in self.main.lines and inside in under.lines:
             return under, inside
+        if self.base and section and section[0] in self.base_sections:
+            return self.base, path
         return self.main, path
 
 
-def read_document(file: Path, models_json: Path | None = None) -> Document:
+def read_document(
+    file: Path,
+    models_json: Path | None = None,
+    *,
+    base: tuple[KeyPath, Sequence[str]] | None = None,
+) -> Document:
     """Read a run file and those that belong to it.
 
     Args:
         models_json: a JSON object role -> keys, laid over the file's ``models:`` key by key.
+        base: path of the key which names a run file, and the sections that are taken from it.
     """
     main = read_source(file)
     document = Document(main=main, values=dict(main.values or {}))
+    if base is not None:
+        _take_sections(document, *base)
     if models_json is not None:
         yaml_file = models_json.suffix in (".yaml", ".yml")
         over = read_source(
@@ -520,6 +537,29 @@ def read_document(file: Path, models_json: Path | None = None) -> Document:
             document.values["models"] = _laid_over(models or {}, over.values)
     _include_pipeline(document)
     return document
+
+
+def _take_sections(document: Document, key: KeyPath, sections: Sequence[str]) -> None:
+    """Take ``sections`` that the file does not have from the run file that it names."""
+    section, name = key
+    written = document.values.get(section)
+    path = written.get(name) if isinstance(written, dict) else None
+    if not isinstance(path, str) or not path.strip() or written_path_problem(path):
+        return  # not written, or wrong as every path can be
+    file = document.folder_of(key) / Path(path).expanduser()
+    base = read_source(file, expected=BASE_FILE)
+    missing = [name for name in sections if document.values.get(name) is None]
+    if base.values is None:
+        document.unreadable |= set(missing)
+        if file.is_file():
+            document.base = base
+        else:  # it is this line that is wrong
+            message = f"there is no file {file}; {BASE_FILE}"
+            document.main.problems.append(document.main.problem(key, message))
+        return
+    document.base = base
+    document.base_sections = frozenset(name for name in missing if name in base.values)
+    document.values |= {name: base.values[name] for name in document.base_sections}
 
 
 def _laid_over(roles: dict[str, object], over: dict[str, object]) -> dict[str, object]:
@@ -542,11 +582,11 @@ def _include_pipeline(document: Document) -> None:
     if not isinstance(name, str) or not name.strip():
         document.unreadable |= {section}
         message = f"{name!r} must be the path of a YAML or JSON file, from the folder of this file"
-        document.main.problems.append(document.main.problem((section, key), message))
+        document.main.problems.append(document.locate((section, key), message))
         return
     if message := written_path_problem(name):
         document.unreadable |= {section}
-        document.main.problems.append(document.main.problem((section, key), message))
+        document.main.problems.append(document.locate((section, key), message))
         return
     file = document.folder_of((section, key)) / Path(name).expanduser()
     document.under = read_source(file, expected=PIPELINE_FILE)
@@ -555,6 +595,6 @@ def _include_pipeline(document: Document) -> None:
         if not file.is_file():  # it is this line that is wrong
             document.under.problems.clear()
             message = f"there is no file {file}; {PIPELINE_FILE}"
-            document.main.problems.append(document.main.problem((section, key), message))
+            document.main.problems.append(document.locate((section, key), message))
         return
     document.values[section] = {**document.under.values, **beside}

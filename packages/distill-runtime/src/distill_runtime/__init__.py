@@ -44,7 +44,7 @@ from distill_runtime.safetensors_header import SafetensorsHeader, read_header
 
 if TYPE_CHECKING:
     from distill_runtime.method import DistillMethod
-    from distill_runtime.processes import device_type, sigterm_as_interrupt
+    from distill_runtime.processes import Worker, device_type, sigterm_as_interrupt
     from distill_runtime.ranks import ALONE, Ranks
     from distill_runtime.row_partition import RowPartition
     from distill_runtime.safetensors_files import (
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "DistillMethod": "method",
-    **dict.fromkeys(["device_type", "sigterm_as_interrupt"], "processes"),
+    **dict.fromkeys(["Worker", "device_type", "sigterm_as_interrupt"], "processes"),
     **dict.fromkeys(["ALONE", "Ranks"], "ranks"),
     "RowPartition": "row_partition",
     **dict.fromkeys(
@@ -79,6 +79,7 @@ __all__ = [
     "RowPartition",
     "SafetensorsHeader",
     "UnreadableFileError",
+    "Worker",
     "as_count",
     "as_text",
     "claim_folder",

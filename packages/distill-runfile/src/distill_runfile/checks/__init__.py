@@ -32,6 +32,9 @@ RUN_CHECKS: tuple[Check, ...] = (
 MODELS_CHECKS: tuple[Check, ...] = (check_roles, check_models)
 """The models of a run, for an export."""
 
+COMPONENTS_CHECKS: tuple[Check, ...] = (check_sections, check_roles, check_models)
+"""VAE and encoders of a model, to make data with."""
+
 SAMPLED_CHECKS: tuple[Check, ...] = (
     check_sections, check_roles, check_models, check_data, check_sampled,
 )  # fmt: skip

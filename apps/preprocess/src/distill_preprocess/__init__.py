@@ -1,0 +1,1 @@
+"""Makes training data from videos, pictures, captions and prompts."""

@@ -1,0 +1,6 @@
+"""``python -m distill_preprocess --config FILE.yaml``."""
+
+from distill_preprocess.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,203 @@
+"""From decoded clips and captions to rows of a data set, through VAE and text encoder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from attrs import define, field, frozen
+from distill_conditioning import (
+    ConditionCache,
+    ReportLine,
+    ShardEntry,
+    ShardRows,
+    UnitFolder,
+    UnitRecord,
+)
+from distill_conditioning.writing import DTYPES, LatentDtype, check_finite
+from distill_media import ClipShape, MediaClip, MediaItem
+from distill_protocols import (
+    Condition,
+    ConditioningError,
+    DataError,
+    DistillAdapter,
+    Fingerprint,
+)
+from torch import Tensor
+
+
+def to_video(frames: Sequence[MediaClip]) -> Tensor:
+    """Stack clips of one shape as the adapter takes them: [B, 3, F, H, W] in [0, 1]."""
+    stacked = torch.stack([torch.from_numpy(clip.frames) for clip in frames])
+    return stacked.permute(0, 4, 1, 2, 3).float() / 255
+
+
+@frozen(eq=False, kw_only=True)
+class Encoder:
+    """The adapter, and how it is used.
+
+    Attributes:
+        cache: folder of encoded captions; None: none are kept.
+        fingerprint: of text encoder and tokenizer.
+    """
+
+    adapter: DistillAdapter
+    first_frames: bool
+    dtype: LatentDtype
+    cache: Path | None
+    fingerprint: Fingerprint
+
+    def encode_clips(self, clips: Sequence[MediaClip]) -> tuple[Tensor, Tensor]:
+        """Return raw latents [B, C, T, H, W] as they will be stored, and the videos.
+
+        Raises:
+            DataError: a latent is not finite.
+        """
+        videos = to_video(clips)
+        latents = self.adapter.encode(videos).detach().to("cpu", DTYPES[self.dtype])
+        check_finite([clip.id for clip in clips], latents, "latents")
+        return latents, videos
+
+    def add_first_frames(self, rows: Condition, video: Tensor) -> Condition:
+        """Add what the model reads of the first frame of ``video`` [3, F, H, W] to each row.
+
+        Raises:
+            ConditioningError: the model reads none.
+        """
+        images = self.adapter.images
+        if images is None:
+            raise ConditioningError(
+                "first frames are asked for, but this family reads text alone; they would have no "
+                "effect. Leave first_frames out, or use an image-to-video model"
+            )
+        pictures = video[None, :, 0].expand(len(rows), -1, -1, -1)
+        return images.with_image(rows, pictures).to("cpu")
+
+
+@define(eq=False)
+class CaptionTable:
+    """The conditions of the captions of one unit, each encoded once."""
+
+    encoder: Encoder
+    rows: dict[str, Condition] = field(factory=dict)
+    digests: dict[str, str] = field(factory=dict)
+    _cache: ConditionCache = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        # One for each unit, so that what it keeps in memory ends with the unit.
+        folder = self.encoder.cache
+        self._cache = ConditionCache(Path() if folder is None else folder)
+
+    def of(self, captions: Sequence[str]) -> Condition:
+        """Return a row for each caption."""
+        return Condition.cat([self.rows[caption] for caption in captions])
+
+    def encode(self, captions: Sequence[str]) -> None:
+        """Encode those that are new."""
+        new = [text for text in dict.fromkeys(captions) if text not in self.rows]
+        if not new:
+            return
+        known = self.encoder.fingerprint if self.encoder.cache is not None else {}
+        encode = self.encoder.adapter.encode_condition
+        for text, row in zip(new, self._cache.rows(new, "prompt", known, encode), strict=True):
+            self.rows[text] = row
+            self.digests[text] = _digest(row)
+
+
+def _digest(row: Condition) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(row.tensors.items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@define(eq=False, kw_only=True)
+class UnitWriter:
+    """Collects the samples of one unit and writes its shards, each of one shape.
+
+    Args:
+        batch_size: clips that are encoded together.
+        shard_bytes: a shard is written once it holds so much.
+    """
+
+    folder: UnitFolder
+    unit: int
+    encoder: Encoder
+    batch_size: int
+    shard_bytes: int
+    captions: CaptionTable = field(init=False)
+    _batches: dict[ClipShape, list[tuple[MediaItem, MediaClip]]] = field(factory=dict)
+    _rows: dict[ClipShape | None, ShardRows] = field(factory=dict)
+    _shards: list[ShardEntry] = field(factory=list)
+
+    def __attrs_post_init__(self) -> None:
+        self.captions = CaptionTable(self.encoder)
+
+    def add_prompts(self, items: Sequence[MediaItem]) -> None:
+        """Add samples of captions alone."""
+        for first in range(0, len(items), self.batch_size):
+            batch = items[first : first + self.batch_size]
+            self.captions.encode([caption for item in batch for caption in item.captions])
+            for item in batch:
+                self._add(item.id, item.captions, self.captions.of(item.captions), None, None)
+
+    def add_clip(self, item: MediaItem, clip: MediaClip) -> None:
+        """Add a clip; it is encoded with others of its shape."""
+        batch = self._batches.setdefault(clip.shape, [])
+        batch.append((item, clip))
+        if len(batch) == self.batch_size:
+            self._encode(clip.shape)
+
+    def finish(self, report: Sequence[ReportLine]) -> None:
+        """Encode what is left, write the last shards and the unit's record."""
+        for shape in list(self._batches):
+            self._encode(shape)
+        for shape in list(self._rows):
+            self._write(shape)
+        adapter = self.encoder.adapter
+        fingerprint = {**adapter.latent_fingerprint(), **adapter.condition_fingerprint()}
+        record = UnitRecord(
+            shards=tuple(self._shards),
+            report=tuple(report),
+            embeddings=self.captions.digests,
+            fingerprint=fingerprint,
+        )
+        self.folder.finish_unit(self.unit, record)
+
+    def _encode(self, shape: ClipShape) -> None:
+        batch = self._batches.pop(shape, [])
+        if not batch:
+            return
+        clips = [clip for _, clip in batch]
+        try:
+            latents, videos = self.encoder.encode_clips(clips)
+        except DataError as error:
+            raise DataError(f"{', '.join(clip.id for clip in clips)}: {error}") from error
+        self.captions.encode([caption for item, _ in batch for caption in item.captions])
+        for (item, clip), latent, video in zip(batch, latents, videos, strict=True):
+            rows = self.captions.of(item.captions)
+            if self.encoder.first_frames:
+                rows = self.encoder.add_first_frames(rows, video)
+            self._add(clip.id, item.captions, rows, shape, latent)
+
+    def _add(
+        self,
+        name: str,
+        captions: Sequence[str],
+        rows: Condition,
+        shape: ClipShape | None,
+        latent: Tensor | None,
+    ) -> None:
+        shard = self._rows.setdefault(shape, ShardRows())
+        # Copied: a view would keep the whole batch in memory.
+        columns = {} if latent is None else {"latents": latent.clone()}
+        shard.add(name, captions, rows, columns)
+        if shard.bytes >= self.shard_bytes:
+            self._write(shape)
+
+    def _write(self, shape: ClipShape | None) -> None:
+        rows = self._rows.pop(shape)
+        self._shards.append(self.folder.write_shard(self.unit, len(self._shards), rows))

@@ -1,0 +1,49 @@
+"""What a finished data set is, in a few lines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from distill_conditioning import Summary
+from distill_media import MediaItem
+
+_SHOWN = 5
+
+
+def describe_summary(folder: str, summary: Summary, items: Sequence[MediaItem]) -> str:
+    """Describe a data set: samples by shape, sizes, what was skipped, and what is odd."""
+    index = summary.index
+    size = sum(entry.bytes for entry in index.shards)
+    skipped = [line for line in summary.report if line.skipped is not None]
+    lines = [
+        f"{index.samples:,} samples of {len(items):,} items in {len(index.shards):,} shard(s), "
+        f"{size / 1e6:,.1f} MB ({index.bytes_per_sample / 1e6:,.3f} MB a sample): {folder}"
+    ]
+    counts: Counter[str] = Counter()
+    for entry in index.shards:
+        counts[str(entry.shape)] += entry.samples
+    if len(counts) > 1:
+        lines += [f"  {count:,} x {shape}" for shape, count in counts.items()]
+    if skipped:
+        lines.append(f"  {len(skipped):,} skipped, each with its reason in report.jsonl:")
+        lines += [f"    {line.id}: {line.skipped}" for line in skipped[:_SHOWN]]
+        lines += ["    ..."] * (len(skipped) > _SHOWN)
+    notes = Counter(_kind_of(note) for line in summary.report for note in line.notes)
+    lines += [f"  {count:,} clip(s): {note}" for note, count in notes.most_common()]
+    if summary.same_embedding:
+        captions = sum(map(len, summary.same_embedding))
+        lines.append(
+            f"  {captions:,} different captions share {len(summary.same_embedding):,} "
+            "embedding(s): their ends are cut off, or their words unknown. For one:"
+        )
+        lines += [f"    {caption[:90]!r}" for caption in summary.same_embedding[0][:_SHOWN]]
+    return "\n".join(lines)
+
+
+def _kind_of(note: str) -> str:
+    """Leave out the numbers of a note, so that alike ones are counted together."""
+    words = note.split()
+    if words[0].startswith("#"):
+        words = words[1:]
+    return " ".join("n" if word.strip("();,").isdigit() else word for word in words)
