@@ -155,14 +155,14 @@ def _parser() -> argparse.ArgumentParser:
         "--models_json",
         type=Path,
         metavar="MODELS.json",
-        help="role -> keys, laid over the file's models: section (for generated runs)",
+        help="JSON of role -> keys, which override those under models: (for generated runs)",
     )
     parser.add_argument(
         "--again",
         nargs="+",
         default=(),
         metavar="NAME",
-        help="of a finished run: make these results anew from its last checkpoint (export, "
+        help="of a finished run: redo these results from its last checkpoint (export, "
         "validation, report or another callback), and nothing else",
     )
     parser.add_argument(

@@ -11,7 +11,7 @@ from distill_runfile.structure import unknown_key
 
 _BELONGS_BELOW = {
     "pipeline_config_path": "write it under pipeline_config: {pipeline_config_path: FILE}; keys "
-    "beside it are laid over those of the file",
+    "beside it override those of the file",
 }
 
 

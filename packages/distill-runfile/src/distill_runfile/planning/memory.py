@@ -73,7 +73,7 @@ class RoleMemory:
 
 @frozen(kw_only=True)
 class Turn:
-    """The fullest moment of the iterations in which ``roles`` are updated.
+    """The peak of the iterations in which ``roles`` are updated.
 
     Attributes:
         staying: weights, optimizers, averages of all roles.

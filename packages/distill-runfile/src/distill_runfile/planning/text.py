@@ -23,7 +23,7 @@ def memory_sections(
     memory = planner.run(config)
     sections = [
         (_heading(config, planner.world_size), _roles(memory)),
-        ("fullest moment", _turns(memory)),
+        ("peak memory", _turns(memory)),
     ]
     if device_memory is not None:
         sections.append(_fit(config, planner, memory, device_memory))
@@ -34,7 +34,7 @@ def _heading(config: RunConfig, world_size: int) -> str:
     distributed = config.training.distributed
     strategy = strategy_of(distributed, world_size)
     if world_size == 1:
-        return "memory of the one process"
+        return "memory of one process"
     if strategy == "ddp":
         return f"memory of each of {world_size} processes (ddp)"
     group = group_size(distributed, world_size)
