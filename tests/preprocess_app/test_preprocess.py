@@ -31,10 +31,9 @@ from media_files import (
     write_picture,
     write_video,
 )
+from preprocess_requests import PIPELINE, TINY, write_request
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "configs" / "tiny"
-PIPELINE = {"num_frames": 9, "height": 32, "width": 32, "max_sequence_length": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -42,24 +41,6 @@ def _threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def request(folder: Path, **changes: Any) -> Path:
-    """A file for the tiny Wan and the clips in ``folder / "clips"``."""
-    values = {
-        "recipe": {"family": "wan"},
-        "models": {"teacher": {"path": str(TINY / "wan")}},
-        "pipeline_config": PIPELINE,
-        "conditioning": {"negative_prompt": ""},
-        "preprocess": {
-            "output_dir": "./data", "sources": [{"folder": "./clips"}], "clips": {"fps": 8},
-            "items_per_unit": 2, "batch_size": 2, "latent_dtype": "float32", "cpu_threads": 1,
-            "device": "cpu", **changes,
-        },
-    }  # fmt: skip
-    path = folder / "data.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return path
 
 
 CAPTIONS = ["the digit one moving up", "the digit two moving left"]
@@ -77,7 +58,7 @@ def whole(tmp_path_factory) -> Path:
     """A folder of seven clips and the data set that is made of them at one go."""
     folder = tmp_path_factory.mktemp("whole")
     write_clips(folder, 7)
-    assert main(["--config", str(request(folder))]) == EXIT_OK
+    assert main(["--config", str(write_request(folder))]) == EXIT_OK
     return folder
 
 
@@ -85,7 +66,7 @@ def whole(tmp_path_factory) -> Path:
 def begun(whole, tmp_path) -> Path:
     """The same clips, and nothing made of them."""
     (tmp_path / "clips").symlink_to(whole / "clips")
-    request(tmp_path)
+    write_request(tmp_path)
     return tmp_path
 
 
@@ -150,7 +131,7 @@ def test_windows_pictures_several_captions_and_a_cache(tmp_path, capsys):
     write_video(tmp_path / "clips/b.mp4", moving_frames(9, 48, 48, seed=2))
     (tmp_path / "clips/b.txt").write_text("the digit two")
     sources = [{"folder": "./clips", "caption_lines": True, "name": "mine"}]
-    file = request(
+    file = write_request(
         tmp_path, sources=sources, cache="./texts", clips={"fps": 8, "take": "windows"},
         captions={"prefix": "the "},
     )  # fmt: skip
@@ -172,7 +153,7 @@ def test_windows_pictures_several_captions_and_a_cache(tmp_path, capsys):
 
 def test_prompts_alone_become_captions_alone(tmp_path, capsys):
     (tmp_path / "p.txt").write_text("the digit one moving up\n\nthe digit two moving up\n" * 2)
-    file = request(tmp_path, sources=[{"prompts": "./p.txt"}])
+    file = write_request(tmp_path, sources=[{"prompts": "./p.txt"}])
     assert main(["--config", str(file), "--dry-run"]) == EXIT_OK
     assert "captions alone" in capsys.readouterr().out
     assert main(["--config", str(file)]) == EXIT_OK
@@ -186,7 +167,10 @@ def test_different_captions_of_one_embedding_are_counted_and_named(tmp_path, cap
     ends = ["fox", "hare"]
     start = "the digit one moving up the digit two moving up"
     (tmp_path / "p.txt").write_text("\n".join(f"{start} {end}" for end in ends))
-    assert main(["--config", str(request(tmp_path, sources=[{"prompts": "./p.txt"}]))]) == EXIT_OK
+    assert (
+        main(["--config", str(write_request(tmp_path, sources=[{"prompts": "./p.txt"}]))])
+        == EXIT_OK
+    )
     assert "2 different captions share 1 embedding(s)" in caplog.text
     assert all(repr(f"{start} {end}") in caplog.text for end in ends)
     notes = report(tmp_path / "data")["p.txt:1"]["notes"]
@@ -257,7 +241,7 @@ def write_all(folder: Path) -> None:
 
 def test_two_dozen_files_each_get_their_line_or_their_sample(tmp_path, caplog):
     write_all(tmp_path)
-    file = request(tmp_path, clips={"fps": 8, "max_pixels": 300_000}, items_per_unit=5)
+    file = write_request(tmp_path, clips={"fps": 8, "max_pixels": 300_000}, items_per_unit=5)
     assert main(["--config", str(file)]) == EXIT_OK
     dataset = LatentDataset(DataConfig(path=str(tmp_path / "data"), verify="full"))
     assert sorted(dataset.id(n) for n in range(len(dataset))) == sorted(GOOD)
@@ -273,14 +257,17 @@ def test_two_dozen_files_each_get_their_line_or_their_sample(tmp_path, caplog):
 def test_strict_stops_at_the_first(tmp_path, capsys):
     write_clips(tmp_path, 3)
     (tmp_path / "clips/clip-01.mp4").write_bytes(b"")
-    assert main(["--config", str(request(tmp_path)), "--strict"]) == EXIT_FAILED
+    assert main(["--config", str(write_request(tmp_path)), "--strict"]) == EXIT_FAILED
     assert "MediaError: clip-01.mp4: it is empty" in capsys.readouterr().err
     assert not (tmp_path / "data/index.json").exists()
 
 
 def test_a_data_set_of_bad_files_alone_is_none(tmp_path, capsys):
     written(tmp_path / "clips/a.mp4", b"")
-    assert main(["--config", str(request(tmp_path, captions={"missing": "empty"}))]) == EXIT_FAILED
+    assert (
+        main(["--config", str(write_request(tmp_path, captions={"missing": "empty"}))])
+        == EXIT_FAILED
+    )
     assert "no sample could be made of 1 items" in capsys.readouterr().err
     assert report(tmp_path / "data")["a.mp4"]["skipped"].startswith("it is empty")
 
@@ -337,7 +324,7 @@ def test_processes_share_the_units(whole, begun, monkeypatch):
 
 def test_a_data_set_grows_and_what_was_there_stays(tmp_path, capsys, caplog):
     write_clips(tmp_path, 3)
-    file = str(request(tmp_path))
+    file = str(write_request(tmp_path))
     assert main(["--config", file, "--limit", "2"]) == EXIT_OK
     assert main(["--config", file]) == EXIT_FAILED
     assert "there are 1 new ones ('clip-02.mp4')" in capsys.readouterr().err
@@ -358,9 +345,9 @@ def test_a_data_set_grows_and_what_was_there_stays(tmp_path, capsys, caplog):
 
 def test_other_settings_and_other_items_are_refused(begun, capsys):
     assert main(["--config", str(begun / "data.yaml"), "--limit", "2"]) == EXIT_OK
-    assert main(["--config", str(request(begun, clips={"fps": 4}))]) == EXIT_FAILED
+    assert main(["--config", str(write_request(begun, clips={"fps": 4}))]) == EXIT_FAILED
     assert "clips.fps was 8" in capsys.readouterr().err
-    request(begun)
+    write_request(begun)
     changed = begun / "other"
     changed.mkdir()
     for file in (begun / "clips").iterdir():
@@ -432,11 +419,11 @@ def test_every_problem_of_the_file_with_its_line(tmp_path, capsys):
 
 def test_problems_of_what_is_not_there(tmp_path, capsys):
     sources = [{"folder": "./gone"}, {"table": "./gone.csv"}]
-    file = request(tmp_path, sources=sources, clips={"scene_cuts": "./cuts.json"})
+    file = write_request(tmp_path, sources=sources, clips={"scene_cuts": "./cuts.json"})
     assert main(["--config", str(file)]) == EXIT_USAGE
     err = capsys.readouterr().err
     assert err.count("there is no ") == 3
-    mixed = request(tmp_path, sources=[{"folder": "./gone"}, {"prompts": "./p"}])
+    mixed = write_request(tmp_path, sources=[{"folder": "./gone"}, {"prompts": "./p"}])
     assert main(["--config", str(mixed)]) == EXIT_USAGE
     assert "prompts stand beside clips" in capsys.readouterr().err
 

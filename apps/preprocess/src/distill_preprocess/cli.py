@@ -49,6 +49,11 @@ def _act(config: Request, args: argparse.Namespace) -> int:
 
         cli.say(describe(config, args.limit))
         return EXIT_OK
+    if args.preview is not None:
+        from distill_preprocess.preview import preview
+
+        preview(config, args.preview, limit=args.limit)
+        return EXIT_OK
     from distill_preprocess.run import run
 
     run(config, limit=args.limit, add=args.add, strict=args.strict)
@@ -74,5 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         help="take the first N videos, pictures or prompts alone, for a trial")  # fmt: skip
     add("--add", action="store_true", help="add what is new in the sources to a data set")
     add("--strict", action="store_true", help="stop at the first item that cannot be used")
+    add("--preview", type=cli.positive_integer("samples"), metavar="N", nargs="?", const=16,
+        help="make no data, but a page and a contact sheet of N samples (16)")  # fmt: skip
     add("--dry-run", action="store_true", help="check file and sources, say what would be made")
     return parser

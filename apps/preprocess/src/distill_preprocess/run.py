@@ -120,7 +120,10 @@ def settings(config: Request) -> dict[str, object]:
         "family": config.recipe.family,
         "pipeline_config": {**to_plain(config.pipeline), "components": None},
         "negative_prompt": config.conditioning.negative_prompt,
-        "clips": {**to_plain(evolve(cut_of(config), scene_cuts=None)), "cuts": _cuts(config)},
+        "clips": {
+            **to_plain(evolve(cut_of(config), scene_cuts=None)),
+            "cuts": scene_cuts_of(config),
+        },
         "first_frames": needs_first_frames(config),
         "latent_dtype": own.latent_dtype,
         # The bits of a latent depend on how many are computed together.
@@ -129,7 +132,8 @@ def settings(config: Request) -> dict[str, object]:
     }
 
 
-def _cuts(config: Request) -> Mapping[str, Sequence[float]]:
+def scene_cuts_of(config: Request) -> Mapping[str, Sequence[float]]:
+    """Read the list of scene cuts, where there is one."""
     file = config.section.clips.scene_cuts
     return {} if file is None else read_scene_cuts(Path(file))
 
@@ -203,7 +207,7 @@ def _results(
         (items[number] for unit in missing for number in folder.items_of(unit)),
         buckets_of(config),
         cut_of(config),
-        scene_cuts=_cuts(config),
+        scene_cuts=scene_cuts_of(config),
         workers=own.decode_workers,
         ahead=own.decode_ahead,
     )
@@ -231,7 +235,7 @@ def caption_notes(config: Request, captions: Sequence[str]) -> dict[str, tuple[s
         if count > tokens.limit:
             said.append(f"its caption has {count} tokens, and the encoder reads {tokens.limit}")
         if unknown:
-            said.append(f"its caption has {unknown} token(s) for words that nobody knows")
+            said.append(f"its caption has {unknown} token(s) that the tokenizer does not know")
         if said:
             notes[caption] = tuple(said)
     return notes

@@ -1,0 +1,106 @@
+"""The page of a preview: one file, with its pictures in it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from distill_conditioning.writing import write_text
+from distill_media import MediaError
+from PIL import Image
+
+if TYPE_CHECKING:
+    from distill_preprocess.preview import Shown
+
+LOW_PSNR = 25.0
+"""dB, below which what the VAE gives back is visibly not what it was given."""
+_SIDE = 240
+_MOST_FRAMES = 48
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
+h1 { font-size: 1.2rem; }
+article { border-top: 1px solid #8886; padding: 1rem 0; display: grid; gap: .3rem 1.5rem;
+  grid-template-columns: max-content 1fr; align-items: start; }
+figure { margin: 0; display: inline-block; }
+figure + figure { margin-left: .5rem; }
+figcaption, .facts { font-size: .85rem; opacity: .75; }
+img { display: block; border-radius: 3px; }
+.caption { margin: 0 0 .4rem; font-size: 1.05rem; }
+.id { font-family: ui-monospace, monospace; font-size: .85rem; overflow-wrap: anywhere; }
+ul { margin: .4rem 0 0; padding-left: 1.1rem; }
+.note { color: #b45309; }
+@media (prefers-color-scheme: dark) { .note { color: #fbbf24; } }
+@media (max-width: 50rem) { article { grid-template-columns: 1fr; } }
+"""
+
+
+def write_page(
+    path: Path, title: str, shown: Sequence[Shown], skipped: Sequence[MediaError]
+) -> None:
+    """Write the page; texts of files are escaped."""
+    flagged = sum(bool(_notes(sample)) for sample in shown)
+    bad = "".join(f"<li>{escape(str(error))}</li>" for error in skipped)
+    parts = [
+        "<!doctype html><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width'>",
+        f"<title>{escape(title)}</title><style>{_STYLE}</style>",
+        f"<h1>{escape(title)}</h1>",
+        f"<p>Left: the clip as the VAE is given it. Right: what the VAE makes of it. "
+        f"{flagged} of {len(shown)} samples have notes.</p>",
+        f"<p>{len(skipped)} could not be used:</p><ul>{bad}</ul>" if skipped else "",
+        *(_article(sample) for sample in shown),
+    ]
+    write_text(path, "\n".join(parts) + "\n")
+
+
+def _article(sample: Shown) -> str:
+    figures = "".join(
+        f"<figure><img src='{_animation(frames)}' alt=''><figcaption>{name}</figcaption></figure>"
+        for name, frames in (("source", sample.source), ("through the VAE", sample.decoded))
+    )
+    notes = "".join(f"<li class='note'>{escape(note)}</li>" for note in _notes(sample))
+    return (
+        f"<article><div>{figures}</div><div>"
+        f"<p class='caption'>{escape(sample.caption) or '<i>no caption</i>'}</p>"
+        f"<div class='id'>{escape(sample.id)}</div>"
+        f"<div class='facts'>{escape(sample.shape)} &middot; {sample.psnr:.1f} dB</div>"
+        f"<ul>{notes}</ul></div></article>"
+    )
+
+
+def _notes(sample: Shown) -> list[str]:
+    low = [f"comes back with {sample.psnr:.1f} dB alone"] * (sample.psnr < LOW_PSNR)
+    return [*sample.notes, *low]
+
+
+def _animation(frames: np.ndarray) -> str:
+    step = -(-len(frames) // _MOST_FRAMES)
+    pictures = [_resized(frame) for frame in frames[::step]]
+    stream = io.BytesIO()
+    pictures[0].save(
+        stream,
+        "WEBP",
+        save_all=True,
+        append_images=pictures[1:],
+        duration=125 * step,
+        loop=0,
+        quality=90,
+    )
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _resized(frame: np.ndarray) -> Image.Image:
+    """Bring a frame to about ``_SIDE`` rows: small ones with hard pixel edges."""
+    height, width = frame.shape[:2]
+    picture = Image.fromarray(frame)
+    if height <= _SIDE:
+        scale = max(1, _SIDE // height)
+        return picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+    return picture.resize((round(width * _SIDE / height), _SIDE), Image.Resampling.LANCZOS)

@@ -1,0 +1,119 @@
+"""A look at some samples before all are made: source, what the VAE gives back, caption, notes."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from attrs import frozen
+from distill_media import MediaClip, MediaError, MediaItem, read_items
+from distill_protocols import DataError
+from distill_runtime import Worker
+
+from distill_preprocess.decoding import decode_ahead
+from distill_preprocess.encoding import to_video
+from distill_preprocess.page import write_page
+from distill_preprocess.request import Request, buckets_of, cut_of
+from distill_preprocess.run import caption_notes, make_adapter, scene_cuts_of
+from distill_preprocess.sheet import write_sheet
+
+_log = logging.getLogger(__name__)
+
+PAGE, SHEET = "preview.html", "preview.png"
+
+
+@frozen(kw_only=True, eq=False)
+class Shown:
+    """One sample of a preview.
+
+    Attributes:
+        source: [F, H, W, 3] uint8, as the VAE is given it.
+        decoded: the same through the VAE and back.
+        psnr: in dB, of the whole clip.
+        notes: what a person should know, each continuing "it ...".
+    """
+
+    id: str
+    caption: str
+    shape: str
+    source: np.ndarray
+    decoded: np.ndarray
+    psnr: float
+    notes: tuple[str, ...]
+
+
+@torch.no_grad()
+def preview(config: Request, count: int, *, limit: int | None = None) -> None:
+    """Write a page and a contact sheet of ``count`` samples, evenly spread over the sources.
+
+    Raises:
+        DistillError: whatever is wrong with sources or encoders; no sample could be made.
+    """
+    own = config.section
+    if own.captions_alone:
+        raise DataError(
+            "the sources are prompts alone, and a preview shows clips. Look at the dry run"
+        )
+    items = read_items(own.sources, own.captions)[:limit]
+    chosen = [items[round(n)] for n in np.linspace(0, len(items) - 1, min(count, len(items)))]
+    device = Worker.of_this_process().device(None if own.device == "auto" else own.device)
+    adapter = make_adapter(config, device)
+    said = caption_notes(config, [caption for item in chosen for caption in item.captions])
+    shown: list[Shown] = []
+    skipped: list[MediaError] = []
+    seen: set[str] = set()
+    stream = decode_ahead(
+        chosen,
+        buckets_of(config),
+        cut_of(config),
+        scene_cuts=scene_cuts_of(config),
+        workers=own.decode_workers,
+        ahead=own.decode_ahead,
+    )
+    for decoded in stream:
+        if isinstance(decoded.result, MediaError):
+            skipped.append(decoded.result)
+        elif decoded.item.id not in seen:  # one clip of each video
+            seen.add(decoded.item.id)
+            video = to_video([decoded.result])
+            latents = adapter.normalize_latents(adapter.encode(video))
+            back = adapter.decode(latents).cpu()
+            notes = [*decoded.notes, *(n for c in decoded.item.captions for n in said.get(c, ()))]
+            shown.append(_show(decoded.item, decoded.result, video, back, notes))
+            _log.info("%s: %.1f dB%s", shown[-1].id, shown[-1].psnr, _listed(shown[-1].notes))
+    if not shown:
+        raise DataError(f"none of {len(chosen)} items could be shown; the first: {skipped[0]}")
+    folder = Path(own.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    title = f"{config.recipe.family}, {config.source}: {len(shown)} of {len(items)} items"
+    write_page(folder / PAGE, title, shown, skipped)
+    write_sheet(folder / SHEET, shown)
+    _log.info("%s and %s are in %s", PAGE, SHEET, folder)
+
+
+def _show(
+    item: MediaItem,
+    clip: MediaClip,
+    video: torch.Tensor,
+    back: torch.Tensor,
+    notes: Sequence[str],
+) -> Shown:
+    error = float((video - back).square().mean())
+    frames = (back[0].permute(1, 2, 3, 0).clamp(0, 1) * 255).round().byte().numpy()
+    return Shown(
+        id=clip.id,
+        caption=" | ".join(item.captions),
+        shape=str(clip.shape),
+        source=clip.frames,
+        decoded=frames,
+        psnr=-10 * math.log10(max(error, 1e-10)),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _listed(notes: Sequence[str]) -> str:
+    return f" ({'; '.join(notes)})" if notes else ""
