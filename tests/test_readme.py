@@ -32,18 +32,6 @@ def test_a_method_in_forty_lines(tmp_path, monkeypatch):
         assert (net(x) - teacher(x)).square().mean() < 0.1 * teacher(x).square().mean()
 
 
-def test_preprocessing(tmp_path, monkeypatch):
-    text = block("preprocess(clips")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    clips = [(f"c{i}", "the digit three moving up", torch.rand(3, 9, 32, 32)) for i in range(3)]
-    exec(compile(text, "README.md", "exec"), {"clips": clips})
-    from distill_conditioning import dataset_info
-
-    info = dataset_info("data/mine")
-    assert (info.problems, info.samples, info.negative_prompt) == ((), 3, "")
-
-
 def test_an_export_is_sampled_as_the_readme_says(tmp_path, monkeypatch):
     from distill_adapters_wan import PLUGIN, WanPipelineConfig
     from distill_protocols import ExportRequest, RoleSpec, SamplerSpec

@@ -15,6 +15,7 @@ from distill_preprocess.request import Request, read_request
 _EPILOG = """\
 The file has recipe (family), models (a role with the path of its model), pipeline_config and
 preprocess; preprocess.run_file takes the first three from a run file, so that the data fit it.
+docs/data.md shows files for folders, tables, tars and prompts.
 
 A process that was killed goes on when it is started again: finished units stay, and the end is the
 same, byte for byte. Several processes share the units, on one machine or on several:
