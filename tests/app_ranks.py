@@ -14,6 +14,7 @@ import torch
 from distill_checkpoint import StoredCheckpoint
 from distill_protocols import Callback, DataError, DistillError, RunState, StepRecord
 from distill_runfile.read import read_config
+from distill_sample.cli import main as sample_app
 from distill_train import build as build_module
 from distill_train import run as app
 from distill_train.build import Run
@@ -44,6 +45,11 @@ def train(file: Path) -> str:
     except DistillError as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def sample(args: Sequence[str]) -> int:
+    """Sample clips as one of the ranks; return the exit status."""
+    return sample_app(list(args))
 
 
 def train_own(files: Sequence[Path]) -> str:

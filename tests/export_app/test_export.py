@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import distill_export.cli
+import distill_checkpoint
 import pytest
 import torch
 import yaml
@@ -200,14 +200,14 @@ def test_a_checkpoint_deleted_while_it_is_chosen_is_skipped(whole, tmp_path, cap
     out = tmp_path / "out"
     shutil.copytree(whole / LAST, out / "checkpoint-000003")
     shutil.copytree(whole / LAST, out / "checkpoint-000009")
-    hold = distill_export.cli.hold_checkpoint
+    hold = distill_checkpoint.hold_checkpoint
 
     def beaten(folder: Path):
         if folder.name == "checkpoint-000009":
             shutil.rmtree(folder)
         return hold(folder)
 
-    monkeypatch.setattr(distill_export.cli, "hold_checkpoint", beaten)
+    monkeypatch.setattr(distill_checkpoint, "hold_checkpoint", beaten)
     argv = ["--checkpoint", str(out), "--role", "student", "--to", str(tmp_path / "s")]
     assert main(argv) == 0
     printed = capsys.readouterr().out
@@ -222,7 +222,7 @@ def test_ctrl_c_while_the_run_file_is_read_prints_one_line(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("distill_export.cli._hold", interrupt)
+    monkeypatch.setattr("distill_runfile.cli.hold_newest_checkpoint", interrupt)
     args = ["--checkpoint", str(tmp_path), "--role", "student", "--to", str(tmp_path / "to")]
     assert main(args) == EXIT_INTERRUPTED
     assert capsys.readouterr().err == "interrupted: nothing was written\n"

@@ -5,17 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
 from pathlib import Path
-from typing import IO
 
-from distill_checkpoint import (
-    find_newest_checkpoint,
-    hold_checkpoint,
-    is_checkpoint_folder,
-    list_checkpoints,
-    role_problems,
-)
+from distill_checkpoint import role_problems
 from distill_protocols import CheckpointError, ConfigError, DistillError, ExportRequest, RoleSpec
 from distill_runfile import ModelsConfig, cli, read_models
 from distill_runfile.cli import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
@@ -32,16 +24,13 @@ exit status: 0 written (and verified, if asked), 1 failed, 2 the request is wron
 disk failed, 130 interrupted.
 """
 
-PAUSE = 0.1
-"""Seconds after which a run has finished deleting a checkpoint."""
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run the app; returns the exit status."""
     args = _parser().parse_args(argv)
     cli.show_logs()
     try:
-        checkpoint, held = _hold(args.checkpoint)
+        checkpoint, held = cli.hold_newest_checkpoint(args.checkpoint, "--checkpoint")
         models = read_models(args.config or checkpoint / "config.json", args.role)
         role, request = _request(args, checkpoint, models)
     except ConfigError as error:
@@ -122,35 +111,6 @@ def _bytes(text: str) -> int:
             f"{text!r} must be a number of gigabytes above 0: a file holds a byte; 5 is customary"
         )
     return int(size)
-
-
-def _hold(path: Path) -> tuple[Path, IO[bytes]]:
-    """Choose the checkpoint of ``path``, and keep its run from deleting it until the file closes.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if is_checkpoint_folder(path):
-        held = hold_checkpoint(path)
-        if held is not None:
-            return path, held
-        raise CheckpointError(
-            f"--checkpoint: {path} has just been deleted, as its run keeps only the newest. Name "
-            "the output folder, whose newest checkpoint is taken then."
-        )
-    while (newest := find_newest_checkpoint(path)) is not None:
-        held = hold_checkpoint(newest)
-        if held is not None:
-            cli.say(f"taking {newest}")
-            return newest, held
-        cli.say(f"{newest} has been deleted since; taking the next")
-        time.sleep(PAUSE)
-    inside = ", ".join(folder.name for folder in list_checkpoints(path).values())
-    raise CheckpointError(
-        f"--checkpoint: {path} is no checkpoint (which has a manifest.json) and no output "
-        f"folder of a run that holds one (it holds: {inside or 'none'}). Name a folder such as "
-        "outputs/mine/checkpoint-000400."
-    )
 
 
 def _request(

@@ -42,6 +42,7 @@ from distill_protocols import (
 from torch import Tensor
 
 from distill_adapters_wan.calling import call_transformer, transformer_of
+from distill_adapters_wan.causal.decoding import decode_chunks
 from distill_adapters_wan.causal.kv_cache import Place
 from distill_adapters_wan.causal.roles import CausalRoles, PreparedCall, token_times
 from distill_adapters_wan.config import WanPipelineConfig
@@ -425,6 +426,11 @@ class WanAdapter(FamilyAdapter):
                 first += clean.shape[2]
         finally:
             self.clear_caches(role, stream=name)
+
+    def decode_stream(self, latents: Iterable[Tensor]) -> Generator[Tensor, None, None]:
+        """Decode a video chunk by chunk; see ``CausalRollout.decode_stream``."""
+        raw = (self.denormalize_latents(chunk.detach()) for chunk in latents)
+        yield from self._codec.decode_stream(raw, decode_chunks)
 
     def _chunk_velocity(
         self,

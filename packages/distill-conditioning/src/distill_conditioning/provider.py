@@ -56,7 +56,8 @@ class CachedConditioning:
         config: the run's negative prompt, and the cache's folder.
         encoder: the adapter.
         dataset: whose constants may hold the negative condition.
-        output_dir: ``cache`` in it is the cache's folder where the config names none.
+        output_dir: ``cache`` in it is the cache's folder where the config names none; None: then
+            encoded prompts are kept in memory alone.
         device: where the conditions are wanted.
         ranks: the processes of the run.
 
@@ -72,7 +73,7 @@ class CachedConditioning:
         *,
         encoder: PromptEncoder,
         dataset: LatentDataset | None = None,
-        output_dir: str | Path,
+        output_dir: str | Path | None,
         device: torch.device | str = "cpu",
         ranks: Ranks = ALONE,
     ) -> None:
@@ -82,9 +83,8 @@ class CachedConditioning:
         self._device = torch.device(device)
         self._ranks = attrs.evolve(ranks, error=ConditioningError)
         self._rows: dict[str, Condition] = {}
-        self._cache = ConditionCache(
-            Path(config.cache) if config.cache is not None else Path(output_dir) / "cache"
-        )
+        folder = None if output_dir is None else Path(output_dir) / "cache"
+        self._cache = ConditionCache(folder if config.cache is None else Path(config.cache))
         self._negative: Condition | None = None
         if dataset is not None:
             self._ranks.run_on_first(lambda: self._compare_encoders(dataset))
@@ -214,10 +214,11 @@ class ConditionCache:
 
     A file is named by the hash of (kind, prompt, fingerprint) and repeats all three inside, with a
     hash of its tensors; one that does not agree with its name is encoded again, with a warning.
-    Without a fingerprint nothing is kept on disk: no run could know later which encoder it was.
+    Without a fingerprint nothing is kept on disk: no run could know later which encoder it was; nor
+    without a folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._memory: dict[str, Condition] = {}
 
@@ -236,9 +237,10 @@ class ConditionCache:
             prompt: hashlib.sha256(repr(sorted(origin.items())).encode()).hexdigest()[:32]
             for prompt, origin in origins.items()
         }
+        folder = self.folder if fingerprint else None
         for prompt, key in keys.items():
-            if key not in self._memory and fingerprint:
-                self._read(self._file(key), key, origins[prompt])
+            if key not in self._memory and folder is not None:
+                self._read(_file(folder, key), key, origins[prompt])
         missing = [prompt for prompt, key in keys.items() if key not in self._memory]
         if missing:
             encoded = encode(missing).to("cpu")
@@ -256,12 +258,9 @@ class ConditionCache:
                     }
                 )
                 self._memory[keys[prompt]] = row
-                if fingerprint:
-                    self._write(self._file(keys[prompt]), row, origins[prompt])
+                if folder is not None:
+                    self._write(_file(folder, keys[prompt]), row, origins[prompt])
         return [self._memory[keys[prompt]] for prompt in prompts]
-
-    def _file(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
 
     def _read(self, file: Path, key: str, origin: dict[str, str]) -> None:
         if not file.exists():
@@ -287,6 +286,10 @@ class ConditionCache:
 
     def _write(self, file: Path, row: Condition, origin: dict[str, str]) -> None:
         write_tensors(file, row.tensors, {**origin, "sha256": _hash_tensors(row)})
+
+
+def _file(folder: Path, key: str) -> Path:
+    return folder / f"{key}.safetensors"
 
 
 def _hash_entries(fingerprint: Fingerprint) -> str:

@@ -24,27 +24,73 @@ _FONT_SIZE = 18
 _X264 = {"crf": "12", "mbtree": "0"}
 
 
-def write_mp4(clip: Tensor, path: Path | str, *, fps: int = 8, smallest_side: int = 256) -> None:
+def write_mp4(clip: Tensor, path: Path | str, *, fps: float = 8, smallest_side: int = 256) -> None:
     """Write one clip `[3, T, H, W]` as H.264.
 
     Each pixel is enlarged by the smallest whole factor that reaches `smallest_side` pixels.
     ValueError for another shape.
     """
-    frames = _to_uint8(_check_clip(clip))
-    scale = max(1, -(-smallest_side // min(frames.shape[1:3])))
-    _encode(_pad_to_even(frames.repeat(scale, 1).repeat(scale, 2)), path, fps)
+    _check_clip(clip)
+    with (
+        replace_file(path) as staging,
+        Mp4Writer(staging, fps=fps, smallest_side=smallest_side) as video,
+    ):
+        video.add(clip)
 
 
-def _encode(frames: np.ndarray, path: Path | str, fps: int) -> None:
-    """Encode `[T, H, W, 3]` uint8 with even sides as H.264; on one machine, equal frames give equal
-    bytes."""
-    with replace_file(path) as staging, av.open(str(staging), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options=_X264)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"  # the only layout that browsers and phones all play
+class Mp4Writer:
+    """An H.264 file that is written as frames come; complete at the end of its `with` block.
+
+    On one machine, equal frames give equal bytes.
+
+    Args:
+        path: of the file.
+        fps: frames per second.
+        smallest_side: each pixel is enlarged by the smallest whole factor that reaches it.
+    """
+
+    def __init__(self, path: Path | str, *, fps: float, smallest_side: int = 1) -> None:
+        self._container = av.open(str(path), "w")
+        self._fps = Fraction(fps).limit_denominator(1000)
+        self._smallest_side = smallest_side
+        self._stream: av.VideoStream | None = None
+
+    def add(self, clip: Tensor) -> None:
+        """Append frames `[3, T, H, W]` in [0, 1], of the size of those before.
+
+        ValueError for another shape.
+        """
+        frames = _to_uint8(_check_clip(clip))
+        scale = max(1, -(-self._smallest_side // min(frames.shape[1:3])))
+        self.add_pixels(_pad_to_even(frames.repeat(scale, 1).repeat(scale, 2)))
+
+    def add_pixels(self, frames: np.ndarray) -> None:
+        """Append frames `[T, H, W, 3]` uint8 with even sides, as they are."""
+        if self._stream is None:
+            self._stream = self._container.add_stream(
+                "libx264", rate=self._fps, options=dict(_X264)
+            )
+            self._stream.height, self._stream.width = frames.shape[1:3]
+            self._stream.pix_fmt = "yuv420p"  # the only layout that browsers and phones all play
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            self._container.mux(self._stream.encode(picture))
+
+    def __enter__(self) -> "Mp4Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None and self._stream is not None:
+                self._container.mux(self._stream.encode())
+        finally:
+            self._container.close()
+
+
+def _encode(frames: np.ndarray, path: Path | str, fps: float) -> None:
+    """Encode `[T, H, W, 3]` uint8 with even sides as H.264."""
+    with replace_file(path) as staging, Mp4Writer(staging, fps=fps) as video:
+        video.add_pixels(frames)
 
 
 @attrs.frozen

@@ -204,6 +204,17 @@ class CausalRollout(Protocol):
         """
         ...
 
+    def decode_stream(self, latents: Iterable[Tensor]) -> Generator[Tensor, None, None]:
+        """Frames [B, 3, F, H_px, W_px] in [0, 1] of each chunk of a video, as ``latents`` come.
+
+        All of them together are ``LatentCodec.decode`` of the chunks together; time and memory of
+        a chunk do not depend on how many came before.
+
+        Args:
+            latents: normalised, of each chunk [B, C, T of the chunk, H, W] (``stream``).
+        """
+        ...
+
 
 class Sampler(Protocol):
     """From noise to clean latents, by one spec."""

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO, cast
+from typing import IO, TextIO, cast
 
 from distill_protocols import (
     CheckpointError,
@@ -37,6 +37,8 @@ EXIT_STOPPED = 75
 """Stopped on request (SIGTERM, Ctrl-C) with everything saved: the same command goes on."""
 EXIT_INTERRUPTED = 130
 
+PAUSE = 0.1
+"""Seconds after which a run has finished deleting a checkpoint."""
 FIRST_RANK_SECONDS = 20.0
 """For how long the other processes of a machine wait for the first one to say what is wrong."""
 
@@ -48,6 +50,46 @@ def new_parser(app: str, description: str, epilog: str) -> argparse.ArgumentPars
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def hold_newest_checkpoint(path: Path, argument: str) -> tuple[Path, IO[bytes]]:
+    """Choose the checkpoint of ``path``, and keep its run from deleting it until the file closes.
+
+    Args:
+        path: a checkpoint, or a run's output folder, whose newest one is taken.
+        argument: what named it, for messages.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from distill_checkpoint import (
+        find_newest_checkpoint,
+        hold_checkpoint,
+        is_checkpoint_folder,
+        list_checkpoints,
+    )
+
+    if is_checkpoint_folder(path):
+        held = hold_checkpoint(path)
+        if held is not None:
+            return path, held
+        raise CheckpointError(
+            f"{argument}: {path} has just been deleted, as its run keeps only the newest. Name "
+            "the output folder, whose newest checkpoint is taken then."
+        )
+    while (newest := find_newest_checkpoint(path)) is not None:
+        held = hold_checkpoint(newest)
+        if held is not None:
+            say(f"taking {newest}")
+            return newest, held
+        say(f"{newest} has been deleted since; taking the next")
+        time.sleep(PAUSE)
+    inside = ", ".join(folder.name for folder in list_checkpoints(path).values())
+    raise CheckpointError(
+        f"{argument}: {path} is no checkpoint (which has a manifest.json) and no output "
+        f"folder of a run that holds one (it holds: {inside or 'none'}). Name a folder such as "
+        "outputs/mine/checkpoint-000400."
     )
 
 

@@ -159,11 +159,8 @@ def read_models(file: Path, role: str) -> ModelsConfig:
     reader = _open(file)
     recipe = _required(reader, RecipeConfig, "recipe")
     family, method_plugin = _plugins(reader, recipe)
-    # A run that is over needs neither the optimizers nor the weights that it began with.
-    role_configs = {
-        name: evolve(config, optimizer={}, init_from=None)
-        for name, config in reader.roles().items()
-    }
+    # A run that is over needs no optimizers, nor the weights that trained roles began with.
+    role_configs = {name: evolve(config, optimizer={}) for name, config in reader.roles().items()}
     pipeline = _pipeline(reader, family, role_configs)
     method, readable_method = _method(reader, method_plugin)
     draft = Draft(
@@ -178,6 +175,11 @@ def read_models(file: Path, role: str) -> ModelsConfig:
         role_configs=role_configs,
     )
     draft = _joined(reader, draft)
+    roles = {
+        name: evolve(role, init_from=None) if role.spec.trainable else role
+        for name, role in draft.roles.items()
+    }
+    draft = evolve(draft, roles=roles)
     for section in MODELS_NEEDED:
         if reader.document.values.get(section) is None:
             reader.report((section,), "missing section; it describes how the weights are used")

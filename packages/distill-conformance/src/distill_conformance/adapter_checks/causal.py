@@ -156,7 +156,8 @@ def check_cache_rules(case: AdapterCase) -> None:
 
 
 def check_streams(case: AdapterCase) -> None:
-    """``stream`` makes the chunks of ``sample``, one at a time, and two streams can be mixed."""
+    """``stream`` makes the chunks of ``sample``, one at a time, and two streams can be mixed;
+    ``decode_stream`` makes the frames of ``decode``, and two of them can be mixed too."""
     causal, cond, noise = case.causal, case.condition(), case.noise()
     for role in case.causal_roles:
         chunks = causal.chunks(role)
@@ -171,6 +172,14 @@ def check_streams(case: AdapterCase) -> None:
             require_equal(again, part, f"two streams of {role!r} side by side")
             made.append(part)
         case.require_close(torch.cat(made, dim=2), sample, f"a stream and a sample of {role!r}")
+        if case.adapter.capabilities.supports_decode:
+            both = (causal.decode_stream(iter(made)) for _ in range(2))
+            frames = []
+            for part, again in zip(*both, strict=True):
+                require_equal(again, part, f"two decodings of {role!r} side by side")
+                frames.append(part)
+            whole = case.adapter.decode(torch.cat(made, dim=2))
+            case.require_close(torch.cat(frames, dim=2), whole, f"decoding {role!r} by chunks")
 
 
 @torch.no_grad()

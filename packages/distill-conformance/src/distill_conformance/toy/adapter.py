@@ -273,6 +273,9 @@ class ToyAdapter:
         finally:
             self.clear_caches(role, stream=name)
 
+    def decode_stream(self, latents: Iterable[Tensor]) -> Generator[Tensor, None, None]:
+        yield from map(self.decode, latents)
+
     # -- sampling -------------------------------------------------------------------------------
 
     def sample(

@@ -5,6 +5,7 @@ Letters: B batch, C channels, F frames, T latent frames, H and W latent height a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -61,6 +62,26 @@ class VideoCodec:
             for part in latents.split(clips)
         ]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+    def decode_stream(
+        self,
+        latents: Iterable[Tensor],
+        decode_chunks: Callable[[Any, Iterable[Tensor]], Iterator[Tensor]],
+    ) -> Generator[Tensor, None, None]:
+        """Decode a video chunk by chunk: frames [B, 3, F, H_px, W_px] in [0, 1] of each.
+
+        Args:
+            latents: raw, of each chunk [B, C, T, H, W].
+            decode_chunks: of the VAE's class, as ``decode_part`` for chunks after each other.
+        """
+        chunks = (chunk.to(self._device, torch.float32) for chunk in latents)
+        frames = decode_chunks(self._loaded(), chunks)
+        while True:
+            with torch.no_grad():  # not around the yield, where the caller's own code runs
+                part = next(frames, None)
+            if part is None:
+                return
+            yield (part / 2 + 0.5).clamp(0, 1)
 
     def encode_part(self, vae: Any, pixels: Tensor) -> Tensor:
         """Encode clips in [-1, 1] in one call; the mode of the posterior."""

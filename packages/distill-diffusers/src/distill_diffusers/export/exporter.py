@@ -354,10 +354,13 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
     ) -> dict[str, object]:
         return {
             "role": role.name,
+            "family": self.family.name,
             "path": role.path,
             "weights": request.weights,
             "format": request.format,
             "precision": request.precision,
+            "compute_precision": role.precision,
+            "pipeline_config": _portable_config(self.config),
             "sampler": asdict(request.sampler),
             "timesteps": list(schedule.sampler_timesteps),
             "scheduler": {"_class_name": schedule.class_name, **schedule.config},
@@ -460,6 +463,12 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
                 "nothing to make a LoRA of. Was it trained, and from this path?"
             )
         return Written(notes=tuple(notes), entries={"lora": summaries})
+
+
+def _portable_config(config: object) -> dict[str, object]:
+    """``pipeline_config`` without paths, which mean nothing on another machine: the export has all
+    that they named."""
+    return asdict(cast("AttrsInstance", config), filter=lambda key, _: "path" not in key.metadata)
 
 
 def _adapter_shapes(lora: LoraSpec, architecture: Architecture) -> dict[str, Tensor]:

@@ -1,0 +1,122 @@
+"""Clips as files: one a clip, and sheets of all of them beside each other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from distill_evaluation.media import (
+    Mp4Writer,
+    SheetRow,
+    write_contact_sheet,
+    write_sheet_mp4,
+)
+from distill_protocols import DataError
+from distill_runtime import replace_file, replace_folder
+from distill_trainer.trackers.gif import clips_to_gif
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+FORMATS = ("mp4", "gif", "png")
+COLUMNS = 6
+"""Prompts on one contact sheet."""
+THUMBNAIL = 320
+"""Pixels of a sheet's pictures at most, on their longer side."""
+SMALLEST_SIDE = 256
+"""Smaller clips are enlarged by a whole factor, or players blur them."""
+
+
+def clip_stem(number: int, prompt: str, role: str) -> str:
+    """Name a clip's file: its number, the beginning of its prompt and its role."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
+    return "-".join(part for part in (f"{number:03d}", words, role) if part)
+
+
+def write_clip(clip: Tensor, folder: Path, stem: str, *, format: str, fps: float) -> Path:
+    """Write one clip [3, F, H_px, W_px] in [0, 1]; a clip of one frame is a PNG."""
+    if clip.shape[1] == 1:
+        path = folder / f"{stem}.png"
+        with replace_file(path) as part:
+            _picture(clip[:, 0]).save(part, format="PNG")
+        return path
+    path = folder / f"{stem}.{format}"
+    if format == "gif":
+        with replace_file(path) as part:
+            part.write_bytes(clips_to_gif(clip[None], fps))
+    elif format == "png":
+        path = folder / stem
+        with replace_folder(path) as stage:
+            for number in range(clip.shape[1]):
+                _picture(clip[:, number]).save(stage / f"{number:04d}.png")
+    else:
+        write_stream([clip], path, fps=fps)
+    return path
+
+
+def write_stream(parts: Iterable[Tensor], path: Path, *, fps: float) -> None:
+    """Write an MP4 of frames [3, F, H_px, W_px] as they come, a part at a time in memory."""
+    with replace_file(path) as part, Mp4Writer(part, fps=fps, smallest_side=SMALLEST_SIDE) as video:
+        for frames in parts:
+            video.add(frames)
+
+
+def _picture(frame: Tensor) -> Image.Image:
+    pixels = (frame.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def thumbnails(clips: Tensor) -> Tensor:
+    """Reduce clips [B, 3, F, H_px, W_px] in [0, 1] to what a sheet shows, as uint8."""
+    longest = max(clips.shape[-2:])
+    if longest > THUMBNAIL:
+        size = [max(1, round(side * THUMBNAIL / longest)) for side in clips.shape[-2:]]
+        flat = clips.transpose(1, 2).flatten(0, 1)
+        flat = nn.functional.interpolate(flat, size=size, mode="area")
+        clips = flat.unflatten(0, (clips.shape[0], clips.shape[2])).transpose(1, 2)
+    return (clips.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def write_sheets(
+    rows: Sequence[tuple[str, Tensor]], prompts: Sequence[str], folder: Path, *, fps: float
+) -> Iterator[Path]:
+    """Write a contact sheet, as a picture and in motion, for each ``COLUMNS`` prompts.
+
+    Args:
+        rows: label and thumbnails [B, 3, F, H_px, W_px] of each role, a clip a prompt.
+    """
+    for first in range(0, len(prompts), COLUMNS):
+        part = slice(first, first + COLUMNS)
+        sheet = [SheetRow(label, clips[part].float() / 255) for label, clips in rows]
+        number = f"_{first // COLUMNS + 1}" if len(prompts) > COLUMNS else ""
+        picture = folder / f"contact_sheet{number}.png"
+        write_contact_sheet(sheet, prompts[part], picture)
+        yield picture
+        if all(clips.shape[2] > 1 for _, clips in rows):
+            video = folder / f"contact_sheet{number}.mp4"
+            write_sheet_mp4(sheet, prompts[part], video, fps=max(1, round(fps)))
+            yield video
+
+
+def read_first_frames(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
+    """Read pictures as first frames [B, 3, H_px, W_px] in [0, 1], scaled and cropped to ``size``
+    (height, width) about their middle.
+
+    Raises:
+        DataError: a file is no picture.
+    """
+    frames = []
+    for path in paths:
+        try:
+            with Image.open(path) as file:
+                upright = ImageOps.exif_transpose(file).convert("RGB")
+                picture = ImageOps.fit(upright, (size[1], size[0]), Image.Resampling.LANCZOS)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(
+                f"{path} cannot be read as a picture ({error}); a clip cannot begin with it. Save "
+                "it again, or name another"
+            ) from error
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        frames.append(pixels.view(*size, 3).permute(2, 0, 1).float() / 255)
+    return torch.stack(frames)
