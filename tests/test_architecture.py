@@ -33,11 +33,8 @@ LIGHT = (
     "distill_train.cli",
     "distill_export.cli",
     "distill_migrate.cli",
-<<<<<<< HEAD
     "distill_preprocess.cli",
-=======
     "distill_sample.cli",
->>>>>>> 55a1361 (apps/sample: clips from a run, a checkpoint or an export; long videos of causal roles)
     "distill_trajectories.cli",
 )
 

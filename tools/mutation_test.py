@@ -46,11 +46,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "distill-trainer": ("trainer",),
     "export": ("export_app",),
     "migrate": ("migrate_app",),
-<<<<<<< HEAD
     "preprocess": ("preprocess_app",),
-=======
     "sample": ("sample_app",),
->>>>>>> 55a1361 (apps/sample: clips from a run, a checkpoint or an export; long videos of causal roles)
     "train": ("app",),
     "trajectories": ("trajectories_app",),
 }
