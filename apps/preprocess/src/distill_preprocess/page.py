@@ -7,15 +7,13 @@ import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from distill_conditioning.writing import write_text
 from distill_media import MediaError
 from PIL import Image
 
-if TYPE_CHECKING:
-    from distill_preprocess.preview import Shown
+from distill_preprocess.shown import Shown
 
 LOW_PSNR = 25.0
 """dB, below which what the VAE gives back is visibly not what it was given."""

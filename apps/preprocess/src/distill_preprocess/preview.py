@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attrs import frozen
 from distill_media import MediaClip, MediaError, MediaItem, read_items
 from distill_protocols import DataError
 from distill_runtime import Worker
@@ -20,30 +19,11 @@ from distill_preprocess.page import write_page
 from distill_preprocess.request import Request, buckets_of, cut_of
 from distill_preprocess.run import caption_notes, make_adapter, scene_cuts_of
 from distill_preprocess.sheet import write_sheet
+from distill_preprocess.shown import Shown
 
 _log = logging.getLogger(__name__)
 
 PAGE, SHEET = "preview.html", "preview.png"
-
-
-@frozen(kw_only=True, eq=False)
-class Shown:
-    """One sample of a preview.
-
-    Attributes:
-        source: [F, H, W, 3] uint8, as the VAE is given it.
-        decoded: the same through the VAE and back.
-        psnr: in dB, of the whole clip.
-        notes: what a person should know, each continuing "it ...".
-    """
-
-    id: str
-    caption: str
-    shape: str
-    source: np.ndarray
-    decoded: np.ndarray
-    psnr: float
-    notes: tuple[str, ...]
 
 
 @torch.no_grad()

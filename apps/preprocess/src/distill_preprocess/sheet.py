@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from distill_runtime import printable, replace_file
 from PIL import Image, ImageDraw, ImageFont
 
-if TYPE_CHECKING:
-    from distill_preprocess.preview import Shown
+from distill_preprocess.shown import Shown
 
 _SIDE, _GAP, _LINE, _FRAMES = 120, 10, 22, 3
 _INK, _PAPER, _NOTE = (20, 20, 20), (250, 250, 250), (180, 83, 9)
