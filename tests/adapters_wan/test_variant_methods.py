@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from attrs import evolve
 from distill_methods import (
     DMD2Config,
     FinetuneConfig,
@@ -67,6 +68,17 @@ def test_a_given_first_frame_stays_out_of_the_loss(kind, worlds):
         method.optimizers_zero_grad(2)
     assert torch.equal(losses[0][0], losses[1][0])
     assert all(torch.equal(value, losses[1][1][key]) for key, value in losses[0][1].items())
+
+
+def test_a_first_frame_stays_out_of_the_loss_of_clips_of_another_length(worlds):
+    """In a run of several sizes, of which the adapter's own is one."""
+    losses = []
+    for value in (0.0, 50.0):
+        method, given = worlds.build("finetune", "ti2v", "bidirectional"), worlds.batch("ti2v", 2)
+        short = evolve(given, latents=given.latents[:, :, :2].clone())
+        short.latents[:, :, 0] = value
+        losses.append(float(method.single_train_step(short, 2).loss_map["total_loss"].detach()))
+    assert losses[0] == losses[1]
 
 
 def test_without_a_picture_the_first_frame_is_trained(worlds):

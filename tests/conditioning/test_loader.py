@@ -233,9 +233,9 @@ class _Watched(LatentDataset):
         self.reads = 0
         self.threads: set[str] = set()
 
-    def read(self, samples: torch.Tensor, choices: torch.Tensor | None = None) -> Batch:
+    def read(self, samples: torch.Tensor, choices: torch.Tensor | None = None, **clip) -> Batch:
         self.threads.add(threading.current_thread().name)
-        batch = super().read(samples, choices)
+        batch = super().read(samples, choices, **clip)
         self.reads += 1
         return batch
 

@@ -10,6 +10,7 @@ from distill_conditioning import (
     DataConfig,
     LatentDataset,
     LatentLoader,
+    SampleShape,
     ShardWriter,
     dataset_info,
     preprocess,
@@ -109,15 +110,17 @@ def test_a_negative_that_is_no_part_of_the_samples_is_refused(folder):
             LatentLoader(stored, batch_size=2, seed=0, dropout=0.5, negative=Condition(wrong))
 
 
+def reads(conditions):
+    return [SampleShape(latents=None, conditions=conditions)]
+
+
 def test_a_data_set_needs_the_condition_of_the_picture(folder, tmp_path):
     expected = {"image_latents": (48,)}
-    assert dataset_info(folder, condition_shapes=expected).problems == ()
-    (problem,) = dataset_info(folder, condition_shapes={"image_latents": (50,)}).problems
+    assert dataset_info(folder, shapes=reads(expected)).problems == ()
+    (problem,) = dataset_info(folder, shapes=reads({"image_latents": (50,)})).problems
     assert "[48]" in problem
     assert "[50]" in problem
-    (problem,) = dataset_info(
-        folder, condition_shapes={**expected, "image_embeds": (2, 2)}
-    ).problems
+    (problem,) = dataset_info(folder, shapes=reads({**expected, "image_embeds": (2, 2)})).problems
     assert "'image_embeds' is absent" in problem
     assert "first_frames=True" in problem
 

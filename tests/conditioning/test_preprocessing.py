@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distill_conditioning import DataConfig, LatentDataset, ShardWriter, preprocess
+from distill_conditioning import DataConfig, LatentDataset, SampleShape, ShardWriter, preprocess
 from distill_protocols import DataError
 
 
@@ -22,8 +22,7 @@ def test_every_clip_arrives_with_its_caption(tmp_path, encoder, batch_size):
         )
     dataset = LatentDataset(
         DataConfig(path=str(tmp_path), verify="full"),
-        latent_shape=(2, 1, 2, 2),
-        condition_shapes={"text": (3, 4)},
+        shapes=[SampleShape(latents=(2, 1, 2, 2), conditions={"text": (3, 4)})],
     )
     assert count == len(dataset) == 10
     assert encoder.loads == 1

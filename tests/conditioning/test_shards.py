@@ -15,6 +15,7 @@ from distill_conditioning import (
     ConditioningConfig,
     DataConfig,
     LatentDataset,
+    SampleShape,
     ShardWriter,
     dataset_info,
 )
@@ -180,11 +181,13 @@ def test_a_shard_of_another_data_set_is_refused(tmp_path, make_folder):
 def test_other_shapes_than_the_models_are_named_both(tmp_path, make_folder):
     make_folder(tmp_path, 4)
     with pytest.raises(DataError, match=r"\[2, 1, 2, 2\].*\[16, 21, 60, 104\]"):
-        _open(tmp_path, latent_shape=(16, 21, 60, 104))
+        _open(tmp_path, shapes=[SampleShape(latents=(16, 21, 60, 104), conditions={})])
     for wrong in [(3, 4096), (512, 4)]:
         with pytest.raises(DataError, match=rf"\[3, 4\].*\[{wrong[0]}, {wrong[1]}\].*Preprocess"):
-            _open(tmp_path, condition_shapes={"text": wrong})
-    _open(tmp_path, latent_shape=(2, 1, 2, 2), condition_shapes={"text": (3, 4)})
+            _open(tmp_path, shapes=[SampleShape(latents=None, conditions={"text": wrong})])
+    right = SampleShape(latents=(2, 1, 2, 2), conditions={"text": (3, 4)})
+    other = SampleShape(latents=(2, 3, 2, 2), conditions={"text": (5, 4)})
+    _open(tmp_path, shapes=[other, right])
 
 
 def test_an_interrupted_writer_leaves_no_data_set_and_says_so_next_time(tmp_path):

@@ -472,6 +472,19 @@ class NamesWhatIsNotMeasured(MatchConfig):
         return (*super().metrics(iteration), "spread")
 
 
+@frozen(kw_only=True)
+class SaysThatCaptionsDo(MatchConfig):
+    @property
+    def needs_latents(self):
+        return False
+
+
+class ReadsNoLatents(Match):
+    def single_train_step(self, batch, iteration):
+        latents = torch.zeros(len(batch), *batch.latent_shape)
+        return super().single_train_step(evolve(batch, latents=latents), iteration)
+
+
 BROKEN_METHODS: list[tuple[type, Callable[[MethodCase], None]]] = [
     (TeacherMoves, steps.check_isolation),
     (TeacherGetsGradient, steps.check_isolation),
@@ -479,6 +492,8 @@ BROKEN_METHODS: list[tuple[type, Callable[[MethodCase], None]]] = [
     (OthersTurn, steps.check_stepping),
     (BatchNormalised, steps.check_neighbours),
     (SumOfLosses, steps.check_accumulation),
+    (SaysThatCaptionsDo, steps.check_captions_alone),
+    (ReadsNoLatents, steps.check_captions_alone),
     (ForgetsItsCounter, steps.check_resume),
     (DrawsGlobally, randomness.check_global_random_state),
     (SameNoiseEverywhere, randomness.check_ranks),

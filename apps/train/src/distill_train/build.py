@@ -12,7 +12,7 @@ from distill_checkpoint import (
     ExportCallback,
     read_start_weights,
 )
-from distill_conditioning import CachedConditioning, LatentDataset, LatentLoader
+from distill_conditioning import CachedConditioning, LatentDataset, LatentLoader, SampleShape
 from distill_protocols import (
     Callback,
     Condition,
@@ -70,8 +70,14 @@ def build(config: RunConfig, *, distribution: Distribution, again: Collection[st
         lambda: config.family_plugin.adapter(bundle, config.pipeline, source=config.source)
     )
     times = config.method.trajectory_times
+    clips = tuple(dict.fromkeys([adapter.latent_shape, *config.latent_shapes]))
     dataset = ranks.run_each(
-        lambda: LatentDataset(config.data, latent_shape=adapter.latent_shape, times=times)
+        lambda: LatentDataset(
+            config.data,
+            shapes=[SampleShape(latents=clip, conditions={}) for clip in clips],
+            clips=clips,
+            times=times,
+        )
     )
     conditioning = CachedConditioning(
         config.conditioning,

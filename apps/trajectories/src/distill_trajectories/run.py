@@ -128,10 +128,10 @@ class Teacher:
     def add(self, folder: TrajectoryFolder, rows: ShardRows, numbers: Sequence[int]) -> None:
         """Sample clips ``numbers`` and add them to ``rows``."""
         places = [number % len(self.source) for number in numbers]
-        batch = self.source.read(torch.tensor(places))
+        cond = self.source.read_conditions(torch.tensor(places))
         captions = [self.source.caption(place) for place in places]
-        latents, states = self.sample(numbers, batch.cond)
-        folder.add(rows, numbers, captions, batch.cond, latents, states)
+        latents, states = self.sample(numbers, cond)
+        folder.add(rows, numbers, captions, cond, latents, states)
 
     def sample(self, numbers: Sequence[int], cond: Condition) -> tuple[Tensor, Tensor]:
         """Sample clips: raw latents [B, C, T, H, W], and states [B, K, C, T, H, W] at the kept

@@ -242,7 +242,7 @@ class WanAdapter(FamilyAdapter):
 
     # -- first frames -------------------------------------------------------------------------
 
-    def trained_frames(self, cond: Condition) -> Tensor | None:
+    def trained_frames(self, cond: Condition, frames: int | None = None) -> Tensor | None:
         """Return 0 on the first frame where ``cond`` gives it as a frame (TI2V-5B), else None.
 
         A picture in channels of its own (Wan 2.1 and A14B) leaves every frame to be predicted.
@@ -250,7 +250,8 @@ class WanAdapter(FamilyAdapter):
         image = cond.tensors.get(LATENTS)
         if image is None or image.shape[2] != 1 or self._image_kind != "frame":
             return None
-        mask = torch.ones(1, 1, self._latent_shape[1], 1, 1, device=image.device)
+        frames = self._latent_shape[1] if frames is None else frames
+        mask = torch.ones(1, 1, frames, 1, 1, device=image.device)
         mask[:, :, 0] = 0
         return mask
 

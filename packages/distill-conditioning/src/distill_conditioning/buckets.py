@@ -124,11 +124,16 @@ def describe_order(sources: Sequence[DataSource], *, seed: int, shuffle: bool) -
 
 
 def save_position(
-    position: Position, buckets: Sequence[Bucket], group_size: int
+    position: Position, buckets: Sequence[Bucket], group_size: int | None
 ) -> dict[str, object]:
-    """Return the part of a checkpoint that describes how far a run is (JSON)."""
+    """Return the part of a checkpoint that describes how far a run is (JSON).
+
+    Args:
+        group_size: samples in a group; None where nothing depends on groups, and the number of
+            samples says all.
+    """
     given: dict[str, object] = {"samples_given": position.samples}
-    if len(buckets) == 1:
+    if group_size is None:
         return given
     taken = {_name(bucket): n for bucket, n in zip(buckets, position.taken, strict=True)}
     groups = {"number": position.groups, "offset": position.offset, "size": group_size}
@@ -136,7 +141,7 @@ def save_position(
 
 
 def load_position(
-    state: Mapping[str, object], buckets: Sequence[Bucket], *, group_size: int, stride: int
+    state: Mapping[str, object], buckets: Sequence[Bucket], *, group_size: int | None, stride: int
 ) -> Position:
     """Return the position that ``save_position`` saved.
 
@@ -147,7 +152,7 @@ def load_position(
         DataError: of a position within a group: the group was of another size, or ends within a
             micro step.
     """
-    if len(buckets) == 1:
+    if group_size is None or "group" not in state:  # one bucket, now or then
         return Position(taken=(int(cast(int, state["samples_given"])),))
     taken = cast(Mapping[str, int], state["buckets"])
     group = cast(Mapping[str, int], state["group"])

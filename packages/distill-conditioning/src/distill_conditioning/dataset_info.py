@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 from attrs import field, frozen
 from distill_protocols import DataError, Fingerprint
@@ -26,6 +25,11 @@ from distill_conditioning.format import (
 _MAKE_TRAJECTORIES = (
     "The method is trained on a teacher's stored trajectories; make them with apps/trajectories "
     "--config FILE.yaml (configs/tiny/trajectories.yaml is one)."
+)
+_MAKE_LATENTS = (
+    "The method is trained on latents of clips, and makes none itself. Preprocess clips with their "
+    "captions, or choose a method or options that need no data but captions (dmd2 with rollout: "
+    "simulate, self_forcing, teacher_only with input: student, all without a discriminator)."
 )
 
 
@@ -128,8 +132,8 @@ class DataInfo:
 def data_info(
     config: DataConfig,
     *,
-    latent_shape: tuple[int, ...] | None = None,
-    condition_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    shapes: Sequence[SampleShape] = (),
+    needs_latents: bool = False,
     times: tuple[float, ...] = (),
     fingerprint: Fingerprint | None = None,
 ) -> DataInfo:
@@ -139,8 +143,8 @@ def data_info(
         sets=tuple(
             dataset_info(
                 one.path,
-                latent_shape=latent_shape,
-                condition_shapes=condition_shapes,
+                shapes=shapes,
+                needs_latents=needs_latents,
                 times=times,
                 fingerprint=fingerprint,
                 accept=config.accept,
@@ -153,8 +157,8 @@ def data_info(
 def dataset_info(
     path: str | Path,
     *,
-    latent_shape: tuple[int, ...] | None = None,
-    condition_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    shapes: Sequence[SampleShape] = (),
+    needs_latents: bool = False,
     times: tuple[float, ...] = (),
     fingerprint: Fingerprint | None = None,
     accept: Iterable[str] = (),
@@ -164,9 +168,9 @@ def dataset_info(
     It never raises for bad data; what is wrong is in ``DatasetInfo.problems``.
 
     Args:
-        latent_shape: (C, T, H, W) that the model takes; None leaves it unchecked.
-        condition_shapes: of one row of every condition tensor that the model cannot do without,
-            by name.
+        shapes: those of samples that the model takes: latents (None: not known), and every
+            condition tensor that it cannot do without. Empty leaves them unchecked.
+        needs_latents: whether captions alone are too little.
         times: levels t of a teacher's trajectories that the method reads.
         fingerprint: of the run's VAE and encoders; None leaves them uncompared.
         accept: entries of it that may differ (see ``compare_fingerprints``).
@@ -179,8 +183,8 @@ def dataset_info(
         return DatasetInfo(path=folder, problems=(f"{error}{hint}",))
     problems = [
         *_file_problems(folder, index),
-        *_latent_problems(folder, index, latent_shape),
-        *_condition_problems(folder, index, condition_shapes),
+        *_latent_problems(folder, index, shapes, needs_latents=needs_latents),
+        *_condition_problems(folder, index, shapes),
         *_trajectory_problems(folder, index, times),
     ]
     prompt = None
@@ -225,33 +229,43 @@ def _file_problems(folder: Path, index: DatasetIndex) -> list[str]:
 
 
 def _latent_problems(
-    folder: Path, index: DatasetIndex, latent_shape: tuple[int, ...] | None
+    folder: Path, index: DatasetIndex, shapes: Sequence[SampleShape], *, needs_latents: bool
 ) -> list[str]:
+    if not index.has_latents:
+        return [f"{folder}: holds captions alone. {_MAKE_LATENTS}"] if needs_latents else []
+    known = [list(shape.latents) for shape in shapes if shape.latents is not None]
     return [
         f"{folder}: latents are {list(shape.latents)} [C, T, H, W], but the model takes "
-        f"{list(latent_shape)}. Preprocess clips of the run's size with the run's VAE, or run with "
-        "the frames, height and width of the data set."
+        f"{' or '.join(map(str, known))}. Preprocess clips of the run's size with the run's VAE, "
+        "or run with the frames, height and width of the data set."
         for shape in index.shapes
-        if latent_shape is not None and shape.latents not in (None, tuple(latent_shape))
+        if known and shape.latents is not None and list(shape.latents) not in known
     ]
 
 
 def _condition_problems(
-    folder: Path, index: DatasetIndex, shapes: Mapping[str, tuple[int, ...]]
+    folder: Path, index: DatasetIndex, shapes: Sequence[SampleShape]
 ) -> list[str]:
     problems = []
-    for name, shape in shapes.items():
-        stored = index.shapes[0].conditions.get(name)
-        if stored != tuple(shape):
-            problems.append(
-                f"{folder}: the condition tensor {name!r} is "
-                f"{'absent' if stored is None else list(stored)} in each sample, but the model "
-                f"reads {list(shape)}; with another shape it fails, or gives other clips than it "
-                "was trained to. Preprocess the clips with the encoders, lengths and sizes of the "
-                "run's model (first_frames=True stores those of images), or give the run's model "
-                "the options that the data set was made with."
-            )
-    return problems
+    for stored in index.shapes:
+        of_size = [one for one in shapes if _are_of_one_size(one, stored)]
+        needed = of_size[0].conditions if of_size else {}  # another size is a problem already
+        for name, shape in needed.items():
+            own = stored.conditions.get(name)
+            if own != tuple(shape):
+                problems.append(
+                    f"{folder}: the condition tensor {name!r} is "
+                    f"{'absent' if own is None else list(own)} in each sample, but the model "
+                    f"reads {list(shape)}; with another shape it fails, or gives other clips than "
+                    "it was trained to. Preprocess the clips with the encoders, lengths and sizes "
+                    "of the run's model (first_frames=True stores those of images), or give the "
+                    "run's model the options that the data set was made with."
+                )
+    return list(dict.fromkeys(problems))
+
+
+def _are_of_one_size(model: SampleShape, stored: SampleShape) -> bool:
+    return None in (model.latents, stored.latents) or model.latents == stored.latents
 
 
 def _trajectory_problems(folder: Path, index: DatasetIndex, times: tuple[float, ...]) -> list[str]:

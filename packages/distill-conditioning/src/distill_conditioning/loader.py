@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 from attrs import evolve, frozen
-from distill_protocols import Batch, Condition, ConditioningError, DataError
+from distill_protocols import Batch, Condition, ConditioningError, DataError, LatentShape
 from torch import Tensor
 
 from distill_conditioning.buckets import (
@@ -23,6 +23,7 @@ from distill_conditioning.buckets import (
 from distill_conditioning.order import (
     BucketOrder,
     choose_caption,
+    choose_clip,
     drops_condition,
     epoch_order,
     rank_positions,
@@ -40,7 +41,8 @@ class LatentLoader:
     of (seed, epoch, sample) alone: see ``distill_conditioning.order``. All samples of a group,
     those of an iteration, come from one bucket: they have one shape, on all ranks. Where an epoch
     of a bucket does not divide by the group, its last group is filled up from the next epoch, so
-    that no sample is lost or given twice as often.
+    that no sample is lost or given twice as often. Captions alone get the shape of clips that are
+    to be made for them, drawn for each group among ``dataset.clips``.
 
     With ``dataset.config.workers`` threads read the batches to come. They are threads and not
     processes because reading is copying out of memory-mapped files, which torch does without
@@ -95,12 +97,14 @@ class LatentLoader:
         self.device = torch.device(device)
         self._dropout = Dropout.of(dropout, negative, dataset)
         self._buckets = make_buckets(dataset.sources)
+        self._clips = dataset.clips if self._buckets[0].shape.latents is None else ()
         self._order = BucketOrder(
             seed=seed,
             shares=tuple(bucket.share for bucket in self._buckets),
             group_size=self._stride if group_size is None else group_size,
         )
-        if len(self._buckets) > 1 and self._order.group_size % self._stride:
+        self._has_groups = len(self._buckets) > 1 or len(self._clips) > 1
+        if self._has_groups and self._order.group_size % self._stride:
             raise DataError(
                 f"a group of {self._order.group_size} samples is no whole number of batches of "
                 f"{batch_size} on {world_size} rank(s), and all of it must have one shape. Choose "
@@ -132,7 +136,7 @@ class LatentLoader:
     def state_dict(self) -> dict[str, object]:
         """Return the position in the stream of all ranks (JSON), for any number of ranks."""
         return {
-            **save_position(self._position, self._buckets, self._order.group_size),
+            **save_position(self._position, self._buckets, self._group_size),
             **self._decided,
         }
 
@@ -151,12 +155,17 @@ class LatentLoader:
                 "another output_dir."
             )
         self._position = load_position(
-            state, self._buckets, group_size=self._order.group_size, stride=self._stride
+            state, self._buckets, group_size=self._group_size, stride=self._stride
         )
 
     @cached_property
     def _decided(self) -> dict[str, object]:
         return describe_order(self.dataset.sources, seed=self.seed, shuffle=self.shuffle)
+
+    @property
+    def _group_size(self) -> int | None:
+        """Samples of a group; None where nothing depends on groups."""
+        return self._order.group_size if self._has_groups else None
 
     @property
     def _stride(self) -> int:
@@ -192,6 +201,7 @@ class LatentLoader:
         samples = [(epoch, int(self._samples(number, epoch)[place])) for epoch, place in places]
         draws = [choose_caption(self.seed, *sample, key=bucket.key) for sample in samples]
         return _Choice(
+            clip=choose_clip(self.seed, position.groups, self._clips),
             numbers=self._numbers[number][[sample for _, sample in samples]],
             captions=torch.tensor(draws),
             dropped={
@@ -206,7 +216,7 @@ class LatentLoader:
         )
 
     def _read(self, choice: _Choice) -> Batch:
-        batch = self.dataset.read(choice.numbers, choice.captions)
+        batch = self.dataset.read(choice.numbers, choice.captions, clip=choice.clip)
         self._dropout.apply(batch.cond, choice.dropped)
         return batch
 
@@ -237,11 +247,13 @@ class _Choice:
     """What a batch is read from.
 
     Attributes:
+        clip: (C, T, H, W) of what is to be made for captions alone.
         numbers: int64 [B], of samples.
         captions: int64 [B], see ``LatentDataset.read``.
         dropped: bool [B], by condition tensor; under None, all of the negative condition's.
     """
 
+    clip: LatentShape | None
     numbers: Tensor
     captions: Tensor
     dropped: Mapping[str | None, Tensor]
@@ -325,7 +337,7 @@ def _copy_to(batch: Batch, device: torch.device) -> Batch:
 
     return evolve(
         batch,
-        latents=move(batch.latents),
+        latents=None if batch.latents is None else move(batch.latents),
         cond=Condition({name: move(value) for name, value in batch.cond.tensors.items()}),
         trajectory=None if batch.trajectory is None else move(batch.trajectory),
     )

@@ -17,7 +17,7 @@ from fractions import Fraction
 
 import torch
 from attrs import evolve, frozen
-from distill_protocols import derive_seed
+from distill_protocols import LatentShape, derive_seed
 from torch import Tensor
 
 from distill_conditioning.buckets import Position
@@ -69,6 +69,11 @@ class BucketOrder:
         taken = list(position.taken)
         taken[self.bucket(position)] += offset
         return Position(taken=tuple(taken), groups=position.groups + 1)
+
+
+def choose_clip(seed: int, group: int, clips: Sequence[LatentShape]) -> LatentShape | None:
+    """Draw the shape of the clips that are to be made for the captions of a group."""
+    return clips[derive_seed(seed, "data.clip", group) % len(clips)] if clips else None
 
 
 def epoch_order(seed: int, epoch: int, samples: int, *, shuffle: bool, key: Key = ()) -> Tensor:

@@ -6,13 +6,19 @@ Letters: N samples of a shard, P distinct captions of it, B batch, C T H W as ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from attrs import frozen
-from distill_protocols import Batch, Condition, ConditioningError, DataError, Fingerprint
+from distill_protocols import (
+    Batch,
+    Condition,
+    ConditioningError,
+    DataError,
+    Fingerprint,
+    LatentShape,
+)
 from distill_runtime import sha256_of_file
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -105,8 +111,9 @@ class LatentDataset:
 
     Args:
         config: the folders, and how much of them is verified now.
-        latent_shape: (C, T, H, W) that the model takes, None to take what there is.
-        condition_shapes: of one row of the condition tensors that the model takes, by name.
+        shapes: those of samples that the model takes, see ``dataset_info``; empty takes what
+            there is.
+        clips: (C, T, H, W) of the clips that are to be made for captions alone, one or several.
         times: levels t of the stored trajectories that are read with each sample, in this order;
             none are read by default, as they are several times the size of the latents.
 
@@ -118,17 +125,16 @@ class LatentDataset:
         self,
         config: DataConfig,
         *,
-        latent_shape: tuple[int, ...] | None = None,
-        condition_shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+        shapes: Sequence[SampleShape] = (),
+        clips: Sequence[LatentShape] = (),
         times: tuple[float, ...] = (),
     ) -> None:
-        info = data_info(
-            config, latent_shape=latent_shape, condition_shapes=condition_shapes, times=times
-        )
+        info = data_info(config, shapes=shapes, times=times)
         if info.problems:
             raise DataError("\n".join(info.problems))
         self.config = config
         self.sources = info.sources
+        self.clips = tuple(clips)
         self._files = [
             _File(source=source, entry=entry, prefix=f"{source.name}/" if config.sets[1:] else "")
             for source in self.sources
@@ -155,26 +161,25 @@ class LatentDataset:
             if all(other.get(name) == value for other in others)
         }
 
-    def read(self, samples: Tensor, choices: Tensor | None = None) -> Batch:
+    def read(
+        self, samples: Tensor, choices: Tensor | None = None, *, clip: LatentShape | None = None
+    ) -> Batch:
         """Read samples by number (int64 [B]), in that order: latents, conditions and the levels of
         trajectories that were asked for, in fp32.
 
         Args:
             choices: int64 [B], at least 0: of a sample with K captions, the one of the number
                 ``choice % K`` is read; None: the first.
+            clip: (C, T, H, W) of what is to be made for captions alone.
 
         Raises:
             DataError: a shard that is damaged, with its name; or samples of different shapes.
         """
-        shards = torch.searchsorted(self._ends, samples, right=True)
-        for number in shards.unique().tolist():
-            self._open(number)  # a damaged one is noticed before memory is taken for what it states
-        choices = torch.zeros_like(samples) if choices is None else choices
-        shape = self._shape_of(shards)
+        shards = self._shards_of(samples)
+        size = self._common_shape(shards).latents
         rows = samples - self._starts[shards]
-        latents = torch.empty(len(samples), *(shape.latents or ()))
-        states = torch.empty(len(samples), len(self._times), *(shape.latents or ()))
-        tables: dict[str, Tensor] = {}
+        latents = torch.empty(len(samples), *size or ())
+        states = torch.empty(len(samples), len(self._times), *size or ())
         ids = [""] * len(samples)
         for number in shards.unique().tolist():
             shard = self._open(number)
@@ -184,22 +189,46 @@ class LatentDataset:
                 latents[places] = shard.latents[inside].float()
             if shard.trajectory is not None:
                 states[places] = shard.trajectory[inside[:, None], shard.levels].float()
-            numbers = shard.rows(inside, choices[places])
-            for name, table in shard.conditions.items():
-                value = table.read(numbers)
-                if name not in tables:
-                    tables[name] = value.new_empty(len(samples), *value.shape[1:])
-                tables[name][places] = value
             for place, row in zip(places.tolist(), inside.tolist(), strict=True):
                 ids[place] = self._files[number].prefix + shard.ids[row]
         return Batch(
-            latents=latents,
-            cond=Condition(tables),
+            latents=None if size is None else latents,
+            latent_shape=clip,
+            cond=self.read_conditions(samples, choices),
             ids=tuple(ids),
             trajectory=states if self._times else None,
         )
 
-    def _shape_of(self, shards: Tensor) -> SampleShape:
+    def read_conditions(self, samples: Tensor, choices: Tensor | None = None) -> Condition:
+        """Read the conditions of ``read`` alone, of samples whose latents may differ in shape.
+
+        Raises:
+            DataError: a shard that is damaged, or conditions of different shapes.
+        """
+        shards = self._shards_of(samples)
+        choices = torch.zeros_like(samples) if choices is None else choices
+        tables: dict[str, Tensor] = {}
+        for number in shards.unique().tolist():
+            shard = self._open(number)
+            places = (shards == number).nonzero()[:, 0]
+            rows = shard.rows(samples[places] - self._starts[number], choices[places])
+            for name, table in shard.conditions.items():
+                value = table.read(rows)
+                if name not in tables:
+                    tables[name] = value.new_empty(len(samples), *value.shape[1:])
+                if tables[name].shape[1:] != value.shape[1:]:
+                    self._common_shape(shards)  # raises
+                tables[name][places] = value
+        return Condition(tables)
+
+    def _shards_of(self, samples: Tensor) -> Tensor:
+        """Return the number of the shard of each sample; all are open then."""
+        shards = torch.searchsorted(self._ends, samples, right=True)
+        for number in shards.unique().tolist():
+            self._open(number)  # a damaged one is noticed before memory is taken for what it says
+        return shards
+
+    def _common_shape(self, shards: Tensor) -> SampleShape:
         files = [self._files[number] for number in shards.unique().tolist()]
         shapes = [file.entry.shape for file in files]
         if any(shape != shapes[0] for shape in shapes):

@@ -159,7 +159,7 @@ def part(batch: Batch, start: int, stop: int) -> Batch:
     rows = slice(start, stop)
     return evolve(
         batch,
-        latents=batch.latents[rows],
+        latents=batch.clean_latents[rows],
         cond=batch.cond[rows],
         ids=batch.ids[rows],
         trajectory=None if batch.trajectory is None else batch.trajectory[rows],

@@ -30,6 +30,7 @@ class MethodSuite:
     test_isolation = as_test(steps.check_isolation)
     test_accumulation = as_test(steps.check_accumulation)
     test_neighbours = as_test(steps.check_neighbours)
+    test_captions_alone = as_test(steps.check_captions_alone)
     test_resume = as_test(steps.check_resume)
     test_logged_samples = as_test(steps.check_logged_samples)
 

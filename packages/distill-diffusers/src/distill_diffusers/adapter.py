@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import ClassVar
 
@@ -86,6 +86,7 @@ class FlowMatchingAdapter(abc.ABC):
         kind: the transformer's class and where its parts are.
         capabilities: what this run's adapter supports.
         latent_shape: (C, T, H, W) of one clip; T = 1 for an image model.
+        other_shapes: that clips may have beside it.
         statistics: of raw latents.
         codec: the VAE.
         encoders: what turns prompts into conditions; None: all conditions are stored.
@@ -107,6 +108,7 @@ class FlowMatchingAdapter(abc.ABC):
         kind: ModelKind,
         capabilities: Capabilities,
         latent_shape: tuple[int, int, int, int],
+        other_shapes: Iterable[tuple[int, int, int, int]] = (),
         statistics: LatentStatistics,
         codec: VideoCodec,
         encoders: TextEncoders | None,
@@ -123,6 +125,7 @@ class FlowMatchingAdapter(abc.ABC):
         self._kind = kind
         self._capabilities = capabilities
         self._latent_shape = latent_shape
+        self._shapes = tuple(dict.fromkeys([latent_shape, *other_shapes]))
         self._statistics = statistics.to(device_of(bundle))
         self._codec = codec
         self._encoders = encoders
@@ -466,10 +469,10 @@ class FlowMatchingAdapter(abc.ABC):
         Raises:
             ContractError: another shape.
         """
-        if tuple(noise.shape[1:]) != self._latent_shape:
+        if tuple(noise.shape[1:]) not in self._shapes:
+            known = " or ".join(f"[B, {', '.join(map(str, shape))}]" for shape in self._shapes)
             raise ContractError(
-                f"noise is {list(noise.shape)}, it must be [B, "
-                f"{', '.join(map(str, self._latent_shape))}] for this run's clips"
+                f"noise is {list(noise.shape)}, it must be {known} for this run's clips"
             )
 
     def checked_noise(self, noise: Tensor) -> Tensor:
@@ -478,11 +481,11 @@ class FlowMatchingAdapter(abc.ABC):
         Raises:
             ContractError: other channels, or another height or width.
         """
-        channels, _, height, width = self._latent_shape
-        if noise.dim() != 5 or (noise.shape[1], *noise.shape[3:]) != (channels, height, width):
+        sizes = dict.fromkeys((c, height, width) for c, _, height, width in self._shapes)
+        if noise.dim() != 5 or (noise.shape[1], *noise.shape[3:]) not in sizes:
+            known = " or ".join(f"[B, {c}, T, {height}, {width}]" for c, height, width in sizes)
             raise ContractError(
-                f"noise is {list(noise.shape)}, it must be [B, {channels}, T, {height}, "
-                f"{width}] for this run's clips"
+                f"noise is {list(noise.shape)}, it must be {known} for this run's clips"
             )
         return noise
 

@@ -45,6 +45,7 @@ from distill_protocols import (
 from distill_protocols.plugins import EMPTY
 from distill_runtime import UnreadableFileError
 
+from distill_diffusers.config import BucketConfig, ClipConfig
 from distill_diffusers.descriptions import (
     LatentInfo,
     ModelDescription,
@@ -209,11 +210,23 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
 
     def fit_problems(
         self, role: RoleSpec, config: ConfigT, model: ModelDescription
-    ) -> Iterable[str]:
+    ) -> Iterator[str]:
         """Say why ``model``, the supported model of ``role``, does not fit the run; by default
         ``clip_problems``."""
         latents = self.latents(config.components or role.path)
-        return () if latents is None else self.clip_problems(config, latents, model.main)
+        if latents is not None:
+            yield from self.each_clip_problem(config, latents, model.main)
+
+    def each_clip_problem(
+        self, config: ConfigT, latents: LatentInfo, transformer: Mapping[str, object]
+    ) -> Iterator[str]:
+        """Say the ``clip_problems`` of all sizes of clips, and of which each is."""
+        shapes = self.clip_shapes(config)
+        for clip in shapes:
+            size = f"clips of {' x '.join(map(str, clip))}: " if len(shapes) > 1 else ""
+            one = self.config_of_clip(config, clip)
+            for problem in self.clip_problems(one, latents, transformer):
+                yield f"{size}{problem}"
 
     def condition_rows(
         self, transformer: Mapping[str, object], config: ConfigT
@@ -415,7 +428,15 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         return info and info.shape(config.num_frames, config.height, config.width)
 
     def clip_shapes(self, config: ConfigT) -> tuple[tuple[int, int, int], ...]:
+        if isinstance(config, ClipConfig) and config.buckets:
+            return tuple((b.num_frames, b.height, b.width) for b in config.buckets)
         return ((config.num_frames, config.height, config.width),)
+
+    def config_of_clip(self, config: ConfigT, clip: tuple[int, int, int]) -> ConfigT:
+        if not isinstance(config, ClipConfig) or not config.buckets:
+            return config
+        frames, height, width = clip
+        return config.of_bucket(BucketConfig(num_frames=frames, height=height, width=width))
 
     def count_tokens(
         self, config: ConfigT, captions: Sequence[str], *, source: str

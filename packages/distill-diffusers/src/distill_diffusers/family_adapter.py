@@ -68,7 +68,7 @@ class FamilyAdapter(FlowMatchingAdapter):
         }
         """Roles that are models, and no discriminators."""
         for name, role in self.models.items():
-            for problem in family.clip_problems(config, info, transformer_config(role)):
+            for problem in family.each_clip_problem(config, info, transformer_config(role)):
                 raise WeightsError(f"role {name!r} and the VAE of {source}: {problem}")
         configs = map(transformer_config, self.models.values())
         self.transformer = next(configs, None) or family.describe(source).main
@@ -91,6 +91,7 @@ class FamilyAdapter(FlowMatchingAdapter):
             kind=family.kind,
             capabilities=family.capabilities(config),
             latent_shape=info.shape(config.num_frames, config.height, config.width),
+            other_shapes=[info.shape(*clip) for clip in self._clip_shapes],
             statistics=statistics,
             codec=codec
             or VideoCodec(family.kind.vae, source, strides=strides, device=device_of(bundle)),

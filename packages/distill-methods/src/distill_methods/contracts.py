@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import Protocol, TypeVar
 
 from distill_protocols import (
+    Batch,
     CapabilityError,
     Chunk,
-    Condition,
     Denoiser,
     LatentCodec,
     NoiseSchedule,
@@ -79,12 +79,15 @@ def expert_ranges_of(adapter: LatentDiffusion, *roles: str) -> tuple[TimeRange, 
     return adapter.experts.expert_ranges(*roles)
 
 
-def loss_mask_of(adapter: LatentDiffusion, cond: Condition) -> Tensor | None:
-    """Return 1 on frames that the model predicts and 0 on those that ``cond`` gives (a first
+def loss_mask_of(adapter: LatentDiffusion, batch: Batch) -> Tensor | None:
+    """Return 1 on frames that the model predicts and 0 on those that the condition gives (a first
     frame), [1, 1, T, 1, 1]; None: the model predicts all of them.
 
     Predictions of v mean nothing on a frame that is given, so it must stay out of every loss.
     """
     if adapter.images is None:
         return None
-    return adapter.images.trained_frames(cond)
+    frames = batch.latent_shape[1]
+    if frames == adapter.latent_shape[1]:
+        return adapter.images.trained_frames(batch.cond)
+    return adapter.images.trained_frames(batch.cond, frames)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from distill_protocols import Chunk, ContractError, RandomStreams, RowGenerators
+from distill_protocols import Batch, Chunk, ContractError, RandomStreams, RowGenerators
 from torch import Tensor
 
 from distill_methods.contracts import LatentDiffusion, expert_ranges_of
@@ -140,6 +140,11 @@ class NoiseSampler:
         moves on with each call, once a micro step, unlike that of ``sample_index``."""
         generator = self.streams.get(purpose, shared=True)
         return int(torch.randint(high, (), generator=generator))
+
+    def clip_noise(self, batch: Batch, purpose: str) -> Tensor:
+        """Draw the noise that the clips of ``batch`` can begin with, [B, C, T, H, W]."""
+        rows = self.streams.rows(purpose, len(batch))
+        return standard_noise(batch.latent_shape, rows, batch.device)
 
     def noise_like(self, latents: Tensor, purpose: str) -> Tensor:
         """Draw standard normal noise, fp32, like ``latents`` [B, C, T, H, W]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
-from distill_protocols import Batch, Chunk
+from distill_protocols import Batch
 from torch import Tensor
 
 from distill_methods.context import MethodContext
@@ -83,8 +83,8 @@ class StudentRollouts:
     Args:
         source: where x_in comes from. "simulate": k is one for the micro batch and all ranks.
             "data": k is drawn per sample.
-        chunks: with ``source="data"``, the chunks of a causal student: k is then drawn for each of
-            them (CausVid, Yin et al. 2025, section 4.2). Empty: one k a clip.
+        per_chunk: with ``source="data"``, k is drawn for each chunk of a causal student (CausVid,
+            Yin et al. 2025, section 4.2), and not one a clip.
         with_clean: t = 0 is one more level that may be drawn: x_in is then the data itself.
     """
 
@@ -94,13 +94,13 @@ class StudentRollouts:
         config: LatentMethodConfig,
         source: RolloutSource,
         *,
-        chunks: tuple[Chunk, ...] = (),
+        per_chunk: bool = False,
         with_clean: bool = False,
     ) -> None:
         self._context = context
         self._config = config
         self._source = source
-        self._chunk_frames = tuple(chunk.frames for chunk in chunks)
+        self._per_chunk = per_chunk
         self._with_clean = with_clean
         # On the device once: copying them in each step would make the host wait for it.
         self._levels = torch.tensor((*config.student_levels, 0.0)).to(context.device)
@@ -124,26 +124,29 @@ class StudentRollouts:
         x0 = context.adapter.rollout(
             "student",
             self._config.student_sampler,
-            context.noise.noise_like(batch.latents, f"{purpose}.rollout"),
+            context.noise.clip_noise(batch, f"{purpose}.rollout"),
             batch.cond,
-            exit_steps=(k,) * len(chunks_of(context.adapter, "student")),
+            exit_steps=(k,) * len(chunks_of(context.adapter, "student", batch.latent_shape[1])),
             generators=context.noise.streams.rows(f"{purpose}.rollout.fresh", size),
             poll=context.poll,
         )
         return Rollout(x0, torch.full((size,), k, device=x0.device), torch.tensor([[k]]))
 
     def _denoise_data(self, batch: Batch, purpose: str, exit_steps: tuple[int, ...]) -> Rollout:
-        context, frames = self._context, self._chunk_frames
+        context, frames = self._context, ()
+        if self._per_chunk:
+            chunks = chunks_of(context.adapter, "student", batch.latent_shape[1])
+            frames = tuple(chunk.frames for chunk in chunks)
         indices = context.noise.streams.rows(f"{purpose}.data_step", len(batch)).integers(
             len(exit_steps), (len(frames),) if frames else ()
         )
         exits = torch.tensor(exit_steps, device=indices.device)[indices]
-        steps = exits.to(batch.latents.device)
+        steps = exits.to(batch.device)
         t = self._levels[steps]
         if frames:
             t = repeat_per_frame(t, frames)
-        noise = context.noise.noise_like(batch.latents, f"{purpose}.data_noise")
-        x0_data = context.adapter.normalize_latents(batch.latents)
+        noise = context.noise.clip_noise(batch, f"{purpose}.data_noise")
+        x0_data = context.adapter.normalize_latents(batch.clean_latents)
         x_t = context.adapter.add_noise(x0_data, noise, t)
         x0 = context.adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="x0")
         exits = (repeat_per_frame(exits, frames) if frames else exits[:, None]).cpu()

@@ -71,7 +71,13 @@ if TYPE_CHECKING:
         Sampler,
         Tangents,
     )
-    from distill_protocols.batch import Batch, BatchLoader, Condition, ConditioningProvider
+    from distill_protocols.batch import (
+        Batch,
+        BatchLoader,
+        Condition,
+        ConditioningProvider,
+        LatentShape,
+    )
     from distill_protocols.bundle import (
         DTYPES,
         ModelBundle,
@@ -100,7 +106,9 @@ _LAZY = {
          "OptionalContracts", "Sampler", "Tangents"],
         "adapter",
     ),
-    **dict.fromkeys(["Batch", "BatchLoader", "Condition", "ConditioningProvider"], "batch"),
+    **dict.fromkeys(
+        ["Batch", "BatchLoader", "Condition", "ConditioningProvider", "LatentShape"], "batch"
+    ),
     **dict.fromkeys(
         ["DTYPES", "ModelBundle", "RestartableSchedule", "RoleHandle", "WeightAverage"], "bundle"
     ),
@@ -158,6 +166,7 @@ __all__ = [
     "Group",
     "ImageConditioning",
     "LatentCodec",
+    "LatentShape",
     "LoraSpec",
     "MethodConfig",
     "MethodPlugin",

@@ -302,9 +302,12 @@ class ExpertRouting(Protocol):
 class ImageConditioning(Protocol):
     """Conditions with a picture (``supports_image_condition``)."""
 
-    def trained_frames(self, cond: Condition) -> Tensor | None:
+    def trained_frames(self, cond: Condition, frames: int | None = None) -> Tensor | None:
         """1 where the model predicts and 0 where the condition states what is there, fp32,
         [1, 1, T, 1, 1]; None: it predicts everything.
+
+        Args:
+            frames: T; None: that of ``latent_shape``. It is given in a run whose clips differ.
 
         Predictions of v and eps mean nothing where it is 0 and must stay out of a loss; of x0 they
         are what the condition states.

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from distill_protocols.errors import DataError
 
+LatentShape = tuple[int, int, int, int]
+"""(C, T, H, W)."""
+
 
 def _copied(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return dict(tensors)
@@ -72,27 +75,69 @@ class Batch:
     """One micro batch.
 
     Attributes:
-        latents: raw (not normalised) clean latents [B, C, T, H, W], fp32.
+        latents: raw (not normalised) clean latents [B, C, T, H, W], fp32; None: the data are
+            captions alone, for methods that need no more (``MethodConfig.needs_latents``).
         cond: conditions of the B samples, dropout already applied.
         ids: one id a sample, for error messages and logs.
         trajectory: [B, K, C, T, H, W], fp32: what a teacher's sampling of ``latents`` was at K
             noise levels on its way there, normalised, as the model sees it. None unless the
             method asks for it (``MethodPlugin.trajectory_times``, which are those levels).
+
+    Args:
+        latent_shape: (C, T, H, W) of the clips that are to be made for captions alone; the same on
+            all ranks and in all micro batches of an iteration.
     """
 
-    latents: Tensor
+    latents: Tensor | None
     cond: Condition
     ids: tuple[str, ...]
     trajectory: Tensor | None = None
+    _shape: LatentShape | None = field(default=None, alias="latent_shape")
 
     def __len__(self) -> int:
-        return self.latents.shape[0]
+        return len(self.ids) if self.latents is None else len(self.latents)
+
+    @property
+    def latent_shape(self) -> LatentShape:
+        """(C, T, H, W) of the clips of this batch, one of the run's shapes.
+
+        Raises:
+            DataError: captions alone, of which nothing says how large their clips are.
+        """
+        if self.latents is not None:
+            _, channels, frames, height, width = self.latents.shape
+            return channels, frames, height, width
+        if self._shape is None:
+            raise DataError(
+                "a batch of captions alone states no shape of clips; give latent_shape, or latents"
+            )
+        return self._shape
+
+    @property
+    def clean_latents(self) -> Tensor:
+        """``latents`` of a method that needs them.
+
+        Raises:
+            DataError: the data are captions alone.
+        """
+        if self.latents is None:
+            raise DataError(
+                "the data are captions alone, and this method reads latents. Train on a data set "
+                "of clips, or by a method that makes its own"
+            )
+        return self.latents
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        tensors = self.cond.tensors.values() if self.latents is None else (self.latents,)
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
         return evolve(
             self,
-            latents=self.latents.to(device),
+            latents=None if self.latents is None else self.latents.to(device),
             cond=self.cond.to(device),
             trajectory=None if self.trajectory is None else self.trajectory.to(device),
         )

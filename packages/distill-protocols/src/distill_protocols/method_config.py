@@ -60,6 +60,12 @@ class MethodConfig(ABC):
         return False
 
     @property
+    def needs_latents(self) -> bool:
+        """Whether a step reads ``Batch.latents``; False of a method that makes its own clips from
+        noise, which captions alone are enough for."""
+        return True
+
+    @property
     def trajectory_times(self) -> tuple[float, ...]:
         """Levels t of a teacher's trajectory that every batch must hold (``Batch.trajectory``, in
         this order); empty: none is read."""

@@ -30,7 +30,7 @@ class PlannedRun:
         time_limits: by role, the t [low, high) that it can be called at, of those that have one
             expert of several (``RoleOptions.experts``); 1000 is in the last range.
         pictured: names of the roles that cannot be called without a first frame, and get none.
-        clip_frames: latent frames of the run's clips; None: not known.
+        clip_frames: latent frames of the run's clips, those of the largest first; empty: not known.
         chunks: divides a video of a number of latent frames as a role, by name, does; None: not
             known.
     """
@@ -43,7 +43,7 @@ class PlannedRun:
     experts: frozenset[str] | None = None
     time_limits: Mapping[str, tuple[float, float]] = field(factory=dict)
     pictured: frozenset[str] = frozenset()
-    clip_frames: int | None = None
+    clip_frames: tuple[int, ...] = ()
     chunks: Callable[[str, int], tuple[Chunk, ...]] | None = None
 
     @property

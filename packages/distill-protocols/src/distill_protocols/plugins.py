@@ -225,6 +225,11 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
         family does not know, and data for it are not made from clips."""
         return ()
 
+    def config_of_clip(self, config: ConfigT, clip: tuple[int, int, int]) -> ConfigT:
+        """``config`` of a run whose clips all have one of its ``clip_shapes``; by default they do.
+        What is asked of ``config`` itself is meant of the largest."""
+        return config
+
     def frame_rate(self, config: ConfigT, *, source: str) -> float | None:
         """Frames a second of the clips that the model at ``source`` was trained on; None where
         that is unknown."""

@@ -39,6 +39,7 @@ from distill_runfile.schema import (
     Role,
     RoleConfig,
     SampledSection,
+    clip_configs,
     components_source,
 )
 from distill_runfile.source import Document
@@ -314,14 +315,18 @@ def planned_run(draft: Draft) -> PlannedRun:
     ranges = {name: plugin.expert_ranges(spec, config) for name, spec in run.roles.items()}
     specs = run.roles.items()
     source = components_source(plugin, config, draft.roles) if draft.roles else None
-    shape = None if source is None else plugin.latent_shape(config, source=source)
+    shapes = []
+    if source is not None:
+        # What is asked of the whole section is of the largest clip, which so comes first.
+        configs = (config, *clip_configs(plugin, config))
+        shapes = [plugin.latent_shape(one, source=source) for one in configs]
 
     def chunks(role: str, frames: int) -> tuple[Chunk, ...]:
         return plugin.chunks(run.roles[role], config, frames)
 
     return attrs.evolve(
         run,
-        clip_frames=None if shape is None else shape[1],
+        clip_frames=tuple(dict.fromkeys(shape[1] for shape in shapes if shape is not None)),
         chunks=chunks,
         experts=frozenset(name for name, own in ranges.items() if len(own) > 1),
         time_limits={n: next(iter(own.values())) for n, own in ranges.items() if len(own) == 1},

@@ -147,6 +147,15 @@ class ModelsConfig:
         """Folder or hub id of VAE, text encoder and tokenizer."""
         return components_source(self.family_plugin, self.pipeline, self.roles)
 
+    @property
+    def latent_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """(C, T, H, W) of each size of the run's clips, the largest first; those that are known
+        without weights."""
+        # What is asked of the whole section is of the largest clip.
+        configs = (self.pipeline, *clip_configs(self.family_plugin, self.pipeline))
+        shapes = (self.family_plugin.latent_shape(one, source=self.source) for one in configs)
+        return tuple(dict.fromkeys(shape for shape in shapes if shape is not None))
+
 
 class SampledSection(Protocol):
     """What the section of an app that samples a role has."""
@@ -241,3 +250,9 @@ def components_source(
 ) -> str:
     """Where VAE and encoders come from: as the family decides, or the path of the first role."""
     return family.components(pipeline) or next(iter(roles.values())).spec.path
+
+
+def clip_configs(family: FamilyPlugin[Any], pipeline: object) -> tuple[object, ...]:
+    """Return ``pipeline_config`` as that of each size of the run's clips."""
+    clips = family.clip_shapes(pipeline)
+    return tuple(family.config_of_clip(pipeline, clip) for clip in clips) or (pipeline,)

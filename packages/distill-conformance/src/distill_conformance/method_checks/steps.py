@@ -6,7 +6,7 @@ import json
 
 import torch
 from attrs import evolve
-from distill_protocols import Batch, Condition, SampleView, StepResult
+from distill_protocols import Batch, Condition, DataError, SampleView, StepResult
 
 from distill_conformance.failures import (
     applies_if,
@@ -221,6 +221,34 @@ def check_logged_samples(case: MethodCase) -> None:
     )
 
 
+def check_captions_alone(case: MethodCase) -> None:
+    """Captions alone give the losses that clips would, if ``needs_latents`` is False; else some
+    turn reads the latents, and refuses a batch without.
+
+    A run is refused or let through by what the config says, before anything is loaded.
+    """
+    batch = case.batch(2, 0)
+    alone = evolve(batch, latents=None, latent_shape=batch.latent_shape)
+    refused = False
+    for iteration in _one_of_each_turn(case):
+        try:
+            result = case.build().single_train_step(alone, iteration)
+        except (DataError, AttributeError, TypeError):  # the latter two: what None gives
+            refused = True
+            require(
+                case.config.needs_latents,
+                f"iteration {iteration} reads latents, but config.needs_latents is False",
+            )
+            continue
+        with_latents = case.build().single_train_step(batch, iteration)
+        for name, loss in with_latents.loss_map.items():
+            require_equal(result.loss_map[name], loss, f"{name} of captions alone")
+    require(
+        refused or not case.config.needs_latents,
+        "config.needs_latents is True, but no turn reads them: captions alone would do",
+    )
+
+
 def _one_of_each_turn(case: MethodCase) -> list[int]:
     """The first iteration of each combination of roles."""
     first: dict[tuple[str, ...], int] = {}
@@ -233,7 +261,7 @@ def _joined(*parts: Batch) -> Batch:
     held = [p.trajectory for p in parts if p.trajectory is not None]
     return evolve(
         parts[0],
-        latents=torch.cat([p.latents for p in parts]),
+        latents=torch.cat([p.clean_latents for p in parts]),
         cond=Condition.cat([p.cond for p in parts]),
         ids=tuple(identity for p in parts for identity in p.ids),
         trajectory=torch.cat(held) if held else None,

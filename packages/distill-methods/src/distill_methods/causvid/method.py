@@ -5,7 +5,7 @@ from __future__ import annotations
 from distill_protocols import Batch, ConditioningProvider, ModelBundle, RandomStreams, StepResult
 
 from distill_methods.causvid.config import CausVidConfig
-from distill_methods.contracts import LatentDiffusion, chunks_of
+from distill_methods.contracts import LatentDiffusion
 from distill_methods.distribution_matching.matching import DistributionMatching
 from distill_methods.latent_method import LatentMethod
 from distill_methods.rollouts import StudentRollouts
@@ -51,7 +51,7 @@ class CausVidMethod(LatentMethod[CausVidConfig]):
             self.context,
             config,
             "data",
-            chunks=chunks_of(adapter, "student"),
+            per_chunk=True,
             with_clean=config.clean_chunks,
         )
         self._matching = DistributionMatching(self.context, config, rollout)

@@ -86,7 +86,7 @@ class DiscreteConsistency:
     def __call__(self, batch: Batch, iteration: int) -> ConsistencyResult:
         """``outputs``: ``student_x0`` at t and its target ``target_x0``."""
         adapter = self._context.adapter
-        x0 = adapter.normalize_latents(batch.latents)
+        x0 = adapter.normalize_latents(batch.clean_latents)
         t, t_next = self._sample_pairs(len(batch), iteration)
         noise = self._context.noise.noise_like(x0, f"{self._context.name}.noise")
         x_t = adapter.add_noise(x0, noise, t)
@@ -99,7 +99,7 @@ class DiscreteConsistency:
             target = adapter.forward("student", x_next, t_next, batch.cond, fwd_pred_type="x0")
         student = adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="x0")
         huber_c = self._config.huber_c if self._config.loss == "huber" else None
-        loss = x0_distance(student, target, huber_c, loss_mask_of(adapter, batch.cond))
+        loss = x0_distance(student, target, huber_c, loss_mask_of(adapter, batch))
         return ConsistencyResult(loss, {"student_x0": student.detach(), "target_x0": target})
 
     def _sample_pairs(self, count: int, iteration: int) -> tuple[Tensor, Tensor]:
@@ -159,12 +159,12 @@ class ContinuousConsistency:
         """``outputs``: ``student_x0`` and ``teacher_x0`` at t; ``tangent_rms``, the root mean
         square of g (nan: a derivative was not finite, and its samples were left out)."""
         adapter = self._context.adapter
-        x0 = adapter.normalize_latents(batch.latents)
+        x0 = adapter.normalize_latents(batch.clean_latents)
         x_t, _, t = self._context.noise.add_noise_at_random_time(
             x0, self._context.name, iteration, self._config.time, "student", *self._teachers.names
         )
         velocity = adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="v")
-        loss_mask = loss_mask_of(adapter, batch.cond)
+        loss_mask = loss_mask_of(adapter, batch)
         with torch.no_grad():
             teacher_velocity = self._teachers.predict(x_t, t, batch.cond)
             # Multiplied by s before the call and not after it: the directions 1000 s and s v_T stay

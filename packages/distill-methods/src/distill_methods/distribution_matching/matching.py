@@ -88,7 +88,7 @@ class DistributionMatching:
         rollout = self._rollout(batch, "student", iteration)
         x, loss_mask = rollout.x0, rollout.loss_mask
         if loss_mask is None:
-            loss_mask = loss_mask_of(context.adapter, batch.cond)
+            loss_mask = loss_mask_of(context.adapter, batch)
         # No gradient through noising and the two score models: g is the gradient of the KL by x
         # already (DMD, eq. 7).
         with torch.no_grad():
@@ -151,7 +151,7 @@ class DistributionMatching:
             target = context.adapter.target(rollout.x0, noise, t, "v")
         # Of the clip's frames; ``rollout.loss_mask`` is of the student's gradient alone.
         velocity = context.adapter.forward("critic", x_t, t, batch.cond, fwd_pred_type="v")
-        loss = velocity_loss(velocity, target, loss_mask=loss_mask_of(context.adapter, batch.cond))
+        loss = velocity_loss(velocity, target, loss_mask=loss_mask_of(context.adapter, batch))
         if self._gan is None:
             return TurnResult(loss, {"critic_loss": loss}, rollout.outputs())
 
@@ -160,7 +160,7 @@ class DistributionMatching:
             noised_fake = context.noise.add_noise_at_random_time(
                 rollout.x0, f"{context.name}.gan", iteration, self._config.gan_time, adversary.on
             )
-            real = context.adapter.normalize_latents(batch.latents)
+            real = context.adapter.normalize_latents(batch.clean_latents)
         discriminator = adversary.discriminator_loss(real, noised_fake, batch.cond)
         return TurnResult(
             loss + gan.discriminator_weight * discriminator.loss,

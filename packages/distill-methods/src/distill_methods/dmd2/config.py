@@ -23,6 +23,11 @@ class DMD2Config(MatchingConfig):
 
     rollout: RolloutSource = field(default="simulate", validator=in_(get_args(RolloutSource)))
 
+    @property
+    def needs_latents(self) -> bool:
+        """Whether clips of the data are noised, or shown to a discriminator."""
+        return self.rollout == "data" or self.gan is not None
+
     def rollout_times(self, low: float, high: float) -> tuple[float, ...]:
         """See ``LatentMethodConfig.rollout_times``."""
         return self.levels_until(low, high) if self.rollout == "simulate" else ()

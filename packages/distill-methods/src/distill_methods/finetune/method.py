@@ -41,8 +41,9 @@ class FinetuneMethod(LatentMethod[FinetuneConfig]):
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """Compute the weighted velocity loss of one micro batch."""
-        x0 = self.adapter.normalize_latents(batch.latents)
-        chunks = chunks_of(self.adapter, "student") if self.config.times == "per_chunk" else ()
+        x0 = self.adapter.normalize_latents(batch.clean_latents)
+        per_chunk = self.config.times == "per_chunk"
+        chunks = chunks_of(self.adapter, "student", x0.shape[2]) if per_chunk else ()
         x_t, noise, t = self.noise.add_noise_at_random_time(
             x0, "finetune", iteration, self.config.time, "student", chunks=chunks
         )
@@ -51,7 +52,7 @@ class FinetuneMethod(LatentMethod[FinetuneConfig]):
         )
         weight = bsmntw_weight(t) if self.config.weighting == "bsmntw" else None
         target = self.adapter.target(x0, noise, t, "v")
-        loss = velocity_loss(velocity, target, weight, loss_mask_of(self.adapter, batch.cond))
+        loss = velocity_loss(velocity, target, weight, loss_mask_of(self.adapter, batch))
         with torch.no_grad():
             student_x0 = self.adapter.pred_to_x0(velocity, x_t, t)
         return StepResult({"total_loss": loss}, {"student_x0": student_x0})

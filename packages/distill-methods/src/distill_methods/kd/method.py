@@ -96,13 +96,10 @@ class KDMethod(LatentMethod[KDConfig]):
         streams: RandomStreams | None = None,
     ) -> None:
         super().__init__(bundle, adapter, config, conditioning=conditioning, streams=streams)
-        self._chunks = chunks_of(adapter, "student")
         # On the device once: copying them in each step would make the host wait for it.
-        lengths = torch.tensor([chunk.frames for chunk in self._chunks])
-        chunk_of_frame = torch.arange(len(lengths)).repeat_interleave(lengths)
-        self._chunk_of_frame = chunk_of_frame.to(self.context.device)
         self._levels = torch.tensor((*config.trajectory_times, 0.0)).to(self.context.device)
-        self._choices: dict[TimeRange | None, LevelChoice] = {}
+        self._choices: dict[tuple[TimeRange | None, bool], LevelChoice] = {}
+        self._chunks: dict[int, Tensor] = {}
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """Compute the regression loss of one micro batch.
@@ -110,24 +107,23 @@ class KDMethod(LatentMethod[KDConfig]):
         Raises:
             ContractError: the batch holds no trajectory of the student's levels.
         """
-        x0 = self.adapter.normalize_latents(batch.latents)
+        x0 = self.adapter.normalize_latents(batch.clean_latents)
         x_t, t, weight = self._sample_student_input(x0, batch, iteration)
         past = CleanPast(latents=x0) if self.config.past == "clean" else None
         student_x0 = self.adapter.forward(
             "student", x_t, t, batch.cond, fwd_pred_type="x0", caches=past
         )
-        loss = x0_regression_loss(student_x0, x0, weight, loss_mask_of(self.adapter, batch.cond))
+        loss = x0_regression_loss(student_x0, x0, weight, loss_mask_of(self.adapter, batch))
         outputs = {"student_x0": student_x0.detach(), "teacher_x0": x0, "mean_t": t.mean()}
         return StepResult({"total_loss": loss}, outputs)
 
     def _sample_student_input(self, x0: Tensor, batch: Batch, iteration: int) -> StudentInput:
         """Draw a level for each chunk of each sample, and take the frames of its state."""
         trajectory = self._trajectory_of(batch)
-        choice = self._level_choice(iteration)
-        indices = self.streams.rows("kd.level", len(x0)).integers(
-            len(choice.levels), (len(self._chunks),)
-        )
-        k = choice.levels[indices.to(x0.device)][:, self._chunk_of_frame]  # [B, T]
+        chunk_of_frame, chunks = self._divide(x0.shape[2])
+        choice = self._level_choice(iteration, in_chunks=chunks > 1)
+        indices = self.streams.rows("kd.level", len(x0)).integers(len(choice.levels), (chunks,))
+        k = choice.levels[indices.to(x0.device)][:, chunk_of_frame]  # [B, T]
         t = self._levels[k]
         # One more state at index K, x0 itself, for t = 0: each frame is then gathered from the
         # state of its own level.
@@ -137,9 +133,19 @@ class KDMethod(LatentMethod[KDConfig]):
         # At t = 0 the prediction is the input, so there is nothing to learn. The scale keeps the
         # expected loss that of the levels above 0, without reference to the rest of the batch.
         weight = choice.loss_scale * (t > 0).float().view(len(x0), 1, -1, 1, 1)
-        return StudentInput(x_t, t if len(self._chunks) > 1 else t[:, 0], weight)
+        return StudentInput(x_t, t if chunks > 1 else t[:, 0], weight)
 
-    def _level_choice(self, iteration: int) -> LevelChoice:
+    def _divide(self, frames: int) -> tuple[Tensor, int]:
+        """Return the number of each frame's chunk [T], and how many chunks there are."""
+        chunks = chunks_of(self.adapter, "student", frames)
+        if frames not in self._chunks:
+            # Kept: copying it in each step would make the host wait for the device.
+            lengths = torch.tensor([chunk.frames for chunk in chunks])
+            chunk_of_frame = torch.arange(len(lengths)).repeat_interleave(lengths)
+            self._chunks[frames] = chunk_of_frame.to(self.context.device)
+        return self._chunks[frames], len(chunks)
+
+    def _level_choice(self, iteration: int, *, in_chunks: bool) -> LevelChoice:
         """Return the levels that ``iteration`` draws from: all, or those of one of two experts;
         t = 0 is among them where a chunk's past may be clean."""
         time_range = self.noise.sample_range(
@@ -148,8 +154,8 @@ class KDMethod(LatentMethod[KDConfig]):
             lambda r: fraction_within(self.config.trajectory_times, *r),
             "student",
         )
-        if time_range not in self._choices:
-            with_clean = self.config.past == "mixed" and len(self._chunks) > 1
+        with_clean = self.config.past == "mixed" and in_chunks
+        if (time_range, with_clean) not in self._choices:
             candidates = [
                 (k, t)
                 for k, t in enumerate((*self.config.trajectory_times, 0.0))
@@ -158,8 +164,8 @@ class KDMethod(LatentMethod[KDConfig]):
             ]
             levels = torch.tensor([k for k, _ in candidates]).to(self.context.device)
             loss_scale = len(candidates) / sum(t > 0 for _, t in candidates)
-            self._choices[time_range] = LevelChoice(levels, loss_scale)
-        return self._choices[time_range]
+            self._choices[time_range, with_clean] = LevelChoice(levels, loss_scale)
+        return self._choices[time_range, with_clean]
 
     def _trajectory_of(self, batch: Batch) -> Tensor:
         """Return the stored states [B, K, C, T, H, W], one for each level."""

@@ -81,7 +81,7 @@ class LaddMethod(LatentMethod[LaddConfig]):
         with torch.no_grad(), self.bundle["student"].frozen():
             rollout = self._rollout(batch, DISCRIMINATOR, iteration)
             noised = self._add_noise(rollout, DISCRIMINATOR, iteration)
-            real = self.adapter.normalize_latents(batch.latents)
+            real = self.adapter.normalize_latents(batch.clean_latents)
         discriminator = self._adversary.discriminator_loss(real, noised, batch.cond)
         outputs = rollout.outputs() | discriminator.metrics
         return TurnResult(discriminator.loss, discriminator.terms, outputs)

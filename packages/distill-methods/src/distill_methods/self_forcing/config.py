@@ -64,6 +64,11 @@ class SelfForcingConfig(MatchingConfig):
         """Capabilities that the adapter must have."""
         return (*super().capabilities, "supports_kv_cache", f"causal:{STUDENT.name}")
 
+    @property
+    def needs_latents(self) -> bool:
+        """Whether a discriminator is shown clips of the data."""
+        return self.gan is not None
+
     def update_share(self, role: str, low: float, high: float) -> float:
         """See ``MethodConfig.update_share``."""
         if role == STUDENT.name and self.last_step_only:
@@ -78,9 +83,14 @@ class SelfForcingConfig(MatchingConfig):
     def problems(self, run: PlannedRun) -> Iterator[Problem]:
         """See ``MethodConfig.problems``; rollouts are held against the clip and its chunks."""
         yield from super().problems(run)
-        divide, frames = run.chunks, run.clip_frames
-        if divide is not None and frames is not None and STUDENT.name in run.roles:
-            yield from rollout_problems(self, lambda n: divide(STUDENT.name, n), frames)
+        divide = run.chunks
+        if divide is None or STUDENT.name not in run.roles:
+            return
+        for frames in run.clip_frames:
+            problems = list(rollout_problems(self, lambda n: divide(STUDENT.name, n), frames))
+            yield from problems
+            if problems:
+                return
 
 
 Divide = Callable[[int], tuple[Chunk, ...]]

@@ -80,10 +80,8 @@ class SelfForcingMethod(LatentMethod[SelfForcingConfig]):
     ) -> None:
         super().__init__(bundle, adapter, config, conditioning=conditioning, streams=streams)
         self._causal = require_contract(adapter.causal, "supports_kv_cache", by=self.name)
-        clip_frames = adapter.latent_shape[1]
-        for problem in rollout_problems(config, self._divide, clip_frames):
+        for problem in rollout_problems(config, self._divide, adapter.latent_shape[1]):
             raise ContractError(f"{'.'.join(problem.path)} {problem.message}")
-        self._lengths = rollout_lengths(config, self._divide, clip_frames)
         self._matching = DistributionMatching(self.context, config, self._rollout)
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
@@ -93,16 +91,15 @@ class SelfForcingMethod(LatentMethod[SelfForcingConfig]):
     def _rollout(self, batch: Batch, turn: str, iteration: int) -> Rollout:
         """Make a video of the student chunk by chunk, and return its last clip."""
         purpose, size = f"{self.name}.{turn}", len(batch)
-        channels, clip_frames, height, width = self.adapter.latent_shape
+        channels, clip_frames, height, width = batch.latent_shape
+        lengths = rollout_lengths(self.config, self._divide, clip_frames)
         # Length and exit steps decide how many calls there are. They are shared by all ranks, which
         # would otherwise wait for each other for ever; the noise is each sample's own.
-        frames = self._lengths[
-            self.noise.sample_shared_integer(f"{purpose}.length", len(self._lengths))
-        ]
+        frames = lengths[self.noise.sample_shared_integer(f"{purpose}.length", len(lengths))]
         chunks = self._divide(frames)
         exit_steps = self._sample_exit_steps(purpose, iteration, len(chunks))
         with_gradient = gradient_frames(self.config, clip_frames)
-        device = batch.latents.device
+        device = batch.device
         shape = (channels, frames, height, width)
         x0 = self.adapter.rollout(
             "student",

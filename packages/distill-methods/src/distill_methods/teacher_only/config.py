@@ -72,6 +72,11 @@ class TeacherOnlyConfig(TeachersConfig):
         return DefaultGuidance(self.guidance_scale, self.guidance_scale_2, "guidance_scale_2")
 
     @property
+    def needs_latents(self) -> bool:
+        """Whether clips of the data are noised."""
+        return self.input == "data"
+
+    @property
     def needs_negative(self) -> bool:
         """Whether a step or the student's sampler needs a negative condition."""
         return self.has_guided_teacher or self.student_sampler.guided

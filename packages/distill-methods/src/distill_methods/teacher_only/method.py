@@ -68,7 +68,7 @@ class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
         target = self._teachers.predict(x_t, t, batch.cond)
         velocity = self.adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="v")
         weight = x0_loss_weight(t) if self.config.target == "x0" else None
-        loss = velocity_loss(velocity, target, weight, loss_mask_of(self.adapter, batch.cond))
+        loss = velocity_loss(velocity, target, weight, loss_mask_of(self.adapter, batch))
         with torch.no_grad():
             outputs = {
                 "student_x0": self.adapter.pred_to_x0(velocity, x_t, t),
@@ -80,15 +80,16 @@ class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
     def _clean_latents(self, batch: Batch) -> Tensor:
         """Return clips of the data, or sample the student's own, [B, C, T, H, W]."""
         if self.config.input == "data":
-            return self.adapter.normalize_latents(batch.latents)
+            return self.adapter.normalize_latents(batch.clean_latents)
         spec = self.config.student_sampler
         with self.bundle["student"].frozen():
+            chunks = chunks_of(self.adapter, "student", batch.latent_shape[1])
             return self.adapter.rollout(
                 "student",
                 spec,
-                self.noise.noise_like(batch.latents, "teacher_only.rollout"),
+                self.noise.clip_noise(batch, "teacher_only.rollout"),
                 batch.cond,
-                exit_steps=(spec.steps - 1,) * len(chunks_of(self.adapter, "student")),
+                exit_steps=(spec.steps - 1,) * len(chunks),
                 generators=self.streams.rows("teacher_only.rollout.fresh", len(batch)),
                 poll=self.stop.poll,
             )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill_conditioning import DataInfo, data_info
+from distill_conditioning import DataInfo, SampleShape, data_info
 from distill_protocols import Problem
 
 from distill_runfile.draft import Draft
 from distill_runfile.missing import data_key, made_by, missing_data
-from distill_runfile.schema import components_source
+from distill_runfile.schema import clip_configs, components_source
 
 
 def read_datasets(draft: Draft) -> DataInfo | None:
@@ -21,23 +21,28 @@ def read_datasets(draft: Draft) -> DataInfo | None:
     """
     if draft.data is None or (draft.planning and missing_data(draft.data)):
         return None
-    latent_shape, fingerprint = None, None
-    condition_shapes: dict[str, tuple[int, ...]] = {}
+    shapes: list[SampleShape] = []
+    fingerprint = None
     if draft.family is not None and draft.roles:
-        plugin, config = draft.family.plugin, draft.family.config
-        source = components_source(plugin, config, draft.roles)
-        latent_shape = plugin.latent_shape(config, source=source)
-        fingerprint = plugin.fingerprint(config, source=source) or None
-        # Of roles, not of the components: it is the transformers that read conditions.
-        for role in draft.roles.values():
-            shapes = plugin.condition_shapes(config, source=role.spec.path)
-            condition_shapes = {**shapes, **condition_shapes}
-    times = () if draft.method is None else draft.method.config.trajectory_times
+        plugin = draft.family.plugin
+        source = components_source(plugin, draft.family.config, draft.roles)
+        fingerprint = plugin.fingerprint(draft.family.config, source=source) or None
+        for config in clip_configs(plugin, draft.family.config):
+            conditions: dict[str, tuple[int, ...]] = {}
+            # Of roles, not of the components: it is the transformers that read conditions.
+            for role in draft.roles.values():
+                conditions = {
+                    **plugin.condition_shapes(config, source=role.spec.path),
+                    **conditions,
+                }
+            latents = plugin.latent_shape(config, source=source)
+            shapes.append(SampleShape(latents=latents, conditions=conditions))
+    method = None if draft.method is None else draft.method.config
     return data_info(
         draft.data,
-        latent_shape=latent_shape,
-        condition_shapes=condition_shapes,
-        times=times,
+        shapes=shapes,
+        needs_latents=method is not None and method.needs_latents,
+        times=() if method is None else method.trajectory_times,
         fingerprint=fingerprint,
     )
 
