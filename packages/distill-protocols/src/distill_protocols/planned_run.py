@@ -57,9 +57,9 @@ class PlannedRun:
 
     def has_past(self, role: str) -> bool:
         """Whether ``role`` makes a clip chunk by chunk, each from those before it."""
-        if self.chunks is None or self.clip_frames is None:
+        if self.chunks is None:
             return False
-        return len(self.chunks(role, self.clip_frames)) > 1
+        return any(len(self.chunks(role, frames)) > 1 for frames in self.clip_frames)
 
     def missed_steps(self, role: str, sampler: SamplerSpec) -> tuple[float, ...]:
         """t of the calls that ``role`` cannot make, as it has not the expert that they go to: of
