@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
-from distill_conditioning import DataConfig, LatentDataset, dataset_info
+from distill_conditioning import DataConfig, LatentDataset, SampleShape, dataset_info
 from distill_preprocess import run as preprocessing
 from distill_preprocess.cli import main
 from distill_preprocess.encoding import Encoder
@@ -104,8 +104,12 @@ def test_samples_are_the_clips_through_vae_and_encoder(whole):
     fingerprint = PLUGIN.fingerprint(config, source=source)
     info = dataset_info(
         whole / "data",
-        latent_shape=adapter.latent_shape,
-        condition_shapes=PLUGIN.condition_shapes(config, source=source),
+        shapes=[
+            SampleShape(
+                latents=adapter.latent_shape,
+                conditions=PLUGIN.condition_shapes(config, source=source),
+            )
+        ],
         fingerprint=fingerprint,
     )
     assert info.problems == ()
