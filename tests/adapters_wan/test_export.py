@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from distill_protocols import (
     SamplerSpec,
     TensorWeights,
     WeightsError,
+    WeightSource,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -262,6 +264,8 @@ def test_the_spec_is_written_beside(export, tmp_path):
     written = json.loads((tmp_path / "s/sampler_spec.json").read_text())
     assert written == json.loads(json.dumps(record))
     assert SamplerSpec(**{**written["sampler"], "timesteps": (1000.0, 640.0)}) == spec
+    # Twice, for readers of the sampler and for those that only want the times.
+    assert written["sampler"]["timesteps"] == written["timesteps"] == [1000.0, 640.0]
     assert "negative prompt" in " ".join(record["notes"])
 
 
@@ -410,3 +414,38 @@ def test_unreachable_timesteps_are_measured_and_noted(export, tmp_path):
     low = attrs.evolve(spec, timesteps=(1000.0, 500.0), guidance=0.5)
     record = write(tmp_path / "s", low)
     assert "guidance_scale 0.5" in record["notes"][0]
+
+
+class Watched(WeightSource):
+    """Weights that note how many of their tensors are alive when the next is asked for."""
+
+    def __init__(self, weights: WeightSource) -> None:
+        self.weights = weights
+        self.alive = weakref.WeakSet()
+        self.most = 0
+
+    @property
+    def where(self) -> str:
+        return self.weights.where
+
+    def describe(self):
+        return self.weights.describe()
+
+    def read(self, names):
+        self.most = max(self.most, len(self.alive))
+        tensors = {name: tensor.clone() for name, tensor in self.weights.read(names).items()}
+        for tensor in tensors.values():
+            self.alive.add(tensor)
+        return tensors
+
+
+@pytest.mark.parametrize("format_", ["diffusers", "comfyui"])
+def test_an_export_holds_one_tensor_at_a_time(export, config, pipeline_template, tmp_path, format_):
+    """Of 14 billion parameters two copies would not fit where one does."""
+    _, _, bundle = export
+    exporter = PLUGIN.exporter(config, source=str(pipeline_template))
+    watched = {key: Watched(source) for key, source in bundle["student"].weight_sources().items()}
+    request = ExportRequest(sampler=ONE_STEP, format=format_)
+    exporter.export(spec_of(pipeline_template), watched, tmp_path / "s", request)
+    assert len(watched["transformer"].describe()) > 20
+    assert watched["transformer"].most <= 1

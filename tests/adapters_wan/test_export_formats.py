@@ -109,7 +109,7 @@ def test_a_comfyui_file_holds_the_role_under_the_original_names(full, tmp_path):
         metadata = stream.metadata()
     assert metadata.keys() == {"format", "sampler_spec"}  # ComfyUI would obey a key "config"
     spec = json.loads(metadata["sampler_spec"])
-    assert spec["sampler"]["timesteps"] == [1000.0, 700.0]
+    assert spec["sampler"]["timesteps"] == spec["timesteps"] == [1000.0, 700.0]
     assert json.loads((file.parent / "sampler_spec.json").read_text())["files"] == record["files"]
     assert any("attention_head_dim" in note for note in record["notes"])
 

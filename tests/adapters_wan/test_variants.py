@@ -318,6 +318,9 @@ def test_a_call_is_that_of_its_expert(loaded):
             return_dict=False,
         )  # fmt: skip
         assert torch.equal(adapter.forward("student", x_t, torch.tensor([t]), cond), by_hand)
+        spec = SamplerSpec(steps=1, guidance=4.0, guidance_2=3.0)
+        w = adapter.sampler_guidance(bundle["student"], spec, torch.tensor([t]))
+        assert w == (4.0, 3.0)[name]
     with pytest.raises(ContractError, match=r"from 800 to 900, on both sides of 875"):
         adapter.forward("student", normal(2, *SHAPE), torch.tensor([900.0, 800.0]), cond)
     assert adapter.expert_ranges("student") == ((0, 875), (875, 1000))
@@ -519,3 +522,13 @@ def test_a_broken_image_encoder_is_a_problem(pipeline_template, tmp_path):
     adapter = PLUGIN.adapter(PLUGIN.load([role], config, device=CPU), config, source=str(folder))
     with pytest.raises(WeightsError, match="cannot encode a picture"):
         condition("i2v-2.1", adapter, batch=1)
+
+
+def test_a_boundary_that_fp32_does_not_hold_is_the_same_in_both_precisions():
+    """A level of the sampler is a double, the t of its call fp32: both are on one side."""
+    ratio = 0.8751
+    boundary = boundary_of(("transformer", "transformer_2"), ratio, None)
+    assert boundary == float(torch.tensor(875.1, dtype=torch.float32)) != 875.1
+    (low, high), level = ranges([boundary]), float(torch.tensor(875.1))
+    assert low[1] == high[0] <= level
+    assert level in (low[1], high[0])

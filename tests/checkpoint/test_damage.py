@@ -182,7 +182,12 @@ def metrics_that_are_none(checkpoint: Path) -> None:
     rewrite_manifest(checkpoint, "metrics", {"fd": math.nan})
 
 
+def of_a_later_release(checkpoint: Path) -> None:
+    rewrite_manifest(checkpoint, "version", 99)
+
+
 DAMAGES = {
+    of_a_later_release: "its format is version 99, and this release reads version",
     truncate: "bytes where",
     flip: "its sha256",
     lose_manifest: "no manifest.json",

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from distill_checkpoint import (
     ExportConfig,
     KeepBestConfig,
     claim_output_dir,
+    state_dicts,
 )
 from distill_checkpoint.manifest import as_file_name, inspect
 from distill_checkpoint.output_folder import find_superseded, list_checkpoints
@@ -33,11 +35,13 @@ from distill_protocols import (
     RoleError,
     RoleSpec,
     SamplerSpec,
+    TensorInfo,
 )
 from distill_runtime import FileInfo, sha256_of_file
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_run import Shape, new_run
+from torch import nn
 
 # -- config -------------------------------------------------------------------------------------
 
@@ -485,3 +489,29 @@ def test_a_failing_export_is_raised(tmp_path):
     run.callbacks["export"] = export_callback(exports, Failing(), tmp_path)
     with pytest.raises(OutputError, match="no room"):
         run.train(tmp_path, 1)
+
+
+def test_a_state_saved_on_a_cpu_is_loaded_to_where_the_weights_are():
+    """Moments of another type too: bf16 weights have fp32 ones. (The device is "meta".)"""
+    net = nn.Linear(3, 2).bfloat16()
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.ones(1, 3).bfloat16()).sum().backward()
+    optimizer.step()
+    for moments in optimizer.state.values():
+        moments |= {key: moments[key].float() for key in ("exp_avg", "exp_avg_sq")}
+    state = state_dicts.optimizer_state(optimizer, dict(net.named_parameters()), "net")
+    packed, tensors = state_dicts.pack(state, "net")
+    elsewhere = nn.Linear(3, 2, device="meta").bfloat16()
+    theirs = torch.optim.AdamW(elsewhere.parameters())
+    asked = {}
+
+    infos = {n: TensorInfo(tuple(t.shape), t.dtype) for n, t in tensors.items()}
+    stored = SimpleNamespace(infos=infos, read_into=asked.update)
+    parameters = dict(elsewhere.named_parameters())
+    state_dicts.load_optimizer_state(theirs, parameters, packed, stored, "net")
+    of_weights = {n: t for n, t in asked.items() if "exp_avg" in n}
+    assert len(of_weights) == 4
+    assert {t.device.type for t in of_weights.values()} == {"meta"}
+    for moments in theirs.state.values():
+        assert {moments[k].device.type for k in ("exp_avg", "exp_avg_sq")} == {"meta"}
+        assert {moments[k].dtype for k in ("exp_avg", "exp_avg_sq")} == {torch.float32}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from distill_conditioning import DataConfig, LatentDataset, LatentLoader
+from distill_conditioning import loader as loader_module
 from distill_protocols import Batch, Condition, ConditioningError, DataError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -391,3 +393,23 @@ def test_batches_reach_an_accelerator_through_pinned_memory(
     assert len(pinned) == copies
     tensors = [batch.latents, *batch.cond.tensors.values()]
     assert {value.device.type for value in tensors} == {device}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_orders_of_epochs_that_are_over_are_let_go(dataset_of, monkeypatch, workers):
+    """A run of a thousand epochs holds those that it reads, and no more."""
+    orders = weakref.WeakSet()
+    draw = loader_module.epoch_order
+
+    def watched(*args, **options):
+        order = draw(*args, **options)
+        orders.add(order)
+        return order
+
+    monkeypatch.setattr(loader_module, "epoch_order", watched)
+    dataset = dataset_of(6, workers=workers)
+    loader = LatentLoader(dataset, batch_size=2, seed=0)
+    most = 0
+    for _ in islice(loader, 30):  # ten epochs
+        most = max(most, len(orders))
+    assert most <= 3 + workers

@@ -178,3 +178,17 @@ def test_distances_are_of_the_clips_that_the_entry_samples(tmp_path, capsys):
     file.write_bytes(b"no")
     with pytest.raises(DataError, match="no safetensors file"):
         parts_of_a_run(tmp_path, file)
+
+
+def test_seconds_a_clip_are_those_of_denoising_alone(tmp_path, monkeypatch, capsys):
+    """By a clock that moves a second with each call of the model, and with each decoding."""
+    report, run, adapter = parts_of_a_run(tmp_path)
+    monkeypatch.setattr(
+        "distill_evaluation.report.time",
+        SimpleNamespace(perf_counter=lambda: float(len(adapter.done))),
+    )
+    report.on_train_end(run)
+    entries = json.loads((tmp_path / "report.json").read_text())["entries"]
+    clips = 2 * len(report.prompts)
+    calls = -(-clips // CHUNK) * report.parts.method.sampler_spec.steps
+    assert [entry["seconds_per_clip"] for entry in entries] == [calls / clips] * 2

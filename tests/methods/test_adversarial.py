@@ -28,7 +28,7 @@ from distill_methods.adversarial.losses import (
 )
 from distill_methods.context import MethodContext
 from distill_methods.maths import dmd_gradient
-from distill_methods.noise_sampler import NoiseSampler
+from distill_methods.noise_sampler import NoisedLatents, NoiseSampler
 from distill_protocols import CapabilityError, RandomStreams, RoleError, SamplerSpec
 from hypothesis import given
 from hypothesis import strategies as st
@@ -390,3 +390,34 @@ def test_ladds_turns(update: str):
         method.optimizers_zero_grad(iteration)
     with pytest.raises(ValueError, match="leaves the discriminator no iteration"):
         LaddConfig(generator_update_interval=1)
+
+
+class _Narrow(ToyAdapter):
+    """Its features pass fp16, as those of a role in that precision."""
+
+    def forward(self, role, x_t, t, cond, *, features=None, **options):
+        if features is not None:
+            for block in features:
+                # Small as the derivative of a deep network: below what fp16 holds, divided by
+                # the number of a clip's elements.
+                features[block] = (x_t.half() * 1e-4).float()
+            return x_t
+        return super().forward(role, x_t, t, cond, **options)
+
+    def discriminate(self, role, features):
+        return torch.stack([f.flatten(1).mean(dim=1) for f in features.values()], dim=1)
+
+
+def test_the_students_gan_gradient_survives_features_in_16_bits():
+    """The derivative of a mean over 2**17 elements times 1e-4 is 8e-10, and fp16 ends at 6e-8."""
+    method = dmd2(adapter=_Narrow)
+    context: MethodContext = method.context
+    adversary = Adversary(context, GanConfig(), allowed_on=("teacher",))
+    x = torch.randn(2, 1, 2**16, 1, 1, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    noised = NoisedLatents(x.detach(), torch.zeros_like(x), torch.zeros(2))
+    adversary.generator_loss(x, noised, toy_batch(2).cond).loss.backward()
+    assert x.grad is not None
+    # softplus'(-D) is 1/2 at D = 0, divided by rows and elements.
+    expected = torch.full_like(x, -0.5 * 1e-4 / x.numel())
+    torch.testing.assert_close(x.grad, expected, rtol=0.01, atol=0)

@@ -20,6 +20,7 @@ from distill_methods import (
     TeacherTerm,
     TimeSampling,
 )
+from distill_methods.teachers.ensemble import Teachers
 from distill_protocols import (
     ContractError,
     PlannedRun,
@@ -229,3 +230,14 @@ def test_the_students_clips_cannot_be_made_with_guidance():
     with pytest.raises(ValueError, match=r"guidance 3.0 must be 1 with input: student"):
         TeacherOnlyConfig(input="student", student_sampler=spec)
     assert TeacherOnlyConfig(student_sampler=spec).needs_negative
+
+
+@pytest.mark.parametrize(("t", "w"), [(500.0, 3.0), (499.99997, 4.0)])
+def test_at_the_boundary_itself_it_is_the_high_experts_guidance(t: float, w: float):
+    config = TeacherOnlyConfig(guidance_scale=3.0, guidance_scale_2=4.0)
+    able = attrs.evolve(CAPABILITIES, supports_expert_routing=True)
+    names = ("student", "teacher")
+    method = build(TeacherOnlyMethod, config, names=names, adapter=Routed, able=able)
+    x, batch = toy_batch(2).latents, toy_batch(2)
+    Teachers(method.context, config).predict(x, torch.full((2,), t), batch.cond)
+    assert [call.cfg for call in method.adapter.calls] == [w]

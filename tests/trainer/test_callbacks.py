@@ -288,3 +288,19 @@ def test_every_callback_plugin_builds_from_its_defaults(name: str) -> None:
     plugin = load_plugin("distill.callbacks", name)
     needed = {"roles": ("student",)} if name == "ema" else {}
     assert plugin.build(plugin.config_class(**needed), None).name == name
+
+
+@pytest.mark.parametrize("resumed", [0, 4])
+def test_the_validation_of_the_last_iteration_is_not_done_again_at_the_end(
+    tmp_path: Path, resumed: int
+) -> None:
+    """Unless the process begins there, which has seen none."""
+    method, tracker = Sampling(alternating(1).bundle, 1), MemoryTracker()
+    views = {"live": ViewConfig(role="student")}
+    DistillTrainer(
+        training(tmp_path, 4),
+        callbacks=[ValidationCallback(validation_config(every_steps=2, views=views), Prompts())],
+        trackers=[tracker],
+        checkpointer=MemoryCheckpointer(resume_at=resumed),
+    ).run(method, batches())
+    assert [i for i, _, _ in tracker.videos] == ([4] if resumed else [2, 4])

@@ -91,6 +91,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_unsaved(
         trainer.run(method, data)
     # Two micro steps an iteration: the student's turn, the second, has clips 3 and 4.
     assert (excinfo.value.iteration, excinfo.value.batch_ids) == (2, ("clip-3", "clip-4"))
+    assert "batch: clip-3, clip-4" in str(excinfo.value)
     assert set(excinfo.value.losses) == {"grad_norm/student.net"}
     assert checkpointer.saved == [1]
     full = all(p.isfinite().all() for m in method.model_dict.values() for p in m.parameters())

@@ -243,3 +243,23 @@ def test_losses_and_metrics_of_micro_steps_are_averaged(tmp_path: Path) -> None:
     assert record.losses["student_loss"].item() == pytest.approx(sum(expected) / 3)
     assert float(record.metrics["size"]) == pytest.approx(sum(float(x.norm()) for x in data) / 3)
     assert not record.losses["student_loss"].requires_grad
+
+
+class _Narrow(Alternating):
+    """Measures a number in 16 bits: 1 and the next one, by turns."""
+
+    def single_train_step(self, batch, iteration):  # type: ignore[no-untyped-def]
+        self.number = 3 - getattr(self, "number", 2)
+        result = super().single_train_step(batch, iteration)
+        value = torch.tensor(1.0 if self.number == 1 else 1.0078125, dtype=torch.bfloat16)
+        return result._replace(outputs={**result.outputs, "narrow": value})
+
+
+@pytest.mark.parametrize("size", [2, 4], ids=["iterations", "micro steps"])
+def test_means_of_16_bit_metrics_are_taken_in_more(tmp_path: Path, size: int) -> None:
+    """Half way between two neighbours of bf16, over iterations and over micro steps."""
+    tracker = MemoryTracker()
+    config = training(tmp_path, 4, log_every=4, global_batch_size=size, batch_size_per_device=2)
+    method = _Narrow(alternating(2).bundle, 2)
+    DistillTrainer(config, trackers=[tracker]).run(method, batches(8))
+    assert [values["narrow"] for _, values in tracker.scalars] == [1.00390625]
