@@ -6,7 +6,8 @@ import pytest
 import torch
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
 from distill_conditioning import DataConfig, LatentDataset, ShardWriter, preprocess
-from distill_protocols import DataError, ModelBundle, WeightsError
+from distill_diffusers.config import BucketConfig
+from distill_protocols import Condition, ConditioningError, DataError, ModelBundle, WeightsError
 from wan_variants import VARIANTS, build, template
 
 CONFIG = WanPipelineConfig(num_frames=9, height=32, width=48, max_sequence_length=6)
@@ -44,6 +45,33 @@ def test_first_frames_are_encoded_though_no_transformer_is_there(folders, tmp_pa
     needed = PLUGIN.condition_shapes(variant.config, source=str(folder))
     assert needed.keys() <= cond.tensors.keys()
     assert "image_latents" in cond.tensors
+
+
+def test_first_frames_of_each_size_of_clips(folders):
+    """As an adapter of that size alone encodes them."""
+    variant, source = VARIANTS["i2v-2.1"], str(folders["i2v-2.1"])
+    sizes = [(9, 32, 48), (5, 32, 48), (5, 48, 32)]
+    buckets = tuple(BucketConfig(num_frames=f, height=h, width=w) for f, h, w in sizes)
+    length = variant.config.max_sequence_length
+    config = WanPipelineConfig(buckets=buckets, max_sequence_length=length)
+    adapter = PLUGIN.adapter(ModelBundle({}), config, source=source)
+    cond = Condition({"text": torch.zeros(1, length, 4)})
+    for bucket, size in zip(buckets, sizes, strict=True):
+        picture = clip(*size)[None, :, 0]
+        alone = PLUGIN.adapter(ModelBundle({}), config.of_bucket(bucket), source=source)
+        expected = alone.with_image(cond, picture).tensors
+        given = adapter.with_image(cond, picture, size[0]).tensors
+        assert all(torch.equal(given[name], expected[name]) for name in expected)
+        own = PLUGIN.config_of_clip(config, size)
+        shapes = PLUGIN.condition_shapes(own, source=source)
+        assert given["image_latents"].shape[1:] == shapes["image_latents"]
+        assert adapter.encode(clip(*size)[None]).shape[1:] == shapes["image_latents"]
+    largest = adapter.with_image(cond, clip()[None, :, 0]).tensors["image_latents"]
+    assert largest.shape[2] == 3
+    with pytest.raises(ConditioningError, match=r"\[1, 3, 32, 48\] or \[1, 3, 48, 32\]"):
+        adapter.with_image(cond, clip(9, 32, 32)[None, :, 0])
+    with pytest.raises(DataError, match=r"take 9 x 32 x 48 or 5 x 32 x 48 or 5 x 48 x 32"):
+        adapter.encode(clip(9, 48, 32)[None])
 
 
 def test_clips_of_another_size_are_named_before_anything_is_encoded(folders, tmp_path):

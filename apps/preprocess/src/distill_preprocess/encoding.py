@@ -39,12 +39,14 @@ class Encoder:
     """The adapter, and how it is used.
 
     Attributes:
+        several_sizes: the clips of the model have more than one.
         cache: folder of encoded captions; None: none are kept.
         fingerprint: of text encoder and tokenizer.
     """
 
     adapter: DistillAdapter
     first_frames: bool
+    several_sizes: bool = False
     dtype: LatentDtype
     cache: Path | None
     fingerprint: Fingerprint
@@ -73,6 +75,8 @@ class Encoder:
                 "effect. Leave first_frames out, or use an image-to-video model"
             )
         pictures = video[None, :, 0].expand(len(rows), -1, -1, -1)
+        if self.several_sizes:
+            return images.with_image(rows, pictures, video.shape[1]).to("cpu")
         return images.with_image(rows, pictures).to("cpu")
 
 

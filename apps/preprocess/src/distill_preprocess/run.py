@@ -78,6 +78,7 @@ def _make(
         encoder = Encoder(
             adapter=adapter,
             first_frames=needs_first_frames(config),
+            several_sizes=len(config.family_plugin.clip_shapes(config.pipeline)) > 1,
             dtype=own.latent_dtype,
             cache=None if own.cache is None else Path(own.cache),
             fingerprint=adapter.condition_fingerprint(),

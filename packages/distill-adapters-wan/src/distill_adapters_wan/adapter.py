@@ -256,31 +256,43 @@ class WanAdapter(FamilyAdapter):
         return mask
 
     @torch.no_grad()
-    def with_image(self, cond: Condition, images: Tensor) -> Condition:
+    def with_image(self, cond: Condition, images: Tensor, frames: int | None = None) -> Condition:
         """Add to ``cond`` what the models read of first frames [B, 3, H_px, W_px] in [0, 1].
+
+        Args:
+            frames: of the clips that begin so, in pixels; None: those of the run's largest clip of
+                this size.
 
         Raises:
             ConditioningError: the models read none, pictures are of another size than the run's
                 clips, or there is not one for each row of ``cond``.
             WeightsError: Wan 2.1 reads CLIP's embedding, and the source has no image encoder.
         """
-        kind, size = self._image_kind, (self._config.height, self._config.width)
+        kind = self._image_kind
         if kind == "none":
             raise ConditioningError(
                 "there is a first frame, but the models of this run read text alone; it would have "
                 "no effect. Leave it out, or use an image-to-video model"
             )
-        if tuple(images.shape) != (len(cond), 3, *size):
+        largest = (self._config.num_frames, self._config.height, self._config.width)
+        clips = [largest, *sorted(self._clip_shapes, reverse=True)]
+        fitting = [
+            clip
+            for clip in clips
+            if tuple(images.shape) == (len(cond), 3, *clip[1:]) and frames in (None, clip[0])
+        ]
+        if not fitting:
+            sizes = dict.fromkeys(f"[{len(cond)}, 3, {h}, {w}]" for _, h, w in clips)
             raise ConditioningError(
-                f"first frames are {list(images.shape)}, they must be [{len(cond)}, 3, {size[0]}, "
-                f"{size[1]}]: one a row of the condition, of the size of the run's clips. Scale "
-                "and crop them before"
+                f"first frames are {list(images.shape)}, they must be {' or '.join(sizes)}: one a "
+                "row of the condition, of the size of the run's clips. Scale and crop them before"
             )
+        num_frames = fitting[0][0]
         mean, std = self._statistics.mean, self._statistics.std
         first = images.to(mean.device).float().unsqueeze(2)
         if kind == "channels":
             # Grey, 0 in the VAE's range, as WanImageToVideoPipeline fills up the clip.
-            rest = torch.full_like(first, 0.5).expand(-1, -1, self._config.num_frames - 1, -1, -1)
+            rest = torch.full_like(first, 0.5).expand(-1, -1, num_frames - 1, -1, -1)
             first = torch.cat([first, rest], dim=2)
         # One at a time, and normalised as that pipeline does: both round otherwise together or in
         # normalize_latents.

@@ -314,8 +314,12 @@ class ImageConditioning(Protocol):
         """
         ...
 
-    def with_image(self, cond: Condition, images: Tensor) -> Condition:
+    def with_image(self, cond: Condition, images: Tensor, frames: int | None = None) -> Condition:
         """``cond`` and what the model reads of a first frame [B, 3, H_px, W_px] in [0, 1].
+
+        Args:
+            frames: of pixels, of the clip that begins so; None: those of the run's largest clip of
+                this size. It is given in a run whose clips differ.
 
         Raises:
             ConditioningError: the model reads none, or the picture has another size than clips.
