@@ -144,6 +144,15 @@ def test_other_items_settings_and_parts_are_refused(tmp_path):
         UnitFolder(tmp_path, settings={"dtype": "float32"}, items=changed, items_per_unit=2)
 
 
+def test_as_long_as_nothing_was_made_settings_and_items_may_change(tmp_path):
+    open_folder(tmp_path, range(4))
+    assert open_folder(tmp_path, range(2), dtype="float16", per_unit=1).units == 2
+    assert open_folder(tmp_path, range(5)).units == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "items-000.json", "preparation.json",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["items-000.json", "unit-00000.json", "preparation.json"])
 @pytest.mark.parametrize("content", ["", "[1", '{"shards": 3}', '[["a"]]'])
 def test_damaged_files_are_named(tmp_path, name, content):

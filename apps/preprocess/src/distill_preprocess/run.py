@@ -119,7 +119,7 @@ def settings(config: Request) -> dict[str, object]:
     own = config.section
     return {
         "family": config.recipe.family,
-        "pipeline_config": {**to_plain(config.pipeline), "components": None},
+        "shapes": [str(shape) for shape in buckets_of(config)],
         "negative_prompt": config.conditioning.negative_prompt,
         "clips": {
             **to_plain(evolve(cut_of(config), scene_cuts=None)),

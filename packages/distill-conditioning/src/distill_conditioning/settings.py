@@ -10,11 +10,16 @@ from typing import Any
 from distill_protocols import DataError
 from distill_runtime import UnreadableFileError, read_json
 
-from distill_conditioning.writing import write_new_text
+from distill_conditioning.writing import write_new_text, write_text
 
 
 def claim_settings(
-    folder: Path, file_name: str, settings: Mapping[str, object], *, foreign: Iterable[str]
+    folder: Path,
+    file_name: str,
+    settings: Mapping[str, object],
+    *,
+    foreign: Iterable[str],
+    replace: bool = False,
 ) -> None:
     """Write ``settings`` into a new folder, or compare them with those that it was begun with.
 
@@ -22,6 +27,7 @@ def claim_settings(
 
     Args:
         foreign: patterns of files which, without ``file_name`` beside them, are of something else.
+        replace: nothing was made yet, so that other settings may take the place of the former.
 
     Raises:
         DataError: the folder holds something else, or was begun with other settings.
@@ -29,6 +35,10 @@ def claim_settings(
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / file_name
     settings = json.loads(json.dumps(settings))  # as they will be read back
+    text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
+    if file.exists() and replace:
+        write_text(file, text)
+        return
     if not file.exists():
         old = [found for pattern in foreign for found in folder.glob(pattern)]
         if old:
@@ -36,7 +46,6 @@ def claim_settings(
                 f"{folder}: holds {old[-1].name}, but no {file_name}, so it is another data set, "
                 "and shards of two could not be distinguished. Name a new folder."
             )
-        text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
         if write_new_text(file, text):
             return  # else another process has begun this very moment
     _compare(folder, file, settings)

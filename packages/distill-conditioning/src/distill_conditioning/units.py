@@ -127,7 +127,12 @@ class UnitFolder:
         self.folder = Path(folder)
         settings = {**settings, "items_per_unit": items_per_unit}
         foreign = ["shard-*.safetensors", "unit-*.json", INDEX_FILE]
-        claim_settings(self.folder, SETTINGS_FILE, settings, foreign=foreign)
+        made = [*self.folder.glob("shard-*.safetensors"), *self.folder.glob("unit-*.json")]
+        claim_settings(self.folder, SETTINGS_FILE, settings, foreign=foreign, replace=not made)
+        if not made:  # whatever was meant to be made of other items
+            write_text(self._items_file(0), _items_text(items))
+            for file in sorted(self.folder.glob("items-*.json"))[1:]:
+                file.unlink(missing_ok=True)
         order = self._claim_items(items, add=add)
         self._units = [
             tuple(numbers[first : first + items_per_unit])
@@ -241,8 +246,7 @@ class UnitFolder:
                 "too, or take them out of the sources"
             )
         if new:
-            text = json.dumps([[item.id, item.digest] for item in new]) + "\n"
-            if not write_new_text(self._items_file(len(stored)), text):
+            if not write_new_text(self._items_file(len(stored)), _items_text(new)):
                 return self._claim_items(items, add=add)  # another process has just written them
             order.append([places[item.id] for item in new])
         return order
@@ -313,6 +317,10 @@ class UnitFolder:
                 f"{unit}: {listed}); no run could tell which samples fit its model. Encode all "
                 "with the same parts, into a new folder"
             )
+
+
+def _items_text(items: Sequence[ItemKey]) -> str:
+    return json.dumps([[item.id, item.digest] for item in items]) + "\n"
 
 
 def _to_json(record: UnitRecord) -> str:
