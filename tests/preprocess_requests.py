@@ -1,7 +1,9 @@
-"""A file of apps/preprocess for the tiny Wan. No import of torch."""
+"""A file of apps/preprocess for the tiny Wan, and a process that works on it, without torch."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +29,13 @@ def write_request(folder: Path, **changes: Any) -> Path:
     path = folder / "data.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
+
+
+def work_on(folder: Path, rank: int, world: int) -> None:
+    """Be one of the processes that work on ``folder / "data.yaml"``, and end like the app."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    from distill_preprocess.cli import main
+
+    with (folder / "log.txt").open("a") as log:
+        sys.stdout = sys.stderr = log
+        raise SystemExit(main(["--config", str(folder / "data.yaml")]))

@@ -155,6 +155,30 @@ def test_windows_pictures_several_captions_and_a_cache(tmp_path, capsys):
     assert contents(tmp_path / "other") == contents(tmp_path / "data")
 
 
+def test_videos_and_pictures_go_into_the_buckets_of_the_model(tmp_path):
+    write_video(tmp_path / "clips/wide.mp4", moving_frames(12, 48, 96))
+    write_video(tmp_path / "clips/high.mp4", moving_frames(12, 96, 48))
+    write_video(tmp_path / "clips/short.mp4", moving_frames(6, 48, 96))
+    write_picture(tmp_path / "clips/picture.png", moving_frames(1, 48, 96)[0])
+    file = write_request(tmp_path, captions={"missing": "empty"}, items_per_unit=3)
+    values = yaml.safe_load(file.read_text())
+    sizes = [(9, 32, 64), (9, 64, 32), (1, 32, 64)]
+    values["pipeline_config"] = {
+        "max_sequence_length": 8,
+        "buckets": [{"num_frames": f, "height": h, "width": w} for f, h, w in sizes],
+    }  # fmt: skip
+    file.write_text(yaml.safe_dump(values))
+    assert main(["--config", str(file)]) == EXIT_OK
+    dataset = LatentDataset(DataConfig(path=str(tmp_path / "data"), verify="full"))
+    found = {}
+    for number in range(len(dataset)):
+        found[dataset.id(number)] = tuple(dataset.read(torch.tensor([number])).latents.shape[2:])
+    assert found == {
+        "high.mp4": (3, 8, 4), "wide.mp4": (3, 4, 8), "short.mp4": (1, 4, 8),
+        "picture.png": (1, 4, 8),
+    }  # fmt: skip
+
+
 def test_prompts_alone_become_captions_alone(tmp_path, capsys):
     (tmp_path / "p.txt").write_text("the digit one moving up\n\nthe digit two moving up\n" * 2)
     file = write_request(tmp_path, sources=[{"prompts": "./p.txt"}])
