@@ -21,6 +21,7 @@ from distill_runtime import (
     read_header,
     read_json,
     remove_folder,
+    replace_folder,
     sha256_of_file,
     write_new_file,
     write_safetensors,
@@ -268,3 +269,34 @@ def test_a_source_that_differs_from_its_description_is_an_error(tmp_path):
         write_safetensors(
             tmp_path / "b", {"a": TensorInfo((3,), torch.complex64)}, lambda name: torch.ones(3)
         )
+
+
+@pytest.mark.parametrize("killed", ["while it wrote", "between the renames"])
+def test_what_a_killed_writer_of_a_folder_left_is_cleared_away(tmp_path, killed):
+    """By the next writer; of other folders, and of other writers of this one, everything stays."""
+    target, other = tmp_path / "student", tmp_path / f".student.v2.{'0' * 32}.part"
+    unfinished = tmp_path / f".student.{'a' * 32}.part"
+    older = target if killed == "while it wrote" else unfinished.with_name(f"{unfinished.name}.old")
+    for folder in (older, other, unfinished):
+        folder.mkdir()
+        (folder / "file").write_text(folder.name)
+    with replace_folder(tmp_path / "student.v3", only_writer=True):
+        pass
+    with replace_folder(tmp_path / "elsewhere" / "student"):
+        pass
+    assert unfinished.exists()
+
+    def fail() -> None:
+        with replace_folder(target, only_writer=True) as stage:
+            (stage / "file").write_text("new")
+            assert (target / "file").read_text() == older.name
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (target / "file").read_text() == older.name
+    with replace_folder(target, only_writer=True) as stage:
+        (stage / "file").write_text("new")
+    assert (target / "file").read_text() == "new"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"student", "student.v3", "elsewhere", other.name}

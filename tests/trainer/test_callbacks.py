@@ -297,6 +297,7 @@ def test_the_validation_of_the_last_iteration_is_not_done_again_at_the_end(
     """Unless the process begins there, which has seen none."""
     method, tracker = Sampling(alternating(1).bundle, 1), MemoryTracker()
     views = {"live": ViewConfig(role="student")}
+    (tmp_path / "validation" / f".iteration-000004.{'0' * 32}.part").mkdir(parents=True)  # a kill
     DistillTrainer(
         training(tmp_path, 4),
         callbacks=[ValidationCallback(validation_config(every_steps=2, views=views), Prompts())],
@@ -304,3 +305,5 @@ def test_the_validation_of_the_last_iteration_is_not_done_again_at_the_end(
         checkpointer=MemoryCheckpointer(resume_at=resumed),
     ).run(method, batches())
     assert [i for i, _, _ in tracker.videos] == ([4] if resumed else [2, 4])
+    written = sorted(path.name for path in (tmp_path / "validation").iterdir())
+    assert written == ["iteration-000002", "iteration-000004"][bool(resumed) :]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,13 +81,19 @@ def replace_file(path: Path | str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
+def replace_folder(folder: Path, *, only_writer: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside ``folder``, which takes its place when the block ends well.
 
     Whatever was in ``folder`` before is gone then; until then it stays as it was. If the block
     raises, nothing is left behind and the error goes on.
+
+    Args:
+        only_writer: no other process writes ``folder``, so that what killed ones left of it can be
+            cleared away (``clear_unfinished``).
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if only_writer:
+        clear_unfinished(folder)
     stage = folder.with_name(f".{folder.name}.{uuid4().hex}.part")
     stage.mkdir()
     try:
@@ -98,6 +105,23 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         # The error under way is the one to hear of, not that of clearing up behind it.
         shutil.rmtree(stage, ignore_errors=True)
         raise
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed processes left beside ``folder`` when they replaced it.
+
+    Between the two renames of ``publish_folder`` there is neither the older one nor the new one:
+    the older one gets its name back.
+    """
+    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{32}}\.part(?P<older>\.old)?")
+    for path in sorted(folder.parent.iterdir()):
+        match = name.fullmatch(path.name)
+        if match is None:
+            continue
+        if match["older"] and not folder.exists():
+            path.rename(folder)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def export_folder_problem(folder: Path) -> str | None:

@@ -32,7 +32,10 @@ def replace_export(folder: Path) -> Iterator[Path]:
     if problem := export_folder_problem(folder):
         raise OutputError(problem)
     try:
-        with claim_folder(folder.parent, folder.name), replace_folder(folder) as stage:
+        with (
+            claim_folder(folder.parent, folder.name),
+            replace_folder(folder, only_writer=True) as stage,
+        ):
             yield stage
     except OSError as error:
         raise OutputError(

@@ -100,7 +100,8 @@ class ValidationCallback(Callback):
             for tracker in run.trackers:
                 tracker.log_video(iteration, f"validation/{name}", clip, self.config.fps)
         # A resumed run may come to this iteration a second time, and replaces what is there.
-        with replace_folder(run.output_dir / "validation" / f"iteration-{iteration:06d}") as stage:
+        folder = run.output_dir / "validation" / f"iteration-{iteration:06d}"
+        with replace_folder(folder, only_writer=True) as stage:
             for name, clip in clips.items():
                 (stage / f"{name}.gif").write_bytes(clips_to_gif(clip, self.config.fps))
             (stage / "prompts.json").write_text(json_text(list(self.config.prompts)))
