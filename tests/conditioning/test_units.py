@@ -14,6 +14,7 @@ from distill_conditioning import (
     UnitRecord,
 )
 from distill_protocols import DataError
+from distill_runtime import claim_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_data import SHAPE, CountingEncoder, embedding
@@ -98,6 +99,28 @@ def test_whatever_is_killed_the_end_is_the_same(tmp_path_factory, data):
     assert batch.latents[:, 0, 0, 0, 0].tolist() == good
     assert torch.equal(batch.cond.tensors["text"][0], embedding(f"word {good[0]}")[0])
     assert {line.id for line in summary.report} == {f"item-{n}" for n in range(2, count, 3)}
+
+
+def test_what_kills_left_behind_is_gone_in_the_end(tmp_path):
+    folder = open_folder(tmp_path, range(2))
+    make(folder, keys(range(2)), 0)
+    stems = (
+        "shard-00000",
+        "unit-00000",
+        "items-000",
+        "preparation",
+        "index",
+        "report",
+        "constants",
+    )
+    for stem in stems:
+        (tmp_path / f".{stem}.1a2b.part.json").write_text("torn")
+        (tmp_path / f".{stem}.json.1a2b.part").write_text("torn")
+    (tmp_path / ".mine.part").write_text("of somebody else")
+    with claim_folder(tmp_path, "end"):
+        assert finish(folder) is None  # another process is just writing the end
+    assert finish(folder) is not None
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] == "."] == [".mine.part"]
 
 
 def test_captions_that_share_an_embedding_are_named(tmp_path):

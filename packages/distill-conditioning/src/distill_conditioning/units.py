@@ -22,8 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from attrs import frozen
-from distill_protocols import WHOLE_ENCODER, Condition, DataError, Fingerprint
-from distill_runtime import UnreadableFileError, as_count, as_text, path_inside, read_json
+from distill_protocols import WHOLE_ENCODER, Condition, DataError, Fingerprint, OutputError
+from distill_runtime import (
+    UnreadableFileError,
+    as_count,
+    as_text,
+    claim_folder,
+    path_inside,
+    read_json,
+)
 
 from distill_conditioning.fingerprints import compare_fingerprints, without_whole_encoder
 from distill_conditioning.format import (
@@ -46,6 +53,8 @@ from distill_conditioning.writing import (
 SETTINGS_FILE = "preparation.json"
 REPORT_FILE = "report.jsonl"
 
+_WRITTEN = ("shard-", "unit-", "items-", "preparation", "index", "report", "constants")
+"""How the names of the folder's files begin."""
 _SHOWN = 5
 """Items that an error names."""
 
@@ -184,9 +193,10 @@ class UnitFolder:
     def finish(
         self, *, negative: tuple[str, Condition] | None, latent_dtype: LatentDtype
     ) -> Summary | None:
-        """Write report, constants and index; None while a unit of another process is missing.
+        """Write report, constants and index; None while a unit of another process is missing, or
+        where another process is just writing them.
 
-        The last process sees all units. Two that see them both write the same bytes.
+        The last process sees all units.
 
         Args:
             negative: prompt and condition (one row).
@@ -198,9 +208,23 @@ class UnitFolder:
         found = [record for record in records if record is not None]
         if len(found) < self.units:
             return None
-        # What killed processes left behind. No live one is writing: all units are there.
-        for pattern in (".shard-*.part*", ".unit-*.part*"):
-            for part in self.folder.glob(pattern):
+        try:
+            claim = claim_folder(self.folder, "end")
+        except OutputError:
+            return None
+        with claim:
+            return self._finish(found, negative, latent_dtype)
+
+    def _finish(
+        self,
+        found: Sequence[UnitRecord],
+        negative: tuple[str, Condition] | None,
+        latent_dtype: LatentDtype,
+    ) -> Summary:
+        # What killed processes left behind. No live one is writing: all units are there, and only
+        # one process at a time is here.
+        for name in _WRITTEN:
+            for part in self.folder.glob(f".{name}*.part*"):
                 part.unlink(missing_ok=True)
         fingerprint: dict[str, str] = {}
         for unit, record in enumerate(found):
