@@ -273,7 +273,10 @@ def entries(name: str) -> list[dict[str, Any]]:
 
 
 def table() -> str:
-    """Teacher at its best setting a step count, students as mean (min to max) over seeds."""
+    """Teacher at its best setting a step count, students as mean (min to max) over seeds.
+
+    A teacher's best is by the judge; in brackets is the least distance of any of its settings.
+    """
     lines = [
         "| sampled by | FD | pixels | latents | latent std | digit | direction "
         "| variance in a caption | model calls |",
@@ -284,10 +287,10 @@ def table() -> str:
         for solver in SOLVERS:
             name = baseline_name(steps, solver)
             if (STUDY / name / "report.json").exists():
-                best = min(entries(name), key=lambda e: e["frechet_distance"])
-                plural = "s" * (steps > 1)
-                label = f"teacher, {steps} step{plural} of {solver}, best of the grid"
-                lines.append(row(f"{label} ({best['name']})", [best]))
+                grid = entries(name)
+                best = min(grid, key=lambda e: e["frechet_distance"])
+                label = f"teacher, {steps} step{'s' * (steps > 1)} of {solver}"
+                lines.append(row(f"{label} ({best['name']})", [best], grid))
     for steps in (4, 2, 1):
         lines += seed_rows(f"student, {steps} step{'s' * (steps > 1)}", f"student_{steps}_seed*")
     lines += seed_rows("DMD2 with a GAN, 2 steps", "gan_2_seed*")
@@ -328,7 +331,13 @@ def seed_rows(label: str, pattern: str) -> list[str]:
     return lines
 
 
-def row(label: str, found: list[dict[str, Any]]) -> str:
+def row(label: str, measured: list[dict[str, Any]], grid: Sequence[dict[str, Any]] = ()) -> str:
+    """One row of the table.
+
+    Args:
+        grid: other settings; the least pixel and latent distances among them are in brackets.
+    """
+
     def cell(values: list[float], digits: int) -> str:
         mean = f"{statistics.mean(values):.{digits}f}"
         if len(values) == 1:
@@ -337,16 +346,20 @@ def row(label: str, found: list[dict[str, Any]]) -> str:
 
     def distance(name: str) -> str:
         # Reports of older studies have none.
-        known = [e["distances"][name] for e in found if e.get("distances")]
-        return cell(known, 2) if known else ""
+        known = [e["distances"][name] for e in measured if e.get("distances")]
+        if not known:
+            return ""
+        least = min((e["distances"][name] for e in grid), default=None)
+        bracket = "" if least is None or name == "latent_std" else f" [{least:.2f}]"
+        return cell(known, 2) + bracket
 
     columns = [
-        cell([e["frechet_distance"] for e in found], 1),
+        cell([e["frechet_distance"] for e in measured], 1),
         *map(distance, DISTANCES),
-        cell([e["accuracy"]["digit"] for e in found], 2),
-        cell([e["accuracy"]["direction"] for e in found], 2),
-        cell([e["within_caption_variance"] for e in found], 3),
-        str(found[0]["model_calls_per_clip"]),
+        cell([e["accuracy"]["digit"] for e in measured], 2),
+        cell([e["accuracy"]["direction"] for e in measured], 2),
+        cell([e["within_caption_variance"] for e in measured], 3),
+        str(measured[0]["model_calls_per_clip"]),
     ]
     return f"| {label} | {' | '.join(columns)} |"
 
