@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 import weakref
 from functools import partial
 from pathlib import Path
@@ -450,3 +453,43 @@ def test_an_export_holds_one_tensor_at_a_time(export, config, pipeline_template,
     exporter.export(spec_of(pipeline_template), watched, tmp_path / "s", request)
     assert len(watched["transformer"].describe()) > 20
     assert watched["transformer"].most <= 1
+
+
+class _Killing(Watched):
+    """Weights whose reader is killed at the tenth tensor."""
+
+    reads = 0
+
+    def read(self, names):
+        self.reads += 1
+        if self.reads == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(names)
+
+
+def test_a_killed_export_leaves_the_older_one_and_is_gone_on_with(
+    export, config, pipeline_template, tmp_path
+):
+    write, _, bundle = export
+    write(tmp_path / "s", SamplerSpec(steps=2))
+    before = {p: p.read_bytes() for p in (tmp_path / "s").rglob("*") if p.is_file()}
+    exporter = PLUGIN.exporter(config, source=str(pipeline_template))
+    weights = {key: _Killing(s) for key, s in bundle["student"].weight_sources().items()}
+    request = ExportRequest(sampler=ONE_STEP)
+    child = multiprocessing.get_context("fork").Process(
+        target=exporter.export,
+        args=(spec_of(pipeline_template), weights, tmp_path / "s", request),
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert {p: p.read_bytes() for p in (tmp_path / "s").rglob("*") if p.is_file()} == before
+    assert len(list(tmp_path.glob(".s.*.part"))) == 1  # what was half written
+    write(tmp_path / "s")
+    write(tmp_path / "t")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "t"]
+    files = {
+        name: {p.relative_to(tmp_path / name): p.read_bytes() for p in paths if p.is_file()}
+        for name, paths in ((n, list((tmp_path / n).rglob("*"))) for n in "st")
+    }
+    assert files["s"] == files["t"]
