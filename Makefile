@@ -37,8 +37,8 @@ random-runs:    ## draw 200 run files, run what is accepted, compare with stoppe
 mutation:       ## change the source in 150 places, and see what tests notice (hours)
 	uv run python tools/mutation_test.py
 
-torture:        ## kill a real run 2 x 60 times, saves included, and compare its end (half an hour)
-	uv run python tools/torture.py
+torture:        ## kill runs, ranks, exports and trajectories, and fill disks; compare their ends (an hour)
+	uv run tools/torture
 
 fuzz:           ## 2,000 mutations of every kind of file that is read (make fuzz SEED=7)
 	uv run tools/fuzz_files --mutations 2000 --seed $(or $(SEED),0)
