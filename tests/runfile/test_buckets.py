@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from distill_adapters_wan.adapter import WanAdapter
 from distill_conditioning import LatentLoader, ShardWriter
 from distill_protocols import Condition, ConfigError
-from distill_runfile import describe, read_config
+from distill_runfile import read_config
+from distill_runfile.plan import _data
 from distill_train.cli import EXIT_OK, main
 
 LARGEST, WIDE, PICTURE = (8, 3, 4, 4), (8, 2, 2, 6), (8, 1, 4, 6)
@@ -73,6 +75,20 @@ def seen(monkeypatch) -> list[tuple[int, ...]]:
     return shapes
 
 
+@pytest.fixture
+def made(monkeypatch) -> list[tuple[int, ...]]:
+    """Shapes of the clips that the student made."""
+    shapes: list[tuple[int, ...]] = []
+    rollout = WanAdapter.rollout
+
+    def watch(self, role, spec, noise, cond, **options):
+        shapes.append(tuple(noise.shape[1:]))
+        return rollout(self, role, spec, noise, cond, **options)
+
+    monkeypatch.setattr(WanAdapter, "rollout", watch)
+    return shapes
+
+
 def train(values: dict[str, Any], write, out: Path, *, steps: int = 6) -> list[float]:
     """Train, and return the losses of all iterations."""
     values["training"] |= {"max_train_steps": steps, "output_dir": str(out)}
@@ -86,7 +102,7 @@ def train(values: dict[str, Any], write, out: Path, *, steps: int = 6) -> list[f
 
 
 @pytest.mark.parametrize("method", ["finetune", "causvid", "self_forcing"])
-def test_a_run_trains_on_clips_of_each_size(bucketed, write, tmp_path, seen, method):
+def test_a_run_trains_on_clips_of_each_size(bucketed, write, tmp_path, seen, made, method):
     bucketed["data"]["path"] = write_data(tmp_path / "data", LARGEST, WIDE, PICTURE)
     causal = {"roles": ["student"], "chunk_frames": 1}
     if method == "finetune":
@@ -97,6 +113,7 @@ def test_a_run_trains_on_clips_of_each_size(bucketed, write, tmp_path, seen, met
     bucketed["pipeline_config"]["causal"] = causal
     train(bucketed, write, tmp_path / "out")
     assert set(seen) == {LARGEST, WIDE, PICTURE}
+    assert set(made) == (set(seen) if method == "self_forcing" else set())
 
 
 def test_a_run_of_buckets_goes_on_where_it_stopped(bucketed, write, tmp_path):
@@ -122,26 +139,23 @@ def test_a_size_that_no_bucket_has_is_named(bucketed, write, tmp_path):
     assert "latents are [8, 3, 4, 6] [C, T, H, W], but the model takes [8, 2, 2, 6] or " in problem
 
 
-def test_the_plan_is_of_the_largest_and_lists_the_buckets(bucketed, write, tmp_path):
+def test_the_plan_lists_the_buckets_and_is_of_the_largest(bucketed, write, tmp_path):
     bucketed["data"]["path"] = write_data(tmp_path / "data", LARGEST, WIDE)
-    text = describe(read_config(write(bucketed)))
-    bucketed["pipeline_config"] = {
-        "num_frames": 9, "height": 32, "width": 32, "max_sequence_length": 8,
-    }  # fmt: skip
-    bucketed["data"]["path"] = write_data(tmp_path / "one", LARGEST, count=12)
-    alone = describe(read_config(write(bucketed)))
-    section = text.partition("\ndata\n")[2].partition("\n\n")[0]
+    config = read_config(write(bucketed))
+    section = "\n".join(_data(config))
     assert "of 2 buckets" in section
     assert "[8, 3, 4, 4]" in section
     assert "[8, 2, 2, 6]" in section
-    memory = [part.partition("\nmemory")[2].partition("\n\n")[0] for part in (text, alone)]
-    assert memory[0] == memory[1]
+    assert config.latent_shapes == (LARGEST, WIDE, PICTURE)
+    # What a call is planned by.
+    assert config.family_plugin.latent_shape(config.pipeline, source=config.source) == LARGEST
 
 
 def test_a_bucket_that_does_not_fit_is_a_problem_of_its_role(bucketed, write):
-    bucketed["pipeline_config"]["buckets"] = [*BUCKETS, {"height": 16, "width": 16 * 1100}]
+    larger = {"height": 512, "width": 512}  # and fits
+    bucketed["pipeline_config"]["buckets"] = [larger, {"height": 16, "width": 640}]
     found = problems(write(bucketed))
-    assert any("clips of 1 x 16 x 17600: " in one and "positions for" in one for one in found)
+    assert any("clips of 1 x 16 x 640: " in one and "positions for" in one for one in found)
 
 
 # -- captions alone ---------------------------------------------------------------------------
@@ -149,7 +163,7 @@ def test_a_bucket_that_does_not_fit_is_a_problem_of_its_role(bucketed, write):
 
 @pytest.mark.parametrize("method", ["dmd2", "self_forcing", "teacher_only"])
 def test_methods_that_make_their_own_clips_train_on_captions(
-    bucketed, write, tmp_path, seen, method
+    bucketed, write, tmp_path, seen, made, method
 ):
     bucketed["data"]["path"] = write_data(tmp_path / "data", None)
     config = bucketed["method_config"]
@@ -160,7 +174,7 @@ def test_methods_that_make_their_own_clips_train_on_captions(
         del bucketed["models"]["critic"]
         use(bucketed, method, input="student", student_sampler=config["student_sampler"])
     train(bucketed, write, tmp_path / "out")
-    assert set(seen) == {LARGEST, WIDE, PICTURE}
+    assert set(made) == set(seen) == {LARGEST, WIDE, PICTURE}
 
 
 @pytest.mark.parametrize(
