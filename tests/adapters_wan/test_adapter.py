@@ -367,8 +367,8 @@ def test_sampler_refusals(adapter):
 
 
 def gaussian(spread: float):
-    """The exact flow of data ~ N(0, spread^2): every x keeps its place in units of the std at s,
-    sqrt((1 - s)^2 spread^2 + s^2)."""
+    """Return the exact flow of data ~ N(0, spread^2): every x keeps its place in units of the std
+    at s, sqrt((1 - s)^2 spread^2 + s^2)."""
 
     def std(s):
         return ((1 - s) ** 2 * spread**2 + s**2) ** 0.5

@@ -190,8 +190,8 @@ def draw_exit_steps(streams, config, count):
 
 
 def reference(method, causal, frames):
-    """The student in a stock transformer: (past, its t, x_t, t [B, T], text) -> v, without gradient
-    through keys and values of the past; and that transformer."""
+    """Return the student in a stock transformer: (past, its t, x_t, t [B, T], text) -> v, without
+    gradient through keys and values of the past; and that transformer."""
     names = {"chunk_frames": "size", "first_frame_alone": "alone"} | {
         "window_frames": "window", "sink_frames": "sink"
     }  # fmt: skip

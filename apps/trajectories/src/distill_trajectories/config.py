@@ -115,5 +115,5 @@ class TrajectoriesConfig:
         return tuple(1000 * self.sampler.sigmas()[step] for step in self.steps)
 
     def samples(self, of: int) -> int:
-        """How many clips there will be, of a data set of so many samples."""
+        """Count how many clips there will be, of a data set of so many samples."""
         return min(self.repeats * of, self.limit or self.repeats * of)

@@ -30,7 +30,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./-]+")
 
 
 def changes_section(*, added: Iterable[str] = (), dropped: Iterable[str] = ()) -> str:
-    """The ``ChangesConfig`` of these entries as YAML."""
+    """Return the ``ChangesConfig`` of these entries as YAML."""
     lines = ["changes:"]
     for name, entries in (("added", sorted(added)), ("dropped", sorted(dropped))):
         if entries:
@@ -62,7 +62,7 @@ class ChangedKey:
 
 
 def changed_keys(then: Mapping[str, object], now: Mapping[str, object]) -> list[ChangedKey]:
-    """Keys, joined by dots, whose values differ; lists are compared as one value."""
+    """Return keys, joined by dots, whose values differ; lists are compared as one value."""
     before, after = dict(_leaves(then)), dict(_leaves(now))
     return [
         ChangedKey(key, before.get(key, _ABSENT), after.get(key, _ABSENT))
@@ -72,7 +72,7 @@ def changed_keys(then: Mapping[str, object], now: Mapping[str, object]) -> list[
 
 
 def changed_optimizers(changed: Iterable[ChangedKey]) -> dict[str, list[ChangedKey]]:
-    """Those of ``changed`` that are settings of optimizers, by role.
+    """Return those of ``changed`` that are settings of optimizers, by role.
 
     A key that only one of the two has is no changed setting: which optimizers there are is
     compared by itself, by ``plan_resume``.
@@ -86,7 +86,7 @@ def changed_optimizers(changed: Iterable[ChangedKey]) -> dict[str, list[ChangedK
 
 
 def need_restart(changes: Iterable[ChangedKey]) -> list[ChangedKey]:
-    """Those of an optimizer's changed settings that its saved state does not go with."""
+    """Return those of an optimizer's changed settings that its saved state does not go with."""
     return [c for c in changes if c.key.endswith((".optimizer.name", ".optimizer.betas"))]
 
 

@@ -189,7 +189,7 @@ class GatheredWeights(WeightSource):
         return self.weights.describe()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors of ``names`` on the CPU, put together from the shards of all ranks."""
+        """Return the tensors of ``names`` on the CPU, put together from the shards of all ranks."""
         tensors = {}
         for name in names:
             tensor = self.weights.tensors[name].detach()

@@ -247,7 +247,7 @@ class CheckpointManager:
             self._delete_superseded(snapshot.iteration)
 
     def _metrics_to_keep(self, run: RunState, name: str, ranks: Ranks) -> dict[str, float]:
-        """The metric that ``keep_best`` compares, if it was measured in this iteration.
+        """Return the metric that ``keep_best`` compares, if it was measured in this iteration.
 
         As trackers show it, the mean over the ranks that have it. All ranks call it together.
         """
@@ -404,7 +404,7 @@ class CheckpointManager:
             )
 
     def _groups(self) -> tuple[Ranks, Ranks]:
-        """The ranks for the training thread, and for the one in the background.
+        """Return the ranks for the training thread, and for the one in the background.
 
         Two groups: collectives of two threads in one group would meet each other's messages. Not
         ``run.ranks``: a save may take longer, and its errors are others. The first call makes the
@@ -467,7 +467,7 @@ def _failed_save(target: Path, error: Exception) -> CheckpointError:
 
 
 def _as_float(metric: Tensor | float | None) -> float | None:
-    """A metric as a number; a sharded one (DTensor) is gathered, so all ranks call it."""
+    """Return a metric as a number; a sharded one (DTensor) is gathered, so all ranks call it."""
     if metric is None:
         return None
     return float(to_full(metric) if isinstance(metric, Tensor) else metric)

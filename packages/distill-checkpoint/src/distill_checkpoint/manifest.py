@@ -75,22 +75,23 @@ def as_file_name(name: str) -> str:
 
 
 def role_folder(checkpoint: Path, role: str, module: str) -> Path:
-    """The folder of one module's weights."""
+    """Return the folder of one module's weights."""
     return checkpoint / "roles" / as_file_name(role) / as_file_name(module)
 
 
 def state_path(checkpoint: Path, kind: str, *names: str) -> Path:
-    """The path without suffix of one state of ``kind``: ``state_path(c, "ema", role, module)``."""
+    """Return the path without suffix of one state of ``kind``: ``state_path(c, "ema", role,
+    module)``."""
     return checkpoint / kind / ".".join(as_file_name(name) for name in names)
 
 
 def json_of(state: Path) -> Path:
-    """The JSON file of the state at ``state_path``."""
+    """Return the JSON file of the state at ``state_path``."""
     return state.with_name(f"{state.name}.json")
 
 
 def rank_key(rank: int) -> str:
-    """The key of a rank's own states in ``loader`` and ``rng``."""
+    """Return the key of a rank's own states in ``loader`` and ``rng``."""
     return f"rank-{rank:05d}"
 
 
@@ -161,7 +162,7 @@ class Contents:
             ) from error
 
     def as_json(self) -> dict[str, object]:
-        """The object that ``loop.json`` holds."""
+        """Return the object that ``loop.json`` holds."""
         of_a_run = {
             "micro_steps": self.micro_steps,
             "changes": {"added": list(self.added), "dropped": list(self.dropped)},
@@ -176,7 +177,7 @@ class Contents:
         }
 
     def by_role(self, kind: str) -> dict[str, tuple[str, ...]]:
-        """The modules that have state of ``kind``, by role."""
+        """Return the modules that have state of ``kind``, by role."""
         roles: dict[str, tuple[str, ...]] = {}
         for role, module in self.modules[kind]:
             roles[role] = (*roles.get(role, ()), module)
@@ -335,7 +336,7 @@ def _module_key(value: Any) -> ModuleKey:
 
 
 def is_checkpoint_folder(path: Path | str) -> bool:
-    """Whether ``path`` is a checkpoint folder of this package, intact or damaged."""
+    """Return whether ``path`` is a checkpoint folder of this package, intact or damaged."""
     folder = Path(path)
     if (folder / MANIFEST).is_file():
         try:
@@ -374,7 +375,7 @@ def role_problems(checkpoint: Path, role: str, *, ema: bool) -> Iterator[Problem
 
 
 def read_config(checkpoint: Path) -> dict[str, object]:
-    """The resolved run file of the run that saved ``checkpoint``.
+    """Return the resolved run file of the run that saved ``checkpoint``.
 
     Raises:
         UnreadableFileError: ``config.json`` is missing or damaged.

@@ -212,7 +212,8 @@ def _optimizer_problems(folder: Path, run: RunState, plan: ResumePlan) -> Iterat
 def _tensor_problems(
     where: str, saved: Mapping[str, TensorInfo], present: Mapping[str, Tensor]
 ) -> Iterator[str]:
-    """A line for what is missing, unknown, or of another shape or dtype; some names of each."""
+    """Yield a line for what is missing, unknown, or of another shape or dtype; some names of
+    each."""
     infos = {name: TensorInfo(tuple(v.shape), v.dtype) for name, v in present.items()}
     lost, new = sorted(saved.keys() - infos.keys()), sorted(infos.keys() - saved.keys())
     if lost:

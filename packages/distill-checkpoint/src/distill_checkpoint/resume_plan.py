@@ -59,7 +59,7 @@ class ResumePlan:
     takes_other_data: bool
 
     def modules(self, kind: str) -> set[ModuleKey]:
-        """The modules whose state of ``kind`` is loaded."""
+        """Return the modules whose state of ``kind`` is loaded."""
         return {(key[1], key[2]) for key in self.load if key[0] == kind}
 
     @property
@@ -121,13 +121,14 @@ def plan_resume(
 
 
 def _applied_rules(contents: Contents, changed_optimizers: Iterable[str]) -> set[str]:
-    """The restarts that happened before the checkpoint was saved, and do not happen again."""
+    """Return the restarts that happened before the checkpoint was saved, and do not happen
+    again."""
     again = {f"optimizers.{role}" for role in changed_optimizers}
     return (set(contents.added) & set(contents.dropped)) - again
 
 
 def _rules_about(key: StateKey) -> tuple[str, ...]:
-    """The entries of a ``ChangesConfig`` that are about ``key``, the narrowest first."""
+    """Return the entries of a ``ChangesConfig`` that are about ``key``, the narrowest first."""
     kind, name = key[0], key[1]
     if kind == CALLBACKS:
         return (f"{CALLBACKS}.{name}",)
@@ -149,7 +150,8 @@ class _Rules:
     _used: dict[tuple[str, str], list[StateKey]] = field(factory=dict)
 
     def matches(self, effect: str, key: StateKey) -> bool:
-        """Whether a rule of ``effect`` ("added", "dropped" or "anew": both) is about ``key``."""
+        """Return whether a rule of ``effect`` ("added", "dropped" or "anew": both) is about
+        ``key``."""
         added, dropped = set(self._rules.added), set(self._rules.dropped)
         entries = {
             "added": added,

@@ -44,7 +44,7 @@ from distill_checkpoint.tensors import LocalShard, to_full, to_local, write_tens
 
 
 def trained_modules(bundle: ModelBundle) -> dict[ModuleKey, RoleHandle]:
-    """Every module that is trained, with its role."""
+    """Return every module that is trained, with its role."""
     return {
         (name, key): role
         for name, role in bundle.roles.items()
@@ -54,22 +54,22 @@ def trained_modules(bundle: ModelBundle) -> dict[ModuleKey, RoleHandle]:
 
 
 def optimizers(bundle: ModelBundle) -> dict[ModuleKey, Optimizer]:
-    """Every optimizer, by the module that it updates."""
+    """Return every optimizer, by the module that it updates."""
     return {(n, k): item for n, role in bundle.roles.items() for k, item in role.optimizers.items()}
 
 
 def schedulers(bundle: ModelBundle) -> dict[ModuleKey, LRScheduler]:
-    """Every learning-rate schedule, by the module whose optimizer it drives."""
+    """Return every learning-rate schedule, by the module whose optimizer it drives."""
     return {(n, k): item for n, role in bundle.roles.items() for k, item in role.schedulers.items()}
 
 
 def averages(bundle: ModelBundle) -> dict[ModuleKey, WeightAverage]:
-    """Every average of weights, by the module that it is of."""
+    """Return every average of weights, by the module that it is of."""
     return {(n, k): item for n, role in bundle.roles.items() for k, item in role.ema.items()}
 
 
 def modules_by_kind(bundle: ModelBundle) -> dict[str, tuple[ModuleKey, ...]]:
-    """All of the above, by the names that they have in a checkpoint (``manifest.KINDS``)."""
+    """Return all of the above, by the names that they have in a checkpoint (``manifest.KINDS``)."""
     return {
         "roles": tuple(trained_modules(bundle)),
         "optimizers": tuple(optimizers(bundle)),
@@ -262,7 +262,7 @@ def _add_run_state(
 
 
 def _random_state(run: RunState) -> dict[str, object]:
-    """The state of this rank's generators: the run's named ones, and torch's own."""
+    """Return the state of this rank's generators: the run's named ones, and torch's own."""
     # Nothing here draws from torch's own generators; a user's dropout layer does.
     torch_state: dict[str, Tensor] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():

@@ -56,7 +56,7 @@ def pack(value: object, where: str) -> tuple[Any, dict[str, Tensor]]:
 
 
 def unpack(packed: object, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of ``pack``: equal values, types and dtypes; 0-d tensors on the CPU.
+    """Return the inverse of ``pack``: equal values, types and dtypes; 0-d tensors on the CPU.
 
     Raises:
         CheckpointError: ``packed`` was not made by ``pack``.
@@ -231,8 +231,8 @@ def load_optimizer_state(
 
 
 def _empty_moment(info: TensorInfo, parameter: nn.Parameter | None) -> Tensor:
-    """An empty tensor where torch keeps such a moment: on the parameter's device, laid out and
-    sharded as it is, so that nothing is gathered or moved afterwards."""
+    """Return an empty tensor where torch keeps such a moment: on the parameter's device, laid out
+    and sharded as it is, so that nothing is gathered or moved afterwards."""
     if parameter is None:
         return torch.empty(info.size, dtype=info.dtype)
     if tuple(parameter.shape) == info.size:
@@ -253,7 +253,7 @@ def _restore_dtypes(
 
 
 def _names(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], where: str) -> list[str]:
-    """The parameters' names in the order of torch's numbers: group by group."""
+    """Return the parameters' names in the order of torch's numbers: group by group."""
     names = {parameter: name for name, parameter in parameters.items()}
     updated = [p for group in optimizer.param_groups for p in group["params"]]
     unnamed = sum(parameter not in names for parameter in updated)

@@ -116,7 +116,7 @@ class LocalShard:
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """A DTensor's own shard; any other tensor as it is."""
+    """Return a DTensor's own shard; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -287,7 +287,7 @@ def _as_checkpoint_error(folder: Path) -> Iterator[None]:
 
 
 def _first_cause(error: CheckpointException) -> str:
-    """The first failing rank's own error, without torch's traceback in the message."""
+    """Return the first failing rank's own error, without torch's traceback in the message."""
     rank, (cause, _) = next(iter(sorted(error.failures.items())))
     who = f"rank {rank}: " if len(error.failures) > 1 or rank else ""
     return f"{who}{type(cause).__name__}: {cause}"
@@ -325,7 +325,7 @@ class StoredTensors:
         return {name: _full_info(pieces) for name, pieces in self._pieces().items()}
 
     def files_of(self, names: Iterable[str]) -> set[Path]:
-        """The files that hold any part of ``names``."""
+        """Return the files that hold any part of ``names``."""
         return {piece.file for name in names for piece in self._pieces_of(name)}
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
@@ -352,7 +352,7 @@ class StoredTensors:
             raise CheckpointError(f"{self.folder}: could not be read: {cause}") from error
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The full tensors of ``names`` on the CPU.
+        """Return the full tensors of ``names`` on the CPU.
 
         Raises:
             CheckpointError: a name is not there.
@@ -427,7 +427,8 @@ def _full_info(pieces: list[_Piece]) -> TensorInfo:
 
 
 def _read_pieces(file: Path) -> Iterator[tuple[str, _Piece]]:
-    """The tensors of one file, and where they are in the full ones. Reads the header alone."""
+    """Yield the tensors of one file, and where they are in the full ones. Reads the header
+    alone."""
     header = read_header(file)
     sharding = header.metadata.get(_SHARDING)
     places = None if sharding is None else parse_json(sharding, f"the sharding in {file}")

@@ -111,7 +111,7 @@ class StoredCheckpoint:
         )
 
     def weights(self, role: str, *, ema: bool = False) -> dict[str, WeightSource]:
-        """Sources of one role by module, under the names of ``RoleHandle.moving_state``.
+        """Return sources of one role by module, under the names of ``RoleHandle.moving_state``.
 
         A source checks the sha256 of the files that it reads from, once, and of no others.
 
@@ -176,7 +176,7 @@ class StoredWeights(WeightSource):
         return {**own, **{n: TensorInfo((), value.dtype) for n, value in self._scalars.items()}}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors of ``names`` on the CPU; peak memory is theirs.
+        """Return the tensors of ``names`` on the CPU; peak memory is theirs.
 
         Raises:
             CheckpointError: no such name, or a file that they are in is damaged.

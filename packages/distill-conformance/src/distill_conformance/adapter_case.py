@@ -162,7 +162,7 @@ class AdapterCase:
         raise NotApplicable("no role of the case trains all its weights")
 
     def spec(self, role: str) -> RoleSpec:
-        """The role called ``role``."""
+        """Return the role called ``role``."""
         return next(spec for spec in self.roles if spec.name == role)
 
     def load_with(
@@ -192,12 +192,12 @@ class AdapterCase:
         return tuple(low + (high - low) * steps for low, high in self.ranges(role))
 
     def ranges(self, role: str) -> tuple[tuple[float, float], ...]:
-        """Ranges of t in which ``role`` does not change its expert."""
+        """Return ranges of t in which ``role`` does not change its expert."""
         experts = self.adapter.experts
         return ((0.0, 1000.0),) if experts is None else experts.expert_ranges(role)
 
     def condition(self, rows: int = ROWS, *, image: bool | None = None) -> Condition:
-        """The case's prompts in turn, with a picture each where a role cannot do without.
+        """Return the case's prompts in turn, with a picture each where a role cannot do without.
 
         Encoded once, as a family may read its encoder anew for each encoding.
 
@@ -298,7 +298,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def row_generators(rows: Sequence[int] = range(ROWS)) -> RowGenerators:
-    """Generators of the rows with these places, at their start."""
+    """Return generators of the rows with these places, at their start."""
     return RowGenerators.seeded(11, "conformance", rows)
 
 
@@ -310,7 +310,7 @@ def drop_gradients(bundle: ModelBundle) -> None:
 
 
 def modules_of(bundle: ModelBundle) -> dict[str, nn.Module]:
-    """Every module by ``role.module``."""
+    """Return every module by ``role.module``."""
     return bundle.by_module("modules")
 
 

@@ -76,7 +76,7 @@ class MethodCase:
         conditioning: ConditioningProvider | None = None,
         seed: int = 0,
     ) -> TrainableMethod:
-        """The method on fresh models, or on ``models``."""
+        """Return the method on fresh models, or on ``models``."""
         adapter, bundle = self.models(seed) if models is None else models
         return self.plugin.build(
             self.config if config is None else config,
@@ -171,7 +171,7 @@ SavedRun: TypeAlias = dict[str, dict[str, Any]]
 
 
 def saved_state(method: TrainableMethod) -> SavedRun:
-    """All that a checkpoint holds of a run, copied."""
+    """Return all that a checkpoint holds of a run, copied."""
     return copy.deepcopy(
         {
             "method": method.state_dict(),

@@ -57,7 +57,7 @@ class Architecture:
         return self.entries(*self.block_lists)
 
     def entries(self, *lists: str) -> tuple[str, ...]:
-        """Names of the entries of module lists."""
+        """Return names of the entries of module lists."""
         return tuple(f"{name}.{i}" for name in lists for i in range(self.module_lists[name]))
 
 
@@ -75,7 +75,7 @@ def inspect_model(kind: ModelKind, config: Mapping[str, object]) -> Architecture
 
 
 def transformer_class(kind: ModelKind) -> type[ModelMixin]:
-    """The class of the trained module."""
+    """Return the class of the trained module."""
     return load_class(kind.transformer)
 
 
@@ -94,7 +94,7 @@ def kept_in_fp32(kind: ModelKind) -> frozenset[str]:
 
 
 def is_kept_in_fp32(name: str, parts: frozenset[str]) -> bool:
-    """Whether a parameter stays in fp32 when the rest has 16 bits, by diffusers' own rule.
+    """Return whether a parameter stays in fp32 when the rest has 16 bits, by diffusers' own rule.
 
     Of Wan these are time embedding, block norms and scale/shift tables; 16 bits harm them.
     """
@@ -102,7 +102,7 @@ def is_kept_in_fp32(name: str, parts: frozenset[str]) -> bool:
 
 
 def find_block_lists(module: ModelMixin) -> tuple[str, ...]:
-    """Names of the module lists that hold the transformer's repeated blocks.
+    """Return names of the module lists that hold the transformer's repeated blocks.
 
     They are those right below the model whose entries are of one class; where the class states
     which of its parts repeat (``_repeated_blocks``), of one of these.

@@ -33,7 +33,8 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether ``path`` reads as ``owner/name`` and is no folder here: one that exists is meant."""
+    """Return whether ``path`` reads as ``owner/name`` and is no folder here: one that exists is
+    meant."""
     if not _HUB_ID.fullmatch(path):
         return False
     from huggingface_hub.errors import HFValidationError
@@ -47,7 +48,8 @@ def is_hub_id(path: str) -> bool:
 
 
 def cached_snapshot(hub_id: str) -> Path | None:
-    """The folder of ``hub_id`` in the local Hugging Face cache, if it was ever downloaded."""
+    """Return the folder of ``hub_id`` in the local Hugging Face cache, if it was ever
+    downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -58,14 +60,16 @@ def cached_snapshot(hub_id: str) -> Path | None:
 
 
 def locate(path: str) -> Path | None:
-    """The folder of ``path``, a folder or a hub id, on this machine; None where there is none."""
+    """Return the folder of ``path``, a folder or a hub id, on this machine; None where there is
+    none."""
     if is_hub_id(path):
         return cached_snapshot(path)
     return Path(path) if Path(path).is_dir() else None
 
 
 def fetch(path: str, subfolders: tuple[str, ...]) -> Path:
-    """The local folder of ``path``; a hub id is downloaded (only ``subfolders``) where it may be.
+    """Return the local folder of ``path``; a hub id is downloaded (only ``subfolders``) where it
+    may be.
 
     Raises:
         WeightsError: no such folder, or the download failed; the message shows how to get it.
@@ -89,7 +93,7 @@ def fetch(path: str, subfolders: tuple[str, ...]) -> Path:
 
 
 def read_json(file: Path) -> dict[str, object]:
-    """A JSON object.
+    """Return a JSON object.
 
     Raises:
         WeightsError: missing or damaged, naming the file.
@@ -104,7 +108,7 @@ def read_json(file: Path) -> dict[str, object]:
 
 
 def transformer_names(folder: Path, modules: Sequence[str]) -> tuple[str, ...]:
-    """Those of ``modules`` that the index of a pipeline folder has.
+    """Return those of ``modules`` that the index of a pipeline folder has.
 
     Raises:
         WeightsError: no index, or a damaged one.
@@ -134,7 +138,7 @@ def index_entry(
 
 
 def weight_files(folder: Path, stem: str) -> tuple[Path, ...]:
-    """The safetensors files of one module, from its index where it is sharded.
+    """Return the safetensors files of one module, from its index where it is sharded.
 
     Raises:
         WeightsError: neither a weight file nor an index, or a damaged index.
@@ -211,7 +215,7 @@ def _dtype_problem(file: Path) -> str | None:
 
 
 def has_weights(folder: Path, stem: str) -> bool:
-    """Whether one module can be read whole now."""
+    """Return whether one module can be read whole now."""
     return not any(module_problems(folder, stem))
 
 

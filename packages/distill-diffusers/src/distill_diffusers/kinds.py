@@ -58,7 +58,7 @@ class ModelKind:
 
 
 def load_class(name: str) -> type[Any]:
-    """The class ``module:Class``."""
+    """Return the class ``module:Class``."""
     module, _, attribute = name.partition(":")
     return vars(import_module(module))[attribute]
 

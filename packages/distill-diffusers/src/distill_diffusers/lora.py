@@ -53,7 +53,7 @@ def adapter_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether ``name`` is the name of an A or a B."""
+    """Return whether ``name`` is the name of an A or a B."""
     return _SIDE.fullmatch(name) is not None
 
 

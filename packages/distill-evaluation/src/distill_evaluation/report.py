@@ -70,7 +70,7 @@ class EntryReport:
     distances: Distances | None = None
 
     def metrics(self) -> dict[str, float]:
-        """Its quality by the names of ``ReportConfig.metric_names``."""
+        """Return its quality by the names of ``ReportConfig.metric_names``."""
         numbers = {
             "fd": self.frechet_distance,
             **self.accuracy,

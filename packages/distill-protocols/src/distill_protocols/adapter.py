@@ -54,7 +54,7 @@ class Denoiser(Protocol):
         caches: ChunkCall | CleanPast | None = None,
         features: MutableMapping[int, Tensor | None] | None = None,
     ) -> Tensor:
-        """The prediction of ``role``, of type ``fwd_pred_type``, fp32.
+        """Return the prediction of ``role``, of type ``fwd_pred_type``, fp32.
 
         Args:
             cfg: guidance w, ``u + w (c - u)``; None or 1 calls the model once, on ``cond``.
@@ -256,8 +256,8 @@ class Sampler(Protocol):
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
     ) -> Tensor:
-        """The role's clean latents [B, C, T, H, W] as training takes them: sampled by ``spec``, but
-        each chunk left at its exit step, whose call alone is made with gradient.
+        """Return the role's clean latents [B, C, T, H, W] as training takes them: sampled by
+        ``spec``, but each chunk left at its exit step, whose call alone is made with gradient.
 
         The calls that sampling would still make are never made. A chunk becomes past without
         gradient, so a chunk's loss reaches its own exit call and nothing else. Caches are clear

@@ -35,7 +35,7 @@ class Condition:
         return next(iter(self.tensors.values())).shape[0] if self.tensors else 0
 
     def to(self, device: torch.device | str) -> Condition:
-        """The same tensors on ``device``."""
+        """Return the same tensors on ``device``."""
         return Condition({name: value.to(device) for name, value in self.tensors.items()})
 
     def __getitem__(self, index: slice | Tensor) -> Condition:
@@ -43,7 +43,7 @@ class Condition:
         return Condition({name: value[index] for name, value in self.tensors.items()})
 
     def expand(self, batch: int) -> Condition:
-        """A batch of one seen ``batch`` times (no copy); a batch of that size as it is."""
+        """Return a batch of one seen ``batch`` times (no copy); a batch of that size as it is."""
         if len(self) == batch:
             return self
         if len(self) != 1:
@@ -134,7 +134,7 @@ class Batch:
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``."""
+        """Return the same batch on ``device``."""
         return evolve(
             self,
             latents=None if self.latents is None else self.latents.to(device),
@@ -160,7 +160,7 @@ class ConditioningProvider(Protocol):
     """Conditions that exist before step 1: the negative one, and those of validation prompts."""
 
     def negative(self) -> Condition:
-        """The negative (unconditional) condition, batch of one.
+        """Return the negative (unconditional) condition, batch of one.
 
         Raises:
             ConditioningError: the run has none.

@@ -126,7 +126,8 @@ class RoleHandle:
             module.train(enabled)
 
     def trained_parameters(self, module: str) -> dict[str, nn.Parameter]:
-        """The parameters of ``module`` that training moves, by name; none of a frozen role."""
+        """Return the parameters of ``module`` that training moves, by name; none of a frozen
+        role."""
         if not self.trainable:
             return {}
         self.release_gathered()
@@ -205,7 +206,7 @@ class RoleHandle:
         return self.device or next(weights, torch.device("cpu"))
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context of one forward call in this role's precision."""
+        """Return the context of one forward call in this role's precision."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.call_device.type, dtype=DTYPES[self.precision])

@@ -139,7 +139,7 @@ class Callback:
     def on_train_end(self, run: RunState) -> None: ...
 
     def state_dict(self) -> dict[str, object]:
-        """Tensors and JSON values that a resumed run needs."""
+        """Return tensors and JSON values that a resumed run needs."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None: ...

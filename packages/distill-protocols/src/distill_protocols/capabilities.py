@@ -48,7 +48,7 @@ class Capabilities:
     causal_roles: frozenset[str] = field(default=frozenset(), converter=frozenset)
 
     def missing(self, needed: Iterable[str]) -> tuple[str, ...]:
-        """Names in ``needed`` that are not true here.
+        """Return names in ``needed`` that are not true here.
 
         ``pred:x0`` asks for a prediction type, ``causal:student`` for a role that is causal.
 

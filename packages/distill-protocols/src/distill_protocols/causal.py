@@ -70,7 +70,7 @@ class CleanPast:
     t: Tensor | None = None
 
     def repeated(self, times: int) -> CleanPast:
-        """The same rows ``times`` after each other."""
+        """Return the same rows ``times`` after each other."""
         return CleanPast(
             latents=self.latents.repeat(times, 1, 1, 1, 1),
             t=None if self.t is None else self.t.repeat(times, *[1] * (self.t.dim() - 1)),

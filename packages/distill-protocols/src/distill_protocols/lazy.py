@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 
 def lazy_exports(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
-    """The ``__getattr__`` of ``package``: run files are checked before torch is imported.
+    """Return the ``__getattr__`` of ``package``: run files are checked before torch is imported.
 
     Args:
         package: the package's ``__name__``.

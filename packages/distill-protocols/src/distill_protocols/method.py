@@ -48,11 +48,11 @@ class TrainableMethod(Protocol):
         ...
 
     def get_optimizers(self, iteration: int) -> dict[str, Optimizer]:
-        """The optimizers that this iteration steps: the whole update schedule."""
+        """Return the optimizers that this iteration steps: the whole update schedule."""
         ...
 
     def get_lr_schedulers(self, iteration: int) -> dict[str, LRScheduler]:
-        """The schedulers of exactly the optimizers that this iteration steps."""
+        """Return the schedulers of exactly the optimizers that this iteration steps."""
         ...
 
     def unscale_gradients(self, iteration: int) -> None:

@@ -40,8 +40,8 @@ class MethodConfig(ABC):
         """Roles whose optimizers step in ``iteration`` (1-based): the whole update schedule."""
 
     def metrics(self, iteration: int) -> tuple[str, ...]:
-        """Names of what a step of ``iteration`` measures, as trackers show them: ``loss/<term>``
-        of each loss, and the 0-d outputs by their own names.
+        """Return names of what a step of ``iteration`` measures, as trackers show them:
+        ``loss/<term>`` of each loss, and the 0-d outputs by their own names.
 
         A checkpoint can be kept by these alone. Every loss is named; an output that is left out
         is logged all the same.
@@ -72,9 +72,9 @@ class MethodConfig(ABC):
         return ()
 
     def update_share(self, role: str, low: float, high: float) -> float:
-        """The share of ``role``'s updates that are made at t in [low, high) (1000 is in the last
-        range): how often one of its experts can be expected to step. 1 without a better answer:
-        a schedule is then as long as if that expert took all of the role's steps."""
+        """Return the share of ``role``'s updates that are made at t in [low, high) (1000 is in the
+        last range): how often one of its experts can be expected to step. 1 without a better
+        answer: a schedule is then as long as if that expert took all of the role's steps."""
         return 1.0
 
     def problems(self, run: PlannedRun) -> Iterable[Problem]:

@@ -115,7 +115,7 @@ class MethodPlugin(Generic[MethodConfigT]):
         conditioning: ConditioningProvider,
         streams: RandomStreams,
     ) -> TrainableMethod:
-        """The method itself."""
+        """Return the method itself."""
         module, name = self.implementation.split(":")
         method_class = vars(import_module(module))[name]
         return method_class(bundle, adapter, config, conditioning=conditioning, streams=streams)
@@ -140,17 +140,17 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
         """What the adapter will support."""
 
     def role_options(self, config: ConfigT) -> Collection[str]:
-        """Names of the ``RoleOptions`` that the family honours; a run that sets another is
+        """Return names of the ``RoleOptions`` that the family honours; a run that sets another is
         refused. ``precision`` is honoured by every family."""
         return ()
 
     def attention_backends(self, role: RoleSpec, config: ConfigT) -> Collection[str]:
-        """Names that ``RoleOptions.attention_backend`` may have for ``role``; asked for only
+        """Return names that ``RoleOptions.attention_backend`` may have for ``role``; asked for only
         where ``role_options`` has it."""
         return ()
 
     def export_formats(self) -> Mapping[str, str]:
-        """Names of the formats that its exporter writes, each with a line of help."""
+        """Return names of the formats that its exporter writes, each with a line of help."""
         return EMPTY
 
     # -- what is wrong with a run -------------------------------------------------------------
@@ -177,12 +177,12 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
         yield from self.weights_problems(role, path)
 
     def starts_with_adapters(self, path: str) -> bool:
-        """Whether ``path`` holds a LoRA: a role that is one may start with it, or a whole one with
-        it merged into the weights of its own path."""
+        """Return whether ``path`` holds a LoRA: a role that is one may start with it, or a whole
+        one with it merged into the weights of its own path."""
         return False
 
     def start_weights(self, role: RoleSpec, path: str) -> Mapping[str, WeightSource]:
-        """The weights that ``role`` starts with, by module: see ``start_problems``.
+        """Return the weights that ``role`` starts with, by module: see ``start_problems``.
 
         Raises:
             WeightsError: there are none, or they are damaged.
@@ -258,7 +258,7 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
         return EMPTY
 
     def needs_image(self, role: RoleSpec, config: ConfigT) -> bool:
-        """Whether the role cannot be called without a first frame in its condition."""
+        """Return whether the role cannot be called without a first frame in its condition."""
         return False
 
     def expert_ranges(self, role: RoleSpec, config: ConfigT) -> Mapping[str, tuple[float, float]]:
@@ -271,7 +271,7 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def plan(self, role: RoleSpec, config: ConfigT) -> RolePlan:
-        """The role's modules and sizes, from the meta device; needs no weights."""
+        """Return the role's modules and sizes, from the meta device; needs no weights."""
 
     def plan_call(
         self,
@@ -307,7 +307,7 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
         weights: Mapping[str, Mapping[str, WeightSource]] = EMPTY,
         shard: Callable[[RoleHandle], None] = lambda role: None,
     ) -> ModelBundle:
-        """All roles with their weights.
+        """Return all roles with their weights.
 
         Args:
             shard: called with each role while its parameters are still on the meta device (buffers
@@ -325,7 +325,7 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def weights(self, path: str) -> Mapping[str, WeightSource]:
-        """The weights of a model folder or hub id, by module, to warm-start a role from.
+        """Return the weights of a model folder or hub id, by module, to warm-start a role from.
 
         Raises:
             WeightsError: there are none, or they are damaged.
@@ -375,7 +375,7 @@ class CallbackPlugin(ABC, Generic[ConfigT]):
         return ()
 
     def metrics(self, config: ConfigT) -> Mapping[str, int]:
-        """Names of metrics that this callback measures, with the interval in iterations.
+        """Return names of metrics that this callback measures, with the interval in iterations.
 
         It puts them into ``RunState.metrics`` in ``on_step_end``. Empty where they are unknown
         because something that it reads is missing: ``problems`` reports that.
@@ -388,7 +388,7 @@ class CallbackPlugin(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def build(self, config: ConfigT, parts: RunParts) -> Callback:
-        """The callback itself."""
+        """Return the callback itself."""
 
 
 class TrackerPlugin(ABC):
@@ -404,7 +404,7 @@ class TrackerPlugin(ABC):
 
     @abstractmethod
     def build(self, output_dir: Path) -> Tracker:
-        """The tracker itself, which writes into ``output_dir`` or elsewhere.
+        """Return the tracker itself, which writes into ``output_dir`` or elsewhere.
 
         Raises:
             ConfigError: something that it needs is not installed.

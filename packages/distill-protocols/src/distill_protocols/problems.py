@@ -33,7 +33,7 @@ class Problem:
     )
 
     def below(self, *parents: str) -> Problem:
-        """The same problem as seen from further up: ``parents`` come before its paths."""
+        """Return the same problem as seen from further up: ``parents`` come before its paths."""
         cause = self.follows_from
         return Problem(
             (*parents, *self.path), self.message, None if cause is None else (*parents, *cause)

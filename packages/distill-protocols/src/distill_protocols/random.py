@@ -13,7 +13,8 @@ _ROWS = "rows/"
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
-    """A 63-bit seed for ``names`` under ``seed``: stable over processes, platforms and runs."""
+    """Return a 63-bit seed for ``names`` under ``seed``: stable over processes, platforms and
+    runs."""
     text = "/".join([str(seed), *map(str, names)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -98,7 +99,7 @@ class RandomStreams:
         self._rows: dict[str, int] = {}
 
     def get(self, purpose: str, *, shared: bool = False) -> torch.Generator:
-        """The generator of ``purpose``; its state moves on with every draw."""
+        """Return the generator of ``purpose``; its state moves on with every draw."""
         key = _SHARED + purpose if shared else purpose
         if key not in self._generators:
             generator = torch.Generator(device="cpu" if shared else self.device)
@@ -108,7 +109,7 @@ class RandomStreams:
         return self._generators[key]
 
     def rows(self, purpose: str, count: int) -> RowGenerators:
-        """Generators of the next ``count`` samples of this process, one each.
+        """Return generators of the next ``count`` samples of this process, one each.
 
         All processes ask alike: together they take the next ``count * world_size`` rows of
         ``purpose``, this one every ``world_size``-th, beginning with its rank.

@@ -64,7 +64,7 @@ class RankGroup(Protocol):
         ...
 
     def ranks_that_differ(self, value: object) -> list[int]:
-        """The ranks whose ``value`` (small, picklable) is not rank 0's; empty: all agree."""
+        """Return the ranks whose ``value`` (small, picklable) is not rank 0's; empty: all agree."""
         ...
 
     def within_timeout(self) -> AbstractContextManager[None]:

@@ -174,11 +174,12 @@ class RoleOptions:
 
     @staticmethod
     def of_weights() -> tuple[str, ...]:
-        """Names of the options that say how weights are held: a role and its base have the same."""
+        """Return names of the options that say how weights are held: a role and its base have the
+        same."""
         return tuple(f.name for f in fields(RoleOptions) if f.metadata.keys() & OF_WEIGHTS.keys())
 
     def options_set(self) -> tuple[str, ...]:
-        """Names of the options that differ from their defaults, without ``precision``, which
+        """Return names of the options that differ from their defaults, without ``precision``, which
         every family honours."""
         return tuple(
             f.name

@@ -189,8 +189,8 @@ class SamplerSpec:
             )
 
     def resolved(self, tokens: int) -> SamplerSpec:
-        """The same for clips of ``tokens`` tokens, with the timesteps that a ``DynamicShift``
-        gives them; unchanged where the shift is a number."""
+        """Return the same for clips of ``tokens`` tokens, with the timesteps that a
+        ``DynamicShift`` gives them; unchanged where the shift is a number."""
         if not isinstance(self.shift, DynamicShift):
             return self
         times = tuple(1000 * sigma for sigma in self.shift.sigmas(self.steps, tokens))

@@ -44,7 +44,7 @@ class StopFlag:
             self._own = reason
 
     def requested(self) -> bool:
-        """Whether to stop, asked of all ranks together; then all of them have the reason."""
+        """Return whether to stop, asked of all ranks together; then all of them have the reason."""
         if self._agree is not None and self._agreed is None:
             self._agreed = self._agree(self._own)
         return self.reason is not None

@@ -44,7 +44,8 @@ class WeightSource(Protocol):
         ...
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors of ``names`` on the CPU. Not to be written to: they may be the original."""
+        """Return the tensors of ``names`` on the CPU. Not to be written to: they may be the
+        original."""
         ...
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:

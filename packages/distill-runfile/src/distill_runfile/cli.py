@@ -131,7 +131,7 @@ def run_command(
 
 
 def _is_of_storage(error: DistillError) -> bool:
-    """Whether ``error`` came of a disk."""
+    """Return whether ``error`` came of a disk."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__

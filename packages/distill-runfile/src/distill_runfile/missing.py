@@ -43,7 +43,7 @@ def data_key(data: DataConfig, path: str) -> KeyPath:
 
 
 def is_missing(path: str) -> bool:
-    """Whether ``path`` is a folder, rather than a hub id, and not there."""
+    """Return whether ``path`` is a folder, rather than a hub id, and not there."""
     return is_local(path) and not Path(path).exists()
 
 

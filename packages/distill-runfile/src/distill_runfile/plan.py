@@ -171,7 +171,7 @@ def _options(spec: RoleSpec) -> list[str]:
 
 
 def _inline(value: object) -> str:
-    """A value on one line, in YAML's flow style; keys that are not set are left out."""
+    """Return a value on one line, in YAML's flow style; keys that are not set are left out."""
     plain = to_plain(value)
     if isinstance(plain, dict):
         pairs = (f"{key}: {_inline(item)}" for key, item in plain.items() if item is not None)

@@ -458,7 +458,7 @@ def _notes(draft: Draft) -> tuple[str, ...]:
 
 
 def _resolved(recipe: RecipeConfig, draft: Draft) -> dict[str, object]:
-    """Every section as plain values; checkpoints hold it as ``config.json``."""
+    """Return every section as plain values; checkpoints hold it as ``config.json``."""
     assert draft.family is not None
     assert draft.method is not None
     sections: dict[str, object] = {

@@ -96,7 +96,8 @@ def _resolved(document: Document, path: str, where: KeyPath) -> str:
 
 
 def plain_role(family: str, role: Role) -> dict[str, object]:
-    """A role as a run file could hold it, with nothing left to defaults or to relative paths."""
+    """Return a role as a run file could hold it, with nothing left to defaults or to relative
+    paths."""
     spec = role.spec
     plain = {
         "family": family,

@@ -101,7 +101,7 @@ class RoleConfig(RoleOptions):
 
 
 def is_local(path: str) -> bool:
-    """Whether a role's path is a folder rather than a hub id."""
+    """Return whether a role's path is a folder rather than a hub id."""
     return path.startswith(("/", "./", "../", "~"))
 
 
@@ -114,7 +114,7 @@ class Role:
     init_from: InitFromConfig | None = None
 
     def comes_from_checkpoint(self, checkpoint: CheckpointConfig, output_dir: Path) -> bool:
-        """Whether a run that goes on finds all of this role's weights in its own checkpoint.
+        """Return whether a run that goes on finds all of this role's weights in its own checkpoint.
 
         Not a frozen role's, nor the base of a LoRA, which no checkpoint holds; and not those of
         a role that ``changes`` adds, which starts as in a fresh run.

@@ -303,7 +303,7 @@ class _YamlReader:
         return result
 
     def _merged(self, node: yaml.Node, path: KeyPath) -> list[yaml.Node]:
-        """The mappings behind ``<<``; of equal keys the first one's counts."""
+        """Return the mappings behind ``<<``; of equal keys the first one's counts."""
         nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
         if all(isinstance(one, yaml.MappingNode) for one in nodes):
             return nodes
@@ -311,7 +311,7 @@ class _YamlReader:
         return []
 
     def _key(self, node: yaml.Node, path: KeyPath) -> str | None:
-        """A key as it is written."""
+        """Return a key as it is written."""
         if not isinstance(node, yaml.ScalarNode):
             self._report(node, path, "a key must be a word, and no list or mapping")
             return None
@@ -485,7 +485,8 @@ class Document:
         return source.problem(inside, message)
 
     def is_unreadable(self, problem: LocatedProblem) -> bool:
-        """Whether ``problem`` follows from a value, at or below its path, that cannot be read."""
+        """Return whether ``problem`` follows from a value, at or below its path, that cannot be
+        read."""
         length = len(problem.path)
         return any(
             problem.path == path[:length]

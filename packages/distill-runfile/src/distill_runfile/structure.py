@@ -217,14 +217,15 @@ def _run_validators(
 
 
 def _absolute(item: Any, base: Path, *, keep: tuple[str, ...]) -> Any:
-    """A path, or each of several, as absolute ones; anything else (nothing was given) as it is."""
+    """Return a path, or each of several, as absolute ones; anything else (nothing was given) as it
+    is."""
     if isinstance(item, tuple):
         return tuple(_absolute(one, base, keep=keep) for one in item)
     return resolve_path(item, base, keep=keep) if isinstance(item, str) else item
 
 
 def unknown_key(key: str, known: tuple[str, ...], *, owner: str) -> str:
-    """The message for a key that nobody reads."""
+    """Return the message for a key that nobody reads."""
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown key{hint} ({owner or 'a run file'} accepts: {', '.join(known)})"

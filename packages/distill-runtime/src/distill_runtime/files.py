@@ -185,7 +185,7 @@ def make_readable(folder: Path) -> None:
 
 
 def files_below(folder: Path) -> Iterator[str]:
-    """Names of all files below ``folder``, relative to it, with forward slashes, sorted."""
+    """Yield names of all files below ``folder``, relative to it, with forward slashes, sorted."""
     for path in sorted(folder.rglob("*")):
         if not path.is_dir():
             yield path.relative_to(folder).as_posix()

@@ -40,7 +40,7 @@ class UnreadableFileError(DistillError):
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
-    """The JSON value in ``path``.
+    """Return the JSON value in ``path``.
 
     Raises:
         UnreadableFileError: missing, no regular file, too large, or as ``parse_json``.
@@ -49,7 +49,7 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def read_json_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, object]:
-    """The JSON object in ``path``.
+    """Return the JSON object in ``path``.
 
     Raises:
         UnreadableFileError: as ``read_json``, or another value than an object.
@@ -61,7 +61,7 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, obj
 
 
 def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
-    """All bytes of ``path``, which must be a regular file: a pipe would never end.
+    """Return all bytes of ``path``, which must be a regular file: a pipe would never end.
 
     Raises:
         UnreadableFileError: missing, no regular file, or too large.
@@ -82,7 +82,7 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def parse_json(text: bytes | str, where: str) -> Any:
-    """The JSON value in ``text``, which came from ``where``.
+    """Return the JSON value in ``text``, which came from ``where``.
 
     Two equal keys are refused, as readers differ in which of them they take: what was checked
     could be another value than what is used.
@@ -133,7 +133,7 @@ def refuse_excess(text: str) -> None:
 
 
 def parse_integer(digits: str) -> int:
-    """An integer of at most ``MAX_DIGITS`` digits.
+    """Return an integer of at most ``MAX_DIGITS`` digits.
 
     Raises:
         ValueError: it is longer.
@@ -144,7 +144,7 @@ def parse_integer(digits: str) -> int:
 
 
 def parse_float(digits: str) -> float:
-    """A finite number; ``1e999`` is none.
+    """Return a finite number; ``1e999`` is none.
 
     Raises:
         ValueError: it is too large to be held.

@@ -106,7 +106,8 @@ class DistillMethod(ABC, Generic[AdapterT]):
 
     @abstractmethod
     def get_optimizers(self, iteration: int) -> dict[str, Optimizer]:
-        """The optimizers that this iteration steps, by ``role.module``: the whole update schedule.
+        """Return the optimizers that this iteration steps, by ``role.module``: the whole update
+        schedule.
 
         ``self.optimizers_of("student")`` gives those of a role.
         """
@@ -183,7 +184,7 @@ class DistillMethod(ABC, Generic[AdapterT]):
         return dict(self._updates)
 
     def optimizers_of(self, *roles: str) -> dict[str, Optimizer]:
-        """The optimizers of ``roles``, by ``role.module``."""
+        """Return the optimizers of ``roles``, by ``role.module``."""
         self.bundle.require_roles(roles)
         return {
             f"{name}.{key}": optimizer
@@ -192,7 +193,7 @@ class DistillMethod(ABC, Generic[AdapterT]):
         }
 
     def get_lr_schedulers(self, iteration: int) -> dict[str, LRScheduler]:
-        """The schedulers of exactly the optimizers that this iteration steps."""
+        """Return the schedulers of exactly the optimizers that this iteration steps."""
         schedulers = self.scheduler_dict
         return {key: schedulers[key] for key in self.get_optimizers(iteration) if key in schedulers}
 

@@ -27,12 +27,12 @@ GROUPS: tuple[Group, ...] = tuple(_KINDS)
 
 
 def plugin_names(group: Group) -> tuple[str, ...]:
-    """Names of everything installed in ``group``, sorted."""
+    """Return names of everything installed in ``group``, sorted."""
     return tuple(sorted({entry.name for entry in entry_points(group=group)}))
 
 
 def load_plugin(group: Group, name: str) -> Any:
-    """The plugin called ``name``.
+    """Return the plugin called ``name``.
 
     Raises:
         PluginError: none of that name (with the known ones and the nearest), it does not import,

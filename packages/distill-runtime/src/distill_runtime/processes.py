@@ -12,7 +12,7 @@ from attrs import frozen
 
 
 def device_type() -> str:
-    """The accelerator that is there, or the CPU."""
+    """Return the accelerator that is there, or the CPU."""
     # Not `current_accelerator`: that takes a laptop's mps, on which float64 does not exist.
     return "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -138,7 +138,7 @@ class Ranks:
                 distributed.monitored_barrier(self.group, within, wait_all_ranks=True)
 
     def ranks_that_differ(self, value: object) -> list[int]:
-        """The ranks whose ``value`` is not rank 0's (none: all agree); any small value."""
+        """Return the ranks whose ``value`` is not rank 0's (none: all agree); any small value."""
         values = self.gather_results(lambda: value)
         return [rank for rank, theirs in enumerate(values) if theirs != values[0]]
 

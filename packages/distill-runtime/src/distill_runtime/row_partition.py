@@ -32,7 +32,7 @@ class RowPartition:
         return [min(row, self.count - 1) for row in range(first, first + each)]
 
     def gather(self, rows: Tensor) -> Tensor | None:
-        """All rows [count, ...] in their order, on rank 0 and on the CPU; elsewhere None.
+        """Return all rows [count, ...] in their order, on rank 0 and on the CPU; elsewhere None.
 
         All ranks call it together.
 

@@ -138,7 +138,7 @@ class _HashedFile:
 def file_layout(
     infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 ) -> tuple[tuple[str, ...], bytes]:
-    """The order of the tensors in the file, and everything that stands before the first.
+    """Return the order of the tensors in the file, and everything that stands before the first.
 
     Args:
         infos: what goes in; every dtype is in ``DTYPE_NAMES``.
@@ -167,7 +167,8 @@ def file_layout(
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The numbers of a tensor as they lie in memory, on the CPU; no copy of one that is there."""
+    """Return the numbers of a tensor as they lie in memory, on the CPU; no copy of one that is
+    there."""
     value = tensor.detach().cpu().contiguous()
     if not value.nbytes:
         return memoryview(b"")

@@ -39,8 +39,8 @@ class SafetensorsHeader:
 
 
 def read_header(file: Path) -> SafetensorsHeader:
-    """The header of ``file``, if the file is as long as it states and its tensors fill it without
-    gaps or overlaps, as the format demands. No tensor is read.
+    """Return the header of ``file``, if the file is as long as it states and its tensors fill it
+    without gaps or overlaps, as the format demands. No tensor is read.
 
     Raises:
         UnreadableFileError: missing, cut short, or no safetensors file.
@@ -68,7 +68,7 @@ def read_header(file: Path) -> SafetensorsHeader:
 
 
 def _header_text(file: Path) -> tuple[bytes, int]:
-    """The bytes of the header, and the size of the whole file."""
+    """Return the bytes of the header, and the size of the whole file."""
     try:
         info = file.stat()
         if not stat.S_ISREG(info.st_mode):
@@ -101,7 +101,7 @@ def _entry(name: str, entry: Mapping[str, Any]) -> tuple[str, tuple[int, ...], i
 
 
 def _end_of_tensors(header: SafetensorsHeader) -> int:
-    """The byte after the last tensor, all being one after the other."""
+    """Return the byte after the last tensor, all being one after the other."""
     last = 0
     for begin, end, name in sorted((b, e, n) for n, (_, _, b, e) in header.tensors.items()):
         if begin != last:

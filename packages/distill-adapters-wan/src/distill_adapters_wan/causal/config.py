@@ -81,14 +81,14 @@ class CausalConfig:
     # -- what follows from it -----------------------------------------------------------------
 
     def chunks(self, frames: int) -> tuple[Chunk, ...]:
-        """A video of ``frames`` latent frames, divided; the last chunk may be shorter."""
+        """Divide a video of ``frames`` latent frames into chunks; the last one may be shorter."""
         starts = [0, *range(1 if self.first_frame_alone else self.chunk_frames, frames,
                             self.chunk_frames)]  # fmt: skip
         stops = [*starts[1:], frames]
         return tuple(Chunk(a, b - a) for a, b in zip(starts, stops, strict=True))
 
     def chunk_at(self, first_frame: int) -> Chunk | None:
-        """The (full) chunk that begins at ``first_frame``; None where none does."""
+        """Return the (full) chunk that begins at ``first_frame``; None where none does."""
         lead = int(self.first_frame_alone)
         if first_frame == 0:
             return Chunk(0, 1 if lead else self.chunk_frames)

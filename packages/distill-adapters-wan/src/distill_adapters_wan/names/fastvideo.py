@@ -72,7 +72,7 @@ def from_diffusers(name: str) -> str | None:
 
 
 def is_diffusers(name: str) -> bool:
-    """Whether a weight of ``WanTransformer3DModel`` can be called so."""
+    """Return whether a weight of ``WanTransformer3DModel`` can be called so."""
     return from_diffusers(name) is not None
 
 
@@ -96,8 +96,8 @@ def migrated(name: str) -> str | None:
 
 
 def unused(name: str) -> bool:
-    """Whether a weight is stored for no purpose: FastVideo's image-to-video blocks normalise no
-    added query (diffusers ignores it on loading too), but keep a weight for it."""
+    """Return whether a weight is stored for no purpose: FastVideo's image-to-video blocks normalise
+    no added query (diffusers ignores it on loading too), but keep a weight for it."""
     return _UNUSED.fullmatch(_plain(name)) is not None
 
 

@@ -66,7 +66,7 @@ _PARAMETERS = {
 
 
 def to_original(name: str) -> str:
-    """The original code's name of diffusers' ``name``.
+    """Return the original code's name of diffusers' ``name``.
 
     Raises:
         WeightsError: no such parameter in a Wan transformer.

@@ -83,7 +83,7 @@ def as_tensors(value: object, where: str) -> Mapping[str, Tensor]:
 
 
 def would_run(where: str, called: str) -> CheckpointError:
-    """The refusal of a pickle that names something to call."""
+    """Return the refusal of a pickle that names something to call."""
     return CheckpointError(
         f"{where} was not read: to unpickle it, {called} would have to be imported and called, and "
         "a pickle that calls what it likes can run any program on this machine; only tensors and "
@@ -293,5 +293,5 @@ def rename_strictly(source: WeightSource, names: ForeignNames) -> WeightSource:
 
 
 def first_of(names: Sequence[str], most: int = 6) -> str:
-    """The first of ``names``, and dots if there are more."""
+    """Return the first of ``names``, and dots if there are more."""
     return ", ".join(names[:most]) + (" ..." if len(names) > most else "")

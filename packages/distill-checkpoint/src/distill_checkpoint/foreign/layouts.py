@@ -383,7 +383,7 @@ def _tensors_of(source: Path, content: Mapping[str, object], name: str) -> Weigh
 
 
 def _below_prefix(saved: DcpCheckpoint, prefix: str, suffix: str = "") -> Renamed:
-    """The tensors ``<prefix><name><suffix>`` by ``name``."""
+    """Return the tensors ``<prefix><name><suffix>`` by ``name``."""
     return Renamed(
         saved,
         {
@@ -414,7 +414,7 @@ def _mismatch(average: WeightSource, weights: WeightSource) -> str | None:
 
 
 def _entries_left(saved: DcpCheckpoint, taken: Iterable[str], where: str) -> list[str]:
-    """A line for each group of entries that is not taken."""
+    """Return a line for each group of entries that is not taken."""
     prefixes = tuple(taken)
     counts = Counter(
         name.split(".")[0]

@@ -99,7 +99,7 @@ class DcpCheckpoint(WeightSource):
         return {name: self._tensor(name) for name in names}
 
     def read_value(self, name: str) -> object:
-        """One of ``values``, if it is made of plain containers and numbers.
+        """Return one of ``values``, if it is made of plain containers and numbers.
 
         Raises:
             CheckpointError: it is not, or cannot be read.

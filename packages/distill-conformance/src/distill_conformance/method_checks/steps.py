@@ -250,7 +250,7 @@ def check_captions_alone(case: MethodCase) -> None:
 
 
 def _one_of_each_turn(case: MethodCase) -> list[int]:
-    """The first iteration of each combination of roles."""
+    """Return the first iteration of each combination of roles."""
     first: dict[tuple[str, ...], int] = {}
     for iteration in range(1, case.iterations + 1):
         first.setdefault(tuple(sorted(case.config.turns(iteration))), iteration)

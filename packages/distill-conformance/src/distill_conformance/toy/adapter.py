@@ -380,7 +380,8 @@ class ToyAdapter:
         exit_step: int | None = None,
         requires_grad: bool = False,
     ) -> Tensor:
-        """One chunk from noise to the x0 of the exit step; ``at``: its first frame and stream."""
+        """Return one chunk from noise to the x0 of the exit step; ``at``: its first frame and
+        stream."""
         if spec.solver not in self.capabilities.solvers:
             raise CapabilityError(f"solver {spec.solver} is none of this family's. Use euler")
         if spec.stochastic and spec.steps > 1:

@@ -29,7 +29,7 @@ bias, in which attended and hidden have changed places."""
 
 
 def available_backends(kind: ModelKind) -> tuple[str, ...]:
-    """Names of the kernels for ``kind`` that run with the packages that are installed.
+    """Return names of the kernels for ``kind`` that run with the packages that are installed.
 
     Some of them need a GPU, which the machine that checks a run may not have: that is not asked.
     """

@@ -95,7 +95,7 @@ def _read_shards(shards: Mapping[str, DTensor], source: WeightSource) -> None:
 
 
 def _local_box(name: str, tensor: DTensor) -> tuple[slice, ...]:
-    """The part of the full tensor that is this rank's, one slice a dimension."""
+    """Return the part of the full tensor that is this rank's, one slice a dimension."""
     odd = [p for p in tensor.placements if type(p) not in (Shard, Replicate)]
     if odd:
         raise WeightsError(

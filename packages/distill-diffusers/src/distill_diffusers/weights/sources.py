@@ -108,7 +108,8 @@ class JoinedWeights(WeightSource):
 
 
 def folder_weights(path: str, modules: tuple[str, ...]) -> dict[str, WeightSource]:
-    """The weights of the transformers of a Diffusers-format folder or hub id, by module name.
+    """Return the weights of the transformers of a Diffusers-format folder or hub id, by module
+    name.
 
     Args:
         modules: names that its transformers may have (``ModelKind.modules``).
@@ -122,7 +123,7 @@ def folder_weights(path: str, modules: tuple[str, ...]) -> dict[str, WeightSourc
 
 
 def module_weights(folder: Path) -> FileWeights:
-    """The weights of one module's folder.
+    """Return the weights of one module's folder.
 
     Raises:
         WeightsError: there are none, or they are damaged.

@@ -126,7 +126,7 @@ def _keep_best_problems(draft: Draft, checkpoint: CheckpointConfig) -> Iterator[
 
 
 def _meets_a_save(config: MethodConfig, metric: str, training: TrainingConfig, saves: int) -> bool:
-    """Whether ``metric``, one of the method's, is there in some iteration that is saved."""
+    """Return whether ``metric``, one of the method's, is there in some iteration that is saved."""
     for iteration in range(saves, min(training.max_train_steps, _SAVES * saves) + 1, saves):
         if not metric.startswith("loss/"):
             window = range(iteration, iteration + 1)

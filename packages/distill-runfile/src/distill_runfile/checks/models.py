@@ -100,7 +100,7 @@ def _backend_problems(role: Role, family: ConfiguredFamily) -> Iterator[Problem]
 
 
 def _comes_from_checkpoint(draft: Draft, role: Role) -> bool:
-    """Whether the run's own checkpoint holds the role, so that nobody reads others again."""
+    """Return whether the run's own checkpoint holds the role, so that nobody reads others again."""
     if draft.training is None or draft.checkpoint is None:
         return False
     return role.comes_from_checkpoint(draft.checkpoint, Path(draft.training.output_dir))

@@ -256,7 +256,7 @@ class Planner:
 
 
 def _as_built(spec: RoleSpec) -> RoleSpec:
-    """The role without what its modules and sizes do not depend on: the key of its plan.
+    """Return the role without what its modules and sizes do not depend on: the key of its plan.
 
     An option that is not named here makes a plan of its own, so that a new one is never lost.
     """
@@ -395,7 +395,8 @@ def averaged_roles(config: RunConfig) -> set[str]:
 
 
 def turns(config: RunConfig) -> tuple[tuple[str, ...], ...]:
-    """Each set of roles that are updated together in some iteration, in the order of the first."""
+    """Return each set of roles that are updated together in some iteration, in the order of the
+    first."""
     steps = range(1, config.training.max_train_steps + 1)
     sets = dict.fromkeys(config.method.turns(step) for step in steps)
     return tuple(sets)

@@ -30,7 +30,7 @@ class RolePlacement:
 
 
 def strategy_of(config: DistributedConfig, world_size: int) -> Strategy:
-    """The strategy as it is resolved where it is left out."""
+    """Return the strategy as it is resolved where it is left out."""
     return config.strategy or ("ddp" if world_size > 1 else "none")
 
 
@@ -42,7 +42,7 @@ def group_size(config: DistributedConfig, world_size: int) -> int:
 
 
 def is_sharded(role: RoleSpec, config: DistributedConfig, world_size: int) -> bool:
-    """Whether each process holds a shard of the role, by strategy and policy."""
+    """Return whether each process holds a shard of the role, by strategy and policy."""
     strategy, policy = strategy_of(config, world_size), role.fsdp
     if strategy == "ddp":
         # DDP keeps trained roles complete; frozen ones are sharded where their policy asks for it.

@@ -67,7 +67,7 @@ def _json_numbers(values: Mapping[str, float]) -> dict[str, float | str]:
 
 
 def _stays(line: bytes, iteration: int) -> bool:
-    """Whether ``line`` is whole, and not of an iteration after ``iteration``."""
+    """Return whether ``line`` is whole, and not of an iteration after ``iteration``."""
     if not line.endswith(b"\n"):
         return False
     try:
