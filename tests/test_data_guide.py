@@ -9,6 +9,8 @@ import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from distill_conditioning import dataset_info
@@ -83,6 +85,14 @@ def write_sources(folder: Path) -> None:
     clip = (folder / "clips/fox.mp4").read_bytes()
     write_tar(folder / "shards/0.tar", {"a.mp4": clip, "a.txt": b"the digit one"})
     (folder / "prompts.txt").write_text("the digit one")
+    (folder / "parquet").mkdir()
+    names = ("bytes", "shape", "dtype")
+    row = {
+        f"text_embedding_{name}": value
+        for name, value in zip(names, (b"", [0], "float32"), strict=True)
+    }
+    table = pyarrow.Table.from_pylist([{"id": "a", "caption": "the digit one", **row}])
+    pyarrow.parquet.write_table(table, folder / "parquet/0.parquet")
     (folder / "cuts.json").write_text('{"fox.mp4": [0.1]}')
 
 

@@ -91,6 +91,8 @@ def test_containers(tmp_path, suffix):
         assert numbers == [list(range(5 * n, 5 * n + 5)) for n in range(4)]
     assert [clip.id for clip in found] == [path.name] + [f"{path.name}#{n}" for n in (2, 3, 4)]
     assert found[3].start == pytest.approx(15 / 8, abs=0.02)
+    [later] = clips(path, fps="keep", segment=(10 / 8, 99))  # behind a seek
+    assert suffix == "gif" or frame_numbers(later.frames) == [10, 11, 12, 13, 14]
 
 
 def test_windows_and_uniform(tmp_path):

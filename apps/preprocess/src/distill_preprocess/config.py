@@ -71,14 +71,22 @@ class PreprocessConfig:
     ) -> None:
         if not value:
             raise ValueError("[] names no source; write one, such as - folder: ../clips")
-        alone = [source.prompts is not None for source in value]
-        if any(alone) and not all(alone):
-            raise ValueError(
-                "prompts stand beside clips; samples of a data set have latents, or none has. Make "
-                "two data sets"
-            )
+        for kind, is_one in (
+            ("prompts", [source.prompts is not None for source in value]),
+            ("latents", [source.latents is not None for source in value]),
+        ):
+            if any(is_one) and not all(is_one):
+                raise ValueError(
+                    f"{kind} stand beside others; all samples of a data set have latents, or none "
+                    "has, and all are encoded by the same parts. Make two data sets"
+                )
 
     @property
     def captions_alone(self) -> bool:
         """Whether there are prompts without clips."""
         return self.sources[0].prompts is not None
+
+    @property
+    def encoded_already(self) -> bool:
+        """Whether latents and text embeddings are taken as they are."""
+        return self.sources[0].latents is not None

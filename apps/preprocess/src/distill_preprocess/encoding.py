@@ -17,7 +17,7 @@ from distill_conditioning import (
     UnitRecord,
 )
 from distill_conditioning.writing import DTYPES, LatentDtype, check_finite
-from distill_media import ClipShape, MediaClip, MediaItem
+from distill_media import ClipShape, MediaClip, MediaError, MediaItem, StoredSample
 from distill_protocols import (
     Condition,
     ConditioningError,
@@ -34,6 +34,19 @@ def to_video(frames: Sequence[MediaClip]) -> Tensor:
     return stacked.permute(0, 4, 1, 2, 3).float() / 255
 
 
+@frozen(kw_only=True)
+class StoredShapes:
+    """What samples that were encoded elsewhere must fit.
+
+    Attributes:
+        text: name of the condition tensor that their text is; ``text_shape`` [L, D].
+    """
+
+    text: str
+    text_shape: tuple[int, ...]
+    latent_shapes: tuple[tuple[int, ...], ...]
+
+
 @frozen(eq=False, kw_only=True)
 class Encoder:
     """The adapter, and how it is used.
@@ -42,6 +55,7 @@ class Encoder:
         several_sizes: the clips of the model have more than one.
         cache: folder of encoded captions; None: none are kept.
         fingerprint: of text encoder and tokenizer.
+        stored: None: samples are encoded here.
     """
 
     adapter: DistillAdapter
@@ -50,6 +64,7 @@ class Encoder:
     dtype: LatentDtype
     cache: Path | None
     fingerprint: Fingerprint
+    stored: StoredShapes | None = None
 
     def encode_clips(self, clips: Sequence[MediaClip]) -> tuple[Tensor, Tensor]:
         """Return raw latents [B, C, T, H, W] as they will be stored, and the videos.
@@ -134,7 +149,7 @@ class UnitWriter:
     shard_bytes: int
     captions: CaptionTable = field(init=False)
     _batches: dict[ClipShape, list[tuple[MediaItem, MediaClip]]] = field(factory=dict)
-    _rows: dict[ClipShape | None, ShardRows] = field(factory=dict)
+    _rows: dict[object, ShardRows] = field(factory=dict)
     _shards: list[ShardEntry] = field(factory=list)
 
     def __attrs_post_init__(self) -> None:
@@ -147,6 +162,41 @@ class UnitWriter:
             self.captions.encode([caption for item in batch for caption in item.captions])
             for item in batch:
                 self._add(item.id, item.captions, self.captions.of(item.captions), None, None)
+
+    def add_stored(self, item: MediaItem, sample: StoredSample) -> None:
+        """Add a sample that was encoded elsewhere.
+
+        Raises:
+            MediaError: its shapes are not those of the models.
+        """
+        stored = self.encoder.stored
+        assert stored is not None
+        length, width = stored.text_shape
+        text = torch.from_numpy(sample.text)
+        if text.shape[1] != width or len(text) > length:
+            raise MediaError(
+                item.id,
+                f"its text embedding is {list(text.shape)}, and the models take [{length}, "
+                f"{width}], or fewer rows. Use data of the same text encoder and length",
+            )
+        shape = None if sample.latents is None else tuple(sample.latents.shape)
+        if shape is not None and shape not in stored.latent_shapes:
+            known = " or ".join(str(list(own)) for own in stored.latent_shapes)
+            raise MediaError(
+                item.id,
+                f"its latents are {list(shape)}, and the models take {known}. Use data of that "
+                "size, or give pipeline_config theirs",
+            )
+        # The padding of a text is exact zeros, in Wan's pipeline as here.
+        row = Condition({stored.text: torch.zeros(1, length, width)})
+        row.tensors[stored.text][0, : len(text)] = text
+        for caption in item.captions:
+            self.captions.digests[caption] = _digest(row)
+        latent = None
+        if sample.latents is not None:
+            latent = torch.from_numpy(sample.latents).to(DTYPES[self.encoder.dtype])
+            check_finite([item.id], latent[None], "latents")
+        self._add(item.id, item.captions, row, shape, latent)
 
     def add_clip(self, item: MediaItem, clip: MediaClip) -> None:
         """Add a clip; it is encoded with others of its shape."""
@@ -163,6 +213,8 @@ class UnitWriter:
             self._write(shape)
         adapter = self.encoder.adapter
         fingerprint = {**adapter.latent_fingerprint(), **adapter.condition_fingerprint()}
+        if self.encoder.stored is not None:
+            fingerprint = {}  # nobody knows what computed these
         record = UnitRecord(
             shards=tuple(self._shards),
             report=tuple(report),
@@ -192,7 +244,7 @@ class UnitWriter:
         name: str,
         captions: Sequence[str],
         rows: Condition,
-        shape: ClipShape | None,
+        shape: object,
         latent: Tensor | None,
     ) -> None:
         shard = self._rows.setdefault(shape, ShardRows())
@@ -202,6 +254,6 @@ class UnitWriter:
         if shard.bytes >= self.shard_bytes:
             self._write(shape)
 
-    def _write(self, shape: ClipShape | None) -> None:
+    def _write(self, shape: object) -> None:
         rows = self._rows.pop(shape)
         self._shards.append(self.folder.write_shard(self.unit, len(self._shards), rows))

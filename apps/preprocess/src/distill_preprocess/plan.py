@@ -38,6 +38,8 @@ def describe(config: Request, limit: int | None) -> str:
 def _shapes(config: Request) -> list[str]:
     if config.section.captions_alone:
         return ["  captions alone, without clips"]
+    if config.section.encoded_already:
+        return ["  latents and texts as they are stored"]
     cut = cut_of(config)
     shapes = ", ".join(map(str, buckets_of(config)))
     rate = "frames as they are" if cut.fps in ("keep", None) else f"{cut.fps:g} frames a second"

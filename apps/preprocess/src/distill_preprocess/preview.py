@@ -34,9 +34,10 @@ def preview(config: Request, count: int, *, limit: int | None = None) -> None:
         DistillError: whatever is wrong with sources or encoders; no sample could be made.
     """
     own = config.section
-    if own.captions_alone:
+    if own.captions_alone or own.encoded_already:
         raise DataError(
-            "the sources are prompts alone, and a preview shows clips. Look at the dry run"
+            "the sources are prompts alone or latents, and a preview shows clips. Look at the dry "
+            "run"
         )
     items = read_items(own.sources, own.captions)[:limit]
     chosen = [items[round(n)] for n in np.linspace(0, len(items) - 1, min(count, len(items)))]

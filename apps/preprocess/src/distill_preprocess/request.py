@@ -42,12 +42,34 @@ def cut_of(config: Request) -> CutConfig:
 def needs_first_frames(config: Request) -> bool:
     """Tell whether what a model reads of a first frame is stored."""
     own = config.section
-    if own.captions_alone:
+    if own.captions_alone or own.encoded_already:
         return False
     if own.first_frames is not None:
         return own.first_frames
     family, pipeline = config.family_plugin, config.pipeline
     return any(family.needs_image(role.spec, pipeline) for role in config.roles.values())
+
+
+def stored_text_of(config: Request) -> tuple[str, tuple[int, ...]] | None:
+    """Return name and shape [L, D] of the one condition tensor that stored text can be; None:
+    models of the request read others."""
+    family, pipeline = config.family_plugin, config.pipeline
+    shapes = family.condition_shapes(pipeline, source=_path(config))
+    rows = [(name, shape) for name, shape in shapes.items() if len(shape) == 2]
+    return rows[0] if len(shapes) == len(rows) == 1 else None
+
+
+def _stored_problems(config: Request) -> Iterator[Problem]:
+    if stored_text_of(config) is None:
+        yield Problem(
+            (SECTION, "sources", "0", "latents"),
+            "FastVideo's files have text embeddings alone, and the models of this request read "
+            "more (masks, first frames). Encode the videos themselves",
+        )
+    if config.section.first_frames:
+        yield Problem(
+            (SECTION, "first_frames"), "there are no frames in files of latents. Leave it out"
+        )
 
 
 def _path(config: Request) -> str:
@@ -66,6 +88,7 @@ def _problems(config: Request) -> Iterator[Problem]:
             ("folder", source.folder),
             ("table", source.table),
             ("tars", source.tars),
+            ("latents", source.latents),
             ("prompts", source.prompts),
         ):
             where = (SECTION, "sources", str(number), kind)
@@ -76,7 +99,9 @@ def _problems(config: Request) -> Iterator[Problem]:
                     (SECTION, "output_dir"),
                     f"{path} is a source; latents go into a folder of their own",
                 )
-    if own.captions_alone:
+    if own.encoded_already:
+        yield from _stored_problems(config)
+    if own.captions_alone or own.encoded_already:
         return
     if not buckets_of(config):
         yield Problem(

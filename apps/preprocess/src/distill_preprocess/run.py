@@ -11,15 +11,21 @@ from pathlib import Path
 import torch
 from attrs import define, evolve, field
 from distill_conditioning import ItemKey, ReportLine, UnitFolder
-from distill_media import MediaError, MediaItem, read_items, read_scene_cuts
+from distill_media import MediaError, MediaItem, StoredReader, read_items, read_scene_cuts
 from distill_protocols import Condition, DataError, DistillAdapter, ModelBundle
 from distill_runfile import to_plain
 from distill_runfile.progress import Progress
 from distill_runtime import Worker, claim_folder, sigterm_as_interrupt
 
 from distill_preprocess.decoding import Decoded, decode_ahead
-from distill_preprocess.encoding import Encoder, UnitWriter
-from distill_preprocess.request import Request, buckets_of, cut_of, needs_first_frames
+from distill_preprocess.encoding import Encoder, StoredShapes, UnitWriter
+from distill_preprocess.request import (
+    Request,
+    buckets_of,
+    cut_of,
+    needs_first_frames,
+    stored_text_of,
+)
 from distill_preprocess.summary import describe_summary
 
 _log = logging.getLogger(__name__)
@@ -82,7 +88,9 @@ def _make(
             dtype=own.latent_dtype,
             cache=None if own.cache is None else Path(own.cache),
             fingerprint=adapter.condition_fingerprint(),
+            stored=_stored_shapes(config),
         )
+        reader = StoredReader()
         # Also by those that have no unit left: whoever is the last writes it.
         negative = _negative(config, adapter)
         count = sum(len(folder.items_of(unit)) for unit in missing)
@@ -96,7 +104,11 @@ def _make(
                     batch_size=own.batch_size,
                     shard_bytes=own.shard_bytes,
                 )
-                _make_unit(writer, [items[n] for n in folder.items_of(unit)], results, report)
+                chosen = [items[n] for n in folder.items_of(unit)]
+                if own.encoded_already:
+                    _take_unit(writer, chosen, reader, report)
+                else:
+                    _make_unit(writer, chosen, results, report)
                 progress.advance(len(folder.items_of(unit)))
     summary = folder.finish(negative=negative, latent_dtype=own.latent_dtype)
     if summary is None:
@@ -171,6 +183,36 @@ class _Report:
         return lines
 
 
+def _stored_shapes(config: Request) -> StoredShapes | None:
+    """Return what samples that are encoded already must fit; None: they are encoded here."""
+    text = stored_text_of(config)
+    if not config.section.encoded_already or text is None:
+        return None
+    family, pipeline = config.family_plugin, config.pipeline
+    sizes = [family.config_of_clip(pipeline, clip) for clip in family.clip_shapes(pipeline)]
+    shapes = (family.latent_shape(size, source=config.source) for size in sizes)
+    return StoredShapes(
+        text=text[0],
+        text_shape=text[1],
+        latent_shapes=tuple(shape for shape in shapes if shape is not None),
+    )
+
+
+def _take_unit(
+    writer: UnitWriter, items: Sequence[MediaItem], reader: StoredReader, report: _Report
+) -> None:
+    """Take samples that were encoded elsewhere."""
+    for item in items:
+        try:
+            writer.add_stored(item, reader.read(item))
+        except DataError as error:  # a value that is not finite, too
+            reason = error.reason if isinstance(error, MediaError) else str(error)
+            report.skip(MediaError(item.id, reason))
+        else:
+            report.note(item, ())
+    writer.finish(report.take())
+
+
 def _make_unit(
     writer: UnitWriter, items: Sequence[MediaItem], results: Iterator[Decoded], report: _Report
 ) -> None:
@@ -201,7 +243,7 @@ def _results(
 ) -> Iterator[Iterator[Decoded]]:
     """Enter with what comes of all items of this process, decoded ahead over the ends of units."""
     own = config.section
-    if own.captions_alone:
+    if own.captions_alone or own.encoded_already:
         yield iter(())
         return
     stream = decode_ahead(
@@ -264,6 +306,8 @@ def _opening(
     who = f"process {worker.rank} of {worker.size}: " if worker.size > 1 else ""
     shapes = Counter(map(str, buckets_of(config)))
     what = "captions alone" if config.section.captions_alone else f"clips of {', '.join(shapes)}"
+    if config.section.encoded_already:
+        what = "latents and texts as they are stored"
     return (
         f"{what} for {config.recipe.family}, {config.source}, on {device}\n"
         f"{who}{own_units - len(missing)} of {own_units} unit(s) are there, {len(missing)} to "

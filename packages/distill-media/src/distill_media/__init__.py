@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         read_clips,
     )
     from distill_media.inspection import find_notes
+    from distill_media.stored import StoredReader, StoredSample
 
 __all__ = [
     "CaptionsConfig",
@@ -38,6 +39,8 @@ __all__ = [
     "NoBucketError",
     "PlannedClip",
     "SourceConfig",
+    "StoredReader",
+    "StoredSample",
     "choose_bucket",
     "decode_clips",
     "find_notes",
@@ -54,6 +57,7 @@ _LAZY = {
         "clips",
     ),
     "find_notes": "inspection",
+    **dict.fromkeys(["StoredReader", "StoredSample"], "stored"),
 }
 
 __getattr__ = lazy_exports(__name__, _LAZY)

@@ -10,7 +10,7 @@ from attrs import Attribute, field, frozen
 from attrs.validators import in_, optional
 from distill_protocols.validators import at_least
 
-SOURCE_KINDS = ("folder", "table", "tars", "prompts")
+SOURCE_KINDS = ("folder", "table", "tars", "latents", "prompts")
 
 
 def _is_named(_config: object, _attribute: object, value: str | None) -> None:
@@ -20,13 +20,15 @@ def _is_named(_config: object, _attribute: object, value: str | None) -> None:
 
 @frozen(kw_only=True)
 class SourceConfig:
-    """Where clips and captions are; exactly one of the first four keys is written.
+    """Where clips and captions are; exactly one of the first five keys is written.
 
     Attributes:
         folder: of clips and pictures, searched with all folders below it; the caption of
             ``a.mp4`` is in ``a.txt`` beside it.
         table: .csv, .tsv, .jsonl, .json or .parquet; a row is a clip.
         tars: WebDataset's: one .tar, or a folder of them. Members of one key are one clip.
+        latents: FastVideo's parquet files: a folder, searched with all folders below it. Latents
+            and text embeddings are taken as they are.
         prompts: a text file of one prompt a line, without clips.
         name: begins the ids of its items; needed where two sources have items of one name.
         root: folder that relative paths in ``table`` begin from; default: the table's own.
@@ -42,6 +44,7 @@ class SourceConfig:
     folder: str | None = field(default=None, validator=_is_named, metadata={"path": ()})
     table: str | None = field(default=None, validator=_is_named, metadata={"path": ()})
     tars: str | None = field(default=None, validator=_is_named, metadata={"path": ()})
+    latents: str | None = field(default=None, validator=_is_named, metadata={"path": ()})
     prompts: str | None = field(default=None, validator=_is_named, metadata={"path": ()})
     name: str | None = field(default=None)
     root: str | None = field(default=None, validator=_is_named, metadata={"path": ()})
@@ -52,7 +55,7 @@ class SourceConfig:
 
     @prompts.validator
     def _check_kind(self, attribute: Attribute[str | None], value: str | None) -> None:
-        values = (self.folder, self.table, self.tars, value)
+        values = (self.folder, self.table, self.tars, self.latents, value)
         written = [kind for kind, v in zip(SOURCE_KINDS, values, strict=True) if v is not None]
         if len(written) != 1:
             raise ValueError(

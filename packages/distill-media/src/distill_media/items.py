@@ -48,6 +48,15 @@ class MediaPlace:
         return io.BufferedReader(_Part(file, self.offset, self.size))
 
 
+@frozen
+class StoredRow:
+    """A row of a parquet file of latents that are encoded already."""
+
+    path: Path
+    group: int
+    row: int
+
+
 @frozen(kw_only=True)
 class MediaItem:
     """One clip, picture or prompt of a source.
@@ -55,7 +64,8 @@ class MediaItem:
     Attributes:
         id: unique within all sources, and the same whenever they are read.
         captions: one or more; none: ``problem`` states why, or the item has none.
-        place: None: a prompt alone.
+        place: None: a prompt alone, or a row of ``stored``.
+        stored: where its latents are, if they are encoded already.
         segment: (start, end) in seconds, the part of the clip that the source speaks of.
         size: bytes of the clip, to notice another one in its place.
         problem: why the item cannot be used; None: nothing is known against it.
@@ -64,6 +74,7 @@ class MediaItem:
     id: str
     captions: tuple[str, ...] = ()
     place: MediaPlace | None = None
+    stored: StoredRow | None = None
     segment: tuple[float, float] | None = None
     size: int = 0
     problem: str | None = None
@@ -71,7 +82,9 @@ class MediaItem:
     @property
     def digest(self) -> str:
         """Hash of all that a sample is made from, as far as it is known without reading it."""
-        parts = (self.id, self.captions, self.segment, self.size, self.problem)
+        # What was hashed before there were rows stays the same.
+        row = () if self.stored is None else (self.stored.group, self.stored.row)
+        parts = (self.id, self.captions, self.segment, self.size, self.problem, *row)
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
 

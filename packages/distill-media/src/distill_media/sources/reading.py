@@ -59,6 +59,10 @@ def _read(source: SourceConfig) -> Iterable[MediaItem]:
         return items_of_table(Path(source.table), source)
     if source.tars is not None:
         return items_of_tars(Path(source.tars), source)
+    if source.latents is not None:
+        from distill_media.stored import items_of_stored  # numpy
+
+        return items_of_stored(Path(source.latents))
     assert source.prompts is not None
     return items_of_prompts(Path(source.prompts))
 
