@@ -10,7 +10,7 @@ import pytest
 import torch
 import wan_variants
 import yaml
-from distill_conditioning import DataConfig, LatentDataset, dataset_info
+from distill_conditioning import DataConfig, LatentDataset, SampleShape, dataset_info
 from distill_preprocess.cli import main
 from distill_preprocess.request import cut_of, needs_first_frames, read_request
 from distill_runfile.cli import EXIT_FAILED, EXIT_OK
@@ -84,12 +84,13 @@ def test_a_data_set_fits_its_model(root, tmp_path, name, rate, image, changes):
         for path in weights:
             path.with_suffix(".away").rename(path)
     family, pipeline, source = config.family_plugin, config.pipeline, config.source
-    info = dataset_info(
-        tmp_path / "data",
-        latent_shape=family.latent_shape(pipeline, source=source),
-        condition_shapes=family.condition_shapes(pipeline, source=source),
-        fingerprint=family.fingerprint(pipeline, source=source),
+    latents = family.latent_shape(pipeline, source=source)
+    assert latents is not None
+    shape = SampleShape(
+        latents=latents, conditions=family.condition_shapes(pipeline, source=source)
     )
+    fingerprint = family.fingerprint(pipeline, source=source)
+    info = dataset_info(tmp_path / "data", shapes=[shape], fingerprint=fingerprint)
     assert (info.problems, info.samples) == ((), 3)
     cond = LatentDataset(DataConfig(path=str(tmp_path / "data"))).read(torch.arange(3)).cond
     assert ("image_latents" in cond.tensors) == image

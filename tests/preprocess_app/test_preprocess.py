@@ -453,7 +453,7 @@ def test_problems_of_what_is_not_there(tmp_path, capsys):
     assert err.count("there is no ") == 3
     mixed = write_request(tmp_path, sources=[{"folder": "./gone"}, {"prompts": "./p"}])
     assert main(["--config", str(mixed)]) == EXIT_USAGE
-    assert "prompts stand beside clips" in capsys.readouterr().err
+    assert "prompts stand beside others" in capsys.readouterr().err
 
 
 def test_sections_of_a_run_file_are_used_with_their_own_lines(whole, tmp_path, capsys):
