@@ -485,7 +485,7 @@ def test_a_dry_run_says_what_would_be_made_and_makes_nothing(begun, capsys):
     assert main(["--config", str(begun / "data.yaml"), "--dry-run", "--limit", "5"]) == EXIT_OK
     out = capsys.readouterr().out
     assert "clips of 9 x 32 x 32 (frames x height x width), 8 frames a second, head" in out
-    assert "5 items, 5 of which can be opened" in out
+    assert "5 items, 0 of which cannot be used" in out
     assert "3 unit(s) of 2 items" in out
     assert not (begun / "data").exists()
 

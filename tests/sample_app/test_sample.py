@@ -168,6 +168,17 @@ def test_the_app_writes_clips_sheets_and_what_made_them(out, tmp_path):
     assert record["roles"][0]["sampler"]["timesteps"] == [1000, 700]
 
 
+def test_clips_of_two_calls_do_not_mix(out):
+    source = read_sample_source(out)
+    first = out / "samples" / "checkpoint-000004"
+    shutil.rmtree(out / "samples", ignore_errors=True)
+    assert source.default_output == first
+    for folder in (first, first.with_name("checkpoint-000004-2")):
+        folder.mkdir(parents=True)
+        (folder / "samples.json").write_text("{}")
+    assert source.default_output == first.with_name("checkpoint-000004-3")
+
+
 def test_two_processes_write_what_one_writes(out, tmp_path):
     files = {}
     for size in (1, 2):

@@ -25,7 +25,8 @@ def describe(config: Request, limit: int | None) -> str:
     lines = [
         f"data for {config.recipe.family}, by VAE and encoders of {config.source}",
         *_shapes(config),
-        f"  {len(items):,} items, {len(usable):,} of which can be opened; the first: {items[0].id}",
+        f"  {len(items):,} items, {len(items) - len(usable):,} of which cannot be used (what is "
+        f"in them is read as they are made); the first: {items[0].id}",
         *_captions(config, usable),
         *_problems(items),
         *_size(config, len(usable)),

@@ -125,6 +125,8 @@ def _read(args: argparse.Namespace) -> tuple[SampleSource, Request]:
         problems += _stream_problems(source)
     if problems:
         raise ConfigError(problems)
+    if source.main in samplers:
+        cli.say(f"{source.main} is sampled as these options say, not as it was trained")
     request = Request(
         prompts=tuple(prompts),
         images=tuple(args.image),

@@ -24,7 +24,7 @@ from distill_sample.files import (
 )
 from distill_sample.model import Model, load
 from distill_sample.request import Request
-from distill_sample.sources import SampleSource
+from distill_sample.sources import RECORD_FILE, SampleSource
 
 _log = logging.getLogger(__name__)
 
@@ -152,5 +152,5 @@ def _write_record(model: Model, request: Request, roles: list[dict[str, object]]
         for number, prompt in enumerate(request.prompts)
     ]
     record = {"source": model.source.name, "roles": roles, "clips": prompts}
-    with replace_file(request.to / "samples.json") as part:
+    with replace_file(request.to / RECORD_FILE) as part:
         Path(part).write_text(json_text(record))

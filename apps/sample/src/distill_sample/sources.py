@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
@@ -27,6 +28,8 @@ from distill_trainer.config import ValidationConfig
 Weights = Literal["auto", "ema", "live"]
 ConfigT = TypeVar("ConfigT")
 
+RECORD_FILE = "samples.json"
+"""Written last: what made the clips beside it."""
 STUDENT = "student"
 """The role that a method trains to be sampled."""
 DEFAULT_FPS = 16.0
@@ -79,8 +82,11 @@ class SampleSource:
 
     @property
     def default_output(self) -> Path:
-        """Where clips go unless one says otherwise: beside the checkpoint or the export."""
-        return self.folder.parent / "samples" / self.folder.name
+        """Where clips go unless one says otherwise: beside the checkpoint or the export, into a
+        folder that holds none of a former call."""
+        first = self.folder.parent / "samples" / self.folder.name
+        later = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+        return next(f for f in itertools.chain([first], later) if not (f / RECORD_FILE).exists())
 
     @property
     def main(self) -> str:

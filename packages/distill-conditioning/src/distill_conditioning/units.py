@@ -266,8 +266,8 @@ class UnitFolder:
         if new and stored and not add:
             raise DataError(
                 f"{self.folder}: was begun with {len(known)} items, and there are {len(new)} new "
-                f"ones ({_some([item.id for item in new])}). Pass `add` to make units of them "
-                "too, or take them out of the sources"
+                f"ones ({_some([item.id for item in new])}). Make units of them with add (--add), "
+                "or take them out of the sources"
             )
         if new:
             if not write_new_text(self._items_file(len(stored)), _items_text(new)):
