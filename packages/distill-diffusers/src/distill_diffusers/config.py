@@ -28,6 +28,10 @@ class BucketConfig:
         return f"{self.num_frames} x {self.height} x {self.width}"
 
 
+_MISSING = "missing; write the size of the clips, or several under buckets. "
+"""Before the rule that 0 breaks, which a size is that nobody wrote."""
+
+
 @frozen(kw_only=True)
 class ClipConfig:
     """The picture or clip that is trained and sampled; a family's own keys are added by
@@ -63,7 +67,7 @@ class ClipConfig:
         if self._is_of_buckets(attribute, value):
             return
         if problem := self._pixel_problem(value):
-            raise ValueError(problem)
+            raise ValueError(_MISSING * (value == 0) + problem)
 
     @buckets.validator
     def _check_buckets(
@@ -105,8 +109,6 @@ class ClipConfig:
         The largest one's may be written: a config that was saved and is read again has both.
         """
         if not self.buckets:
-            if value == 0:
-                raise ValueError("missing; write the size of the clips, or several under buckets")
             return False
         own = attrs.asdict(self.largest_bucket)[attribute.name]
         if value not in (0, own):
@@ -165,7 +167,7 @@ class VideoConfig(ClipConfig):
         if self._is_of_buckets(attribute, value):
             return
         if problem := self._frame_problem(value):
-            raise ValueError(problem)
+            raise ValueError(_MISSING * (value == 0) + problem)
 
     def of_bucket(self, bucket: BucketConfig) -> Self:
         """Return the same config of clips of one size."""
