@@ -14,6 +14,7 @@ from distill_protocols import ConfigError
 from distill_runfile import describe
 from distill_runfile.plan import horizons
 from distill_runfile.read import read_config
+from distill_sample import read_sample_source
 from distill_train.build import build
 from distill_train.run import run
 from safetensors.torch import load_file
@@ -104,6 +105,9 @@ def test_a_run_of_one_expert_resumes_and_is_exported(values, tmp_path, expert, l
     for module, same in ((expert, False), (other, True)):
         old, new = (load_file(f"{folder}/{module}/{file}") for folder in (source, out / "student"))
         assert all(torch.equal(old[key], new[key]) for key in old) == same
+    with pytest.raises(ConfigError, match="a clip takes both. Export it with apps/export"):
+        read_sample_source(out)
+    assert read_sample_source(out / "student").roles["student"].spec.experts == ()
     end = "" if expert == HIGH else f"-{LOW}"
     assert (out / "comfy" / f"comfy{end}.safetensors").is_file()
     assert (out / "lora" / f"pytorch_lora_weights{end}.safetensors").is_file()

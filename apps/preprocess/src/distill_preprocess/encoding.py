@@ -106,8 +106,7 @@ class CaptionTable:
 
     def __attrs_post_init__(self) -> None:
         # One for each unit, so that what it keeps in memory ends with the unit.
-        folder = self.encoder.cache
-        self._cache = ConditionCache(Path() if folder is None else folder)
+        self._cache = ConditionCache(self.encoder.cache)
 
     def of(self, captions: Sequence[str]) -> Condition:
         """Return a row for each caption."""
@@ -118,9 +117,9 @@ class CaptionTable:
         new = [text for text in dict.fromkeys(captions) if text not in self.rows]
         if not new:
             return
-        known = self.encoder.fingerprint if self.encoder.cache is not None else {}
         encode = self.encoder.adapter.encode_condition
-        for text, row in zip(new, self._cache.rows(new, "prompt", known, encode), strict=True):
+        rows = self._cache.rows(new, "prompt", self.encoder.fingerprint, encode)
+        for text, row in zip(new, rows, strict=True):
             self.rows[text] = row
             self.digests[text] = _digest(row)
 

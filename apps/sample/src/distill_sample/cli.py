@@ -12,7 +12,7 @@ from distill_protocols.sampler import Solver
 from distill_runfile import cli
 from distill_runfile.cli import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 
-from distill_sample.sources import SampleSource, Weights, read_sample_source
+from distill_sample.sources import STUDENT, SampleSource, Weights, read_sample_source
 
 if TYPE_CHECKING:
     from distill_sample.request import Request
@@ -152,7 +152,7 @@ def _stream_problems(source: SampleSource) -> list[str]:
 
 
 def _samplers(args: argparse.Namespace) -> tuple[dict[str, SamplerSpec], list[str]]:
-    names = args.also or [args.role or "student"]
+    names = args.also or [args.role or STUDENT]
     given = {
         key: value
         for key in ("steps", "guidance", "shift", "solver")

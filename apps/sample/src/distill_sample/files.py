@@ -19,7 +19,6 @@ from distill_trainer.trackers.gif import clips_to_gif
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-FORMATS = ("mp4", "gif", "png")
 COLUMNS = 6
 """Prompts on one contact sheet."""
 THUMBNAIL = 320

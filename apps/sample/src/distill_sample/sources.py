@@ -190,6 +190,11 @@ def _weights_problems(
     name = role.spec.name
     if role.spec.heads is not None:
         yield f"{name!r} is a discriminator, which makes no clips. Name another role"
+    elif role.spec.experts:
+        yield (
+            f"{name!r} has one of its model's experts alone ({', '.join(role.spec.experts)}), and a "
+            "clip takes both. Export it with apps/export, which adds the other, and sample that"
+        )
     elif role.spec.trainable and not trained:
         yield from (problem.message for problem in role_problems(checkpoint, name, ema=False))
     elif weights == "ema":
