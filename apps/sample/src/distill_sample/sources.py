@@ -192,8 +192,8 @@ def _weights_problems(
         yield f"{name!r} is a discriminator, which makes no clips. Name another role"
     elif role.spec.experts:
         yield (
-            f"{name!r} has one of its model's experts alone ({', '.join(role.spec.experts)}), and a "
-            "clip takes both. Export it with apps/export, which adds the other, and sample that"
+            f"{name!r} has one expert alone ({', '.join(role.spec.experts)}), and a clip takes "
+            "both. Export it with apps/export, which adds the other, and sample that"
         )
     elif role.spec.trainable and not trained:
         yield from (problem.message for problem in role_problems(checkpoint, name, ema=False))
