@@ -46,7 +46,7 @@ def test_a_preview_shows_clips_what_the_vae_makes_of_them_and_what_is_odd(clips)
     pictures = re.findall(r"src='data:image/webp;base64,([^']+)'", page)
     assert len(pictures) == 4
     source = Image.open(io.BytesIO(base64.b64decode(pictures[0])))
-    assert (source.n_frames, source.size) == (9, (224, 224))
+    assert (source.n_frames, source.size) == (9, (256, 256))
     sheet = np.asarray(Image.open(clips / "data/preview.png"))
     assert sheet.shape[0] >= 2 * 240
     # What was looked at is no data set, and making one goes on in the same folder.

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 import numpy as np
 from distill_conditioning.writing import write_text
-from distill_media import MediaError
-from PIL import Image
+from distill_media import MediaError, encode_animation, scale_to_height
 
 from distill_preprocess.shown import Shown
 
@@ -80,25 +78,6 @@ def _notes(sample: Shown) -> list[str]:
 
 def _animation(frames: np.ndarray) -> str:
     step = -(-len(frames) // _MOST_FRAMES)
-    pictures = [_resized(frame) for frame in frames[::step]]
-    stream = io.BytesIO()
-    pictures[0].save(
-        stream,
-        "WEBP",
-        save_all=True,
-        append_images=pictures[1:],
-        duration=125 * step,
-        loop=0,
-        quality=90,
-    )
-    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def _resized(frame: np.ndarray) -> Image.Image:
-    """Bring a frame to about ``_SIDE`` rows: small ones with hard pixel edges."""
-    height, width = frame.shape[:2]
-    picture = Image.fromarray(frame)
-    if height <= _SIDE:
-        scale = max(1, _SIDE // height)
-        return picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
-    return picture.resize((round(width * _SIDE / height), _SIDE), Image.Resampling.LANCZOS)
+    pictures = np.stack([scale_to_height(frame, _SIDE) for frame in frames[::step]])
+    data = encode_animation(pictures, "WEBP", 8 / step, quality=90)
+    return f"data:image/webp;base64,{base64.b64encode(data).decode()}"

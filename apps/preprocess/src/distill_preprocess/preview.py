@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from distill_media import MediaClip, MediaError, MediaItem, read_items
 from distill_protocols import DataError
-from distill_runtime import Worker
+from distill_runtime import Worker, to_uint8
 
 from distill_preprocess.decoding import decode_ahead
 from distill_preprocess.encoding import to_video
@@ -84,13 +84,12 @@ def _show(
     notes: Sequence[str],
 ) -> Shown:
     error = float((video - back).square().mean())
-    frames = (back[0].permute(1, 2, 3, 0).clamp(0, 1) * 255).round().byte().numpy()
     return Shown(
         id=clip.id,
         caption=" | ".join(item.captions),
         shape=str(clip.shape),
         source=clip.frames,
-        decoded=frames,
+        decoded=to_uint8(back[0]).numpy(),
         psnr=-10 * math.log10(max(error, 1e-10)),
         notes=tuple(dict.fromkeys(notes)),
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from distill_media import scale_to_height, wrap_text
 from distill_runtime import printable, replace_file
 from PIL import Image, ImageDraw, ImageFont
 
@@ -13,8 +14,10 @@ from distill_preprocess.shown import Shown
 
 _SIDE, _GAP, _LINE, _FRAMES = 120, 10, 22, 3
 _INK, _PAPER, _NOTE = (20, 20, 20), (250, 250, 250), (180, 83, 9)
+_FONT, _WIDTH = 16, 640
+"""Size of letters, and pixels of a line of a caption."""
 _COLUMNS = 78
-"""Letters of a caption in a line."""
+"""Letters of an id or a note."""
 
 
 def write_sheet(path: Path, shown: Sequence[Shown]) -> None:
@@ -33,15 +36,15 @@ def write_sheet(path: Path, shown: Sequence[Shown]) -> None:
 def _row(sample: Shown) -> Image.Image:
     numbers = np.linspace(0, len(sample.source) - 1, min(_FRAMES, len(sample.source)))
     strips = [
-        np.concatenate([_scaled(frames[round(n)]) for n in numbers], axis=1)
+        np.concatenate([scale_to_height(frames[round(n)], _SIDE) for n in numbers], axis=1)
         for frames in (sample.source, sample.decoded)
     ]
     height, width = strips[0].shape[:2]
-    font = ImageFont.load_default(16)
+    font = ImageFont.load_default(_FONT)
     lines = [
         (printable(sample.id, one_line=True)[:_COLUMNS], _INK),
         (f"{sample.shape}, {sample.psnr:.1f} dB", _INK),
-        *((line, _INK) for line in _wrapped(printable(sample.caption, one_line=True))),
+        *((line, _INK) for line in wrap_text(sample.caption, _WIDTH, font_size=_FONT)[:4]),
         *((printable(note, one_line=True)[:_COLUMNS], _NOTE) for note in sample.notes),
     ]
     text = max(font.getlength(line) for line, _ in lines)
@@ -54,20 +57,3 @@ def _row(sample: Shown) -> Image.Image:
     for number, (line, color) in enumerate(lines):
         pen.text((width + 2 * _GAP, _GAP + number * _LINE), line, color, font)
     return row
-
-
-def _wrapped(text: str) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if len(longer) > _COLUMNS:
-            lines.append(word[:_COLUMNS])
-        else:
-            lines[-1] = longer
-    return lines[:4]
-
-
-def _scaled(frame: np.ndarray) -> np.ndarray:
-    height, width = frame.shape[:2]
-    kind = Image.Resampling.NEAREST if height < _SIDE else Image.Resampling.LANCZOS
-    return np.asarray(Image.fromarray(frame).resize((round(width * _SIDE / height), _SIDE), kind))

@@ -7,17 +7,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from distill_evaluation.media import (
+from distill_media import (
     Mp4Writer,
     SheetRow,
+    clips_to_gif,
+    shrink,
     write_contact_sheet,
     write_sheet_mp4,
 )
 from distill_protocols import DataError
-from distill_runtime import replace_file, replace_folder
-from distill_trainer.trackers.gif import clips_to_gif
+from distill_runtime import replace_file, replace_folder, to_uint8
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 
 COLUMNS = 6
 """Prompts on one contact sheet."""
@@ -35,20 +36,21 @@ def clip_stem(number: int, prompt: str, role: str) -> str:
 
 def write_clip(clip: Tensor, folder: Path, stem: str, *, format: str, fps: float) -> Path:
     """Write one clip [3, F, H_px, W_px] in [0, 1]; a clip of one frame is a PNG."""
-    if clip.shape[1] == 1:
+    frames = to_uint8(clip).numpy()
+    if len(frames) == 1:
         path = folder / f"{stem}.png"
         with replace_file(path) as part:
-            _picture(clip[:, 0]).save(part, format="PNG")
+            Image.fromarray(frames[0]).save(part, format="PNG")
         return path
     path = folder / f"{stem}.{format}"
     if format == "gif":
         with replace_file(path) as part:
-            part.write_bytes(clips_to_gif(clip[None], fps))
+            part.write_bytes(clips_to_gif(frames[None], fps))
     elif format == "png":
         path = folder / stem
         with replace_folder(path) as stage:
-            for number in range(clip.shape[1]):
-                _picture(clip[:, number]).save(stage / f"{number:04d}.png")
+            for number, frame in enumerate(frames):
+                Image.fromarray(frame).save(stage / f"{number:04d}.png")
     else:
         write_stream([clip], path, fps=fps)
     return path
@@ -58,23 +60,12 @@ def write_stream(parts: Iterable[Tensor], path: Path, *, fps: float) -> None:
     """Write an MP4 of frames [3, F, H_px, W_px] as they come, a part at a time in memory."""
     with replace_file(path) as part, Mp4Writer(part, fps=fps, smallest_side=SMALLEST_SIDE) as video:
         for frames in parts:
-            video.add(frames)
-
-
-def _picture(frame: Tensor) -> Image.Image:
-    pixels = (frame.clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+            video.add(to_uint8(frames).numpy())
 
 
 def thumbnails(clips: Tensor) -> Tensor:
-    """Reduce clips [B, 3, F, H_px, W_px] in [0, 1] to what a sheet shows, as uint8."""
-    longest = max(clips.shape[-2:])
-    if longest > THUMBNAIL:
-        size = [max(1, round(side * THUMBNAIL / longest)) for side in clips.shape[-2:]]
-        flat = clips.transpose(1, 2).flatten(0, 1)
-        flat = nn.functional.interpolate(flat, size=size, mode="area")
-        clips = flat.unflatten(0, (clips.shape[0], clips.shape[2])).transpose(1, 2)
-    return (clips.clamp(0, 1) * 255).round().to(torch.uint8)
+    """Reduce clips [B, 3, F, H_px, W_px] in [0, 1] to what a sheet shows, [B, F, H, W, 3] uint8."""
+    return torch.from_numpy(shrink(to_uint8(clips).numpy(), THUMBNAIL).copy())
 
 
 def write_sheets(
@@ -83,18 +74,18 @@ def write_sheets(
     """Write a contact sheet, as a picture and in motion, for each ``COLUMNS`` prompts.
 
     Args:
-        rows: label and thumbnails [B, 3, F, H_px, W_px] of each role, a clip a prompt.
+        rows: label and thumbnails [B, F, H, W, 3] uint8 of each role, a clip a prompt.
     """
     for first in range(0, len(prompts), COLUMNS):
         part = slice(first, first + COLUMNS)
-        sheet = [SheetRow(label, clips[part].float() / 255) for label, clips in rows]
+        sheet = [SheetRow(label, clips[part].numpy()) for label, clips in rows]
         number = f"_{first // COLUMNS + 1}" if len(prompts) > COLUMNS else ""
         picture = folder / f"contact_sheet{number}.png"
         write_contact_sheet(sheet, prompts[part], picture)
         yield picture
-        if all(clips.shape[2] > 1 for _, clips in rows):
+        if all(clips.shape[1] > 1 for _, clips in rows):
             video = folder / f"contact_sheet{number}.mp4"
-            write_sheet_mp4(sheet, prompts[part], video, fps=max(1, round(fps)))
+            write_sheet_mp4(sheet, prompts[part], video, fps=fps)
             yield video
 
 

@@ -1,4 +1,4 @@
-"""Reports on a student: Frechet distance, attribute accuracy, contact sheet, clip files.
+"""Reports on a student: Frechet distance, attribute accuracy, contact sheet.
 
 Nothing here imports torch until one of the names is used: plugin descriptors are read before torch
 is.
@@ -11,7 +11,6 @@ from distill_protocols.lazy import lazy_exports
 if TYPE_CHECKING:
     from distill_evaluation.judge import ClipJudge, Judge, JudgeConfig
     from distill_evaluation.labels import PromptLabelError, label_prompts, labels_of
-    from distill_evaluation.media import SheetRow, write_contact_sheet, write_mp4
     from distill_evaluation.metrics import (
         FeatureStatistics,
         attribute_accuracy,
@@ -27,7 +26,6 @@ _LAZY = {
     "Judge": "judge",
     "JudgeConfig": "judge",
     "PromptLabelError": "labels",
-    "SheetRow": "media",
     "attribute_accuracy": "metrics",
     "feature_statistics": "metrics",
     "frechet_distance": "metrics",
@@ -35,8 +33,6 @@ _LAZY = {
     "label_prompts": "labels",
     "labels_of": "labels",
     "within_group_variance": "metrics",
-    "write_contact_sheet": "media",
-    "write_mp4": "media",
 }
 
 __all__ = [
@@ -45,7 +41,6 @@ __all__ = [
     "Judge",
     "JudgeConfig",
     "PromptLabelError",
-    "SheetRow",
     "attribute_accuracy",
     "feature_statistics",
     "frechet_distance",
@@ -53,8 +48,6 @@ __all__ = [
     "label_prompts",
     "labels_of",
     "within_group_variance",
-    "write_contact_sheet",
-    "write_mp4",
 ]
 
 __getattr__ = lazy_exports(__name__, _LAZY)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import attrs
 import torch
+from distill_media import SheetRow, write_contact_sheet, write_sheet_mp4
 from distill_protocols import (
     Callback,
     Condition,
@@ -26,7 +27,7 @@ from distill_protocols import (
     StepRecord,
     StopRequested,
 )
-from distill_runtime import RowPartition, json_text, replace_file
+from distill_runtime import RowPartition, json_text, replace_file, to_uint8
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -35,7 +36,6 @@ from distill_evaluation.config import DISTANCES, ReportConfig, ReportEntry, metr
 from distill_evaluation.distances import DistanceReference, Distances, read_real_latents
 from distill_evaluation.judge import Judge
 from distill_evaluation.labels import read_prompts
-from distill_evaluation.media import SheetRow, write_contact_sheet, write_sheet_mp4
 from distill_evaluation.metrics import (
     attribute_accuracy,
     feature_statistics,
@@ -305,7 +305,7 @@ class ReportCallback(Callback):
                 entry, self._spec(entry), cond, prompts.own, purpose="report.sheet"
             )
         clips = prompts.gather(self._decode(latents))
-        return [] if clips is None else [SheetRow(name, clips)]
+        return [] if clips is None else [SheetRow(name, to_uint8(clips).numpy())]
 
     def _sample(
         self,

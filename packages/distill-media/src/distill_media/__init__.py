@@ -1,4 +1,5 @@
-"""From videos, pictures and captions as people keep them to clips of a model's shape.
+"""From videos, pictures and captions as people keep them to clips of a model's shape, and back to
+files and pictures for people.
 
 Names that need PyAV and numpy are imported on first use: files are checked before.
 """
@@ -25,6 +26,20 @@ if TYPE_CHECKING:
         plan_clips,
         read_clips,
     )
+    from distill_media.drawing.encoding import (
+        Mp4Writer,
+        clips_to_gif,
+        encode_animation,
+        write_mp4,
+    )
+    from distill_media.drawing.scaling import enlarge, scale_to_height, shrink, side_by_side
+    from distill_media.drawing.sheets import (
+        SheetRow,
+        draw_contact_sheet,
+        wrap_text,
+        write_contact_sheet,
+        write_sheet_mp4,
+    )
     from distill_media.inspection import find_notes
     from distill_media.stored import StoredReader, StoredSample
 
@@ -36,25 +51,46 @@ __all__ = [
     "MediaError",
     "MediaItem",
     "MediaPlace",
+    "Mp4Writer",
     "NoBucketError",
     "PlannedClip",
+    "SheetRow",
     "SourceConfig",
     "StoredReader",
     "StoredSample",
     "choose_bucket",
+    "clips_to_gif",
     "decode_clips",
+    "draw_contact_sheet",
+    "encode_animation",
+    "enlarge",
     "find_notes",
     "group_clips",
     "plan_clips",
     "read_clips",
     "read_items",
     "read_scene_cuts",
+    "scale_to_height",
+    "shrink",
+    "side_by_side",
+    "wrap_text",
+    "write_contact_sheet",
+    "write_mp4",
+    "write_sheet_mp4",
 ]
 
 _LAZY = {
     **dict.fromkeys(
         ["MediaClip", "PlannedClip", "decode_clips", "group_clips", "plan_clips", "read_clips"],
         "clips",
+    ),
+    **dict.fromkeys(
+        ["Mp4Writer", "clips_to_gif", "encode_animation", "write_mp4"], "drawing.encoding"
+    ),
+    **dict.fromkeys(["enlarge", "scale_to_height", "shrink", "side_by_side"], "drawing.scaling"),
+    **dict.fromkeys(
+        ["SheetRow", "draw_contact_sheet", "wrap_text", "write_contact_sheet", "write_sheet_mp4"],
+        "drawing.sheets",
     ),
     "find_notes": "inspection",
     **dict.fromkeys(["StoredReader", "StoredSample"], "stored"),

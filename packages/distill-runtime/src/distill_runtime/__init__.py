@@ -44,6 +44,7 @@ from distill_runtime.safetensors_header import SafetensorsHeader, read_header
 
 if TYPE_CHECKING:
     from distill_runtime.method import DistillMethod
+    from distill_runtime.pixels import to_uint8
     from distill_runtime.processes import Worker, device_type, sigterm_as_interrupt
     from distill_runtime.ranks import ALONE, Ranks
     from distill_runtime.row_partition import RowPartition
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "DistillMethod": "method",
+    "to_uint8": "pixels",
     **dict.fromkeys(["Worker", "device_type", "sigterm_as_interrupt"], "processes"),
     **dict.fromkeys(["ALONE", "Ranks"], "ranks"),
     "RowPartition": "row_partition",
@@ -111,6 +113,7 @@ __all__ = [
     "sync_file",
     "sync_folder",
     "sync_tree",
+    "to_uint8",
     "try_lock",
     "write_new_file",
     "write_safetensors",

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from distill_media import clips_to_gif
 from distill_protocols import (
     Callback,
     Condition,
@@ -15,12 +16,11 @@ from distill_protocols import (
     SampleView,
     StepRecord,
 )
-from distill_runtime import RowPartition, json_text, replace_folder
+from distill_runtime import RowPartition, json_text, replace_folder, to_uint8
 from PIL import Image
 from torch import Tensor, nn
 
 from distill_trainer.config import ValidationConfig
-from distill_trainer.trackers.gif import clips_to_gif
 
 
 class ValidationCallback(Callback):
@@ -103,7 +103,8 @@ class ValidationCallback(Callback):
         folder = run.output_dir / "validation" / f"iteration-{iteration:06d}"
         with replace_folder(folder, only_writer=True) as stage:
             for name, clip in clips.items():
-                (stage / f"{name}.gif").write_bytes(clips_to_gif(clip, self.config.fps))
+                pixels = to_uint8(clip).numpy()
+                (stage / f"{name}.gif").write_bytes(clips_to_gif(pixels, self.config.fps))
             (stage / "prompts.json").write_text(json_text(list(self.config.prompts)))
 
 

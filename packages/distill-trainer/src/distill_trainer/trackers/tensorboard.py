@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from distill_runtime import naming_file
+from distill_media import clips_to_gif, side_by_side
+from distill_runtime import naming_file, to_uint8
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard.summary import text as text_summary
-
-from distill_trainer.trackers.gif import clips_to_gif, side_by_side
 
 
 class TensorBoardTracker:
@@ -44,9 +43,10 @@ class TensorBoardTracker:
 
     def log_video(self, iteration: int, name: str, clips: Tensor, fps: float) -> None:
         # SummaryWriter.add_video wants moviepy for this; an image summary may hold any GIF.
-        _, height, width, _ = side_by_side(clips[:, :, :1]).shape
+        pixels = to_uint8(clips).numpy()
+        _, height, width, _ = side_by_side(pixels[:, :1]).shape
         image = Summary.Image(
-            height=height, width=width, colorspace=3, encoded_image_string=clips_to_gif(clips, fps)
+            height=height, width=width, colorspace=3, encoded_image_string=clips_to_gif(pixels, fps)
         )
         self._add(iteration, Summary(value=[Summary.Value(tag=name, image=image)]))
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill_media import clips_to_gif
 from distill_protocols import ConfigError
+from distill_runtime import to_uint8
 from torch import Tensor
-
-from distill_trainer.trackers.gif import clips_to_gif
 
 
 class WandbTracker:
@@ -43,7 +43,9 @@ class WandbTracker:
         self._open().summary[name] = text
 
     def log_video(self, iteration: int, name: str, clips: Tensor, fps: float) -> None:
-        gif = self._wandb.Video(io.BytesIO(clips_to_gif(clips, fps)), format="gif")
+        gif = self._wandb.Video(
+            io.BytesIO(clips_to_gif(to_uint8(clips).numpy(), fps)), format="gif"
+        )
         self._open().log({name: gif}, step=iteration)
 
     def close(self) -> None:

@@ -9,15 +9,15 @@ import av
 import numpy as np
 import pytest
 import torch
-from distill_evaluation import SheetRow, write_contact_sheet, write_mp4
-from distill_runtime import replace_file
+from distill_media import SheetRow, shrink, write_contact_sheet, write_mp4
+from distill_runtime import replace_file, to_uint8
 from PIL import Image
 
 
-def moving_square(frames: int = 9, side: int = 32) -> torch.Tensor:
-    clip = torch.zeros(3, frames, side, side)
+def moving_square(frames: int = 9, side: int = 32) -> np.ndarray:
+    clip = np.zeros((frames, side, side, 3), np.uint8)
     for frame in range(frames):
-        clip[:, frame, 8:20, frame : frame + 12] = 1
+        clip[frame, 8:20, frame : frame + 12] = 255
     return clip
 
 
@@ -31,20 +31,19 @@ def test_mp4_keeps_every_frame_and_enlarges_by_whole_pixels(tmp_path: Path) -> N
     write_mp4(clip, tmp_path / "deep" / "clip.mp4", smallest_side=100)
     frames = read(tmp_path / "deep" / "clip.mp4")
     assert frames.shape == (9, 128, 128, 3)
-    expected = (clip.permute(1, 2, 3, 0).numpy() * 255).repeat(4, 1).repeat(4, 2)
+    expected = clip.astype(float).repeat(4, 1).repeat(4, 2)
     assert np.abs(frames.astype(float) - expected).mean() < 6
 
 
 def test_odd_sizes_are_padded_to_even(tmp_path: Path) -> None:
-    write_mp4(torch.rand(3, 2, 5, 7), tmp_path / "odd.mp4", smallest_side=1)
+    write_mp4(np.full((2, 5, 7, 3), 200, np.uint8), tmp_path / "odd.mp4", smallest_side=1)
     assert read(tmp_path / "odd.mp4").shape == (2, 6, 8, 3)
 
 
 FILM = """
-import sys, torch
-from distill_evaluation import SheetRow
-from distill_evaluation.media import write_sheet_mp4
-clips = torch.rand((2, 3, 9, 32, 32), generator=torch.Generator().manual_seed(0))
+import sys, numpy as np
+from distill_media import SheetRow, write_sheet_mp4
+clips = np.random.default_rng(0).integers(0, 256, (2, 9, 32, 32, 3), np.uint8)
 write_sheet_mp4([SheetRow("one", clips)] * 2, ["a", "b"], sys.argv[1])
 """
 
@@ -65,13 +64,13 @@ def test_the_files_rate_is_the_one_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_batch_is_no_clip(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"\[3, T, H, W\]"):
-        write_mp4(torch.zeros(1, 3, 2, 8, 8), tmp_path / "x.mp4")
+    with pytest.raises(ValueError, match=r"\[T, H, W, 3\]"):
+        write_mp4(np.zeros((1, 2, 8, 8, 3), np.uint8), tmp_path / "x.mp4")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_sheet_has_a_column_a_prompt_and_a_row_a_model(tmp_path: Path) -> None:
-    clips = torch.stack([moving_square(), torch.zeros(3, 9, 32, 32)])
+    clips = np.stack([moving_square(), np.zeros((9, 32, 32, 3), np.uint8)])
     rows = [SheetRow("teacher\n32 steps", clips), SheetRow("student", clips)]
     write_contact_sheet(rows, ["a square", "nothing"], tmp_path / "sheet.png")
     write_contact_sheet(rows[:1], ["a square", "nothing"], tmp_path / "one_row.png")
@@ -86,17 +85,37 @@ def test_sheet_has_a_column_a_prompt_and_a_row_a_model(tmp_path: Path) -> None:
 
 
 def test_sheet_shows_the_pixels(tmp_path: Path) -> None:
-    red = torch.zeros(1, 3, 9, 32, 32)
-    red[:, 0] = 1
+    red = np.zeros((1, 9, 32, 32, 3), np.uint8)
+    red[..., 0] = 255
     write_contact_sheet([SheetRow("red", red)], ["red"], tmp_path / "red.png")
     pixels = np.asarray(Image.open(tmp_path / "red.png"))
     assert (pixels == (255, 0, 0)).all(-1).sum() == 3 * 96 * 96
 
 
+def test_large_clips_shrink_by_area_means() -> None:
+    stripes = np.zeros((2, 1, 64, 128, 3), np.uint8)
+    stripes[..., ::2, :] = 200
+    small = shrink(stripes, 32)
+    assert small.shape == (2, 1, 16, 32, 3)
+    assert (small == 100).all()
+    assert shrink(small, 32) is small
+
+
+def test_pixels_of_a_tensor_are_clamped_and_their_channels_last() -> None:
+    clip = torch.zeros(2, 3, 4, 5, 6, dtype=torch.bfloat16)
+    clip[1, 2, 3, 4, 5], clip[0, 0, 0, 0, 0] = 2.0, -1.0
+    pixels = to_uint8(clip)
+    assert pixels.shape == (2, 4, 5, 6, 3)
+    assert pixels[1, 3, 4, 5].tolist() == [0, 0, 255]
+    assert pixels.sum() == 255
+
+
 def test_a_row_needs_one_clip_per_prompt(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="one clip per prompt"):
+    with pytest.raises(ValueError, match="one clip a prompt"):
         write_contact_sheet(
-            [SheetRow("short", torch.zeros(1, 3, 9, 32, 32))], ["a", "b"], tmp_path / "x.png"
+            [SheetRow("short", np.zeros((1, 9, 32, 32, 3), np.uint8))],
+            ["a", "b"],
+            tmp_path / "x.png",
         )
     with pytest.raises(ValueError, match="nothing to draw"):
         write_contact_sheet([], ["a"], tmp_path / "x.png")

@@ -1,0 +1,170 @@
+"""Contact sheets: one picture, or film, of what several models make of several prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import attrs
+import numpy as np
+from distill_runtime import printable, replace_file
+from PIL import Image, ImageDraw, ImageFont
+
+from distill_media.drawing.encoding import write_mp4
+from distill_media.drawing.scaling import check_clip, enlarge
+
+INK = (20, 20, 20)
+PAPER = (250, 250, 250)
+_FONT_SIZE = 18
+_GAP, _LINE = 12, _FONT_SIZE + 6
+
+
+@attrs.frozen(eq=False)
+class SheetRow:
+    """One model's row of a contact sheet.
+
+    Attributes:
+        label: text at the left; may have several lines.
+        clips: [N, T, H, W, 3] uint8, one a prompt, in the prompts' order.
+    """
+
+    label: str
+    clips: np.ndarray
+
+
+def write_contact_sheet(
+    rows: Sequence[SheetRow],
+    prompts: Sequence[str],
+    path: Path | str,
+    *,
+    frames_shown: int = 3,
+    frame_side: int = 96,
+) -> None:
+    """Write one picture: a column a prompt (caption above), a row a model (label at the left), in
+    each cell ``frames_shown`` frames spread over the clip from first to last, side by side.
+
+    Every frame is enlarged by a whole factor to at least ``frame_side`` pixels.
+
+    Raises:
+        ValueError: there is no row, or a row has not one clip a prompt.
+    """
+    with replace_file(path) as staging:
+        Image.fromarray(
+            draw_contact_sheet(rows, prompts, frames_shown=frames_shown, frame_side=frame_side)
+        ).save(staging, format="PNG")
+
+
+def draw_contact_sheet(
+    rows: Sequence[SheetRow],
+    prompts: Sequence[str],
+    *,
+    frames_shown: int = 3,
+    frame_side: int = 96,
+) -> np.ndarray:
+    """Draw what ``write_contact_sheet`` writes, [H, W, 3] uint8. Same errors."""
+    return _draw_sheet(rows, prompts, lambda n: _spread(n, frames_shown), frame_side)
+
+
+def write_sheet_mp4(
+    rows: Sequence[SheetRow],
+    prompts: Sequence[str],
+    path: Path | str,
+    *,
+    fps: float = 8,
+    repeats: int = 4,
+    frame_side: int = 160,
+) -> None:
+    """Write the contact sheet in motion: every cell plays its clip ``repeats`` times. Same errors.
+
+    Clips of several lengths are shown for as long as the shortest.
+    """
+    count = min((row.clips.shape[1] for row in rows), default=0)
+    pages = [
+        _draw_sheet(rows, prompts, lambda _, now=now: [now], frame_side) for now in range(count)
+    ]
+    if not pages:
+        raise _nothing_to_draw(rows, prompts)
+    write_mp4(np.concatenate([np.stack(pages)] * repeats), path, fps=fps, smallest_side=1)
+
+
+def _draw_sheet(
+    rows: Sequence[SheetRow],
+    prompts: Sequence[str],
+    picks: Callable[[int], Sequence[int]],
+    frame_side: int,
+) -> np.ndarray:
+    """Draw the frames that ``picks`` names of a clip of so many, of all clips."""
+    if not rows or not prompts:
+        raise _nothing_to_draw(rows, prompts)
+    cells = [_row_of_cells(row, len(prompts), picks, frame_side) for row in rows]
+    width = max(row[0].shape[1] for row in cells)
+    font = ImageFont.load_default(_FONT_SIZE)
+    labels = [printable(row.label) for row in rows]
+    captions = [wrap_text(prompt, width) for prompt in prompts]
+    left = 2 * _GAP + max(
+        int(font.getlength(line)) for label in labels for line in label.split("\n")
+    )
+    top = _GAP + _LINE * max(len(lines) for lines in captions) + _GAP // 2
+    height = top + sum(row[0].shape[0] + _GAP for row in cells)
+    sheet = Image.new("RGB", (left + (width + _GAP) * len(prompts), height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for column, lines in enumerate(captions):
+        for number, text in enumerate(lines):
+            pen.text((left + column * (width + _GAP), _GAP + number * _LINE), text, INK, font)
+    for label, drawn in zip(labels, cells, strict=True):
+        pen.multiline_text((_GAP, top + 4), label, INK, font)
+        for column, cell in enumerate(drawn):
+            sheet.paste(Image.fromarray(cell), (left + column * (width + _GAP), top))
+        top += drawn[0].shape[0] + _GAP
+    return np.asarray(sheet)
+
+
+def _nothing_to_draw(rows: Sequence[SheetRow], prompts: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"a contact sheet of {len(rows)} rows and {len(prompts)} prompts: both must be at least "
+        "1, or there is nothing to draw; pass one SheetRow a model and the prompts that they were "
+        "sampled with."
+    )
+
+
+def _row_of_cells(
+    row: SheetRow, count: int, picks: Callable[[int], Sequence[int]], frame_side: int
+) -> list[np.ndarray]:
+    """Draw a picture [h, w, 3] of each clip."""
+    if row.clips.ndim != 5 or row.clips.shape[0] != count:
+        raise ValueError(
+            f"row {row.label!r}: clips of shape {row.clips.shape} for {count} prompts; [N, T, H, "
+            "W, 3] with one clip a prompt is needed, because a column shows one prompt for every "
+            "row; sample each prompt once a row."
+        )
+    chosen = list(picks(row.clips.shape[1]))
+    return [frames_in_line(check_clip(clip)[chosen], frame_side) for clip in row.clips]
+
+
+def _spread(frames: int, shown: int) -> list[int]:
+    return np.linspace(0, frames - 1, min(shown, frames)).round().astype(int).tolist()
+
+
+def frames_in_line(frames: np.ndarray, frame_side: int) -> np.ndarray:
+    """Draw frames [T, H, W, 3] side by side, enlarged, with a thin line of paper between them."""
+    large = enlarge(frames, frame_side)
+    line = np.full((large.shape[1], 2, 3), PAPER, np.uint8)
+    parts = [part for frame in large for part in (frame, line)][:-1]
+    return np.concatenate(parts, axis=1)
+
+
+def wrap_text(text: str, width: int, *, font_size: int = _FONT_SIZE) -> list[str]:
+    """Break ``text`` at spaces into lines no wider than ``width`` pixels of the font that sheets
+    use; a single longer word stays whole.
+
+    What a terminal would act on is escaped, as in messages.
+    """
+    font = ImageFont.load_default(font_size)
+    lines: list[str] = []
+    for word in printable(text).split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines or [""]
