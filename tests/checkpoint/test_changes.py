@@ -15,7 +15,7 @@ from distill_checkpoint import ChangesConfig, CheckpointConfig, CheckpointManage
 from distill_protocols import CheckpointError
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_run import Run, Shape, new_run
+from tiny_run import Run, Shape, Tally, new_run
 
 STEPS = 4
 
@@ -166,3 +166,41 @@ def test_another_scale_of_adapters_is_refused_and_the_same_is_not(started, tmp_p
     rules = {key: tuple(value) for key, value in rules.items()}
     anew = resumed(tmp_path, Shape(), file=lora(4, 16.0), **rules).everything()["weights"]
     assert any(str(anew[key]) != str(first[key]) for key in first if key.startswith("student"))
+
+
+class Observer(Tally):
+    """A callback that has state, and without which a run trains just the same."""
+
+    only_observes = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() if self.stepped else {}
+
+
+def observed(folder: Path, steps: int, *, by: tuple[str, ...], file: dict[str, Any]) -> Run:
+    run = new_run(Shape())
+    run.callbacks.update({name: Observer(name) for name in by})
+    run.train(folder, steps, CheckpointManager(CheckpointConfig(keep_last=9), folder, file))
+    return run
+
+
+def test_what_only_observes_comes_and_goes_without_a_rule(started, tmp_path, caplog):
+    started(Shape(), {"callbacks": {"tally": {}}})
+    on = {"callbacks": {"tally": {}, "watch": {"every": 1, "rules": {"a": 2}}}}
+    run = observed(tmp_path, STEPS + 1, by=("watch",), file=on)
+    assert lines(caplog, "watch") == [
+        "resuming checkpoint-000004: callbacks.watch is absent in the checkpoint and there now"
+    ]
+    assert [step for step, _ in run.callbacks["watch"].stepped] == [STEPS + 1]
+    # Its state is resumed where both have it ...
+    run = observed(tmp_path, STEPS + 2, by=("watch",), file=on)
+    assert {step for step, _ in run.callbacks["watch"].stepped} == {STEPS + 1, STEPS + 2}
+    # ... and its end is no change of the run, nor is its beginning, but of others it is.
+    off = {"callbacks": {"tally": {}, "watch": None}}
+    caplog.clear()
+    run = observed(tmp_path, STEPS + 3, by=(), file=off)
+    assert lines(caplog, "watch") == [
+        "resuming checkpoint-000006: callbacks.watch is there in the checkpoint and absent now"
+    ]
+    with pytest.raises(CheckpointError, match="callback tally is in the checkpoint but not in"):
+        resumed(tmp_path, Shape(callbacks=()), steps=STEPS + 4)

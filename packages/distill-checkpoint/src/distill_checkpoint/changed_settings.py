@@ -45,7 +45,8 @@ _OPTIMIZER = re.compile(r"models\.(?P<role>.+?)\.optimizer\..+")
 _SCHEDULE = re.compile(r"(training|models\.[^.]+)\.optimizer\.schedule\.name")
 # These state where and how to resume: they nearly always differ, and are over once that is done.
 _NOT_COMPARED = ("checkpoint.resume", "checkpoint.changes")
-_ABSENT = object()
+_ABSENT, _PRESENT = object(), object()
+_WORDS = {_ABSENT: "absent", _PRESENT: "there"}
 
 
 @frozen
@@ -57,13 +58,25 @@ class ChangedKey:
     now: object
 
     def __str__(self) -> str:
-        then, now = ("absent" if v is _ABSENT else repr(v) for v in (self.then, self.now))
+        then, now = (
+            _WORDS[v] if v in (_ABSENT, _PRESENT) else repr(v) for v in (self.then, self.now)
+        )
         return f"{self.key} is {then} in the checkpoint and {now} now"
 
 
 def changed_keys(then: Mapping[str, object], now: Mapping[str, object]) -> list[ChangedKey]:
-    """Return keys, joined by dots, whose values differ; lists are compared as one value."""
+    """Return keys, joined by dots, whose values differ; lists are compared as one value.
+
+    A callback that only one of them has is one key: a release may bring one that is on by default.
+    """
     before, after = dict(_leaves(then)), dict(_leaves(now))
+    on_then, on_now = _callbacks(then), _callbacks(now)
+    for name in on_then ^ on_now:
+        for leaves, on in ((before, on_then), (after, on_now)):
+            for key in [k for k in leaves if k == name or k.startswith(f"{name}.")]:
+                del leaves[key]
+            if name in on:
+                leaves[name] = _PRESENT
     return [
         ChangedKey(key, before.get(key, _ABSENT), after.get(key, _ABSENT))
         for key in sorted(before.keys() | after.keys())
@@ -249,6 +262,14 @@ def _find_checkpoint(config: CheckpointConfig, output_dir: Path) -> Path | None:
         folders = list(list_checkpoints(output_dir).values())
     intact = (f for f in folders if inspect(f, checksums=False).manifest is not None)
     return next(intact, None)
+
+
+def _callbacks(config: Mapping[str, Any]) -> set[str]:
+    return {
+        f"callbacks.{name}"
+        for name, value in (config.get("callbacks") or {}).items()
+        if value is not None
+    }
 
 
 def _leaves(value: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:

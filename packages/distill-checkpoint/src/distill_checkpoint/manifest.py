@@ -61,6 +61,9 @@ CONFIG = "config.json"
 FORMAT = "distill-checkpoint"
 VERSION = 2
 
+_FIRST_OBSERVERS = ("metrics",)
+"""Of checkpoints that do not say which of their callbacks only observe: the trainer's own."""
+
 KINDS = ("roles", "optimizers", "schedulers", "ema")
 """The kinds of state that modules of roles have, as ``loop.json`` and the folders call them."""
 
@@ -125,6 +128,7 @@ class Contents:
         ranks: how many saved it.
         micro_steps: forward and backward passes so far; None in a checkpoint of weights alone.
         added, dropped: the ``ChangesConfig`` under which it was saved.
+        observers: callbacks without which a run trains just the same (``Callback.only_observes``).
     """
 
     iteration: int
@@ -135,6 +139,7 @@ class Contents:
     micro_steps: int | None = None
     added: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    observers: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, checkpoint: Path) -> Contents:
@@ -155,6 +160,7 @@ class Contents:
                 micro_steps=as_count(value["micro_steps"]) if "micro_steps" in value else None,
                 added=tuple(map(as_text, changes["added"])),
                 dropped=tuple(map(as_text, changes["dropped"])),
+                observers=tuple(map(as_text, value.get("observers", _FIRST_OBSERVERS))),
             )
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise UnreadableFileError(
@@ -174,6 +180,7 @@ class Contents:
             "ranks": self.ranks,
             **{kind: [list(key) for key in self.modules.get(kind, ())] for kind in KINDS},
             "callbacks": dict(self.callbacks),
+            "observers": list(self.observers),
         }
 
     def by_role(self, kind: str) -> dict[str, tuple[str, ...]]:

@@ -18,10 +18,6 @@ from distill_checkpoint.manifest import KINDS, Contents, ModuleKey
 from distill_checkpoint.snapshot import modules_by_kind
 
 CALLBACKS = "callbacks"
-_ONLY_LOGS = frozenset({"metrics"})
-"""Callbacks whose state is of logs alone (the trainer's values since the last log point): a run
-without them trains just the same."""
-
 StateKey = tuple[str, ...]
 """One state of a run: (kind, role, module), or ("callbacks", name)."""
 
@@ -85,15 +81,17 @@ def plan_resume(
     present: set[StateKey] = {
         (kind, *key) for kind, keys in modules_by_kind(bundle).items() for key in keys
     }
-    # A callback without state may come and go: nothing of it is lost.
+    # A callback without state may come and go: nothing of it is lost. So may one that only
+    # observes: the run trains just the same.
     saved |= {
         (CALLBACKS, name)
         for name, has_state in contents.callbacks.items()
-        if has_state and (name in callbacks or name not in _ONLY_LOGS)
+        if has_state and (name in callbacks or name not in contents.observers)
     }
     for name, callback in callbacks.items():
         had_state = contents.callbacks.get(name)
-        if had_state or (had_state is None and callback.state_dict()):
+        is_new = had_state is None and not callback.only_observes
+        if had_state or (is_new and callback.state_dict()):
             present.add((CALLBACKS, name))
     table = _Rules(rules, _applied_rules(contents, changed_optimizers))
     only_saved = {key for key in saved - present if not table.matches("dropped", key)}

@@ -257,6 +257,7 @@ def _add_run_state(
         ranks=ranks,
         modules=modules_by_kind(bundle),
         callbacks={name: bool(state) for name, state in states.items()},
+        observers=tuple(name for name, callback in callbacks.items() if callback.only_observes),
     )
     snapshot.documents[Path(LOOP)] = contents.as_json()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from attrs import Factory, define, field, frozen
 from torch import Tensor
@@ -130,6 +130,9 @@ class Callback:
 
     name: str = "callback"
     """Key of its state in a checkpoint; unique in a run."""
+    only_observes: ClassVar[bool] = False
+    """Whether a run trains just the same without it, so that it may come and go between a
+    checkpoint and the run that resumes it, and nobody has to say that this is meant."""
 
     def on_train_start(self, run: RunState) -> None: ...
     def on_step_start(self, run: RunState) -> None: ...

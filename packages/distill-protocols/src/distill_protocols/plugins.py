@@ -369,6 +369,11 @@ class CallbackPlugin(ABC, Generic[ConfigT]):
     help: ClassVar[str]
     contract: ClassVar[int]
     config_class: ClassVar[type]
+    on_by_default: ClassVar[bool] = False
+    """Whether a run whose file does not name the callback has it all the same, with the defaults
+    of ``config_class``, which then must not have a field without one. A file turns it off by
+    ``null`` in place of its options. For callbacks that only observe (``Callback.only_observes``):
+    whoever installs the package gets them, in runs that are under way too."""
 
     def averages(self, config: ConfigT) -> tuple[str, ...]:
         """Roles of which this callback keeps an average of the weights."""

@@ -239,7 +239,7 @@ def framework_packages() -> set[str]:
 
 def list_plugins() -> int:
     """Print all installed plugins; of one that is broken, why. Returns the exit status."""
-    from distill_protocols import PluginError
+    from distill_protocols import CallbackPlugin, PluginError
     from distill_runtime import GROUPS, load_plugin, plugin_names
 
     for group in GROUPS:
@@ -247,7 +247,10 @@ def list_plugins() -> int:
         names = plugin_names(group)
         for name in names:
             try:
-                text = load_plugin(group, name).help
+                plugin = load_plugin(group, name)
+                text = plugin.help
+                if isinstance(plugin, CallbackPlugin) and plugin.on_by_default:
+                    text += " (on by default)"
             # Whatever a foreign package does when it is looked at: the others are listed too.
             except (PluginError, AttributeError) as error:
                 text = f"broken: {error}"

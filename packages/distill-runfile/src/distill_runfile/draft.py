@@ -73,6 +73,22 @@ class ConfiguredCallback:
 
 
 @frozen(kw_only=True)
+class CallbackSection:
+    """The callbacks of a run.
+
+    Attributes:
+        callbacks: by name: those that the file names, then those that are on by default. Left out
+            are those that are not installed.
+        off: names of those that are on by default and that the file turns off.
+        notes: what is no problem of the file and is to be logged once; a line each.
+    """
+
+    callbacks: Mapping[str, ConfiguredCallback] = field(factory=dict)
+    off: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@frozen(kw_only=True)
 class Section(Generic[ConfigT]):
     """A section as it could be read.
 
@@ -118,13 +134,18 @@ class Draft:
     conditioning: ConditioningConfig | None = None
     checkpoint: CheckpointConfig | None = None
     validation: ValidationConfig | None = None
-    callbacks: Mapping[str, ConfiguredCallback] = field(factory=dict)
+    callback_section: CallbackSection = field(factory=CallbackSection)
     written_roles: frozenset[str] = frozenset()
     role_configs: Mapping[str, RoleConfig] = field(factory=dict)
     roles: Mapping[str, Role] = field(factory=dict)
     datasets: DataInfo | None = None
     run: PlannedRun = field(factory=lambda: PlannedRun(roles={}))
     sampled: tuple[str, SampledSection] | None = None
+
+    @property
+    def callbacks(self) -> Mapping[str, ConfiguredCallback]:
+        """The callbacks of the run, by name."""
+        return self.callback_section.callbacks
 
     @property
     def needs(self) -> dict[str, RoleNeed]:
@@ -218,16 +239,34 @@ class SectionReader:
         }
         return {name: role for name, role in read.items() if role is not None}
 
-    def callbacks(self) -> dict[str, ConfiguredCallback]:
-        """Read the callbacks; those that are not installed are left out."""
-        callbacks = {}
-        for name, value in self.mapping("callbacks", "callback").items():
+    def callbacks(self) -> CallbackSection:
+        """Read the callbacks, and add those that are on by default."""
+        written = self.mapping("callbacks", "callback")
+        callbacks, off, notes = {}, [], []
+        for name, value in written.items():
             path = ("callbacks", name)
             plugin: CallbackPlugin[Any] | None = self.plugin("distill.callbacks", name, path)
-            if plugin is not None:
-                config = structure(plugin.config_class, value, path, self.structuring)
-                callbacks[name] = ConfiguredCallback(plugin=plugin, config=config)
-        return callbacks
+            if plugin is None:
+                continue
+            if plugin.on_by_default and value is None:
+                off.append(name)
+                continue
+            config = structure(plugin.config_class, value, path, self.structuring)
+            callbacks[name] = ConfiguredCallback(plugin=plugin, config=config)
+        for name in plugin_names("distill.callbacks"):
+            if name in written:
+                continue
+            try:
+                found: CallbackPlugin[Any] = load_plugin("distill.callbacks", name)
+            except PluginError as error:
+                # Nobody asked for it: a run must not end for what it does not use.
+                notes.append(f"callback {name} is left out, if it is on by default at all: {error}")
+                continue
+            if found.on_by_default:
+                path = ("callbacks", name)
+                config = structure(found.config_class, {}, path, self.structuring)
+                callbacks[name] = ConfiguredCallback(plugin=found, config=config)
+        return CallbackSection(callbacks=callbacks, off=tuple(off), notes=tuple(notes))
 
 
 @frozen
@@ -298,7 +337,8 @@ def planned_run(draft: Draft) -> PlannedRun:
     read = {name: c for name, c in draft.callbacks.items() if c.config is not None}
     averaged = {role for c in read.values() for role in c.plugin.averages(c.config)}
     section = draft.document.values.get("callbacks") or {}
-    if not isinstance(section, dict) or section.keys() - read.keys():
+    off = draft.callback_section.off
+    if not isinstance(section, dict) or section.keys() - read.keys() - set(off):
         # Callbacks that could not be read may keep an average of any role.
         averaged |= draft.written_roles
     method = draft.readable_method

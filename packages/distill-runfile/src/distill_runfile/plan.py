@@ -85,6 +85,7 @@ def plan_run(
         ("batch", _batch(config, world_size)),
         ("data", _data(config)),
         ("conditioning", _conditioning(config)),
+        *([("callbacks", lines)] if (lines := _callbacks(config)) else []),
         ("output", [f"  {config.training.output_dir}", *_exports(config), *_resume(config)]),
         *([("notes", [f"  {note}" for note in config.notes])] if config.notes else []),
     )
@@ -248,6 +249,17 @@ def _resume(config: RunConfig) -> list[str]:
     if preview is None:
         return []
     return [f"  goes on from {preview.folder}", *(f"    {note}" for note in preview.notes)]
+
+
+def _callbacks(config: RunConfig) -> list[str]:
+    by_default = "on by default; callbacks: {{{}: null}} turns it off"
+    rows = []
+    for name in config.callbacks:
+        plugin = config.callback_plugins[name]
+        note = f" ({by_default.format(name)})" if plugin.on_by_default else ""
+        rows.append((name, f"{plugin.help}{note}"))
+    rows += [(name, "off") for name in config.callbacks_off]
+    return table(rows) if rows else []
 
 
 def _conditioning(config: RunConfig) -> list[str]:

@@ -109,7 +109,7 @@ def read_config(
         conditioning=reader.section(ConditioningConfig, "conditioning").value,
         checkpoint=reader.section(CheckpointConfig, "checkpoint").value,
         validation=reader.section(ValidationConfig, "validation", optional=True).value,
-        callbacks=reader.callbacks(),
+        callback_section=reader.callbacks(),
         written_roles=_written_roles(document),
         role_configs=role_configs,
     )
@@ -143,6 +143,7 @@ def read_config(
         validation=draft.validation,
         callbacks=callbacks,
         callback_plugins={name: callback.plugin for name, callback in draft.callbacks.items()},
+        callbacks_off=draft.callback_section.off,
         resolved=resolved,
         missing=tuple(missing_parts(draft)) if planning else (),
         notes=_notes(draft),
@@ -454,7 +455,8 @@ def _raise_if_wrong(
 
 
 def _notes(draft: Draft) -> tuple[str, ...]:
-    return () if draft.datasets is None else draft.datasets.notes
+    of_data = () if draft.datasets is None else draft.datasets.notes
+    return (*draft.callback_section.notes, *of_data)
 
 
 def _resolved(recipe: RecipeConfig, draft: Draft) -> dict[str, object]:
@@ -471,6 +473,9 @@ def _resolved(recipe: RecipeConfig, draft: Draft) -> dict[str, object]:
         "validation": draft.validation,
         "pipeline_config": draft.family.config,
         "method_config": draft.method.config,
-        "callbacks": {name: callback.config for name, callback in draft.callbacks.items()},
+        "callbacks": {
+            **{name: callback.config for name, callback in draft.callbacks.items()},
+            **dict.fromkeys(draft.callback_section.off),
+        },
     }
     return {name: plain_or_none(value) for name, value in sections.items()}

@@ -228,6 +228,7 @@ class RunConfig(ModelsConfig):
 
     Attributes:
         callbacks: by name, of the plugin's own ``config_class``.
+        callbacks_off: names of those that are on by default and that the file turns off.
         resolved: every section as plain values, defaults included: what is saved beside the run.
         missing: what is not on this machine yet; empty unless the file was read for a plan.
         notes: what is no problem and is to be logged once; a line each.
@@ -241,6 +242,7 @@ class RunConfig(ModelsConfig):
     callbacks: Mapping[str, object]
     callback_plugins: Mapping[str, CallbackPlugin[Any]]
     resolved: Mapping[str, object]
+    callbacks_off: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -36,6 +36,7 @@ class MetricsCallback(Callback):
     """
 
     name = "metrics"
+    only_observes = True
 
     def __init__(self, log_every: int) -> None:
         self.log_every = log_every
