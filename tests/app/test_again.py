@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from attrs import evolve
+from distill_runfile import read_config
 from distill_runfile.cli import EXIT_FAILED, EXIT_OK
 from distill_train.cli import main
+from distill_train.closing import describe_end
+from distill_trainer import TrainResult
 from run_files import tiny_run
 
 
@@ -44,6 +50,29 @@ def test_a_finished_run_prints_so_and_changes_nothing(finished, capsys):
         f"finished already: {finished.parent / 'out'} holds iteration 2 of 2, and nothing was"
     )
     assert contents(finished.parent) == before
+
+
+def test_a_run_leaves_a_record_of_itself_and_says_what_comes_next(finished):
+    out = finished.parent / "out"
+    record = json.loads((out / "run_record.json").read_text())
+    assert record["run_file"] == {"name": "run.yaml", "text": finished.read_text()}
+    assert record["settings"]["training"]["max_train_steps"] == 2
+    assert record["environment"]["packages"]["torch"] == torch.__version__
+    [start] = record["starts"]
+    assert (start["iteration"], start["stop_reason"]) == (2, None)
+    assert start["ended"] >= start["time"]
+
+    config = read_config(finished, None, planning=False, world_size=None)
+    result = TrainResult(iteration=2, stop_reason=None, updates={"student.transformer": 1})
+    lines = describe_end(config, result, 75.0).splitlines()
+    assert lines[0].startswith("finished after iteration 2 of 2 in 1.2 minutes; updates: student.")
+    named = {line.strip().rsplit("  ", 1)[1] for line in lines[1:] if line.startswith("  student")}
+    assert named == {str(out / "student")}
+    assert any(str(out / "checkpoint-000002") in line for line in lines)
+    command = next(line for line in lines if "apps/sample" in line)
+    assert shlex.split(command)[-3:] == [str(out), "--prompt", "the digit one moving up"]
+    stopped = evolve(result, iteration=1, stop_reason="SIGTERM")
+    assert describe_end(config, stopped, 3.0).endswith("to go on: the same command again")
 
 
 def test_each_result_is_rebuilt_alone_on_request(finished, capsys):

@@ -51,12 +51,15 @@ from torch import nn
     [
         ({"every_steps": 0}, "0 must be at least 1"),
         ({"keep_last": 0}, "nothing to resume from"),
-        ({"keep_every": 10}, "no effect without every_steps"),
+        ({"every_steps": None, "keep_every": 10}, "no effect without every_steps"),
         ({"every_steps": 4, "keep_every": 10}, "multiple of every_steps"),
         ({"resume": "checkpoint-000400"}, "absolute path"),
         ({"resume": "Latest"}, "'latest', 'none'"),
         ({"timeout_seconds": 0.0}, "0 must be above 0"),
-        ({"keep_best": KeepBestConfig(metric="fd")}, "no effect without every_steps"),
+        (
+            {"every_steps": None, "keep_best": KeepBestConfig(metric="fd")},
+            "no effect without every_steps",
+        ),
     ],
 )
 def test_config_problems(keys, message):

@@ -133,7 +133,7 @@ def test_what_is_odd_about_a_clip_is_found_and_nothing_else():
     assert notes(np.zeros_like(moving)) == ["is black"]
     dark = moving.copy()
     dark[:2] = 0
-    assert notes(dark)[0] == "has 2 black frame(s) of 12"
+    assert notes(dark)[0] == "has black frames (2 of 12)"
     bars = moving.copy()
     bars[:, :8] = bars[:, -8:] = 4
     assert notes(bars) == ["has black bars above and below (25 % of the frame)"]

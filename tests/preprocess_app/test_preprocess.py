@@ -199,7 +199,7 @@ def test_different_captions_of_one_embedding_are_counted_and_named(tmp_path, cap
         main(["--config", str(write_request(tmp_path, sources=[{"prompts": "./p.txt"}]))])
         == EXIT_OK
     )
-    assert "2 different captions share 1 embedding(s)" in caplog.text
+    assert "2 different captions share 1 embedding:" in caplog.text
     assert all(repr(f"{start} {end}") in caplog.text for end in ends)
     notes = report(tmp_path / "data")["p.txt:1"]["notes"]
     assert "and the encoder reads 8" in notes[0]

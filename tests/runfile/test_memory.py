@@ -292,10 +292,10 @@ def test_the_batch_of_so_many_processes(values, write, capsys, monkeypatch):
         return main(["--config", str(path), "--dry-run", *more])
 
     assert run("--world-size", "3") == 0
-    assert "12 a step = 2 a device x 2 micro step(s) x 3 device(s)" in capsys.readouterr().out
+    assert "12 a step = 2 a device x 2 micro steps x 3 devices" in capsys.readouterr().out
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run() == 0
-    assert "2 a device x 3 micro step(s) x 2 device(s)" in capsys.readouterr().out
+    assert "2 a device x 3 micro steps x 2 devices" in capsys.readouterr().out
     assert run("--world-size", "4") == 2
     message = capsys.readouterr().err
     assert "training.batch_size_per_device: 12 samples" in message

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 from distill_protocols import (
+    Callback,
     NonFiniteLossError,
     RoleError,
+    RunState,
     StepRecord,
 )
 from distill_runtime import load_plugin, plugin_names
@@ -221,6 +225,54 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path: Path) -> None:
     last = _progress(tmp_path, Terminal()).split("\r")[-1]
     assert "5/5" in last
     assert "student_loss" in last
+
+
+class _Works(Callback):
+    """Does long work in a hook, and logs within it."""
+
+    def on_step_end(self, run: RunState, step: StepRecord) -> None:
+        for done in range(3):
+            run.report_progress("looking", done, 2)
+        logging.getLogger("distill_trainer").warning("look at %d", step.iteration)
+
+    def on_train_end(self, run: RunState) -> None:
+        for done in range(3):
+            run.report_progress("last look", done, 2)
+        print("a table")
+
+
+def test_work_within_a_hook_is_shown_and_log_lines_stay_off_the_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    handler = logging.StreamHandler(screen)
+    logging.getLogger().addHandler(handler)
+    try:
+        bar = training(tmp_path, 3, progress=True)
+        DistillTrainer(bar, callbacks=[_Works()]).run(alternating(2), batches())
+    finally:
+        logging.getLogger().removeHandler(handler)
+    # What a person sees: a carriage return begins a line anew.
+    text = screen.getvalue()
+    lines = [line.split("\r")[-1] for line in text.split("\n")]
+    assert [line for line in lines if "look at" in line] == [f"look at {n}" for n in (1, 2, 3)]
+    assert "a table" in lines
+    assert "looking 1/2" in text
+    assert "last look" in text
+    assert not any("last look" in line for line in lines), "it leaves no trace"
+
+
+def test_work_within_a_hook_is_lines_without_a_terminal(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    bar = ProgressCallback(2, stream, seconds_between_work_lines=0)
+    DistillTrainer(training(tmp_path, 1), callbacks=[_Works(), bar]).run(alternating(2), batches())
+    assert "looking: 1/2\nlooking: 2/2\n" in stream.getvalue()
 
 
 def test_step_timer_uses_the_window_and_the_batch(tmp_path: Path) -> None:

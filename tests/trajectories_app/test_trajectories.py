@@ -147,7 +147,7 @@ def test_a_stop_on_request_keeps_whole_shards(dataset_folder, tmp_path, monkeypa
 
     monkeypatch.setattr(Teacher, "add", stopped)
     assert main(["--config", str(config)]) == EXIT_STOPPED
-    assert "2 whole shard(s)" in capsys.readouterr().out
+    assert "2 whole shards are" in capsys.readouterr().out
     assert main(["--config", str(config)]) == EXIT_OK
     assert len(calls) == 5  # two, the one that was left, and the rest
     assert contents(tmp_path / "data") == contents(dataset_folder)
@@ -195,7 +195,7 @@ def test_a_plan_makes_nothing(tmp_path, capsys):
     config = written(tmp_path, request(tmp_path / "data"))
     assert main(["--config", str(config), "--dry-run", "--limit", "5"]) == EXIT_OK
     plan = capsys.readouterr().out
-    assert "5 clips in 3 shard(s)" in plan
+    assert "5 clips in 3 shards" in plan
     assert "64 model calls a clip" in plan
     assert "x_t at t = 1000, 700" in plan
     assert not (tmp_path / "data").exists()

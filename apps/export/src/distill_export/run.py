@@ -8,6 +8,7 @@ from pathlib import Path
 from distill_checkpoint import StoredCheckpoint
 from distill_protocols import ExportRequest, RoleSpec
 from distill_runfile import ModelsConfig, cli
+from distill_runtime import readable_bytes
 
 
 def export(
@@ -33,7 +34,7 @@ def export(
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     cli.say(
         f"{role.name} ({request.weights} weights, iteration {stored.iteration:,}) as "
-        f"{request.format}: {folder}, {size / 1e6:,.1f} MB in {time.perf_counter() - began:.1f} s"
+        f"{request.format}: {folder}, {readable_bytes(size)} in {time.perf_counter() - began:.1f} s"
     )
     for note in record["notes"]:
         cli.say(f"  note: {note}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from distill_protocols import ConfigError
 from distill_runfile import cli
 from distill_runfile.cli import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED
+from distill_runtime import counted
 
 from distill_preprocess.request import Request, read_request
 
@@ -63,7 +64,8 @@ def _act(config: Request, args: argparse.Namespace) -> int:
 
 def _stopped(folder: Path) -> str:
     units = len(list(folder.glob("unit-*.json")))
-    return f"stopped: {units} finished unit(s) are in {folder}; the same command goes on"
+    are = counted(units, "finished unit is", "finished units are")
+    return f"stopped: {are} in {folder}; the same command goes on"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ from collections import Counter
 from math import prod
 
 from distill_media import MediaItem, read_items
+from distill_runtime import counted, readable_bytes
 
 from distill_preprocess.request import Request, buckets_of, cut_of, needs_first_frames
 
@@ -30,7 +31,8 @@ def describe(config: Request, limit: int | None) -> str:
         *_captions(config, usable),
         *_problems(items),
         *_size(config, len(usable)),
-        f"  into {own.output_dir}, {-(-len(items) // own.items_per_unit):,} unit(s) of "
+        f"  into {own.output_dir}, "
+        f"{counted(-(-len(items) // own.items_per_unit), 'unit')} of "
         f"{own.items_per_unit} items",
     ]
     return "\n".join(lines)
@@ -79,6 +81,6 @@ def _size(config: Request, count: int) -> list[str]:
         return []
     each = prod(shape) * _BYTES[config.section.latent_dtype]
     return [
-        f"  up to {each / 1e6:,.3f} MB of latents a clip ({config.section.latent_dtype}); "
-        f"{count * each / 1e6:,.1f} MB if each item gives one, and captions"
+        f"  up to {readable_bytes(each)} of latents a clip ({config.section.latent_dtype}); "
+        f"{readable_bytes(count * each)} if each item gives one, and captions"
     ]

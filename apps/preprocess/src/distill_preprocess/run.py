@@ -15,7 +15,7 @@ from distill_media import MediaError, MediaItem, StoredReader, read_items, read_
 from distill_protocols import Condition, DataError, DistillAdapter, ModelBundle
 from distill_runfile import to_plain
 from distill_runfile.progress import Progress
-from distill_runtime import Worker, claim_folder, sigterm_as_interrupt
+from distill_runtime import Worker, claim_folder, counted, sigterm_as_interrupt
 
 from distill_preprocess.decoding import Decoded, decode_ahead
 from distill_preprocess.encoding import Encoder, StoredShapes, UnitWriter
@@ -113,7 +113,10 @@ def _make(
     summary = folder.finish(negative=negative, latent_dtype=own.latent_dtype)
     if summary is None:
         left = len(folder.missing())
-        _log.info("this process is done; %d unit(s) are still with others", left)
+        _log.info(
+            "this process is done; %s with others",
+            counted(left, "unit is still", "units are still"),
+        )
         return False
     _log.info("%s", describe_summary(own.output_dir, summary, items))
     return True
@@ -278,7 +281,9 @@ def caption_notes(config: Request, captions: Sequence[str]) -> dict[str, tuple[s
         if count > tokens.limit:
             said.append(f"its caption has {count} tokens, and the encoder reads {tokens.limit}")
         if unknown:
-            said.append(f"its caption has {unknown} token(s) that the tokenizer does not know")
+            said.append(
+                f"its caption has {count} tokens, of which the tokenizer does not know {unknown}"
+            )
         if said:
             notes[caption] = tuple(said)
     return notes
@@ -310,6 +315,6 @@ def _opening(
         what = "latents and texts as they are stored"
     return (
         f"{what} for {config.recipe.family}, {config.source}, on {device}\n"
-        f"{who}{own_units - len(missing)} of {own_units} unit(s) are there, {len(missing)} to "
-        f"make, into {config.section.output_dir}"
+        f"{who}{own_units - len(missing)} of {counted(own_units, 'unit')} are there, "
+        f"{len(missing)} to make, into {config.section.output_dir}"
     )

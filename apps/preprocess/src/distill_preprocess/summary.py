@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from distill_conditioning import Summary
 from distill_media import MediaItem
+from distill_runtime import counted, readable_bytes
 
 _SHOWN = 5
 
@@ -17,8 +18,9 @@ def describe_summary(folder: str, summary: Summary, items: Sequence[MediaItem]) 
     size = sum(entry.bytes for entry in index.shards)
     skipped = [line for line in summary.report if line.skipped is not None]
     lines = [
-        f"{index.samples:,} samples of {len(items):,} items in {len(index.shards):,} shard(s), "
-        f"{size / 1e6:,.1f} MB ({index.bytes_per_sample / 1e6:,.3f} MB a sample): {folder}"
+        f"{index.samples:,} samples of {len(items):,} items in "
+        f"{counted(len(index.shards), 'shard')}, {readable_bytes(size)} "
+        f"({readable_bytes(index.bytes_per_sample)} a sample): {folder}"
     ]
     counts: Counter[str] = Counter()
     for entry in index.shards:
@@ -30,12 +32,13 @@ def describe_summary(folder: str, summary: Summary, items: Sequence[MediaItem]) 
         lines += [f"    {line.id}: {line.skipped}" for line in skipped[:_SHOWN]]
         lines += ["    ..."] * (len(skipped) > _SHOWN)
     notes = Counter(_kind_of(note) for line in summary.report for note in line.notes)
-    lines += [f"  {count:,} clip(s): {note}" for note, count in notes.most_common()]
+    lines += [f"  {counted(count, 'clip')}: {note}" for note, count in notes.most_common()]
     if summary.same_embedding:
         captions = sum(map(len, summary.same_embedding))
         lines.append(
-            f"  {captions:,} different captions share {len(summary.same_embedding):,} "
-            "embedding(s): their ends are cut off, or their words unknown. For one:"
+            f"  {captions:,} different captions share "
+            f"{counted(len(summary.same_embedding), 'embedding')}: their ends are cut off, or "
+            "their words unknown. For one:"
         )
         lines += [f"    {caption[:90]!r}" for caption in summary.same_embedding[0][:_SHOWN]]
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from distill_runfile import cli, to_plain
-from distill_runtime import RowPartition, device_type, json_text, replace_file
+from distill_runtime import RowPartition, counted, device_type, json_text, replace_file
 from distill_trainer import Distribution
 from distill_trainer.config import DistributedConfig
 from torch import Tensor
@@ -96,7 +96,7 @@ def _sample(model: Model, request: Request, images: Tensor | None, rows: RowPart
         for path in write_sheets(sheet, request.prompts, request.to, fps=request.fps):
             _log.info("%s", path.name)
         _write_record(model, request, records)
-        cli.say(f"{len(request.prompts) * len(records)} clip(s) in {request.to}")
+        cli.say(f"{counted(len(request.prompts) * len(records), 'clip')} in {request.to}")
 
 
 def _stream(model: Model, request: Request, images: Tensor | None) -> None:

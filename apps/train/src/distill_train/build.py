@@ -19,11 +19,13 @@ from distill_protocols import (
     DistillAdapter,
     ModelBundle,
     RandomStreams,
+    RoleHandle,
     RunParts,
     TrainableMethod,
     WeightSource,
 )
 from distill_runfile import RunConfig, horizon, horizons
+from distill_runtime import readable_bytes
 from distill_trainer import (
     DistillTrainer,
     Distribution,
@@ -63,7 +65,7 @@ def build(config: RunConfig, *, distribution: Distribution, again: Collection[st
         device=device,
         seed=config.training.seed,
         weights=ranks.run_each(lambda: _start_weights(config, output_dir)),
-        shard=distribution.shard,
+        shard=lambda role: _take_up(role, distribution),
     )
     _attach_optimizers(config, bundle)
     adapter = ranks.run_each(
@@ -127,6 +129,27 @@ def build(config: RunConfig, *, distribution: Distribution, again: Collection[st
         again=again,
     )
     return Run(trainer=trainer, method=method, loader=loader, bundle=bundle, adapter=adapter)
+
+
+def _take_up(role: RoleHandle, distribution: Distribution) -> None:
+    """Log which role is loaded next, with its size, and shard it; nothing of it is read yet."""
+    parameters = [p for module in role.modules.values() for p in module.parameters()]
+    _log.info(
+        "  %s: %s parameters (%s), %s, %s",
+        role.name,
+        _readable_count(sum(p.numel() for p in parameters)),
+        readable_bytes(sum(p.numel() * p.element_size() for p in parameters)),
+        "trained" if role.trainable else "frozen",
+        role.precision,
+    )
+    distribution.shard(role)
+
+
+def _readable_count(count: int) -> str:
+    for unit, size in (("billion", 1e9), ("million", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:,}"
 
 
 def _start_weights(config: RunConfig, output_dir: Path) -> dict[str, Mapping[str, WeightSource]]:

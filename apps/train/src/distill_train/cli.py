@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import logging
 import os
 import re
 import sys
@@ -18,9 +19,12 @@ from typing import TYPE_CHECKING
 from distill_protocols import ConfigError
 from distill_runfile import cli
 from distill_runfile.cli import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED
+from distill_runtime import counted
 
 if TYPE_CHECKING:
     from distill_runfile import RunConfig
+
+_log = logging.getLogger(__name__)
 
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?(e\d+)?)\s*(?P<unit>[kmgt]i?b|b)?", flags=re.IGNORECASE)
 _UNITS = {
@@ -53,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         _parser().error("--world-size and --device-memory go with --dry-run: they are of a plan")
     if args.dry_run and args.again:
         _parser().error("--again makes results, and --dry-run starts nothing: leave one out")
+    if not args.dry_run and _is_first() and sys.stderr.isatty():
+        # At once: a person should see that something happens.
+        cli.say(f"reading {args.config}", sys.stderr)
     try:
         from distill_runfile.read import read_config
 
@@ -71,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{', '.join(results_of(config)) or 'none'})"
         )
     return cli.run_command(
-        lambda: _plan(config, args) if args.dry_run else _train(config, args.again),
+        lambda: _plan(config, args) if args.dry_run else _train(config, args),
         interrupted=lambda: "interrupted: nothing was saved since the last checkpoint",
     )
 
@@ -93,13 +100,14 @@ def _plan(config: RunConfig, args: argparse.Namespace) -> int:
     return cli.print_needs(plan.needs)
 
 
-def _train(config: RunConfig, again: Collection[str]) -> int:
+def _train(config: RunConfig, args: argparse.Namespace) -> int:
     from distill_checkpoint import finished_iteration
 
+    again: Collection[str] = args.again
     output_dir, steps = Path(config.training.output_dir), config.training.max_train_steps
     is_finished = finished_iteration(output_dir) == steps and config.checkpoint.resume != "none"
     if is_finished and not again:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if _is_first():
             cli.say(
                 f"finished already: {output_dir} holds iteration {steps:,} of {steps:,}, and "
                 "nothing was touched. A larger max_train_steps goes on; --again NAME ... makes "
@@ -107,14 +115,27 @@ def _train(config: RunConfig, again: Collection[str]) -> int:
             )
         return EXIT_OK
     cli.show_logs()
+    _log.info(
+        "%s on %s: %d iterations of %s, seed %d; loading libraries and models ...",
+        config.recipe.method,
+        config.recipe.family,
+        steps,
+        counted(config.training.global_batch_size, "sample"),
+        config.training.seed,
+    )
     from distill_train.run import run
 
-    if run(config, again=again).stop_reason is None:
+    if run(config, again=again, run_file=args.config).stop_reason is None:
         return EXIT_OK
     # torchrun starts processes again that end with any status but 0, as often as its
     # --max-restarts allows; a run that was asked to stop shall stay stopped.
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     return EXIT_OK if restarts > 0 else EXIT_STOPPED
+
+
+def _is_first() -> bool:
+    """Return whether this is the first process of the run, before they are brought together."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextlib.contextmanager

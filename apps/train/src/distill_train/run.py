@@ -5,26 +5,32 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import torch
 from distill_checkpoint import claim_output_dir, find_newest_checkpoint, list_checkpoints
 from distill_protocols import OutputError
 from distill_runfile import RunConfig, export_warnings
-from distill_runtime import device_type, sigterm_as_interrupt
+from distill_runtime import counted, device_type, sigterm_as_interrupt
 from distill_trainer import Distribution, TrainResult, check_same_run
 
 from distill_train.build import Run, build
+from distill_train.closing import describe_end
+from distill_train.record import RunRecord
 
 _log = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, *, again: Collection[str] = ()) -> TrainResult:
+def run(
+    config: RunConfig, *, again: Collection[str] = (), run_file: Path | None = None
+) -> TrainResult:
     """Claim the output folder, build everything, train; on every rank that torchrun started.
 
     Args:
         again: names of callbacks ("export" and "validation" among them) whose results at the end
             are made anew: the run is complete, and does nothing else.
+        run_file: that ``config`` was read from, for the record of the run.
 
     Raises:
         DistillError: whatever is wrong with folder, weights, data, training, or other ranks.
@@ -46,13 +52,21 @@ def run(config: RunConfig, *, again: Collection[str] = ()) -> TrainResult:
         with claim_output_dir(output_dir, resume=resume, ranks=distribution.ranks) as claim:
             parts: Run | None = None
             try:
+                record = distribution.ranks.run_each(
+                    lambda: RunRecord.of_this_start(config, run_file, distribution)
+                )
                 parts = build(config, distribution=distribution, again=again)
-                _log.info("%s", _opening(config, parts, distribution))
+                _log.info("%s", _opening(config, distribution, time.perf_counter() - started))
                 for warning in export_warnings(config):
                     _log.warning("%s", warning)
                 for note in config.notes:
                     _log.info("%s", note)
+                if not again:
+                    distribution.ranks.run_on_first(record.write)
                 result = parts.trainer.run(parts.method, parts.loader)
+                if not again:
+                    end = partial(record.write_end, result.iteration, result.stop_reason)
+                    distribution.ranks.run_on_first(end)
                 # torchrun ends all as soon as one ends with a status: the first may still be busy
                 # with its trackers.
                 distribution.ranks.barrier()
@@ -65,7 +79,7 @@ def run(config: RunConfig, *, again: Collection[str] = ()) -> TrainResult:
                     # Nothing was trained (an error, or a stop in the first iteration): the next
                     # try must not find the folder taken.
                     claim.release()
-    _log.info("%s", _closing(result, output_dir, time.perf_counter() - started))
+    _log.info("%s", describe_end(config, result, time.perf_counter() - started))
     return result
 
 
@@ -79,31 +93,14 @@ def _refuse_unfinished(config: RunConfig, output_dir: Path) -> None:
         )
 
 
-def _opening(config: RunConfig, parts: Run, distribution: Distribution) -> str:
-    roles = ", ".join(
-        f"{name} ({'trained' if role.trainable else 'frozen'}, {role.precision})"
-        for name, role in parts.bundle.roles.items()
-    )
+def _opening(config: RunConfig, distribution: Distribution, seconds: float) -> str:
     size = distribution.ranks.size
     devices = distribution.device.type
     if size > 1:
         training = config.training
         devices = (
-            f"{size} processes ({devices}, {distribution.strategy}): {training.micro_batch(size)} "
-            f"each in {training.accumulation(size)} micro step(s)"
+            f"{size} processes ({devices}, {distribution.strategy}), "
+            f"{training.micro_batch(size)} samples each in "
+            f"{counted(training.accumulation(size), 'micro step')}"
         )
-    return (
-        f"{config.recipe.method} on {config.recipe.family}: {roles}\n"
-        f"{config.training.max_train_steps:,} iterations of {config.training.global_batch_size} "
-        f"samples on {devices}, seed {config.training.seed}\n"
-        f"output: {config.training.output_dir}"
-    )
-
-
-def _closing(result: TrainResult, output_dir: Path, seconds: float) -> str:
-    updates = ", ".join(f"{key} {count:,}" for key, count in result.updates.items())
-    end = f"stopped ({result.stop_reason})" if result.stop_reason else "finished"
-    return (
-        f"{end} after iteration {result.iteration:,} in {seconds / 60:.1f} minutes; "
-        f"updates: {updates}; everything is in {output_dir}"
-    )
+    return f"ready after {seconds:.1f} s on {devices}; output: {config.training.output_dir}"

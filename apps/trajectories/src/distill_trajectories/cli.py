@@ -10,6 +10,7 @@ from attrs import evolve
 from distill_protocols import ConfigError
 from distill_runfile import SampledConfig, cli
 from distill_runfile.cli import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED
+from distill_runtime import counted
 
 from distill_trajectories.config import TrajectoriesConfig
 from distill_trajectories.request import read_request
@@ -65,7 +66,8 @@ def _sample(config: SampledConfig[TrajectoriesConfig]) -> int:
 
 def _stopped(folder: Path) -> str:
     shards = len(list(folder.glob("shard-*.safetensors")))
-    return f"stopped: {shards} whole shard(s) are in {folder}; the same command goes on"
+    are = counted(shards, "whole shard is", "whole shards are")
+    return f"stopped: {are} in {folder}; the same command goes on"
 
 
 def _parser() -> argparse.ArgumentParser:

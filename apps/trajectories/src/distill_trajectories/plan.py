@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distill_conditioning import data_info
 from distill_runfile import SampledConfig
+from distill_runtime import counted, readable_bytes
 
 from distill_trajectories.config import TrajectoriesConfig
 
@@ -36,11 +37,11 @@ def _size(config: SampledConfig[TrajectoriesConfig], own: TrajectoriesConfig) ->
         size = prod(shape) * _BYTES[own.dtype] * (1 + len(own.steps))
     absent = [one.path for one in config.data.all_sets if not Path(one.path).exists()]
     if absent:
-        each = f"; {size / 1e6:,.2f} MB a clip and its caption" if size else ""
+        each = f"; {readable_bytes(size)} a clip and its caption" if size else ""
         return [
             f"  the captions' data set is not on this machine yet: {path}{each}" for path in absent
         ]
     samples = own.samples(data_info(config.data).samples)
     shards = -(-samples // own.samples_per_shard)
-    text = f", {samples * size / 1e6:,.1f} MB and captions" if size else ""
-    return [f"  {samples:,} clips in {shards:,} shard(s){text}"]
+    text = f", {readable_bytes(samples * size)} and captions" if size else ""
+    return [f"  {counted(samples, 'clip')} in {counted(shards, 'shard')}{text}"]

@@ -19,7 +19,7 @@ from distill_conditioning import (
 from distill_protocols import Condition, DistillAdapter, RowGenerators
 from distill_runfile import SampledConfig, to_plain
 from distill_runfile.progress import Progress
-from distill_runtime import Worker, claim_folder, sigterm_as_interrupt
+from distill_runtime import Worker, claim_folder, counted, readable_bytes, sigterm_as_interrupt
 from torch import Tensor
 
 from distill_trajectories.config import TrajectoriesConfig
@@ -100,15 +100,18 @@ def _make(
     index = folder.finish(negative=negative, fingerprint=source.computed_by)
     if index is None:
         left = len(folder.missing())
-        _log.info("this process is done; %d shard(s) are still with others", left)
+        _log.info(
+            "this process is done; %s with others",
+            counted(left, "shard is still", "shards are still"),
+        )
         return False
     size = sum(entry.bytes for entry in index.shards)
     _log.info(
-        "%s clips with x_t at t = %s in %d shard(s), %s MB: %s",
-        f"{index.samples:,}",
+        "%s with x_t at t = %s in %s, %s: %s",
+        counted(index.samples, "clip"),
         ", ".join(f"{t:g}" for t in own.times),
-        len(index.shards),
-        f"{size / 1e6:,.1f}",
+        counted(len(index.shards), "shard"),
+        readable_bytes(size),
         own.output_dir,
     )
     return True
@@ -234,6 +237,6 @@ def _opening(
     return (
         f"{config.role.spec.name} ({config.role.spec.precision}, {config.role.spec.path}) on "
         f"{device}, {own.sampler.calls_per_clip} calls a clip\n"
-        f"{who}{own_shards - len(missing)} of {own_shards} shard(s) are there, "
+        f"{who}{own_shards - len(missing)} of {counted(own_shards, 'shard')} are there, "
         f"{len(missing)} to make, into {own.output_dir}"
     )

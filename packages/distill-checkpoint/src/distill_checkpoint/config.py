@@ -14,6 +14,7 @@ _RESERVED = frozenset(
     {
         "run.json", "metrics.jsonl", "tensorboard", "wandb", "validation", "cache", "profile",
         "debug", "report.json", "contact_sheet.png", "clips.mp4",
+        "report", "report.html", "health.jsonl", "run_record.json", "samples", "mlruns", "trackio",
     }
 )  # fmt: skip
 """Names in an output folder that a run, its trackers and callbacks write themselves."""
@@ -160,8 +161,11 @@ class CheckpointConfig:
     """When to save, what to keep, where to resume from, what to export at the end.
 
     Attributes:
-        every_steps: save after every so many iterations; null saves only at the end.
-        keep_last: how many of the newest checkpoints stay.
+        every_steps: save after every so many iterations; null saves only at the end. A crash costs
+            at most so many, and a run that is stopped (SIGTERM, Ctrl-C) costs none, so this need
+            not be often: a save of a large run takes minutes.
+        keep_last: how many of the newest checkpoints stay; the one before the newest is for a disk
+            that damages files.
         keep_every: also keep every checkpoint whose iteration is a multiple of this.
         keep_best: also keep those that were best by a metric.
         resume: ``latest`` (the default: newest intact checkpoint of the output folder; afresh if it
@@ -174,7 +178,7 @@ class CheckpointConfig:
         export: roles to export when the run is complete.
     """
 
-    every_steps: int | None = field(default=None, validator=_at_least_one)
+    every_steps: int | None = field(default=500, validator=_at_least_one)
     keep_last: int = field(default=2)
     keep_every: int | None = field(default=None, validator=_at_least_one)
     keep_best: KeepBestConfig | None = field(default=None)

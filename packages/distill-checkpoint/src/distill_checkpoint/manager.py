@@ -30,7 +30,7 @@ from distill_protocols import (
     RestartableSchedule,
     RunState,
 )
-from distill_runtime import FileInfo, Ranks
+from distill_runtime import FileInfo, Ranks, readable_bytes
 from torch import Tensor
 
 from distill_checkpoint.changed_settings import (
@@ -242,7 +242,7 @@ class CheckpointManager:
         if ranks.is_first:
             size = sum(info.size for info in files.values())
             seconds = time.perf_counter() - began
-            logger.info("saved %s: %.1f MB in %.2f s", target, size / 1e6, seconds)
+            logger.info("saved %s: %s in %.2f s", target, readable_bytes(size), seconds)
             # Rank 0 alone, after the last common step: it must not raise, and logs what fails.
             self._delete_superseded(snapshot.iteration)
 

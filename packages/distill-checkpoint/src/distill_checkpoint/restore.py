@@ -15,7 +15,7 @@ from distill_protocols import (
     RunState,
     TensorInfo,
 )
-from distill_runtime import Ranks, read_json
+from distill_runtime import Ranks, counted, read_json
 from torch import Tensor
 
 from distill_checkpoint.changed_settings import DATA, changes_section
@@ -136,8 +136,9 @@ def _load_state_of_rank(folder: Path, run: RunState, ranks: Ranks, plan: ResumeP
     new = max(0, ranks.size - len(states))
     return [
         *notes,
-        f"{len(states)} rank(s) saved, {ranks.size} go on: tensors and data position are exact"
-        + (f"; the generators of {new} new rank(s) start from the seed" if new else ""),
+        f"{counted(len(states), 'rank')} saved, {ranks.size} go on: tensors and data position are "
+        "exact"
+        + (f"; the generators of {counted(new, 'new rank')} start from the seed" if new else ""),
     ]
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from distill_protocols import CheckpointError, TensorInfo
+from distill_runtime import counted
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -259,9 +260,9 @@ def _names(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], where: 
     unnamed = sum(parameter not in names for parameter in updated)
     if unnamed:
         raise CheckpointError(
-            f"optimizer {where} updates {unnamed} parameter(s) that are not among those that its "
-            "module trains, so they have no name to be saved under. A module's optimizer must "
-            "update that module's trained parameters only."
+            f"optimizer {where} updates {counted(unnamed, 'parameter')} that are not among those "
+            "that its module trains, so they have no name to be saved under. A module's optimizer "
+            "must update that module's trained parameters only."
         )
     return [names[parameter] for parameter in updated]
 

@@ -29,7 +29,7 @@ def find_notes(frames: np.ndarray) -> Iterator[str]:
         yield "is black"
         return
     if black.any():
-        yield f"has {int(black.sum())} black frame(s) of {len(frames)}"
+        yield f"has black frames ({int(black.sum())} of {len(frames)})"
     rows, columns = (_bars(brightness.max(axis=axis)) for axis in ((0, 2), (0, 1)))
     if max(rows, columns) >= BAR_SHARE:
         where = "above and below" if rows >= columns else "at the sides"

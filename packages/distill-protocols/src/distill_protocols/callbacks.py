@@ -98,6 +98,10 @@ class RunState:
     check_in_sync: Callable[[str], None] = field(default=lambda phase: None)
     """Enters a phase and waits until all processes are in it. Raises ``RankError`` on every process
     that arrives if one does not, or is in another phase."""
+    report_progress: Callable[[str, int, int], None] = field(default=lambda what, done, total: None)
+    """Shows whoever watches how much of a long piece of work within a hook is done:
+    ``run.report_progress("validation", 3, 8)``, from (what, 0, total) to (what, total, total). Only
+    rank 0's is shown; all ranks may call it, and nothing waits for the others."""
 
     @property
     def stop_reason(self) -> str | None:

@@ -14,6 +14,7 @@ from distill_checkpoint import preview_resume
 from distill_conditioning import DataInfo, data_info
 from distill_conditioning.buckets import make_buckets
 from distill_protocols import RolePlan, RoleSpec
+from distill_runtime import counted
 
 from distill_runfile.missing import missing_data
 from distill_runfile.planning.memory import Planner
@@ -202,8 +203,9 @@ def _batch(config: RunConfig, world_size: int) -> list[str]:
     accumulation = training.accumulation(world_size)
     at_once = training.global_batch_size // (accumulation * world_size)
     return [
-        f"  {training.global_batch_size} a step = {at_once} a device x {accumulation} micro "
-        f"step(s) x {world_size} device(s); {training.max_train_steps:,} iterations"
+        f"  {training.global_batch_size} a step = {at_once} a device x "
+        f"{counted(accumulation, 'micro step')} x {counted(world_size, 'device')}; "
+        f"{training.max_train_steps:,} iterations"
     ]
 
 

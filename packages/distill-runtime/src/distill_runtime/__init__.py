@@ -39,7 +39,7 @@ from distill_runtime.json_files import (
 )
 from distill_runtime.locks import FolderClaim, claim_folder, is_still_at, try_lock
 from distill_runtime.plugins import GROUPS, load_plugin, plugin_names
-from distill_runtime.printing import printable
+from distill_runtime.printing import counted, printable, readable_bytes
 from distill_runtime.safetensors_header import SafetensorsHeader, read_header
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ __all__ = [
     "as_count",
     "as_text",
     "claim_folder",
+    "counted",
     "device_type",
     "export_folder_problem",
     "file_layout",
@@ -105,6 +106,7 @@ __all__ = [
     "read_header",
     "read_json",
     "read_json_object",
+    "readable_bytes",
     "remove_folder",
     "replace_file",
     "replace_folder",

@@ -1,4 +1,5 @@
-"""Text that came from files, made fit for a terminal. No torch here."""
+"""Text for a terminal: what came from files, made fit for it; numbers as people read them. No torch
+here."""
 
 from __future__ import annotations
 
@@ -23,3 +24,23 @@ def printable(text: str, *, one_line: bool = False) -> str:
     if one_line:
         text = text.replace("\n", "\\n").replace("\t", "\\t")
     return _UNFIT.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """``1 shard``, ``1,200 shards``.
+
+    Args:
+        noun: in the singular.
+        plural: where it is not ``noun`` with an s.
+    """
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def readable_bytes(count: float) -> str:
+    """Write a size as ``4.3 GB`` (powers of ten)."""
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    digits = 0 if size >= 100 or units[0] == "B" else 1
+    return f"{size:.{digits}f} {units[0]}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from attrs import frozen
 from distill_protocols import ForeignNames, OutputError
+from distill_runtime import readable_bytes
 
 from distill_checkpoint.foreign.layouts import ForeignCheckpoint, describe_checkpoint
 from distill_checkpoint.weights import write_weights_checkpoint
@@ -102,8 +103,8 @@ def _taken(checkpoint: ForeignCheckpoint, moments: bool) -> Iterator[str]:
         for kind, source in kinds.items():
             if source is not None:
                 infos = source.describe().values()
-                size = sum(info.nbytes for info in infos) / 1e6
+                size = readable_bytes(sum(info.nbytes for info in infos))
                 yield (
-                    f"{role.role}.{role.module}: {kind}, {len(infos)} tensors, {size:.1f} MB, "
+                    f"{role.role}.{role.module}: {kind}, {len(infos)} tensors, {size}, "
                     f"from {source.where}"
                 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from distill_runtime import readable_bytes
+
 from distill_runfile.planning.memory import Planner, RunMemory
 from distill_runfile.planning.placement import group_size, strategy_of
 from distill_runfile.planning.suggestions import fitting, suggestions
@@ -138,13 +140,3 @@ def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list[s
         ).rstrip()
         for row in rows
     ]
-
-
-def readable_bytes(count: int) -> str:
-    """Write a size as ``4.3 GB`` (powers of ten)."""
-    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size /= 1000
-        units.pop(0)
-    digits = 0 if size >= 100 or units[0] == "B" else 1
-    return f"{size:.{digits}f} {units[0]}"

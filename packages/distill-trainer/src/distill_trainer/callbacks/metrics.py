@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+import torch
 from distill_protocols import Callback, ModelBundle, RankGroup, RunState, StepRecord
 from torch import Tensor
 
@@ -14,7 +17,7 @@ from distill_trainer.callbacks.configs import StepTimerConfig
 from distill_trainer.distribution.tensors import fetch_floats
 
 _STATE = "since_last_log"
-_OF_THE_CLOCK = ("time/", "samples_per_second")
+_OF_THE_MACHINE = ("time/", "memory/", "samples_per_second")
 
 
 class MetricsCallback(Callback):
@@ -61,13 +64,13 @@ class MetricsCallback(Callback):
     def state_dict(self) -> dict[str, object]:
         """Return the values since the last log point, by rank and name; nothing right after one.
 
-        Times are left out: equal runs have equal checkpoints. All ranks call it
+        Times and memory are left out: equal runs have equal checkpoints. All ranks call it
         together.
         """
         fetched = {name: fetch_floats(column) for name, column in self._values.items()}
         self._values = {name: list[Tensor | float](column) for name, column in fetched.items()}
         own: dict[str, list[float]] = {
-            name: column for name, column in fetched.items() if not name.startswith(_OF_THE_CLOCK)
+            name: column for name, column in fetched.items() if not name.startswith(_OF_THE_MACHINE)
         }
         by_rank = [own] if self._ranks is None else self._ranks.gather_results(lambda: own)
         if not any(by_rank):
@@ -128,7 +131,9 @@ class StepTimerCallback(Callback):
     """Adds the mean over the last ``window`` iterations of these metrics.
 
     ``time/iteration``: from end to end, in seconds, everything included; ``time/step``: that less
-    the wait for data (which the trainer reports as ``time/data``); ``samples_per_second``.
+    the wait for data (which the trainer reports as ``time/data``); ``samples_per_second``. Also
+    the peaks of memory so far, in GB (10^9): ``memory/host`` of this process, ``memory/device`` of
+    its accelerator.
 
     The device is not waited for, so on an accelerator the time of one iteration is the time to
     *launch* it; over a window that holds a log point (which does wait) the mean is true.
@@ -152,6 +157,16 @@ class StepTimerCallback(Callback):
         run.metrics["time/iteration"] = seconds
         run.metrics["time/step"] = seconds - sum(self._waits) / len(self._waits)
         run.metrics["samples_per_second"] = run.global_batch_size / seconds
+        run.metrics |= _memory_peaks()
+
+
+def _memory_peaks() -> dict[str, float]:
+    """Return the peaks of this process so far, in GB; of the device where there is one."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes there, else kB
+    peaks = {"memory/host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
+    if torch.cuda.is_available():
+        peaks["memory/device"] = torch.cuda.max_memory_allocated() / 1e9
+    return peaks
 
 
 class ParamCountCallback(Callback):

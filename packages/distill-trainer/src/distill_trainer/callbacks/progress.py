@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -10,20 +11,25 @@ from typing import TextIO
 from distill_protocols import Callback, RunState, StepRecord
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from distill_trainer.distribution.tensors import fetch_floats
 
 
 class ProgressCallback(Callback):
-    """Iteration, newest value of every loss term, iterations a second, time left.
+    """Iteration, newest value of every loss term, iterations a second, time left; and how far a
+    hook is that takes long (``RunState.report_progress``).
 
-    Rank 0 writes; losses are means over the ranks, so that they do not depend on their number.
+    Rank 0 writes; losses are means over the ranks, so that they do not depend on their number. As
+    long as there is a bar, what is logged to the terminal is printed above it.
 
     Args:
         log_every: iterations between two times that the losses are read (each waits for the
             device), and between two lines where there is no terminal.
         stream: where to write; None: stderr, so that stdout stays for results.
         seconds_between_lines: a fast run prints no line for log points that are closer together.
+        seconds_between_work_lines: the same for lines about work within a hook, the first one
+            included: what is done sooner needs no line.
     """
 
     name = "progress"
@@ -34,14 +40,23 @@ class ProgressCallback(Callback):
         stream: TextIO | None = None,
         *,
         seconds_between_lines: float = 2.0,
+        seconds_between_work_lines: float = 5.0,
     ) -> None:
         self.log_every = log_every
         self.seconds_between_lines = seconds_between_lines
+        self.seconds_between_work_lines = seconds_between_work_lines
         self._last_line = -math.inf
+        self._last_work_line = -math.inf
         self._stream = stream
         self._bar: tqdm | None = None
+        self._work: tqdm | None = None
+        self._logs = contextlib.ExitStack()
         self._losses: dict[str, Tensor] = {}
         self._start: tuple[float, int] | None = None
+
+    def on_train_start(self, run: RunState) -> None:
+        if run.ranks.is_first:
+            run.report_progress = self._show_work
 
     def on_step_start(self, run: RunState) -> None:
         if self._start is None and run.ranks.is_first:
@@ -53,6 +68,7 @@ class ProgressCallback(Callback):
                     total=run.max_train_steps, initial=done, unit="it", file=self._out,
                     dynamic_ncols=True,
                 )  # fmt: skip
+                self._logs.enter_context(logging_redirect_tqdm())
 
     def on_step_end(self, run: RunState, step: StepRecord) -> None:
         self._losses |= step.losses
@@ -70,7 +86,7 @@ class ProgressCallback(Callback):
             self._bar.update()
 
     def on_train_end(self, run: RunState) -> None:
-        self._close()
+        self.close()
         if run.stop_reason is not None and run.ranks.is_first:
             print(
                 f"stopped after iteration {run.iteration} of {run.max_train_steps}: "
@@ -80,7 +96,15 @@ class ProgressCallback(Callback):
 
     def on_exception(self, run: RunState, error: BaseException) -> None:
         # The bar's line must be ended, or the traceback starts behind it.
-        self._close()
+        self.close()
+
+    def close(self) -> None:
+        """End the bar's line; what is printed next begins on a line of its own."""
+        for bar in (self._work, self._bar):
+            if bar is not None:
+                bar.close()
+        self._work = self._bar = None
+        self._logs.close()
 
     @property
     def _out(self) -> TextIO:
@@ -118,7 +142,31 @@ class ProgressCallback(Callback):
             flush=True,
         )
 
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+    def _show_work(self, what: str, done: int, total: int) -> None:
+        """Show work within a hook: in front of the bar; without one, as a bar of its own, which
+        leaves no trace; where there is no terminal, as a line now and then."""
+        if not self._out.isatty():
+            now = time.monotonic()
+            if done == 0:
+                self._last_work_line = now
+            elif now - self._last_work_line >= self.seconds_between_work_lines:
+                self._last_work_line = now
+                print(f"{what}: {done}/{total}", file=self._out, flush=True)
+        elif self._bar is not None:
+            self._bar.set_description_str(f"{what} {done}/{total}" if done < total else "")
+        else:
+            self._show_work_bar(what, done, total)
+
+    def _show_work_bar(self, what: str, done: int, total: int) -> None:
+        if self._work is not None and (self._work.desc, self._work.total) != (what, total):
+            self._work.close()
+            self._work = None
+        if self._work is None and done < total:
+            self._work = tqdm(total=total, desc=what, file=self._out, dynamic_ncols=True,
+                              leave=False)  # fmt: skip
+        if self._work is not None:
+            self._work.n = done
+            self._work.refresh()
+            if done >= total:
+                self._work.close()
+                self._work = None

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -36,6 +37,9 @@ from distill_trainer.loop.signals import stop_on_signals
 from distill_trainer.monitoring.finite_guard import FiniteGuard
 from distill_trainer.monitoring.rank_monitor import RankMonitor, monitor_ranks
 from distill_trainer.trackers import build_trackers
+
+CALLBACK_TIME = "time/callback/"
+"""Before a callback's name: the seconds that its ``on_step_end`` took, of the iteration before."""
 
 
 @frozen(kw_only=True)
@@ -91,10 +95,11 @@ class DistillTrainer:
         self._trackers = trackers
         self._streams = streams
         self._again = frozenset(again)
-        always: list[Callback] = [MetricsCallback(training.log_every)]
-        if training.progress:
-            always.append(ProgressCallback(training.log_every))
-        self.callbacks = _by_name([*callbacks, *always])
+        self._progress = ProgressCallback(training.log_every) if training.progress else None
+        self._always: list[Callback] = [MetricsCallback(training.log_every)]
+        if self._progress is not None:
+            self._always.append(self._progress)
+        self.callbacks = _by_name([*callbacks, *self._always])
 
     def run(self, method: TrainableMethod, loader: Iterable[object]) -> TrainResult:
         """Train until ``max_train_steps``, or until a callback or a signal asks for a stop.
@@ -199,6 +204,8 @@ class DistillTrainer:
         # The stop is asked for first: after the last iteration too, all ranks must ask or none.
         while not run.method.stop.requested() and run.iteration < run.max_train_steps:
             self._iterate(run, guard, iterations)
+        if self._progress is not None:
+            self._progress.close()  # before callbacks of the end print tables
         run.enter("save of the end")
         guard.check()
         self._refuse_other_folder(run)
@@ -235,10 +242,14 @@ class DistillTrainer:
             guard.check()
             self._refuse_other_folder(run)
         for callback in each_callback(self.callbacks.values(), run, "on_step_end"):
+            began = time.perf_counter()
             try:
                 callback.on_step_end(run, record)
             except StopRequested as stop:  # it leaves its own work only: the step is done
                 run.request_stop(str(stop))
+            if callback not in self._always:  # those wait for the device, which is training
+                seconds = time.perf_counter() - began
+                run.carried[f"{CALLBACK_TIME}{callback.name}"] = seconds
         run.enter("save")
         if self.checkpointer:
             self.checkpointer.after_step(run, self.callbacks)
