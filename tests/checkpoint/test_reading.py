@@ -281,3 +281,13 @@ def test_a_file_deleted_meanwhile_is_an_error(tmp_path):
         with pytest.raises(CheckpointError, match=r"deleted|not an intact checkpoint|has no"):
             reader.read([name])
     assert hold_checkpoint(folder) is None
+
+
+def test_a_ctrl_c_while_weights_are_read_stays_one(saved, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distill_checkpoint.tensors._Reader.read_data", interrupt)
+    weights = StoredCheckpoint.open(saved[0]).weights("student")["transformer"]
+    with pytest.raises(KeyboardInterrupt):
+        weights.read([next(iter(weights.describe()))])

@@ -335,6 +335,7 @@ class StoredTensors:
 
         Raises:
             CheckpointError: a name is not there, or of another size.
+            KeyboardInterrupt: Ctrl-C, as it came.
         """
         if not tensors:
             return
@@ -348,6 +349,10 @@ class StoredTensors:
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 load(detached, storage_reader=reader, planner=planner, no_dist=True)
         except CheckpointException as error:
+            for cause, _ in error.failures.values():
+                # torch wraps whatever comes up while it reads, a Ctrl-C too.
+                if isinstance(cause, KeyboardInterrupt):
+                    raise cause from None
             cause = _first_cause(error)
             raise CheckpointError(f"{self.folder}: could not be read: {cause}") from error
 
