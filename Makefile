@@ -1,5 +1,5 @@
 # The tasks of this repository; `make` lists them.
-.PHONY: help test slow lint types tiny rebuild-tiny bench torture fuzz random-runs mutation wheels release metrics gates
+.PHONY: help test slow docs lint types tiny rebuild-tiny bench torture fuzz random-runs mutation wheels release metrics gates
 
 help:           ## this list
 	@grep -E '^[a-z-]+: +##' $(MAKEFILE_LIST) | sed 's/: *## /\t/' | expand -t 16
@@ -9,6 +9,9 @@ test:           ## everything that CI runs (9 minutes on two cores)
 
 slow:           ## the tests that take minutes; run before a release
 	uv run pytest -m slow
+
+docs:           ## build the documentation site into site/
+	uv run tools/docs build
 
 lint:           ## ruff
 	uv run ruff check . && uv run ruff format --check .

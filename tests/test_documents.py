@@ -1,4 +1,7 @@
-"""Markdown files: how long their lines are, and that relative links lead to files."""
+"""Markdown files: how long their lines are, and that relative links lead to files.
+
+And what the option reference is made of: it says something about every key.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import re
 import subprocess
 
 import pytest
+from docs.options import read_options
+from docs.sections import EXAMPLES, all_configs, example_of
 from workspace import ROOT
 
 PROSE_COLUMNS = 100
@@ -78,3 +83,17 @@ def test_relative_links_lead_to_files(document):
         if not re.match(r"\w+:", target) and not (folder / target).exists()
     ]  # fmt: skip
     assert missing == []
+
+
+def test_every_option_is_described_and_has_an_example():
+    # read_options names a key that no Attributes: describes.
+    missing = [
+        f"{config.__name__}.{option.name}"
+        for config in all_configs()
+        for option in read_options(config)
+        if example_of(config, option) is None
+    ]
+    assert missing == [], (
+        f"no shipped run file and no guide sets these, so the option reference has no example of "
+        f"them; add one line each to {EXAMPLES.relative_to(ROOT)}"
+    )

@@ -11,37 +11,46 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any
 
+from attrs import frozen
+
 Validator = Callable[[Any, Any, Any], None]
 
 
-def at_least(bound: float, why: str) -> Validator:
+@frozen
+class NumberRule:
+    """A validator of a number that documentation can read, too.
+
+    Attributes:
+        rule: what the number must be, such as ``at least 1``.
+        why: the reason, and the way out where there is one.
+        holds: whether a number keeps the rule.
+        finite: say in the message that inf and nan are refused.
+    """
+
+    rule: str
+    why: str
+    holds: Callable[[float], bool]
+    finite: bool = True
+
+    def __call__(self, _instance: Any, _attribute: Any, value: float) -> None:
+        if not self.holds(value):
+            finite = " and finite" if self.finite and not math.isfinite(value) else ""
+            raise ValueError(f"{value} must be {self.rule}{finite}: {self.why}")
+
+
+def at_least(bound: float, why: str) -> NumberRule:
     """Finite and >= ``bound``; nan is neither."""
-
-    def check(_instance: Any, _attribute: Any, value: float) -> None:
-        if not (math.isfinite(value) and value >= bound):
-            raise ValueError(f"{value} must be at least {bound}{_and_finite(value)}: {why}")
-
-    return check
+    return NumberRule(f"at least {bound}", why, lambda v: math.isfinite(v) and v >= bound)
 
 
-def above(bound: float, why: str) -> Validator:
+def above(bound: float, why: str) -> NumberRule:
     """Finite and > ``bound``; nan is neither."""
-
-    def check(_instance: Any, _attribute: Any, value: float) -> None:
-        if not (math.isfinite(value) and value > bound):
-            raise ValueError(f"{value} must be above {bound}{_and_finite(value)}: {why}")
-
-    return check
+    return NumberRule(f"above {bound}", why, lambda v: math.isfinite(v) and v > bound)
 
 
-def within(low: float, high: float, why: str) -> Validator:
+def within(low: float, high: float, why: str) -> NumberRule:
     """In [low, high]; nan is not."""
-
-    def check(_instance: Any, _attribute: Any, value: float) -> None:
-        if not low <= value <= high:
-            raise ValueError(f"{value} must be within [{low}, {high}]: {why}")
-
-    return check
+    return NumberRule(f"within [{low}, {high}]", why, lambda v: low <= v <= high, finite=False)
 
 
 LONGEST_NAME = 200
@@ -67,7 +76,3 @@ def file_name_problem(name: str) -> str | None:
 def has_control_characters(text: str) -> bool:
     """Tell whether ``text`` holds NUL, a line break, or what else steers a terminal."""
     return any(unicodedata.category(character) == "Cc" for character in text)
-
-
-def _and_finite(value: float) -> str:
-    return "" if math.isfinite(value) else " and finite"

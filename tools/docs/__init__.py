@@ -1,0 +1,1 @@
+"""The documentation site: what is generated of the code, and how the site is built."""
