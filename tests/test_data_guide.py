@@ -14,12 +14,12 @@ import pyarrow.parquet
 import pytest
 import torch
 from distill_conditioning import dataset_info
+from distill_media import read_mp4
 from distill_preprocess.cli import main as preprocess
 from distill_preprocess.request import read_request
 from distill_runfile.cli import EXIT_OK
 from distill_train.cli import main as train
 from media_files import moving_frames, write_tar, write_video
-from PIL import Image
 from preprocess_requests import PIPELINE, TINY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,8 +65,8 @@ def test_from_real_videos_to_a_trained_student(folder, caplog):
     assert info.problems == ()
     assert info.samples > 20  # windows of two videos of five and ten seconds
     assert (folder / "data/mine/preview.html").exists()
-    clip = Image.open(folder / "outputs/mine/validation/iteration-000004/student.gif")
-    assert clip.n_frames == 9
+    clip = read_mp4(folder / "outputs/mine/validation/iteration-000004/student/000.mp4")
+    assert len(clip) == 9
     losses = (folder / "outputs/mine/metrics.jsonl").read_text().splitlines()
     assert losses
 

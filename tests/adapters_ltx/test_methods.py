@@ -234,7 +234,7 @@ def test_validation_decodes_clips(run_file, tmp_path):
         "prompts": [PROMPT, "a"], "views": {"student": {"role": "student"}}, "fps": 24,
     }  # fmt: skip
     run_app(read_config(run_file("finetune", 1, validation=validation)))
-    assert (tmp_path / "out" / "validation" / "iteration-000001" / "student.gif").is_file()
+    assert (tmp_path / "out" / "validation" / "iteration-000001" / "student" / "001.mp4").is_file()
 
 
 @pytest.mark.parametrize("name", ["dmd2_2b", "finetune_2b"])

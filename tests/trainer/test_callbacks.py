@@ -34,24 +34,17 @@ from distill_trainer import (
     ProgressCallback,
     StepTimerCallback,
     StepTimerConfig,
-    ValidationCallback,
-    ViewConfig,
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from toy_trainer import (
-    MemoryCheckpointer,
     MemoryTracker,
-    Prompts,
     Recorder,
-    Sampling,
     alternating,
     batches,
     training,
-    validation_config,
 )
 
 
@@ -120,65 +113,6 @@ def test_an_average_of_a_frozen_or_absent_role_is_refused(
     trainer = DistillTrainer(training(tmp_path, 1), callbacks=[EmaCallback(EmaConfig(roles=roles))])
     with pytest.raises(RoleError, match=roles[0]):
         trainer.run(method, batches())
-
-
-def test_validation_does_not_change_the_run(tmp_path: Path) -> None:
-    weights = []
-    for look in (False, True):
-        method = Sampling(alternating(2).bundle, 2)
-        method.bundle["critic"].modules["net"].eval()
-        callbacks = [EmaCallback(EmaConfig(roles=("student",), decay=0.5))]
-        if look:
-            callbacks.append(ValidationCallback(validation_config(at_start=True), Prompts()))
-        draws = method.streams.get("noise").get_state()
-        ambient = torch.get_rng_state()
-        DistillTrainer(training(tmp_path, 5), callbacks=callbacks).run(method, batches())
-        assert torch.equal(method.streams.get("noise").get_state(), draws)
-        assert torch.equal(torch.get_rng_state(), ambient)
-        assert method.bundle["student"].modules["net"].training
-        assert not method.bundle["critic"].modules["net"].training
-        weights.append([p.detach().clone() for p in method.model_dict["student.net"].parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
-
-
-def test_validation_samples_at_its_iterations_and_writes_the_clips(tmp_path: Path) -> None:
-    method, tracker = Sampling(alternating(1).bundle, 1), MemoryTracker()
-    callbacks = [
-        EmaCallback(EmaConfig(roles=("student",), decay=0.9)),
-        ValidationCallback(validation_config(at_start=True), Prompts()),
-    ]
-    DistillTrainer(training(tmp_path, 5), callbacks=callbacks, trackers=[tracker]).run(
-        method, batches()
-    )
-    assert [(i, n) for i, n, _ in tracker.videos] == [
-        (i, f"validation/{view}") for i in (0, 2, 4, 5) for view in ("live", "ema")
-    ]
-    live, ema = (
-        {i: clip for i, n, clip in tracker.videos if n == f"validation/{view}"}
-        for view in ("live", "ema")
-    )
-    assert torch.equal(live[0], ema[0]), "same noise, and the same weights at first"
-    assert not torch.equal(live[5], ema[5])
-    folder = tmp_path / "validation" / "iteration-000005"
-    assert sorted(p.name for p in folder.iterdir()) == ["ema.gif", "live.gif", "prompts.json"]
-    assert json.loads((folder / "prompts.json").read_text()) == ["a seven", "a three"]
-    with Image.open(folder / "live.gif") as gif:
-        assert (gif.n_frames, gif.size) == (2, (2 * (4 + 2), 4))
-
-
-def test_a_resumed_or_stopped_run_skips_validation_at_start_or_end(tmp_path: Path) -> None:
-    class Stopper(Recorder):
-        def on_step_end(self, run, step):  # type: ignore[no-untyped-def]
-            run.request_stop("preempted")
-
-    tracker = MemoryTracker()
-    callbacks = [ValidationCallback(validation_config(at_start=True, every_steps=0, views={
-        "live": ViewConfig(role="student")}), Prompts()), Stopper()]  # fmt: skip
-    DistillTrainer(
-        training(tmp_path, 5), callbacks=callbacks, trackers=[tracker],
-        checkpointer=MemoryCheckpointer(resume_at=2),
-    ).run(Sampling(alternating(1).bundle, 1), batches())  # fmt: skip
-    assert tracker.videos == []
 
 
 def test_metrics_are_means_and_both_turns_are_seen(tmp_path: Path) -> None:
@@ -340,22 +274,3 @@ def test_every_callback_plugin_builds_from_its_defaults(name: str) -> None:
     plugin = load_plugin("distill.callbacks", name)
     needed = {"roles": ("student",)} if name == "ema" else {}
     assert plugin.build(plugin.config_class(**needed), None).name == name
-
-
-@pytest.mark.parametrize("resumed", [0, 4])
-def test_the_validation_of_the_last_iteration_is_not_done_again_at_the_end(
-    tmp_path: Path, resumed: int
-) -> None:
-    """Unless the process begins there, which has seen none."""
-    method, tracker = Sampling(alternating(1).bundle, 1), MemoryTracker()
-    views = {"live": ViewConfig(role="student")}
-    (tmp_path / "validation" / f".iteration-000004.{'0' * 32}.part").mkdir(parents=True)  # a kill
-    DistillTrainer(
-        training(tmp_path, 4),
-        callbacks=[ValidationCallback(validation_config(every_steps=2, views=views), Prompts())],
-        trackers=[tracker],
-        checkpointer=MemoryCheckpointer(resume_at=resumed),
-    ).run(method, batches())
-    assert [i for i, _, _ in tracker.videos] == ([4] if resumed else [2, 4])
-    written = sorted(path.name for path in (tmp_path / "validation").iterdir())
-    assert written == ["iteration-000002", "iteration-000004"][bool(resumed) :]

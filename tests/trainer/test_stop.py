@@ -196,7 +196,8 @@ def test_a_stopped_validation_leaves_no_files(tmp_path: Path, at: int, polls: bo
     assert (result.iteration, method.looks) == (4, at)
     assert len(recorder.records) == 4
     assert {iteration for iteration, _, _ in tracker.videos} == {2}
-    assert [path.name for path in (tmp_path / "validation").iterdir()] == ["iteration-000002"]
+    written = sorted(path.name for path in (tmp_path / "validation").iterdir())
+    assert written == ["iteration-000002", "over_time"]
 
     undisturbed = Looking(0)
     undisturbed.event = method.event

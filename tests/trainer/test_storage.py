@@ -91,7 +91,7 @@ def train(
     [
         ("jsonl", "callback 'metrics', on_step_end", "metrics.jsonl"),
         ("tensorboard", "callback 'metrics', on_step_end", "tensorboard"),
-        ("validation", "callback 'validation', on_step_end", "validation/iteration-000032"),
+        ("validation", "callback 'validation', on_step_end", "validation/.iteration-000032."),
     ],
 )
 def test_a_full_disk_is_one_line_with_a_status_of_its_own(

@@ -125,7 +125,7 @@ def train(name: str, folder: Path) -> dict[str, Any]:
     }
     return {
         "metrics": read_metrics(output / "metrics.jsonl"),
-        "files": exported | hashes(output / "validation", "*.gif"),
+        "files": exported | hashes(output / "validation", "*.png"),
     }
 
 

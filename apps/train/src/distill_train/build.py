@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import cast
 
 from attrs import frozen
 from distill_checkpoint import (
@@ -152,6 +153,13 @@ def _readable_count(count: int) -> str:
     return f"{count:,}"
 
 
+def _identities(config: RunConfig) -> dict[str, object]:
+    """Return, by role, what its weights and clips are known by: what the run file states."""
+    models = cast("Mapping[str, object]", config.resolved["models"])
+    shared = (config.recipe.family, config.resolved["pipeline_config"])
+    return {name: [*shared, models.get(name)] for name in config.roles}
+
+
 def _start_weights(config: RunConfig, output_dir: Path) -> dict[str, Mapping[str, WeightSource]]:
     """Open, by role, the weights that it starts with instead of those of its path."""
     sources: dict[str, Mapping[str, WeightSource]] = {}
@@ -210,5 +218,9 @@ def _callbacks(config: RunConfig, parts: RunParts) -> list[Callback]:
     )
     callbacks += [plugins[name].build(value, parts) for name, value in in_order]
     if config.validation is not None:
-        callbacks.append(ValidationCallback(config.validation, parts.conditioning))
+        callbacks.append(
+            ValidationCallback(
+                config.validation, parts.conditioning, identities=_identities(config)
+            )
+        )
     return callbacks

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
         StepTimerCallback,
     )
     from distill_trainer.callbacks.progress import ProgressCallback
-    from distill_trainer.callbacks.validation import ValidationCallback
     from distill_trainer.distribution.ddp import DDPTrainStepWrapper
     from distill_trainer.distribution.launch import check_same_run
     from distill_trainer.distribution.strategy import Distribution
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from distill_trainer.trackers.jsonl import JsonlTracker
     from distill_trainer.trackers.tensorboard import TensorBoardTracker
     from distill_trainer.trackers.wandb import WandbTracker
+    from distill_trainer.validation.callback import ValidationCallback
 
 _LAZY = {
     "DDPTrainStepWrapper": "distribution.ddp",
@@ -68,7 +68,7 @@ _LAZY = {
     "StepTimerCallback": "callbacks.metrics",
     "TensorBoardTracker": "trackers.tensorboard",
     "TrainResult": "loop.trainer",
-    "ValidationCallback": "callbacks.validation",
+    "ValidationCallback": "validation.callback",
     "WandbTracker": "trackers.wandb",
     "build_optimizers": "optimizers",
     "check_same_run": "distribution.launch",

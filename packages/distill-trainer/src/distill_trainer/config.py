@@ -220,6 +220,12 @@ class ViewConfig:
 class ValidationConfig:
     """Clips sampled while training, from the same prompts and the same noise each time.
 
+    Each validation writes ``validation/iteration-<n>/`` in the output folder: a clip a prompt and
+    view, ``sheet.png`` with all views below each other, and ``validation.json``, which names all
+    of them; ``validation/over_time/<view>.png`` shows a view in all validations up to now. A view
+    of a role that is not trained is sampled once, kept in ``validation/kept/``, and never again
+    unless role, sampler, prompts or seed change.
+
     Attributes:
         every_steps: iterations between two validations; 0 validates only at start and end.
         at_start: validate before the first iteration of a fresh run.

@@ -35,6 +35,18 @@ def write_mp4(
         video.add(frames)
 
 
+def read_mp4(path: Path | str) -> np.ndarray:
+    """Read all frames of a clip that ``write_mp4`` wrote, [T, H, W, 3] uint8, enlarged as it is.
+
+    For files of our own: it knows no rotation, and no limit of sizes.
+
+    Raises:
+        OSError: it is not there, or no video.
+    """
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
 class Mp4Writer:
     """An H.264 file that is written as frames come; complete at the end of its `with` block.
 

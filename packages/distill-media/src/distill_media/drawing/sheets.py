@@ -39,19 +39,24 @@ def write_contact_sheet(
     *,
     frames_shown: int = 3,
     frame_side: int = 96,
+    columns: int | None = None,
 ) -> None:
     """Write one picture: a column a prompt (caption above), a row a model (label at the left), in
     each cell ``frames_shown`` frames spread over the clip from first to last, side by side.
 
     Every frame is enlarged by a whole factor to at least ``frame_side`` pixels.
 
+    Args:
+        columns: more prompts than these are shown below the first; None: all beside each other.
+
     Raises:
         ValueError: there is no row, or a row has not one clip a prompt.
     """
+    sheet = draw_contact_sheet(
+        rows, prompts, frames_shown=frames_shown, frame_side=frame_side, columns=columns
+    )
     with replace_file(path) as staging:
-        Image.fromarray(
-            draw_contact_sheet(rows, prompts, frames_shown=frames_shown, frame_side=frame_side)
-        ).save(staging, format="PNG")
+        Image.fromarray(sheet).save(staging, format="PNG")
 
 
 def draw_contact_sheet(
@@ -60,9 +65,28 @@ def draw_contact_sheet(
     *,
     frames_shown: int = 3,
     frame_side: int = 96,
+    columns: int | None = None,
 ) -> np.ndarray:
-    """Draw what ``write_contact_sheet`` writes, [H, W, 3] uint8. Same errors."""
-    return _draw_sheet(rows, prompts, lambda n: _spread(n, frames_shown), frame_side)
+    """Draw what ``write_contact_sheet`` writes, [H, W, 3] uint8. Same arguments and errors."""
+    for row in rows:
+        _check_row(row, len(prompts))
+    step = columns or max(1, len(prompts))
+    parts = [slice(first, first + step) for first in range(0, max(1, len(prompts)), step)]
+    bands = [
+        _draw_sheet(
+            [SheetRow(row.label, row.clips[part]) for row in rows],
+            prompts[part],
+            lambda n: spread_frames(n, frames_shown),
+            frame_side,
+        )
+        for part in parts
+    ]
+    width = max(band.shape[1] for band in bands)
+    padded = [
+        np.pad(band, ((0, 0), (0, width - band.shape[1]), (0, 0)), constant_values=PAPER[0])
+        for band in bands
+    ]
+    return np.concatenate(padded)
 
 
 def write_sheet_mp4(
@@ -131,17 +155,22 @@ def _row_of_cells(
     row: SheetRow, count: int, picks: Callable[[int], Sequence[int]], frame_side: int
 ) -> list[np.ndarray]:
     """Draw a picture [h, w, 3] of each clip."""
+    _check_row(row, count)
+    chosen = list(picks(row.clips.shape[1]))
+    return [frames_in_line(check_clip(clip)[chosen], frame_side) for clip in row.clips]
+
+
+def _check_row(row: SheetRow, count: int) -> None:
     if row.clips.ndim != 5 or row.clips.shape[0] != count:
         raise ValueError(
             f"row {row.label!r}: clips of shape {row.clips.shape} for {count} prompts; [N, T, H, "
             "W, 3] with one clip a prompt is needed, because a column shows one prompt for every "
             "row; sample each prompt once a row."
         )
-    chosen = list(picks(row.clips.shape[1]))
-    return [frames_in_line(check_clip(clip)[chosen], frame_side) for clip in row.clips]
 
 
-def _spread(frames: int, shown: int) -> list[int]:
+def spread_frames(frames: int, shown: int) -> list[int]:
+    """Return the numbers of at most ``shown`` of ``frames`` frames, from the first to the last."""
     return np.linspace(0, frames - 1, min(shown, frames)).round().astype(int).tolist()
 
 
@@ -151,6 +180,24 @@ def frames_in_line(frames: np.ndarray, frame_side: int) -> np.ndarray:
     line = np.full((large.shape[1], 2, 3), PAPER, np.uint8)
     parts = [part for frame in large for part in (frame, line)][:-1]
     return np.concatenate(parts, axis=1)
+
+
+def caption_clips(clips: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    """Put a caption above each clip of [N, T, H, W, 3] uint8, on paper; all become as high as the
+    longest caption needs: [N, T, H + h, W, 3].
+    """
+    size = 14
+    width = clips.shape[3]
+    lines = [wrap_text(caption, width - 8, font_size=size) for caption in captions]
+    height = 8 + (size + 4) * max(map(len, lines))
+    font = ImageFont.load_default(size)
+    bands = []
+    for own in lines:
+        band = Image.new("RGB", (width, height), PAPER)
+        ImageDraw.Draw(band).multiline_text((4, 4), "\n".join(own), INK, font, spacing=4)
+        bands.append(np.asarray(band))
+    shape = (*clips.shape[:2], height, width, 3)
+    return np.concatenate([np.broadcast_to(np.stack(bands)[:, None], shape), clips], axis=2)
 
 
 def wrap_text(text: str, width: int, *, font_size: int = _FONT_SIZE) -> list[str]:

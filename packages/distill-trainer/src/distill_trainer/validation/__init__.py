@@ -1,0 +1,1 @@
+"""What is looked at and measured while a run trains, without changing it."""

@@ -1,0 +1,299 @@
+"""Clips sampled while training, for people to watch. Sampling them never changes the run."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from attrs import asdict
+from distill_media import caption_clips, enlarge, read_mp4, shrink
+from distill_protocols import (
+    Callback,
+    Condition,
+    ConditioningProvider,
+    DataError,
+    RunState,
+    SamplerSpec,
+    SampleView,
+    StepRecord,
+)
+from distill_runtime import RowPartition, json_text, replace_folder, to_uint8
+from PIL import Image
+from torch import Tensor, nn
+
+from distill_trainer.config import ValidationConfig
+from distill_trainer.validation.files import (
+    KEPT,
+    SMALLEST_SIDE,
+    ShownView,
+    choose_frames,
+    read_kept,
+    write_clips,
+    write_kept,
+    write_over_time,
+    write_record,
+)
+
+_LONGEST_SIDE = 480
+"""Pixels of a clip in a tracker, at most: all of them are there beside each other. Files have all
+pixels."""
+
+
+class ValidationCallback(Callback):
+    """Samples the same prompts from the same noise through every view, and writes the clips.
+
+    Clips go to ``validation/iteration-<n>/<view>/``, one a prompt, with a contact sheet of all
+    views and ``validation.json``; to the trackers as ``validation/<view>``, with their captions;
+    and ``validation/over_time/<view>.png`` shows a view in all validations up to now. Noise comes
+    from ``ValidationConfig.seed`` and the prompt's place through the method, so no generator of
+    the run moves; modules sample in eval mode and get their own modes back.
+
+    A view of a role that is not trained always gives the same clips. They are sampled once and
+    kept in ``validation/kept/``, under a hash of what they depend on, so that neither the next
+    validation nor a resumed run samples them again, and a run file that states something else
+    does. Trackers get them once a process.
+
+    The prompts are divided among the ranks of the run, and the clips are those of one process. Rank
+    0 alone writes.
+
+    Args:
+        config: what to sample, and when.
+        conditioning: encodes the prompts, once, at the start of the run.
+        identities: by role, what its weights and clips are known by (paths, sizes), for kept
+            clips. Of a role that is not there its name is all that is known.
+    """
+
+    name = "validation"
+
+    def __init__(
+        self,
+        config: ValidationConfig,
+        conditioning: ConditioningProvider,
+        *,
+        identities: Mapping[str, object] | None = None,
+    ) -> None:
+        self.config = config
+        self._conditioning = conditioning
+        self._identities = identities or {}
+        self._cond: Condition | None = None
+        self._views = [
+            SampleView(name=name, role=view.role, sampler=view.sampler, ema=view.ema)
+            for name, view in config.views.items()
+        ]
+        self._kept: dict[str, str] = {}
+        """By frozen view, the folder of its clips, relative to ``validation/``."""
+        self._in_trackers: set[str] = set()
+        self._last = 0
+
+    def on_train_start(self, run: RunState) -> None:
+        # Now, not at the first validation: a prompt that cannot be encoded must not end a long run.
+        run.method.bundle.require_roles(view.role for view in self._views)
+        images = read_images(self.config.images) if self.config.images else None
+        self._cond = self._conditioning.encode(self.config.prompts, images)
+        self._kept = {
+            view.name: f"{KEPT}/{view.role}-{self._key(run, view)}"
+            for view in self._views
+            if not run.method.bundle[view.role].trainable
+        }
+
+    def on_step_start(self, run: RunState) -> None:
+        # Not in on_train_start: a run that is resumed gets its weights after that.
+        if run.iteration == 1 and self.config.at_start:
+            self._validate(run, 0)
+
+    def on_step_end(self, run: RunState, step: StepRecord) -> None:
+        if self.config.every_steps and step.iteration % self.config.every_steps == 0:
+            self._validate(run, step.iteration)
+
+    def on_train_end(self, run: RunState) -> None:
+        # A stop that was asked for (preemption) has no time left for clips.
+        if self.config.at_end and run.stop_reason is None and self._last != run.iteration:
+            self._validate(run, run.iteration)
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _validate(self, run: RunState, iteration: int) -> None:
+        run.check_finite()
+        self._last = iteration
+        root = run.output_dir / "validation"
+        clips: dict[str, np.ndarray | None] = {}
+        for view in self._views:
+            # For methods that sample without polling. Of views that move nothing is written before
+            # all are done.
+            run.method.stop.poll()
+            if view.name not in self._kept:
+                clips[view.name] = self._sample(run, view)
+            elif not run.ranks.run_on_first(lambda view=view: self._is_kept(root, view)):
+                pixels = self._sample(run, view)
+                run.ranks.run_on_first(lambda view=view, p=pixels: self._keep(root, view, p))
+        run.ranks.run_on_first(lambda: self._write(run, root, iteration, clips))
+
+    def _sample(self, run: RunState, view: SampleView) -> np.ndarray | None:
+        """Return clips of all prompts [N, T, H, W, 3] uint8 on rank 0; elsewhere None."""
+        assert self._cond is not None, "on_train_start has not run"
+        partition = RowPartition(run.ranks, len(self.config.prompts))
+        cond = self._cond[torch.tensor(partition.own)]
+        with torch.no_grad(), eval_mode(run.method.model_dict.values()):
+            clips = run.method.sample_for_logging(
+                [view], cond, seed=self.config.seed, rows=partition.own
+            )
+        gathered = partition.gather(to_uint8(clips[view.name]))
+        return None if gathered is None else gathered.numpy()
+
+    def _is_kept(self, root: Path, view: SampleView) -> bool:
+        return read_kept(root / self._kept[view.name], len(self.config.prompts)) is not None
+
+    def _keep(self, root: Path, view: SampleView, clips: np.ndarray | None) -> None:
+        assert clips is not None, "rank 0 has all clips"
+        write_kept(root / self._kept[view.name], clips, self.config.fps)
+
+    def _write(
+        self, run: RunState, root: Path, iteration: int, clips: Mapping[str, np.ndarray | None]
+    ) -> None:
+        shown: list[ShownView] = []
+        folder = root / f"iteration-{iteration:06d}"
+        # A resumed run may come to this iteration a second time, and replaces what is there.
+        with replace_folder(folder, only_writer=True) as stage:
+            for view in self._views:
+                pixels = clips.get(view.name)
+                if pixels is None:
+                    shown.append(self._show_kept(run, root, view))
+                    continue
+                (stage / view.name).mkdir()
+                files = write_clips(stage / view.name, pixels, self.config.fps)
+                place = f"{folder.name}/{view.name}"
+                shown.append(_shown(run, view, place, files, choose_frames(pixels)))
+            write_record(stage, iteration, self.config.fps, self.config.prompts, shown, {})
+        write_over_time(root, self.config.prompts, shown)
+        for view in shown:
+            pixels = clips.get(view.name)
+            if pixels is None and view.name not in self._in_trackers:
+                pixels = _read_clips(root / view.folder, view.files)
+                self._in_trackers.add(view.name)
+            if pixels is not None:
+                self._track(run, iteration, view.name, pixels)
+
+    def _show_kept(self, run: RunState, root: Path, view: SampleView) -> ShownView:
+        place = self._kept[view.name]
+        kept = read_kept(root / place, len(self.config.prompts))
+        if kept is None:
+            raise DataError(
+                f"{root / place} was there when this validation began and is not whole now; a run "
+                "needs its output folder for itself. Let nothing else write there"
+            )
+        files, frames = kept
+        return _shown(run, view, place, files, frames, is_frozen=True)
+
+    def _track(self, run: RunState, iteration: int, view: str, clips: np.ndarray) -> None:
+        """Give clips [N, T, H, W, 3] to the trackers, with their captions, in a size to read."""
+        if not run.trackers:
+            return
+        sized = shrink(enlarge(clips, SMALLEST_SIDE), _LONGEST_SIDE)
+        captioned = np.ascontiguousarray(caption_clips(sized, self.config.prompts))
+        video = torch.from_numpy(captioned).movedim(-1, 1) / 255
+        for tracker in run.trackers:
+            tracker.log_video(iteration, f"validation/{view}", video, self.config.fps)
+
+    def _key(self, run: RunState, view: SampleView) -> str:
+        """Hash everything that the clips of a frozen view follow from."""
+        assert self._cond is not None
+        spec = _spec(run, view)
+        named = {
+            "role": view.role,
+            "identity": self._identities.get(view.role),
+            "sampler": None if spec is None else asdict(spec),
+            "seed": self.config.seed,
+            "fps": self.config.fps,
+            "prompts": list(self.config.prompts),
+        }
+        digest = hashlib.sha256(json_text(named).encode())
+        # What the prompts became, and not their encoder's name: pictures are in it as well.
+        conditions = [self._cond]
+        if spec is not None and spec.guided:
+            conditions.append(self._conditioning.negative())
+        for condition in conditions:
+            for name, value in sorted(condition.tensors.items()):
+                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:12]
+
+
+def _spec(run: RunState, view: SampleView) -> SamplerSpec | None:
+    return view.sampler or run.method.sampler_spec
+
+
+def _shown(
+    run: RunState,
+    view: SampleView,
+    folder: str,
+    files: tuple[str, ...],
+    frames: np.ndarray,
+    *,
+    is_frozen: bool = False,
+) -> ShownView:
+    return ShownView(
+        name=view.name,
+        role=view.role,
+        ema=view.ema,
+        sampler=_spec(run, view),
+        folder=folder,
+        files=files,
+        frames=frames,
+        is_frozen=is_frozen,
+    )
+
+
+def _read_clips(folder: Path, files: Sequence[str]) -> np.ndarray:
+    """Read clips that ``write_clips`` wrote, [N, T, H, W, 3]."""
+    clips = []
+    for name in files:
+        if name.endswith(".png"):
+            with Image.open(folder / name, formats=("PNG",)) as file:
+                clips.append(np.asarray(file.convert("RGB"))[None])
+        else:
+            clips.append(read_mp4(folder / name))
+    return np.stack(clips)
+
+
+def read_images(paths: Sequence[str]) -> Tensor:
+    """Read PNG or JPEG files as [B, 3, H_px, W_px] in [0, 1].
+
+    Raises:
+        DataError: a file is no such image, or they are not of one size.
+    """
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path, formats=("PNG", "JPEG")) as file:
+                flat = torch.frombuffer(bytearray(file.convert("RGB").tobytes()), dtype=torch.uint8)
+                images.append(flat.view(file.height, file.width, 3).permute(2, 0, 1) / 255)
+        except (OSError, SyntaxError) as error:
+            raise DataError(
+                f"{path} cannot be read as a PNG or JPEG image ({error}); a clip cannot begin "
+                "with it. Save it again, or name another."
+            ) from error
+    sizes = {tuple(image.shape[1:]) for image in images}
+    if len(sizes) > 1:
+        raise DataError(
+            f"the images {', '.join(paths)} have several sizes (height, width): {sorted(sizes)}; "
+            "all must have the size of the run's clips. Scale and crop them."
+        )
+    return torch.stack(images)
+
+
+@contextlib.contextmanager
+def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within: all parts of ``modules`` are in eval mode; after: each as it was."""
+    # Flags instead of module.eval(): train() at the end would switch on parts that were off before.
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -1,0 +1,230 @@
+"""The files of a validation, and pictures of several. Letters: N prompts, K frames that are shown.
+
+::
+
+    validation/
+      iteration-000200/
+        validation.json     iteration, fps, prompts; by view: role, sampler, folder, files ...
+        sheet.png           a row for each view
+        <view>/             000.mp4 ... (000.png of a picture), frames.png: K frames of each clip
+      kept/<role>-<key>/    clips of a frozen view, made once and named by every validation.json
+      over_time/<view>.png  a row for each validation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from attrs import asdict, frozen
+from distill_media import (
+    Mp4Writer,
+    SheetRow,
+    enlarge,
+    shrink,
+    spread_frames,
+    write_contact_sheet,
+)
+from distill_protocols import SamplerSpec
+from distill_runtime import (
+    UnreadableFileError,
+    json_text,
+    path_inside,
+    read_json_object,
+    replace_folder,
+)
+from PIL import Image
+
+RECORD = "validation.json"
+SHEET = "sheet.png"
+FRAMES = "frames.png"
+KEPT, KEPT_RECORD = "kept", "kept.json"
+OVER_TIME = "over_time"
+SMALLEST_SIDE = 128
+"""Pixels; smaller clips are enlarged by a whole factor, or people could not see them."""
+FRAMES_SHOWN = 3
+_LONGEST_SIDE = 320
+"""Pixels of a frame in a picture, at most."""
+_COLUMNS = 6
+"""Prompts beside each other in a picture."""
+_ROWS = 12
+"""Validations in a picture over time; of more of them, so many, evenly spread."""
+_UNREADABLE = (
+    UnreadableFileError, OSError, KeyError, TypeError, ValueError, SyntaxError,
+    Image.DecompressionBombError,
+)  # fmt: skip
+"""What reading a damaged record or picture raises."""
+
+
+@frozen(kw_only=True, eq=False)
+class ShownView:
+    """One view of a validation, as its files and pictures show it.
+
+    Attributes:
+        sampler: None: not known.
+        folder: of its clips, relative to ``validation/``.
+        files: one a prompt.
+        frames: [N, K, H, W, 3] uint8, for pictures.
+        is_frozen: its weights never move, so that its clips are always these.
+    """
+
+    name: str
+    role: str
+    ema: bool
+    sampler: SamplerSpec | None
+    folder: str
+    files: tuple[str, ...]
+    frames: np.ndarray
+    is_frozen: bool
+
+    def row(self) -> SheetRow:
+        """Return its row of a contact sheet."""
+        calls = "" if self.sampler is None else f"\n{self.sampler.calls_per_clip} calls"
+        return SheetRow(f"{self.name}{calls}{' (EMA)' if self.ema else ''}", self.frames)
+
+    def record(self) -> dict[str, object]:
+        """Return what ``validation.json`` says of it."""
+        return {
+            "role": self.role,
+            "ema": self.ema,
+            "sampler": None if self.sampler is None else asdict(self.sampler),
+            "folder": self.folder,
+            "files": list(self.files),
+            "frames": self.frames.shape[1],
+        }
+
+
+def choose_frames(clips: np.ndarray) -> np.ndarray:
+    """Return the frames of clips [N, T, H, W, 3] that pictures show, [N, K, h, w, 3]."""
+    return shrink(clips[:, spread_frames(clips.shape[1], FRAMES_SHOWN)], _LONGEST_SIDE)
+
+
+def write_clips(folder: Path, clips: np.ndarray, fps: float) -> tuple[str, ...]:
+    """Write clips [N, T, H, W, 3] uint8 and their ``frames.png``; return the clips' names."""
+    names = []
+    for number, clip in enumerate(clips):
+        names.append(f"{number:03d}.{'png' if len(clip) == 1 else 'mp4'}")
+        if len(clip) == 1:
+            Image.fromarray(enlarge(clip[0], SMALLEST_SIDE)).save(folder / names[-1])
+        else:
+            # Not write_mp4: the folder itself appears whole or not at all.
+            with Mp4Writer(folder / names[-1], fps=fps, smallest_side=SMALLEST_SIDE) as video:
+                video.add(clip)
+    frames = choose_frames(clips)
+    n, k, h, w, _ = frames.shape
+    grid = frames.transpose(0, 2, 1, 3, 4).reshape(n * h, k * w, 3)
+    Image.fromarray(grid).save(folder / FRAMES)
+    return tuple(names)
+
+
+def read_frames(folder: Path, prompts: int, frames: int) -> np.ndarray:
+    """Read what ``write_clips`` wrote for pictures, [N, K, H, W, 3].
+
+    Raises:
+        OSError: it is not there, or no picture.
+        ValueError: it is one of other clips.
+    """
+    with Image.open(folder / FRAMES, formats=("PNG",)) as file:
+        grid = np.asarray(file.convert("RGB"))
+    height, width = grid.shape[:2]
+    if height % prompts or width % frames:
+        raise ValueError(f"{folder / FRAMES} is none of {prompts} clips of {frames} frames")
+    cells = grid.reshape(prompts, height // prompts, frames, width // frames, 3)
+    return cells.transpose(0, 2, 1, 3, 4)
+
+
+def write_kept(folder: Path, clips: np.ndarray, fps: float) -> None:
+    """Write clips of a view that is sampled once, whole or not at all."""
+    with replace_folder(folder, only_writer=True) as stage:
+        files = write_clips(stage, clips, fps)
+        shown = len(spread_frames(clips.shape[1], FRAMES_SHOWN))
+        (stage / KEPT_RECORD).write_text(json_text({"files": files, "frames": shown}))
+
+
+def read_kept(folder: Path, prompts: int) -> tuple[tuple[str, ...], np.ndarray] | None:
+    """Read names of kept clips and their frames for pictures; None: they must be made (again)."""
+    try:
+        record = read_json_object(folder / KEPT_RECORD)
+        files = tuple(str(name) for name in cast("list[object]", record["files"]))
+        frames = read_frames(folder, prompts, int(cast(int, record["frames"])))
+        whole = len(files) == prompts and all((folder / name).is_file() for name in files)
+    except _UNREADABLE:
+        return None
+    return (files, frames) if whole else None
+
+
+def write_record(
+    folder: Path,
+    iteration: int,
+    fps: float,
+    prompts: Sequence[str],
+    views: Sequence[ShownView],
+    more: Mapping[str, object],
+) -> None:
+    """Write ``validation.json`` and, where there are views, ``sheet.png``.
+
+    Args:
+        more: further entries of the record.
+    """
+    record = {
+        "iteration": iteration,
+        "fps": fps,
+        "prompts": list(prompts),
+        "views": {view.name: view.record() for view in views},
+        **more,
+    }
+    (folder / RECORD).write_text(json_text(record))
+    if views:
+        rows = [view.row() for view in views]
+        write_contact_sheet(
+            rows, prompts, folder / SHEET, frames_shown=FRAMES_SHOWN, columns=_COLUMNS
+        )
+
+
+def write_over_time(root: Path, prompts: Sequence[str], views: Sequence[ShownView]) -> None:
+    """Write for each view that moves one picture of all its validations of these prompts up to
+    now: first the frozen views, then a row for each validation.
+
+    Args:
+        root: ``validation/``.
+        views: of the newest validation, whose folder is there.
+    """
+    reference = [view.row() for view in views if view.is_frozen]
+    for view in views:
+        if view.is_frozen:
+            continue
+        newest = iteration_of(Path(view.folder).parent.name)
+        folders = [folder for number, folder in _validations(root) if number <= newest]
+        rows = [row for folder in folders if (row := _row_of(folder, view.name, prompts))]
+        chosen = [rows[n] for n in spread_frames(len(rows), _ROWS)]
+        path = root / OVER_TIME / f"{view.name}.png"
+        write_contact_sheet(
+            [*reference, *chosen], prompts, path, frames_shown=FRAMES_SHOWN, columns=_COLUMNS
+        )
+
+
+def iteration_of(folder: str) -> int:
+    """Return the iteration of a folder's name; -1: it is none of a validation."""
+    number = folder.removeprefix("iteration-")
+    return int(number) if number != folder and number.isascii() and number.isdigit() else -1
+
+
+def _validations(root: Path) -> Iterator[tuple[int, Path]]:
+    numbered = [(iteration_of(path.name), path) for path in root.iterdir()]
+    yield from sorted((number, path) for number, path in numbered if number >= 0)
+
+
+def _row_of(folder: Path, view: str, prompts: Sequence[str]) -> SheetRow | None:
+    """Return the row of a former validation; None: it has none, or one of other prompts."""
+    try:
+        record = read_json_object(folder / RECORD)
+        if record["prompts"] != list(prompts):
+            return None
+        own = cast("Mapping[str, Mapping[str, object]]", record["views"])[view]
+        clips = path_inside(folder.parent, own["folder"], folder / RECORD)
+        frames = read_frames(clips, len(prompts), int(cast(int, own["frames"])))
+    except _UNREADABLE:
+        return None  # one of an earlier release, or damaged: the picture shows the others
+    return SheetRow(f"{iteration_of(folder.name):,}", frames)
