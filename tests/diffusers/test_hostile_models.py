@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -300,3 +301,24 @@ def test_published_models_have_no_problem(plugin):
         for config in model.transformers.values():
             plain = json.loads(json.dumps(dict(config)))
             assert list(config_problems(plain)) == []
+
+
+class _Decoder:
+    def __init__(self, scales: tuple[bool, ...] = (True,), gates: bool | None = None) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("entries", "right"),
+    [
+        ({"scales": [False, True]}, True),
+        ({"scales": None}, True),
+        ({"gates": True}, True),
+        ({"scales": [False, None]}, False),  # a constructor takes it for false
+        ({"scales": [[False]]}, False),  # and this for true
+        ({"scales": [1]}, False),
+    ],
+)
+def test_entries_of_a_list_have_the_types_of_the_default(entries, right):
+    context = contextlib.nullcontext() if right else pytest.raises(TypeError, match="scales")
+    with context:
+        building.check_types(_Decoder, entries)

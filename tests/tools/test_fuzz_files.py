@@ -12,8 +12,9 @@ import pytest
 import torch
 from distill_protocols import WeightsError
 from fuzz_files.fuzz import fuzz
-from fuzz_files.kinds import Kind, SilentDifferenceError, all_kinds
+from fuzz_files.kinds import Kind, SilentDifferenceError
 from fuzz_files.mutations import mutate_bytes, mutate_json, mutate_safetensors, mutate_yaml
+from fuzz_files.other_kinds import all_kinds
 
 KINDS = all_kinds()
 torch.set_num_threads(1)

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from fuzz_files.fuzz import fuzz
-    from fuzz_files.kinds import all_kinds
+    from fuzz_files.other_kinds import all_kinds
 
     torch.set_num_threads(1)
     wanted = [k for k in all_kinds() if not args.kinds or any(w in k.name for w in args.kinds)]

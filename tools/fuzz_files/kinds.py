@@ -59,12 +59,13 @@ class Kind:
     sign: Callable[[Path], None] = field(default=lambda folder: None)
 
 
-def _require(ok: bool, what: str) -> None:
+def require(ok: bool, what: str) -> None:
+    """Raise ``SilentDifferenceError`` unless ``ok``."""
     if not ok:
         raise SilentDifferenceError(what)
 
 
-def _make_folder(make: Callable[[Path], object]) -> Callable[[], Path]:
+def make_folder(make: Callable[[Path], object]) -> Callable[[], Path]:
     """Return a folder that ``make`` fills, once a process."""
 
     @functools.cache
@@ -108,7 +109,7 @@ def _use_run_file(folder: Path, name: str = "run.yaml", models: str | None = Non
     config = read_config(folder / name, None if models is None else folder / models)
     again = folder / "again.yaml"
     again.write_text(json.dumps(config.resolved))
-    _require(read_config(again).resolved == config.resolved, "its record reads otherwise")
+    require(read_config(again).resolved == config.resolved, "its record reads otherwise")
     again.unlink()
 
 
@@ -118,7 +119,7 @@ def _use_yaml(folder: Path) -> None:
     source = read_source(folder / "run.yaml")
     if source.values is not None and not source.problems:
         text = (folder / "run.yaml").read_bytes().decode("utf-8-sig")
-        _require(
+        require(
             repr(source.values) == repr(_plain(yaml.load(text, _Yaml12))), "YAML read otherwise"
         )
     _use_run_file(folder)
@@ -219,7 +220,7 @@ def _use_checkpoint(folder: Path, *, signed: bool = False) -> None:
     states = _states()
     iteration, state = _resumed(folder)
     if not signed:  # a signed change is meant
-        _require(states.get(iteration) == state, f"resumed {iteration} with another state")
+        require(states.get(iteration) == state, f"resumed {iteration} with another state")
     newest = folder / "checkpoint-000002"
     is_checkpoint_folder(newest)
     list(role_problems(newest, "student", ema=True))
@@ -256,7 +257,7 @@ def _sign_manifest(folder: Path) -> None:
     file.write_text(json.dumps({**body, "digest": hashlib.sha256(text.encode()).hexdigest()}))
 
 
-_CHECKPOINTS = _make_folder(_write_checkpoints)
+_CHECKPOINTS = make_folder(_write_checkpoints)
 
 
 def _checkpoint_kinds() -> Iterator[Kind]:
@@ -314,7 +315,7 @@ def _use_data(folder: Path) -> None:
 
     info = dataset_info(folder / "data")
     dataset = LatentDataset(DataConfig(path=str(folder / "data")))
-    _require(not info.problems, "read in spite of its problems")
+    require(not info.problems, "read in spite of its problems")
     for number in range(min(3, len(dataset))):
         dataset.read(torch.tensor([number]))
         dataset.caption(number)
@@ -373,7 +374,7 @@ def _cached(folder: Path) -> torch.Tensor:
 
 
 def _use_cache(folder: Path) -> None:
-    _require(torch.equal(_cached(folder), torch.ones(1, 2, 3)), "another condition")
+    require(torch.equal(_cached(folder), torch.ones(1, 2, 3)), "another condition")
 
 
 # -- models ---------------------------------------------------------------------------------------
@@ -431,7 +432,7 @@ def _use_pipeline(folder: Path, *, plan: bool = True, encode: bool = False) -> N
     adapter.condition_fingerprint()
     if encode:
         adapter.encode_condition(["a seven"])
-    _require(not problems, f"used in spite of {problems[:1]}")
+    require(not problems, f"used in spite of {problems[:1]}")
 
 
 def _check_run_file(folder: Path) -> None:
@@ -541,7 +542,7 @@ def _use_judge(folder: Path) -> None:
             1, 3, *(getattr(judge.network.config, n) for n in ("frames", "height", "width"))
         )
     )
-    _require(not problems, f"used in spite of {problems[:1]}")
+    require(not problems, f"used in spite of {problems[:1]}")
 
 
 def _write_foreign(folder: Path) -> None:
@@ -569,20 +570,20 @@ def _use_foreign(folder: Path, source: str) -> None:
 # -- all ------------------------------------------------------------------------------------------
 
 
-def all_kinds() -> list[Kind]:
-    """Return every kind of file that a run, an export, a migration or a data set reads."""
+def core_kinds() -> list[Kind]:
+    """Return the kinds of this module."""
     runs, data, judge = (
-        _make_folder(_write_run_files),
-        _make_folder(_write_data),
-        _make_folder(_write_judge),
+        make_folder(_write_run_files),
+        make_folder(_write_data),
+        make_folder(_write_judge),
     )
     wan, sharded, foreign = (
-        _make_folder(_write_pipeline),
-        _make_folder(_write_sharded),
-        _make_folder(_write_foreign),
+        make_folder(_write_pipeline),
+        make_folder(_write_sharded),
+        make_folder(_write_foreign),
     )
-    trajectories, image = _make_folder(_write_trajectories), _make_folder(_write_image_pipeline)
-    cache, marker = _make_folder(_write_cache), _make_folder(_write_marker)
+    trajectories, image = make_folder(_write_trajectories), make_folder(_write_image_pipeline)
+    cache, marker = make_folder(_write_cache), make_folder(_write_marker)
     json_, tensors = mutate_json, mutate_safetensors
     vision, steps = "i2v/image_encoder/config.json", "data/trajectories.json"
     pixels = "i2v/image_processor/preprocessor_config.json"

@@ -78,8 +78,10 @@ def check_types(model_class: type[object], config: Mapping[str, object]) -> None
         if name not in config or default is inspect.Parameter.empty:
             continue
         known, given = _kinds(default), _kinds(config[name])
-        # Constructors replace a null that stands for a size or a switch, but no epsilon.
-        allowed = known if isinstance(default, float) else known | {"null"}
+        # Constructors replace a null that stands for a size or a switch, but no epsilon, and none
+        # in a list.
+        replaced = config[name] is None and not isinstance(default, float)
+        allowed = known | {"null"} if replaced else known
         if known - {"null"} and not given <= allowed:
             raise TypeError(
                 f"{name}: {ascii(config[name])[:60]} is {' and '.join(sorted(given))}, where "
@@ -100,7 +102,9 @@ def check_buffers(module: nn.Module) -> None:
 
 def _kinds(value: object) -> set[str]:
     if isinstance(value, list | tuple):
-        return {kind for item in value for kind in _kinds(item)}
+        # A list in a list is told apart: [false] in place of a flag would be taken for true.
+        nested = {"a list" for item in value if isinstance(item, list | tuple)}
+        return nested | {kind for item in value for kind in _kinds(item)}
     if isinstance(value, bool):
         return {"a flag"}
     if isinstance(value, int | float):
