@@ -27,6 +27,8 @@ LIGHT = (
     "distill_methods.plugins",
     "distill_adapters_wan.names.fastvideo",
     "distill_adapters_wan.plugin",
+    "distill_evaluation.page",
+    "distill_evaluation.page.plugin",
     "distill_evaluation.plugins",
     "distill_runfile.cli",
     "distill_runfile.read",
@@ -34,6 +36,7 @@ LIGHT = (
     "distill_export.cli",
     "distill_migrate.cli",
     "distill_preprocess.cli",
+    "distill_report.cli",
     "distill_sample.cli",
     "distill_trajectories.cli",
 )

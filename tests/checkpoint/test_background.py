@@ -142,6 +142,7 @@ def test_when_training_raises_the_save_under_way_is_waited_for(tmp_path, gate, f
 def test_trackers_and_the_log_see_the_stall(tmp_path, caplog, in_background):
     caplog.set_level(logging.INFO)
     run, tracker = new_run(Shape()), MemoryTracker()
+    caplog.set_level(logging.DEBUG, logger="distill_checkpoint")
     config = CheckpointConfig(async_save=in_background, every_steps=2)
     DistillTrainer(
         training(tmp_path, 5, log_every=1), callbacks=list(run.callbacks.values()),

@@ -197,7 +197,8 @@ def _callbacks(config: RunConfig, parts: RunParts) -> list[Callback]:
     """Build the callbacks in the order in which they are called.
 
     Export comes first, so that the result of a run is safe before a report may fail. What measures,
-    then validation, come last, as they read averages that have moved.
+    then validation, come late, as they read averages that have moved; what shows their results is
+    the last.
     """
     callbacks: list[Callback] = []
     if config.checkpoint.export:
@@ -216,11 +217,18 @@ def _callbacks(config: RunConfig, parts: RunParts) -> list[Callback]:
     in_order = sorted(
         config.callbacks.items(), key=lambda item: bool(plugins[item[0]].metrics(item[1]))
     )
-    callbacks += [plugins[name].build(value, parts) for name, value in in_order]
+    callbacks += [
+        plugins[name].build(value, parts)
+        for name, value in in_order
+        if not plugins[name].shows_results
+    ]
     if config.validation is not None:
         callbacks.append(
             ValidationCallback(
                 config.validation, parts.conditioning, identities=_identities(config)
             )
         )
+    callbacks += [
+        plugins[name].build(value, parts) for name, value in in_order if plugins[name].shows_results
+    ]
     return callbacks

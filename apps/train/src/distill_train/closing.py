@@ -64,7 +64,11 @@ def _next_commands(config: RunConfig, output: Path) -> Iterator[str]:
         beside = any(view.role == "teacher" and view.sampler is not None for view in views)
         also = " --also teacher" if beside else ""
         yield f"uv run apps/sample {folder} --prompt {shlex.quote(prompt)}{also}"
-    yield f"uv run apps/report {folder}   # open {_shown(output / 'report.html')} in a browser"
+    page = output / "report.html"
+    if page.exists():
+        yield f"open {shlex.quote(_shown(page))} in a browser"
+    else:
+        yield f"uv run apps/report {folder}   # makes a page of the run"
 
 
 def _shown(path: Path) -> str:

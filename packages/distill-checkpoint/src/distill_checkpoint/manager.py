@@ -207,7 +207,9 @@ class CheckpointManager:
         stall = time.perf_counter() - began
         run.metrics[STALL] = run.carried[STALL] = stall
         if ranks.is_first:
-            logger.info(
+            # The time of a synchronous one is that of its write, which is logged anyway.
+            logger.log(
+                logging.INFO if self.config.async_save or waited > 1 else logging.DEBUG,
                 "iteration %d: %s save held up the training for %.2f s, %.2f s of it for the "
                 "save before",
                 run.iteration,

@@ -30,9 +30,11 @@ if TYPE_CHECKING:
         Mp4Writer,
         clips_to_gif,
         encode_animation,
+        encode_mp4,
         read_mp4,
         write_mp4,
     )
+    from distill_media.drawing.reading import Animation, read_animation
     from distill_media.drawing.scaling import enlarge, scale_to_height, shrink, side_by_side
     from distill_media.drawing.sheets import (
         SheetRow,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from distill_media.stored import StoredReader, StoredSample
 
 __all__ = [
+    "Animation",
     "CaptionsConfig",
     "ClipShape",
     "CutConfig",
@@ -67,10 +70,12 @@ __all__ = [
     "decode_clips",
     "draw_contact_sheet",
     "encode_animation",
+    "encode_mp4",
     "enlarge",
     "find_notes",
     "group_clips",
     "plan_clips",
+    "read_animation",
     "read_clips",
     "read_items",
     "read_mp4",
@@ -91,9 +96,10 @@ _LAZY = {
         "clips",
     ),
     **dict.fromkeys(
-        ["Mp4Writer", "clips_to_gif", "encode_animation", "read_mp4", "write_mp4"],
+        ["Mp4Writer", "clips_to_gif", "encode_animation", "encode_mp4", "read_mp4", "write_mp4"],
         "drawing.encoding",
     ),
+    **dict.fromkeys(["Animation", "read_animation"], "drawing.reading"),
     **dict.fromkeys(["enlarge", "scale_to_height", "shrink", "side_by_side"], "drawing.scaling"),
     **dict.fromkeys(
         [

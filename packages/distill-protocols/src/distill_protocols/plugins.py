@@ -374,6 +374,9 @@ class CallbackPlugin(ABC, Generic[ConfigT]):
     of ``config_class``, which then must not have a field without one. A file turns it off by
     ``null`` in place of its options. For callbacks that only observe (``Callback.only_observes``):
     whoever installs the package gets them, in runs that are under way too."""
+    shows_results: ClassVar[bool] = False
+    """Whether the callback shows what the others leave behind, and is therefore called after all
+    of them, validation included."""
 
     def averages(self, config: ConfigT) -> tuple[str, ...]:
         """Roles of which this callback keeps an average of the weights."""

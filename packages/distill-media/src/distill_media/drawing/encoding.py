@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import av
 import numpy as np
@@ -16,7 +16,8 @@ from distill_media.drawing.scaling import check_clip, enlarge, pad_to_even, side
 
 # Without mbtree: x264's look-ahead for it reads memory that nobody wrote, so that equal frames
 # became other files now and then.
-_X264 = {"crf": "12", "mbtree": "0"}
+_X264 = {"mbtree": "0"}
+_CRF = 12
 
 
 def write_mp4(
@@ -47,19 +48,42 @@ def read_mp4(path: Path | str) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
+def encode_mp4(frames: np.ndarray, *, fps: float, smallest_side: int = 1, crf: int = _CRF) -> bytes:
+    """Encode one clip [T, H, W, 3] uint8 as ``Mp4Writer`` does, in memory.
+
+    Raises:
+        ValueError: it has another shape or type.
+    """
+    check_clip(frames)
+    buffer = io.BytesIO()
+    with Mp4Writer(buffer, fps=fps, smallest_side=smallest_side, crf=crf) as video:
+        video.add(frames)
+    return buffer.getvalue()
+
+
 class Mp4Writer:
     """An H.264 file that is written as frames come; complete at the end of its `with` block.
 
     On one machine, equal frames give equal bytes.
 
     Args:
-        path: of the file.
+        target: path of the file, or a buffer.
         fps: frames per second.
         smallest_side: each pixel is enlarged by the smallest whole factor that reaches it.
+        crf: x264's constant rate factor: 12 shows no loss, and each 6 more halve the size.
     """
 
-    def __init__(self, path: Path | str, *, fps: float, smallest_side: int = 1) -> None:
-        self._container = av.open(str(path), "w")
+    def __init__(
+        self,
+        target: Path | str | BinaryIO,
+        *,
+        fps: float,
+        smallest_side: int = 1,
+        crf: int = _CRF,
+    ) -> None:
+        file = str(target) if isinstance(target, Path | str) else target
+        self._container = av.open(file, "w", format=None if isinstance(file, str) else "mp4")
+        self._options = {**_X264, "crf": str(crf)}
         self._fps = Fraction(fps).limit_denominator(1000)
         self._smallest_side = smallest_side
         self._stream: av.VideoStream | None = None
@@ -74,7 +98,7 @@ class Mp4Writer:
         pixels = pad_to_even(enlarge(check_clip(frames), self._smallest_side))
         if self._stream is None:
             self._stream = self._container.add_stream(
-                "libx264", rate=self._fps, options=dict(_X264)
+                "libx264", rate=self._fps, options=dict(self._options)
             )
             self._stream.height, self._stream.width = pixels.shape[1:3]
             self._stream.pix_fmt = "yuv420p"  # the only layout that browsers and phones all play

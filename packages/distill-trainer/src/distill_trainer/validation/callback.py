@@ -121,7 +121,8 @@ class ValidationCallback(Callback):
         self._last = iteration
         root = run.output_dir / "validation"
         clips: dict[str, np.ndarray | None] = {}
-        for view in self._views:
+        for done, view in enumerate(self._views):
+            run.report_progress("validation", done, len(self._views))
             # For methods that sample without polling. Of views that move nothing is written before
             # all are done.
             run.method.stop.poll()
@@ -131,6 +132,7 @@ class ValidationCallback(Callback):
                 pixels = self._sample(run, view)
                 run.ranks.run_on_first(lambda view=view, p=pixels: self._keep(root, view, p))
         run.ranks.run_on_first(lambda: self._write(run, root, iteration, clips))
+        run.report_progress("validation", len(self._views), len(self._views))
 
     def _sample(self, run: RunState, view: SampleView) -> np.ndarray | None:
         """Return clips of all prompts [N, T, H, W, 3] uint8 on rank 0; elsewhere None."""

@@ -1,0 +1,1 @@
+"""Makes the page of a run, or of several runs to compare them."""
