@@ -1,38 +1,22 @@
-"""The examples of the README work."""
+"""The examples of the README, and of the page that it sends a newcomer to, work."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+FIRST_RUN = (ROOT / "docs" / "start" / "first-run.md").read_text()
 
 
-def block(word: str) -> str:
-    (match,) = (text for text in BLOCKS if word in text)
-    return match
+def test_it_is_short():
+    assert len(README.splitlines()) <= 150
 
 
-def test_a_method_in_forty_lines(tmp_path, monkeypatch):
-    text = block("class MatchTeacher")
-    assert len([line for line in text.splitlines() if line.strip()]) <= 40
-    monkeypatch.chdir(tmp_path)
-    scope: dict[str, object] = {}
-    exec(compile(text, "README.md", "exec"), scope)
-    losses = (tmp_path / "outputs" / "match" / "metrics.jsonl").read_text().splitlines()
-    assert len(losses) == 20
-    net, teacher = scope["net"], scope["teacher"]
-    x = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert (net(x) - teacher(x)).square().mean() < 0.1 * teacher(x).square().mean()
-
-
-def test_an_export_is_sampled_as_the_readme_says(tmp_path, monkeypatch):
+def test_an_export_is_sampled_as_the_first_run_says(tmp_path, monkeypatch):
     from distill_adapters_wan import PLUGIN, WanPipelineConfig
     from distill_protocols import ExportRequest, RoleSpec, SamplerSpec
 
@@ -44,21 +28,19 @@ def test_an_export_is_sampled_as_the_readme_says(tmp_path, monkeypatch):
     exporter = PLUGIN.exporter(config, source=source)
     exporter.export(role, PLUGIN.weights(source), folder, ExportRequest(sampler=spec))
     monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", FIRST_RUN, re.DOTALL)
     scope: dict[str, object] = {}
     with torch.random.fork_rng(devices=[]):
-        exec(compile(block("WanPipeline.from_pretrained"), "README.md", "exec"), scope)
+        exec(compile(code, "first-run.md", "exec"), scope)
     assert scope["frames"].shape == (9, 32, 32, 3)
     assert scope["pipe"].scheduler.timesteps.tolist() == [1000.0, 700.0]
 
 
 def test_the_run_file_in_the_readme_holds_only_keys_that_exist(tmp_path):
-    from distill_protocols import ConfigError
     from distill_runfile.read import read_config
 
-    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (text,) = re.findall(r"```yaml\n(# run.yaml.*?)```", README, re.DOTALL)
     file = tmp_path / "run.yaml"
     file.write_text(text)
-    with pytest.raises(ConfigError) as excinfo:
-        read_config(file, planning=True)
-    # The folder of the teacher is an example; nothing else may be wrong.
-    assert all("models.teacher.path" in problem for problem in excinfo.value.problems)
+    config = read_config(file, planning=True, world_size=8)
+    assert config.missing  # data and weights; nothing is wrong

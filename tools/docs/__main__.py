@@ -3,6 +3,8 @@
     uv run tools/docs build                  # into site/; a warning is an error
     uv run tools/docs build --to FOLDER
     uv run tools/docs serve                  # on localhost, rebuilt when a page changes
+    uv run tools/docs memory                 # plan the table of docs/reference/memory.md anew
+    uv run tools/docs picture                # docs/teacher_student.webp, of outputs/tiny-dmd2
 
 It needs no network, and the result works from its folder.
 """
@@ -14,6 +16,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 sys.path[0] = str(HERE.parent)  # and not this folder, whose names are those of a package
 
 
@@ -24,9 +27,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="write the site")
-    build.add_argument("--to", type=Path, default=HERE.parents[1] / "site", metavar="FOLDER")
+    build.add_argument("--to", type=Path, default=ROOT / "site", metavar="FOLDER")
     commands.add_parser("serve", help="show it on localhost:8000 while it is written")
+    commands.add_parser("memory", help="plan the table of memory anew (minutes)")
+    picture = commands.add_parser("picture", help="make the README's picture of a finished run")
+    picture.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny-dmd2")
+    picture.add_argument("--to", type=Path, default=ROOT / "docs" / "teacher_student.webp")
     args = parser.parse_args(argv)
+    if args.command == "memory":
+        from docs.memory import write_table
+
+        write_table()
+        return 0
+    if args.command == "picture":
+        from docs.picture import make_picture
+
+        make_picture(args.run, args.to)
+        return 0
     return build_site(args.to) if args.command == "build" else serve_site()
 
 
@@ -36,7 +53,7 @@ def build_site(folder: Path) -> int:
     from mkdocs.config import load_config
     from mkdocs.exceptions import Abort
 
-    config = load_config(str(HERE.parents[1] / "mkdocs.yml"), site_dir=str(folder.resolve()))
+    config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder.resolve()))
     config.plugins.on_startup(command="build", dirty=False)
     try:
         build(config)
@@ -52,7 +69,7 @@ def serve_site() -> int:
     """Serve the site until Ctrl-C."""
     from mkdocs.commands.serve import serve
 
-    serve(str(HERE.parents[1] / "mkdocs.yml"))
+    serve(str(ROOT / "mkdocs.yml"))
     return 0
 
 

@@ -86,7 +86,14 @@ def option_pages() -> tuple[OptionsPage, ...]:
                 name=f"pipeline_config-{name}",
                 title=f"pipeline_config of {name}",
                 sections=(
-                    Section(path="pipeline_config", config=plugin.config_class, plugin=name),
+                    Section(
+                        path="pipeline_config",
+                        config=plugin.config_class,
+                        plugin=name,
+                        note="Beside these keys, `pipeline_config_path` may name a file that holds "
+                        "them; keys here override those of the file "
+                        "([several files](../../packages/distill-runfile.md#several-files)).",
+                    ),
                 ),
             )
             for name, plugin in families.items()
