@@ -239,7 +239,7 @@ def test_the_first_run_and_what_follows(workplace):
     assert len(seen) == 4
     output = workplace / "outputs" / "tiny-dmd2"
     names = (
-        "student/sampler_spec.json", "report.json", "contact_sheet.png", "clips.mp4",
+        "student/sampler_spec.json", "report.html", "report.json", "contact_sheet.png", "clips.mp4",
         "metrics.jsonl", "checkpoint-000002", "validation", "run_record.json",
     )  # fmt: skip
     assert [name for name in names if not (output / name).exists()] == []

@@ -36,7 +36,7 @@ RUN_FILES = (
 )
 PROCESSES = (8, 16, 64)
 DEVICE = 80 * 10**9
-_TABLE = re.compile(r"(?<=<!-- made by: uv run tools/docs memory -->\n).*?(?=\n<!-- end -->)", re.S)
+_TABLE = re.compile(r"(?<=<!-- made by: uv run tools/docs memory -->\n).*?(?=<!-- end -->)", re.S)
 
 
 @frozen(kw_only=True)
@@ -112,16 +112,20 @@ def render_table() -> str:
         f"|---|---|{'---|' * len(PROCESSES)}",
     ]
     for name in RUN_FILES:
-        lines += [render_row(row) for row in plan_rows(name)]
-        print(lines[-1], flush=True)
-    return "\n".join(lines)
+        for row in plan_rows(name):
+            lines.append(render_row(row))
+            print(lines[-1], flush=True)
+    return "\n".join([*lines, "", ""])
 
 
 def write_table(page: Path = PAGE) -> None:
     """Put the table into its page."""
     table = render_table()
+    text, count = _TABLE.subn(lambda _: table, page.read_text())
+    if count != 1:
+        raise SystemExit(f"{page} has no place for the table: a comment before it, and one after")
     with replace_file(page) as staging:
-        staging.write_text(_TABLE.sub(lambda _: table, page.read_text()))
+        staging.write_text(text)
 
 
 def read_rows(page: Path = PAGE) -> list[str]:
