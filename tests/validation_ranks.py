@@ -184,7 +184,7 @@ def run_report(
     }
     config = ReportConfig(
         judge=str(JUDGE), prompts=str(own), clips_per_prompt=2, every_steps=1,
-        sheet_prompts=tuple(lines[-sheet_prompts:]), entries=entries,
+        sheet_prompts=tuple(lines[-sheet_prompts:]), entries=entries, reference="teacher",
     )  # fmt: skip
     parts: Any = RunParts(
         method=method, adapter=adapter, conditioning=Texts(), exporter=None, output_dir=folder

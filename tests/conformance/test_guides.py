@@ -6,8 +6,11 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from distill_protocols import Samples
 from distill_runtime import load_plugin
 from distill_trainer import DistillTrainer
 from toy_trainer import alternating, batches, training
@@ -137,6 +140,18 @@ def test_the_family_of_the_guide_passes_the_suite(install):
     outcomes = run_suite(folder)
     assert outcomes.failed == []
     assert outcomes.passed >= 35
+
+
+def test_the_metric_of_the_guide_measures_flicker(install):
+    install("metric.md")
+    plugin = load_plugin("distill.metrics", "flicker")
+    parts: Any = None
+    metric = plugin.build(plugin.config_class(least=0.1), parts)
+    clips = torch.zeros(2, 3, 3, 5, 8, 8)
+    clips[1, :, :, 2] = 0.2  # one frame of five lights up: two of four changes, in half the clips
+    samples = Samples(prompts=("a", "b"), rows=(0, 1), clips=clips, latents=clips)
+    assert metric.combine(metric.measure(samples)) == {"flicker": 0.25}
+    assert list(plugin.numbers(plugin.config_class(), parts)) == ["flicker"]
 
 
 def test_the_callback_of_the_guide_stops_a_run(install, tmp_path):

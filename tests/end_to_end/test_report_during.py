@@ -25,7 +25,10 @@ ENTRIES = {
     "student_2": {"role": "student", "ema": True},  # its sampler draws noise
     "student_2_live": {"role": "student", "during": False},
 }
-NUMBERS = {"fd", "digit", "direction", "variance"}
+NUMBERS = {
+    "fd", "digit", "direction", "variance", "motion", "flow", "sharpness", "contrast", "saturation",
+    "clipped",
+}  # fmt: skip
 
 
 class Watcher:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,66 +12,20 @@ import pytest
 import torch
 from distill_evaluation.config import ReportConfig, ReportEntry
 from distill_evaluation.distances import DistanceReference
-from distill_evaluation.judge import Judge
+from distill_evaluation.plugins import report as plugin
 from distill_evaluation.report import CHUNK, ReportCallback
 from distill_protocols import (
-    Condition,
     DataError,
     ModelBundle,
     RoleHandle,
     RowGenerators,
     RunParts,
     RunState,
-    SamplerSpec,
 )
-from distill_runtime import ALONE, DistillMethod
+from distill_runtime import ALONE
+from report_runs import CPU, JUDGE, Adapter, Conditioning, Method
 from safetensors.torch import save_file
-from torch import Tensor, nn
-
-CPU = torch.device("cpu")
-JUDGE = Path(__file__).resolve().parents[2] / "configs" / "tiny" / "judge"
-
-
-class Method(DistillMethod[None]):
-    def single_train_step(self, batch: Any, iteration: int) -> Any:
-        raise NotImplementedError
-
-    def get_optimizers(self, iteration: int) -> Any:
-        raise NotImplementedError
-
-    @property
-    def sampler_spec(self) -> SamplerSpec:
-        return SamplerSpec(steps=2)
-
-
-class Adapter:
-    """Latents are pixels; a sample is its noise. Counts what it was asked to do."""
-
-    def __init__(self) -> None:
-        judge = Judge.load(JUDGE).network.config
-        self.latent_shape = (3, judge.frames, judge.height, judge.width)
-        self.done: list[str] = []
-
-    def normalize_latents(self, latents: Tensor) -> Tensor:
-        return (latents - 1) / 2
-
-    def decode(self, latents: Tensor) -> Tensor:
-        self.done.append("decode")
-        return torch.sigmoid(latents)
-
-    def sample(
-        self, role: str, spec: SamplerSpec, noise: Tensor, cond: Condition, *,
-        poll: Callable[[], None], **_: Any,
-    ) -> Tensor:  # fmt: skip
-        for _ in range(spec.steps):
-            poll()
-            self.done.append("call")
-        return noise
-
-
-class Conditioning:
-    def encode(self, prompts: Sequence[str], images: object = None) -> Condition:
-        return Condition({"text": torch.zeros(len(prompts), 1)})
+from torch import nn
 
 
 def parts_of_a_run(
@@ -108,7 +61,7 @@ def test_a_stop_ends_the_report_before_the_next_call_and_leaves_no_file(tmp_path
     report, run, adapter = parts_of_a_run(tmp_path)
     report.on_train_end(run)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "clips.mp4", "contact_sheet.png", "report.json",
+        "clips.mp4", "contact_sheet.png", "report", "report.json",
     ]  # fmt: skip
     full = list(adapter.done)
     clips = 2 * len(report.prompts)
@@ -163,12 +116,19 @@ def test_distances_are_of_the_clips_that_the_entry_samples(tmp_path, capsys):
     assert first["distances"] == again["distances"] == pytest.approx(expected, rel=1e-6)
     assert first["distances"]["latent_std"] == pytest.approx(2, abs=0.01)
     rest = attrs.asdict(kept.distances(kept.features(torch.sigmoid(real[100:]), real[100:])))
-    assert written["real"] == pytest.approx({"clips": 100, **rest}, rel=1e-6)
+    assert written["real"]["clips"] == 100
+    assert {name: written["real"][name] for name in rest} == pytest.approx(rest, rel=1e-6)
+    # Numbers that real clips have without a prompt are measured of them too.
+    assert written["real"].keys() - rest.keys() == {
+        "clips", "fd", "motion", "flow", "sharpness", "contrast", "saturation", "clipped",
+    }  # fmt: skip
     assert rest["latent_std"] == pytest.approx(1, abs=0.01)
     for name, value in first["distances"].items():
         assert run.metrics[f"report/two/{name}"] == value
-    names = report.config.metric_names(report.judge.attributes)
+    names = plugin.metrics(report.config)
     assert {n for n in run.metrics if n.startswith("report/")} == set(names)
+    assert first["metrics"] == {n: run.metrics[f"report/two/{n}"] for n in first["metrics"]}
+    assert first["metrics"].keys() == written["metrics"].keys()
     assert "latent_std" in capsys.readouterr().out
 
     for wrong, why in ((raw[:80], "more than the 80"), (raw[..., :-1], r"there must be \[N, 3, ")):

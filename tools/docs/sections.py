@@ -63,6 +63,7 @@ def option_pages() -> tuple[OptionsPage, ...]:
     families = {name: load_plugin("distill.families", name) for name in _names("families")}
     methods = {name: load_plugin("distill.methods", name) for name in _names("methods")}
     callbacks = {name: load_plugin("distill.callbacks", name) for name in _names("callbacks")}
+    metrics = {name: load_plugin("distill.metrics", name) for name in _names("metrics")}
     return (
         OptionsPage(
             name="models",
@@ -137,6 +138,15 @@ def option_pages() -> tuple[OptionsPage, ...]:
                     note=f"{plugin.help[0].upper()}{plugin.help[1:]}.",
                 )
                 for name, plugin in callbacks.items()
+            )
+            + tuple(
+                Section(
+                    path=f"callbacks.report.metrics.{name}",
+                    config=plugin.config_class,
+                    note=f"{plugin.help[0].upper()}{plugin.help[1:]}.",
+                )
+                for name, plugin in metrics.items()
+                if read_options(plugin.config_class)
             ),
         ),
         _page("preprocess", PreprocessConfig, "A section of the file of `apps/preprocess`."),

@@ -526,7 +526,7 @@ def _use_judge(folder: Path) -> None:
     from distill_evaluation.config import ReportEntry
     from distill_evaluation.labels import label_prompts, read_prompts
     from distill_evaluation.plugins import report
-    from distill_evaluation.report import read_reference
+    from distill_evaluation.shipped_metrics.frechet import read_reference
 
     section = report.config_class(
         judge=str(folder / "judge"), prompts=str(folder / "judge" / "prompts.txt"),

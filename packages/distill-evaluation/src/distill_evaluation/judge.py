@@ -24,16 +24,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from distill_evaluation.judge_files import SETTINGS, WEIGHTS
 from distill_evaluation.labels import label_prompts, read_words
 
-WEIGHTS = "judge.safetensors"
-SETTINGS = "judge.json"
 MAX_SIZE = 1 << 16
 """Frames, pixels and channels."""
 
 
 def _attributes(raw: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
     return {name: read_words(name, classes) for name, classes in raw.items()}
+
+
+def _check_grey(_config: object, attribute: "attrs.Attribute[bool]", value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{attribute.name}: {value!a:.80} must be true or false")
 
 
 def _check_size(_config: object, attribute: "attrs.Attribute[int]", value: int) -> None:
@@ -46,7 +50,9 @@ class JudgeConfig:
 
     `attributes`: attribute name to class words, in the order of the head's outputs. `frames`,
     `height`, `width`: the only clip size it accepts. `width_factor`: channels of the first
-    convolution. `features`: D.
+    convolution. `features`: D. `grey`: it averages the colours of a pixel, so that neither its
+    answers nor its features tell a faded or over-saturated clip; a folder that says nothing is of
+    such a judge.
     """
 
     attributes: dict[str, tuple[str, ...]] = attrs.field(converter=_attributes)
@@ -55,11 +61,12 @@ class JudgeConfig:
     width: int = attrs.field(validator=_check_size)
     width_factor: int = attrs.field(default=24, validator=_check_size)
     features: int = attrs.field(default=64, validator=_check_size)
+    grey: bool = attrs.field(default=True, validator=_check_grey)
 
 
 class ClipJudge(nn.Module):
-    """Convolutions over the clip's frames as channels, one linear layer of features, one linear
-    head per attribute.
+    """Convolutions over the clip's frames as channels (and its colours, if it is not grey), one
+    linear layer of features, one linear head per attribute.
 
     Frames as channels let a plain image network see motion. The features keep position (they are
     not pooled to a point), so that clips which all start at the same place differ from clips that
@@ -70,7 +77,8 @@ class ClipJudge(nn.Module):
         super().__init__()
         self.config = config
         first = config.width_factor
-        sizes = (config.frames, first, 2 * first, 4 * first, 4 * first)
+        channels = config.frames * (1 if config.grey else 3)
+        sizes = (channels, first, 2 * first, 4 * first, 4 * first)
         layers: list[nn.Module] = []
         for index, (inner, outer) in enumerate(pairwise(sizes)):
             stride = 1 if index == len(sizes) - 2 else 2
@@ -102,8 +110,9 @@ class ClipJudge(nn.Module):
                 f"{', '.join(map(str, expected))}], because it was trained on "
                 "that size; sample clips of that size, or use a judge made for yours."
             )
-        grey = clips.float().mean(1)
-        return self.embed(self.trunk(grey * 2 - 1).flatten(1))
+        clips = clips.float()
+        seen = clips.mean(1) if config.grey else clips.flatten(1, 2)
+        return self.embed(self.trunk(seen * 2 - 1).flatten(1))
 
     def forward(self, clips: Tensor) -> dict[str, Tensor]:
         """Compute logits per attribute, `[B, classes]`."""

@@ -2,56 +2,51 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 from distill_protocols import CallbackPlugin, DataError, PlannedRun, Problem, RunParts, below
-from distill_runtime import UnreadableFileError, read_json_object
 
-from distill_evaluation.config import ReportConfig
-from distill_evaluation.labels import (
-    Attributes,
-    PromptLabelError,
-    label_prompts,
-    read_prompts,
-    read_words,
+from distill_evaluation.chosen import (
+    chosen_metrics,
+    measured_prompts,
+    metric_problems,
+    metrics_during,
 )
+from distill_evaluation.config import ReportConfig
+from distill_evaluation.judge_files import judge_problem
 
 if TYPE_CHECKING:
     from distill_protocols import Callback
 
 
-FILES = ("judge.json", "judge.safetensors", "reference.safetensors")
-
-
 class ReportPlugin(CallbackPlugin[ReportConfig]):
     name = "report"
     contract = 2
-    help = "at the end or at intervals: Frechet distance, accuracies, speed, contact sheet, MP4"
+    help = "at the end or at intervals: metrics of samples, speed, contact sheet, clips"
     config_class: ClassVar[type] = ReportConfig
 
     def problems(self, config: ReportConfig, run: PlannedRun) -> Iterator[Problem]:
-        judge, prompts = Path(config.judge), Path(config.prompts)
-        missing = [name for name in FILES if not (judge / name).is_file()]
-        if missing:
-            yield Problem(
-                "judge",
-                f"{judge} holds no {', '.join(missing)}; a judge's folder holds all three",
-            )
+        judge = None if config.judge is None else judge_problem(Path(config.judge))
+        if judge is not None:
+            yield Problem("judge", judge)
         else:
-            try:
-                attributes = _attributes(judge)
-                label_prompts(config.sheet_prompts, attributes)
-            except PromptLabelError as error:
-                yield Problem("sheet_prompts", str(error))
-            except (UnreadableFileError, AttributeError, KeyError, TypeError, ValueError) as error:
-                yield Problem(
-                    "judge", f"{judge / 'judge.json'} does not describe a judge ({error})"
-                )
-            else:
-                try:
-                    label_prompts(read_prompts(prompts), attributes)
-                except DataError as error:
-                    yield Problem("prompts", str(error))
+            yield from metric_problems(config)
+        try:
+            measured_prompts(config)
+        except DataError as error:
+            yield Problem("prompts", str(error))
+        if config.real_latents is not None and not Path(config.real_latents).is_file():
+            yield Problem(
+                "real_latents",
+                f"there is no file {config.real_latents}; it holds `latents` of real clips. Copy "
+                "some of the data set's, or leave it out",
+            )
+        if config.reference is not None and config.reference not in config.entries:
+            yield Problem(
+                "reference",
+                f"{config.reference!r} must be one of the entries ({', '.join(config.entries)}), "
+                "since the others' clips are compared with it",
+            )
         if config.every_steps and not any(entry.during for entry in config.entries.values()):
             yield Problem(
                 "every_steps",
@@ -63,25 +58,14 @@ class ReportPlugin(CallbackPlugin[ReportConfig]):
             yield from below(run.sampler_problems(entry.sampler, entry.role), "entries", name)
 
     def metrics(self, config: ReportConfig) -> Mapping[str, int]:
-        try:
-            attributes = _attributes(Path(config.judge))
-        except (UnreadableFileError, AttributeError, KeyError, TypeError, ValueError):
+        if config.judge is not None and judge_problem(Path(config.judge)) is not None:
             return {}  # `problems` reports what is wrong with the judge
-        return dict.fromkeys(config.metric_names(attributes), config.every_steps)
+        return dict.fromkeys(metrics_during(config, chosen_metrics(config)), config.every_steps)
 
     def build(self, config: ReportConfig, parts: RunParts) -> "Callback":
         from distill_evaluation.report import ReportCallback
 
         return ReportCallback(config, parts)
-
-
-def _attributes(judge: Path) -> Attributes:
-    """Read the judge's attributes and their classes.
-
-    UnreadableFileError or KeyError if its settings cannot be read or are no judge's.
-    """
-    attributes = cast(Mapping[str, object], read_json_object(judge / "judge.json")["attributes"])
-    return {name: read_words(name, classes) for name, classes in attributes.items()}
 
 
 report = ReportPlugin()

@@ -1,11 +1,11 @@
 """The `report` callback: the quality of a run's models, as numbers in a table and as pictures.
 
-Every entry samples the same prompts from the same initial noise; the judge was trained on other
+Every entry samples the same prompts from the same initial noise; a judge was trained on other
 clips than the teacher. Prompts are divided among the ranks of the run, each with all of its clips:
-a clip depends on its place alone, and of a rank's clips only features and variances go to rank 0.
-So the numbers are those of one process, and all ranks have them.
+a clip depends on its place alone, and of a rank's clips only the rows of metrics go to rank 0. So
+the numbers are those of one process, and all ranks have them.
 
-B clips of a chunk, P prompts, N clips of an entry, D features.
+P prompts of this rank, K clips of each.
 """
 
 import contextlib
@@ -13,87 +13,96 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import attrs
 import torch
-from distill_media import SheetRow, write_contact_sheet, write_sheet_mp4
+from attrs import evolve, frozen
+from distill_media import SheetRow
 from distill_protocols import (
     Callback,
     Condition,
     DataError,
+    Metric,
+    MetricParts,
+    RealClips,
     RowGenerators,
     RunParts,
     RunState,
     SamplerSpec,
+    Samples,
+    Shared,
     StepRecord,
     StopRequested,
 )
-from distill_runtime import RowPartition, json_text, replace_file, to_uint8
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from distill_runtime import RowPartition, to_uint8
 from torch import Tensor
 
-from distill_evaluation.config import DISTANCES, ReportConfig, ReportEntry, metric_name
-from distill_evaluation.distances import DistanceReference, Distances, read_real_latents
-from distill_evaluation.judge import Judge
-from distill_evaluation.labels import read_prompts
-from distill_evaluation.metrics import (
-    attribute_accuracy,
-    feature_statistics,
-    frechet_distance,
-    group_variances,
+from distill_evaluation.chosen import (
+    ChosenMetric,
+    chosen_metrics,
+    inputs_of,
+    measured_prompts,
+    measures_entry,
+    numbers_of_entry,
 )
+from distill_evaluation.config import ReportConfig, ReportEntry
+from distill_evaluation.distances import read_real_latents
+from distill_evaluation.report_files import (
+    EntryReport,
+    describe_judge,
+    entry_record,
+    metric_table,
+    write_report,
+)
+from distill_evaluation.report_table import format_table
+from distill_evaluation.shipped_metrics.judging import judge_of
 
 CHUNK = 64
 """Most clips sampled at once; bounds memory, and is the batch at which seconds per clip are taken
 (less, where a rank has less to do)."""
 
 
-@attrs.frozen(kw_only=True)
-class EntryReport:
-    """One row of the report: quality and cost of one entry.
+@frozen(eq=False, kw_only=True)
+class Measured:
+    """A metric of this report, ready to measure.
 
-    `within_caption_variance` is that of pixels among clips of one prompt: it falls to 0 where a
-    student gives one clip a prompt. `distances` are there if real latents were given.
-    `seconds_per_clip` is wall time of denoising alone (no text
-    encoder, no VAE), in batches of `CHUNK`: on several ranks, rank 0's for its own clips.
+    Attributes:
+        chosen: which it is.
+        metric: the metric itself.
     """
 
-    name: str
-    weights: str
-    sampler: SamplerSpec
-    clips: int
-    frechet_distance: float
-    accuracy: dict[str, float]
-    within_caption_variance: float
-    seconds_per_clip: float
-    model_calls_per_clip: int
-    distances: Distances | None = None
+    chosen: ChosenMetric
+    metric: Metric
 
-    def metrics(self) -> dict[str, float]:
-        """Return its quality by the names of ``ReportConfig.metric_names``."""
-        numbers = {
-            "fd": self.frechet_distance,
-            **self.accuracy,
-            "variance": self.within_caption_variance,
-        }
-        if self.distances is not None:
-            numbers |= attrs.asdict(self.distances)
-        return {metric_name(self.name, number): value for number, value in numbers.items()}
+
+@frozen(eq=False, kw_only=True)
+class EntrySamples:
+    """What an entry sampled on this rank.
+
+    Attributes:
+        partition: which prompts are whose.
+        samples: those of this rank.
+        seconds_per_clip: of denoising alone.
+    """
+
+    partition: RowPartition
+    samples: Samples
+    seconds_per_clip: float
 
 
 class ReportCallback(Callback):
-    """Writes report.json, contact_sheet.png and clips.mp4 into the output folder, prints a table.
-    On several ranks all of them sample, and rank 0 alone writes and prints.
+    """Writes report.json, contact_sheet.png, clips.mp4 and the folder report/ with a clip of each
+    prompt and entry into the output folder, and prints a table. On several ranks all of them
+    sample, and rank 0 alone writes and prints.
 
     With ``every_steps`` it also measures during the run and leaves the numbers in ``run.metrics``;
     the run goes on as if nothing had been measured. Put it behind callbacks that move what it
     measures (averages), as the app does.
 
-    Everything it reads (judge, reference, prompts and their labels, roles) is read when the run
-    starts, so that a wrong path does not end the run at its very end.
+    Everything it reads (judge, networks, references, prompts, roles) is read when the run starts,
+    so that a wrong path does not end the run at its very end.
 
     Raises:
-        WeightsError, DataError: the judge, its reference or the prompts are missing or misfit.
+        PluginError: a metric is not installed.
+        WeightsError, DataError: what a metric reads is missing or misfits, or the prompts are.
         RoleError: an entry names a role that the run has not.
         ConditioningError: an entry is guided, and there is no negative condition.
     """
@@ -104,28 +113,34 @@ class ReportCallback(Callback):
         self.config = config
         self.parts = parts
         parts.method.bundle.require_roles({entry.role for entry in config.entries.values()})
-        self.judge = Judge.load(config.judge)
-        self.reference = feature_statistics(read_reference(Path(config.judge)))
-        self.prompts = read_prompts(Path(config.prompts))
-        self.labels = self.judge.expected([*self.prompts, *config.sheet_prompts])
-        self._check_clips(Path(config.judge))
+        self.prompts = measured_prompts(config)
+        self._chosen = chosen_metrics(config)
+        self._device = parts.method.bundle[next(iter(config.entries.values())).role].call_device
+        real, held_out = self._read_real()
+        self._real_clips = None if real is None else len(real.clips)
+        metric_parts = self._metric_parts(real)
+        self.judge = None if config.judge is None else judge_of(metric_parts)
+        self._judge_record = describe_judge(config, self.judge)
+        self._metrics = self._build_metrics(metric_parts)
         if any(self._spec(entry).guided for entry in config.entries.values()):
             parts.conditioning.negative()
         # Encoded now and kept by the provider: a prompt must not fail after days of training.
         for prompts in (self.prompts, config.sheet_prompts):
             parts.conditioning.encode(prompts)
-        self._real, self._real_distances = self._read_real(config)
+        self._real_numbers = {} if held_out is None else self._measure_real(held_out)
         self._frozen_rows: dict[str, EntryReport] = {}
+        self._reference: EntrySamples | None = None
 
     def on_step_end(self, run: RunState, step: StepRecord) -> None:
         if not self.config.every_steps or step.iteration % self.config.every_steps:
             return
         run.check_finite()
         metrics: dict[str, float] = {}
+        self._forget_reference()
         for name, entry in self.config.entries.items():
             run.method.stop.poll()  # a report that is left unfinished adds nothing
             if entry.during:
-                metrics |= self._row(run, name, entry).metrics()
+                metrics |= self._row(run, name, entry).by_metric_name()
         run.metrics |= metrics
 
     def on_train_end(self, run: RunState) -> None:
@@ -142,6 +157,7 @@ class ReportCallback(Callback):
     def _report(self, run: RunState) -> None:
         rows: list[EntryReport] = []
         sheets: list[SheetRow] = []
+        self._forget_reference()
         for name, entry in self.config.entries.items():
             rows.append(self._row(run, name, entry))
             if entry.sheet:
@@ -149,64 +165,102 @@ class ReportCallback(Callback):
         run.ranks.run_on_first(lambda: self._show(run, rows, sheets))
 
     def _show(self, run: RunState, rows: Sequence[EntryReport], sheets: Sequence[SheetRow]) -> None:
-        report = {
+        distances = any(one.chosen.name == "distances" for one in self._metrics)
+        report: dict[str, object] = {
             "iteration": run.iteration,
             "method": type(self.parts.method).__name__,
             "update_counts": self.parts.method.update_counts,
             "seed": {"training": run.streams.seed, "report": self.config.seed},
-            "reference_clips": self.reference.count,
-            **self._real_record(),
-            "entries": [attrs.asdict(row) for row in rows],
+            **self._judge_record,
         }
-        self._write(run.output_dir, report, sheets)
-        text = format_table(rows)
+        if self._real_clips is not None:
+            report["real"] = {"clips": self._real_clips, **self._real_numbers}
+        numbers = {
+            name: number
+            for entry in self.config.entries
+            for name, number in numbers_of_entry(self.config, self._chosen, entry).items()
+        }
+        report["metrics"] = metric_table(numbers)
+        attributes = () if self.judge is None else tuple(self.judge.attributes)
+        report["entries"] = [entry_record(row, attributes, distances=distances) for row in rows]
+        write_report(run.output_dir, report, sheets, self.config)
+        text = format_table(
+            rows, numbers, grey=self.judge is not None and self.judge.network.config.grey
+        )
         for tracker in run.trackers:
             tracker.log_text(run.iteration, "report", f"```\n{text}\n```")
         print(f"\n{text}\n\nreport.json, contact_sheet.png, clips.mp4 in {run.output_dir}")
 
-    def _check_clips(self, judge: Path) -> None:
-        """Send one clip through decoder and judge, so that sizes that do not fit raise now."""
-        adapter = self.parts.adapter
-        blank = adapter.decode(torch.zeros((1, *adapter.latent_shape)))
-        try:
-            width = self.judge.features(blank.cpu()).shape[1]
-        except ValueError as error:
-            raise DataError(
-                f"the judge in {judge} does not take this run's clips: {error}"
-            ) from error
-        if width != self.reference.mean.numel():
-            raise DataError(
-                f"{judge}: the reference has {self.reference.mean.numel()} features a clip, the "
-                f"judge gives {width}; they belong to different judges. Rebuild the folder."
-            )
+    def _metric_parts(self, real: RealClips | None) -> MetricParts:
+        blank = self.parts.adapter.decode(torch.zeros((1, *self.parts.adapter.latent_shape)))
+        channels, frames, height, width = blank.shape[1:]
+        return MetricParts(
+            inputs=inputs_of(self.config, prompts=tuple(self.prompts)),
+            clip_shape=(channels, frames, height, width),
+            device=self._device,
+            real=real,
+        )
 
-    def _read_real(self, config: ReportConfig) -> tuple[DistanceReference | None, Distances | None]:
-        """Read the real clips; and compare as many of them as an entry has with the others."""
-        if config.real_latents is None:
+    def _build_metrics(self, parts: MetricParts) -> list[Measured]:
+        """Build all metrics, and send a clip through each, so that sizes that do not fit raise
+        now.
+
+        DataError if a metric does not take this run's clips.
+        """
+        clips = torch.zeros(1, 2, *parts.clip_shape)
+        latents = torch.zeros(1, 2, *self.parts.adapter.latent_shape)
+        blank = Samples(prompts=(self.prompts[0],), rows=(0,), clips=clips, latents=latents)
+        metrics = []
+        for chosen in self._chosen:
+            metric = chosen.plugin.build(chosen.config, parts)
+            compared = evolve(blank, reference=blank, shared=Shared())
+            try:
+                metric.check(compared)
+            except ValueError as error:
+                raise DataError(
+                    f"metric {chosen.name!r} does not take this run's clips: {error}"
+                ) from error
+            metrics.append(Measured(chosen=chosen, metric=metric))
+        return metrics
+
+    def _read_real(self) -> tuple[RealClips | None, RealClips | None]:
+        """Read the real clips: those to compare with, and as many as an entry has that are measured
+        as an entry is.
+
+        DataError if they are not of this run's shape, or too few.
+        """
+        if self.config.real_latents is None:
             return None, None
-        file, adapter = Path(config.real_latents), self.parts.adapter
+        file, adapter = Path(self.config.real_latents), self.parts.adapter
         raw = read_real_latents(file)
-        kept_out = len(self.prompts) * config.clips_per_prompt
+        kept_out = len(self.prompts) * self.config.clips_per_prompt
         if raw.shape[1:] != tuple(adapter.latent_shape) or len(raw) <= kept_out:
             raise DataError(
                 f"{file} holds latents {list(raw.shape)}; there must be [N, "
                 f"{', '.join(map(str, adapter.latent_shape))}] of this run's clips, and more than "
                 f"the {kept_out} that an entry has, as so many are kept out. Copy more."
             )
-        device = self.parts.method.bundle[next(iter(config.entries.values())).role].call_device
-        latents = adapter.normalize_latents(raw.to(device))
+        latents = adapter.normalize_latents(raw.to(self._device))
         clips, latents = self._decode(latents), latents.cpu()
-        try:
-            real = DistanceReference.of_clips(clips[:-kept_out], latents[:-kept_out])
-        except ValueError as error:
-            raise DataError(f"{file}: {error}") from error
-        rest = real.features(clips[-kept_out:], latents[-kept_out:])
-        return real, real.distances(rest)
+        return (
+            RealClips(clips=clips[:-kept_out], latents=latents[:-kept_out]),
+            RealClips(clips=clips[-kept_out:], latents=latents[-kept_out:]),
+        )
 
-    def _real_record(self) -> dict[str, object]:
-        if self._real is None or self._real_distances is None:
-            return {}
-        return {"real": {"clips": self._real.count, **attrs.asdict(self._real_distances)}}
+    def _measure_real(self, held_out: RealClips) -> dict[str, float]:
+        """Measure real clips as an entry is measured. Every rank does all of it: it is not much."""
+        shape = (len(self.prompts), self.config.clips_per_prompt)
+        samples = Samples(
+            prompts=(),
+            rows=tuple(range(len(self.prompts))),
+            clips=held_out.clips.unflatten(0, shape),
+            latents=held_out.latents.unflatten(0, shape),
+        )
+        numbers: dict[str, float] = {}
+        for one in self._metrics:
+            if one.chosen.plugin.measures_real:
+                numbers |= one.metric.combine(one.metric.measure(samples))
+        return numbers
 
     def _spec(self, entry: ReportEntry) -> SamplerSpec:
         spec = entry.sampler or self.parts.method.sampler_spec
@@ -233,68 +287,76 @@ class ReportCallback(Callback):
             yield
 
     def _measure(self, run: RunState, name: str, entry: ReportEntry) -> EntryReport:
-        spec, each = self._spec(entry), self.config.clips_per_prompt
+        """Sample an entry and measure its clips; all ranks get the row."""
+        metrics = [m for m in self._metrics if measures_entry(m.chosen, self.config, name)]
+        if name == self.config.reference:
+            entry_samples = self._reference_samples(run)
+        else:
+            entry_samples = self._entry_samples(run, entry)
+        samples = entry_samples.samples
+        if name != self.config.reference and any(
+            "reference" in m.chosen.plugin.needs(m.chosen.config) for m in metrics
+        ):
+            samples = evolve(samples, reference=self._reference_samples(run).samples)
+        gathered = []
+        for one in metrics:
+            rows = one.metric.measure(samples)
+            gathered.append({key: entry_samples.partition.gather(rows[key]) for key in rows})
+        return run.ranks.run_on_first(
+            lambda: self._entry_report(
+                name, entry, _combine(metrics, gathered), entry_samples.seconds_per_clip
+            )
+        )
+
+    def _entry_report(
+        self, name: str, entry: ReportEntry, numbers: dict[str, float], seconds_per_clip: float
+    ) -> EntryReport:
+        spec = self._spec(entry)
+        return EntryReport(
+            name=name,
+            weights="ema" if entry.ema else "live",
+            sampler=spec,
+            clips=len(self.prompts) * self.config.clips_per_prompt,
+            numbers=numbers,
+            seconds_per_clip=seconds_per_clip,
+            model_calls_per_clip=spec.calls_per_clip,
+        )
+
+    def _entry_samples(self, run: RunState, entry: ReportEntry) -> EntrySamples:
+        """Sample and decode the clips of this rank's prompts."""
+        each = self.config.clips_per_prompt
         prompts = RowPartition(run.ranks, len(self.prompts))
         rows = [prompt * each + clip for prompt in prompts.own for clip in range(each)]
         cond = self.parts.conditioning.encode(self.prompts)
         with self._weights_of(entry):
             latents, seconds = self._sample(
-                entry, spec, cond, rows, clips_per_prompt=each, purpose="report.measure"
-            )
-        clips = self._decode(latents)
-        # Groups by place and not by prompt: RowPartition may repeat the last prompt to fill up a
-        # rank, and the copies would otherwise count as one group of twice the clips.
-        groups = torch.arange(len(prompts.own)).repeat_interleave(each)
-        features = prompts.gather(self.judge.features(clips).unflatten(0, (-1, each)))
-        variances = prompts.gather(group_variances(clips, groups))
-        compared = None
-        if self._real is not None:
-            own = self._real.features(clips, latents.cpu())
-            compared = prompts.gather(own.unflatten(0, (-1, each)))
-        return run.ranks.run_on_first(
-            lambda: self._entry_report(
-                name, entry, features, variances, compared, seconds / len(rows)
-            )
+                entry, self._spec(entry), cond, rows, clips_per_prompt=each,
+                purpose="report.measure",
+            )  # fmt: skip
+        samples = Samples(
+            prompts=tuple(self.prompts[row] for row in prompts.own),
+            rows=tuple(prompts.own),
+            clips=self._decode(latents).unflatten(0, (-1, each)),
+            latents=latents.cpu().unflatten(0, (-1, each)),
+        )
+        return EntrySamples(
+            partition=prompts, samples=samples, seconds_per_clip=seconds / len(rows)
         )
 
-    def _entry_report(
-        self,
-        name: str,
-        entry: ReportEntry,
-        features: Tensor | None,
-        variances: Tensor | None,
-        compared: Tensor | None,
-        seconds_per_clip: float,
-    ) -> EntryReport:
-        """Make the row on rank 0 from all ranks' features [P, N / P, D] and variances [P], and
-        those of ``DistanceReference`` if there are any."""
-        assert features is not None
-        assert variances is not None
-        spec, features = self._spec(entry), features.flatten(0, 1)
-        return EntryReport(
-            name=name,
-            weights="ema" if entry.ema else "live",
-            sampler=spec,
-            clips=len(features),
-            frechet_distance=frechet_distance(feature_statistics(features), self.reference),
-            accuracy=self._accuracy(features),
-            within_caption_variance=float(variances.mean()),
-            seconds_per_clip=seconds_per_clip,
-            model_calls_per_clip=spec.calls_per_clip,
-            distances=None
-            if self._real is None or compared is None
-            else self._real.distances(compared.flatten(0, 1)),
-        )
+    def _reference_samples(self, run: RunState) -> EntrySamples:
+        """Sample the reference, and keep its clips: until the next measurement, or for the whole
+        run if its weights do not move."""
+        if self._reference is None:
+            assert self.config.reference is not None, "a metric states that it needs one"
+            self._reference = self._entry_samples(run, self.config.entries[self.config.reference])
+        return self._reference
 
-    def _accuracy(self, features: Tensor) -> dict[str, float]:
-        """Compute the accuracy by attribute from the features [N, D] of all clips."""
-        each = self.config.clips_per_prompt
-        return {
-            attribute: attribute_accuracy(
-                answer, self.labels[attribute][: len(self.prompts)].repeat_interleave(each)
-            )
-            for attribute, answer in self.judge.classify_features(features).items()
-        }
+    def _forget_reference(self) -> None:
+        """Drop the reference's clips where its weights have moved since they were made."""
+        if self.config.reference is not None:
+            role = self.config.entries[self.config.reference].role
+            if self.parts.method.bundle[role].trainable:
+                self._reference = None
 
     def _sheet_rows(self, run: RunState, name: str, entry: ReportEntry) -> list[SheetRow]:
         """Sample one row of the sheet: a list of it on rank 0, elsewhere an empty one."""
@@ -359,56 +421,13 @@ class ReportCallback(Callback):
             clips.append(self.parts.adapter.decode(part).cpu())
         return torch.cat(clips)
 
-    def _write(
-        self, folder: Path, report: Mapping[str, object], sheets: Sequence[SheetRow]
-    ) -> None:
-        with replace_file(folder / "report.json") as path:
-            path.write_text(json_text(report))
-        if sheets:
-            prompts = self.config.sheet_prompts
-            write_contact_sheet(sheets, prompts, folder / "contact_sheet.png")
-            write_sheet_mp4(sheets, prompts, folder / "clips.mp4", fps=self.config.fps)
 
-
-def format_table(rows: Sequence[EntryReport]) -> str:
-    """Write the rows as aligned text."""
-    attributes = list(rows[0].accuracy)
-    compared = DISTANCES if rows[0].distances is not None else ()
-    head = [
-        "sampled by", "weights", "FD", *compared, *attributes, "variance", "s/clip", "calls/clip",
-    ]  # fmt: skip
-    lines = [head]
-    for row in rows:
-        numbers = {} if row.distances is None else attrs.asdict(row.distances)
-        lines.append([
-            row.name, row.weights, f"{row.frechet_distance:.1f}",
-            *(f"{numbers[name]:.2f}" for name in compared),
-            *(f"{row.accuracy[a]:.3f}" for a in attributes),
-            f"{row.within_caption_variance:.4f}", f"{row.seconds_per_clip:.4f}",
-            str(row.model_calls_per_clip),
-        ])  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
-
-
-def read_reference(judge: Path) -> Tensor:
-    """Read features [N, D] of real clips that neither teacher nor judge was trained on."""
-    file = judge / "reference.safetensors"
-    if not file.is_file():
-        raise DataError(
-            f"{file} is missing; a Frechet distance is measured against real clips' features. "
-            "Write one with the judge's folder, as tools/tiny_wan does."
-        )
-    try:
-        return load_file(file)["features"]
-    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
-        raise DataError(
-            f"{file} is no safetensors file with `features` ({error}); write it anew with the "
-            "judge's folder, as tools/tiny_wan does."
-        ) from error
+def _combine(
+    metrics: Sequence[Measured], gathered: Sequence[Mapping[str, Tensor | None]]
+) -> dict[str, float]:
+    """Turn the rows of all ranks into numbers, on rank 0."""
+    numbers: dict[str, float] = {}
+    for one, rows in zip(metrics, gathered, strict=True):
+        present = {name: row for name, row in rows.items() if row is not None}
+        numbers |= one.metric.combine(present)
+    return numbers

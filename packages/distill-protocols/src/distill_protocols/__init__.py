@@ -30,6 +30,17 @@ from distill_protocols.exports import Exporter, ExportRecord, ExportRequest, For
 from distill_protocols.fingerprint import WHOLE_ENCODER, Fingerprint
 from distill_protocols.lazy import lazy_exports
 from distill_protocols.method_config import MethodConfig
+from distill_protocols.metrics import (
+    Better,
+    Metric,
+    MetricInput,
+    MetricInputs,
+    MetricNumber,
+    MetricParts,
+    RealClips,
+    Samples,
+    Shared,
+)
 from distill_protocols.planned_run import PlannedRun
 from distill_protocols.plugins import (
     CONTRACT_VERSION,
@@ -38,6 +49,7 @@ from distill_protocols.plugins import (
     FamilyPlugin,
     Group,
     MethodPlugin,
+    MetricPlugin,
     Plugin,
     RunParts,
     TrackerPlugin,
@@ -129,6 +141,7 @@ __all__ = [
     "WHOLE_ENCODER",
     "Batch",
     "BatchLoader",
+    "Better",
     "CallPlan",
     "Callback",
     "CallbackPlugin",
@@ -170,6 +183,12 @@ __all__ = [
     "LoraSpec",
     "MethodConfig",
     "MethodPlugin",
+    "Metric",
+    "MetricInput",
+    "MetricInputs",
+    "MetricNumber",
+    "MetricParts",
+    "MetricPlugin",
     "ModelBundle",
     "ModulePlan",
     "NoiseSchedule",
@@ -185,6 +204,7 @@ __all__ = [
     "RandomStreams",
     "RankError",
     "RankGroup",
+    "RealClips",
     "RestartableSchedule",
     "ResumableTracker",
     "RoleError",
@@ -199,6 +219,8 @@ __all__ = [
     "SampleView",
     "Sampler",
     "SamplerSpec",
+    "Samples",
+    "Shared",
     "Solver",
     "StepRecord",
     "StepResult",

@@ -1,9 +1,9 @@
-"""Plugins: families, methods, callbacks and trackers, found through entry points.
+"""Plugins: families, methods, callbacks, trackers and metrics, found through entry points.
 
-An entry point in the group ``distill.families``, ``distill.methods``, ``distill.callbacks`` or
-``distill.trackers`` names an *instance* of a plugin class below, in a module that imports no
-torch: a wrong run file is answered before anything heavy is imported. Heavy imports belong inside
-``build``, ``load`` and the like. ``distill_runtime.load_plugin`` looks plugins up.
+An entry point in the group ``distill.families``, ``distill.methods``, ``distill.callbacks``,
+``distill.trackers`` or ``distill.metrics`` names an *instance* of a plugin class below, in a module
+that imports no torch: a wrong run file is answered before anything heavy is imported. Heavy imports
+belong inside ``build``, ``load`` and the like. ``distill_runtime.load_plugin`` looks plugins up.
 
 Every plugin states the contract that it was built for (``contract = 2``): one that was built for
 another is refused by name, and not at the first call that has changed.
@@ -25,6 +25,7 @@ from distill_protocols.errors import PluginError
 from distill_protocols.exports import ExportRequest, ForeignNames
 from distill_protocols.fingerprint import Fingerprint
 from distill_protocols.method_config import MethodConfig
+from distill_protocols.metrics import Metric, MetricInput, MetricInputs, MetricNumber, MetricParts
 from distill_protocols.planned_run import PlannedRun
 from distill_protocols.problems import Problem
 from distill_protocols.roles import RoleSpec
@@ -49,7 +50,13 @@ CONTRACT_VERSION = 2
 
 EMPTY: Mapping[str, Never] = MappingProxyType({})
 
-Group = Literal["distill.families", "distill.methods", "distill.callbacks", "distill.trackers"]
+Group = Literal[
+    "distill.families",
+    "distill.methods",
+    "distill.callbacks",
+    "distill.trackers",
+    "distill.metrics",
+]
 
 ConfigT = TypeVar("ConfigT")
 MethodConfigT = TypeVar("MethodConfigT", bound=MethodConfig)
@@ -416,4 +423,43 @@ class TrackerPlugin(ABC):
 
         Raises:
             ConfigError: something that it needs is not installed.
+        """
+
+
+class MetricPlugin(ABC, Generic[ConfigT]):
+    """A metric of reports, as the app sees it before torch is imported."""
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+    contract: ClassVar[int]
+    config_class: ClassVar[type]
+    measures_real: ClassVar[bool] = False
+    """Whether it can be measured of real clips, whose captions are not known: what they come to is
+    reported beside the entries."""
+
+    def needs(self, config: ConfigT) -> Collection[MetricInput]:
+        """Return what a report must have to measure this. A report of which nothing else is said
+        measures what it has the needs of; one that names a metric must have them."""
+        return ()
+
+    @abstractmethod
+    def numbers(self, config: ConfigT, inputs: MetricInputs) -> Mapping[str, MetricNumber]:
+        """Return the names of its numbers, short ones: checkpoints are kept by
+        ``report/<entry>/<name>``. Called only with what it ``needs``; empty where they are unknown
+        because a file cannot be read: ``problems`` reports that."""
+
+    def problems(self, config: ConfigT, inputs: MetricInputs) -> Iterable[Problem]:
+        """What is wrong with its own options; paths are keys of its config."""
+        return ()
+
+    def input_problems(self, config: ConfigT, inputs: MetricInputs) -> Iterable[Problem]:
+        """Why it cannot measure what the report has; paths are names of ``MetricInputs``."""
+        return ()
+
+    @abstractmethod
+    def build(self, config: ConfigT, parts: MetricParts) -> Metric:
+        """Return the metric itself, with all that it reads.
+
+        Raises:
+            WeightsError, DataError: something that it reads is missing or damaged.
         """

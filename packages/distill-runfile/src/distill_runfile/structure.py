@@ -1,5 +1,8 @@
 """Plain values into frozen config objects, with every problem of a section at once. No torch.
 
+A field with ``metadata["plugins"]``, the name of an entry-point group, is a mapping of names of
+plugins to their options, or a list of names; each becomes the plugin's ``config_class``.
+
 Leaves are taken strictly (7 is no string, 2.7 no int, "no" no bool). Classes are walked field by
 field, so that one wrong key does not hide the next; then every validator of every field runs by
 itself, which is why config classes keep all their rules in validators.
@@ -15,6 +18,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import attrs
 from attrs import frozen
+from distill_protocols import PluginError
+from distill_runtime import load_plugin
 
 from distill_runfile.paths import resolve_path
 from distill_runfile.problems import KeyPath
@@ -146,6 +151,37 @@ def _structure_tuple(kind: Any, value: Any, path: KeyPath, how: Structuring) -> 
     return _BROKEN if any(item is _BROKEN for item in items) else tuple(items)
 
 
+def _structure_plugins(group: Any, value: Any, path: KeyPath, how: Structuring) -> Any:
+    """Read the options of plugins of ``group``, by their names; None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, list | tuple):
+        written = [(name, {}, (*path, str(i))) for i, name in enumerate(value)]
+    elif isinstance(value, dict):
+        written = [(name, options, (*path, str(name))) for name, options in value.items()]
+    else:
+        how.report(path, f"{value!r} must be a list of names, or a mapping of names to options")
+        return _BROKEN
+    result: dict[str, Any] = {}
+    for name, options, where in written:
+        if not isinstance(name, str):
+            how.report(where, f"{name!r} is {_type_name(name)}, but must be a name")
+            result[repr(name)] = _BROKEN
+            continue
+        if name in result:
+            how.report(where, f"{name!r} stands twice; name it once")
+            result[name] = _BROKEN
+            continue
+        try:
+            config_class = load_plugin(group, name).config_class
+        except PluginError as error:
+            how.report(where, str(error))
+            result[name] = _BROKEN
+        else:
+            result[name] = _structure(config_class, options, where, how)
+    return _BROKEN if any(config is _BROKEN for config in result.values()) else result
+
+
 def _structure_class(cls: Any, value: Any, path: KeyPath, how: Structuring) -> Any:
     if value is None:
         value = {}
@@ -169,7 +205,10 @@ def _structure_class(cls: Any, value: Any, path: KeyPath, how: Structuring) -> A
     for name, f in fields.items():
         where = (*path, name)
         if name in value:
-            item = _structure(f.type, value[name], where, inner)
+            if "plugins" in f.metadata:
+                item = _structure_plugins(f.metadata["plugins"], value[name], where, inner)
+            else:
+                item = _structure(f.type, value[name], where, inner)
             if "path" in f.metadata:
                 try:
                     item = _absolute(item, how.folder_of(where), keep=f.metadata["path"])

@@ -13,6 +13,7 @@ from distill_protocols import (
     FamilyPlugin,
     Group,
     MethodPlugin,
+    MetricPlugin,
     PluginError,
     TrackerPlugin,
 )
@@ -22,6 +23,7 @@ _KINDS: Mapping[Group, tuple[str, type]] = {
     "distill.methods": ("method", MethodPlugin),
     "distill.callbacks": ("callback", CallbackPlugin),
     "distill.trackers": ("tracker", TrackerPlugin),
+    "distill.metrics": ("metric", MetricPlugin),
 }
 GROUPS: tuple[Group, ...] = tuple(_KINDS)
 

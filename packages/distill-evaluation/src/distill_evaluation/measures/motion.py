@@ -87,13 +87,18 @@ def _lucas_kanade(one: Tensor, moved: Tensor, flow: Tensor) -> Tensor:
     # flows would be added up, and the iteration diverges.
     change = one - moved + right * flow[:, :1] + down * flow[:, 1:]
     products = [right * right, down * down, right * down, right * change, down * change]
-    xx, yy, xy, xt, yt = functional.avg_pool2d(
-        torch.cat(products, dim=1), WINDOW, 1, WINDOW // 2, count_include_pad=False
-    ).split(1, dim=1)
+    xx, yy, xy, xt, yt = _window_means(torch.cat(products, dim=1)).split(1, dim=1)
     xx, yy = xx + DAMPING, yy + DAMPING
     # Never 0: the undamped determinant is that of a mean of g g^T, which is positive semidefinite.
     determinant = xx * yy - xy * xy
     return torch.cat([yy * xt - xy * yt, xx * yt - xy * xt], dim=1) / determinant
+
+
+def _window_means(values: Tensor) -> Tensor:
+    """Average `values [N, C, H, W]` over the window around each place, cut off at the edges."""
+    half = WINDOW // 2
+    rows = functional.avg_pool2d(values, (WINDOW, 1), 1, (half, 0), count_include_pad=False)
+    return functional.avg_pool2d(rows, (1, WINDOW), 1, (0, half), count_include_pad=False)
 
 
 def _moved_back(frames: Tensor, flow: Tensor) -> Tensor:

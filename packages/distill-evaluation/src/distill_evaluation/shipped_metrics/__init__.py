@@ -1,0 +1,1 @@
+"""The metrics that ship with this package, plugins of ``distill.metrics``. Imports no torch."""
