@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -281,6 +283,18 @@ def test_a_file_deleted_meanwhile_is_an_error(tmp_path):
         with pytest.raises(CheckpointError, match=r"deleted|not an intact checkpoint|has no"):
             reader.read([name])
     assert hold_checkpoint(folder) is None
+
+
+def test_a_pipe_in_place_of_a_manifest_is_no_checkpoint(checkpoint):
+    (checkpoint / "manifest.json").unlink()
+    os.mkfifo(checkpoint / "manifest.json")
+    signal.alarm(60)  # whoever opens it waits for ever
+    try:
+        assert hold_checkpoint(checkpoint) is None
+        with pytest.raises(CheckpointError):
+            StoredCheckpoint.open(checkpoint)
+    finally:
+        signal.alarm(0)
 
 
 def test_a_ctrl_c_while_weights_are_read_stays_one(saved, monkeypatch):

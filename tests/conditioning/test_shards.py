@@ -209,11 +209,11 @@ def test_an_interrupted_writer_leaves_no_data_set_and_says_so_next_time(tmp_path
 def test_a_shard_that_cannot_be_written_leaves_no_part(tmp_path, monkeypatch):
     ids, captions, latents, condition = _some(4)
 
-    def full_disk(tensors, part, metadata):
+    def full_disk(part, infos, read, *, metadata):
         Path(part).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("distill_conditioning.writing.save_file", full_disk)
+    monkeypatch.setattr("distill_conditioning.writing.write_safetensors", full_disk)
     writer = ShardWriter(tmp_path, shard_bytes=1)
     with pytest.raises(OSError, match="No space"):
         writer.add(ids, captions, latents, condition)

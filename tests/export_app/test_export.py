@@ -216,6 +216,16 @@ def test_a_checkpoint_deleted_while_it_is_chosen_is_skipped(whole, tmp_path, cap
     assert (tmp_path / "s" / "sampler_spec.json").is_file()
 
 
+def test_a_newest_checkpoint_without_a_manifest_is_refused(whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole / LAST, out / "checkpoint-000003")
+    shutil.copytree(whole / LAST, out / "checkpoint-000009")
+    (out / "checkpoint-000009" / "manifest.json").unlink()
+    argv = ["--checkpoint", str(out), "--role", "student", "--to", str(tmp_path / "s")]
+    assert main(argv) == 2
+    assert "checkpoint-000009 is damaged" in capsys.readouterr().err
+
+
 def test_ctrl_c_while_the_run_file_is_read_prints_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -334,8 +334,10 @@ def find_newest_checkpoint(output_dir: Path) -> Path | None:
 def hold_checkpoint(folder: Path) -> IO[bytes] | None:
     """Keep the run of the checkpoint ``folder`` from deleting it until the result is closed.
 
-    None: it is gone, or is being deleted.
+    None: it is gone, is being deleted, or has something else than a file for a manifest.
     """
+    if not (folder / MANIFEST).is_file():  # opening a pipe would wait for ever
+        return None
     try:
         file = (folder / MANIFEST).open("rb")
     except FileNotFoundError:

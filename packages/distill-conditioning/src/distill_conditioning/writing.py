@@ -6,7 +6,6 @@ however many samples have it, and without its padding. Every file is written who
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -17,11 +16,22 @@ from typing import Literal
 from uuid import uuid4
 
 import torch
-from distill_protocols import WHOLE_ENCODER, Condition, ConditioningError, DataError, Fingerprint
+from distill_protocols import (
+    WHOLE_ENCODER,
+    Condition,
+    ConditioningError,
+    DataError,
+    Fingerprint,
+    TensorInfo,
+)
 from distill_protocols.plugins import EMPTY
-from distill_runtime import claim_folder, replace_file, sha256_of_file, write_new_file
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from distill_runtime import (
+    claim_folder,
+    replace_file,
+    sha256_of_file,
+    write_new_file,
+    write_safetensors,
+)
 from torch import Tensor
 
 from distill_conditioning.fingerprints import compare_fingerprints, without_whole_encoder
@@ -424,15 +434,14 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]
 ) -> None:
     """Write ``tensors`` with ``metadata`` (JSON) as a safetensors file, whole or not at all."""
+    ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in ready.items()}
+    # Not safetensors' own writer: where its process is killed, it leaves a file of a name that is
+    # nobody's, and its error of a full disk is no OSError.
     with replace_file(path) as part:
-        try:
-            save_file(
-                {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-                part,
-                metadata={METADATA_KEY: json.dumps(dict(metadata))},
-            )
-        except SafetensorError as error:  # a full disk
-            raise OSError(errno.EIO, str(error), str(path)) from error
+        write_safetensors(
+            part, infos, ready.__getitem__, metadata={METADATA_KEY: json.dumps(dict(metadata))}
+        )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -78,12 +78,19 @@ def hold_newest_checkpoint(path: Path, argument: str) -> tuple[Path, IO[bytes]]:
             f"{argument}: {path} has just been deleted, as its run keeps only the newest. Name "
             "the output folder, whose newest checkpoint is taken then."
         )
+    former: Path | None = None
     while (newest := find_newest_checkpoint(path)) is not None:
         held = hold_checkpoint(newest)
         if held is not None:
             say(f"taking {newest}")
             return newest, held
+        if newest == former:  # nobody is deleting it
+            raise CheckpointError(
+                f"{argument}: {newest} is damaged, as it has no manifest.json, and an older one is "
+                "not taken in silence. Name the checkpoint that you want, or delete this one."
+            )
         say(f"{newest} has been deleted since; taking the next")
+        former = newest
         time.sleep(PAUSE)
     inside = ", ".join(folder.name for folder in list_checkpoints(path).values())
     raise CheckpointError(
