@@ -95,7 +95,7 @@ def go_on(folder: Path, data: Path, strategy: str) -> Link:
     """Train ``PER_LINK`` more iterations from the newest checkpoint in ``folder``, and save."""
     done = [int(path.name[-6:]) for path in folder.glob("checkpoint-*")]
     steps = max(done, default=0) + PER_LINK
-    run = _run(data, strategy)
+    run = rows_run(data, strategy)
     beginning = Beginning(run)
     run.callbacks["beginning"] = beginning
     config = CheckpointConfig(timeout_seconds=60.0, async_save=True)
@@ -108,7 +108,8 @@ def go_on(folder: Path, data: Path, strategy: str) -> Link:
     )
 
 
-def _run(data: Path, strategy: str) -> Run:
+def rows_run(data: Path, strategy: str, kind: type[Rows] = Rows) -> Run:
+    """Make this rank's part of a run."""
     rank, size = distributed.get_rank(), distributed.get_world_size()
     roles = {}
     for number, name in enumerate(("student", "critic")):
@@ -139,7 +140,7 @@ def _run(data: Path, strategy: str) -> Run:
     ema = EmaCallback(EmaConfig(roles=("student",), decay=0.9))
     return Run(
         shape=Shape(),
-        method=Rows(ModelBundle(roles), streams),  # type: ignore[arg-type]
+        method=kind(ModelBundle(roles), streams),  # type: ignore[arg-type]
         loader=loader,  # type: ignore[arg-type]
         callbacks={"sync": Sync(), "ema": ema},
     )

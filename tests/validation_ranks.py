@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from attrs import define, field
+from distill_conditioning import DataConfig, DataPart, LatentDataset, LatentLoader
 from distill_conformance.toy import TEXT_DIM, ToyAdapter, ToyConditioning
 from distill_evaluation import report as report_module
 from distill_evaluation.config import ReportConfig, ReportEntry
@@ -26,12 +27,14 @@ from distill_protocols import (
     RunState,
     SamplerSpec,
     StepRecord,
+    StepResult,
     StopFlag,
     StopRequested,
     derive_seed,
 )
 from distill_runtime import DistillMethod, Ranks
-from distill_trainer import ValidationCallback, ValidationConfig, ViewConfig
+from distill_trainer import LossEvaluator, ValidationCallback, ValidationConfig, ViewConfig
+from rank_rows import GLOBAL_BATCH, Rows, rows_run
 from torch import Tensor
 from toy_roles import toy_bundle
 from toy_trainer import MemoryTracker
@@ -192,3 +195,37 @@ def run_report(
     callback = ReportCallback(config, parts)
     own.unlink()
     return _run_hooks(callback, method, ranks, folder)
+
+
+class NamedRows(Rows):
+    """Its loss also under the name of the role whose turn it is."""
+
+    def single_train_step(self, batch: Any, iteration: int) -> StepResult:
+        result = super().single_train_step(batch, iteration)
+        [key] = self.get_optimizers(iteration)
+        result.loss_map[f"{key.split('.')[0]}_loss"] = result.loss_map["total_loss"]
+        return result
+
+
+def measure_losses(data: str, strategy: str) -> dict[str, Any]:
+    """Measure losses on a part of ``data`` twice; return them, and whose samples they are of."""
+    ranks = Ranks.of_this_run(60)
+    run = rows_run(Path(data), strategy, NamedRows)
+    loaders = [
+        LatentLoader(
+            LatentDataset(DataConfig(path=data)), batch_size=GLOBAL_BATCH // ranks.size, seed=5,
+            rank=ranks.rank, world_size=ranks.size, part=DataPart(share=0.3, is_held_out=held_out),
+        )
+        for held_out in (True, False)
+    ]  # fmt: skip
+    method: Any = run.method
+    state = RunState(
+        method=method, loader=run.loader, streams=method.streams, output_dir=Path(data),
+        max_train_steps=1, ranks=ranks,
+    )  # type: ignore[arg-type]  # fmt: skip
+    evaluator = LossEvaluator(*loaders, batches=3, seed=11)
+    first, second = (evaluator.evaluate(state) for _ in range(2))
+    return {
+        "held_out": first.held_out, "training": first.training, "alike": first == second,
+        "ids": [name for _, name, _, _ in method.seen],
+    }  # fmt: skip

@@ -7,19 +7,28 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import cast
 
-from attrs import frozen
+import torch
+from attrs import evolve, frozen
 from distill_checkpoint import (
     CheckpointManager,
     ExportCallback,
     read_start_weights,
 )
-from distill_conditioning import CachedConditioning, LatentDataset, LatentLoader, SampleShape
+from distill_conditioning import (
+    CachedConditioning,
+    DataConfig,
+    DataPart,
+    LatentDataset,
+    LatentLoader,
+    SampleShape,
+)
 from distill_protocols import (
     Callback,
     Condition,
     DistillAdapter,
     ModelBundle,
     RandomStreams,
+    RankGroup,
     RoleHandle,
     RunParts,
     TrainableMethod,
@@ -30,6 +39,7 @@ from distill_runtime import readable_bytes
 from distill_trainer import (
     DistillTrainer,
     Distribution,
+    LossEvaluator,
     ValidationCallback,
     build_optimizers,
     build_trackers,
@@ -72,16 +82,7 @@ def build(config: RunConfig, *, distribution: Distribution, again: Collection[st
     adapter = ranks.run_each(
         lambda: config.family_plugin.adapter(bundle, config.pipeline, source=config.source)
     )
-    times = config.method.trajectory_times
-    clips = tuple(dict.fromkeys([adapter.latent_shape, *config.latent_shapes]))
-    dataset = ranks.run_each(
-        lambda: LatentDataset(
-            config.data,
-            shapes=[SampleShape(latents=clip, conditions={}) for clip in clips],
-            clips=clips,
-            times=times,
-        )
-    )
+    dataset = ranks.run_each(lambda: _open_dataset(config, config.data, adapter))
     conditioning = CachedConditioning(
         config.conditioning,
         encoder=adapter,
@@ -106,7 +107,9 @@ def build(config: RunConfig, *, distribution: Distribution, again: Collection[st
         rank=ranks.rank,
         world_size=ranks.size,
         device=device,
+        part=_part(config, is_held_out=False),
     )
+    losses = ranks.run_each(lambda: _loss_evaluator(config, adapter, ranks, device))
     parts = RunParts(
         method=method,
         adapter=adapter,
@@ -116,7 +119,7 @@ def build(config: RunConfig, *, distribution: Distribution, again: Collection[st
     )
     trainer = DistillTrainer(
         config.training,
-        callbacks=_callbacks(config, parts),
+        callbacks=_callbacks(config, parts, losses),
         trackers=ranks.run_each(
             lambda: (
                 build_trackers(config.training.trackers, output_dir)
@@ -130,6 +133,55 @@ def build(config: RunConfig, *, distribution: Distribution, again: Collection[st
         again=again,
     )
     return Run(trainer=trainer, method=method, loader=loader, bundle=bundle, adapter=adapter)
+
+
+def _open_dataset(config: RunConfig, data: DataConfig, adapter: DistillAdapter) -> LatentDataset:
+    clips = tuple(dict.fromkeys([adapter.latent_shape, *config.latent_shapes]))
+    return LatentDataset(
+        data,
+        shapes=[SampleShape(latents=clip, conditions={}) for clip in clips],
+        clips=clips,
+        times=config.method.trajectory_times,
+    )
+
+
+def _part(config: RunConfig, *, is_held_out: bool) -> DataPart | None:
+    """Return which of the samples are trained on, or held out; None: there is no such division."""
+    share = None if config.validation is None else config.validation.share
+    return None if share is None else DataPart(share=share, is_held_out=is_held_out)
+
+
+def _loss_evaluator(
+    config: RunConfig, adapter: DistillAdapter, ranks: RankGroup, device: torch.device
+) -> LossEvaluator | None:
+    validation = config.validation
+    if validation is None or not validation.measures_losses:
+        return None
+    trained_on = evolve(config.data, workers=0)  # a few batches at a time, and nothing between
+    held_out = trained_on
+    if validation.data is not None:
+        held_out = evolve(trained_on, path=validation.data.path, sets=())
+
+    def loader(data: DataConfig, *, is_held_out: bool) -> LatentLoader:
+        # Without dropout: a caption that is dropped at random has another loss.
+        micro_batch = config.training.micro_batch(ranks.size)
+        return LatentLoader(
+            _open_dataset(config, data, adapter),
+            batch_size=micro_batch,
+            seed=validation.seed,
+            group_size=micro_batch * ranks.size,
+            rank=ranks.rank,
+            world_size=ranks.size,
+            device=device,
+            part=_part(config, is_held_out=is_held_out),
+        )
+
+    return LossEvaluator(
+        loader(held_out, is_held_out=True),
+        loader(trained_on, is_held_out=False),
+        batches=validation.batches,
+        seed=validation.seed,
+    )
 
 
 def _take_up(role: RoleHandle, distribution: Distribution) -> None:
@@ -193,7 +245,7 @@ def _negative(config: RunConfig, conditioning: CachedConditioning) -> Condition 
     return conditioning.negative() if config.conditioning.drops else None
 
 
-def _callbacks(config: RunConfig, parts: RunParts) -> list[Callback]:
+def _callbacks(config: RunConfig, parts: RunParts, losses: LossEvaluator | None) -> list[Callback]:
     """Build the callbacks in the order in which they are called.
 
     Export comes first, so that the result of a run is safe before a report may fail. What measures,
@@ -225,7 +277,10 @@ def _callbacks(config: RunConfig, parts: RunParts) -> list[Callback]:
     if config.validation is not None:
         callbacks.append(
             ValidationCallback(
-                config.validation, parts.conditioning, identities=_identities(config)
+                config.validation,
+                parts.conditioning,
+                identities=_identities(config),
+                losses=losses,
             )
         )
     callbacks += [

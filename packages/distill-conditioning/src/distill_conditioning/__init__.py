@@ -15,6 +15,7 @@ from distill_conditioning.fingerprints import Comparison, Difference, compare_fi
 from distill_conditioning.format import DatasetIndex, SampleShape, ShardEntry
 
 if TYPE_CHECKING:
+    from distill_conditioning.held_out import DataPart
     from distill_conditioning.loader import LatentLoader
     from distill_conditioning.preprocessing import ClipEncoder, preprocess
     from distill_conditioning.provider import CachedConditioning, ConditionCache
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _LAZY = {
     **dict.fromkeys(["CachedConditioning", "ConditionCache"], "provider"),
     "ClipEncoder": "preprocessing",
+    "DataPart": "held_out",
     "LatentDataset": "reading",
     "LatentLoader": "loader",
     "ShardRows": "writing",
@@ -44,6 +46,7 @@ __all__ = [
     "ConditioningConfig",
     "DataConfig",
     "DataInfo",
+    "DataPart",
     "DataSetConfig",
     "DatasetIndex",
     "DatasetInfo",

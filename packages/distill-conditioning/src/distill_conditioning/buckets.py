@@ -77,6 +77,11 @@ def make_buckets(sources: Sequence[DataSource]) -> tuple[Bucket, ...]:
     return tuple(buckets) if len(buckets) > 1 else (evolve(buckets[0], key=()),)
 
 
+def count_held_out(samples: int, share: float) -> int:
+    """Return how many samples of a bucket are held out; one at least is left to train on."""
+    return min(round(samples * share), samples - 1)
+
+
 def _weight(source: DataSource) -> Fraction:
     # By its digits: 0.1 is a tenth here, and the order of a file's weights is that of its text.
     return Fraction(source.index.samples if source.weight is None else str(source.weight))
@@ -105,9 +110,17 @@ class Position:
 # -- positions in checkpoints ---------------------------------------------------------------------
 
 
-def describe_order(sources: Sequence[DataSource], *, seed: int, shuffle: bool) -> dict[str, object]:
-    """Describe what decides the order of samples, as a checkpoint records it (JSON)."""
+def describe_order(
+    sources: Sequence[DataSource], *, seed: int, shuffle: bool, held_out: float = 0.0
+) -> dict[str, object]:
+    """Describe what decides the order of samples, as a checkpoint records it (JSON).
+
+    Args:
+        held_out: share of the samples that is not trained on.
+    """
     decided: dict[str, object] = {"seed": seed, "shuffle": shuffle}
+    if held_out:
+        decided["held_out"] = held_out
     if len(sources) == 1:
         [source] = sources
         content = content_hash(source.path, source.index)
@@ -194,6 +207,9 @@ def position_problem(saved: Mapping[str, object], own: Mapping[str, object]) -> 
         for key, text in texts.items()
         if key in saved and key in own and saved[key] != own[key]
     ]
+    shares = [state.get("held_out", 0.0) for state in (saved, own)]
+    if shares[0] != shares[1]:
+        changed.append(f"the share of held-out samples was {shares[0]} and is {shares[1]}")
     changed += _changed_sets(_sets(saved), _sets(own))
     if not changed:
         return None

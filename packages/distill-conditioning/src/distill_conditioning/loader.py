@@ -20,6 +20,7 @@ from distill_conditioning.buckets import (
     position_problem,
     save_position,
 )
+from distill_conditioning.held_out import DataPart
 from distill_conditioning.order import (
     BucketOrder,
     choose_caption,
@@ -64,6 +65,7 @@ class LatentLoader:
             micro step.
         rank, world_size: among the data-parallel ranks.
         device: where the batches go.
+        part: which samples; None: all of them.
 
     Raises:
         ConditioningError: dropout without a negative condition, or with one of another shape.
@@ -82,6 +84,7 @@ class LatentLoader:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        part: DataPart | None = None,
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world_size:
             raise DataError(
@@ -96,7 +99,9 @@ class LatentLoader:
         self.world_size = world_size
         self.device = torch.device(device)
         self._dropout = Dropout.of(dropout, negative, dataset)
-        self._buckets = make_buckets(dataset.sources)
+        buckets = make_buckets(dataset.sources)
+        self._part = part
+        self._buckets = buckets if part is None else part.of(buckets)
         self._clips = dataset.clips if self._buckets[0].shape.latents is None else ()
         self._order = BucketOrder(
             seed=seed,
@@ -131,7 +136,7 @@ class LatentLoader:
     @property
     def epoch(self) -> float:
         """How many times all ranks together have gone through the data sets so far."""
-        return self._position.samples / len(self.dataset)
+        return self._position.samples / sum(map(len, self._buckets))
 
     def state_dict(self) -> dict[str, object]:
         """Return the position in the stream of all ranks (JSON), for any number of ranks."""
@@ -160,7 +165,12 @@ class LatentLoader:
 
     @cached_property
     def _decided(self) -> dict[str, object]:
-        return describe_order(self.dataset.sources, seed=self.seed, shuffle=self.shuffle)
+        return describe_order(
+            self.dataset.sources,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            held_out=0.0 if self._part is None else self._part.share,
+        )
 
     @property
     def _group_size(self) -> int | None:

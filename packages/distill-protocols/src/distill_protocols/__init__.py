@@ -105,7 +105,7 @@ if TYPE_CHECKING:
         StepRecord,
         Tracker,
     )
-    from distill_protocols.method import StepResult, TrainableMethod
+    from distill_protocols.method import HeldOutEvaluating, StepResult, TrainableMethod
     from distill_protocols.plans import CallPlan, ModulePlan, RolePlan, TensorPlan
     from distill_protocols.random import RandomStreams, RowGenerators, derive_seed
     from distill_protocols.ranks import RankGroup
@@ -128,7 +128,7 @@ _LAZY = {
         ["Callback", "Checkpointer", "ResumableTracker", "RunState", "StepRecord", "Tracker"],
         "callbacks",
     ),
-    **dict.fromkeys(["StepResult", "TrainableMethod"], "method"),
+    **dict.fromkeys(["HeldOutEvaluating", "StepResult", "TrainableMethod"], "method"),
     **dict.fromkeys(["CallPlan", "ModulePlan", "RolePlan", "TensorPlan"], "plans"),
     **dict.fromkeys(["RandomStreams", "RowGenerators", "derive_seed"], "random"),
     "RankGroup": "ranks",
@@ -177,6 +177,7 @@ __all__ = [
     "ForeignNames",
     "FsdpPolicy",
     "Group",
+    "HeldOutEvaluating",
     "ImageConditioning",
     "LatentCodec",
     "LatentShape",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -126,4 +126,20 @@ class TrainableMethod(Protocol):
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what ``state_dict`` gave."""
+        ...
+
+
+@runtime_checkable
+class HeldOutEvaluating(Protocol):
+    """A method with evaluations of its own on held-out data, beside the losses of its steps.
+
+    ``MethodConfig.validation_losses`` names what they give.
+    """
+
+    def evaluate_held_out(self, batch: Any, iteration: int) -> Mapping[str, Tensor]:
+        """0-d tensors by name, of one held-out micro batch; logged as ``validation/loss/<name>``.
+
+        Called like ``single_train_step``, on all ranks alike, without gradient, in eval mode, and
+        with random streams that are the same in each validation and none of the run's.
+        """
         ...

@@ -49,6 +49,12 @@ class MethodConfig(ABC):
         return ("loss/total_loss",)
 
     @property
+    def validation_losses(self) -> tuple[str, ...]:
+        """Return names of what ``HeldOutEvaluating.evaluate_held_out`` gives beside the losses of a
+        step, so that checkpoints can be kept by ``validation/loss/<name>``."""
+        return ()
+
+    @property
     def capabilities(self) -> tuple[str, ...]:
         """What the adapter must be able to do (``Capabilities.missing``)."""
         return ()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -119,6 +120,17 @@ class RandomStreams:
         self._rows[purpose] = after
         mine = range(first + self.rank, after, self.world_size)
         return RowGenerators.seeded(self.seed, purpose, mine, self.device)
+
+    @contextlib.contextmanager
+    def replaced(self, seed: int) -> Iterator[None]:
+        """Within: the streams of another seed, at their beginning, for whoever holds this object;
+        after: these again, as they were, also where the block raises."""
+        own = self.seed, self._generators, self._rows
+        self.seed, self._generators, self._rows = seed, {}, {}
+        try:
+            yield
+        finally:
+            self.seed, self._generators, self._rows = own
 
     def state_dict(self) -> dict[str, Tensor]:
         """purpose -> uint8 state of a generator, or int64 count of rows, for a checkpoint."""

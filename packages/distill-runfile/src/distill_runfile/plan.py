@@ -12,7 +12,7 @@ from pathlib import Path
 from attrs import frozen
 from distill_checkpoint import preview_resume
 from distill_conditioning import DataInfo, data_info
-from distill_conditioning.buckets import make_buckets
+from distill_conditioning.buckets import count_held_out, make_buckets
 from distill_protocols import RolePlan, RoleSpec
 from distill_runtime import counted
 
@@ -221,10 +221,14 @@ def _data(config: RunConfig) -> list[str]:
         text = f"latents {list(info.sets[0].shapes[0].latents or ())}"
     else:
         text = f"of {len(make_buckets(info.sources))} buckets"
+    share = (config.validation.share if config.validation else None) or 0.0
+    held_out = sum(count_held_out(len(bucket), share) for bucket in make_buckets(info.sources))
     lines = [
         f"  {info.samples:,} samples in {shards} shard(s), {text}; the run sees each "
-        f"{seen / info.samples:.2f} times"
+        f"{seen / (info.samples - held_out):.2f} times"
     ]
+    if held_out:
+        lines.append(f"  {held_out:,} of them are held out, and losses are measured on those")
     if config.data.path is not None:
         lines.append(f"  {config.data.path}")
     if text.startswith("of"):

@@ -19,6 +19,7 @@ from distill_trainer.callbacks.configs import (
 )
 from distill_trainer.config import (
     DistributedConfig,
+    HeldOutDataConfig,
     OptimizerConfig,
     ScheduleConfig,
     TrainingConfig,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from distill_trainer.trackers.tensorboard import TensorBoardTracker
     from distill_trainer.trackers.wandb import WandbTracker
     from distill_trainer.validation.callback import ValidationCallback
+    from distill_trainer.validation.losses import HeldOutLosses, LossEvaluator
 
 _LAZY = {
     "DDPTrainStepWrapper": "distribution.ddp",
@@ -58,7 +60,9 @@ _LAZY = {
     "ExponentialMovingAverage": "callbacks.ema",
     "FiniteGuard": "monitoring.finite_guard",
     "GradClipCallback": "callbacks.grad_clip",
+    "HeldOutLosses": "validation.losses",
     "JsonlTracker": "trackers.jsonl",
+    "LossEvaluator": "validation.losses",
     "MetricsCallback": "callbacks.metrics",
     "NonFiniteGradientError": "monitoring.finite_guard",
     "ParamCountCallback": "callbacks.metrics",
@@ -88,7 +92,10 @@ __all__ = [
     "FiniteGuard",
     "GradClipCallback",
     "GradClipConfig",
+    "HeldOutDataConfig",
+    "HeldOutLosses",
     "JsonlTracker",
+    "LossEvaluator",
     "MetricsCallback",
     "NonFiniteGradientError",
     "OptimizerConfig",

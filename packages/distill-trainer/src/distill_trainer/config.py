@@ -217,8 +217,20 @@ class ViewConfig:
 
 
 @frozen(kw_only=True)
+class HeldOutDataConfig:
+    """Data that are never trained on, to measure losses on.
+
+    Attributes:
+        path: folder of a latent data set, as ``preprocess`` writes it, of the run's shapes.
+    """
+
+    path: str = field(validator=_not_blank, metadata={"path": ()})
+
+
+@frozen(kw_only=True)
 class ValidationConfig:
-    """Clips sampled while training, from the same prompts and the same noise each time.
+    """What is looked at and measured while training: clips of the same prompts from the same noise
+    each time, and the method's own losses on data that are not trained on.
 
     Each validation writes ``validation/iteration-<n>/`` in the output folder: a clip a prompt and
     view, ``sheet.png`` with all views below each other, and ``validation.json``, which names all
@@ -226,16 +238,33 @@ class ValidationConfig:
     of a role that is not trained is sampled once, kept in ``validation/kept/``, and never again
     unless role, sampler, prompts or seed change.
 
+    With ``data`` or ``share`` the losses of the method's own steps are measured on held-out data:
+    without gradient, in eval mode, of the same samples at the same times, noises and exit steps
+    each time, so that only the weights make a difference. ``validation/loss/<term>`` is a loss on
+    these samples, ``validation/drift/<term>`` that less the loss on as many samples of the training
+    data, at the same weights with the same noises: it grows where the run learns its data by
+    heart. Every role's losses are measured, whoever's turn it is. ``total_loss`` is among them
+    where all iterations have the same turns; elsewhere it is a sum of other terms each time.
+    Checkpoints can be kept by these numbers (``checkpoint.keep_best``).
+
     Attributes:
         every_steps: iterations between two validations; 0 validates only at start and end.
         at_start: validate before the first iteration of a fresh run.
         at_end: validate after the last one (not after a stop that was asked for).
-        prompts: one clip each.
+        prompts: one clip each; none where only losses are measured.
         images: PNG or JPEG files, the first frame of each prompt's clip, of the size of the run's
             clips: for image-to-video models, and others that take one.
-        seed: of the noise; the run's own generators are not touched.
+        seed: of the noise, and of the held-out samples' order; the run's own generators are not
+            touched.
         fps: frames per second of the clips that are written.
-        views: what is sampled, by the name it is logged under.
+        views: what is sampled, by the name it is logged under; none where only losses are
+            measured.
+        data: held-out data of their own.
+        share: instead of ``data``, the share of the run's data set that is held out and never
+            trained on; which samples is the same for every seed. Where several samples were cut
+            from one video they may be on either side: then take ``data``.
+        batches: so many micro batches, of all processes together, are measured on held-out data,
+            and as many on training data.
     """
 
     every_steps: int = field(
@@ -243,18 +272,44 @@ class ValidationConfig:
     )
     at_start: bool = False
     at_end: bool = True
-    prompts: tuple[str, ...] = field()
+    prompts: tuple[str, ...] = field(default=())
     images: tuple[str, ...] = field(default=(), metadata={"path": ()})
     seed: int = field(default=0, validator=at_least(0, "seeds count from 0; take any other"))
     fps: float = field(default=8.0, validator=above(0, "a clip needs a speed; 8 is customary"))
-    views: dict[str, ViewConfig] = field()
+    views: dict[str, ViewConfig] = field(factory=dict)
+    data: HeldOutDataConfig | None = None
+    share: float | None = field(default=None)
+    batches: int = field(
+        default=4,
+        validator=at_least(1, "a loss needs a batch; 4 balance time and noise"),
+    )
+
+    @property
+    def measures_losses(self) -> bool:
+        """Whether there are held-out data."""
+        return self.data is not None or self.share is not None
 
     @prompts.validator
     def _check_prompts(self, attribute: object, value: tuple[str, ...]) -> None:
-        if not value:
+        if not value and (self.views or not self.measures_losses):
             raise ValueError(
                 "[] must hold at least one prompt: each is one clip. Leave the validation section "
-                "out if there is nothing to sample"
+                "out if there is nothing to sample, or name data or a share to measure losses alone"
+            )
+
+    @share.validator
+    def _check_share(self, attribute: object, value: float | None) -> None:
+        if value is None:
+            return
+        if self.data is not None:
+            raise ValueError(
+                f"{value:g} beside data; losses are measured on one of the two. Leave one of them "
+                "out"
+            )
+        if not 0 < value <= 0.5:
+            raise ValueError(
+                f"{value:g} must be above 0 and at most 0.5: what is held out is not trained on. "
+                "0.05 is customary"
             )
 
     @images.validator
@@ -273,7 +328,7 @@ class ValidationConfig:
 
     @views.validator
     def _check_views(self, attribute: object, value: dict[str, ViewConfig]) -> None:
-        if not value:
+        if not value and self.prompts:
             raise ValueError(
                 "{} must hold at least one view: nothing would be sampled. Name a role, such as "
                 "views: {student: {role: student}}"

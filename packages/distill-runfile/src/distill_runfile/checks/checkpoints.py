@@ -14,6 +14,7 @@ from distill_protocols import MethodConfig, Problem, SamplerSpec, below
 from distill_runtime import export_folder_problem
 from distill_trainer.config import TrainingConfig
 
+from distill_runfile.checks.validation import validation_metrics
 from distill_runfile.draft import Draft
 
 
@@ -47,7 +48,12 @@ def check_resume(draft: Draft, resolved: Mapping[str, object]) -> Iterator[Probl
     datasets = draft.datasets
     if datasets is None or draft.data is None or preview.takes_other_data:
         return
-    own = describe_order(datasets.sources, seed=draft.training.seed, shuffle=draft.data.shuffle)
+    own = describe_order(
+        datasets.sources,
+        seed=draft.training.seed,
+        shuffle=draft.data.shuffle,
+        held_out=(draft.validation.share if draft.validation else None) or 0.0,
+    )
     problem = position_problem(preview.position, own)
     if problem is not None:
         yield Problem(
@@ -83,7 +89,9 @@ def _keep_best_problems(draft: Draft, checkpoint: CheckpointConfig) -> Iterator[
     for callback in draft.callbacks.values():
         if callback.config is not None:
             by_callback |= callback.plugin.metrics(callback.config)
+    by_callback |= validation_metrics(draft)
     owner = metric.split("/")[0]
+    section = owner if owner == "validation" else f"callbacks.{owner}"
     if metric in by_callback:
         interval = by_callback[metric]
         if not 0 < math.lcm(interval, saves) <= steps:
@@ -91,7 +99,7 @@ def _keep_best_problems(draft: Draft, checkpoint: CheckpointConfig) -> Iterator[
                 path,
                 f"{metric!r} is measured every {interval} iterations and saves come every {saves} "
                 f"(0: at the end only), which never meet in {steps} iterations; a checkpoint is "
-                f"judged by what was measured in its own. Set callbacks.{owner}.every_steps and "
+                f"judged by what was measured in its own. Set {section}.every_steps and "
                 "checkpoint.every_steps alike",
             )
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill_conditioning import DataInfo, SampleShape, data_info
+from distill_conditioning import DataConfig, DataInfo, SampleShape, data_info
 from distill_protocols import Problem
 
 from distill_runfile.draft import Draft
@@ -21,6 +21,12 @@ def read_datasets(draft: Draft) -> DataInfo | None:
     """
     if draft.data is None or (draft.planning and missing_data(draft.data)):
         return None
+    return describe_data(draft, draft.data)
+
+
+def describe_data(draft: Draft, data: DataConfig) -> DataInfo:
+    """Read the indices of ``data`` and compare them with what the run's models and its method
+    take."""
     shapes: list[SampleShape] = []
     fingerprint = None
     if draft.family is not None and draft.roles:
@@ -39,7 +45,7 @@ def read_datasets(draft: Draft) -> DataInfo | None:
             shapes.append(SampleShape(latents=latents, conditions=conditions))
     method = None if draft.method is None else draft.method.config
     return data_info(
-        draft.data,
+        data,
         shapes=shapes,
         needs_latents=method is not None and method.needs_latents,
         times=() if method is None else method.trajectory_times,

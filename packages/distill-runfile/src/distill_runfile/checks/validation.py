@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from attrs import evolve
+from distill_conditioning.buckets import count_held_out, make_buckets
 from distill_protocols import Problem, below
+from distill_trainer.config import ValidationConfig
 
+from distill_runfile.checks.data import describe_data
 from distill_runfile.draft import Draft
 
 
@@ -22,6 +26,53 @@ def check_validation(draft: Draft) -> Iterator[Problem]:
             *run.sampler_problems(view.sampler, view.role),
         )
         yield from below(problems, "validation", "views", name)
+    yield from _held_out_problems(draft, draft.validation)
+
+
+def _held_out_problems(draft: Draft, validation: ValidationConfig) -> Iterator[Problem]:
+    """Whether there are samples to measure losses on, which are not trained on."""
+    if validation.share is not None and draft.datasets is not None and draft.datasets.sources:
+        sizes = [len(bucket) for bucket in make_buckets(draft.datasets.sources)]
+        if not any(count_held_out(size, validation.share) for size in sizes):
+            yield Problem(
+                ("validation", "share"),
+                f"{validation.share:g} of {sum(sizes)} samples is none, so there is nothing to "
+                "measure on. Hold out more of them, or name data of their own",
+            )
+    if validation.data is None or draft.data is None:
+        return
+    path = ("validation", "data", "path")
+    if validation.data.path in [one.path for one in draft.data.all_sets]:
+        yield Problem(
+            path,
+            f"{validation.data.path} is trained on, so a loss on it says nothing of other data. "
+            "Name another data set, or hold out a share of this one",
+        )
+    elif not (draft.planning and not Path(validation.data.path).exists()):
+        held_out = evolve(draft.data, path=validation.data.path, sets=())
+        yield from (Problem(path, text) for text in describe_data(draft, held_out).problems)
+
+
+def validation_metrics(draft: Draft) -> dict[str, int]:
+    """Return names of what a validation measures, with the interval in iterations."""
+    validation, method = draft.validation, draft.method
+    if validation is None or method is None or not validation.measures_losses:
+        return {}
+    iterations = range(1, _SCHEDULE + 1)
+    names = {name for n in iterations for name in method.config.metrics(n)}
+    terms = {name.removeprefix("loss/") for name in names if name.startswith("loss/")}
+    if len({method.config.turns(n) for n in iterations}) > 1:
+        terms -= {"total_loss"}
+    terms |= {*method.config.validation_losses}
+    return {
+        f"validation/{kind}/{term}": validation.every_steps
+        for term in terms
+        for kind in ("loss", "drift")
+    }
+
+
+_SCHEDULE = 1_000
+"""No schedule of updates is longer."""
 
 
 def check_sampled(draft: Draft) -> Iterator[Problem]:

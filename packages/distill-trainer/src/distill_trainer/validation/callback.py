@@ -1,10 +1,10 @@
-"""Clips sampled while training, for people to watch. Sampling them never changes the run."""
+"""What is looked at and measured while a run trains: clips for people to watch, and losses on
+held-out data. Neither changes the run."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from distill_protocols import (
 )
 from distill_runtime import RowPartition, json_text, replace_folder, to_uint8
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill_trainer.config import ValidationConfig
 from distill_trainer.validation.files import (
@@ -37,6 +37,8 @@ from distill_trainer.validation.files import (
     write_over_time,
     write_record,
 )
+from distill_trainer.validation.losses import HeldOutLosses, LossEvaluator
+from distill_trainer.validation.modes import eval_mode
 
 _LONGEST_SIDE = 480
 """Pixels of a clip in a tracker, at most: all of them are there beside each other. Files have all
@@ -60,11 +62,15 @@ class ValidationCallback(Callback):
     The prompts are divided among the ranks of the run, and the clips are those of one process. Rank
     0 alone writes.
 
+    Losses on held-out data become metrics of the iteration (``HeldOutLosses.metrics``). Those that
+    are measured before the first iteration or after the last one go to the trackers at once.
+
     Args:
         config: what to sample, and when.
         conditioning: encodes the prompts, once, at the start of the run.
         identities: by role, what its weights and clips are known by (paths, sizes), for kept
             clips. Of a role that is not there its name is all that is known.
+        losses: measures losses on held-out data; None: none are.
     """
 
     name = "validation"
@@ -75,10 +81,12 @@ class ValidationCallback(Callback):
         conditioning: ConditioningProvider,
         *,
         identities: Mapping[str, object] | None = None,
+        losses: LossEvaluator | None = None,
     ) -> None:
         self.config = config
         self._conditioning = conditioning
         self._identities = identities or {}
+        self._losses = losses
         self._cond: Condition | None = None
         self._views = [
             SampleView(name=name, role=view.role, sampler=view.sampler, ema=view.ema)
@@ -92,6 +100,8 @@ class ValidationCallback(Callback):
     def on_train_start(self, run: RunState) -> None:
         # Now, not at the first validation: a prompt that cannot be encoded must not end a long run.
         run.method.bundle.require_roles(view.role for view in self._views)
+        if not self._views:
+            return
         images = read_images(self.config.images) if self.config.images else None
         self._cond = self._conditioning.encode(self.config.prompts, images)
         self._kept = {
@@ -103,26 +113,28 @@ class ValidationCallback(Callback):
     def on_step_start(self, run: RunState) -> None:
         # Not in on_train_start: a run that is resumed gets its weights after that.
         if run.iteration == 1 and self.config.at_start:
-            self._validate(run, 0)
+            _log(run, 0, self._validate(run, 0))
 
     def on_step_end(self, run: RunState, step: StepRecord) -> None:
         if self.config.every_steps and step.iteration % self.config.every_steps == 0:
-            self._validate(run, step.iteration)
+            run.metrics |= self._validate(run, step.iteration)
 
     def on_train_end(self, run: RunState) -> None:
         # A stop that was asked for (preemption) has no time left for clips.
         if self.config.at_end and run.stop_reason is None and self._last != run.iteration:
-            self._validate(run, run.iteration)
+            _log(run, run.iteration, self._validate(run, run.iteration))
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _validate(self, run: RunState, iteration: int) -> None:
+    def _validate(self, run: RunState, iteration: int) -> dict[str, float]:
+        """Return what was measured, by name of the metric."""
         run.check_finite()
         self._last = iteration
         root = run.output_dir / "validation"
         clips: dict[str, np.ndarray | None] = {}
-        for done, view in enumerate(self._views):
-            run.report_progress("validation", done, len(self._views))
+        work = len(self._views) + (self._losses is not None)
+        for number, view in enumerate(self._views):
+            run.report_progress("validation", number, work)
             # For methods that sample without polling. Of views that move nothing is written before
             # all are done.
             run.method.stop.poll()
@@ -131,8 +143,11 @@ class ValidationCallback(Callback):
             elif not run.ranks.run_on_first(lambda view=view: self._is_kept(root, view)):
                 pixels = self._sample(run, view)
                 run.ranks.run_on_first(lambda view=view, p=pixels: self._keep(root, view, p))
-        run.ranks.run_on_first(lambda: self._write(run, root, iteration, clips))
-        run.report_progress("validation", len(self._views), len(self._views))
+        run.report_progress("validation", len(self._views), work)
+        losses = self._losses.evaluate(run) if self._losses else None
+        run.ranks.run_on_first(lambda: self._write(run, root, iteration, clips, losses))
+        run.report_progress("validation", work, work)
+        return losses.metrics() if losses else {}
 
     def _sample(self, run: RunState, view: SampleView) -> np.ndarray | None:
         """Return clips of all prompts [N, T, H, W, 3] uint8 on rank 0; elsewhere None."""
@@ -154,7 +169,12 @@ class ValidationCallback(Callback):
         write_kept(root / self._kept[view.name], clips, self.config.fps)
 
     def _write(
-        self, run: RunState, root: Path, iteration: int, clips: Mapping[str, np.ndarray | None]
+        self,
+        run: RunState,
+        root: Path,
+        iteration: int,
+        clips: Mapping[str, np.ndarray | None],
+        losses: HeldOutLosses | None,
     ) -> None:
         shown: list[ShownView] = []
         folder = root / f"iteration-{iteration:06d}"
@@ -169,7 +189,8 @@ class ValidationCallback(Callback):
                 files = write_clips(stage / view.name, pixels, self.config.fps)
                 place = f"{folder.name}/{view.name}"
                 shown.append(_shown(run, view, place, files, choose_frames(pixels)))
-            write_record(stage, iteration, self.config.fps, self.config.prompts, shown, {})
+            more = {"losses": asdict(losses)} if losses else {}
+            write_record(stage, iteration, self.config.fps, self.config.prompts, shown, more)
         write_over_time(root, self.config.prompts, shown)
         for view in shown:
             pixels = clips.get(view.name)
@@ -222,6 +243,13 @@ class ValidationCallback(Callback):
                 digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
                 digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()[:12]
+
+
+def _log(run: RunState, iteration: int, metrics: Mapping[str, float]) -> None:
+    """Give to the trackers what was measured outside of an iteration, none of which logs it."""
+    if metrics:
+        for tracker in run.trackers:
+            tracker.log_scalars(iteration, metrics)
 
 
 def _spec(run: RunState, view: SampleView) -> SamplerSpec | None:
@@ -285,17 +313,3 @@ def read_images(paths: Sequence[str]) -> Tensor:
             "all must have the size of the run's clips. Scale and crop them."
         )
     return torch.stack(images)
-
-
-@contextlib.contextmanager
-def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within: all parts of ``modules`` are in eval mode; after: each as it was."""
-    # Flags instead of module.eval(): train() at the end would switch on parts that were off before.
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    try:
-        for part, _ in modes:
-            part.training = False
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
