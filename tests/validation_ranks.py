@@ -167,7 +167,6 @@ def run_report(
     folder: Path, prompts: int, sheet_prompts: int, chunk: int, stop_at: int = 0
 ) -> dict[str, Any]:
     """Write a report during the run and one at the end, in chunks of ``chunk`` clips."""
-    report_module.CHUNK = chunk
     ranks = Ranks.of_this_run(60)
     bundle = toy_bundle(student=1, teacher=2)
     bundle["student"].ema["transformer"] = Average()
@@ -192,9 +191,13 @@ def run_report(
     parts: Any = RunParts(
         method=method, adapter=adapter, conditioning=Texts(), exporter=None, output_dir=folder
     )
-    callback = ReportCallback(config, parts)
-    own.unlink()
-    return _run_hooks(callback, method, ranks, folder)
+    usual, report_module.CHUNK = report_module.CHUNK, chunk
+    try:
+        callback = ReportCallback(config, parts)
+        own.unlink()
+        return _run_hooks(callback, method, ranks, folder)
+    finally:
+        report_module.CHUNK = usual
 
 
 class NamedRows(Rows):

@@ -84,7 +84,10 @@ def test_the_diffusers_folder_holds_what_the_checkpoint_holds(whole, tmp_path, c
     actual = written(tmp_path / "student" / "transformer")
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
-    spec = json.loads((tmp_path / "student" / "sampler_spec.json").read_text())
+    text = (tmp_path / "student" / "sampler_spec.json").read_text()
+    assert "/wan" not in text, "a path of this machine"
+    spec = json.loads(text)
+    assert spec["path"] == "wan"
     assert spec["sampler"]["timesteps"] == [1000, 700]
     pipe = WanPipeline.from_pretrained(tmp_path / "student")
     pipe.set_progress_bar_config(disable=True)
@@ -114,7 +117,8 @@ def test_a_lora_role_is_written_as_it_was_trained(low_rank, tmp_path, capsys):
 def test_adapters_are_extracted_from_a_whole_role_with_their_error(whole, tmp_path, capsys):
     assert export(whole, tmp_path / "x", "--format", "lora", "--lora-rank", "8", "--verify") == 0
     printed = capsys.readouterr().out
-    assert "the LoRA is an approximation of the difference" in printed
+    assert "the LoRA is an approximation of the difference to wan, off by" in printed
+    assert "/wan" not in (tmp_path / "x" / "sampler_spec.json").read_text()
     spec = json.loads((tmp_path / "x" / "sampler_spec.json").read_text())
     assert 0 < spec["lora"]["transformer"]["relative_error"] < 1
 

@@ -47,6 +47,16 @@ def is_hub_id(path: str) -> bool:
     return not Path(path).is_dir()
 
 
+def portable_name(path: str) -> str:
+    """Return what says on another machine as well which model ``path`` is: its hub id, also of a
+    folder in a hub's cache, or else the name of its folder."""
+    if is_hub_id(path):
+        return path
+    parts = Path(path).parts
+    cached = [part for part in parts if part.startswith("models--") and part.count("--") == 2]
+    return cached[-1].removeprefix("models--").replace("--", "/") if cached else parts[-1]
+
+
 def cached_snapshot(hub_id: str) -> Path | None:
     """Return the folder of ``hub_id`` in the local Hugging Face cache, if it was ever
     downloaded."""

@@ -57,6 +57,7 @@ from distill_diffusers.folders import (
     fetch,
     index_entry,
     locate,
+    portable_name,
     read_json,
 )
 from distill_diffusers.kinds import class_name
@@ -355,7 +356,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
         return {
             "role": role.name,
             "family": self.family.name,
-            "path": role.path,
+            "path": portable_name(role.path),
             "weights": request.weights,
             "format": request.format,
             "precision": request.precision,
@@ -389,9 +390,10 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
             _name_tokenizer(file)
         index = self._model_index(export, source, stage)
         write_json(stage / "model_index.json", index)
+        path = portable_name(export.role.path)
         return Written(
             notes=tuple(
-                f"{name} is that of {export.role.path}, unchanged: role {export.role.name!r} has "
+                f"{name} is that of {path}, unchanged: role {export.role.name!r} has "
                 f"{', '.join(export.weights)} alone"
                 for name in export.modules
                 if name in export.others
@@ -449,8 +451,8 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
                 notes += _extraction_notes(role, name, extraction, takers)
             if not contents.factors and not contents.differences:
                 notes.append(
-                    f"{name}: no weight differs from {role.path}, so it is left out, and the "
-                    "base's stays"
+                    f"{name}: no weight differs from {portable_name(role.path)}, so it is left "
+                    "out, and the base's stays"
                 )
                 continue
             for file, names in self.lora_files(export, name).items():
@@ -484,9 +486,9 @@ def _extraction_notes(
     role: RoleSpec, module: str, extraction: Extraction, takers: Sequence[str]
 ) -> Iterator[str]:
     yield (
-        f"{module}: the LoRA is an approximation of the difference to {role.path}, off by "
-        f"{extraction.relative_error:.3g} of it (Frobenius norm over {len(extraction.factors)} "
-        "layers; lora.<module>.by_layer has each)"
+        f"{module}: the LoRA is an approximation of the difference to {portable_name(role.path)}, "
+        f"off by {extraction.relative_error:.3g} of it (Frobenius norm over "
+        f"{len(extraction.factors)} layers; lora.<module>.by_layer has each)"
     )
     if extraction.differences:
         changes = {name: extraction.other_changes[name] for name in extraction.differences}
