@@ -113,7 +113,7 @@ def write_run(
         "metrics": {"fd": {"help": "Frechet distance", "better": "lower"},
                     "motion": {"help": "frame difference", "better": "near_1"}},
         "clips": {"prompts": prompts, "fps": 6, "entries": {
-            entry: {"folder": f"e{n}", "files": ["000.mp4", "001.mp4"]}
+            entry: {"folder": f"report/e{n}", "files": ["000.mp4", "001.mp4"]}
             for n, entry in enumerate(entries)}},
         "entries": [
             {"name": entry, "weights": "ema", "sampler": {"steps": calls, "guidance": 1.5},
@@ -261,7 +261,7 @@ def test_clips_of_elsewhere_are_not_shown(full: Path, tmp_path: Path) -> None:
     outside.write_bytes(encode_mp4(clip(1), fps=6))
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     names = ["../../secret.mp4", str(outside)]
-    report["clips"]["entries"] = {"thief": {"folder": "e0", "files": names}}
+    report["clips"]["entries"] = {"thief": {"folder": "report/e0", "files": names}}
     (tmp_path / "run" / "report.json").unlink()
     (tmp_path / "run" / "report.json").write_text(json.dumps(report))
     (tmp_path / "run" / "validation" / "iteration-000300" / "validation.json").unlink()

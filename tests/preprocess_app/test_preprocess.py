@@ -335,7 +335,7 @@ def test_a_stop_on_request_keeps_finished_units(whole, begun, monkeypatch, capsy
 
     monkeypatch.setattr(Encoder, "encode_clips", stop)
     assert main(["--config", str(begun / "data.yaml")]) == EXIT_STOPPED
-    assert "stopped: 2 finished unit(s)" in capsys.readouterr().out
+    assert "stopped: 2 finished units are" in capsys.readouterr().out
     assert main(["--config", str(begun / "data.yaml")]) == EXIT_OK
     assert len(calls) == 3 + 2
     assert contents(begun / "data") == contents(whole / "data")
@@ -486,7 +486,7 @@ def test_a_dry_run_says_what_would_be_made_and_makes_nothing(begun, capsys):
     out = capsys.readouterr().out
     assert "clips of 9 x 32 x 32 (frames x height x width), 8 frames a second, head" in out
     assert "5 items, 0 of which cannot be used" in out
-    assert "3 unit(s) of 2 items" in out
+    assert "3 units of 2 items" in out
     assert not (begun / "data").exists()
 
 

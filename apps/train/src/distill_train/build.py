@@ -30,6 +30,7 @@ from distill_protocols import (
     RandomStreams,
     RankGroup,
     RoleHandle,
+    RunDescription,
     RunParts,
     TrainableMethod,
     WeightSource,
@@ -59,7 +60,13 @@ class Run:
     adapter: DistillAdapter
 
 
-def build(config: RunConfig, *, distribution: Distribution, again: Collection[str] = ()) -> Run:
+def build(
+    config: RunConfig,
+    *,
+    distribution: Distribution,
+    again: Collection[str] = (),
+    run_file: str = "",
+) -> Run:
     """Weights, optimizers, adapter, conditioning, method, loader, callbacks, trainer: in order.
 
     All ranks build together: each takes its part of sharded roles and its samples of every batch.
@@ -67,6 +74,7 @@ def build(config: RunConfig, *, distribution: Distribution, again: Collection[st
 
     Args:
         again: as in ``run``. What is logged is there already, so there are no trackers then.
+        run_file: its text, for trackers.
     """
     ranks, device = distribution.ranks, distribution.device
     output_dir = Path(config.training.output_dir)
@@ -130,6 +138,9 @@ def build(config: RunConfig, *, distribution: Distribution, again: Collection[st
         checkpointer=CheckpointManager(config.checkpoint, output_dir, config.resolved),
         streams=streams,
         distribution=distribution,
+        description=RunDescription(
+            name=output_dir.name, run_file=run_file, settings=config.resolved
+        ),
         again=again,
     )
     return Run(trainer=trainer, method=method, loader=loader, bundle=bundle, adapter=adapter)

@@ -62,11 +62,6 @@ class RunRecord:
             starts=[*earlier[-_MOST_STARTS:], {"time": time.time()}],
         )
 
-    @property
-    def file_text(self) -> str:
-        """The run file as it was written; the settings where there is no file."""
-        return json_text(self.settings) if self.run_file is None else self.run_file["text"]
-
     def write(self) -> None:
         """Write the file.
 

@@ -55,7 +55,8 @@ def run(
                 record = distribution.ranks.run_each(
                     lambda: RunRecord.of_this_start(config, run_file, distribution)
                 )
-                parts = build(config, distribution=distribution, again=again)
+                text = record.run_file["text"] if record.run_file is not None else ""
+                parts = build(config, distribution=distribution, again=again, run_file=text)
                 _log.info("%s", _opening(config, distribution, time.perf_counter() - started))
                 for warning in export_warnings(config):
                     _log.warning("%s", warning)

@@ -163,6 +163,8 @@ class ReportCallback(Callback):
             if entry.sheet:
                 sheets += self._sheet_rows(run, name, entry)
         run.ranks.run_on_first(lambda: self._show(run, rows, sheets))
+        for row in rows:
+            run.metrics |= row.by_metric_name()
 
     def _show(self, run: RunState, rows: Sequence[EntryReport], sheets: Sequence[SheetRow]) -> None:
         distances = any(one.chosen.name == "distances" for one in self._metrics)
@@ -330,7 +332,7 @@ class ReportCallback(Callback):
         cond = self.parts.conditioning.encode(self.prompts)
         with self._weights_of(entry):
             latents, seconds = self._sample(
-                entry, self._spec(entry), cond, rows, clips_per_prompt=each,
+                run, entry, self._spec(entry), cond, rows, clips_per_prompt=each,
                 purpose="report.measure",
             )  # fmt: skip
         samples = Samples(
@@ -364,13 +366,14 @@ class ReportCallback(Callback):
         cond = self.parts.conditioning.encode(self.config.sheet_prompts)
         with self._weights_of(entry):
             latents, _ = self._sample(
-                entry, self._spec(entry), cond, prompts.own, purpose="report.sheet"
+                run, entry, self._spec(entry), cond, prompts.own, purpose="report.sheet"
             )
         clips = prompts.gather(self._decode(latents))
         return [] if clips is None else [SheetRow(name, to_uint8(clips).numpy())]
 
     def _sample(
         self,
+        run: RunState,
         entry: ReportEntry,
         spec: SamplerSpec,
         cond: Condition,
@@ -399,6 +402,7 @@ class ReportCallback(Callback):
         parts = []
         start = time.perf_counter()
         for i, chunk in enumerate(chunks):
+            run.report_progress(f"report: clips of {entry.role}", i, len(chunks))
             parts.append(
                 adapter.sample(
                     entry.role,
@@ -410,6 +414,7 @@ class ReportCallback(Callback):
                     poll=self.parts.method.stop.poll,
                 )
             )
+        run.report_progress(f"report: clips of {entry.role}", len(chunks), len(chunks))
         latents = torch.cat(parts).cpu()  # waits for the device, so that the clock is right
         return latents.to(device), time.perf_counter() - start
 

@@ -88,6 +88,7 @@ if TYPE_CHECKING:
         BatchLoader,
         Condition,
         ConditioningProvider,
+        EpochLoader,
         LatentShape,
     )
     from distill_protocols.bundle import (
@@ -100,9 +101,12 @@ if TYPE_CHECKING:
     from distill_protocols.callbacks import (
         Callback,
         Checkpointer,
+        DescribedTracker,
         ResumableTracker,
+        RunDescription,
         RunState,
         StepRecord,
+        SummaryTracker,
         Tracker,
     )
     from distill_protocols.method import HeldOutEvaluating, StepResult, TrainableMethod
@@ -119,13 +123,16 @@ _LAZY = {
         "adapter",
     ),
     **dict.fromkeys(
-        ["Batch", "BatchLoader", "Condition", "ConditioningProvider", "LatentShape"], "batch"
+        ["Batch", "BatchLoader", "Condition", "ConditioningProvider", "EpochLoader",
+         "LatentShape"],
+        "batch",
     ),
     **dict.fromkeys(
         ["DTYPES", "ModelBundle", "RestartableSchedule", "RoleHandle", "WeightAverage"], "bundle"
     ),
     **dict.fromkeys(
-        ["Callback", "Checkpointer", "ResumableTracker", "RunState", "StepRecord", "Tracker"],
+        ["Callback", "Checkpointer", "DescribedTracker", "ResumableTracker", "RunDescription",
+         "RunState", "StepRecord", "SummaryTracker", "Tracker"],
         "callbacks",
     ),
     **dict.fromkeys(["HeldOutEvaluating", "StepResult", "TrainableMethod"], "method"),
@@ -163,11 +170,13 @@ __all__ = [
     "ContractError",
     "DataError",
     "Denoiser",
+    "DescribedTracker",
     "Discriminating",
     "DiscriminatorSpec",
     "DistillAdapter",
     "DistillError",
     "DynamicShift",
+    "EpochLoader",
     "ExpertRouting",
     "ExportRecord",
     "ExportRequest",
@@ -215,6 +224,7 @@ __all__ = [
     "RolePlan",
     "RoleSpec",
     "RowGenerators",
+    "RunDescription",
     "RunParts",
     "RunState",
     "SampleView",
@@ -228,6 +238,7 @@ __all__ = [
     "StopFlag",
     "StopRequested",
     "StorageError",
+    "SummaryTracker",
     "Tangents",
     "TensorInfo",
     "TensorPlan",

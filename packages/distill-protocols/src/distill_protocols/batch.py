@@ -156,6 +156,16 @@ class BatchLoader(Protocol):
     def load_state_dict(self, state: Mapping[str, object]) -> None: ...
 
 
+@runtime_checkable
+class EpochLoader(BatchLoader, Protocol):
+    """A ``BatchLoader`` that knows how often it has gone through its data."""
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far, of all processes together."""
+        ...
+
+
 class ConditioningProvider(Protocol):
     """Conditions that exist before step 1: the negative one, and those of validation prompts."""
 

@@ -38,6 +38,41 @@ class ResumableTracker(Tracker, Protocol):
         ...
 
 
+@frozen(kw_only=True)
+class RunDescription:
+    """What a run is, as trackers show it.
+
+    Attributes:
+        name: of the run, for people.
+        run_file: text of its run file; empty: it has none.
+        settings: every option, defaults included, as nested plain values.
+    """
+
+    name: str
+    run_file: str = ""
+    settings: Mapping[str, object] = field(factory=dict)
+
+
+@runtime_checkable
+class DescribedTracker(Tracker, Protocol):
+    """A tracker that shows what a run is, beside its numbers."""
+
+    def describe(self, description: RunDescription) -> None:
+        """Take note of what the run is. Called once, after ``ResumableTracker.resume`` and before
+        anything is logged."""
+        ...
+
+
+@runtime_checkable
+class SummaryTracker(Tracker, Protocol):
+    """A tracker that shows what came of a run, to be compared with others."""
+
+    def log_summary(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Log the final numbers of a complete run, by the names of its metrics. Called once, after
+        everything else."""
+        ...
+
+
 @frozen(eq=False, kw_only=True)
 class StepRecord:
     """One finished iteration.

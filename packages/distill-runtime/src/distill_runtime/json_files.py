@@ -191,6 +191,26 @@ def json_text(value: Mapping[str, object] | Sequence[object], *, indent: int | N
     return json.dumps(value, indent=indent, allow_nan=False) + "\n"
 
 
+def flatten(
+    value: Mapping[str, object], *, most: int = 5000, prefix: str = ""
+) -> dict[str, object]:
+    """Return nested mappings as one, under dotted keys; an empty one and all else are values.
+
+    Args:
+        most: keys; what comes after them is left out.
+    """
+    flat: dict[str, object] = {}
+    for key, below in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(below, Mapping) and below:
+            flat |= flatten(below, most=most - len(flat), prefix=f"{name}.")
+        else:
+            flat[name] = below
+        if len(flat) >= most:
+            break
+    return flat
+
+
 def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     pairs = list(pairs)
     value = dict(pairs)

@@ -148,6 +148,26 @@ class WandbPlugin(TrackerPlugin):
         return WandbTracker(output_dir)
 
 
+class MlflowPlugin(TrackerPlugin):
+    name = "mlflow"
+    contract = 2
+    help = "sends numbers, texts and clips to MLflow, or into mlruns/ (needs the package mlflow)"
+
+    def problems(self) -> Iterator[Problem]:
+        spec = find_spec("mlflow")
+        if spec is None or spec.origin is None:
+            yield Problem(
+                "",
+                "mlflow must be installed to be logged to, and is not: it is an optional extra. "
+                "Install the package mlflow or mlflow-skinny, or leave the tracker out.",
+            )
+
+    def build(self, output_dir: Path) -> Tracker:
+        from distill_trainer.trackers.mlflow import MlflowTracker
+
+        return MlflowTracker(output_dir)
+
+
 ema = EmaPlugin()
 grad_clip = GradClipPlugin()
 step_timer = StepTimerPlugin()
@@ -155,5 +175,6 @@ profiler = ProfilerPlugin()
 param_count = ParamCountPlugin()
 debug_dump = DebugDumpPlugin()
 jsonl = JsonlPlugin()
+mlflow = MlflowPlugin()
 tensorboard = TensorBoardPlugin()
 wandb = WandbPlugin()

@@ -100,7 +100,7 @@ def _report_clips(run: RunFolder) -> Iterator[PromptClips]:
         finals = {}
         for name, entry in list(entries.items())[:MOST_VIEWS]:
             with contextlib.suppress(ValueError, TypeError, IndexError, AttributeError, KeyError):
-                finals[name] = ClipPlace(_file_of(run.folder / "report", entry, number))
+                finals[name] = ClipPlace(_file_of(run.folder, entry, number))
         yield PromptClips(prompt=str(prompt), finals=finals)
 
 

@@ -16,6 +16,7 @@ from distill_runtime import (
     UnreadableFileError,
     as_count,
     as_text,
+    flatten,
     parse_json,
     read_bytes,
     read_json_object,
@@ -199,7 +200,7 @@ def _or_problem(
 
 def _read_record(run: RunFolder) -> None:
     def read(content: dict[str, object]) -> None:
-        run.settings = flatten(content.get("settings"))
+        run.settings = _flat(content.get("settings"))
         environment, starts = content.get("environment"), content.get("starts")
         run.environment = environment if isinstance(environment, dict) else {}
         run.starts = [s for s in starts if isinstance(s, dict)] if isinstance(starts, list) else []
@@ -213,7 +214,7 @@ def _read_record(run: RunFolder) -> None:
     # Runs of earlier releases: every checkpoint holds the settings.
     for checkpoint in reversed(_checkpoints(run.folder)):
         name = f"{checkpoint.name}/config.json"
-        run.settings = _or_problem(run, name, flatten) or {}
+        run.settings = _or_problem(run, name, _flat) or {}
         if run.settings:
             return
 
@@ -225,17 +226,12 @@ def _checkpoints(folder: Path) -> list[Path]:
         return []
 
 
-def flatten(value: object, prefix: str = "") -> dict[str, str]:
-    """Return nested mappings as dotted keys with values as JSON; at most ``MOST_SETTINGS``."""
+def _flat(value: object) -> dict[str, str]:
+    """Return settings as dotted keys, with values as JSON."""
     if not isinstance(value, dict):
-        return {prefix: json.dumps(value, ensure_ascii=False)} if prefix else {}
-    flat: dict[str, str] = {}
-    for key, below in value.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
-        flat |= flatten(below, name) if below != {} else {name: "{}"}
-        if len(flat) > MOST_SETTINGS:
-            break
-    return flat
+        return {}
+    flat = flatten(value, most=MOST_SETTINGS)
+    return {key: json.dumps(setting, ensure_ascii=False) for key, setting in flat.items()}
 
 
 def _state_of(run: RunFolder) -> State:

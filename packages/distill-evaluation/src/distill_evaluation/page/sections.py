@@ -23,6 +23,8 @@ _COLOURS = 8
 _MOST_TEXT = 2000
 _STUDENT = "student"
 """The role that a method trains to be sampled, by custom."""
+_OURS = "distill-"
+"""Before the names of our packages, which mostly have one version."""
 _HARD_EDGES = 200
 """Smaller clips are shown with hard pixel edges."""
 _MOST_DIFFERENCES = 300
@@ -597,8 +599,13 @@ def _packages(run: RunFolder) -> Html:
     packages = run.environment.get("packages")
     if not isinstance(packages, dict):
         return ""
+    ours = {name: version for name, version in packages.items() if name.startswith(_OURS)}
+    rows = dict(packages)
+    if len(ours) > 1 and len(set(map(str, ours.values()))) == 1:
+        rows = {name: version for name, version in packages.items() if name not in ours}
+        rows[f"{_OURS}... ({len(ours)})"] = next(iter(ours.values()))
     cells = "".join(
-        f"<dt>{text(name)}</dt><dd>{text(version)}</dd>" for name, version in packages.items()
+        f"<dt>{text(name)}</dt><dd>{text(version)}</dd>" for name, version in rows.items()
     )
     return f'<dl class="facts">{cells}</dl>'
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
-from distill_protocols import Callback, ModelBundle, RankGroup, RunState, StepRecord
+from distill_protocols import Callback, EpochLoader, ModelBundle, RankGroup, RunState, StepRecord
 from torch import Tensor
 
 from distill_trainer.callbacks.configs import StepTimerConfig
@@ -35,7 +35,12 @@ class MetricsCallback(Callback):
     that is stopped between two log points logs nothing more.
 
     Logged: ``loss/<term>``, metrics under their own names, ``lr/<role.module>`` (of the next
-    step), ``updates/<role.module>``, and ``grad_scale`` under fp16.
+    step), ``updates/<role.module>``, ``progress/samples`` and ``progress/epochs`` (seen so far),
+    and ``grad_scale`` under fp16.
+
+    Attributes:
+        newest: means of the newest log point at which each was logged, without those of the
+            machine (times, memory).
     """
 
     name = "metrics"
@@ -45,6 +50,7 @@ class MetricsCallback(Callback):
         self.log_every = log_every
         self._values: dict[str, list[Tensor | float]] = {}
         self._ranks: RankGroup | None = None
+        self.newest: dict[str, float] = {}
 
     def on_train_start(self, run: RunState) -> None:
         self._ranks = run.ranks
@@ -103,6 +109,7 @@ class MetricsCallback(Callback):
         means = {name: total / counts[name] for name, total in totals.items()}
         # As trackers show them, so that a checkpoint of this iteration can be kept by a loss.
         run.metrics |= {name: mean for name, mean in means.items() if name.startswith("loss/")}
+        self.newest |= {n: mean for n, mean in means.items() if not n.startswith(_OF_THE_MACHINE)}
         scalars = means | _state_of(run)
         for tracker in run.trackers:
             tracker.log_scalars(run.iteration, scalars)
@@ -122,6 +129,9 @@ def _state_of(run: RunState) -> dict[str, float]:
     method = run.method
     values = {f"lr/{key}": opt.param_groups[0]["lr"] for key, opt in method.optimizer_dict.items()}
     values |= {f"updates/{key}": float(n) for key, n in method.update_counts.items()}
+    values["progress/samples"] = float(run.iteration * run.global_batch_size)
+    if isinstance(run.loader, EpochLoader):
+        values["progress/epochs"] = run.loader.epoch
     if method.grad_scaler.is_enabled():
         values["grad_scale"] = method.grad_scaler.get_scale()
     return values

@@ -17,11 +17,14 @@ from distill_protocols import (
     Checkpointer,
     CheckpointError,
     ContractError,
+    DescribedTracker,
     RandomStreams,
     ResumableTracker,
+    RunDescription,
     RunState,
     StopRequested,
     StorageError,
+    SummaryTracker,
     Tracker,
     TrainableMethod,
 )
@@ -71,6 +74,7 @@ class DistillTrainer:
         streams: the run's generators, for checkpoints; None takes the method's.
         distribution: the processes, and what each holds of the roles; None: the processes that
             torch.distributed has, each with all of what is not sharded, or this one alone.
+        description: what the run is, for trackers that show it (``DescribedTracker``).
         again: names of callbacks. The run is complete, and of its end only what these do is done
             anew; nothing is trained. Empty: it is a run as any other.
 
@@ -87,6 +91,7 @@ class DistillTrainer:
         checkpointer: Checkpointer | None = None,
         streams: RandomStreams | None = None,
         distribution: Distribution | None = None,
+        description: RunDescription | None = None,
         again: Collection[str] = (),
     ) -> None:
         self.training = training
@@ -94,9 +99,11 @@ class DistillTrainer:
         self.checkpointer = checkpointer
         self._trackers = trackers
         self._streams = streams
+        self._description = description
         self._again = frozenset(again)
         self._progress = ProgressCallback(training.log_every) if training.progress else None
-        self._always: list[Callback] = [MetricsCallback(training.log_every)]
+        self._logged = MetricsCallback(training.log_every)
+        self._always: list[Callback] = [self._logged]
         if self._progress is not None:
             self._always.append(self._progress)
         self.callbacks = _by_name([*callbacks, *self._always])
@@ -199,6 +206,8 @@ class DistillTrainer:
         for tracker in run.trackers:
             if isinstance(tracker, ResumableTracker):
                 tracker.resume(resumed_from)
+            if self._description is not None and isinstance(tracker, DescribedTracker):
+                tracker.describe(self._description)
         iterations = IterationRunner(run, callbacks, guard, distribution, train_step, accumulation)
         run.enter("start of training")
         # The stop is asked for first: after the last iteration too, all ranks must ask or none.
@@ -211,12 +220,15 @@ class DistillTrainer:
         self._refuse_other_folder(run)
         if self.checkpointer:
             self.checkpointer.finish(run, self.callbacks)
+        run.metrics = {}  # what callbacks add now are numbers of the end
         last = [c for c in callbacks if not self._again or c.name in self._again]
         for callback in each_callback(last, run, "on_train_end"):
             try:
                 callback.on_train_end(run)
             except StopRequested as stop:  # the others still have to close what they opened
                 run.request_stop(str(stop))
+        if run.stop_reason is None and not self._again:
+            self._log_summary(run)
         # After the callbacks: in their last hook (validation, export) ranks still work together.
         if monitor:
             monitor.finish()
@@ -226,6 +238,14 @@ class DistillTrainer:
             updates=run.method.update_counts,
             resumed_from=resumed_from,
         )
+
+    def _log_summary(self, run: RunState) -> None:
+        """Give the newest means, and what was measured at the end, to trackers that show them."""
+        of_the_end = {name: v for name, v in run.metrics.items() if isinstance(v, float)}
+        values = self._logged.newest | of_the_end
+        for tracker in run.trackers:
+            if values and isinstance(tracker, SummaryTracker):
+                tracker.log_summary(run.iteration, values)
 
     def _accumulation(self, ranks: int) -> int:
         try:

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from distill_media import clips_to_gif
-from distill_protocols import ConfigError
+from distill_protocols import ConfigError, RunDescription
 from distill_runtime import to_uint8
 from torch import Tensor
 
 
 class WandbTracker:
     """One wandb run, its files in ``output_dir/wandb``; resumed by the output folder's path.
+
+    Settings are its config, the run file and the final numbers (``final/...``) are in its summary.
+    A resumed run logs iterations that a killed process had logged already; wandb keeps the first
+    of two values for a step, which are equal.
 
     Raises:
         ConfigError: wandb is not installed.
@@ -35,9 +39,18 @@ class WandbTracker:
             ) from error
         self.output_dir = Path(output_dir)
         self._run: Any = None
+        self._description = RunDescription(name=self.output_dir.name)
+
+    def describe(self, description: RunDescription) -> None:
+        """Keep what the run is for the start of the wandb run, which is at its first number."""
+        self._description = description
 
     def log_scalars(self, iteration: int, values: Mapping[str, float]) -> None:
         self._open().log(dict(values), step=iteration)
+
+    def log_summary(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Log final numbers, by which wandb's table compares runs."""
+        self._open().summary.update({f"final/{name}": value for name, value in values.items()})
 
     def log_text(self, iteration: int, name: str, text: str) -> None:
         self._open().summary[name] = text
@@ -60,6 +73,12 @@ class WandbTracker:
             path = str(self.output_dir.resolve())
             run_id = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
             self._run = self._wandb.init(
-                dir=path, id=run_id, name=self.output_dir.name, resume="allow"
+                dir=path,
+                id=run_id,
+                name=self._description.name,
+                config=dict(self._description.settings),
+                resume="allow",
             )
+            if self._description.run_file:
+                self._run.summary["run_file"] = self._description.run_file
         return self._run
