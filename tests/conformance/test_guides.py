@@ -165,6 +165,19 @@ def test_the_callback_of_the_guide_stops_a_run(install, tmp_path):
     assert "time/left" in numbers
 
 
+def test_the_tracker_of_the_guide_gets_every_number_once(install, tmp_path):
+    install("tracker.md")
+    config = training(tmp_path / "run", 2, trackers=("spreadsheet",), log_every=1)
+    DistillTrainer(config).run(alternating(), batches())
+    table = tmp_path / "run" / "numbers.csv"
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    losses = [row[0] for row in rows if row[1] == "loss/total_loss"]
+    assert losses == ["1", "2"]
+    tracker = load_plugin("distill.trackers", "spreadsheet").build(tmp_path / "run")
+    tracker.resume(1)
+    assert {line.split(",")[0] for line in table.read_text().splitlines()} == {"1"}
+
+
 def test_the_readme_of_the_suites_shows_what_exists():
     readme = (ROOT / "packages" / "distill-conformance" / "README.md").read_text()
     scope: dict[str, object] = {}

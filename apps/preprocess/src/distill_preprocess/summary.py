@@ -31,8 +31,12 @@ def describe_summary(folder: str, summary: Summary, items: Sequence[MediaItem]) 
         lines.append(f"  {len(skipped):,} skipped, each with its reason in report.jsonl:")
         lines += [f"    {line.id}: {line.skipped}" for line in skipped[:_SHOWN]]
         lines += ["    ..."] * (len(skipped) > _SHOWN)
-    notes = Counter(_kind_of(note) for line in summary.report for note in line.notes)
-    lines += [f"  {counted(count, 'clip')}: {note}" for note, count in notes.most_common()]
+    alike: dict[str, list[str]] = {}
+    for note in (note for line in summary.report for note in line.notes):
+        alike.setdefault(_kind_of(note), []).append(_without_number(note))
+    for notes in sorted(alike.values(), key=len, reverse=True):
+        more = " (and the like)" * (len(set(notes)) > 1)
+        lines.append(f"  {counted(len(notes), 'clip')}: {notes[0]}{more}")
     if summary.same_embedding:
         captions = sum(map(len, summary.same_embedding))
         lines.append(
@@ -46,7 +50,9 @@ def describe_summary(folder: str, summary: Summary, items: Sequence[MediaItem]) 
 
 def _kind_of(note: str) -> str:
     """Leave out the numbers of a note, so that alike ones are counted together."""
-    words = note.split()
-    if words[0].startswith("#"):
-        words = words[1:]
-    return " ".join("n" if word.strip("();,").isdigit() else word for word in words)
+    return " ".join("" if w.strip("();,").isdigit() else w for w in _without_number(note).split())
+
+
+def _without_number(note: str) -> str:
+    """Leave out the number of the clip that a note is about."""
+    return note.split(" ", 1)[1] if note.startswith("#") and " " in note else note
