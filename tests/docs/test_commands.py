@@ -156,7 +156,8 @@ def unknown_in_file(content: dict[str, object]) -> Iterator[str]:
         if not sections:
             yield name
         elif "." in sections[0].path and isinstance(value, dict):  # by role, or by callback
-            by_name = {section.path.split(".")[1]: section for section in sections}
+            parts = ((section.path.split("."), section) for section in sections)
+            by_name = {path[1]: section for path, section in parts if len(path) == 2}
             for key, inner in value.items():
                 section = by_name.get(key) or by_name.get("<role>")
                 if section is None:

@@ -22,6 +22,7 @@ NEEDS_OTHERS = (
     "must name",
     "missing",
     "is used",
+    " must be one for each ",
 )
 """Of messages about a value that other keys are missing for."""
 
