@@ -63,6 +63,7 @@ def test_a_run_leaves_a_record_of_itself_and_says_what_comes_next(finished):
     assert start["ended"] >= start["time"]
 
     config = read_config(finished, None, planning=False, world_size=None)
+    assert (out / "report.html").read_text().count("</section>") == 7, "on by default"
     result = TrainResult(iteration=2, stop_reason=None, updates={"student.transformer": 1})
     lines = describe_end(config, result, 75.0).splitlines()
     assert lines[0].startswith("finished after iteration 2 of 2 in 1.2 minutes; updates: student.")

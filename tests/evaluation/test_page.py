@@ -12,12 +12,17 @@ import numpy as np
 import pytest
 from browser import CHROMIUM, browser
 from distill_evaluation.page import PageInfo, read_run, write_page
+from distill_evaluation.page.callback import PageCallback
 from distill_evaluation.page.clips import ClipStore
+from distill_evaluation.page.config import PageConfig
 from distill_evaluation.page.document import MOST_PAGE_BYTES
 from distill_evaluation.page.highlight import highlight
 from distill_evaluation.page.series import MetricsReader, Series, thin_out
 from distill_evaluation.page.times import time_shares
 from distill_media import encode_mp4
+from distill_protocols import Callback, RunState
+from distill_trainer import DistillTrainer
+from toy_trainer import alternating, batches, training
 
 HOSTILE = "</script><img src=x onerror=\"document.title='taken'\"><b>\u202eprompt & 'quotes'"
 VOID = {"meta", "link", "img", "br", "input"}
@@ -437,3 +442,83 @@ def test_a_long_run_opens_soon_and_stays_small(tmp_path: Path) -> None:
     with browser() as tab:
         print(f"opened in {tab.open(info.path, width=1280):.2f} s")
         assert tab.errors == []
+
+
+def _train(folder: Path, *more: Callback, every: int = 2, steps: int = 4) -> Callback:
+    page = PageCallback(PageConfig(every_steps=every))
+    config = training(folder, steps, trackers=("jsonl",), log_every=1)
+    DistillTrainer(config, callbacks=[*more, page]).run(alternating(), batches())
+    return page
+
+
+class _At(Callback):
+    """Keeps the page as it is when an iteration begins, or ends the run there."""
+
+    name = "at"
+
+    def __init__(self, iteration: int, error: Exception | None = None) -> None:
+        self.iteration, self.error = iteration, error
+        self.page: str | None = None
+
+    def on_step_start(self, run: RunState) -> None:
+        if run.iteration == self.iteration:
+            if self.error is not None:
+                raise self.error
+            path = run.output_dir / "report.html"
+            self.page = path.read_text() if path.exists() else None
+
+
+def test_a_run_keeps_its_page_up_to_date(tmp_path: Path) -> None:
+    before, after = _At(2), _At(3)
+    before.name = "before"
+    _train(tmp_path, before, after)
+    assert before.page is None
+    assert after.page is not None
+    assert '<span class="pill running">' in after.page
+    text = (tmp_path / "report.html").read_text()
+    assert '<span class="pill finished">' in text
+    assert "iteration 4" in text
+
+
+def test_a_run_that_fails_says_why_on_its_page(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        _train(tmp_path, _At(3, ZeroDivisionError("a <b>reason</b>")), every=0)
+    text = (tmp_path / "report.html").read_text()
+    assert '<span class="pill stopped">' in text
+    assert "ZeroDivisionError: a &lt;b&gt;reason&lt;/b&gt;" in text
+
+
+def test_a_page_that_cannot_be_made_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("unforeseen")
+
+    monkeypatch.setattr("distill_evaluation.page.callback.write_page", fail)
+    _train(tmp_path)
+    assert "report.html could not be written: KeyError: 'unforeseen'" in caplog.text
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+
+
+def test_pages_that_take_long_are_written_seldom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[float] = []
+    now = [0.0]
+    monkeypatch.setattr("distill_evaluation.page.callback.time.monotonic", lambda: now[0])
+
+    def slow(*_: object, **__: object) -> None:
+        written.append(now[0])
+        now[0] += 1.0
+
+    class Clock(Callback):
+        name = "clock"
+
+        def on_step_start(self, run: RunState) -> None:
+            now[0] += 60.0
+
+    monkeypatch.setattr("distill_evaluation.page.callback.write_page", slow)
+    _train(tmp_path, Clock(), every=1, steps=5)
+    # A second a page, so at most one in 100 seconds; and one at the end.
+    assert written == [60.0, 181.0, 302.0, 303.0]
