@@ -372,7 +372,7 @@ def _contents(out: Path) -> dict[str, Any]:
             continue
         if name == "metrics.jsonl":
             files[name] = [_without_clock(json.loads(line)) for line in path.open()]
-        elif name in (f"{last}/manifest.json", f"{last}/config.json"):
+        elif name in (f"{last}/manifest.json", f"{last}/config.json", "report.html"):
             continue  # names of folders, and times
         elif path.suffix != ".yaml":
             files[name] = path.read_bytes().replace(str(out).encode(), b"<out>")

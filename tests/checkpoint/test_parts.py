@@ -204,9 +204,13 @@ def test_names_are_different_single_file_names(a, b):
         mode=st.sampled_from(["min", "max"]),
         count=st.integers(1, 3),
     ),
+    st.sets(st.integers(0, 30), max_size=2),
 )
-def test_retention(metrics, keep_last, keep_every, keep_best):
-    gone = find_superseded(metrics, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
+def test_retention(metrics, keep_last, keep_every, keep_best, kept_until):
+    gone = find_superseded(
+        metrics, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best,
+        kept_until=kept_until,
+    )  # fmt: skip
     assert list(gone) == sorted(set(gone))
     candidates = [i for i in metrics if "fd" in metrics[i]]
 
@@ -220,6 +224,7 @@ def test_retention(metrics, keep_last, keep_every, keep_best):
         return (
             newer < keep_last
             or (keep_every is not None and i % keep_every == 0)
+            or any(i <= h and not any(i < j <= h for j in metrics) for h in kept_until)
             or (
                 measured
                 and sum("fd" in metrics[j] and better(j) for j in metrics) < keep_best.count

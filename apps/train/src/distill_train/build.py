@@ -23,6 +23,7 @@ from distill_conditioning import (
     SampleShape,
 )
 from distill_protocols import (
+    Batch,
     Callback,
     Condition,
     DistillAdapter,
@@ -124,6 +125,9 @@ def build(
         conditioning=conditioning,
         exporter=config.family_plugin.exporter(config.pipeline, source=config.source),
         output_dir=output_dir,
+        method_config=config.method,
+        examples=lambda count: _examples(dataset, count, config.training.seed, device),
+        micro_batch=config.training.micro_batch(ranks.size),
     )
     trainer = DistillTrainer(
         config.training,
@@ -193,6 +197,12 @@ def _loss_evaluator(
         batches=validation.batches,
         seed=validation.seed,
     )
+
+
+def _examples(dataset: LatentDataset, count: int, seed: int, device: torch.device) -> Batch:
+    """Return the samples that a run of one process begins with; see ``RunParts``."""
+    loader = LatentLoader(dataset, batch_size=count, seed=seed, device=device)
+    return next(iter(loader))
 
 
 def _take_up(role: RoleHandle, distribution: Distribution) -> None:

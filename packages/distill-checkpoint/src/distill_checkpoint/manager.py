@@ -20,7 +20,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from distill_protocols import (
@@ -198,11 +198,14 @@ class CheckpointManager:
             raise _failed_save(target, error) from error
         snapshot.documents[Path(CONFIG)] = self._resolved_config
         metrics = self._metrics_to_keep(run, target.name, ranks)
+        kept_until = frozenset(run.kept_until)
         if self.config.async_save:
             copied = self._buffers.copy(snapshot)
-            self._background.start(lambda: self._write(copied, target, metrics, background_ranks))
+            self._background.start(
+                lambda: self._write(copied, target, metrics, kept_until, background_ranks)
+            )
         else:
-            self._write(snapshot, target, metrics, ranks)
+            self._write(snapshot, target, metrics, kept_until, ranks)
         self._last_saved = run.iteration
         stall = time.perf_counter() - began
         run.metrics[STALL] = run.carried[STALL] = stall
@@ -222,7 +225,12 @@ class CheckpointManager:
     # -- save ---------------------------------------------------------------------------------
 
     def _write(
-        self, snapshot: Snapshot, target: Path, metrics: Mapping[str, float], ranks: Ranks
+        self,
+        snapshot: Snapshot,
+        target: Path,
+        metrics: Mapping[str, float],
+        kept_until: Collection[int],
+        ranks: Ranks,
     ) -> None:
         """Write each rank's part, all ranks together; rank 0 makes it a checkpoint."""
         began = time.perf_counter()
@@ -246,7 +254,7 @@ class CheckpointManager:
             seconds = time.perf_counter() - began
             logger.info("saved %s: %s in %.2f s", target, readable_bytes(size), seconds)
             # Rank 0 alone, after the last common step: it must not raise, and logs what fails.
-            self._delete_superseded(snapshot.iteration)
+            self._delete_superseded(snapshot.iteration, kept_until)
 
     def _metrics_to_keep(self, run: RunState, name: str, ranks: Ranks) -> dict[str, float]:
         """Return the metric that ``keep_best`` compares, if it was measured in this iteration.
@@ -271,7 +279,7 @@ class CheckpointManager:
             )  # fmt: skip
         return {}
 
-    def _delete_superseded(self, saved: int) -> None:
+    def _delete_superseded(self, saved: int, kept_until: Collection[int]) -> None:
         """Delete what ``saved``, the newest checkpoint of this run, supersedes.
 
         Later ones are damaged (``resume`` has passed them over, and refuses to start before intact
@@ -293,6 +301,7 @@ class CheckpointManager:
             keep_last=self.config.keep_last,
             keep_every=self.config.keep_every,
             keep_best=self.config.keep_best,
+            kept_until=kept_until,
         ):
             try:
                 if not delete_checkpoint(folders[iteration]):

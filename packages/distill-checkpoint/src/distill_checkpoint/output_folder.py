@@ -19,7 +19,7 @@ import socket
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self
 
@@ -402,19 +402,27 @@ def find_superseded(
     keep_last: int,
     keep_every: int | None = None,
     keep_best: KeepBestConfig | None = None,
+    kept_until: Collection[int] = (),
 ) -> tuple[int, ...]:
     """Choose which of the intact checkpoints to delete, the oldest first.
 
-    The newest ``keep_last`` (at least 1) stay, multiples of ``keep_every``, and those that were
-    best by a metric; of equals the newer.
+    The newest ``keep_last`` (at least 1) stay, multiples of ``keep_every``, those that were
+    best by a metric (of equals the newer), and those that somebody asked for.
 
     Args:
         metrics: by iteration, what was measured in it.
+        kept_until: iterations until each of which the newest checkpoint stays
+            (``RunState.keep_checkpoint``).
     """
     best: set[int] = set()
     if keep_best is not None:
         sign = 1 if keep_best.mode == "min" else -1
         measured = {i: m[keep_best.metric] for i, m in metrics.items() if keep_best.metric in m}
         best.update(sorted(measured, key=lambda i: (sign * measured[i], -i))[: keep_best.count])
+    asked = {max((i for i in metrics if i <= until), default=0) for until in kept_until}
     older = sorted(metrics)[:-keep_last]
-    return tuple(i for i in older if (keep_every is None or i % keep_every) and i not in best)
+    return tuple(
+        i
+        for i in older
+        if (keep_every is None or i % keep_every) and i not in best and i not in asked
+    )

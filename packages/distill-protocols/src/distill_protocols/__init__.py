@@ -29,7 +29,7 @@ from distill_protocols.errors import (
 from distill_protocols.exports import Exporter, ExportRecord, ExportRequest, ForeignNames
 from distill_protocols.fingerprint import WHOLE_ENCODER, Fingerprint
 from distill_protocols.lazy import lazy_exports
-from distill_protocols.method_config import MethodConfig
+from distill_protocols.method_config import HealthKind, MethodConfig
 from distill_protocols.metrics import (
     Better,
     Metric,
@@ -186,6 +186,7 @@ __all__ = [
     "ForeignNames",
     "FsdpPolicy",
     "Group",
+    "HealthKind",
     "HeldOutEvaluating",
     "ImageConditioning",
     "LatentCodec",

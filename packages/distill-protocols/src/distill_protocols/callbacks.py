@@ -114,6 +114,8 @@ class RunState:
     metrics of the next iteration with them."""
     global_batch_size: int = 1
     """Samples an iteration."""
+    kept_until: set[int] = field(factory=set)
+    """Iterations until each of which the newest checkpoint stays (``keep_checkpoint``)."""
     check_finite: Callable[[], None] = field(default=lambda: None)
     """Raises ``NonFiniteLossError`` if any loss so far was inf or nan, and ``RankError`` if one of
     another process was: all of them call it alike. Call it before the weights are saved or shown,
@@ -142,6 +144,12 @@ class RunState:
     def stop_reason(self) -> str | None:
         """Why the run is to stop (``method.stop``); None: it goes on."""
         return self.method.stop.reason
+
+    def keep_checkpoint(self, iteration: int) -> None:
+        """Ask that the newest checkpoint of ``iteration`` or before stays, whatever else decides
+        which are deleted, until the number is taken out of ``kept_until``. All ranks ask alike, and
+        again after a resume: it is no state of the run."""
+        self.kept_until.add(iteration)
 
     def request_stop(self, reason: str) -> None:
         """Stop at the next safe point (``method.stop``). The first reason given is kept."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Literal
 
 from attrs import frozen
 
@@ -11,6 +13,19 @@ from distill_protocols.planned_run import PlannedRun
 from distill_protocols.problems import Problem
 from distill_protocols.roles import RoleNeed
 from distill_protocols.sampler import SamplerSpec
+
+HealthKind = Literal[
+    "student_loss", "matching_loss", "critic_loss", "student_std", "normaliser", "score_distance",
+    "discriminator_accuracy",
+]  # fmt: skip
+"""What a metric of a method means to whoever watches the run's health.
+
+student_loss: of the student, where a rise is a sign of harm. matching_loss: DMD's, which is none.
+critic_loss: of the network that follows the student's own clips. student_std: standard deviation of
+the student's clean latents in training. normaliser: by which DMD's gradient is divided.
+score_distance: between the clean clips that critic and teacher predict. discriminator_accuracy:
+share that a discriminator classifies correctly; half is guessing.
+"""
 
 
 @frozen(kw_only=True, slots=False)  # so that a config may have a second base
@@ -53,6 +68,19 @@ class MethodConfig(ABC):
         """Return names of what ``HeldOutEvaluating.evaluate_held_out`` gives beside the losses of a
         step, so that checkpoints can be kept by ``validation/loss/<name>``."""
         return ()
+
+    @property
+    def health_metrics(self) -> Mapping[HealthKind, str]:
+        """By what it means, the name of a metric of the method (those of ``metrics``, and 0-d
+        outputs); what is left out is not watched."""
+        return MappingProxyType({})
+
+    @property
+    def teacher_guidance(self) -> Mapping[str, tuple[float, float | None]]:
+        """By name, the roles whose clips the student is to come near, with the guidance that it
+        learns them under (``SamplerSpec.guidance`` and ``guidance_2``); empty: there is no such
+        model in the run."""
+        return MappingProxyType({})
 
     @property
     def capabilities(self) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from distill_protocols.adapter import DistillAdapter
-    from distill_protocols.batch import ConditioningProvider
+    from distill_protocols.batch import Batch, ConditioningProvider
     from distill_protocols.bundle import ModelBundle, RoleHandle
     from distill_protocols.callbacks import Callback, Tracker
     from distill_protocols.exports import Exporter
@@ -360,13 +360,24 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
 
 @frozen(eq=False, kw_only=True)
 class RunParts:
-    """What a callback plugin may build upon."""
+    """What a callback plugin may build upon.
+
+    Attributes:
+        method_config: what the method declares of itself; None: it was built without one.
+        examples: returns samples of the run's data, by their number: the same ones each time and on
+            all ranks, without dropout, read beside the loader. None: there is no data set.
+        micro_batch: samples that one process takes at once in training, and so as many as are known
+            to fit.
+    """
 
     method: TrainableMethod
     adapter: DistillAdapter
     conditioning: ConditioningProvider
     exporter: Exporter
     output_dir: Path
+    method_config: MethodConfig | None = None
+    examples: Callable[[int], Batch] | None = None
+    micro_batch: int = 1
 
 
 class CallbackPlugin(ABC, Generic[ConfigT]):

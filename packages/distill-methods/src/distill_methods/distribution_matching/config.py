@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import inf
 from typing import Literal, get_args
 
 from attrs import Attribute, field, frozen
 from attrs.validators import in_, optional
-from distill_protocols import RoleNeed, SamplerSpec
+from distill_protocols import HealthKind, RoleNeed, SamplerSpec
 from distill_protocols.validators import above, at_least, within
 
 from distill_methods.adversarial.config import FDivergence, GanConfig
@@ -164,6 +165,20 @@ class MatchingConfig(TeachersConfig):
             if self.f_divergence != "reverse_kl":
                 names += ["f_weight_mean", "f_weight_min", "f_weight_max"]
         return tuple(dict.fromkeys(names))
+
+    @property
+    def health_metrics(self) -> Mapping[HealthKind, str]:
+        """See ``MethodConfig.health_metrics``."""
+        metrics: dict[HealthKind, str] = {
+            "matching_loss": "loss/dmd_loss",
+            "critic_loss": "loss/critic_loss",
+            "student_std": "student_std",
+            "normaliser": "dmd_normaliser",
+            "score_distance": "score_distance",
+        }
+        if self.gan is not None:
+            metrics["discriminator_accuracy"] = "gan_accuracy"
+        return metrics
 
     @property
     def feature_roles(self) -> tuple[str, ...]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from attrs import field, frozen
 from attrs.validators import in_
-from distill_protocols import RoleNeed, SamplerSpec
+from distill_protocols import HealthKind, RoleNeed, SamplerSpec
 
 from distill_methods.latent_config import LatentMethodConfig
 from distill_methods.roles import STUDENT
@@ -46,6 +47,11 @@ class FinetuneConfig(LatentMethodConfig):
     def needs_negative(self) -> bool:
         """Whether the student's sampler needs a negative condition; a step never does."""
         return self.student_sampler.guided
+
+    @property
+    def health_metrics(self) -> Mapping[HealthKind, str]:
+        """See ``MethodConfig.health_metrics``: the loss is a distance from what is learned."""
+        return {"student_loss": "loss/total_loss"}
 
     @property
     def capabilities(self) -> tuple[str, ...]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 from attrs import field, frozen
 from attrs.validators import in_
-from distill_protocols import RoleNeed, SamplerSpec
+from distill_protocols import HealthKind, RoleNeed, SamplerSpec
 from distill_protocols.validators import at_least
 
 from distill_methods.adversarial.config import DiscriminatorOptions
@@ -85,6 +86,17 @@ class LaddConfig(DiscriminatorOptions, LatentMethodConfig):
         if STUDENT.name in turns:
             names += ["loss/gan_generator_loss", "gan_fake_logit"]
         return tuple(dict.fromkeys(names))
+
+    @property
+    def health_metrics(self) -> Mapping[HealthKind, str]:
+        """See ``MethodConfig.health_metrics``."""
+        return {"student_std": "student_std", "discriminator_accuracy": "gan_accuracy"}
+
+    @property
+    def teacher_guidance(self) -> Mapping[str, tuple[float, float | None]]:
+        """See ``MethodConfig.teacher_guidance``: the student comes near the data, not a guided
+        teacher."""
+        return {TEACHER.name: (1.0, None)}
 
     @property
     def capabilities(self) -> tuple[str, ...]:

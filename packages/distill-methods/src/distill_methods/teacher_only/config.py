@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from attrs import Attribute, field, frozen
 from attrs.validators import in_, optional
-from distill_protocols import RoleNeed, SamplerSpec
+from distill_protocols import HealthKind, RoleNeed, SamplerSpec
 from distill_protocols.validators import at_least
 
 from distill_methods.latent_config import can_be_left_early
@@ -80,6 +81,11 @@ class TeacherOnlyConfig(TeachersConfig):
     def needs_negative(self) -> bool:
         """Whether a step or the student's sampler needs a negative condition."""
         return self.has_guided_teacher or self.student_sampler.guided
+
+    @property
+    def health_metrics(self) -> Mapping[HealthKind, str]:
+        """See ``MethodConfig.health_metrics``: the loss is a distance from what is learned."""
+        return {"student_loss": "loss/total_loss"}
 
     @property
     def capabilities(self) -> tuple[str, ...]:

@@ -124,6 +124,20 @@ class TeachersConfig(LatentMethodConfig):
         )
 
     @property
+    def teacher_guidance(self) -> Mapping[str, tuple[float, float | None]]:
+        """See ``MethodConfig.teacher_guidance``: of the teachers that the student is led to."""
+        return {
+            name: (
+                teacher.guidance.high_noise,
+                None
+                if teacher.guidance.low_noise == teacher.guidance.high_noise
+                else teacher.guidance.low_noise,
+            )
+            for name, teacher in self.weighted_teachers.items()
+            if teacher.weight > 0
+        }
+
+    @property
     def has_guided_teacher(self) -> bool:
         """Whether a teacher is called with a negative condition."""
         return any(w != 1 for t in self.weighted_teachers.values() for w in t.guidance)
