@@ -33,7 +33,13 @@ from distill_protocols import (
     derive_seed,
 )
 from distill_runtime import DistillMethod, Ranks
-from distill_trainer import LossEvaluator, ValidationCallback, ValidationConfig, ViewConfig
+from distill_trainer import (
+    LossEvaluator,
+    PredictionsConfig,
+    ValidationCallback,
+    ValidationConfig,
+    ViewConfig,
+)
 from rank_rows import GLOBAL_BATCH, Rows, rows_run
 from torch import Tensor
 from toy_roles import toy_bundle
@@ -134,8 +140,9 @@ def validate(folder: Path, prompts: int, stop_at: int = 0) -> dict[str, Any]:
         "teacher": ViewConfig(role="teacher", sampler=GUIDED),
     }
     validation = ValidationConfig(
-        every_steps=1, prompts=tuple(f"prompt {n}" for n in range(prompts)), views=views
-    )
+        every_steps=1, prompts=tuple(f"prompt {n}" for n in range(prompts)), views=views,
+        x0=PredictionsConfig(roles=("student", "teacher"), t=(300.0, 900.0)),
+    )  # fmt: skip
     return _run_hooks(ValidationCallback(validation, Texts()), method, ranks, folder)
 
 

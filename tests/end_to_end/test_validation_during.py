@@ -46,6 +46,8 @@ def test_a_run_does_not_notice_its_validation(tiny: Callable[..., Path], tmp_pat
         "at_start": True,
         "data": {"path": str(held_out)},
         "batches": 2,
+        "prompts": ["the digit three moving up", "the digit seven moving left"],
+        "x0": {"roles": ["student", "critic"], "t": [500]},
         "views": {"ema": {"role": "student", "ema": True}},
     }
     looked_at = trained(tiny("dmd2", **options, validation=validation))
@@ -62,6 +64,11 @@ def test_a_run_does_not_notice_its_validation(tiny: Callable[..., Path], tmp_pat
         assert line["validation/drift/dmd_loss"] == line["validation/drift/critic_loss"] == 0
     assert losses[0]["validation/loss/dmd_loss"] != losses[4]["validation/loss/dmd_loss"]
     record = json.loads((tmp_path / "out/validation/iteration-000004/validation.json").read_text())
+    assert [
+        (tmp_path / "out/validation/iteration-000004/x0" / f).is_file()
+        for f in (record["x0"]["files"])
+    ] == [True, True]
+    assert record["x0"]["view"] == "teacher_32", "which does not change"
     held_out_losses = record["losses"]["held_out"]
     assert held_out_losses["dmd_loss"] == losses[4]["validation/loss/dmd_loss"]
     assert {view["folder"].split("/")[0] for view in record["views"].values()} == {

@@ -24,7 +24,7 @@ from distill_protocols import (
     SampleView,
     StopRequested,
 )
-from toy_roles import toy_bundle
+from toy_roles import CAUSAL, toy_bundle
 
 SPEC = SamplerSpec(steps=3, shift=3.0, stochastic=True)
 
@@ -156,3 +156,54 @@ def test_a_validation_stops_between_model_calls_and_before_decoding():
         assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
         assert module.training
         assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_causal_role_makes_videos_of_any_length():
+    config = FinetuneConfig(student_sampler=SPEC)
+    bundle = toy_bundle(student=1, teacher=1)
+    adapter = ToyAdapter(bundle, capabilities=CAUSAL)
+    method = FinetuneMethod(bundle, adapter, config, conditioning=ToyConditioning())
+    frames, cond = LATENT_SHAPE[1], toy_batch(2).cond
+    views = [
+        SampleView(name="clip", role="student"),
+        SampleView(name="as long", role="student", latent_frames=frames),
+        SampleView(name="long", role="student", latent_frames=3 * frames),
+    ]
+    clips = method.sample_for_logging(views, cond, seed=0)
+    assert torch.equal(clips["clip"], clips["as long"])
+    assert clips["long"].shape == (2, 3, 3 * clips["clip"].shape[2], *clips["clip"].shape[3:])
+    whole = method.sample_latents(views[2], cond, seed=0, rows=[0, 1])
+    assert torch.equal(clips["long"], adapter.decode(whole))
+    [second] = method.sample_for_logging(views[2:], cond[1:], seed=0, rows=[1]).values()
+    torch.testing.assert_close(second, clips["long"][1:], rtol=0, atol=1e-6)
+    with pytest.raises(CapabilityError, match=r"'teacher', which makes a clip as a whole"):
+        method.sample_for_logging(
+            [SampleView(name="t", role="teacher", latent_frames=9)], cond, seed=0
+        )
+
+
+def test_predictions_share_the_noise_and_touch_nothing():
+    bundle = toy_bundle(student=1, teacher=1, critic=2)
+    method = FinetuneMethod(bundle, ToyAdapter(bundle), FinetuneConfig(student_sampler=SPEC),
+                            conditioning=ToyConditioning())  # fmt: skip
+    cond, view = toy_batch(2).cond, SampleView(name="t", role="teacher")
+    before, streams = torch.random.get_rng_state(), method.streams.state_dict()
+    latents = method.sample_latents(view, cond, seed=0, rows=[0, 1])
+    clips = method.sample_for_logging([view], cond, seed=0)["t"]
+    assert torch.equal(method.decode_latents(latents), clips)
+
+    def x0(role, t, of=latents, rows=(0, 1)):
+        part = cond[torch.tensor(rows)]
+        return method.predict_latents(role, of, t, part, seed=0, rows=rows)
+
+    assert torch.equal(x0("student", 500.0), x0("teacher", 500.0)), "of equal weights"
+    assert not torch.equal(x0("student", 500.0), x0("critic", 500.0))
+    assert torch.equal(x0("student", 1000.0), x0("student", 1000.0, of=-latents)), "pure noise"
+    near, far = ((x0("student", t) - latents).abs().mean() for t in (10.0, 900.0))
+    assert near < far / 10
+    alone = x0("student", 500.0, of=latents[1:], rows=(1,))
+    torch.testing.assert_close(alone, x0("student", 500.0)[1:], rtol=0, atol=1e-6)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert method.streams.state_dict().keys() == streams.keys()
+    assert bundle["student"].modules["transformer"].training
+    assert not x0("student", 500.0).requires_grad

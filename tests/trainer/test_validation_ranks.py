@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ranks import run_on_ranks
-from validation_ranks import validate
+from validation_ranks import GUIDED, validate
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -34,7 +34,9 @@ def test_clips_and_files_are_those_of_one_process(tmp_path: Path, prompts: int, 
     for name, clips in alone["videos"].items():
         np.testing.assert_allclose(first["videos"][name], clips, rtol=0, atol=1.01 / 255)
     assert files(tmp_path / "ranks") == files(tmp_path / "alone")
-    assert len(files(tmp_path / "alone")) == 3 * (prompts + 1) + 1 + 2 + 2, "kept.json, 2, 2"
+    names = [Path(name).name for name in files(tmp_path / "alone")]
+    assert names.count("frames.png") == 3
+    assert sum(name.endswith(".mp4") for name in names) == 4 * prompts, "three views, and x0"
     for rank in others:
         assert not rank["videos"], "rank 0 alone shows clips"
         assert rank["calls"] == first["calls"], "a sharded model gathers in each of them"
@@ -54,7 +56,20 @@ def test_a_stop_on_one_rank_ends_validation_on_all_at_the_same_call(tmp_path: Pa
         assert len(results[0]["calls"]) < len(full["calls"]) or number == full["polls"]
         assert all(rank["weights stay"] for rank in results)
         assert not any(rank["videos"] for rank in results)
-        assert files(folder) == {}
+        # What is kept is whole by itself.
+        assert not any("iteration" in name or "over_time" in name for name in files(folder))
+
+
+def test_what_is_kept_is_never_sampled_again(tmp_path: Path) -> None:
+    """Neither its clips nor the latents that predictions start from, unless they are gone."""
+    first, second = (validate(tmp_path, 2) for _ in range(2))
+    by_teacher = [call for call in first["calls"] if call.cfg == GUIDED.guidance]
+    assert by_teacher
+    assert len(second["calls"]) == len(first["calls"]) - len(by_teacher)
+    assert not [call for call in second["calls"] if call.cfg == GUIDED.guidance]
+    [latents] = (tmp_path / "validation" / "kept").glob("*/latents.safetensors")
+    latents.unlink()
+    assert validate(tmp_path, 2)["calls"] == first["calls"]
 
 
 def test_a_writing_error_of_rank_0_fails_on_all(tmp_path: Path) -> None:

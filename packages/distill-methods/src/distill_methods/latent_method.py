@@ -22,7 +22,7 @@ from distill_methods.context import MethodContext
 from distill_methods.contracts import LatentDiffusion
 from distill_methods.latent_config import LatentMethodConfig
 from distill_methods.noise_sampler import NoiseSampler
-from distill_methods.validation_sampling import sample_views
+from distill_methods.validation_sampling import predict_latents, sample_latents, sample_views
 
 ConfigT = TypeVar("ConfigT", bound=LatentMethodConfig)
 
@@ -107,4 +107,38 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
             seed=seed,
             rows=rows,
             poll=self.stop.poll,
+        )
+
+    def sample_latents(
+        self, view: SampleView, cond: Condition, *, seed: int, rows: Sequence[int]
+    ) -> Tensor:
+        return sample_latents(
+            self.adapter,
+            self.bundle,
+            view,
+            cond,
+            default_spec=self.sampler_spec,
+            conditioning=self.conditioning,
+            seed=seed,
+            rows=rows,
+            poll=self.stop.poll,
+        )
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        self.stop.poll()
+        return self.adapter.decode(latents.to(self.context.device))
+
+    def predict_latents(
+        self,
+        role: str,
+        latents: Tensor,
+        t: float,
+        cond: Condition,
+        *,
+        seed: int,
+        rows: Sequence[int],
+    ) -> Tensor:
+        self.stop.poll()
+        return predict_latents(
+            self.adapter, self.bundle, role, latents, t, cond, seed=seed, rows=rows
         )

@@ -1,4 +1,4 @@
-"""Clips for validation, sampled in the same way for every method."""
+"""Clips for validation, sampled and predicted in the same way for every method."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from distill_protocols import (
+    CapabilityError,
+    CausalRollout,
     Condition,
     ConditioningProvider,
     ModelBundle,
@@ -45,22 +47,58 @@ def sample_views(
 
     Raises:
         RoleError: a view names a role that is not there, or EMA weights that nobody keeps.
-        CapabilityError: the adapter cannot decode.
+        CapabilityError: the adapter cannot decode, or a role that shall make videos of another
+            length is not causal.
         ConditioningError: a view samples with guidance and there is no negative condition.
     """
     adapter.capabilities.require(["supports_decode"], by="sampling for validation")
     rows = range(len(cond)) if rows is None else rows
     clips = {}
     for view in views:
-        spec = view.sampler or default_spec
-        # The purpose "look" is part of what a seed means: another name would be another clip.
-        generators = RowGenerators.seeded(seed, "look", rows)
-        noise = generators.normal(adapter.latent_shape)
-        role = bundle[view.role]
-        device = role.call_device
-        negative = conditioning.negative().to(device) if spec.guided else None
-        with torch.no_grad(), role.frozen(), role.averaged(ema=view.ema):
-            latents = adapter.sample(
+        latents = sample_latents(
+            adapter,
+            bundle,
+            view,
+            cond,
+            default_spec=default_spec,
+            conditioning=conditioning,
+            seed=seed,
+            rows=rows,
+            poll=poll,
+        )
+        poll()
+        if view.latent_frames is None:
+            clips[view.name] = adapter.decode(latents)
+        else:
+            clips[view.name] = _decode_in_chunks(adapter, view, latents)
+    return clips
+
+
+def sample_latents(
+    adapter: LatentDiffusion,
+    bundle: ModelBundle,
+    view: SampleView,
+    cond: Condition,
+    *,
+    default_spec: SamplerSpec,
+    conditioning: ConditioningProvider,
+    seed: int,
+    rows: Sequence[int],
+    poll: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Sample normalised latents [B, C, T, H, W] of one view. Arguments and errors are those of
+    ``sample_views``."""
+    spec = view.sampler or default_spec
+    # The purpose "look" is part of what a seed means: another name would be another clip.
+    generators = RowGenerators.seeded(seed, "look", rows)
+    channels, frames, height, width = adapter.latent_shape
+    noise = generators.normal((channels, view.latent_frames or frames, height, width))
+    role = bundle[view.role]
+    device = role.call_device
+    negative = conditioning.negative().to(device) if spec.guided else None
+    with torch.no_grad(), role.frozen(), role.averaged(ema=view.ema):
+        if view.latent_frames is None:
+            return adapter.sample(
                 view.role,
                 spec,
                 noise.to(device),
@@ -69,6 +107,62 @@ def sample_views(
                 generators=generators,
                 poll=poll,
             )
-        poll()
-        clips[view.name] = adapter.decode(latents)
-    return clips
+        causal = _causal(adapter, view)
+        chunks = causal.chunks(view.role, view.latent_frames)
+        parts = causal.stream(
+            view.role,
+            spec,
+            (noise[:, :, chunk.span].to(device) for chunk in chunks),
+            cond.to(device),
+            neg_cond=negative,
+            generators=generators,
+            poll=poll,
+        )
+        return torch.cat(list(parts), dim=2)
+
+
+def predict_latents(
+    adapter: LatentDiffusion,
+    bundle: ModelBundle,
+    role: str,
+    latents: Tensor,
+    t: float,
+    cond: Condition,
+    *,
+    seed: int,
+    rows: Sequence[int],
+) -> Tensor:
+    """Return x0 [B, C, T, H, W] that ``role`` predicts of ``latents`` noised to ``t``, without
+    guidance. The noise follows from ``seed`` and a row's place alone.
+
+    Raises:
+        RoleError: the role is not there.
+        CapabilityError: the adapter cannot predict x0.
+    """
+    adapter.capabilities.require(["pred:x0"], by="showing predictions in validation")
+    handle = bundle[role]
+    device = handle.call_device
+    noise = RowGenerators.seeded(seed, "look.x0", rows).normal(latents.shape[1:]).to(device)
+    times = torch.full((len(latents),), t, device=device)
+    x_t = adapter.add_noise(latents.to(device), noise, times)
+    with torch.no_grad(), handle.frozen():
+        return adapter.forward(role, x_t, times, cond.to(device), fwd_pred_type="x0")
+
+
+def _decode_in_chunks(adapter: LatentDiffusion, view: SampleView, latents: Tensor) -> Tensor:
+    causal = _causal(adapter, view)
+    parts = [latents[:, :, c.span] for c in causal.chunks(view.role, latents.shape[2])]
+    with torch.no_grad():
+        # Frames leave the device as they are made: a long video would not fit beside the models.
+        return torch.cat([clip.cpu() for clip in causal.decode_stream(parts)], dim=2)
+
+
+def _causal(adapter: LatentDiffusion, view: SampleView) -> CausalRollout:
+    causal = adapter.causal
+    if causal is None or view.role not in adapter.capabilities.causal_roles:
+        raise CapabilityError(
+            f"view {view.name!r} asks for {view.latent_frames} latent frames of {view.role!r}, "
+            "which makes a clip as a whole, of the length that it was trained on. Only a causal "
+            "role makes videos of any length; leave latent_frames out"
+        )
+    return causal

@@ -109,7 +109,12 @@ if TYPE_CHECKING:
         SummaryTracker,
         Tracker,
     )
-    from distill_protocols.method import HeldOutEvaluating, StepResult, TrainableMethod
+    from distill_protocols.method import (
+        HeldOutEvaluating,
+        LatentViews,
+        StepResult,
+        TrainableMethod,
+    )
     from distill_protocols.plans import CallPlan, ModulePlan, RolePlan, TensorPlan
     from distill_protocols.random import RandomStreams, RowGenerators, derive_seed
     from distill_protocols.ranks import RankGroup
@@ -135,7 +140,9 @@ _LAZY = {
          "RunState", "StepRecord", "SummaryTracker", "Tracker"],
         "callbacks",
     ),
-    **dict.fromkeys(["HeldOutEvaluating", "StepResult", "TrainableMethod"], "method"),
+    **dict.fromkeys(
+        ["HeldOutEvaluating", "LatentViews", "StepResult", "TrainableMethod"], "method"
+    ),
     **dict.fromkeys(["CallPlan", "ModulePlan", "RolePlan", "TensorPlan"], "plans"),
     **dict.fromkeys(["RandomStreams", "RowGenerators", "derive_seed"], "random"),
     "RankGroup": "ranks",
@@ -191,6 +198,7 @@ __all__ = [
     "ImageConditioning",
     "LatentCodec",
     "LatentShape",
+    "LatentViews",
     "LoraSpec",
     "MethodConfig",
     "MethodPlugin",

@@ -130,6 +130,40 @@ class TrainableMethod(Protocol):
 
 
 @runtime_checkable
+class LatentViews(Protocol):
+    """A method that can also show what roles predict of a noised clip, and not only what they make
+    of noise. All without gradient, in eval mode, and with none of the run's generators."""
+
+    def sample_latents(
+        self, view: SampleView, cond: Condition, *, seed: int, rows: Sequence[int]
+    ) -> Tensor:
+        """Normalised latents [B, C, T, H, W] of the clips that ``sample_for_logging`` gives."""
+        ...
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Clips [B, 3, F, H_px, W_px] in [0, 1] of normalised latents [B, C, T, H, W]."""
+        ...
+
+    def predict_latents(
+        self,
+        role: str,
+        latents: Tensor,
+        t: float,
+        cond: Condition,
+        *,
+        seed: int,
+        rows: Sequence[int],
+    ) -> Tensor:
+        """x0 [B, C, T, H, W] that ``role``, with its live weights and without guidance, predicts of
+        ``latents`` noised to ``t``.
+
+        Args:
+            seed, rows: of the noise, which is the same for every role and t.
+        """
+        ...
+
+
+@runtime_checkable
 class HeldOutEvaluating(Protocol):
     """A method with evaluations of its own on held-out data, beside the losses of its steps.
 

@@ -251,10 +251,12 @@ class SamplerSpec:
 class SampleView:
     """One view of a validation: a role, its weights (live or EMA), and how it is sampled.
 
-    ``sampler=None`` means the method's own spec for its student.
+    ``sampler=None`` means the method's own spec for its student. ``latent_frames=None`` means clips
+    of the run's length; another length is for causal roles, which make a video chunk by chunk.
     """
 
     name: str
     role: str
     sampler: SamplerSpec | None = None
     ema: bool = False
+    latent_frames: int | None = None

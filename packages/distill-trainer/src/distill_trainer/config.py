@@ -209,11 +209,53 @@ class ViewConfig:
         role: which role samples.
         sampler: how it samples; left out, as the method samples its student.
         ema: use averaged weights instead of live ones.
+        latent_frames: length of the videos, in latent frames, for causal roles: they make a video
+            chunk by chunk, of any length, and show here whether it holds together beyond the
+            length that they are trained on. Left out, the clips have the run's length.
     """
 
     role: str = field(validator=_not_blank)
     sampler: SamplerSpec | None = None
     ema: bool = False
+    latent_frames: int | None = field(
+        default=None,
+        validator=optional(at_least(1, "a video needs a frame. Leave it out for the run's length")),
+    )
+
+
+@frozen(kw_only=True)
+class PredictionsConfig:
+    """What several roles predict of one noised clip, beside each other.
+
+    Attributes:
+        roles: their columns, in this order, after that of the clip itself. All are called with
+            their live weights and without guidance.
+        t: noise levels, a row each.
+        view: the view whose clips are noised: its clips are of the prompts that people look at, so
+            no data are needed, and a view that does not change lets the roles alone make the
+            difference between two validations. Left out, the first view of a role that is not
+            trained, or else the first. The clips of a student's view are what distribution
+            matching compares its teacher and critic on.
+    """
+
+    roles: tuple[str, ...] = field()
+    t: tuple[float, ...] = field(default=(250.0, 500.0, 750.0, 1000.0))
+    view: str | None = None
+
+    @roles.validator
+    def _check_roles(self, attribute: object, value: tuple[str, ...]) -> None:
+        if not value or len(set(value)) < len(value):
+            raise ValueError(
+                f"{list(value)} must name at least one role, and none twice: each is a column"
+            )
+
+    @t.validator
+    def _check_t(self, attribute: object, value: tuple[float, ...]) -> None:
+        if not value or not all(0 < t <= 1000 for t in value):
+            raise ValueError(
+                f"{list(value)} must be times in (0, 1000]: at 0 nothing is to be predicted, and "
+                "1000 is pure noise"
+            )
 
 
 @frozen(kw_only=True)
@@ -259,6 +301,8 @@ class ValidationConfig:
         fps: frames per second of the clips that are written.
         views: what is sampled, by the name it is logged under; none where only losses are
             measured.
+        x0: what several roles predict of the same noised clips, a video a prompt in
+            ``validation/iteration-<n>/x0/``; left out, there are none.
         data: held-out data of their own.
         share: instead of ``data``, the share of the run's data set that is held out and never
             trained on; which samples is the same for every seed. Where several samples were cut
@@ -277,6 +321,7 @@ class ValidationConfig:
     seed: int = field(default=0, validator=at_least(0, "seeds count from 0; take any other"))
     fps: float = field(default=8.0, validator=above(0, "a clip needs a speed; 8 is customary"))
     views: dict[str, ViewConfig] = field(factory=dict)
+    x0: PredictionsConfig | None = field(default=None)
     data: HeldOutDataConfig | None = None
     share: float | None = field(default=None)
     batches: int = field(
@@ -335,3 +380,24 @@ class ValidationConfig:
             )
         for problem in filter(None, map(file_name_problem, value)):
             raise ValueError(f"{problem}; clips are saved under the names of views")
+        if "x0" in value:
+            raise ValueError("'x0' is where predictions are saved; give the view another name")
+
+    @x0.validator
+    def _check_x0(self, attribute: object, value: PredictionsConfig | None) -> None:
+        if value is None:
+            return
+        if not self.views:
+            raise ValueError("it shows predictions of a view's clips, and there is no view")
+        if value.view is not None and value.view not in self.views:
+            raise ValueError(
+                f"there is no view {value.view!r} whose clips could be noised (views: "
+                f"{', '.join(self.views)}). Name one of them"
+            )
+        if all(view.latent_frames for view in self.views.values()) or (
+            value.view is not None and self.views[value.view].latent_frames
+        ):
+            raise ValueError(
+                "its view makes videos of another length than the run's clips, which only causal "
+                "roles could predict. Name a view without latent_frames"
+            )

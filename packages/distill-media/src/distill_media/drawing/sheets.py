@@ -97,10 +97,14 @@ def write_sheet_mp4(
     fps: float = 8,
     repeats: int = 4,
     frame_side: int = 160,
+    title: str | None = None,
 ) -> None:
     """Write the contact sheet in motion: every cell plays its clip ``repeats`` times. Same errors.
 
     Clips of several lengths are shown for as long as the shortest.
+
+    Args:
+        title: above all of it.
     """
     count = min((row.clips.shape[1] for row in rows), default=0)
     pages = [
@@ -108,7 +112,10 @@ def write_sheet_mp4(
     ]
     if not pages:
         raise _nothing_to_draw(rows, prompts)
-    write_mp4(np.concatenate([np.stack(pages)] * repeats), path, fps=fps, smallest_side=1)
+    film = np.stack(pages)
+    if title is not None:
+        [film] = caption_clips(film[None], [title])
+    write_mp4(np.concatenate([film] * repeats), path, fps=fps, smallest_side=1)
 
 
 def _draw_sheet(

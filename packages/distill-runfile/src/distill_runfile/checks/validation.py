@@ -7,8 +7,9 @@ from pathlib import Path
 
 from attrs import evolve
 from distill_conditioning.buckets import count_held_out, make_buckets
-from distill_protocols import Problem, below
-from distill_trainer.config import ValidationConfig
+from distill_protocols import PlannedRun, Problem, below
+from distill_protocols.planned_run import MAX_T
+from distill_trainer.config import PredictionsConfig, ValidationConfig
 
 from distill_runfile.checks.data import describe_data
 from distill_runfile.draft import Draft
@@ -26,7 +27,41 @@ def check_validation(draft: Draft) -> Iterator[Problem]:
             *run.sampler_problems(view.sampler, view.role),
         )
         yield from below(problems, "validation", "views", name)
+        if view.latent_frames is not None and (why := _is_not_causal(draft, view.role)):
+            yield Problem(("validation", "views", name, "latent_frames"), why)
+    if draft.validation.x0 is not None:
+        yield from _prediction_problems(run, draft.validation.x0)
     yield from _held_out_problems(draft, draft.validation)
+
+
+def _is_not_causal(draft: Draft, role: str) -> str | None:
+    """Say why ``role`` makes no videos of another length than the run's; None: it does."""
+    if draft.family is None or role not in draft.roles:
+        return None
+    causal = draft.family.plugin.capabilities(draft.family.config).causal_roles
+    if role in causal:
+        return None
+    return (
+        f"{role!r} is not causal (causal roles: {', '.join(sorted(causal)) or 'none'}), and makes "
+        "a clip as a whole, of the length that it was trained on. Leave it out"
+    )
+
+
+def _prediction_problems(run: PlannedRun, x0: PredictionsConfig) -> Iterator[Problem]:
+    """Whether the roles can be called at these times."""
+    for role in x0.roles:
+        path = ("validation", "x0", "roles")
+        yield from (Problem(path, problem.message) for problem in run.role_problems(role))
+        if role in run.roles and run.roles[role].heads is not None:
+            yield Problem(path, f"{role!r} is a discriminator, which predicts no clips")
+        low, high = run.time_limits.get(role, (0.0, MAX_T))
+        missed = [t for t in x0.t if not low <= t < high and not t == high == MAX_T]
+        if missed:
+            yield Problem(
+                ("validation", "x0", "t"),
+                f"{role!r} has one of its model's experts, called at t from {low:g} to {high:g}, "
+                f"and is asked at t = {', '.join(f'{t:g}' for t in missed)} too. Leave these out",
+            )
 
 
 def _held_out_problems(draft: Draft, validation: ValidationConfig) -> Iterator[Problem]:

@@ -28,17 +28,22 @@ from torch import Tensor
 from distill_trainer.config import ValidationConfig
 from distill_trainer.validation.files import (
     KEPT,
+    LATENTS,
+    PREDICTIONS,
     SMALLEST_SIDE,
     ShownView,
     choose_frames,
     read_kept,
+    read_latents,
     write_clips,
     write_kept,
     write_over_time,
+    write_predictions,
     write_record,
 )
 from distill_trainer.validation.losses import HeldOutLosses, LossEvaluator
 from distill_trainer.validation.modes import eval_mode
+from distill_trainer.validation.predictions import Predictions, latent_views, source_view
 
 _LONGEST_SIDE = 480
 """Pixels of a clip in a tracker, at most: all of them are there beside each other. Files have all
@@ -89,11 +94,18 @@ class ValidationCallback(Callback):
         self._losses = losses
         self._cond: Condition | None = None
         self._views = [
-            SampleView(name=name, role=view.role, sampler=view.sampler, ema=view.ema)
+            SampleView(
+                name=name,
+                role=view.role,
+                sampler=view.sampler,
+                ema=view.ema,
+                latent_frames=view.latent_frames,
+            )
             for name, view in config.views.items()
         ]
         self._kept: dict[str, str] = {}
         """By frozen view, the folder of its clips, relative to ``validation/``."""
+        self._predictions: Predictions | None = None
         self._in_trackers: set[str] = set()
         self._last = 0
 
@@ -109,6 +121,13 @@ class ValidationCallback(Callback):
             for view in self._views
             if not run.method.bundle[view.role].trainable
         }
+        if self.config.x0 is not None:
+            latent_views(run)
+            run.method.bundle.require_roles(self.config.x0.roles)
+            source = source_view(self.config.x0, self.config.views, tuple(self._kept))
+            self._predictions = Predictions(
+                config=self.config.x0, view=source, seed=self.config.seed
+            )
 
     def on_step_start(self, run: RunState) -> None:
         # Not in on_train_start: a run that is resumed gets its weights after that.
@@ -132,41 +151,85 @@ class ValidationCallback(Callback):
         self._last = iteration
         root = run.output_dir / "validation"
         clips: dict[str, np.ndarray | None] = {}
-        work = len(self._views) + (self._losses is not None)
+        work = len(self._views) + (self._losses is not None) + (self._predictions is not None)
+        latents: Tensor | None = None
         for number, view in enumerate(self._views):
             run.report_progress("validation", number, work)
             # For methods that sample without polling. Of views that move nothing is written before
             # all are done.
             run.method.stop.poll()
             if view.name not in self._kept:
-                clips[view.name] = self._sample(run, view)
+                own, clips[view.name] = self._sample(run, view)
+                latents = own if own is not None else latents
             elif not run.ranks.run_on_first(lambda view=view: self._is_kept(root, view)):
-                pixels = self._sample(run, view)
-                run.ranks.run_on_first(lambda view=view, p=pixels: self._keep(root, view, p))
+                own, pixels = self._sample(run, view)
+                whole = None if own is None else self._partition(run).gather(own.float())
+                run.ranks.run_on_first(
+                    lambda view=view, p=pixels, w=whole: self._keep(root, view, p, w)
+                )
         run.report_progress("validation", len(self._views), work)
+        predicted = self._predict(run, root, latents)
+        run.report_progress("validation", work - (self._losses is not None), work)
         losses = self._losses.evaluate(run) if self._losses else None
-        run.ranks.run_on_first(lambda: self._write(run, root, iteration, clips, losses))
+        run.ranks.run_on_first(lambda: self._write(run, root, iteration, clips, predicted, losses))
         run.report_progress("validation", work, work)
         return losses.metrics() if losses else {}
 
-    def _sample(self, run: RunState, view: SampleView) -> np.ndarray | None:
-        """Return clips of all prompts [N, T, H, W, 3] uint8 on rank 0; elsewhere None."""
+    def _partition(self, run: RunState) -> RowPartition:
+        return RowPartition(run.ranks, len(self.config.prompts))
+
+    def _sample(self, run: RunState, view: SampleView) -> tuple[Tensor | None, np.ndarray | None]:
+        """Return this rank's latents, of the view whose clips are noised; and clips of all prompts
+        [N, T, H, W, 3] uint8 on rank 0."""
         assert self._cond is not None, "on_train_start has not run"
-        partition = RowPartition(run.ranks, len(self.config.prompts))
-        cond = self._cond[torch.tensor(partition.own)]
+        partition, latents = self._partition(run), None
+        seed, rows = self.config.seed, partition.own
+        cond = self._cond[torch.tensor(rows)]
         with torch.no_grad(), eval_mode(run.method.model_dict.values()):
-            clips = run.method.sample_for_logging(
-                [view], cond, seed=self.config.seed, rows=partition.own
-            )
-        gathered = partition.gather(to_uint8(clips[view.name]))
-        return None if gathered is None else gathered.numpy()
+            if self._is_noised(view):
+                method = latent_views(run)
+                latents = method.sample_latents(view, cond, seed=seed, rows=rows)
+                clips = method.decode_latents(latents)
+            else:
+                made = run.method.sample_for_logging([view], cond, seed=seed, rows=rows)
+                clips = made[view.name]
+        gathered = partition.gather(to_uint8(clips))
+        return latents, None if gathered is None else gathered.numpy()
+
+    def _is_noised(self, view: SampleView) -> bool:
+        return self._predictions is not None and self._predictions.view == view.name
 
     def _is_kept(self, root: Path, view: SampleView) -> bool:
-        return read_kept(root / self._kept[view.name], len(self.config.prompts)) is not None
+        folder = root / self._kept[view.name]
+        if self._is_noised(view) and not (folder / LATENTS).is_file():
+            return False
+        return read_kept(folder, len(self.config.prompts)) is not None
 
-    def _keep(self, root: Path, view: SampleView, clips: np.ndarray | None) -> None:
+    def _keep(
+        self, root: Path, view: SampleView, clips: np.ndarray | None, latents: Tensor | None
+    ) -> None:
         assert clips is not None, "rank 0 has all clips"
-        write_kept(root / self._kept[view.name], clips, self.config.fps)
+        write_kept(root / self._kept[view.name], clips, self.config.fps, latents)
+
+    def _predict(
+        self, run: RunState, root: Path, latents: Tensor | None
+    ) -> dict[float, np.ndarray]:
+        """Return what ``Predictions.make`` does; nothing where it is not asked for.
+
+        Args:
+            latents: of this rank's clips; None: the view whose clips are noised is kept.
+        """
+        if self._predictions is None:
+            return {}
+        assert self._cond is not None
+        partition, view = self._partition(run), self._predictions.view
+        if latents is None:
+            # From the file on every rank, also where it was just written: all of them see the same.
+            latents = run.ranks.run_each(
+                lambda: read_latents(root / self._kept[view], partition.own)
+            )
+        cond = self._cond[torch.tensor(partition.own)]
+        return self._predictions.make(run, latents, cond, partition)
 
     def _write(
         self,
@@ -174,6 +237,7 @@ class ValidationCallback(Callback):
         root: Path,
         iteration: int,
         clips: Mapping[str, np.ndarray | None],
+        predicted: Mapping[float, np.ndarray],
         losses: HeldOutLosses | None,
     ) -> None:
         shown: list[ShownView] = []
@@ -189,7 +253,19 @@ class ValidationCallback(Callback):
                 files = write_clips(stage / view.name, pixels, self.config.fps)
                 place = f"{folder.name}/{view.name}"
                 shown.append(_shown(run, view, place, files, choose_frames(pixels)))
-            more = {"losses": asdict(losses)} if losses else {}
+            more: dict[str, object] = {"losses": asdict(losses)} if losses else {}
+            if self._predictions is not None:
+                columns, folder_of_all = self._predictions.columns, stage / PREDICTIONS
+                files = write_predictions(
+                    folder_of_all, self.config.prompts, columns, predicted, self.config.fps
+                )
+                more["x0"] = {
+                    "folder": f"{folder.name}/{PREDICTIONS}",
+                    "files": files,
+                    "view": self._predictions.view,
+                    "roles": self._predictions.config.roles,
+                    "t": self._predictions.config.t,
+                }
             write_record(stage, iteration, self.config.fps, self.config.prompts, shown, more)
         write_over_time(root, self.config.prompts, shown)
         for view in shown:
@@ -229,6 +305,7 @@ class ValidationCallback(Callback):
             "role": view.role,
             "identity": self._identities.get(view.role),
             "sampler": None if spec is None else asdict(spec),
+            "latent_frames": view.latent_frames,
             "seed": self.config.seed,
             "fps": self.config.fps,
             "prompts": list(self.config.prompts),

@@ -6,6 +6,7 @@
       iteration-000200/
         validation.json     iteration, fps, prompts; by view: role, sampler, folder, files ...
         sheet.png           a row for each view
+        x0/                 000.mp4 ...: what roles predict, a row for each t
         <view>/             000.mp4 ... (000.png of a picture), frames.png: K frames of each clip
       kept/<role>-<key>/    clips of a frozen view, made once and named by every validation.json
       over_time/<view>.png  a row for each validation
@@ -26,8 +27,9 @@ from distill_media import (
     shrink,
     spread_frames,
     write_contact_sheet,
+    write_sheet_mp4,
 )
-from distill_protocols import SamplerSpec
+from distill_protocols import DataError, SamplerSpec
 from distill_runtime import (
     UnreadableFileError,
     json_text,
@@ -36,16 +38,21 @@ from distill_runtime import (
     replace_folder,
 )
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 RECORD = "validation.json"
 SHEET = "sheet.png"
 FRAMES = "frames.png"
+LATENTS = "latents.safetensors"
+PREDICTIONS = "x0"
 KEPT, KEPT_RECORD = "kept", "kept.json"
 OVER_TIME = "over_time"
 SMALLEST_SIDE = 128
 """Pixels; smaller clips are enlarged by a whole factor, or people could not see them."""
 FRAMES_SHOWN = 3
-_LONGEST_SIDE = 320
+LONGEST_SIDE = 320
 """Pixels of a frame in a picture, at most."""
 _COLUMNS = 6
 """Prompts beside each other in a picture."""
@@ -98,7 +105,7 @@ class ShownView:
 
 def choose_frames(clips: np.ndarray) -> np.ndarray:
     """Return the frames of clips [N, T, H, W, 3] that pictures show, [N, K, h, w, 3]."""
-    return shrink(clips[:, spread_frames(clips.shape[1], FRAMES_SHOWN)], _LONGEST_SIDE)
+    return shrink(clips[:, spread_frames(clips.shape[1], FRAMES_SHOWN)], LONGEST_SIDE)
 
 
 def write_clips(folder: Path, clips: np.ndarray, fps: float) -> tuple[str, ...]:
@@ -135,12 +142,33 @@ def read_frames(folder: Path, prompts: int, frames: int) -> np.ndarray:
     return cells.transpose(0, 2, 1, 3, 4)
 
 
-def write_kept(folder: Path, clips: np.ndarray, fps: float) -> None:
-    """Write clips of a view that is sampled once, whole or not at all."""
+def write_kept(folder: Path, clips: np.ndarray, fps: float, latents: Tensor | None) -> None:
+    """Write clips of a view that is sampled once, whole or not at all.
+
+    Args:
+        latents: [N, C, T, H, W] that the clips are decoded from, where they are needed again.
+    """
     with replace_folder(folder, only_writer=True) as stage:
         files = write_clips(stage, clips, fps)
         shown = len(spread_frames(clips.shape[1], FRAMES_SHOWN))
         (stage / KEPT_RECORD).write_text(json_text({"files": files, "frames": shown}))
+        if latents is not None:
+            save_file({"latents": latents.float().contiguous()}, stage / LATENTS)
+
+
+def read_latents(folder: Path, rows: Sequence[int]) -> Tensor:
+    """Read kept latents of some prompts, [len(rows), C, T, H, W].
+
+    Raises:
+        DataError: they are not there, or damaged.
+    """
+    try:
+        return load_file(folder / LATENTS)["latents"][list(rows)]
+    except (OSError, SafetensorError, KeyError, IndexError) as error:
+        raise DataError(
+            f"{folder / LATENTS} cannot be read ({error}); what roles predict is shown of these "
+            "clips. Remove the folder, and they are made anew"
+        ) from error
 
 
 def read_kept(folder: Path, prompts: int) -> tuple[tuple[str, ...], np.ndarray] | None:
@@ -181,6 +209,31 @@ def write_record(
         write_contact_sheet(
             rows, prompts, folder / SHEET, frames_shown=FRAMES_SHOWN, columns=_COLUMNS
         )
+
+
+def write_predictions(
+    folder: Path,
+    prompts: Sequence[str],
+    columns: Sequence[str],
+    clips: Mapping[float, np.ndarray],
+    fps: float,
+) -> tuple[str, ...]:
+    """Write a film for each prompt, a row for each t; return their names.
+
+    Args:
+        clips: by t, [N, columns, T, H, W, 3] uint8.
+    """
+    folder.mkdir()
+    names = []
+    for number, prompt in enumerate(prompts):
+        rows = [SheetRow(f"t = {t:g}", own[number]) for t, own in clips.items()]
+        names.append(f"{number:03d}.{'png' if rows[0].clips.shape[1] == 1 else 'mp4'}")
+        path = folder / names[-1]
+        if path.suffix == ".png":
+            write_contact_sheet(rows, columns, path)
+        else:
+            write_sheet_mp4(rows, columns, path, fps=fps, repeats=1, frame_side=96, title=prompt)
+    return tuple(names)
 
 
 def write_over_time(root: Path, prompts: Sequence[str], views: Sequence[ShownView]) -> None:
