@@ -69,6 +69,7 @@ class Site:
             pages[uri] = SitePage(source=f"docs/{uri}", shows=f"docs/{uri}", text=None)
         pages |= _repository_pages() | _generated_pages()
         by_source = {page.shows: uri for uri, page in pages.items() if page.shows}
+        by_source["README.md"] = "index.md"  # which says the same
         return cls(pages=pages, by_source=by_source)
 
     def rewrite(self, markdown: str, uri: str) -> str:
@@ -138,7 +139,6 @@ def _repository_pages() -> dict[str, SitePage]:
         ("concepts/architecture.md", "ARCHITECTURE.md", "Architecture and glossary"),
         ("contributing.md", "CONTRIBUTING.md", "Contributing"),
         ("extend/example-sd3.md", "examples/family-sd3/README.md", "A complete family"),
-        ("readme.md", "README.md", ""),
     ):
         pages[uri] = _document(source, title)
     return pages
