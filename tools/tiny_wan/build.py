@@ -29,8 +29,16 @@ from text import embed
 from torch import Tensor
 from torch.nn.functional import avg_pool3d
 from transformer import build_transformer
-from vae import VaeTraining, decode, encode, reconstruction_psnr, record_statistics, train_vae
+from vae import (
+    VaeTraining,
+    decode,
+    encode,
+    reconstruction_psnr,
+    record_statistics,
+    train_on_digits,
+)
 
+PIPELINE = {"num_frames": 9, "height": 32, "width": 32, "max_sequence_length": 8}
 TRAIN_CLIPS, TRAIN_SEED = 12_000, 3
 REFERENCE_CLIPS, REFERENCE_SEED = 2_000, 5
 CHECK_CLIPS, CHECK_SEED = 400, 99
@@ -38,7 +46,7 @@ CHECK_CLIPS, CHECK_SEED = 400, 99
 
 
 def build_vae(out: Path) -> None:
-    vae = train_vae(VaeTraining())
+    vae = train_on_digits(VaeTraining())
     save_model(vae, out / "wan" / "vae")
     clips = to_rgb(draw_clips(load_images("reference"), CHECK_CLIPS, CHECK_SEED).grey)
     held_out = reconstruction_psnr(vae, clips)
@@ -52,18 +60,20 @@ def build_text(out: Path) -> None:
 
 
 def build_data(out: Path) -> None:
-    vae = _load_vae(out)
+    vae = load_vae(out)
     clips = draw_clips(load_images("train"), TRAIN_CLIPS, TRAIN_SEED)
     # In parts, because all clips as float RGB at once would be 1.3 GB.
     parts = [encode(vae, to_rgb(clips.grey[i : i + 500])) for i in range(0, TRAIN_CLIPS, 500)]
     latents = torch.cat(parts)
     record_statistics(vae, latents)
-    _save_config(vae, out / "wan" / "vae")
+    save_config(vae, out / "wan" / "vae")
     embeddings = embed(*load_text_side(out / "wan"), [*all_captions(), ""])
     captions = clips.captions()
     row = {caption: index for index, caption in enumerate(all_captions())}
     with replacing_folder(out / "data") as staging:
-        with ShardWriter(staging, fingerprint=_fingerprint(out)) as writer:
+        with ShardWriter(
+            staging, fingerprint=fingerprint_of(out, WanPipelineConfig(**PIPELINE))
+        ) as writer:
             writer.set_negative("", Condition({"text": embeddings[-1:]}))
             ids = [f"digit-{number:05d}" for number in range(TRAIN_CLIPS)]
             text = embeddings[torch.tensor([row[caption] for caption in captions])]
@@ -73,7 +83,7 @@ def build_data(out: Path) -> None:
     print(f"data: {TRAIN_CLIPS} latents of {tuple(latents.shape[1:])}")
 
 
-def _save_config(vae: AutoencoderKLWan, folder: Path) -> None:
+def save_config(vae: AutoencoderKLWan, folder: Path) -> None:
     vae.save_config(folder)
     # diffusers notes the folder that it read from: a path of this machine, in a file that ships.
     file = folder / "config.json"
@@ -83,14 +93,13 @@ def _save_config(vae: AutoencoderKLWan, folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _fingerprint(out: Path) -> Fingerprint:
+def fingerprint_of(out: Path, config: WanPipelineConfig) -> Fingerprint:
     """Return what computes the data set: a run refuses one of other parts than its own."""
-    config = WanPipelineConfig(num_frames=9, height=32, width=32, max_sequence_length=8)
     return PLUGIN.fingerprint(config, source=str((out / "wan").resolve()))
 
 
 def build_judge(out: Path) -> None:
-    vae = _load_vae(out)
+    vae = load_vae(out)
     judge = train_judge(vae, JudgeTraining())
     judge.save(out / "judge")
     reference = to_rgb(draw_clips(load_images("reference"), REFERENCE_CLIPS, REFERENCE_SEED).grey)
@@ -125,7 +134,7 @@ def _report(judge: Judge, clips: Tensor, truth: Clips, reference: Tensor) -> str
     )
 
 
-def build_teacher(out: Path) -> None:
+def build_teacher(out: Path, channels: int = 8) -> None:
     """Train the teacher by the `finetune.yaml` beside the folder that it trains."""
     config = out / "finetune.yaml"
     if not config.is_file():
@@ -140,7 +149,7 @@ def build_teacher(out: Path) -> None:
             f"{run} exists: a run resumes there, and the teacher would be an older build's, or "
             "half of one. Move the folder away, then build the teacher again."
         )
-    save_model(build_transformer(seed=0), out / "wan" / "transformer")
+    save_model(build_transformer(seed=0, channels=channels), out / "wan" / "transformer")
     app = Path(__file__).resolve().parents[2] / "apps" / "train"
     subprocess.run([sys.executable, str(app), "--config", str(config)], check=True)
     exported = run / settings["checkpoint"]["export"][0]["folder"] / "transformer"
@@ -149,5 +158,5 @@ def build_teacher(out: Path) -> None:
     print(f"teacher: copied from {exported}")
 
 
-def _load_vae(out: Path) -> AutoencoderKLWan:
+def load_vae(out: Path) -> AutoencoderKLWan:
     return AutoencoderKLWan.from_pretrained(out / "wan" / "vae").eval().requires_grad_(False)

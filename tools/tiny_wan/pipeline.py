@@ -9,7 +9,7 @@ from pathlib import Path
 import diffusers
 from diffusers import ModelMixin, UniPCMultistepScheduler
 from folders import replacing_folder
-from text import build_text_encoder, build_tokenizer, save_tokenizer
+from text import MOVING_DIGITS, Language, build_text_encoder, build_tokenizer, save_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, UMT5EncoderModel
 
 FLOW_SHIFT = 3.0
@@ -36,13 +36,13 @@ def save_model(model: ModelMixin, folder: Path) -> None:
         _readable_by_all(staging)
 
 
-def save_text_side(wan: Path, seed: int) -> None:
+def save_text_side(wan: Path, seed: int, language: Language = MOVING_DIGITS) -> None:
     """Text encoder, tokenizer, scheduler and the index: everything that is not trained."""
     with replacing_folder(wan / "text_encoder") as staging:
-        build_text_encoder(seed).save_pretrained(staging)
+        build_text_encoder(seed, language).save_pretrained(staging)
         _readable_by_all(staging)
     with replacing_folder(wan / "tokenizer") as staging:
-        save_tokenizer(build_tokenizer(), staging)
+        save_tokenizer(build_tokenizer(language), staging)
     # Wan 2.1's own choice of scheduler; flow_shift is what its 480p models ship with.
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction",

@@ -6,7 +6,7 @@ from text import TEXT_DIM
 from torch import nn
 
 
-def build_transformer(seed: int = 0) -> WanTransformer3DModel:
+def build_transformer(seed: int = 0, channels: int = 8) -> WanTransformer3DModel:
     """Fresh weights by Wan's own rule, which diffusers leaves out: Xavier projections, zero biases,
     zero output layer.
 
@@ -18,8 +18,8 @@ def build_transformer(seed: int = 0) -> WanTransformer3DModel:
         patch_size=(1, 2, 2),
         num_attention_heads=4,
         attention_head_dim=32,
-        in_channels=8,
-        out_channels=8,
+        in_channels=channels,
+        out_channels=channels,
         text_dim=TEXT_DIM,
         freq_dim=64,
         ffn_dim=384,

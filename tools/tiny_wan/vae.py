@@ -6,6 +6,7 @@ Architecture is diffusers' `AutoencoderKLWan`, small: a clip `[3, 9, 32, 32]` be
 
 import math
 import time
+from collections.abc import Callable
 
 import attrs
 import torch
@@ -30,13 +31,15 @@ class VaeTraining:
     seed: int = 0
 
 
-def build_vae() -> AutoencoderKLWan:
-    """Untrained. `scale_factor_*` are set by hand because `WanPipeline` reads them from the config
-    and cannot derive them.
+def build_vae(channels: int = 8) -> AutoencoderKLWan:
+    """Make an untrained one, with latents of so many channels.
+
+    `scale_factor_*` are set by hand because `WanPipeline` reads them from the config and cannot
+    derive them.
     """
     vae = AutoencoderKLWan(
         base_dim=12,
-        z_dim=8,
+        z_dim=channels,
         dim_mult=[1, 2, 4],
         num_res_blocks=1,
         temperal_downsample=[True, True],
@@ -45,14 +48,14 @@ def build_vae() -> AutoencoderKLWan:
         out_channels=3 * PATCH**2,
         scale_factor_temporal=4,
         scale_factor_spatial=8,
-        latents_mean=[0.0] * 8,
-        latents_std=[1.0] * 8,
+        latents_mean=[0.0] * channels,
+        latents_std=[1.0] * channels,
     )
     # The encoder's last convolution emits mean and log variance. Starting at a variance of e^-5
     # keeps the posterior's noise from drowning the signal: without this (and with a larger KL
     # weight) the decoder collapsed to black.
     with torch.no_grad():
-        vae.quant_conv.bias[8:] = -5.0
+        vae.quant_conv.bias[channels:] = -5.0
     return vae
 
 
@@ -77,11 +80,24 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tens
     return unpatchify(torch.cat(frames, 2), patch_size=PATCH)
 
 
-def train_vae(config: VaeTraining) -> AutoencoderKLWan:
+def train_on_digits(config: VaeTraining) -> AutoencoderKLWan:
     """Train on the `train` images only, so that the held-out numbers are honest."""
-    torch.manual_seed(config.seed)
-    vae = build_vae()
     data = draw_clips(load_images("train"), config.clips, seed=config.seed)
+    return train_vae(config, lambda picks: to_rgb(data.grey[picks.numpy()]))
+
+
+def train_vae(
+    config: VaeTraining, read: Callable[[torch.Tensor], torch.Tensor], channels: int = 8
+) -> AutoencoderKLWan:
+    """Train a VAE on clips.
+
+    Args:
+        config: `config.clips` is how many there are.
+        read: gives clips `[B, 3, T, H, W]` in [0, 1] by their numbers `[B]`.
+        channels: of the latents.
+    """
+    torch.manual_seed(config.seed)
+    vae = build_vae(channels)
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
@@ -93,8 +109,7 @@ def train_vae(config: VaeTraining) -> AutoencoderKLWan:
     )
     started = time.process_time()
     for step in range(config.steps):
-        picks = torch.randint(config.clips, (config.batch,)).numpy()
-        pixels = to_rgb(data.grey[picks]) * 2 - 1
+        pixels = read(torch.randint(config.clips, (config.batch,))) * 2 - 1
         posterior = vae.encode(pixels).latent_dist
         restored = decode_unclamped(vae, posterior.sample())
         error = restored - pixels
