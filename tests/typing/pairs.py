@@ -12,6 +12,8 @@ from distill_adapters_ltx import LtxAdapter
 from distill_adapters_ltx.plugin import PLUGIN as LTX_FAMILY
 from distill_adapters_wan import WanAdapter
 from distill_adapters_wan.plugin import PLUGIN as WAN_FAMILY
+from distill_evaluation.health.plugin import health
+from distill_evaluation.page.plugin import page
 from distill_evaluation.plugins import report
 from distill_methods import (
     CausVidConfig,
@@ -81,6 +83,8 @@ PLUGINS: tuple[Plugin, ...] = (
     debug_dump,
     ema,
     grad_clip,
+    health,
+    page,
     param_count,
     profiler,
     report,
