@@ -167,7 +167,11 @@ def _write_validations(base: Path, prompts: list[str], count: int, last: int, si
                 "student_2": {"role": "student", "folder": f"{folder.name}/student_2",
                               "files": files},
             },
+            "x0": {"folder": f"{folder.name}/x0", "files": files, "view": "teacher_2",
+                   "roles": ["student", "teacher"], "t": [250, 750]},
         }  # fmt: skip
+        if n == count:  # of the others their films are lost
+            write(folder / "x0", 90)
         (folder / "validation.json").write_text(json.dumps(content))
 
 
@@ -196,8 +200,8 @@ def test_all_sections_stand_in_a_page_that_a_parser_takes(written: PageInfo) -> 
         "fsdp2",
     ):
         assert part in text
-    # 3 entries and 4 validations of 2 prompts, and the view that does not change, once.
-    assert written.clips == len(page.attributes("video")) == 2 * (3 + 4 + 1)
+    # Of 2 prompts 3 entries, 4 validations, the view that does not change, and predictions.
+    assert written.clips == len(page.attributes("video")) == 2 * (3 + 4 + 1 + 1)
     assert written.left_out == 0
     assert not written.problems
     panels = json.loads(page.scripts[0])["panels"]
@@ -244,7 +248,8 @@ def test_a_damaged_file_costs_what_it_held_alone(
     _link_all(full, tmp_path / "run")
     target = tmp_path / "run" / name
     target.unlink()
-    target.write_bytes(content)
+    # A last line without an end is being written, and no damage.
+    target.write_bytes(content + b"\n" if name.endswith(".jsonl") else content)
     info = write_page([read_run(tmp_path / "run")], tmp_path / "p.html")
     assert Page(info.path).attributes("section")
     assert info.clips > 0
@@ -271,7 +276,7 @@ def test_clips_of_elsewhere_are_not_shown(full: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "report.json").write_text(json.dumps(report))
     (tmp_path / "run" / "validation" / "iteration-000300" / "validation.json").unlink()
     info = write_page([read_run(tmp_path / "run")], tmp_path / "p.html")
-    assert info.clips == 2 * (3 + 1)
+    assert info.clips == 2 * (3 + 1 + 1)
 
 
 def test_a_folder_of_an_earlier_release_shows_its_clips_and_numbers(tmp_path: Path) -> None:
@@ -313,7 +318,7 @@ def test_two_runs_are_compared_by_prompt_curve_and_setting(full: Path, tmp_path:
     assert "training.seed" not in text, "it is equal"
     [loss] = [p for p in json.loads(page.scripts[0])["panels"] if p["title"] == "loss/critic_loss"]
     assert [(c["label"], c["colour"]) for c in loss["curves"]] == [("full", 0), ("other", 1)]
-    assert info.clips == 2 * 2 * (3 + 4 + 1)
+    assert info.clips == 2 * 2 * (3 + 4 + 1 + 1)
 
 
 def test_too_many_clips_leave_out_those_of_the_oldest_validations(
@@ -321,10 +326,10 @@ def test_too_many_clips_leave_out_those_of_the_oldest_validations(
 ) -> None:
     monkeypatch.setattr("distill_evaluation.page.document.MOST_CLIPS", 12)
     info = write_page([read_run(full)], tmp_path / "p.html")
-    assert (info.clips, info.left_out) == (12, 4)
+    assert (info.clips, info.left_out) == (12, 6)
     captions = [t for t in Page(info.path).texts if t in {"150", "300", "450", "600"}]
-    assert captions == ["450", "600"] * 2
-    assert "4 clips left out" in " ".join(Page(info.path).texts)
+    assert captions == ["600"] * 2
+    assert "6 clips left out" in " ".join(Page(info.path).texts)
 
 
 def test_clips_are_made_ready_once(full: Path, tmp_path: Path, monkeypatch) -> None:
@@ -437,7 +442,7 @@ def test_a_long_run_opens_soon_and_stays_small(tmp_path: Path) -> None:
     began = time.perf_counter()
     info = write_page([read_run(run)], tmp_path / "long.html")
     print(f"written in {time.perf_counter() - began:.2f} s, {info.size / 1e6:.2f} MB")
-    assert info.clips == 2 * (3 + 17 + 1)
+    assert info.clips == 2 * (3 + 17 + 1 + 1)
     assert info.size < MOST_PAGE_BYTES < 30e6
     with browser() as tab:
         print(f"opened in {tab.open(info.path, width=1280):.2f} s")

@@ -69,12 +69,15 @@ class PromptClips:
         finals: of the report, by entry.
         frozen: of views that do not change, by view.
         strips: of views that do.
+        predicted: iteration and film of what the roles predicted in the newest validation that
+            shows it.
     """
 
     prompt: str
     finals: Mapping[str, ClipPlace] = field(factory=dict)
     frozen: Mapping[str, ClipPlace] = field(factory=dict)
     strips: tuple[FilmStrip, ...] = ()
+    predicted: tuple[int, ClipPlace] | None = None
 
 
 def find_clips(run: RunFolder) -> list[PromptClips]:
@@ -132,6 +135,7 @@ class _Validation:
     iteration: int
     prompts: Sequence[str]
     views: dict[str, Sequence[ClipPlace | None]] = field(factory=dict)
+    predictions: Sequence[ClipPlace | None] = ()
 
 
 def _validation_clips(run: RunFolder) -> Iterator[PromptClips]:
@@ -153,7 +157,22 @@ def _validation_clips(run: RunFolder) -> Iterator[PromptClips]:
                 still[view] = next(iter(places.values()))
             elif places:
                 strips.append(FilmStrip(view=view, clips=places))
-        yield PromptClips(prompt=prompt, frozen=still, strips=tuple(strips))
+        yield PromptClips(
+            prompt=prompt,
+            frozen=still,
+            strips=tuple(strips),
+            predicted=_newest_predictions(validations, prompt),
+        )
+
+
+def _newest_predictions(
+    validations: Sequence[_Validation], prompt: str
+) -> tuple[int, ClipPlace] | None:
+    for validation in reversed(validations):
+        found = dict(zip(validation.prompts, validation.predictions, strict=False)).get(prompt)
+        if found is not None:
+            return validation.iteration, found
+    return None
 
 
 def _are_kept(run: RunFolder, places: Mapping[int, ClipPlace]) -> bool:
@@ -201,14 +220,21 @@ def _read_validation(base: Path, folder: Path, iteration: int) -> _Validation:
         raise ValueError("validation.json has no prompts or no views")
     validation = _Validation(iteration, [as_text(prompt) for prompt in prompts[:MOST_PROMPTS]])
     for name, view in list(views.items())[:MOST_VIEWS]:
-        places: list[ClipPlace | None] = []
-        for number in range(len(validation.prompts)):
-            try:
-                places.append(ClipPlace(_file_of(base, view, number)))
-            except (ValueError, TypeError, IndexError, KeyError):
-                places.append(None)
-        validation.views[name] = places
+        validation.views[name] = _places_of(base, view, len(validation.prompts))
+    if "x0" in content:
+        validation.predictions = _places_of(base, content["x0"], len(validation.prompts))
     return validation
+
+
+def _places_of(base: Path, entry: object, count: int) -> list[ClipPlace | None]:
+    """Return the clip of each prompt; None where it is not there."""
+    places: list[ClipPlace | None] = []
+    for number in range(count):
+        try:
+            places.append(ClipPlace(_file_of(base, entry, number)))  # type: ignore[arg-type]
+        except (ValueError, TypeError, IndexError, KeyError):
+            places.append(None)
+    return places
 
 
 def _read_old_validation(folder: Path, iteration: int) -> _Validation:

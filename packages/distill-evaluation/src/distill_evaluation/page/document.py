@@ -111,6 +111,7 @@ def _by_importance(runs: Sequence[Sequence[PromptClips]]) -> list[ClipPlace]:
     """List all clips: those of reports, views that stay, then validations, the newest first."""
     rows = [row for prompts in runs for row in prompts]
     places = [place for row in rows for place in (*row.finals.values(), *row.frozen.values())]
+    places += [row.predicted[1] for row in rows if row.predicted is not None]
     dated = [
         (iteration, place)
         for row in rows

@@ -255,10 +255,13 @@ def _read_alarms(run: RunFolder) -> tuple[Alarm, ...] | None:
         return () if watched else None
     alarms, bad = [], 0
     try:
-        lines = read_bytes(path, max_bytes=MOST_BYTES).splitlines()
+        content = read_bytes(path, max_bytes=MOST_BYTES)
     except UnreadableFileError as error:
         run.problems.append(f"{ALARM_FILE} cannot be read: {error}")
         return None
+    lines = content.splitlines()
+    if lines and not content.endswith(b"\n"):
+        lines.pop()  # it is being written, or was when the run was killed
     for line in lines:
         try:
             alarms.append(_alarm(parse_json(line, "a line")))

@@ -319,6 +319,11 @@ def _moving_card(
         parts.append(
             f'{run}<div class="over-time">{beside}<div class="strips">{strips}</div></div>'
         )
+        if row.predicted is not None and row.predicted[1] in ready:
+            iteration, film = row.predicted
+            name = f"x0 as the roles predict it, iteration {iteration:,}"
+            shown = _figure(ready[film], prompt, name, "", "")
+            parts.append(f'<div class="film">{shown}</div>')
     return f'<article class="prompt wide"><h3>{text(prompt)}</h3>{"".join(parts)}</article>'
 
 
@@ -412,12 +417,15 @@ def curve_label(panel: Panel, curve: Curve, runs: Sequence[RunFolder]) -> str:
         own = "held-out data" if first == "validation" else "training"
     elif first == "report":
         own = rest.rpartition("/")[0]
-    elif panel.title.endswith(curve.name) or panel.title == curve.name:
-        own = "" if len({c.name for c in panel.curves}) == 1 else curve.name
+    elif first == "health":
+        own = rest.partition("/")[2]
+    elif panel.title == curve.name:
+        own = ""
     else:
         own = rest
+    alone = len({c.name for c in panel.curves}) == 1
+    own = own or ("" if alone else curve.name)
     if len(runs) > 1:
-        alone = len({c.name for c in panel.curves}) == 1
         return runs[curve.run].name if alone or not own else f"{runs[curve.run].name}, {own}"
     return own
 

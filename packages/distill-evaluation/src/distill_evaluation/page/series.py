@@ -178,7 +178,7 @@ def _place_of(name: str) -> tuple[str, str]:
     if first in ("metrics", "validation"):
         return "Quality", name.rpartition("/")[0].replace("/", " ") + f": {last}"
     if first == "health":
-        return "Health", f"health: {rest}"
+        return "Health", f"health: {rest.partition('/')[0]}"
     if first == "grad_norm":
         return "Gradients", "gradient norms"
     if first == "lr":
