@@ -83,6 +83,7 @@ def write_run(
             f"report/{name}/fd": 40 * math.exp(-n / 20) + 5,
             "report/teacher_32/fd": 4.5,
             "health/motion": 1 + 0.1 * math.sin(n),
+            **({"health/teacher/motion": 1.05} if n == 1 else {}),
             "student_std": 1.0 + 0.1 * math.cos(n),
             "student_std/exit_0": 0.9,
             "grad_norm/student.transformer": 0.3,
@@ -210,6 +211,8 @@ def test_all_sections_stand_in_a_page_that_a_parser_takes(written: PageInfo) -> 
         "training",
         "held-out data",
     ]
+    motion = by_title["health: motion"]["curves"]
+    assert [(c["label"], len(c["x"])) for c in motion] == [("student", 60), ("teacher", 1)]
     critic = by_title["gradient norms"]["curves"][1]
     assert critic["y"][6] is None, "inf is no number of JSON"
     assert panels[0]["title"].startswith("loss/"), "losses come first"

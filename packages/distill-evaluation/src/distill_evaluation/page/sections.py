@@ -13,7 +13,7 @@ from distill_runtime import counted, printable
 from distill_evaluation.page.clips import ClipPlace, EmbeddedClip, FilmStrip, PromptClips
 from distill_evaluation.page.highlight import highlight
 from distill_evaluation.page.runs import Alarm, Entry, Measure, Report, RunFolder
-from distill_evaluation.page.series import GROUPS, OPEN_CHARTS, Curve, Panel
+from distill_evaluation.page.series import GROUPS, OPEN_CHARTS, Curve, Panel, health_parts
 from distill_evaluation.page.times import TimeShare, time_shares
 
 Html = str
@@ -418,7 +418,8 @@ def curve_label(panel: Panel, curve: Curve, runs: Sequence[RunFolder]) -> str:
     elif first == "report":
         own = rest.rpartition("/")[0]
     elif first == "health":
-        own = rest.partition("/")[2]
+        of, _, more = health_parts(rest)
+        own = " ".join(filter(None, (of, more))) or _STUDENT
     elif panel.title == curve.name:
         own = ""
     else:

@@ -178,7 +178,9 @@ def _place_of(name: str) -> tuple[str, str]:
     if first in ("metrics", "validation"):
         return "Quality", name.rpartition("/")[0].replace("/", " ") + f": {last}"
     if first == "health":
-        return "Health", f"health: {rest.partition('/')[0]}"
+        return "Health", f"health: {health_parts(rest)[1]}"
+    if first == "progress":
+        return "Learning rates and counts", f"{rest} seen"
     if first == "grad_norm":
         return "Gradients", "gradient norms"
     if first == "lr":
@@ -190,6 +192,18 @@ def _place_of(name: str) -> tuple[str, str]:
     if rest:
         return "Distillation", first
     return "Distillation", name
+
+
+def health_parts(name: str) -> tuple[str, str, str]:
+    """Split the name of a signal: whose it is (empty: the student's), the signal, the rest.
+
+    ``teacher/contrast`` and ``data/contrast`` are what ``contrast`` is compared with.
+    """
+    of, _, rest = name.partition("/")
+    if of not in ("data", "teacher") or not rest:
+        of, rest = "", name
+    signal, _, more = rest.partition("/")
+    return of, signal, more
 
 
 _TIMES = {"time": "seconds", "memory": "memory"}

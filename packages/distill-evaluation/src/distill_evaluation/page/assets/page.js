@@ -227,6 +227,11 @@
         const dot = svg("circle", { cx: this.px(line.x[0]), cy: this.py(values[0]), r: 3 });
         dot.style.fill = colour(line.colour);
         parent.append(dot);
+        // What was measured once is what the others are compared with.
+        const y = this.py(values[0]), x1 = this.px(line.x[0]);
+        const kept = svg("line", { x1, x2: this.box.right, y1: y, y2: y, class: "kept" });
+        kept.style.stroke = colour(line.colour);
+        if (this.lines.length > 1) parent.append(kept);
       }
     }
 
