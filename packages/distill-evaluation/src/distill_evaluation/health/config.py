@@ -48,8 +48,9 @@ class SaturationRule:
     Attributes:
         action: warn, keep, stop or off.
         latent_std: most standard deviation of latents, as a multiple of that of the data, or of the
-            teacher where the data are captions. Guidance widens them, also in a healthy student;
-            a fourth more is what the tiny students pass on their way.
+            teacher where the data are captions. Guidance widens them, also in a healthy student: a
+            third more is what tiny students pass on their way, and one under three times the
+            guidance has two thirds more.
         latent_mean: farthest that the mean of latents may be from the data's, in standard
             deviations of the data: a cast of colour or brightness.
         contrast: most spread of brightness within frames, as a multiple of that of the data.
@@ -58,7 +59,7 @@ class SaturationRule:
     """
 
     action: Action = field(default="warn", validator=_IS_ACTION)
-    latent_std: float = field(default=1.4, validator=_grows)
+    latent_std: float = field(default=1.5, validator=_grows)
     latent_mean: float = field(
         default=0.5, validator=above(0, "it is a distance in standard deviations")
     )
