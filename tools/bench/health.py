@@ -74,7 +74,7 @@ class Timed(Callback):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What the callback health costs.")
     parser.add_argument("--names", nargs="+", default=["dmd2", "consistency"])
     parser.add_argument("--checks", type=int, default=6, help="to take times of")
     parser.add_argument("--between", type=int, default=5, help="iterations between two of them")
@@ -85,7 +85,8 @@ def main() -> None:
 
 
 def measure(name: str, checks: int, between: int) -> str:
-    values: dict[str, Any] = dict(read_source(TINY / f"{name}.yaml").values)
+    values: dict[str, Any] | None = read_source(TINY / f"{name}.yaml").values
+    assert values is not None, f"{name}.yaml cannot be read"
     whole = values["training"]["max_train_steps"]
     with tempfile.TemporaryDirectory() as folder:
         values["training"] |= {
