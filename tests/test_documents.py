@@ -96,6 +96,13 @@ def test_relative_links_lead_to_files(document, generated):
     assert missing == []
 
 
+def test_every_page_is_in_the_navigation_of_the_site():
+    nav = (ROOT / "mkdocs.yml").read_text()
+    pages = [document for document in DOCUMENTS if document.startswith("docs/")]
+    missing = [page for page in pages if page.removeprefix("docs/") not in nav]
+    assert missing == [], "add these to nav in mkdocs.yml, or nobody finds them"
+
+
 def test_every_option_is_described_and_has_an_example():
     # read_options names a key that no Attributes: describes.
     missing = [
