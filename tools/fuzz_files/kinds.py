@@ -7,6 +7,7 @@ checkpoint must be taken), it compares, and raises ``SilentDifferenceError``.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import json
@@ -65,12 +66,19 @@ def require(ok: bool, what: str) -> None:
         raise SilentDifferenceError(what)
 
 
+def _new_folder() -> Path:
+    """Make a folder that is deleted when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def make_folder(make: Callable[[Path], object]) -> Callable[[], Path]:
-    """Return a folder that ``make`` fills, once a process."""
+    """Return a folder that ``make`` fills, once a process, and that goes with it."""
 
     @functools.cache
     def template() -> Path:
-        folder = Path(tempfile.mkdtemp(prefix="fuzz-")) / "whole"
+        folder = _new_folder() / "whole"
         folder.mkdir()
         make(folder)
         return folder
@@ -186,7 +194,7 @@ def _states() -> dict[int, str]:
     """Digest of everything that moves, by iteration, as undamaged checkpoints give it."""
     states = {}
     for iteration in (1, 2):
-        folder = Path(tempfile.mkdtemp(prefix="fuzz-")) / "out"
+        folder = _new_folder() / "out"
         shutil.copytree(_CHECKPOINTS() / f"checkpoint-{iteration:06d}",
                         folder / f"checkpoint-{iteration:06d}")  # fmt: skip
         states[iteration] = _resumed(folder)[1]
