@@ -129,7 +129,8 @@ def browser() -> Iterator[Browser]:
         os.dup2(reads, 3)
         os.dup2(writes, 4)
 
-    with tempfile.TemporaryDirectory() as profile:
+    # Its last processes may still write while the folder is deleted.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
             [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
              "--disable-background-networking", "--disable-dev-shm-usage", "--hide-scrollbars",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,17 @@ VERSIONS = {
     "3.5-medium": Version(transformer={"qk_norm": "rms_norm", "dual_attention_layers": (0,)}),
     "3.5-large": Version(transformer={"qk_norm": "rms_norm"}),
 }
+
+
+def family() -> tuple[Any, Any]:
+    """Return the plugin of the example package, which is not installed here, and its config."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "family-sd3" / "src"))
+    try:
+        from distill_family_sd3.config import SD3PipelineConfig
+        from distill_family_sd3.plugin import PLUGIN
+    finally:
+        sys.path.pop(0)
+    return PLUGIN, SD3PipelineConfig(height=64, width=64)
 
 
 def build(folder: Path, version: str = "3-medium") -> Path:

@@ -334,7 +334,12 @@ def test_a_stop_on_request_keeps_finished_units(whole, begun, monkeypatch, capsy
         return encode(encoder, clips)
 
     monkeypatch.setattr(Encoder, "encode_clips", stop)
-    assert main(["--config", str(begun / "data.yaml")]) == EXIT_STOPPED
+    # A shell that starts the tests in the background has SIGINT ignored.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["--config", str(begun / "data.yaml")]) == EXIT_STOPPED
+    finally:
+        signal.signal(signal.SIGINT, former)
     assert "stopped: 2 finished units are" in capsys.readouterr().out
     assert main(["--config", str(begun / "data.yaml")]) == EXIT_OK
     assert len(calls) == 3 + 2

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import io
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 
 from fuzz_files.kinds import (
-    ROOT,
     TINY,
     Kind,
     SilentDifferenceError,
@@ -163,13 +161,9 @@ def _ltx() -> tuple[Any, Any]:
 
 
 def _sd3() -> tuple[Any, Any]:
-    sys.path.insert(0, str(ROOT / "examples" / "family-sd3" / "src"))
-    try:
-        from distill_family_sd3.config import SD3PipelineConfig
-        from distill_family_sd3.plugin import PLUGIN
-    finally:
-        sys.path.pop(0)
-    return PLUGIN, SD3PipelineConfig(height=64, width=64)
+    import sd3_pipelines
+
+    return sd3_pipelines.family()
 
 
 def _use_family(folder: Path, family: Any) -> None:
