@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from distill_evaluation.page.callback import PageCallback
 from distill_evaluation.page.clips import ClipStore
 from distill_evaluation.page.config import PageConfig
 from distill_evaluation.page.document import MOST_PAGE_BYTES
-from distill_evaluation.page.highlight import highlight
+from distill_evaluation.page.highlight import MOST_CHARACTERS, highlight
 from distill_evaluation.page.series import MetricsReader, Series, thin_out
 from distill_evaluation.page.times import time_shares
 from distill_media import encode_mp4
@@ -366,6 +368,22 @@ def test_metrics_are_read_on_and_anew_where_a_resume_took_lines_back(tmp_path: P
     assert reader.series["loss"].values == [0.5]
 
 
+def test_metrics_that_cannot_be_drawn_or_dated_leave_a_page(tmp_path: Path) -> None:
+    lines = [
+        {"iteration": n, "time": time_, "loss/a": 1.0}
+        for n, time_ in enumerate(("nan", 1e300, -1e15, "inf"), start=1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    run = read_run(tmp_path)
+    assert run.metrics.skipped == 4
+    assert len(run.metrics.series["loss/a"]) == 4
+    assert write_page([run], tmp_path / "p.html").problems
+
+    (tmp_path / "metrics.jsonl").unlink()
+    os.mkfifo(tmp_path / "metrics.jsonl")  # opening it would wait for ever
+    assert not read_run(tmp_path).metrics.series
+
+
 def test_a_thinned_curve_keeps_every_spike() -> None:
     series = Series(list(range(5000)), [0.0] * 5000)
     series.values[1234], series.values[4321], series.values[77] = 9.0, -9.0, math.nan
@@ -398,6 +416,9 @@ def test_a_run_file_is_highlighted_and_escaped() -> None:
     assert '<span class="text">&quot;a # b&quot;</span>' in html
     assert '<span class="word">true</span>' in html
     assert "./x-1" in html
+    # Lines on which every place could begin a key, or text that nothing ends.
+    for long in ("x" * MOST_CHARACTERS, '"' + '\\"' * (MOST_CHARACTERS // 3)):
+        assert highlight(long) == escape(long)
 
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")

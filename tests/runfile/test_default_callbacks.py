@@ -113,3 +113,9 @@ def test_one_that_is_not_installed_or_broken_is_nothing(values, write, offer):
     (note,) = config.notes
     assert "callback watch is left out" in note
     assert "No module named 'no_such_module'" in note
+
+
+def test_health_of_a_role_that_is_not_there_is_a_problem(values, write):
+    values["callbacks"]["health"] = {"role": "studnet"}
+    with pytest.raises(ConfigError, match=r"callbacks\.health\.role: there is no role 'studnet'"):
+        read_config(write(values))

@@ -27,9 +27,15 @@ LONG = {"role": "student", "latent_frames": 9}
     [
         (section(views={"a": LONG}), "validation.views.a.latent_frames: 'student' is not causal"),
         (section(views={"x0": VIEWS["a"]}), "validation.views: 'x0' is where predictions are"),
+        (
+            section(views={"Validation.json": VIEWS["a"]}),
+            "validation.views: 'Validation.json' is the record of a validation",
+        ),
+        (section(views={"sheet.png": VIEWS["a"]}), "'sheet.png' is the picture of all views"),
         (x0(roles=["studnt"]), "validation.x0.roles: there is no role 'studnt'"),
         (x0(roles=[]), "validation.x0.roles: [] must name at least one role"),
         (x0(t=[0]), "validation.x0.t: [0.0] must be times in (0, 1000]"),
+        (x0(t=[500, 500.0]), "validation.x0.t: [500.0, 500.0] must name no time twice"),
         (x0(view="c"), "validation.x0: there is no view 'c' whose clips could be noised"),
     ],
 )

@@ -180,6 +180,12 @@ def test_a_frozen_view_is_sampled_once_and_kept_over_a_resume(tmp_path: Path) ->
         assert _run_with_teacher(tmp_path, start=8, **changes)[0][0] == "teacher", changes
     (kept / "000.mp4").unlink()
     assert _run_with_teacher(tmp_path, start=8)[0] == ["teacher", "live", "live"]
+    (tmp_path / "elsewhere.mp4").write_bytes((kept / "000.mp4").read_bytes())
+    whole = json.loads((kept / "kept.json").read_text())
+    outside = ["../../../elsewhere.mp4", *whole["files"][1:]]
+    for changes in ({"frames": 0}, {"frames": 1e300}, {"files": outside}):
+        (kept / "kept.json").write_text(json.dumps(whole | changes))
+        assert _run_with_teacher(tmp_path, start=8)[0] == ["teacher", "live", "live"], changes
 
 
 def test_pictures_over_time_hold_former_validations_but_none_of_the_future(tmp_path: Path) -> None:
@@ -194,5 +200,11 @@ def test_pictures_over_time_hold_former_validations_but_none_of_the_future(tmp_p
     six_and_eight = Image.open(root / "over_time" / "live.png").height
     row = (six_and_eight - four) / 1
     assert row > 90, "4, 6 and 8, without 2, which cannot be read"
+    path = root / "iteration-000004" / "validation.json"
+    record = json.loads(path.read_text())
+    record["views"]["live"]["frames"] = 0
+    path.write_text(json.dumps(record))
+    _run_with_teacher(tmp_path, start=4)
+    assert Image.open(root / "over_time" / "live.png").height == four, "6 and 8"
     _run_with_teacher(tmp_path, start=8, prompts=("a seven", "another"))
     assert Image.open(root / "over_time" / "live.png").height == four, "10 and 12: other prompts"

@@ -201,6 +201,15 @@ class TrainingConfig:
         return total // at_once
 
 
+_TAKEN_NAMES = {
+    "x0": "where predictions are saved",
+    "validation.json": "the record of a validation",
+    "sheet.png": "the picture of all views",
+}
+"""What a validation's folder holds beside those of views, in small letters: some file systems tell
+none from capitals."""
+
+
 @frozen(kw_only=True)
 class ViewConfig:
     """One set of clips in a validation.
@@ -256,6 +265,8 @@ class PredictionsConfig:
                 f"{list(value)} must be times in (0, 1000]: at 0 nothing is to be predicted, and "
                 "1000 is pure noise"
             )
+        if len(set(value)) < len(value):
+            raise ValueError(f"{list(value)} must name no time twice: each is a row")
 
 
 @frozen(kw_only=True)
@@ -380,8 +391,9 @@ class ValidationConfig:
             )
         for problem in filter(None, map(file_name_problem, value)):
             raise ValueError(f"{problem}; clips are saved under the names of views")
-        if "x0" in value:
-            raise ValueError("'x0' is where predictions are saved; give the view another name")
+        for name in value:
+            if (use := _TAKEN_NAMES.get(name.lower())) is not None:
+                raise ValueError(f"{name!r} is {use}; give the view another name")
 
     @x0.validator
     def _check_x0(self, attribute: object, value: PredictionsConfig | None) -> None:

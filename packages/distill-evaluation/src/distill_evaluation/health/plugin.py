@@ -21,6 +21,11 @@ class HealthPlugin(CallbackPlugin[HealthConfig]):
     on_by_default = True
 
     def problems(self, config: HealthConfig, run: PlannedRun) -> Iterator[Problem]:
+        if (
+            config.role != HealthConfig().role
+        ):  # the default watches nothing where there is no student
+            for problem in run.role_problems(config.role):
+                yield Problem("role", problem.message)
         if config.teacher_sampler is not None:
             for problem in run.sampler_problems(config.teacher_sampler):
                 yield Problem("teacher_sampler", problem.message)

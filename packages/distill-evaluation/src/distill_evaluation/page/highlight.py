@@ -7,13 +7,15 @@ from html import escape
 
 _TOKENS = re.compile(
     r"""(?P<comment>(?<!\S)\#.*$)
-    |(?P<key>[\w.\-/]+(?=\s*:(?:\s|$)))
+    |(?P<key>(?<![\w.\-/])[\w.\-/]+(?=\s*:(?:\s|$)))
     |(?P<text>"(?:[^"\\]|\\.)*"|'[^']*')
     |(?P<number>(?<![\w.\-/])[-+]?\d[\d_]*(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w.\-/]))
     |(?P<word>(?<![\w.\-/])(?:true|false|null|~)(?![\w.\-/]))""",
     re.VERBOSE,
 )
 MOST_CHARACTERS = 200_000
+_LONGEST_LINE = 1_000
+"""What is longer is shown plain: quotes that nothing ends take time in the square of a line."""
 
 
 def highlight(text: str) -> str:
@@ -24,6 +26,8 @@ def highlight(text: str) -> str:
 
 
 def _highlight_line(line: str) -> str:
+    if len(line) > _LONGEST_LINE:
+        return escape(line)
     parts, end = [], 0
     for match in _TOKENS.finditer(line):
         parts.append(escape(line[end : match.start()]))

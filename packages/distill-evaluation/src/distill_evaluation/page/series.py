@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ MOST_LINE = 1 << 20
 """Bytes of a line."""
 DRAWN_POINTS = 600
 """Of one curve: more than a screen shows beside each other."""
+_LAST_TIME = 253_402_214_400.0
+"""Unix seconds of the end of 9999, after which a time has no date."""
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -62,6 +65,8 @@ class MetricsReader:
         """Read what is new. A file that is missing has no lines; one that was replaced by another
         is read from its beginning."""
         try:
+            if not stat.S_ISREG(self.path.stat().st_mode):
+                return  # opening a pipe would wait for whoever writes to it
             with self.path.open("rb") as file:
                 self._restart_if_replaced(file.fileno())
                 file.seek(self._position)
@@ -95,7 +100,10 @@ class MetricsReader:
             if number is None or name == "iteration":
                 continue
             if name == "time":
-                self.times.add(iteration, number)
+                if 0 <= number <= _LAST_TIME:
+                    self.times.add(iteration, number)
+                else:
+                    self.skipped += 1
             elif name in self.series or self._is_room_for(name):
                 self.series.setdefault(name, Series()).add(iteration, number)
             else:

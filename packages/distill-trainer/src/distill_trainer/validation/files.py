@@ -32,6 +32,7 @@ from distill_media import (
 from distill_protocols import DataError, SamplerSpec
 from distill_runtime import (
     UnreadableFileError,
+    as_count,
     json_text,
     path_inside,
     read_json_object,
@@ -176,8 +177,10 @@ def read_kept(folder: Path, prompts: int) -> tuple[tuple[str, ...], np.ndarray] 
     try:
         record = read_json_object(folder / KEPT_RECORD)
         files = tuple(str(name) for name in cast("list[object]", record["files"]))
-        frames = read_frames(folder, prompts, int(cast(int, record["frames"])))
-        whole = len(files) == prompts and all((folder / name).is_file() for name in files)
+        frames = read_frames(folder, prompts, as_count(record["frames"], least=1))
+        whole = len(files) == prompts and all(
+            path_inside(folder, name, folder / KEPT_RECORD).is_file() for name in files
+        )
     except _UNREADABLE:
         return None
     return (files, frames) if whole else None
@@ -277,7 +280,7 @@ def _row_of(folder: Path, view: str, prompts: Sequence[str]) -> SheetRow | None:
             return None
         own = cast("Mapping[str, Mapping[str, object]]", record["views"])[view]
         clips = path_inside(folder.parent, own["folder"], folder / RECORD)
-        frames = read_frames(clips, len(prompts), int(cast(int, own["frames"])))
+        frames = read_frames(clips, len(prompts), as_count(own["frames"], least=1))
     except _UNREADABLE:
         return None  # one of an earlier release, or damaged: the picture shows the others
     return SheetRow(f"{iteration_of(folder.name):,}", frames)
