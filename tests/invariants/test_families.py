@@ -256,7 +256,7 @@ def test_one_sampler_serves_rollouts_and_validation(worlds, kind, spec, guidance
     cond = worlds.batch(variant, size).cond
 
     def rows():
-        return RowGenerators.seeded(seed, "look", range(size))
+        return RowGenerators.of_clips(seed, range(size))
 
     generators = rows()
     noise = generators.normal(adapter.latent_shape)

@@ -66,7 +66,7 @@ def test_views_share_initial_and_fresh_noise():
 
 def test_a_view_samples_as_the_adapter_does():
     clips, adapter = sample([SampleView(name="s", role="student")])
-    generators = RowGenerators.seeded(0, "look", range(2))
+    generators = RowGenerators.of_clips(0, range(2))
     noise = generators.normal(LATENT_SHAPE)
     latents = adapter.sample("student", SPEC, noise, toy_batch(2).cond, generators=generators)
     assert torch.equal(clips["s"], adapter.decode(latents))

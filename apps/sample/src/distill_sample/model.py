@@ -81,7 +81,7 @@ class Model:
         clips = []
         for start in range(0, len(prompts), batch):
             rows = list(range(start, min(start + batch, len(prompts))))
-            generators = _generators(seed, [first + row for row in rows])
+            generators = RowGenerators.of_clips(seed, [first + row for row in rows])
             latents = self.adapter.sample(
                 name,
                 spec,
@@ -122,7 +122,7 @@ class Model:
                 "trained on. Only roles of pipeline_config.causal.roles can be streamed"
             )
         cond = self._encode(name, [prompt], None if image is None else image[None])
-        generators = _generators(seed, [0])
+        generators = RowGenerators.of_clips(seed, [0])
         channels, _, height, width = self.adapter.latent_shape
         noise = generators.normal((channels, frames, height, width)).to(self.device)
         parts = (noise[:, :, chunk.span] for chunk in causal.chunks(name, frames))
@@ -242,8 +242,3 @@ def _weights(source: SampleSource) -> dict[str, Mapping[str, WeightSource]]:
                 spec=evolve(role.spec, lora=None),
             )
     return weights
-
-
-def _generators(seed: int, clips: Sequence[int]) -> RowGenerators:
-    # On the CPU, so that a seed means the same clip on every device.
-    return RowGenerators([torch.Generator().manual_seed(seed + clip) for clip in clips])

@@ -36,8 +36,8 @@ def sample_views(
     ``cond``.
 
     Every view starts from the same noise, and two stochastic views re-noise with the same noise:
-    row n of the prompts has a generator of its own, which follows from ``seed`` and n alone. It
-    is on the CPU, so that a seed means the same clip on every device.
+    row n of the prompts has a generator of its own (``RowGenerators.of_clips``), so its clip is the
+    one that a stock pipeline makes after ``torch.manual_seed(seed + n)``.
 
     Args:
         default_spec: of the views that state no sampler.
@@ -89,8 +89,7 @@ def sample_latents(
     """Sample normalised latents [B, C, T, H, W] of one view. Arguments and errors are those of
     ``sample_views``."""
     spec = view.sampler or default_spec
-    # The purpose "look" is part of what a seed means: another name would be another clip.
-    generators = RowGenerators.seeded(seed, "look", rows)
+    generators = RowGenerators.of_clips(seed, rows)
     channels, frames, height, width = adapter.latent_shape
     noise = generators.normal((channels, view.latent_frames or frames, height, width))
     role = bundle[view.role]

@@ -39,6 +39,12 @@ class RowGenerators:
             [torch.Generator(device).manual_seed(derive_seed(seed, purpose, n)) for n in rows]
         )
 
+    @classmethod
+    def of_clips(cls, seed: int, clips: Iterable[int]) -> RowGenerators:
+        """Clip n draws what a stock pipeline draws after ``torch.manual_seed(seed + n)``: on the
+        CPU, so that a seed means the same clip on every device."""
+        return cls([torch.Generator().manual_seed(seed + clip) for clip in clips])
+
     def __len__(self) -> int:
         return len(self._generators)
 

@@ -307,8 +307,9 @@ class ValidationConfig:
         prompts: one clip each; none where only losses are measured.
         images: PNG or JPEG files, the first frame of each prompt's clip, of the size of the run's
             clips: for image-to-video models, and others that take one.
-        seed: of the noise, and of the held-out samples' order; the run's own generators are not
-            touched.
+        seed: of the noise (clip n begins as a stock pipeline's after ``torch.manual_seed(seed +
+            n)``, as in apps/sample), and of the held-out samples' order; the run's own generators
+            are not touched.
         fps: frames per second of the clips that are written.
         views: what is sampled, by the name it is logged under; none where only losses are
             measured.
