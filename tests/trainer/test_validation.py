@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distill_media import read_mp4
+from distill_media import SheetRow, read_mp4, write_contact_sheet
 from distill_protocols import Callback, ModelBundle
 from distill_trainer import (
     DistillTrainer,
@@ -18,6 +18,7 @@ from distill_trainer import (
     ValidationCallback,
     ViewConfig,
 )
+from distill_trainer.validation import files
 from PIL import Image
 from toy_trainer import (
     MemoryCheckpointer,
@@ -188,12 +189,22 @@ def test_a_frozen_view_is_sampled_once_and_kept_over_a_resume(tmp_path: Path) ->
         assert _run_with_teacher(tmp_path, start=8)[0] == ["teacher", "live", "live"], changes
 
 
-def test_pictures_over_time_hold_former_validations_but_none_of_the_future(tmp_path: Path) -> None:
+def test_pictures_over_time_hold_former_validations_but_none_of_the_future(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _run_with_teacher(tmp_path)
     root = tmp_path / "validation"
     four = Image.open(root / "over_time" / "live.png").height
     (root / "iteration-000002" / "live" / "frames.png").write_bytes(b"damaged")
+    shown: list[list[str]] = []
+
+    def write(rows: list[SheetRow], *args: Any, **options: Any) -> None:
+        shown.append([row.label for row in rows[1:]])  # behind the teacher's
+        write_contact_sheet(rows, *args, **options)
+
+    monkeypatch.setattr(files, "write_contact_sheet", write)
     _run_with_teacher(tmp_path)  # once more from the start: 4 is of another process
+    assert [rows for rows in shown if rows[0] == "2"] == [["2"], ["2", "4"]]
     assert Image.open(root / "over_time" / "live.png").height == four
     (root / "iteration-000002" / "live" / "frames.png").write_bytes(b"damaged")
     _run_with_teacher(tmp_path, start=4)
