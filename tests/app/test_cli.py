@@ -93,6 +93,15 @@ def test_the_plan_states_the_source_of_the_negative_condition(
     assert text.splitlines()[-1] == f"a run still needs the data set {tmp_path / 'to_come'}"
     assert "needed; the data set must bring it" in text
     assert "not on this machine yet" in text
+    views = {"student": {"role": "student"}}
+    held_out = {"data": {"path": str(tmp_path / "held_out")}, "views": views, "prompts": ["a"]}
+    values["validation"] = held_out
+    assert (
+        plan(EXIT_INCOMPLETE)
+        .splitlines()[-1]
+        .endswith(f"the held-out data set {tmp_path / 'held_out'}")
+    )
+    del values["validation"]
     values["method_config"]["real_score_guidance_scale"] = 1.0
     assert "none, and no step needs one" in plan(EXIT_INCOMPLETE)
 

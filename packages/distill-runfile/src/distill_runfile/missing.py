@@ -24,6 +24,9 @@ def missing_parts(draft: Draft) -> Iterator[str]:
     beside = draft.document.main.file
     for path in missing_data(draft.data) if draft.data is not None else ():
         yield f"the data set {path}{made_by(path, beside)}"
+    held_out = draft.validation.data if draft.validation is not None else None
+    if held_out is not None and not Path(held_out.path).exists():
+        yield f"the held-out data set {held_out.path}{made_by(held_out.path, beside)}"
     for name, role in draft.roles.items():
         start = role.init_from
         if start is not None and is_missing(start.path):
