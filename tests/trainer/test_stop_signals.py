@@ -32,10 +32,15 @@ class _Slow(Alternating):
     pipe: Any = None
 
 
-def _child(pipe: Any, folder: Path, launched: bool, moment: float) -> None:
+TORCHRUN, UV = "TORCHELASTIC_RUN_ID", "UV_RUN_RECURSION_DEPTH"
+
+
+def _child(pipe: Any, folder: Path, launcher: str | None, moment: float) -> None:
     torch.set_num_threads(1)
-    if launched:
-        os.environ["TORCHELASTIC_RUN_ID"] = "none"  # as torchrun does
+    for name in (TORCHRUN, UV):  # the tests may be started by one
+        os.environ.pop(name, None)
+    if launcher is not None:
+        os.environ[launcher] = "1"
         signals.REPEATED_SIGINT_SECONDS = moment
     handler = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -59,10 +64,10 @@ def _child(pipe: Any, folder: Path, launched: bool, moment: float) -> None:
 
 
 def _run(
-    folder: Path, *numbers: signal.Signals, launched: bool = False, moment: float = 60.0
+    folder: Path, *numbers: signal.Signals, launcher: str | None = None, moment: float = 60.0
 ) -> Any:
     parent_end, child_end = _FORK.Pipe()
-    child = _FORK.Process(target=_child, args=(child_end, folder, launched, moment))
+    child = _FORK.Process(target=_child, args=(child_end, folder, launcher, moment))
     child.start()
     try:
         assert parent_end.poll(60), "the child never came to iteration 3"
@@ -99,11 +104,16 @@ def test_a_second_sigint_interrupts(tmp_path: Path) -> None:
     assert restored
 
 
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_one_forwarded_ctrl_c_counts_once(tmp_path: Path, first: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("first", "launcher"),
+    [(signal.SIGINT, TORCHRUN), (signal.SIGTERM, TORCHRUN), (signal.SIGINT, UV)],
+)
+def test_one_forwarded_ctrl_c_counts_once(
+    tmp_path: Path, first: signal.Signals, launcher: str
+) -> None:
     """The terminal's SIGINT, and each launcher's copy of it within a moment."""
     outcome, last_hook, _, saved, restored = _run(
-        tmp_path, first, signal.SIGINT, signal.SIGINT, launched=True
+        tmp_path, first, signal.SIGINT, signal.SIGINT, launcher=launcher
     )
     assert outcome == (3, f"received {first.name}")
     assert last_hook == "recorder.train_end"
@@ -113,7 +123,7 @@ def test_one_forwarded_ctrl_c_counts_once(tmp_path: Path, first: signal.Signals)
 
 def test_under_a_launcher_a_later_sigint_interrupts(tmp_path: Path) -> None:
     outcome, _, _, saved, restored = _run(
-        tmp_path, signal.SIGINT, signal.SIGINT, launched=True, moment=0.01
+        tmp_path, signal.SIGINT, signal.SIGINT, launcher=TORCHRUN, moment=0.01
     )
     assert outcome == "KeyboardInterrupt"
     assert saved == [1, 2]

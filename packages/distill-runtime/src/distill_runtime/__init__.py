@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         raw_bytes,
         write_safetensors,
     )
+    from distill_runtime.shards import fetch_floats, full_tensor, is_sharded, local_shard
 
 _LAZY = {
     "DistillMethod": "method",
@@ -67,6 +68,7 @@ _LAZY = {
         ["DTYPES", "DTYPE_NAMES", "file_layout", "raw_bytes", "write_safetensors"],
         "safetensors_files",
     ),
+    **dict.fromkeys(["fetch_floats", "full_tensor", "is_sharded", "local_shard"], "shards"),
 }  # fmt: skip
 
 __all__ = [
@@ -89,12 +91,16 @@ __all__ = [
     "counted",
     "device_type",
     "export_folder_problem",
+    "fetch_floats",
     "file_layout",
     "files_below",
     "flatten",
+    "full_tensor",
+    "is_sharded",
     "is_still_at",
     "json_text",
     "load_plugin",
+    "local_shard",
     "make_readable",
     "naming_file",
     "parse_json",

@@ -133,9 +133,7 @@ class WandbPlugin(TrackerPlugin):
     help = "sends numbers, texts and clips to Weights & Biases (needs the package wandb)"
 
     def problems(self) -> Iterator[Problem]:
-        spec = find_spec("wandb")
-        # Without an origin it is just a folder of that name, such as wandb leaves behind.
-        if spec is None or spec.origin is None:
+        if not _is_installed("wandb"):
             yield Problem(
                 "",
                 "wandb must be installed to be logged to, and is not: it is an optional extra, as "
@@ -154,8 +152,7 @@ class MlflowPlugin(TrackerPlugin):
     help = "sends numbers, texts and clips to MLflow, or into mlruns/ (needs the package mlflow)"
 
     def problems(self) -> Iterator[Problem]:
-        spec = find_spec("mlflow")
-        if spec is None or spec.origin is None:
+        if not _is_installed("mlflow"):
             yield Problem(
                 "",
                 "mlflow must be installed to be logged to, and is not: it is an optional extra. "
@@ -166,6 +163,12 @@ class MlflowPlugin(TrackerPlugin):
         from distill_trainer.trackers.mlflow import MlflowTracker
 
         return MlflowTracker(output_dir)
+
+
+def _is_installed(package: str) -> bool:
+    spec = find_spec(package)
+    # Without an origin it is just a folder of that name, such as wandb leaves behind.
+    return spec is not None and spec.origin is not None
 
 
 ema = EmaPlugin()

@@ -71,19 +71,20 @@ class Finding:
 
 def find(config: HealthConfig, history: History) -> Iterator[Finding]:
     """Yield what all rules that are on have against the newest checks."""
-    rules = (
-        (config.collapse, _collapse),
-        (config.saturation, _saturation),
-        (config.motion, _motion),
-        (config.still_weights, _still_weights),
-        (config.gradients, _gradients),
-        (config.losses, _losses),
-        (config.normaliser, _normaliser),
-        (config.discriminator, _discriminator),
+    patience = config.patience
+    rules = (  # generators: one of a rule that is off never begins
+        (config.collapse.action, _collapse(config.collapse, history, patience)),
+        (config.saturation.action, _saturation(config.saturation, history, patience)),
+        (config.motion.action, _motion(config.motion, history, patience)),
+        (config.still_weights.action, _still_weights(config.still_weights, history, patience)),
+        (config.gradients.action, _gradients(config.gradients, history, patience)),
+        (config.losses.action, _losses(config.losses, history, patience)),
+        (config.normaliser.action, _normaliser(config.normaliser, history, patience)),
+        (config.discriminator.action, _discriminator(config.discriminator, history, patience)),
     )
-    for rule, apply in rules:
-        if rule.action != "off":
-            yield from apply(rule, history, config.patience)  # type: ignore[operator]
+    for action, findings in rules:
+        if action != "off":
+            yield from findings
 
 
 # -- clips ----------------------------------------------------------------------------------------

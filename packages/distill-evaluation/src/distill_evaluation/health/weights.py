@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import torch
 from distill_protocols import RankGroup, TrainableMethod
+from distill_runtime import local_shard
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 PER_PARAMETER = 16
 """Numbers that are remembered of each parameter, evenly spread over it."""
@@ -71,17 +71,13 @@ def _sample(method: TrainableMethod) -> dict[str, Tensor]:
     for name, role in method.bundle.roles.items():
         for key in role.modules if role.trainable else ():
             parts = [
-                _own_part(parameter.detach()).flatten()[:: _stride(parameter)]
+                local_shard(parameter.detach()).flatten()[:: _stride(parameter)]
                 for parameter in role.trained_parameters(key).values()
             ]
             if parts:
                 # A copy: the slices are views of weights that are about to move.
                 sample[f"{name}.{key}"] = torch.cat([part.float() for part in parts]).cpu().clone()
     return sample
-
-
-def _own_part(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _stride(parameter: Tensor) -> int:

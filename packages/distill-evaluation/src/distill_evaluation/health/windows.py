@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
-import torch
 from distill_protocols import RankGroup
+from distill_runtime import fetch_floats
 from torch import Tensor
 
 
@@ -58,15 +58,9 @@ class Window:
         self._sums = {**loaded}
 
     def _fetch(self) -> dict[str, tuple[float, int]]:
-        """Return all sums as numbers: one wait for each device, not one for each number."""
-        by_device: dict[torch.device, list[str]] = {}
-        fetched: dict[str, float] = {}
-        for name, (total, _) in self._sums.items():
-            if isinstance(total, Tensor):
-                by_device.setdefault(total.device, []).append(name)
-            else:
-                fetched[name] = total
-        for names in by_device.values():
-            column = torch.stack([torch.as_tensor(self._sums[name][0]) for name in names])
-            fetched |= dict(zip(names, column.tolist(), strict=True))
-        return {name: (fetched[name], count) for name, (_, count) in self._sums.items()}
+        """Return all sums as numbers."""
+        totals = fetch_floats([total for total, _ in self._sums.values()])
+        return {
+            name: (total, count)
+            for total, (name, (_, count)) in zip(totals, self._sums.items(), strict=True)
+        }

@@ -36,7 +36,7 @@ class PageCallback(Callback):
         self._next = 0.0
 
     def on_step_end(self, run: RunState, step: StepRecord) -> None:
-        if run.ranks.is_first and self._is_due(run, step) and time.monotonic() >= self._next:
+        if run.ranks.is_first and time.monotonic() >= self._next and self._is_due(run, step):
             self._write(run, "running")
 
     def on_train_end(self, run: RunState) -> None:

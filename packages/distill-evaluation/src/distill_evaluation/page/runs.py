@@ -46,7 +46,7 @@ ValueT = TypeVar("ValueT")
 
 
 @frozen(kw_only=True)
-class Alarm:
+class AlarmLine:
     """A line of ``health.jsonl``."""
 
     iteration: int
@@ -121,7 +121,7 @@ class RunFolder:
     run_file: tuple[str, str] | None = None
     environment: Mapping[str, object] = field(factory=dict)
     starts: Sequence[Mapping[str, object]] = ()
-    alarms: tuple[Alarm, ...] | None = None
+    alarms: tuple[AlarmLine, ...] | None = None
     report: Report | None = None
     finished: int | None = None
     state: State = "unknown"
@@ -248,7 +248,7 @@ def _state_of(run: RunFolder) -> State:
 # -- alarms ---------------------------------------------------------------------------------------
 
 
-def _read_alarms(run: RunFolder) -> tuple[Alarm, ...] | None:
+def _read_alarms(run: RunFolder) -> tuple[AlarmLine, ...] | None:
     path = run.folder / ALARM_FILE
     if not path.exists():
         watched = any(name.startswith("health/") for name in run.metrics.series)
@@ -276,8 +276,8 @@ def _read_alarms(run: RunFolder) -> tuple[Alarm, ...] | None:
     return tuple(alarms[-MOST_ALARMS:])
 
 
-def _alarm(line: Mapping[str, object]) -> Alarm:
-    return Alarm(
+def _alarm(line: Mapping[str, object]) -> AlarmLine:
+    return AlarmLine(
         iteration=as_count(line.get("iteration")),
         rule=as_text(line.get("rule")),
         action=as_text(line.get("action")),
@@ -373,4 +373,6 @@ def _describe_sampler(sampler: object) -> str:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if type(value) in (int, float) else None  # pyright: ignore
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)

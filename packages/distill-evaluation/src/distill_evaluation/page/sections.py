@@ -12,7 +12,7 @@ from distill_runtime import counted, printable
 
 from distill_evaluation.page.clips import ClipPlace, EmbeddedClip, FilmStrip, PromptClips
 from distill_evaluation.page.highlight import highlight
-from distill_evaluation.page.runs import Alarm, Entry, Measure, Report, RunFolder
+from distill_evaluation.page.runs import AlarmLine, Entry, Measure, Report, RunFolder
 from distill_evaluation.page.series import GROUPS, OPEN_CHARTS, Curve, Panel, health_parts
 from distill_evaluation.page.times import TimeShare, time_shares
 
@@ -218,7 +218,7 @@ def alarms(runs: Sequence[RunFolder]) -> Html:
     return f'<section id="alarms"><h2>Alarms</h2>{"".join(parts)}</section>'
 
 
-def _bounds(alarm: Alarm) -> Html:
+def _bounds(alarm: AlarmLine) -> Html:
     if alarm.value is None:
         return ""
     against = "" if alarm.threshold is None else f", threshold {number(alarm.threshold)}"

@@ -114,8 +114,8 @@ class MetricsReader:
 
 
 def _as_number(value: object) -> float | None:
-    if type(value) in (int, float):
-        return float(value)  # pyright: ignore[reportArgumentType]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
     return _NOT_FINITE.get(value) if isinstance(value, str) else None
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 from distill_protocols import Callback, NonFiniteLossError, RunState, StepRecord
-from distill_runtime import json_text, replace_file, replace_folder
+from distill_runtime import fetch_floats, json_text, local_shard, replace_file, replace_folder
 from safetensors.torch import save
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from distill_trainer.callbacks.configs import DebugDumpConfig, ProfilerConfig
-from distill_trainer.distribution.tensors import fetch_floats, local_shard
 
 
 class DebugDumpCallback(Callback):

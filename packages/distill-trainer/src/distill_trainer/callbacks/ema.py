@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 import torch
 from attrs import frozen
 from distill_protocols import Callback, CheckpointError, RoleError, RunState, StepRecord
+from distill_runtime import is_sharded, local_shard
 from torch import Tensor, nn
 
 from distill_trainer.callbacks.configs import EmaConfig
-from distill_trainer.distribution.tensors import is_sharded, local_shard
 
 _UPDATES = "ema.updates"
 

@@ -11,10 +11,10 @@ from typing import cast
 
 import torch
 from distill_protocols import Callback, EpochLoader, ModelBundle, RankGroup, RunState, StepRecord
+from distill_runtime import fetch_floats
 from torch import Tensor
 
 from distill_trainer.callbacks.configs import StepTimerConfig
-from distill_trainer.distribution.tensors import fetch_floats
 
 _STATE = "since_last_log"
 _OF_THE_MACHINE = ("time/", "memory/", "samples_per_second")

@@ -9,11 +9,10 @@ import time
 from typing import TextIO
 
 from distill_protocols import Callback, RunState, StepRecord
+from distill_runtime import fetch_floats
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-
-from distill_trainer.distribution.tensors import fetch_floats
 
 
 class ProgressCallback(Callback):

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from distill_protocols import StepResult, TrainableMethod
+from distill_runtime import is_sharded
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-
-from distill_trainer.distribution.tensors import is_sharded
 
 
 class DDPTrainStepWrapper:

@@ -18,18 +18,13 @@ from distill_protocols import (
     StepResult,
     TrainableMethod,
 )
-from distill_runtime import ALONE, Ranks
+from distill_runtime import ALONE, Ranks, is_sharded
 from torch import Tensor, distributed, nn
 
 from distill_trainer.config import DistributedConfig
 from distill_trainer.distribution.ddp import DDPTrainStepWrapper
 from distill_trainer.distribution.launch import Launch, process_group
-from distill_trainer.distribution.tensors import (
-    is_sharded,
-    persistent_buffers,
-    read_buffer,
-    reshard,
-)
+from distill_trainer.distribution.tensors import persistent_buffers, read_buffer, reshard
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -16,10 +16,11 @@ from distill_protocols import (
     StopRequested,
     TrainableMethod,
 )
+from distill_runtime import full_tensor
 from torch import Tensor
 
 from distill_trainer.distribution.strategy import Distribution, TrainStep
-from distill_trainer.distribution.tensors import full_tensor, total_norm
+from distill_trainer.distribution.tensors import total_norm
 from distill_trainer.loop.batches import TimedIterator
 from distill_trainer.loop.rollback import RollbackPoint
 from distill_trainer.monitoring.finite_guard import FiniteGuard

@@ -14,17 +14,19 @@ from distill_protocols import RunState
 
 REPEATED_SIGINT_SECONDS = 3.0
 """Within these another SIGINT counts as the same Ctrl-C, where a launcher may forward it."""
+_SET_BY_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "UV_RUN_RECURSION_DEPTH")
+"""Variables that torchrun and ``uv run`` set for what they start."""
 
 
 @contextlib.contextmanager
 def stop_on_signals(run: RunState) -> Iterator[None]:
     """Let the first SIGTERM or SIGINT ask ``run`` to stop, and a SIGINT after it interrupt.
 
-    Under a launcher (torchrun, or anything else that started several ranks) one Ctrl-C may come
-    twice or more: from the terminal, whose signal goes to its whole process group, and from each
-    launcher in between, which forwards its own. So there a SIGINT within
-    ``REPEATED_SIGINT_SECONDS`` of the last one that counted is the same request; it must come later
-    to interrupt.
+    Under a launcher (torchrun, ``uv run`` without a terminal, or anything else that started several
+    ranks) one Ctrl-C may come twice or more: from the terminal, whose signal goes to its whole
+    process group, and from each launcher in between, which forwards its own. So there a SIGINT
+    within ``REPEATED_SIGINT_SECONDS`` of the last one that counted is the same request; it must
+    come later to interrupt.
 
     Handlers can only be set in the main thread; elsewhere this does nothing. The former handlers
     are put back at the end.
@@ -32,7 +34,7 @@ def stop_on_signals(run: RunState) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    forwarded = run.ranks.size > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+    forwarded = run.ranks.size > 1 or any(name in os.environ for name in _SET_BY_LAUNCHERS)
     same_seconds = REPEATED_SIGINT_SECONDS if forwarded else 0.0
     counted: float | None = None
 

@@ -16,12 +16,20 @@ from distill_protocols import (
     Condition,
     ConditioningProvider,
     DataError,
+    RoleHandle,
     RunState,
     SamplerSpec,
     SampleView,
     StepRecord,
 )
-from distill_runtime import RowPartition, json_text, replace_folder, to_uint8
+from distill_runtime import (
+    RowPartition,
+    json_text,
+    local_shard,
+    raw_bytes,
+    replace_folder,
+    to_uint8,
+)
 from PIL import Image
 from torch import Tensor
 
@@ -45,6 +53,8 @@ from distill_trainer.validation.losses import HeldOutLosses, LossEvaluator
 from distill_trainer.validation.modes import eval_mode
 from distill_trainer.validation.predictions import Predictions, latent_views, source_view
 
+_WEIGHTS_HASHED = 16
+"""Numbers of each parameter of a frozen role, evenly spread, by which its weights are known."""
 _LONGEST_SIDE = 480
 """Pixels of a clip in a tracker, at most: all of them are there beside each other. Files have all
 pixels."""
@@ -318,8 +328,25 @@ class ValidationCallback(Callback):
         for condition in conditions:
             for name, value in sorted(condition.tensors.items()):
                 digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+                digest.update(raw_bytes(value))
+        # And the weights themselves, not the path alone: another model may have taken its place.
+        own = _weights_digest(run.method.bundle[view.role])
+        # Each once, so that a role which every rank has whole is the same on any number of them.
+        for of_rank in dict.fromkeys(run.ranks.gather_results(lambda: own)):
+            digest.update(of_rank.encode())
         return digest.hexdigest()[:12]
+
+
+def _weights_digest(role: RoleHandle) -> str:
+    """Hash a few numbers of each parameter that this process holds, or holds a shard of."""
+    digest = hashlib.sha256()
+    for key, module in role.modules.items():
+        for name, parameter in module.named_parameters():
+            values = local_shard(parameter.detach()).flatten()
+            stride = max(1, values.numel() // _WEIGHTS_HASHED)
+            digest.update(f"{key}.{name} {tuple(parameter.shape)}".encode())
+            digest.update(raw_bytes(values[::stride]))
+    return digest.hexdigest()
 
 
 def _log(run: RunState, iteration: int, metrics: Mapping[str, float]) -> None:

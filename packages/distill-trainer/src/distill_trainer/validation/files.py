@@ -29,7 +29,7 @@ from distill_media import (
     write_contact_sheet,
     write_sheet_mp4,
 )
-from distill_protocols import DataError, SamplerSpec
+from distill_protocols import DataError, SamplerSpec, TensorInfo
 from distill_runtime import (
     UnreadableFileError,
     as_count,
@@ -37,10 +37,11 @@ from distill_runtime import (
     path_inside,
     read_json_object,
     replace_folder,
+    write_safetensors,
 )
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 RECORD = "validation.json"
@@ -154,7 +155,9 @@ def write_kept(folder: Path, clips: np.ndarray, fps: float, latents: Tensor | No
         shown = len(spread_frames(clips.shape[1], FRAMES_SHOWN))
         (stage / KEPT_RECORD).write_text(json_text({"files": files, "frames": shown}))
         if latents is not None:
-            save_file({"latents": latents.float().contiguous()}, stage / LATENTS)
+            kept = latents.float().contiguous().cpu()
+            info = TensorInfo(tuple(kept.shape), kept.dtype)
+            write_safetensors(stage / LATENTS, {"latents": info}, lambda name: kept)
 
 
 def read_latents(folder: Path, rows: Sequence[int]) -> Tensor:

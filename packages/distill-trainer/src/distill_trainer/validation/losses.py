@@ -17,14 +17,10 @@ from distill_protocols import (
     RunState,
     TrainableMethod,
 )
+from distill_runtime import fetch_floats, full_tensor
 from torch import Tensor
 
-from distill_trainer.distribution.tensors import (
-    fetch_floats,
-    full_tensor,
-    persistent_buffers,
-    read_buffer,
-)
+from distill_trainer.distribution.tensors import persistent_buffers, read_buffer
 from distill_trainer.validation.modes import eval_mode
 
 _log = logging.getLogger(__name__)
