@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import attrs
 import pytest
-from distill_adapters_ltx import LTXPipelineConfig
+from distill_adapters_ltx import PLUGIN, LTXPipelineConfig
+from distill_protocols import RoleSpec, WeightsError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -84,3 +87,19 @@ def test_the_examples_of_the_readme(folder_of):
     clip = scope["sample"](str(folder_of("0.9.5")), "a seven moving left", config, "cpu")
     assert clip.shape == (1, 3, 9, 32, 64)
     assert clip.std() > 0.01
+
+
+@pytest.mark.parametrize("entry", ["cross_attention_dim", "attention_head_dim"])
+def test_layers_that_do_not_fit_each_other_are_one_error(folder_of, tmp_path, entry):
+    """A key that is misspelt has the class's default."""
+    folder = shutil.copytree(folder_of("0.9.0"), tmp_path / "model")
+    file = folder / "transformer" / "config.json"
+    values = json.loads(file.read_text())
+    values[f"{entry}_"] = values.pop(entry)
+    file.write_text(json.dumps(values))
+    role = RoleSpec(name="student", path=str(folder), trainable=True)
+    config = LTXPipelineConfig(num_frames=17, height=64, width=96)
+    with pytest.raises(
+        WeightsError, match=r"a call of the transformer of .* fails: .* config\.json"
+    ):
+        PLUGIN.plan_call(role, config, source=str(folder), batch=1)

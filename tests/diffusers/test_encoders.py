@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import weakref
 from pathlib import Path
@@ -80,6 +81,16 @@ def test_a_fingerprint_is_of_all_encoders_and_settings(folder):
     assert differ == {"text_encoder_2.config.num_heads", "encoder"}
     shutil.rmtree(folder / "tokenizer_2")
     assert encoders_of(folder).fingerprint() == {}
+
+
+@pytest.mark.parametrize("stated", ["as text", 10**30, 0, True])
+def test_a_length_that_is_none_is_refused(folder, stated):
+    """It is the tokenizer's own, where a caller gives none."""
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": stated}))
+    with pytest.raises(WeightsError, match=r"length of a prompt, at most 100,000; its model_max"):
+        encoders_of(folder).outputs("text_encoder", ["seven"])
+    encoders_of(folder).outputs("text_encoder", ["seven"], length=4)
 
 
 def test_an_encoder_that_is_missing_or_wrong_is_refused(folder):

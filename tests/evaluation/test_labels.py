@@ -1,7 +1,11 @@
 """What a prompt asks the judge."""
 
+import os
+
 import pytest
 from distill_evaluation import PromptLabelError, label_prompts, labels_of
+from distill_evaluation.labels import read_prompts
+from distill_protocols import DataError
 
 ATTRIBUTES = {"digit": ("zero", "one", "seven"), "direction": ("left", "up")}
 
@@ -36,6 +40,16 @@ def test_none_or_two_is_an_error_that_shows_the_way_out(
     )
     for part in (repr(prompt), "zero, one, seven", "Reword the prompt"):
         assert part in str(excinfo.value)
+
+
+def test_a_list_of_prompts_is_a_whole_text_file(tmp_path) -> None:
+    (tmp_path / "prompts.txt").write_text("one up\n\n zero left \n")
+    assert read_prompts(tmp_path / "prompts.txt") == ["one up", "zero left"]
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    for name in ("pipe", "bytes", "missing"):
+        with pytest.raises(DataError, match=rf"{name} must hold one prompt a line, in UTF-8"):
+            read_prompts(tmp_path / name)
 
 
 def test_many_prompts_give_one_list_per_attribute() -> None:

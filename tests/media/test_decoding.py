@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -242,6 +243,11 @@ def damaged_png(path: Path) -> Path:
     return truncated(path, 0.5)
 
 
+def pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
 BAD = {
     "empty.mp4": (lambda p: written(p, b""), "it is empty"),
     "empty.png": (lambda p: written(p, b""), "it is empty"),
@@ -256,6 +262,8 @@ BAD = {
     "huge.png": (lambda p: write_picture(p, np.zeros((900, 900, 3), np.uint8)), "900 x 900, more"),
     "huge.mp4": (lambda p: write_video(p, numbered_frames(5, 800, 800)), "800 x 800, more than"),
     "playlist.mp4": (playlist, "no video that can be read"),
+    "pipe.mp4": (pipe, "it cannot be read"),
+    "pipe.png": (pipe, "it cannot be read"),
     "folder.mp4": (lambda p: p.mkdir() or p, "it cannot be read"),
     "gone.mp4": (lambda p: p, "it cannot be read"),
     "picture.mp4": (lambda p: written(p, png_bytes()), "no video that can be read"),

@@ -15,6 +15,7 @@ from distill_runtime import (
     FileInfo,
     UnreadableFileError,
     json_files,
+    open_file,
     path_inside,
     printable,
     publish_folder,
@@ -157,6 +158,11 @@ def test_reading_a_pipe_or_device_does_not_block(tmp_path):
         for read in (read_json, read_header):
             with pytest.raises(UnreadableFileError):
                 read(tmp_path / name)
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(OSError, match="no regular file"):
+            open_file(path)
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize(

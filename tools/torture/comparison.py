@@ -50,6 +50,14 @@ def run_contents(out: Path) -> dict[str, Any]:
             files[name] = [_without_clock(json.loads(line)) for line in path.open()]
         elif name == "report.json":
             files[name] = _without_clock(json.loads(path.read_text()))
+        elif name == "run_record.json":
+            record = json.loads(path.read_text().replace(str(out), "<out>"))
+            # How often a run was started, and when, is what its kills change; each has a run file
+            # of its own name.
+            files[name] = {k: record[k] for k in ("settings", "environment")}
+        elif name == "report.html":
+            # A page of the files that are compared here, with their times.
+            files[name] = "is there"
         elif name != "run.json" and path.suffix != ".yaml":
             files[name] = path.read_bytes().replace(str(out).encode(), b"<out>")
     return files

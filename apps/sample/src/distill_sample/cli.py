@@ -11,6 +11,7 @@ from distill_protocols import ConfigError, DistillError, SamplerSpec
 from distill_protocols.sampler import Solver
 from distill_runfile import cli
 from distill_runfile.cli import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
+from distill_runtime import UnreadableFileError, read_bytes
 
 from distill_sample.sources import STUDENT, SampleSource, Weights, read_sample_source
 
@@ -172,13 +173,11 @@ def _read_prompts(file: Path | None) -> list[str]:
     if file is None:
         return []
     try:
-        with file.open("rb") as opened:
-            content = opened.read(_MOST_PROMPT_BYTES + 1)
-        text = content.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"--prompts: {file} cannot be read as UTF-8 text ({error})"]) from error
-    if len(content) > _MOST_PROMPT_BYTES:
-        raise ConfigError([f"--prompts: {file} is larger than 16 MB, which is no list of prompts"])
+        text = read_bytes(file, max_bytes=_MOST_PROMPT_BYTES).decode("utf-8-sig")
+    except (UnreadableFileError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            [f"--prompts: {file} is no list of prompts, one a line in UTF-8: {error}"]
+        ) from error
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

@@ -16,7 +16,7 @@ from distill_media import (
     write_sheet_mp4,
 )
 from distill_protocols import DataError
-from distill_runtime import replace_file, replace_folder, to_uint8
+from distill_runtime import open_file, replace_file, replace_folder, to_uint8
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -99,7 +99,7 @@ def read_first_frames(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
     frames = []
     for path in paths:
         try:
-            with Image.open(path) as file:
+            with open_file(path) as content, Image.open(content) as file:
                 upright = ImageOps.exif_transpose(file).convert("RGB")
                 picture = ImageOps.fit(upright, (size[1], size[0]), Image.Resampling.LANCZOS)
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:

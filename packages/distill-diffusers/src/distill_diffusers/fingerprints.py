@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from distill_protocols import WHOLE_ENCODER, WeightsError
-from distill_runtime import UnreadableFileError, read_header, read_json_object
+from distill_runtime import UnreadableFileError, open_file, read_header, read_json_object
 
 from distill_diffusers.folders import (
     DIFFUSERS_STEM,
@@ -224,7 +224,7 @@ def hash_weights(files: Iterable[Path]) -> str:
     for file, header in headers.items():
         length = max((end for *_, end in header.tensors.values()), default=0)
         first = file.stat().st_size - length
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
             for dtype, shape, begin, end in header.tensors.values():
                 digest = _new_hash()
                 digest.update(f"{dtype} {list(shape)}".encode())
@@ -260,7 +260,7 @@ def _read_buffers(file: Path, names: Sequence[str]) -> Iterator[tuple[str, list[
     for name in names:
         dtype, _, begin, end = header.tensors.get(name, ("", (), 0, 0))
         if dtype in _DECODERS:
-            with file.open("rb") as stream:
+            with open_file(file) as stream:
                 yield name, _DECODERS[dtype](_read(stream, range(first + begin, first + end)))
 
 
@@ -320,7 +320,7 @@ def _hash_file(file: Path) -> bytes:
     digest = _new_hash()
     size, pieces, length = file.stat().st_size, 64, 1 << 16
     digest.update(size.to_bytes(8, "little"))
-    with file.open("rb") as stream:
+    with open_file(file) as stream:
         if size <= _WHOLE_BYTES:
             digest.update(stream.read())
         else:

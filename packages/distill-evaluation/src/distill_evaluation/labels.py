@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distill_protocols import DataError
+from distill_runtime import UnreadableFileError, read_bytes
 
 Attributes = Mapping[str, Sequence[str]]
 
@@ -69,11 +70,9 @@ def label_prompts(prompts: Sequence[str], attributes: Attributes) -> dict[str, l
 def read_prompts(file: Path) -> list[str]:
     """Read one prompt per line; empty lines do not count. DataError if there is none to read."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{file} cannot be read as UTF-8 text ({error}); it must hold one prompt a line."
-        ) from error
+        lines = read_bytes(file).decode("utf-8").splitlines()
+    except (UnreadableFileError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} must hold one prompt a line, in UTF-8: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise DataError(f"{file} holds no prompt; put one on each line.")

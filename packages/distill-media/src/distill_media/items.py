@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from attrs import frozen
+from distill_runtime import open_file
 
 VIDEO_SUFFIXES = (
     ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif",
@@ -40,9 +41,9 @@ class MediaPlace:
         """Open the bytes for reading and seeking.
 
         Raises:
-            OSError: the file cannot be opened.
+            OSError: the file cannot be opened, or is no regular file.
         """
-        file = self.path.open("rb")
+        file = open_file(self.path)
         if self.size is None:
             return file
         return io.BufferedReader(_Part(file, self.offset, self.size))

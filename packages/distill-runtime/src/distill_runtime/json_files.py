@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
 from distill_protocols.errors import DistillError
+
+from distill_runtime.files import open_file
 
 MAX_BYTES = 256 << 20
 """Larger than any index or manifest that this framework or diffusers writes."""
@@ -67,14 +69,13 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
         UnreadableFileError: missing, no regular file, or too large.
     """
     try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):
-            raise UnreadableFileError(f"{path} is no regular file")
-        if info.st_size > max_bytes:
-            raise UnreadableFileError(
-                f"{path} has {info.st_size} bytes; more than {max_bytes} are not read"
-            )
-        return path.read_bytes()
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise UnreadableFileError(
+                    f"{path} has {size} bytes; more than {max_bytes} are not read"
+                )
+            return file.read()
     except OSError as error:
         raise UnreadableFileError(f"{path} cannot be read ({error.strerror or error})") from error
     except ValueError as error:  # a NUL in the name

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import stat
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from attrs import frozen
 
+from distill_runtime.files import open_file
 from distill_runtime.json_files import UnreadableFileError, as_count, as_text, parse_json
 
 _BYTES = {
@@ -70,18 +71,16 @@ def read_header(file: Path) -> SafetensorsHeader:
 def _header_text(file: Path) -> tuple[bytes, int]:
     """Return the bytes of the header, and the size of the whole file."""
     try:
-        info = file.stat()
-        if not stat.S_ISREG(info.st_mode):
-            raise UnreadableFileError(f"{file} is no regular file")
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             # The file's own size bounds the read: 8 bytes of another kind of file are any number.
-            if info.st_size < 8 or length > min(info.st_size - 8, _MAX_HEADER):
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
                 raise UnreadableFileError(
-                    f"{file} is no whole safetensors file ({info.st_size} bytes): cut short, or a "
+                    f"{file} is no whole safetensors file ({size} bytes): cut short, or a "
                     "Git LFS pointer"
                 )
-            return stream.read(length), info.st_size
+            return stream.read(length), size
     except OSError as error:
         raise UnreadableFileError(f"{file} cannot be read ({error.strerror or error})") from error
     except ValueError as error:  # a NUL in the name

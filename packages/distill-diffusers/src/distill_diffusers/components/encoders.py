@@ -11,7 +11,7 @@ import torch
 from attrs import frozen
 from distill_protocols import DTYPES, CaptionTokens, ConditioningError, Precision, WeightsError
 from distill_protocols.plugins import EMPTY
-from distill_runtime import UnreadableFileError, read_json_object
+from distill_runtime import UnreadableFileError, as_count, read_json_object
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -236,22 +236,27 @@ class TextEncoders:
         if not prompts:
             raise ConditioningError("no prompts to encode; give one a sample (it may be empty)")
         with self.loaded(name) as text:
-            longest: int = text.tokenizer.model_max_length
-            if length is None and longest > MAX_TOKENS:
-                raise WeightsError(
-                    f"{self._source}: the tokenizer of {name} states {longest:,} for the length "
-                    f"of a prompt, at most {MAX_TOKENS:,}; its model_max_length is missing "
-                    "or damaged. Download it again"
-                )
+            if length is None:
+                length = self._longest_prompt(name, text.tokenizer.model_max_length)
             tokens = text.tokenizer(
                 list(prompts),
                 padding="max_length",
-                max_length=longest if length is None else length,
+                max_length=length,
                 truncation=True,
                 return_attention_mask=True,
                 return_tensors="pt",
             )
             yield text.encoder, tokens.to(self._device)
+
+    def _longest_prompt(self, name: str, stated: object) -> int:
+        try:
+            return as_count(stated, least=1, most=MAX_TOKENS)
+        except ValueError as error:
+            raise WeightsError(
+                f"{self._source}: the tokenizer of {name} states {str(stated)[:40]!a} for the "
+                f"length of a prompt, at most {MAX_TOKENS:,}; its model_max_length is missing or "
+                "damaged. Download it again"
+            ) from error
 
     def _load(self, name: str) -> LoadedEncoder:
         part = self._parts[name]

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from attrs import frozen
-from distill_protocols import DTYPES, CallPlan, RoleHandle, RoleSpec
+from distill_protocols import DTYPES, CallPlan, RoleHandle, RoleSpec, WeightsError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -90,6 +90,9 @@ def plan_call(
         shapes: of all inputs of the call, batch included.
         input_gradient: whether the call is differentiated by its latents, though the role is not
             trained.
+
+    Raises:
+        WeightsError: a call cannot be made: layers do not fit each other, or the inputs.
     """
     blocks = read_integer(inspect_model(kind, config).config, kind.depth)
     plan = _plan_of(kind, config, min(blocks, 2), role, call, shapes, input_gradient)
@@ -173,7 +176,14 @@ def _plan_of(
         )
         inputs = {key: torch.empty(tuple(shape)) for key, shape in shapes.items()}
         inputs[LATENTS].requires_grad_(input_gradient)
-        return measure_call(handle, call, inputs)
+        try:
+            return measure_call(handle, call, inputs)
+        except RuntimeError as error:
+            raise WeightsError(
+                f"a call of the transformer of {role.path} fails: {error} Its config.json states "
+                "layers that do not fit each other, or the clips and conditions of the run. Take "
+                "the model's own config.json"
+            ) from error
 
 
 def _fill_with_fakes(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from attrs import define, field
 from distill_protocols import DataError
-from distill_runtime import UnreadableFileError, parse_json
+from distill_runtime import UnreadableFileError, open_file, parse_json
 
 from distill_media.config import SourceConfig
 from distill_media.items import MEDIA_SUFFIXES, MediaItem, MediaPlace
@@ -47,7 +47,7 @@ def _items_of_tar(tar: Path, source: SourceConfig) -> Iterator[MediaItem]:
     try:
         # "r:" reads plain tars alone: of a compressed one no member could be found again without
         # reading all before it.
-        with tarfile.open(tar, "r:") as file:
+        with open_file(tar) as content, tarfile.open(fileobj=content, mode="r:") as file:
             for member in file:
                 if member.isfile():
                     _take_member(file, member, tar, samples, source)

@@ -26,6 +26,7 @@ from distill_runtime import (
     RowPartition,
     json_text,
     local_shard,
+    open_file,
     raw_bytes,
     replace_folder,
     to_uint8,
@@ -402,7 +403,10 @@ def read_images(paths: Sequence[str]) -> Tensor:
     images = []
     for path in paths:
         try:
-            with Image.open(path, formats=("PNG", "JPEG")) as file:
+            with (
+                open_file(Path(path)) as content,
+                Image.open(content, formats=("PNG", "JPEG")) as file,
+            ):
                 flat = torch.frombuffer(bytearray(file.convert("RGB").tobytes()), dtype=torch.uint8)
                 images.append(flat.view(file.height, file.width, 3).permute(2, 0, 1) / 255)
         except (OSError, SyntaxError) as error:
