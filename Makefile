@@ -37,8 +37,8 @@ bench:          ## trainer against a bare loop; start-up; checkpoints; memory of
 random-runs:    ## draw 200 run files, run what is accepted, compare with stopped runs (an hour)
 	uv run python tools/random_runs.py
 
-mutation:       ## change the source in 150 places, and see what tests notice (hours)
-	uv run python tools/mutation_test.py
+mutation:       ## change the source in 150 places, and see what tests notice (an hour)
+	uv run tools/mutation_test
 
 torture:        ## kill runs, ranks, exports and trajectories, and fill disks; compare their ends (an hour)
 	uv run tools/torture

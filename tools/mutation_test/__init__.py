@@ -1,0 +1,1 @@
+"""Mutation testing of the workspace: which small changes of the source tests notice."""
