@@ -227,9 +227,8 @@ class _PrintableFormatter(logging.Formatter):
 def framework_packages() -> set[str]:
     """Find the import names of our own packages and apps, and of all that offer plugins."""
     # Here, as ``--help`` is answered without them.
-    from importlib.metadata import entry_points
-
     from distill_runtime import GROUPS
+    from distill_runtime.plugins import entry_points
 
     ours = {
         path.name
