@@ -545,6 +545,9 @@ def test_the_resolved_config_can_be_run_again_from_anywhere(values, write, tmp_p
     assert resolved["models"]["critic"]["optimizer"]["lr"] == 6e-4
     assert resolved["models"]["critic"]["trainable"] is True
     assert Path(resolved["models"]["teacher"]["path"]).is_absolute()
+    # What a role does not have is not written, as an empty list of experts is none of its own.
+    for role in resolved["models"].values():
+        assert {"base", "heads", "experts"}.isdisjoint(role)
 
 
 def plan_problems(values: Values, write: Callable[..., Path], model: str) -> tuple[str, ...]:
