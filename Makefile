@@ -1,5 +1,5 @@
 # The tasks of this repository; `make` lists them.
-.PHONY: help test slow docs lint types tiny rebuild-tiny bench torture fuzz random-runs mutation wheels release metrics gates
+.PHONY: help test slow docs lint types tiny rebuild-tiny bench torture fuzz random-runs mutation wheels release metrics gates families
 
 help:           ## this list
 	@grep -E '^[a-z-]+: +##' $(MAKEFILE_LIST) | sed 's/: *## /\t/' | expand -t 16
@@ -18,6 +18,10 @@ lint:           ## ruff
 
 types:          ## basedpyright
 	uv run basedpyright
+
+families:       ## every family by every method; writes the tables of docs/reference/families.md
+	uv run pytest tests/end_to_end/test_families.py -m "slow or not slow" -o junit_family=legacy --junitxml=site/families.xml
+	uv run tools/docs families site/families.xml
 
 gates:          ## lint, format and types, as the test run checks them
 	uv run pytest -n 0 tests/test_gates.py

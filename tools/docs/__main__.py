@@ -4,6 +4,7 @@
     uv run tools/docs build --to FOLDER
     uv run tools/docs serve                  # on localhost, rebuilt when a page changes
     uv run tools/docs memory                 # plan the table of docs/reference/memory.md anew
+    uv run tools/docs families FILE.xml     # the tables of docs/reference/families.md
     uv run tools/docs picture                # docs/teacher_student.webp, of outputs/tiny-dmd2
 
 It needs no network, and the result works from its folder.
@@ -30,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     build.add_argument("--to", type=Path, default=ROOT / "site", metavar="FOLDER")
     commands.add_parser("serve", help="show it on localhost:8000 while it is written")
     commands.add_parser("memory", help="plan the table of memory anew (minutes)")
+    families = commands.add_parser("families", help="write the tables of families by methods")
+    families.add_argument("results", type=Path, nargs="+", help="JUnit files of their test")
     picture = commands.add_parser("picture", help="make the README's picture of a finished run")
     picture.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny-dmd2")
     picture.add_argument("--to", type=Path, default=ROOT / "docs" / "teacher_student.webp")
@@ -38,6 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         from docs.memory import write_table
 
         write_table()
+        return 0
+    if args.command == "families":
+        from docs.families import write_tables
+
+        write_tables(args.results)
         return 0
     if args.command == "picture":
         from docs.picture import make_picture
