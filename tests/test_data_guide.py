@@ -9,6 +9,7 @@ import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -21,6 +22,7 @@ from distill_runfile.cli import EXIT_OK
 from distill_train.cli import main as train
 from media_files import moving_frames, write_tar, write_video
 from preprocess_requests import PIPELINE, TINY
+from stored_files import write_lmdb
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "docs/data.md").read_text()
@@ -93,6 +95,7 @@ def write_sources(folder: Path) -> None:
     }
     table = pyarrow.Table.from_pylist([{"id": "a", "caption": "the digit one", **row}])
     pyarrow.parquet.write_table(table, folder / "parquet/0.parquet")
+    write_lmdb(folder / "mixkit_ode_lmdb", ["the digit one"], np.zeros((1, 4, 3, 8, 4, 4)))
     (folder / "cuts.json").write_text('{"fox.mp4": [0.1]}')
 
 

@@ -45,8 +45,10 @@ class Pictured:
     def condition_fingerprint(self):
         return {"text_encoder.weights": "encoder"}
 
-    def with_image(self, cond, images):
-        return Condition({"image_latents": images.flatten(1)}).merged_onto(cond)
+    def with_image(self, cond, images, frames=None):
+        length = torch.full((len(images), 1), float(frames or 0))
+        picture = torch.cat([images.flatten(1), length], dim=1)
+        return Condition({"image_latents": picture}).merged_onto(cond)
 
     def encode(self, video):
         return video[:, :2, :, ::2, ::2]
@@ -74,10 +76,12 @@ def dataset(folder):
 def test_clips_of_one_caption_keep_their_own_pictures(folder):
     stored = dataset(folder)
     [shape] = stored.sources[0].index.shapes
-    assert shape.conditions == {"text": (3, 4), "image_latents": (48,)}
+    assert shape.conditions == {"text": (3, 4), "image_latents": (49,)}
     cond = stored.read(torch.arange(6)).cond
     for i, (_, caption, video) in enumerate(clips()):
-        assert torch.equal(cond.tensors["image_latents"][i], video[:, 0].flatten())
+        picture, frames = cond.tensors["image_latents"][i].split([48, 1])
+        assert torch.equal(picture, video[:, 0].flatten())
+        assert frames == video.shape[1]
         assert torch.equal(cond.tensors["text"][i : i + 1], embedding(caption))
         assert stored.caption(i) == caption
 
@@ -115,10 +119,10 @@ def reads(conditions):
 
 
 def test_a_data_set_needs_the_condition_of_the_picture(folder, tmp_path):
-    expected = {"image_latents": (48,)}
+    expected = {"image_latents": (49,)}
     assert dataset_info(folder, shapes=reads(expected)).problems == ()
     (problem,) = dataset_info(folder, shapes=reads({"image_latents": (50,)})).problems
-    assert "[48]" in problem
+    assert "[49]" in problem
     assert "[50]" in problem
     (problem,) = dataset_info(folder, shapes=reads({**expected, "image_embeds": (2, 2)})).problems
     assert "'image_embeds' is absent" in problem

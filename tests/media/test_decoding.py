@@ -7,7 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from distill_media import ClipShape, CutConfig, MediaClip, MediaError, MediaItem, MediaPlace
+from distill_media import (
+    ClipShape,
+    CutConfig,
+    MediaClip,
+    MediaError,
+    MediaItem,
+    MediaPlace,
+    plan_clips,
+)
 from distill_media import read_clips as read
 from media_files import (
     BLUE,
@@ -213,6 +221,62 @@ def test_members_of_a_tar_are_read_in_place(tmp_path):
     place = MediaPlace(tar, "a.mp4", offset=offset, size=len(content))
     [clip] = read(MediaItem(id="t/a.mp4", place=place), [SMALL], CutConfig())
     assert frame_numbers(clip.frames) == [0, 1, 2, 3, 4]
+
+
+def with_bars(frames: np.ndarray) -> np.ndarray:
+    """Put frames between bars of a quarter of their height each, a little brighter than black."""
+    count, height, width, _ = frames.shape
+    bar = np.full((count, height // 4, width, 3), 6, np.uint8)
+    return np.concatenate([bar, frames, bar], axis=1)
+
+
+def test_bars_are_cut_off_before_a_bucket_is_chosen(tmp_path):
+    inside = moving_frames(20, 64, 128)
+    path = write_video(tmp_path / "a.mp4", with_bars(inside))  # 96 x 128 in all
+    wide, square = ClipShape(5, 28, 56), ClipShape(5, 48, 64)
+    [plain] = clips(path, wide, square)
+    assert plain.shape == square
+    assert (plain.frames[:, :7] < 16).all()
+    [cut] = clips(path, wide, square, crop_bars=True)
+    assert cut.shape == wide
+    assert (cut.frames.max(axis=(0, 2, 3)) > 40).all()
+    assert cut.notes == (
+        "had black bars, which were cut off (65 % of its height and 100 % of its width are left)",
+    )
+    [expected] = clips(write_video(tmp_path / "b.mp4", inside[:, 1:-1]), wide)
+    assert np.abs(cut.frames.astype(int) - expected.frames).mean() < 12
+
+
+def test_what_is_black_only_for_a_while_is_no_bar(tmp_path):
+    frames = moving_frames(20, 64, 96)
+    frames[:10] = with_bars(frames[:10, :44])[:, :64]
+    path = write_video(tmp_path / "a.mp4", frames)
+    [cut] = clips(path, crop_bars=True)
+    assert cut.notes == ()
+    [plain] = clips(path)
+    assert np.array_equal(cut.frames, plain.frames)
+
+
+def test_bars_of_a_picture_and_a_picture_that_is_black(tmp_path):
+    [cut] = clips(
+        write_picture(tmp_path / "a.png", with_bars(moving_frames(1, 64, 128))[0]),
+        ClipShape(1, 28, 56), ClipShape(1, 48, 64), crop_bars=True,
+    )  # fmt: skip
+    assert cut.shape == ClipShape(1, 28, 56)
+    black = write_picture(tmp_path / "b.png", np.zeros((64, 96, 3), np.uint8))
+    [clip] = clips(black, ClipShape(1, 32, 48), crop_bars=True)
+    assert clip.notes == ()
+
+
+def test_a_scan_opens_a_video_once_and_knows_how_it_is_shown(tmp_path, monkeypatch):
+    path = set_matrix(write_video(tmp_path / "a.mp4", quarters(9)), 90)
+    opened = []
+    opens = MediaPlace.open
+    monkeypatch.setattr(MediaPlace, "open", lambda place: opened.append(place) or opens(place))
+    [planned] = plan_clips(item(path), [ClipShape(5, 48, 32)], CutConfig())
+    assert len(opened) == 1
+    assert planned.info is not None
+    assert planned.info.orientation.transposed
 
 
 # -- refused files and their messages ------------------------------------------------------------

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from distill_media import ClipShape, CutConfig, NoBucketError, choose_bucket, find_notes
-from distill_media.buckets import frame_for
+from distill_media.buckets import Bars, frame_for
 from distill_media.timing import (
     Scene,
     Timeline,
@@ -52,6 +52,23 @@ def test_a_bucket_is_never_longer_or_larger_than_the_video(shapes, frames, heigh
     assert abs(math.log(shape.width / shape.height) - aspect) <= best + 1e-5
     same = [s for s in fitting if s.width * shape.height == s.height * shape.width]
     assert shape.frames == max(s.frames for s in same)
+
+
+@given(
+    SHAPES, st.integers(64, 2000), st.integers(64, 2000), st.booleans(),
+    st.lists(st.floats(0, 0.3), min_size=4, max_size=4),
+)  # fmt: skip
+def test_a_crop_shows_nothing_of_bars(shape, height, width, random, ends):
+    bars = Bars(top=ends[0], bottom=ends[1], left=ends[2], right=ends[3])
+    crop = "random" if random else "center"
+    framing = frame_for(shape, height, width, crop=crop, seed=1, name="a", bars=bars)
+    for start, size, scaled, before, after in (
+        (framing.top, framing.height, framing.scaled_height, bars.top, bars.bottom),
+        (framing.left, framing.width, framing.scaled_width, bars.left, bars.right),
+    ):
+        assert 0 <= start <= scaled - size
+        assert start >= before * scaled - 2  # rounded
+        assert start + size <= (1 - after) * scaled + 2
 
 
 @given(SHAPES, st.floats(16, 4000), st.floats(16, 4000), st.integers(0, 9), st.booleans())
@@ -136,10 +153,11 @@ def test_what_is_odd_about_a_clip_is_found_and_nothing_else():
     assert notes(dark)[0] == "has black frames (2 of 12)"
     bars = moving.copy()
     bars[:, :8] = bars[:, -8:] = 4
-    assert notes(bars) == ["has black bars above and below (25 % of the frame)"]
+    cut = "; crop_bars cuts them off"
+    assert notes(bars) == [f"has black bars above and below (25 % of the frame){cut}"]
     sides = moving.copy()
     sides[:, :, :6] = sides[:, :, -6:] = 0
-    assert notes(sides) == ["has black bars at the sides (12 % of the frame)"]
+    assert notes(sides) == [f"has black bars at the sides (12 % of the frame){cut}"]
     other = 255 - moving_frames(12, seed=9)
     assert notes(np.concatenate([moving[:7], other[:5]])) == ["cuts to another scene at frame 7"]
     assert notes(numbered_frames(8)) == []  # it grows brighter

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import ltx_pipelines
+import numpy as np
 import pytest
 import torch
 import wan_variants
@@ -15,6 +16,7 @@ from distill_preprocess.cli import main
 from distill_preprocess.request import cut_of, needs_first_frames, read_request
 from distill_runfile.cli import EXIT_FAILED, EXIT_OK
 from media_files import moving_frames, write_video
+from stored_files import columns, write_parquet
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,41 @@ def test_a_data_set_fits_its_model(root, tmp_path, name, rate, image, changes):
     if image:
         pictures = cond.tensors["image_latents"]
         assert not torch.equal(pictures[0], pictures[1])
+
+
+def test_fastvideos_samples_of_image_to_video_are_taken_as_they_are(root, tmp_path, capsys):
+    assert main(["--config", str(write(root, tmp_path, "i2v-2.1"))]) == EXIT_OK
+    made = LatentDataset(DataConfig(path=str(tmp_path / "data"), shuffle=False))
+    batch = made.read(torch.arange(3))
+    theirs = {
+        "vae_latent": batch.latents, "text_embedding": batch.cond.tensors["text"],
+        "first_frame_latent": batch.cond.tensors["image_latents"],
+        "clip_feature": batch.cond.tensors["image_embeds"],
+    }  # fmt: skip
+    rows = []
+    for number in range(3):
+        own = {"id": str(number), "caption": "a seven moving left"}
+        for name, values in theirs.items():
+            own |= columns(name, values[number].numpy(), "float32")
+        rows.append(own)
+    small = columns("clip_feature", np.zeros((3, 4), np.float32), "float32")
+    empty = {"first_frame_latent_bytes": b"", "first_frame_latent_shape": []}
+    write_parquet(tmp_path / "parquet/0.parquet", [*rows, rows[0] | small, rows[0] | empty])
+    changes = {"sources": [{"latents": str(tmp_path / "parquet")}], "output_dir": "./stored"}
+    file = write(root, tmp_path, "i2v-2.1", latent_dtype="float32", **changes)
+    assert main(["--config", str(file)]) == EXIT_OK
+    stored = LatentDataset(DataConfig(path=str(tmp_path / "stored"), shuffle=False))
+    again = stored.read(torch.arange(len(stored)))
+    assert torch.equal(again.latents, batch.latents)
+    assert again.cond.tensors.keys() == batch.cond.tensors.keys()
+    for name, value in batch.cond.tensors.items():
+        assert torch.equal(again.cond.tensors[name], value), name
+    report = (tmp_path / "stored/report.jsonl").read_text()
+    assert "its clip feature is [3, 4]" in report
+    assert "it holds no first_frame_latent, which the models read" in report
+    # A model of text alone takes the same files and leaves the pictures.
+    file = write(root, tmp_path, "t2v", **changes | {"output_dir": "./text"})
+    assert main(["--config", str(file), "--dry-run"]) == EXIT_OK
 
 
 def test_first_frames_for_a_model_that_reads_none_are_refused(root, tmp_path, capsys):

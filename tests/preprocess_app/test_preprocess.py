@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 import torch
 import yaml
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
+from distill_adapters_wan.adapter import WanAdapter
 from distill_conditioning import DataConfig, LatentDataset, SampleShape, dataset_info
 from distill_preprocess import run as preprocessing
 from distill_preprocess.cli import main
@@ -32,6 +34,7 @@ from media_files import (
     write_video,
 )
 from preprocess_requests import PIPELINE, TINY, write_request
+from transformers import UMT5EncoderModel
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -155,19 +158,24 @@ def test_windows_pictures_several_captions_and_a_cache(tmp_path, capsys):
     assert contents(tmp_path / "other") == contents(tmp_path / "data")
 
 
-def test_videos_and_pictures_go_into_the_buckets_of_the_model(tmp_path):
+def test_videos_and_pictures_go_into_the_buckets_of_the_model(tmp_path, capsys):
     write_video(tmp_path / "clips/wide.mp4", moving_frames(12, 48, 96))
     write_video(tmp_path / "clips/high.mp4", moving_frames(12, 96, 48))
     write_video(tmp_path / "clips/short.mp4", moving_frames(6, 48, 96))
     write_picture(tmp_path / "clips/picture.png", moving_frames(1, 48, 96)[0])
     file = write_request(tmp_path, captions={"missing": "empty"}, items_per_unit=3)
     values = yaml.safe_load(file.read_text())
-    sizes = [(9, 32, 64), (9, 64, 32), (1, 32, 64)]
+    sizes = [(9, 32, 64), (9, 64, 32), (5, 64, 32), (1, 32, 64)]
     values["pipeline_config"] = {
         "max_sequence_length": 8,
         "buckets": [{"num_frames": f, "height": h, "width": w} for f, h, w in sizes],
     }  # fmt: skip
     file.write_text(yaml.safe_dump(values))
+    assert main(["--config", str(file), "--dry-run"]) == EXIT_OK
+    said = capsys.readouterr().out
+    counts = "1 of 9 x 32 x 64, 1 of 9 x 64 x 32, 2 of 1 x 32 x 64"
+    assert f"all were looked into; clips: {counts}\n" in said
+    assert "no clip falls into 5 x 64 x 32. Add clips" in said
     assert main(["--config", str(file)]) == EXIT_OK
     dataset = LatentDataset(DataConfig(path=str(tmp_path / "data"), verify="full"))
     found = {}
@@ -346,6 +354,50 @@ def test_a_stop_on_request_keeps_finished_units(whole, begun, monkeypatch, capsy
     assert contents(begun / "data") == contents(whole / "data")
 
 
+def test_captions_come_first_and_the_text_encoder_is_gone_before_a_clip_is_encoded(
+    whole, begun, monkeypatch
+):
+    def text_encoders() -> set[int]:
+        gc.collect()
+        return {id(thing) for thing in gc.get_objects() if type(thing) is UMT5EncoderModel}
+
+    before, seen, encode = text_encoders(), [], Encoder.encode_clips
+
+    def watch(self, clips):
+        seen.append(text_encoders() - before)
+        return encode(self, clips)
+
+    monkeypatch.setattr(Encoder, "encode_clips", watch)
+    assert main(["--config", str(begun / "data.yaml")]) == EXIT_OK
+    assert seen == [set()] * 4
+    assert contents(begun / "data") == contents(whole / "data")
+
+
+def test_captions_that_are_encoded_are_kept_over_a_stop(whole, begun, monkeypatch):
+    def stop(*_args, **_options):
+        raise KeyboardInterrupt
+
+    encoded, encode = [], WanAdapter.encode_condition
+
+    def watch(self, texts, *more):
+        encoded.extend(text for text in texts if text)  # without the negative prompt
+        return encode(self, texts, *more)
+
+    monkeypatch.setattr(WanAdapter, "encode_condition", watch)
+    with monkeypatch.context() as stopping:
+        stopping.setattr(preprocessing, "decode_ahead", stop)
+        assert main(["--config", str(begun / "data.yaml")]) == EXIT_STOPPED
+    assert set(encoded) == set(CAPTIONS)
+    assert len(list((begun / "data").glob(".captions-*"))) == 4  # units
+    encoded.clear()
+    # What a kill leaves behind, of a file that is being written and of another encoder's.
+    for name in ("..captions-00000-0.1.part.safetensors", ".captions-00000-0.safetensors"):
+        (begun / "data" / name).touch()
+    assert main(["--config", str(begun / "data.yaml")]) == EXIT_OK
+    assert not encoded
+    assert contents(begun / "data") == contents(whole / "data")
+
+
 def test_processes_share_the_units(whole, begun, monkeypatch):
     for rank in (1, 0):
         monkeypatch.setenv("RANK", str(rank))
@@ -491,6 +543,7 @@ def test_a_dry_run_says_what_would_be_made_and_makes_nothing(begun, capsys):
     out = capsys.readouterr().out
     assert "clips of 9 x 32 x 32 (frames x height x width), 8 frames a second, head" in out
     assert "5 items, 0 of which cannot be used" in out
+    assert "clips: 5 of 9 x 32 x 32\n" in out
     assert "3 units of 2 items" in out
     assert not (begun / "data").exists()
 

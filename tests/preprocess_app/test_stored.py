@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -17,36 +15,7 @@ from distill_preprocess.cli import main
 from distill_protocols import DataError
 from distill_runfile.cli import EXIT_OK, EXIT_USAGE
 from preprocess_requests import write_request
-
-LATENT = (8, 3, 4, 4)
-WIDTH = 64
-
-
-def columns(name: str, value: np.ndarray, dtype: str) -> dict[str, object]:
-    if dtype == "bfloat16":
-        content = (value.astype("<f4").view(np.uint32) >> 16).astype(np.uint16).tobytes()
-    else:
-        content = value.astype(dtype).tobytes()
-    return {
-        f"{name}_bytes": content, f"{name}_shape": list(value.shape), f"{name}_dtype": dtype,
-    }  # fmt: skip
-
-
-def row(number: int, *, dtype: str = "float32", text: int = 5, **latent) -> dict[str, object]:
-    values = np.arange(np.prod(LATENT), dtype=np.float32).reshape(LATENT) / 128 + number
-    embedding = np.full((text, WIDTH), number + 0.5, np.float32)
-    return {
-        "id": f"clip{number}", "caption": f"caption {number}", "file_name": "a.mp4",
-        "media_type": "video", "width": 32, "num_frames": 9,
-        **columns("vae_latent", values, dtype), **columns("text_embedding", embedding, dtype),
-        **latent,
-    }  # fmt: skip
-
-
-def write_parquet(path: Path, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pyarrow.Table.from_pylist(rows)
-    pyarrow.parquet.write_table(table, path, row_group_size=2, compression="zstd")
+from stored_files import LATENT, WIDTH, columns, row, write_parquet
 
 
 def read_all(folder: Path):
@@ -69,7 +38,7 @@ def test_the_dtype_column_is_honoured(tmp_path, dtype):
         assert sample.latents.shape == LATENT
         assert sample.latents[0, 0, 0, 0] == number
         assert sample.latents[-1, -1, -1, -1] == pytest.approx(number + 383 / 128, abs=0.04)
-        assert (sample.text == number + 0.5).all()
+        assert (sample.conditions["text_embedding"] == number + 0.5).all()
 
 
 @pytest.mark.parametrize(
@@ -79,8 +48,9 @@ def test_the_dtype_column_is_honoured(tmp_path, dtype):
         ({"vae_latent_shape": [4, 3, 4]}, "must be 4 sizes"),
         ({"vae_latent_shape": [4, 3, 4, -4]}, "must be 4 sizes"),
         ({"vae_latent_bytes": b"short"}, "has 5 bytes"),
+        ({"vae_latent_shape": []}, "it holds no vae_latent"),
     ],
-    ids=["dtype", "axes", "negative", "bytes"],
+    ids=["dtype", "axes", "negative", "bytes", "none"],
 )
 def test_rows_that_are_wrong_are_named(tmp_path, change, reason):
     write_parquet(tmp_path / "a.parquet", [row(0, **change)])

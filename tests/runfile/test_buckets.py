@@ -143,7 +143,7 @@ def test_the_plan_lists_the_buckets_and_is_of_the_largest(bucketed, write, tmp_p
     bucketed["data"]["path"] = write_data(tmp_path / "data", LARGEST, WIDE)
     config = read_config(write(bucketed))
     section = "\n".join(_data(config))
-    assert "of 2 buckets" in section
+    assert "latents of 2 shapes; " in section
     assert "[8, 3, 4, 4]" in section
     assert "[8, 2, 2, 6]" in section
     assert config.latent_shapes == (LARGEST, WIDE, PICTURE)

@@ -33,7 +33,7 @@ def test_the_plan_says_how_often_the_samples_of_each_are_seen(values, write, set
     section = text.partition("\ndata\n")[2].partition("\n\n")[0].splitlines()
     samples = json.loads((TINY / "data" / "index.json").read_text())["samples"]
     assert f"{2 * samples:,} samples in" in section[0]
-    assert "of 2 buckets" in section[0]
+    assert "latents [8, 3, 4, 4]; " in section[0]  # of one shape, in two data sets
     first, second = section[2:]
     assert first.split()[0] == "clips"
     assert "25.0%" in first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 from attrs import Attribute, field, frozen
@@ -15,6 +16,30 @@ def _not_empty(_config: object, _attribute: object, value: str | None) -> None:
         raise ValueError(f"{value!r} must name a file or folder")
 
 
+def _falls(_config: object, _attribute: object, value: tuple[float, ...]) -> None:
+    falling = all(a > b for a, b in itertools.pairwise(value))
+    if not falling or not all(0 < time <= 1000 for time in value):
+        raise ValueError(
+            f"{list(value)} must fall strictly, from at most 1000 (noise) to above 0; the clip "
+            "itself, at 0, is always the last state of a pair and not named"
+        )
+
+
+@frozen(kw_only=True)
+class OdePairsConfig:
+    """ODE pairs of CausVid or Self-Forcing: prompts, and states of a teacher's sampling.
+
+    Attributes:
+        path: a folder of .pt files, one such file, or an LMDB (``distill-preprocess[lmdb]``).
+        times: levels t of the states, which the files do not record, falling and without the clip
+            itself at 0. CausVid's script stores 1000, 756.76 and 521.74, Self-Forcing's 1000, 960,
+            888.89 and 727.27. Empty where there are clips alone.
+    """
+
+    path: str = field(validator=_not_empty, metadata={"path": ()})
+    times: tuple[float, ...] = field(default=(), validator=_falls)
+
+
 @frozen(kw_only=True)
 class PreprocessConfig:
     """Which clips and captions become data, and how.
@@ -23,6 +48,7 @@ class PreprocessConfig:
         output_dir: folder of the data set; a folder that was begun with the same section goes on.
         sources: folders, tables, tars and lists of prompts; a list of prompts alone becomes a data
             set of captions alone.
+        ode_pairs: instead of them, a teacher's trajectories that another code has stored.
         run_file: a run file that the data are for: its recipe, models, conditioning and
             pipeline_config are those of this file where it has none.
         captions: what is done to captions.
@@ -42,7 +68,8 @@ class PreprocessConfig:
     """
 
     output_dir: str = field(validator=_not_empty, metadata={"path": ()})
-    sources: tuple[SourceConfig, ...] = field()
+    sources: tuple[SourceConfig, ...] = field(default=())
+    ode_pairs: OdePairsConfig | None = field(default=None)
     run_file: str | None = field(default=None, validator=_not_empty, metadata={"path": ()})
     captions: CaptionsConfig = field(factory=CaptionsConfig)
     clips: CutConfig = field(factory=CutConfig)
@@ -69,8 +96,6 @@ class PreprocessConfig:
     def _check_sources(
         self, attribute: Attribute[tuple[SourceConfig, ...]], value: tuple[SourceConfig, ...]
     ) -> None:
-        if not value:
-            raise ValueError("[] names no source; write one, such as - folder: ../clips")
         for kind, is_one in (
             ("prompts", [source.prompts is not None for source in value]),
             ("latents", [source.latents is not None for source in value]),
@@ -81,12 +106,28 @@ class PreprocessConfig:
                     "has, and all are encoded by the same parts. Make two data sets"
                 )
 
+    @ode_pairs.validator
+    def _check_pairs(
+        self, attribute: Attribute[OdePairsConfig | None], value: OdePairsConfig | None
+    ) -> None:
+        if (value is None) == (not self.sources):
+            raise ValueError(
+                f"{'ode_pairs stands beside' if self.sources else 'there is no ode_pairs, and no'} "
+                "sources; one of the two says what becomes data. Write sources: [{folder: "
+                "../clips}], say"
+            )
+
     @property
     def captions_alone(self) -> bool:
         """Whether there are prompts without clips."""
-        return self.sources[0].prompts is not None
+        return self.ode_pairs is None and self.sources[0].prompts is not None
 
     @property
     def encoded_already(self) -> bool:
         """Whether latents and text embeddings are taken as they are."""
-        return self.sources[0].latents is not None
+        return self.ode_pairs is None and self.sources[0].latents is not None
+
+    @property
+    def has_clips(self) -> bool:
+        """Whether videos and pictures are decoded."""
+        return self.ode_pairs is None and not (self.captions_alone or self.encoded_already)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,19 +11,23 @@ from attrs import define, field, frozen
 from distill_conditioning import (
     ConditionCache,
     ReportLine,
+    SampleShape,
     ShardEntry,
     ShardRows,
     UnitFolder,
     UnitRecord,
 )
+from distill_conditioning.format import TRAJECTORY
+from distill_conditioning.reading import read_conditions
 from distill_conditioning.writing import DTYPES, LatentDtype, check_finite
-from distill_media import ClipShape, MediaClip, MediaError, MediaItem, StoredSample
+from distill_media import STORED_TEXT, ClipShape, MediaClip, MediaError, MediaItem, StoredSample
 from distill_protocols import (
     Condition,
     ConditioningError,
     DataError,
     DistillAdapter,
     Fingerprint,
+    LatentShape,
 )
 from torch import Tensor
 
@@ -39,12 +43,78 @@ class StoredShapes:
     """What samples that were encoded elsewhere must fit.
 
     Attributes:
-        text: name of the condition tensor that their text is; ``text_shape`` [L, D].
+        names: which condition tensor each of their tensors is, by its name there.
+        shapes: of samples, one a size of clips.
     """
 
-    text: str
-    text_shape: tuple[int, ...]
-    latent_shapes: tuple[tuple[int, ...], ...]
+    names: Mapping[str, str]
+    shapes: tuple[SampleShape, ...]
+
+    def shape_of(self, item: MediaItem, sample: StoredSample) -> SampleShape:
+        """Return the shape that ``sample`` is of.
+
+        Raises:
+            MediaError: there is none.
+        """
+        if sample.latents is None:
+            return self.shapes[0]
+        for shape in self.shapes:
+            if shape.latents == sample.latents.shape:
+                return shape
+        known = " or ".join(str(list(own.latents or ())) for own in self.shapes)
+        raise MediaError(
+            item.id,
+            f"its latents are {list(sample.latents.shape)}, and the models take {known}. Use data "
+            "of that size, or give pipeline_config theirs",
+        )
+
+    def condition(self, item: MediaItem, sample: StoredSample) -> Condition:
+        """Return the condition of ``sample``, one row.
+
+        Raises:
+            MediaError: a tensor of it is of another shape than the models'.
+        """
+        shapes = self.shape_of(item, sample).conditions
+        tensors = {}
+        for theirs, ours in self.names.items():
+            value, shape = torch.from_numpy(sample.conditions[theirs]), shapes[ours]
+            is_text = theirs == STORED_TEXT
+            length = min(len(value), shape[0]) if is_text else shape[0]
+            if tuple(value.shape) != (length, *shape[1:]):
+                raise MediaError(
+                    item.id,
+                    f"its {theirs.replace('_', ' ')} is {list(value.shape)}, and the models take "
+                    f"{list(shape)}{', or fewer rows' if is_text else ''}. Use data of the same "
+                    "encoders and sizes",
+                )
+            # The padding of a text is exact zeros, in Wan's pipeline as here.
+            tensors[ours] = torch.zeros(1, *shape)
+            tensors[ours][0, :length] = value
+        return Condition(tensors)
+
+
+@frozen(kw_only=True)
+class PairShapes:
+    """What ODE pairs must fit: the number of their states, and the sizes of clips."""
+
+    states: int
+    latents: tuple[LatentShape, ...]
+
+    def check(self, item: MediaItem, states: Tensor) -> None:
+        """Raises: MediaError: ``states`` [S, C, T, H, W] are others."""
+        if len(states) != self.states:
+            raise MediaError(
+                item.id,
+                f"it has {len(states)} states, and times names {self.states - 1} levels beside the "
+                "clip itself, which is the last. Write the level of each",
+            )
+        if tuple(states.shape[1:]) not in self.latents:
+            raise MediaError(
+                item.id,
+                f"its states are {list(states.shape[1:])} [C, T, H, W], and the models take "
+                f"{' or '.join(str(list(own)) for own in self.latents)}. Give pipeline_config "
+                "their size",
+            )
 
 
 @frozen(eq=False, kw_only=True)
@@ -52,19 +122,27 @@ class Encoder:
     """The adapter, and how it is used.
 
     Attributes:
-        several_sizes: the clips of the model have more than one.
         cache: folder of encoded captions; None: none are kept.
         fingerprint: of text encoder and tokenizer.
         stored: None: samples are encoded here.
+        pairs: None: there are no ODE pairs.
     """
 
     adapter: DistillAdapter
     first_frames: bool
-    several_sizes: bool = False
     dtype: LatentDtype
     cache: Path | None
     fingerprint: Fingerprint
     stored: StoredShapes | None = None
+    pairs: PairShapes | None = None
+
+    def data_fingerprint(self) -> Fingerprint:
+        """Name what computes the data set, as far as it is known: of latents and texts that were
+        encoded elsewhere nothing."""
+        if self.stored is not None:
+            return {}
+        texts = self.adapter.condition_fingerprint()
+        return texts if self.pairs is not None else {**self.adapter.latent_fingerprint(), **texts}
 
     def encode_clips(self, clips: Sequence[MediaClip]) -> tuple[Tensor, Tensor]:
         """Return raw latents [B, C, T, H, W] as they will be stored, and the videos.
@@ -90,14 +168,16 @@ class Encoder:
                 "effect. Leave first_frames out, or use an image-to-video model"
             )
         pictures = video[None, :, 0].expand(len(rows), -1, -1, -1)
-        if self.several_sizes:
-            return images.with_image(rows, pictures, video.shape[1]).to("cpu")
-        return images.with_image(rows, pictures).to("cpu")
+        return images.with_image(rows, pictures, video.shape[1]).to("cpu")
 
 
 @define(eq=False)
 class CaptionTable:
-    """The conditions of the captions of one unit, each encoded once."""
+    """The conditions of the captions of one unit, each encoded once.
+
+    Attributes:
+        digests: of the rows that samples have.
+    """
 
     encoder: Encoder
     rows: dict[str, Condition] = field(factory=dict)
@@ -110,6 +190,9 @@ class CaptionTable:
 
     def of(self, captions: Sequence[str]) -> Condition:
         """Return a row for each caption."""
+        for caption in captions:
+            if caption not in self.digests:
+                self.digests[caption] = _digest(self.rows[caption])
         return Condition.cat([self.rows[caption] for caption in captions])
 
     def encode(self, captions: Sequence[str]) -> None:
@@ -119,9 +202,18 @@ class CaptionTable:
             return
         encode = self.encoder.adapter.encode_condition
         rows = self._cache.rows(new, "prompt", self.encoder.fingerprint, encode)
-        for text, row in zip(new, rows, strict=True):
-            self.rows[text] = row
-            self.digests[text] = _digest(row)
+        self.rows.update(zip(new, rows, strict=True))
+
+    def save(self, path: Path) -> None:
+        """Write all rows to a file, as a shard of captions alone."""
+        rows = ShardRows()
+        for caption, row in self.rows.items():
+            rows.add(caption, caption, row, {})
+        rows.write(path)
+
+    def load(self, path: Path) -> None:
+        """Take the rows that ``save`` wrote."""
+        self.rows.update(read_conditions(path))
 
 
 def _digest(row: Condition) -> str:
@@ -156,11 +248,15 @@ class UnitWriter:
 
     def add_prompts(self, items: Sequence[MediaItem]) -> None:
         """Add samples of captions alone."""
+        self.encode_captions(items)
+        for item in items:
+            self._add(item.id, item.captions, self.captions.of(item.captions), None, {})
+
+    def encode_captions(self, items: Sequence[MediaItem]) -> None:
+        """Encode the captions of items, ``batch_size`` items at a time."""
         for first in range(0, len(items), self.batch_size):
             batch = items[first : first + self.batch_size]
             self.captions.encode([caption for item in batch for caption in item.captions])
-            for item in batch:
-                self._add(item.id, item.captions, self.captions.of(item.captions), None, None)
 
     def add_stored(self, item: MediaItem, sample: StoredSample) -> None:
         """Add a sample that was encoded elsewhere.
@@ -170,32 +266,38 @@ class UnitWriter:
         """
         stored = self.encoder.stored
         assert stored is not None
-        length, width = stored.text_shape
-        text = torch.from_numpy(sample.text)
-        if text.shape[1] != width or len(text) > length:
-            raise MediaError(
-                item.id,
-                f"its text embedding is {list(text.shape)}, and the models take [{length}, "
-                f"{width}], or fewer rows. Use data of the same text encoder and length",
-            )
+        row = stored.condition(item, sample)
         shape = None if sample.latents is None else tuple(sample.latents.shape)
-        if shape is not None and shape not in stored.latent_shapes:
-            known = " or ".join(str(list(own)) for own in stored.latent_shapes)
-            raise MediaError(
-                item.id,
-                f"its latents are {list(shape)}, and the models take {known}. Use data of that "
-                "size, or give pipeline_config theirs",
-            )
-        # The padding of a text is exact zeros, in Wan's pipeline as here.
-        row = Condition({stored.text: torch.zeros(1, length, width)})
-        row.tensors[stored.text][0, : len(text)] = text
         for caption in item.captions:
             self.captions.digests[caption] = _digest(row)
-        latent = None
+        columns = {}
         if sample.latents is not None:
-            latent = torch.from_numpy(sample.latents).to(DTYPES[self.encoder.dtype])
-            check_finite([item.id], latent[None], "latents")
-        self._add(item.id, item.captions, row, shape, latent)
+            columns["latents"] = torch.from_numpy(sample.latents).to(DTYPES[self.encoder.dtype])
+            check_finite([item.id], columns["latents"][None], "latents")
+        self._add(item.id, item.captions, row, shape, columns)
+
+    def add_pair(self, item: MediaItem, states: Tensor) -> None:
+        """Add an ODE pair, whose caption is encoded already.
+
+        Args:
+            states: [S, C, T, H, W], normalised; the last one is the clip.
+
+        Raises:
+            MediaError: they are as many or of a size that nobody asked for.
+            DataError: a state is not finite.
+        """
+        assert self.encoder.pairs is not None
+        self.encoder.pairs.check(item, states)
+        dtype = DTYPES[self.encoder.dtype]
+        latents = self.encoder.adapter.denormalize_latents(states[-1:]).cpu().to(dtype)
+        states = states.to(dtype)
+        for value, what in ((latents, "latents"), (states[None], "states")):
+            check_finite([item.id], value, what)
+        columns = {"latents": latents[0].clone()}
+        if len(states) > 1:
+            columns[TRAJECTORY] = states[:-1].clone()
+        rows = self.captions.of(item.captions)
+        self._add(item.id, item.captions, rows, tuple(latents.shape[1:]), columns)
 
     def add_clip(self, item: MediaItem, clip: MediaClip) -> None:
         """Add a clip; it is encoded with others of its shape."""
@@ -210,15 +312,11 @@ class UnitWriter:
             self._encode(shape)
         for shape in list(self._rows):
             self._write(shape)
-        adapter = self.encoder.adapter
-        fingerprint = {**adapter.latent_fingerprint(), **adapter.condition_fingerprint()}
-        if self.encoder.stored is not None:
-            fingerprint = {}  # nobody knows what computed these
         record = UnitRecord(
             shards=tuple(self._shards),
             report=tuple(report),
             embeddings=self.captions.digests,
-            fingerprint=fingerprint,
+            fingerprint=self.encoder.data_fingerprint(),
         )
         self.folder.finish_unit(self.unit, record)
 
@@ -236,7 +334,8 @@ class UnitWriter:
             rows = self.captions.of(item.captions)
             if self.encoder.first_frames:
                 rows = self.encoder.add_first_frames(rows, video)
-            self._add(clip.id, item.captions, rows, shape, latent)
+            # Copied: a view would keep the whole batch in memory.
+            self._add(clip.id, item.captions, rows, shape, {"latents": latent.clone()})
 
     def _add(
         self,
@@ -244,11 +343,9 @@ class UnitWriter:
         captions: Sequence[str],
         rows: Condition,
         shape: object,
-        latent: Tensor | None,
+        columns: Mapping[str, Tensor],
     ) -> None:
         shard = self._rows.setdefault(shape, ShardRows())
-        # Copied: a view would keep the whole batch in memory.
-        columns = {} if latent is None else {"latents": latent.clone()}
         shard.add(name, captions, rows, columns)
         if shard.bytes >= self.shard_bytes:
             self._write(shape)

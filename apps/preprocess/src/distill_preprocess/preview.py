@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from distill_media import MediaClip, MediaError, MediaItem, read_items
+from distill_media import MediaClip, MediaError, MediaItem
 from distill_protocols import DataError
 from distill_runtime import Worker, to_uint8
 
 from distill_preprocess.decoding import decode_ahead
 from distill_preprocess.encoding import to_video
 from distill_preprocess.page import write_page
-from distill_preprocess.request import Request, buckets_of, cut_of
-from distill_preprocess.run import caption_notes, make_adapter, scene_cuts_of
+from distill_preprocess.request import Request, buckets_of, cut_of, items_of, scene_cuts_of
+from distill_preprocess.run import caption_notes, make_adapter
 from distill_preprocess.sheet import write_sheet
 from distill_preprocess.shown import Shown
 
@@ -34,12 +34,12 @@ def preview(config: Request, count: int, *, limit: int | None = None) -> None:
         DistillError: whatever is wrong with sources or encoders; no sample could be made.
     """
     own = config.section
-    if own.captions_alone or own.encoded_already:
+    if not own.has_clips:
         raise DataError(
-            "the sources are prompts alone or latents, and a preview shows clips. Look at the dry "
-            "run"
+            "the sources are prompts alone, latents or ODE pairs, and a preview shows clips. Look "
+            "at the dry run"
         )
-    items = read_items(own.sources, own.captions)[:limit]
+    items = items_of(config)[:limit]
     chosen = [items[round(n)] for n in np.linspace(0, len(items) - 1, min(count, len(items)))]
     device = Worker.of_this_process().device(None if own.device == "auto" else own.device)
     adapter = make_adapter(config, device)

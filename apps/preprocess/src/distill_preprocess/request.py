@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from attrs import evolve
-from distill_media import ClipShape, CutConfig
+from distill_conditioning import SampleShape
+from distill_media import (
+    CaptionsConfig,
+    ClipShape,
+    CutConfig,
+    MediaItem,
+    read_items,
+    read_scene_cuts,
+)
 from distill_protocols import Problem
 from distill_runfile import ComponentsConfig, read_components
 
-from distill_preprocess.config import PreprocessConfig
+from distill_preprocess.config import OdePairsConfig, PreprocessConfig
 
 SECTION = "preprocess"
 
@@ -26,6 +34,20 @@ def read_request(file: Path) -> Request:
     return read_components(file, SECTION, PreprocessConfig, _problems, base_key="run_file")
 
 
+def items_of(config: Request) -> list[MediaItem]:
+    """List what becomes samples, in an order that does not change.
+
+    Raises:
+        DataError: a source cannot be read as a whole.
+    """
+    own = config.section
+    if own.ode_pairs is None:
+        return read_items(own.sources, own.captions)
+    from distill_preprocess.pairs import open_pairs  # torch
+
+    return list(open_pairs(Path(own.ode_pairs.path)).items())
+
+
 def buckets_of(config: Request) -> tuple[ClipShape, ...]:
     """Return the shapes of clips that the models of the request take."""
     return tuple(ClipShape(*shape) for shape in config.family_plugin.clip_shapes(config.pipeline))
@@ -39,10 +61,16 @@ def cut_of(config: Request) -> CutConfig:
     return evolve(cut, fps=config.family_plugin.frame_rate(config.pipeline, source=_path(config)))
 
 
+def scene_cuts_of(config: Request) -> Mapping[str, Sequence[float]]:
+    """Read the list of scene cuts, where there is one."""
+    file = config.section.clips.scene_cuts
+    return {} if file is None else read_scene_cuts(Path(file))
+
+
 def needs_first_frames(config: Request) -> bool:
     """Tell whether what a model reads of a first frame is stored."""
     own = config.section
-    if own.captions_alone or own.encoded_already:
+    if not own.has_clips:
         return False
     if own.first_frames is not None:
         return own.first_frames
@@ -50,25 +78,63 @@ def needs_first_frames(config: Request) -> bool:
     return any(family.needs_image(role.spec, pipeline) for role in config.roles.values())
 
 
-def stored_text_of(config: Request) -> tuple[str, tuple[int, ...]] | None:
-    """Return name and shape [L, D] of the one condition tensor that stored text can be; None:
+def stored_conditions_of(config: Request) -> Mapping[str, str] | None:
+    """Return which condition tensor each tensor of samples that are encoded already is; None:
     models of the request read others."""
-    family, pipeline = config.family_plugin, config.pipeline
-    shapes = family.condition_shapes(pipeline, source=_path(config))
-    rows = [(name, shape) for name, shape in shapes.items() if len(shape) == 2]
-    return rows[0] if len(shapes) == len(rows) == 1 else None
+    family, pipeline, source = config.family_plugin, config.pipeline, _path(config)
+    names = family.foreign_conditions(pipeline, source=source)
+    needed = family.condition_shapes(pipeline, source=source)
+    return names if names and set(needed) <= set(names.values()) else None
+
+
+def stored_shapes_of(config: Request) -> tuple[SampleShape, ...]:
+    """Return the shapes that samples which are encoded already may have: one a size of clips."""
+    family, pipeline, source = config.family_plugin, config.pipeline, _path(config)
+    sizes = [family.config_of_clip(pipeline, clip) for clip in family.clip_shapes(pipeline)]
+    return tuple(
+        SampleShape(
+            latents=family.latent_shape(size, source=config.source),
+            conditions=family.condition_shapes(size, source=source),
+        )
+        for size in sizes
+    )
 
 
 def _stored_problems(config: Request) -> Iterator[Problem]:
-    if stored_text_of(config) is None:
+    if stored_conditions_of(config) is None:
         yield Problem(
             (SECTION, "sources", "0", "latents"),
-            "FastVideo's files have text embeddings alone, and the models of this request read "
-            "more (masks, first frames). Encode the videos themselves",
+            "FastVideo's files have text embeddings and what Wan reads of a first frame, and the "
+            "models of this request read more or other parts. Encode the videos themselves",
         )
     if config.section.first_frames:
         yield Problem(
             (SECTION, "first_frames"), "there are no frames in files of latents. Leave it out"
+        )
+
+
+def _pair_problems(config: Request, pairs: OdePairsConfig) -> Iterator[Problem]:
+    where = (SECTION, "ode_pairs", "path")
+    if not Path(pairs.path).exists():
+        yield Problem(where, f"there is no {pairs.path}. Name what is there, or copy it here")
+    elif Path(pairs.path) == Path(config.section.output_dir):
+        yield Problem(
+            (SECTION, "output_dir"),
+            f"{pairs.path} is where the pairs are; the data set goes into a folder of its own",
+        )
+    if config.section.captions != CaptionsConfig():
+        yield Problem(
+            (SECTION, "captions"),
+            "the states of a pair belong to its prompt as it was, and to no other. Leave it out",
+        )
+    family, pipeline = config.family_plugin, config.pipeline
+    needs_image = any(family.needs_image(role.spec, pipeline) for role in config.roles.values())
+    if needs_image or config.section.first_frames:
+        yield Problem(
+            (SECTION, "ode_pairs"),
+            "pairs hold prompts and states, and no first frames, which are asked for (by the "
+            "models or first_frames). Use text-to-video models, or make trajectories of pictures "
+            "with apps/trajectories",
         )
 
 
@@ -101,7 +167,9 @@ def _problems(config: Request) -> Iterator[Problem]:
                 )
     if own.encoded_already:
         yield from _stored_problems(config)
-    if own.captions_alone or own.encoded_already:
+    if own.ode_pairs is not None:
+        yield from _pair_problems(config, own.ode_pairs)
+    if not own.has_clips:
         return
     if not buckets_of(config):
         yield Problem(

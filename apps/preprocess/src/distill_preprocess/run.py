@@ -11,20 +11,25 @@ from pathlib import Path
 import torch
 from attrs import define, evolve, field
 from distill_conditioning import ItemKey, ReportLine, UnitFolder
-from distill_media import MediaError, MediaItem, StoredReader, read_items, read_scene_cuts
+from distill_media import MediaError, MediaItem, StoredReader
 from distill_protocols import Condition, DataError, DistillAdapter, ModelBundle
 from distill_runfile import to_plain
 from distill_runfile.progress import Progress
 from distill_runtime import Worker, claim_folder, counted, sigterm_as_interrupt
 
+from distill_preprocess.captions import CaptionFiles
 from distill_preprocess.decoding import Decoded, decode_ahead
-from distill_preprocess.encoding import Encoder, StoredShapes, UnitWriter
+from distill_preprocess.encoding import Encoder, PairShapes, StoredShapes, UnitWriter
+from distill_preprocess.pairs import PairFile, open_pairs
 from distill_preprocess.request import (
     Request,
     buckets_of,
     cut_of,
+    items_of,
     needs_first_frames,
-    stored_text_of,
+    scene_cuts_of,
+    stored_conditions_of,
+    stored_shapes_of,
 )
 from distill_preprocess.summary import describe_summary
 
@@ -54,7 +59,7 @@ def run(
         torch.no_grad(),
         sigterm_as_interrupt(),
     ):  # finished units stay: the next start goes on with them
-        items = read_items(own.sources, own.captions)[:limit]
+        items = items_of(config)[:limit]
         worker = Worker.of_this_process()
         # By the number of the process: the others of its torchrun write there too.
         with claim_folder(Path(own.output_dir), f"worker-{worker.rank}"):
@@ -80,37 +85,33 @@ def _make(
     _log.info("%s", _opening(config, folder, worker, missing, device))
     report = _Report(strict=strict, too_long=_caption_notes(config, items, folder, missing))
     adapter = make_adapter(config, device)
-    with adapter.keep_encoders_loaded():
+    with contextlib.ExitStack() as loaded:
+        loaded.enter_context(adapter.keep_encoders_loaded())
         encoder = Encoder(
             adapter=adapter,
             first_frames=needs_first_frames(config),
-            several_sizes=len(config.family_plugin.clip_shapes(config.pipeline)) > 1,
             dtype=own.latent_dtype,
             cache=None if own.cache is None else Path(own.cache),
             fingerprint=adapter.condition_fingerprint(),
             stored=_stored_shapes(config),
+            pairs=_pair_shapes(config),
         )
-        reader = StoredReader()
         # Also by those that have no unit left: whoever is the last writes it.
         negative = _negative(config, adapter)
-        count = sum(len(folder.items_of(unit)) for unit in missing)
-        progress = Progress(count, "items", _log)
-        with _results(config, items, folder, missing) as results:
-            for unit in missing:
-                writer = UnitWriter(
-                    folder=folder,
-                    unit=unit,
-                    encoder=encoder,
-                    batch_size=own.batch_size,
-                    shard_bytes=own.shard_bytes,
-                )
-                chosen = [items[n] for n in folder.items_of(unit)]
-                if own.encoded_already:
-                    _take_unit(writer, chosen, reader, report)
-                else:
-                    _make_unit(writer, chosen, results, report)
-                progress.advance(len(folder.items_of(unit)))
-    summary = folder.finish(negative=negative, latent_dtype=own.latent_dtype)
+        files = CaptionFiles(folder, items, encoder)
+        if own.has_clips:
+            files.encode(missing, own.batch_size)
+            # Frees the text encoder before the VAE is there; the next ones are encoders of images.
+            loaded.close()
+            loaded.enter_context(adapter.keep_encoders_loaded())
+        _make_units(config, items, folder, missing, files, report)
+    if not folder.missing():
+        files.remove_all()
+    summary = folder.finish(
+        negative=negative,
+        latent_dtype=own.latent_dtype,
+        trajectory_times=() if own.ode_pairs is None else own.ode_pairs.times,
+    )
     if summary is None:
         left = len(folder.missing())
         _log.info(
@@ -120,6 +121,40 @@ def _make(
         return False
     _log.info("%s", describe_summary(own.output_dir, summary, items))
     return True
+
+
+def _make_units(
+    config: Request,
+    items: Sequence[MediaItem],
+    folder: UnitFolder,
+    units: Sequence[int],
+    files: CaptionFiles,
+    report: _Report,
+) -> None:
+    own, encoder = config.section, files.encoder
+    reader = StoredReader(tuple(encoder.stored.names) if encoder.stored is not None else ())
+    pairs = None if own.ode_pairs is None else open_pairs(Path(own.ode_pairs.path))
+    progress = Progress(sum(len(folder.items_of(unit)) for unit in units), "items", _log)
+    with _results(config, items, folder, units) as results:
+        for unit in units:
+            writer = UnitWriter(
+                folder=folder,
+                unit=unit,
+                encoder=encoder,
+                batch_size=own.batch_size,
+                shard_bytes=own.shard_bytes,
+            )
+            chosen = [items[n] for n in folder.items_of(unit)]
+            if pairs is not None:
+                _take_pairs(writer, chosen, pairs, report)
+            elif own.encoded_already:
+                _take_unit(writer, chosen, reader, report)
+            else:
+                if files.path(unit).exists():
+                    writer.captions.load(files.path(unit))
+                _make_unit(writer, chosen, results, report)
+                files.path(unit).unlink(missing_ok=True)
+            progress.advance(len(chosen))
 
 
 def make_adapter(config: Request, device: torch.device) -> DistillAdapter:
@@ -132,26 +167,22 @@ def settings(config: Request) -> dict[str, object]:
     """Collect all that decides a sample beside its item and the weights, which each unit's record
     names: what a folder must have been begun with to go on."""
     own = config.section
+    clips = {**to_plain(evolve(cut_of(config), scene_cuts=None)), "cuts": scene_cuts_of(config)}
+    if not own.clips.crop_bars:  # so that folders of earlier releases go on
+        del clips["crop_bars"]
     return {
         "family": config.recipe.family,
         "shapes": [str(shape) for shape in buckets_of(config)],
         "negative_prompt": config.conditioning.negative_prompt,
-        "clips": {
-            **to_plain(evolve(cut_of(config), scene_cuts=None)),
-            "cuts": scene_cuts_of(config),
-        },
+        "clips": clips,
         "first_frames": needs_first_frames(config),
         "latent_dtype": own.latent_dtype,
         # The bits of a latent depend on how many are computed together.
         "batch_size": own.batch_size,
         "shard_bytes": own.shard_bytes,
+        # Left out where there are none, so that folders of earlier releases go on.
+        **({} if own.ode_pairs is None else {"trajectory_times": list(own.ode_pairs.times)}),
     }
-
-
-def scene_cuts_of(config: Request) -> Mapping[str, Sequence[float]]:
-    """Read the list of scene cuts, where there is one."""
-    file = config.section.clips.scene_cuts
-    return {} if file is None else read_scene_cuts(Path(file))
 
 
 @define(eq=False)
@@ -173,6 +204,9 @@ class _Report:
             _log.info("what else is skipped is in report.jsonl in the end")
         self.lines[error.item] = ReportLine(id=error.item, skipped=error.reason)
 
+    def skip_for(self, item: MediaItem, error: DataError) -> None:
+        self.skip(error if isinstance(error, MediaError) else MediaError(item.id, str(error)))
+
     def note(self, item: MediaItem, notes: Sequence[str]) -> None:
         known = self.lines.get(item.id, ReportLine(id=item.id))
         captions = [note for text in item.captions for note in self.too_long.get(text, ())]
@@ -188,17 +222,37 @@ class _Report:
 
 def _stored_shapes(config: Request) -> StoredShapes | None:
     """Return what samples that are encoded already must fit; None: they are encoded here."""
-    text = stored_text_of(config)
-    if not config.section.encoded_already or text is None:
+    names = stored_conditions_of(config)
+    if not config.section.encoded_already or names is None:
         return None
-    family, pipeline = config.family_plugin, config.pipeline
-    sizes = [family.config_of_clip(pipeline, clip) for clip in family.clip_shapes(pipeline)]
-    shapes = (family.latent_shape(size, source=config.source) for size in sizes)
-    return StoredShapes(
-        text=text[0],
-        text_shape=text[1],
-        latent_shapes=tuple(shape for shape in shapes if shape is not None),
+    return StoredShapes(names=names, shapes=stored_shapes_of(config))
+
+
+def _pair_shapes(config: Request) -> PairShapes | None:
+    """Return what ODE pairs must fit; None: there are none."""
+    pairs = config.section.ode_pairs
+    if pairs is None:
+        return None
+    latents = (shape.latents for shape in stored_shapes_of(config))
+    return PairShapes(
+        states=len(pairs.times) + 1,
+        latents=tuple(shape for shape in latents if shape is not None),
     )
+
+
+def _take_pairs(
+    writer: UnitWriter, items: Sequence[MediaItem], pairs: PairFile, report: _Report
+) -> None:
+    """Take ODE pairs: their states as they are, their captions through the text encoder."""
+    writer.encode_captions(items)
+    for item in items:
+        try:
+            writer.add_pair(item, pairs.read(item))
+        except DataError as error:  # a value that is not finite, too
+            report.skip_for(item, error)
+        else:
+            report.note(item, ())
+    writer.finish(report.take())
 
 
 def _take_unit(
@@ -209,8 +263,7 @@ def _take_unit(
         try:
             writer.add_stored(item, reader.read(item))
         except DataError as error:  # a value that is not finite, too
-            reason = error.reason if isinstance(error, MediaError) else str(error)
-            report.skip(MediaError(item.id, reason))
+            report.skip_for(item, error)
         else:
             report.note(item, ())
     writer.finish(report.take())
@@ -246,7 +299,7 @@ def _results(
 ) -> Iterator[Iterator[Decoded]]:
     """Enter with what comes of all items of this process, decoded ahead over the ends of units."""
     own = config.section
-    if own.captions_alone or own.encoded_already:
+    if not own.has_clips:
         yield iter(())
         return
     stream = decode_ahead(
@@ -313,6 +366,8 @@ def _opening(
     what = "captions alone" if config.section.captions_alone else f"clips of {', '.join(shapes)}"
     if config.section.encoded_already:
         what = "latents and texts as they are stored"
+    if config.section.ode_pairs is not None:
+        what = f"ODE pairs with {counted(len(config.section.ode_pairs.times), 'level')}"
     return (
         f"{what} for {config.recipe.family}, {config.source}, on {device}\n"
         f"{who}{own_units - len(missing)} of {counted(own_units, 'unit')} are there, "

@@ -28,6 +28,7 @@ from distill_adapters_wan.experts import boundary_of, module_ranges, stated_rati
 from distill_adapters_wan.images.shapes import (
     CLIP_TOKENS,
     EMBEDS,
+    LATENTS,
     TEXT,
     ImageKind,
     clip_tokens,
@@ -245,6 +246,12 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
             unused=fastvideo_names.unused,
             missing=fastvideo_names.missing,
         )
+
+    def foreign_conditions(self, config: WanPipelineConfig, *, source: str) -> Mapping[str, str]:
+        """Give FastVideo's names of the text, and of what an image-to-video model reads."""
+        names = {"text_embedding": TEXT, "first_frame_latent": LATENTS, "clip_feature": EMBEDS}
+        needed = self.condition_shapes(config, source=source)
+        return {theirs: ours for theirs, ours in names.items() if ours in needed}
 
 
 PLUGIN = WanFamily()

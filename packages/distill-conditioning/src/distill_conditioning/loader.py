@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import cast
@@ -206,14 +207,17 @@ class LatentLoader:
         bucket, size = self._buckets[number], len(self._buckets[number])
         first = position.taken[number] + position.offset
         positions = rank_positions(first, self.batch_size, self.rank, self.world_size)
-        places = [divmod(place, size) for place in positions]
         self._drop_old_orders()
-        samples = [(epoch, int(self._samples(number, epoch)[place])) for epoch, place in places]
-        draws = [choose_caption(self.seed, *sample, key=bucket.key) for sample in samples]
+        samples: list[tuple[int, int]] = []
+        for epoch, places in itertools.groupby(positions, lambda place: place // size):
+            # One look-up an epoch: one a sample would be a third of the time of a tiny batch.
+            inside = torch.tensor([place % size for place in places])
+            samples += [(epoch, own) for own in self._samples(number, epoch)[inside].tolist()]
         return _Choice(
             clip=choose_clip(self.seed, position.groups, self._clips),
             numbers=self._numbers[number][[sample for _, sample in samples]],
-            captions=torch.tensor(draws),
+            samples=samples,
+            key=bucket.key,
             dropped={
                 part: torch.tensor(
                     [
@@ -226,7 +230,11 @@ class LatentLoader:
         )
 
     def _read(self, choice: _Choice) -> Batch:
-        batch = self.dataset.read(choice.numbers, choice.captions, clip=choice.clip)
+        captions = None
+        if self.dataset.has_several_captions(choice.numbers):
+            draws = [choose_caption(self.seed, *own, key=choice.key) for own in choice.samples]
+            captions = torch.tensor(draws)
+        batch = self.dataset.read(choice.numbers, captions, clip=choice.clip)
         self._dropout.apply(batch.cond, choice.dropped)
         return batch
 
@@ -259,13 +267,14 @@ class _Choice:
     Attributes:
         clip: (C, T, H, W) of what is to be made for captions alone.
         numbers: int64 [B], of samples.
-        captions: int64 [B], see ``LatentDataset.read``.
+        samples: of each its epoch, and its number within the bucket of ``key``.
         dropped: bool [B], by condition tensor; under None, all of the negative condition's.
     """
 
     clip: LatentShape | None
     numbers: Tensor
-    captions: Tensor
+    samples: Sequence[tuple[int, int]]
+    key: Sequence[str]
     dropped: Mapping[str | None, Tensor]
 
 

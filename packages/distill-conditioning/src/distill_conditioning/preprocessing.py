@@ -80,7 +80,7 @@ def _add_first_frames(encoder: ClipEncoder, cond: Condition, videos: Tensor) -> 
             "first_frames is set, but this family reads text alone. Leave it out, or use an "
             "image-to-video model"
         )
-    return encoder.images.with_image(cond, videos[:, :, 0])
+    return encoder.images.with_image(cond, videos[:, :, 0], videos.shape[2])
 
 
 def _add_clips(

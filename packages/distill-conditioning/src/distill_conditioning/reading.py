@@ -37,6 +37,7 @@ from distill_conditioning.format import (
     find_levels,
     read_metadata,
     read_negative_prompt,
+    read_shape,
     read_texts,
 )
 
@@ -194,7 +195,7 @@ class LatentDataset:
         return Batch(
             latents=None if size is None else latents,
             latent_shape=clip,
-            cond=self.read_conditions(samples, choices),
+            cond=self._read_conditions(samples, shards, choices),
             ids=tuple(ids),
             trajectory=states if self._times else None,
         )
@@ -205,7 +206,20 @@ class LatentDataset:
         Raises:
             DataError: a shard that is damaged, or conditions of different shapes.
         """
-        shards = self._shards_of(samples)
+        return self._read_conditions(samples, self._shards_of(samples), choices)
+
+    def has_several_captions(self, samples: Tensor) -> bool:
+        """Tell whether one of the shards that hold ``samples`` has samples with several captions.
+
+        Raises:
+            DataError: a shard that is damaged.
+        """
+        numbers = self._shards_of(samples).unique().tolist()
+        return any(self._open(number).condition_id.shape[1] > 1 for number in numbers)
+
+    def _read_conditions(
+        self, samples: Tensor, shards: Tensor, choices: Tensor | None
+    ) -> Condition:
         choices = torch.zeros_like(samples) if choices is None else choices
         tables: dict[str, Tensor] = {}
         for number in shards.unique().tolist():
@@ -406,6 +420,25 @@ def _check_rows(path: Path, shard: _Shard, samples: int) -> None:
 
 def _as_fp32(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value
+
+
+def read_conditions(path: Path) -> dict[str, Condition]:
+    """Read the conditions of a shard, one row each in fp32, by their captions.
+
+    Raises:
+        DataError: missing, truncated, or no shard.
+    """
+    tensors, metadata = map_tensors(path)
+    tables = {
+        name: _table(path, tensors, name, shape)
+        for name, shape in read_shape(path).conditions.items()
+    }
+    return {
+        caption: Condition(
+            {name: table.read(torch.tensor([row])) for name, table in tables.items()}
+        )
+        for row, caption in enumerate(read_texts(path, metadata, "captions"))
+    }
 
 
 def map_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:

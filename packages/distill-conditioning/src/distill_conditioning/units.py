@@ -191,7 +191,11 @@ class UnitFolder:
         write_text(self._record_file(unit), _to_json(record))
 
     def finish(
-        self, *, negative: tuple[str, Condition] | None, latent_dtype: LatentDtype
+        self,
+        *,
+        negative: tuple[str, Condition] | None,
+        latent_dtype: LatentDtype,
+        trajectory_times: Sequence[float] = (),
     ) -> Summary | None:
         """Write report, constants and index; None while a unit of another process is missing, or
         where another process is just writing them.
@@ -200,6 +204,7 @@ class UnitFolder:
 
         Args:
             negative: prompt and condition (one row).
+            trajectory_times: levels t of the samples' trajectories, falling.
 
         Raises:
             DataError: there is no sample at all, or units were computed by different parts.
@@ -213,13 +218,14 @@ class UnitFolder:
         except OutputError:
             return None
         with claim:
-            return self._finish(found, negative, latent_dtype)
+            return self._finish(found, negative, latent_dtype, tuple(trajectory_times))
 
     def _finish(
         self,
         found: Sequence[UnitRecord],
         negative: tuple[str, Condition] | None,
         latent_dtype: LatentDtype,
+        trajectory_times: tuple[float, ...],
     ) -> Summary:
         # What killed processes left behind. No live one is writing: all units are there, and only
         # one process at a time is here.
@@ -247,6 +253,7 @@ class UnitFolder:
             samples=sum(entry.samples for entry in shards),
             shards=shards,
             constants=CONSTANTS_FILE if negative is not None else None,
+            trajectory_times=trajectory_times,
             **split_fingerprint(fingerprint),
         )
         write_text(self.folder / INDEX_FILE, index.to_json())

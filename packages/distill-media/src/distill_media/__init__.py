@@ -46,9 +46,10 @@ if TYPE_CHECKING:
         write_sheet_mp4,
     )
     from distill_media.inspection import find_notes
-    from distill_media.stored import StoredReader, StoredSample
+    from distill_media.stored import STORED_TEXT, StoredReader, StoredSample
 
 __all__ = [
+    "STORED_TEXT",
     "Animation",
     "CaptionsConfig",
     "ClipShape",
@@ -114,7 +115,7 @@ _LAZY = {
         "drawing.sheets",
     ),
     "find_notes": "inspection",
-    **dict.fromkeys(["StoredReader", "StoredSample"], "stored"),
+    **dict.fromkeys(["STORED_TEXT", "StoredReader", "StoredSample"], "stored"),
 }
 
 __getattr__ = lazy_exports(__name__, _LAZY)

@@ -34,6 +34,29 @@ class Framing:
     width: int
 
 
+@frozen(kw_only=True)
+class Bars:
+    """Black bars around a picture, as shares of its height and width."""
+
+    top: float = 0.0
+    bottom: float = 0.0
+    left: float = 0.0
+    right: float = 0.0
+
+    @property
+    def height(self) -> float:
+        """Share of the rows that is none of a bar."""
+        return 1 - self.top - self.bottom
+
+    @property
+    def width(self) -> float:
+        """Share of the columns that is none of a bar."""
+        return 1 - self.left - self.right
+
+
+NO_BARS = Bars()
+
+
 class NoBucketError(ValueError):
     """No bucket fits; the message states why."""
 
@@ -86,22 +109,29 @@ def frame_for(
     crop: Literal["center", "random"],
     seed: int,
     name: str,
+    bars: Bars = NO_BARS,
 ) -> Framing:
     """Cover the bucket with the frame, and cut off what stands out. No bars are ever added.
 
     Args:
         height: of the frame as displayed; ``width`` likewise.
         name: of the clip; with ``seed`` it decides a random crop.
+        bars: that are no part of the picture, and cut off first.
     """
-    scale = max(shape.height / height, shape.width / width)
+    scale = max(shape.height / (height * bars.height), shape.width / (width * bars.width))
     # Rounded, not cut off: a scale that rounds to 479.9999 rows covers 480.
     scaled_height = max(shape.height, round(height * scale))
     scaled_width = max(shape.width, round(width * scale))
-    spare = (scaled_height - shape.height, scaled_width - shape.width)
+    spare = (
+        max(0, round(height * bars.height * scale) - shape.height),
+        max(0, round(width * bars.width * scale) - shape.width),
+    )
     if crop == "random":
         digest = hashlib.sha256(f"{seed}\n{name}".encode("utf-8", "surrogatepass")).digest()
         draws = (int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:16], "big"))
         top, left = (draw % (rest + 1) for draw, rest in zip(draws, spare, strict=True))
     else:
         top, left = (rest // 2 for rest in spare)
+    top = min(top + round(height * bars.top * scale), scaled_height - shape.height)
+    left = min(left + round(width * bars.left * scale), scaled_width - shape.width)
     return Framing(scaled_height, scaled_width, top, left, shape.height, shape.width)

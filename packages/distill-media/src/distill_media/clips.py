@@ -8,14 +8,24 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from attrs import frozen
 
-from distill_media.buckets import ClipShape, Framing, NoBucketError, choose_bucket, frame_for
+from distill_media.buckets import (
+    NO_BARS,
+    Bars,
+    ClipShape,
+    Framing,
+    NoBucketError,
+    choose_bucket,
+    frame_for,
+)
 from distill_media.config import CutConfig
 from distill_media.errors import MediaError
+from distill_media.inspection import find_bars
 from distill_media.items import MediaItem, MediaPlace
 from distill_media.pictures import frame_picture, read_picture, read_picture_size
 from distill_media.timing import find_gaps, frame_numbers, frames_in, split_scenes, starts
 from distill_media.video import VideoError, VideoInfo, Wanted, read_frames, read_info
 
+_BAR_FRAMES = 9
 CLIPS_A_PASS = 4
 """That are decoded together, and so in memory together."""
 
@@ -45,6 +55,7 @@ class PlannedClip:
     Attributes:
         numbers: of the video's frames that make it; of a picture none.
         info: None of a picture.
+        bars: that are cut off.
     """
 
     item: MediaItem
@@ -53,6 +64,7 @@ class PlannedClip:
     shape: ClipShape
     numbers: tuple[int, ...] = ()
     info: VideoInfo | None = None
+    bars: Bars = NO_BARS
 
 
 def read_clips(
@@ -95,9 +107,14 @@ def plan_clips(
     with _naming(item):
         if item.place.is_picture:
             height, width = read_picture_size(item.place, cut.max_pixels)
-            shape = choose_bucket(1, height, width, buckets, upscale=cut.upscale)
-            return [PlannedClip(item=item, place=item.place, id=item.id, shape=shape)]
+            bars = NO_BARS
+            if cut.crop_bars:
+                bars = find_bars(read_picture(item.place, cut.max_pixels)[0].max(axis=2))
+            size = (height * bars.height, width * bars.width)
+            shape = choose_bucket(1, *size, buckets, upscale=cut.upscale)
+            return [PlannedClip(item=item, place=item.place, id=item.id, shape=shape, bars=bars)]
         info = read_info(item.place, cut.max_pixels)
+        bars = _bars_of(item, item.place, info, cut) if cut.crop_bars else NO_BARS
         cuts = (scene_cuts or {}).get(item.id, ())
         return [
             PlannedClip(
@@ -107,8 +124,9 @@ def plan_clips(
                 shape=shape,
                 numbers=tuple(numbers),
                 info=info,
+                bars=bars,
             )
-            for count, (shape, numbers) in enumerate(_windows(item, info, buckets, cut, cuts))
+            for count, (shape, numbers) in enumerate(_windows(item, info, bars, buckets, cut, cuts))
         ]
 
 
@@ -136,6 +154,7 @@ def decode_clips(
         if first.info is None:
             pixels, notes = read_picture(first.place, cut.max_pixels)
             frames = frame_picture(pixels, _framing(first, pixels.shape[0], pixels.shape[1], cut))
+            notes = (*notes, *_said_of(first.bars))
             return [MediaClip(id=first.id, shape=first.shape, frames=frames, notes=notes)]
         info = first.info
         wanted = [
@@ -148,14 +167,42 @@ def decode_clips(
             shape=clip.shape,
             frames=frames,
             start=info.timeline.times[clip.numbers[0]],
-            notes=info.notes,
+            notes=(*info.notes, *_said_of(clip.bars)),
         )
         for clip, frames in zip(planned, results, strict=True)
     ]
 
 
 def _framing(clip: PlannedClip, height: float, width: float, cut: CutConfig) -> Framing:
-    return frame_for(clip.shape, height, width, crop=cut.crop, seed=cut.seed, name=clip.id)
+    return frame_for(
+        clip.shape, height, width, crop=cut.crop, seed=cut.seed, name=clip.id, bars=clip.bars
+    )
+
+
+def _bars_of(item: MediaItem, place: MediaPlace, info: VideoInfo, cut: CutConfig) -> Bars:
+    """Find the bars of a video, in frames of the part of it that the item speaks of."""
+    times = np.array(info.timeline.times)
+    start, end = item.segment or (0.0, info.timeline.duration)
+    [inside] = np.nonzero((times >= start) & (times < end))
+    if not inside.size:
+        return NO_BARS  # what is wrong with the segment is said where clips are chosen
+    chosen = inside[
+        np.linspace(0, len(inside) - 1, min(_BAR_FRAMES, len(inside))).round().astype(int)
+    ]
+    height, width = round(info.height), round(info.width)
+    whole = Framing(height, width, 0, 0, height, width)
+    brightest = np.zeros((height, width), np.uint8)
+    for number in map(int, chosen):  # one at a time, as frames of 4K are 25 MB each
+        [[frame]] = read_frames(place, info, [Wanted([number], whole)], max_pixels=cut.max_pixels)
+        brightest = np.maximum(brightest, frame.max(axis=2))
+    return find_bars(brightest)
+
+
+def _said_of(bars: Bars) -> list[str]:
+    if bars == NO_BARS:
+        return []
+    rest = f"{100 * bars.height:.0f} % of its height and {100 * bars.width:.0f} % of its width"
+    return [f"had black bars, which were cut off ({rest} are left)"]
 
 
 @contextlib.contextmanager
@@ -172,6 +219,7 @@ def _naming(item: MediaItem) -> Iterator[None]:
 def _windows(
     item: MediaItem,
     info: VideoInfo,
+    bars: Bars,
     buckets: Sequence[ClipShape],
     cut: CutConfig,
     cuts: Sequence[float],
@@ -183,6 +231,7 @@ def _windows(
     Raises:
         NoBucketError: no scene is long and large enough.
     """
+    height, width = info.height * bars.height, info.width * bars.width
     gaps = find_gaps(info.timeline)
     scenes = split_scenes(info.timeline.duration, item.segment, [*cuts, *gaps])
     if not scenes:
@@ -194,12 +243,12 @@ def _windows(
     windows: list[tuple[ClipShape, list[int]]] = []
     for scene, available in zip(scenes, counts, strict=True):
         try:
-            shape = choose_bucket(available, info.height, info.width, buckets, upscale=cut.upscale)
+            shape = choose_bucket(available, height, width, buckets, upscale=cut.upscale)
         except NoBucketError:
             continue
         for start in starts(available, shape.frames, cut):
             numbers = frame_numbers(scene, info.timeline, cut.fps, start, shape.frames)
             windows.append((shape, numbers))
     if not windows:
-        choose_bucket(max(counts), info.height, info.width, buckets, upscale=cut.upscale)
+        choose_bucket(max(counts), height, width, buckets, upscale=cut.upscale)
     return windows[:1] if cut.take == "head" else windows[: cut.count]

@@ -27,8 +27,8 @@ class SourceConfig:
             ``a.mp4`` is in ``a.txt`` beside it.
         table: .csv, .tsv, .jsonl, .json or .parquet; a row is a clip.
         tars: WebDataset's: one .tar, or a folder of them. Members of one key are one clip.
-        latents: FastVideo's parquet files: a folder, searched with all folders below it. Latents
-            and text embeddings are taken as they are.
+        latents: FastVideo's parquet files: a folder, searched with all folders below it. Latents,
+            text embeddings and what an image-to-video model reads are taken as they are.
         prompts: a text file of one prompt a line, without clips.
         name: begins the ids of its items; needed where two sources have items of one name.
         root: folder that relative paths in ``table`` begin from; default: the table's own.
@@ -121,6 +121,9 @@ class CutConfig:
         crop: which part of a picture that is too wide or too high is kept: the middle, or one that
             follows from ``seed`` and the clip's id.
         seed: of ``crop: random``.
+        crop_bars: cut off black bars above and below, or at both sides, before a clip is scaled. A
+            bar is what is black in each of nine frames, spread over the part that is used; they are
+            decoded for it, so that a video takes some longer.
         upscale: take videos that are smaller than every bucket, and enlarge them. What is not
             sharp teaches blur.
         scene_cuts: a .json file, {id: [seconds, ...]}: no clip goes over one of these moments.
@@ -139,6 +142,7 @@ class CutConfig:
     )
     crop: Literal["center", "random"] = field(default="center", validator=in_(("center", "random")))
     seed: int = 0
+    crop_bars: bool = False
     upscale: bool = False
     scene_cuts: str | None = field(default=None, validator=_is_named, metadata={"path": ()})
     max_pixels: int = field(

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from distill_media.buckets import Bars
+
 STATIC = 0.5
 """Mean change of a pixel between neighbouring frames, of 255."""
 BLACK = 16
@@ -30,10 +32,11 @@ def find_notes(frames: np.ndarray) -> Iterator[str]:
         return
     if black.any():
         yield f"has black frames ({int(black.sum())} of {len(frames)})"
-    rows, columns = (_bars(brightness.max(axis=axis)) for axis in ((0, 2), (0, 1)))
+    rows, columns = (sum(_bars(brightness.max(axis=axis))) for axis in ((0, 2), (0, 1)))
     if max(rows, columns) >= BAR_SHARE:
         where = "above and below" if rows >= columns else "at the sides"
-        yield f"has black bars {where} ({100 * max(rows, columns):.0f} % of the frame)"
+        share = f"{100 * max(rows, columns):.0f} % of the frame"
+        yield f"has black bars {where} ({share}); crop_bars cuts them off"
     if len(frames) < 2:
         return
     change = np.abs(np.diff(small, axis=0)).mean(axis=(1, 2, 3))
@@ -48,9 +51,27 @@ def _step(size: int) -> int:
     return max(1, size // 120)
 
 
-def _bars(line: np.ndarray) -> float:
-    """Return the share of a line that is black at both of its ends."""
+def find_bars(brightest: np.ndarray, blur: int = 2) -> Bars:
+    """Find black bars above and below, or at both sides.
+
+    Args:
+        brightest: [H, W] uint8, the largest value that each pixel has in any frame and channel, so
+            that what is black only for a while is none.
+        blur: rows or columns beside a bar that are cut off with it, as scaling and compression mix
+            them with it.
+    """
+    ends = []
+    for line in (brightest.max(axis=1), brightest.max(axis=0)):
+        black = _bars(line)
+        more = blur / len(line)
+        ends += [end + more for end in black] if sum(black) >= BAR_SHARE else [0.0, 0.0]
+    top, bottom, left, right = ends
+    return Bars(top=top, bottom=bottom, left=left, right=right)
+
+
+def _bars(line: np.ndarray) -> tuple[float, float]:
+    """Return the shares of a line that are black at its ends, if both are."""
     light = np.flatnonzero(line > BLACK)
     if not light.size or light[0] == 0 or light[-1] == len(line) - 1:
-        return 0.0
-    return float(light[0] + len(line) - 1 - light[-1]) / len(line)
+        return 0.0, 0.0
+    return float(light[0]) / len(line), float(len(line) - 1 - light[-1]) / len(line)

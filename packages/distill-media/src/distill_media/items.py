@@ -51,7 +51,7 @@ class MediaPlace:
 
 @frozen
 class StoredRow:
-    """A row of a parquet file of latents that are encoded already."""
+    """A place in a file of samples that are encoded already."""
 
     path: Path
     group: int

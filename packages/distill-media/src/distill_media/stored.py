@@ -1,14 +1,19 @@
 """FastVideo's parquet files: latents and text embeddings that are encoded already.
 
-A tensor X is three columns: ``X_bytes`` (C order), ``X_shape`` and ``X_dtype``. Latents are the
-VAE's posterior mean, not normalised. The dtype column is honoured, whatever it says; FastVideo's
-own reader takes everything for float32.
+A tensor X is three columns: ``X_bytes`` (C order), ``X_shape`` and ``X_dtype``. ``vae_latent`` is
+the VAE's posterior mean, not normalised; ``first_frame_latent`` [C, T, H, W] is that of the first
+frame and grey ones after it, normalised; ``clip_feature`` [257, 1280] the last but one of CLIP's
+hidden states. The dtype column is honoured, whatever it says; FastVideo's own reader takes
+everything for float32.
+
+Source: hao-ai-lab/FastVideo, fastvideo/dataset/dataloader/schema.py and
+fastvideo/pipelines/preprocess/preprocess_pipeline_i2v.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +24,35 @@ from distill_protocols import DataError
 from distill_media.errors import MediaError
 from distill_media.items import MediaItem, StoredRow
 
-LATENTS, TEXT = "vae_latent", "text_embedding"
+LATENTS, STORED_TEXT = "vae_latent", "text_embedding"
+AXES = {LATENTS: 4, STORED_TEXT: 2, "first_frame_latent": 4, "clip_feature": 2}
+"""Of the tensors that are known, by name."""
 _DTYPES = ("float16", "float32", "float64", "bfloat16")
 _MOST_VALUES = 1 << 30
 
 
 @frozen(eq=False)
 class StoredSample:
-    """One row: latents [C, T, H, W], None where there are captions alone, and text [L, D]; fp32."""
+    """One row, in fp32.
+
+    Attributes:
+        latents: [C, T, H, W]; None where there are captions alone.
+        conditions: tensors that were asked for, by name; the text is [L, D].
+    """
 
     latents: np.ndarray | None
-    text: np.ndarray
+    conditions: Mapping[str, np.ndarray]
 
 
 @define(eq=False)
 class StoredReader:
-    """Reads rows; the last group of rows stays in memory, as rows are read in their order."""
+    """Reads rows; the last group of rows stays in memory, as rows are read in their order.
 
+    Attributes:
+        conditions: names of the tensors that are read beside latents.
+    """
+
+    conditions: Sequence[str] = (STORED_TEXT,)
     _group: tuple[Path, int] | None = None
     _rows: list[Mapping[str, Any]] = field(factory=list)
 
@@ -52,13 +69,13 @@ class StoredReader:
             raise MediaError(item.id, item.problem)
         try:
             if self._group != (row.path, row.group):
-                self._rows = _read_group(row.path, row.group)
+                self._rows = _read_group(row.path, row.group, [LATENTS, *self.conditions])
                 self._group = (row.path, row.group)
             values = self._rows[row.row]
             has_latents = f"{LATENTS}_bytes" in values
             return StoredSample(
-                latents=_tensor(values, LATENTS, 4) if has_latents else None,
-                text=_tensor(values, TEXT, 2),
+                latents=_tensor(values, LATENTS) if has_latents else None,
+                conditions={name: _tensor(values, name) for name in self.conditions},
             )
         except (OSError, ValueError, LookupError, TypeError) as error:
             reason = f"its row in {row.path.name} cannot be read ({error})"
@@ -81,11 +98,17 @@ def items_of_stored(folder: Path) -> Iterator[MediaItem]:
 def _items_of_file(file: Path, name: Path) -> Iterator[MediaItem]:
     with _opened(file) as parquet:
         columns = set(parquet.schema_arrow.names)
-        needed = {"id", "caption", f"{TEXT}_bytes", f"{TEXT}_shape", f"{TEXT}_dtype"}
+        needed = {
+            "id",
+            "caption",
+            f"{STORED_TEXT}_bytes",
+            f"{STORED_TEXT}_shape",
+            f"{STORED_TEXT}_dtype",
+        }
         if missing := sorted(needed - columns):
             raise DataError(
                 f"{file}: lacks the column(s) {', '.join(missing)}, so it is none of FastVideo's "
-                "data sets of latents (t2v or text_only). Name another, or encode the videos"
+                "data sets of latents (t2v, i2v or text_only). Name another, or encode the videos"
             )
         for group in range(parquet.num_row_groups):
             table = parquet.read_row_group(group, columns=["id", "caption"]).to_pylist()
@@ -100,8 +123,8 @@ def _items_of_file(file: Path, name: Path) -> Iterator[MediaItem]:
                 )
 
 
-def _read_group(file: Path, group: int) -> list[Mapping[str, Any]]:
-    wanted = [f"{name}_{part}" for name in (LATENTS, TEXT) for part in ("bytes", "shape", "dtype")]
+def _read_group(file: Path, group: int, tensors: Sequence[str]) -> list[Mapping[str, Any]]:
+    wanted = [f"{name}_{part}" for name in tensors for part in ("bytes", "shape", "dtype")]
     with _opened(file) as parquet:
         names = set(parquet.schema_arrow.names)
         columns = [name for name in wanted if name in names]
@@ -125,9 +148,14 @@ def _opened(file: Path) -> Any:
         ) from error
 
 
-def _tensor(values: Mapping[str, Any], name: str, axes: int) -> np.ndarray:
+def _tensor(values: Mapping[str, Any], name: str) -> np.ndarray:
+    if not values.get(f"{name}_shape"):
+        raise ValueError(f"it holds no {name}, which the models read")
+    axes = AXES[name]
     content, kind = values[f"{name}_bytes"], values[f"{name}_dtype"]
     shape = [int(size) for size in values[f"{name}_shape"]]
+    if len(shape) == axes + 1 and shape[0] == 1:  # a batch of one
+        shape = shape[1:]
     kind = str(kind).removeprefix("torch.")
     if kind not in _DTYPES:
         raise ValueError(f"{name}_dtype is {kind!r}, and none of {', '.join(_DTYPES)}")

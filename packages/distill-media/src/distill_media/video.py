@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import av
@@ -21,9 +21,11 @@ from distill_media.buckets import Framing
 from distill_media.items import MediaPlace
 from distill_media.orientation import UPRIGHT, Orientation, read_matrix
 from distill_media.timing import Timeline
+from distill_media.tone import Transfer, to_sdr
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
@@ -35,7 +37,9 @@ MOST_FRAMES = 20_000_000
 """Of a video: two days at 120 a second."""
 _HD_ROWS = 720
 _SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-_HDR = {16: "PQ", 18: "HLG"}
+_HDR: Mapping[int, Transfer] = {16: "PQ", 18: "HLG"}
+_UNSPECIFIED, _BT2020 = 2, 9
+"""Of matrix and primaries, in the numbers of ITU-T H.273."""
 
 
 class VideoError(ValueError):
@@ -98,7 +102,7 @@ def open_video(
 
 
 def read_info(place: MediaPlace, max_pixels: int) -> VideoInfo:
-    """Read when each frame is shown, and how.
+    """Read all packets once: when each frame is shown, and how. The first frame is decoded.
 
     Raises:
         VideoError: as ``open_video``; or the file ends early, or has no frame.
@@ -106,7 +110,10 @@ def read_info(place: MediaPlace, max_pixels: int) -> VideoInfo:
     with open_video(place, max_pixels) as (container, stream):
         stamps: list[int | None] = []
         ends: list[int] = []
+        frame: VideoFrame | av.error.FFmpegError | None = None
         for packet in container.demux(stream):
+            if frame is None:  # the last packet, which is empty, gives what a decoder held back
+                frame = _decode_first(packet)
             if packet.size and not packet.is_discard:
                 stamps.append(packet.pts)
                 ends.append(packet.duration or 0)
@@ -117,8 +124,10 @@ def read_info(place: MediaPlace, max_pixels: int) -> VideoInfo:
         timeline, numbers, stamped = _timeline(stream, stamps, ends)
         _check_end(container, stream, timeline)
         rate = float(stream.sample_aspect_ratio or 1) or 1.0
-    # Opened anew: what was read to its end cannot be decoded from its beginning in every container.
-    frame = _first_frame(place, max_pixels)
+        if isinstance(frame, av.error.FFmpegError):
+            raise frame
+        if frame is None:
+            raise VideoError("no frame of it can be decoded. Copy it again, or remove it")
     orientation, notes = _orientation(frame), _notes(frame)
     height, width = float(frame.height), frame.width * rate
     _check_size(frame.width, frame.height, max_pixels)
@@ -215,18 +224,24 @@ def to_rgb(
     if orientation.transposed:
         height, width = width, height
     has_alpha = any(component.is_alpha for component in frame.format.components)
+    transfer = _HDR.get(frame.color_trc) if is_video else None
     space = None
-    if is_video and frame.colorspace == 2 and frame.height >= _HD_ROWS:
-        space = Colorspace.ITU709  # unspecified: by custom of the size, as players do
+    if is_video and frame.colorspace == _UNSPECIFIED:  # by custom of its kind, as players do
+        if transfer is not None:
+            space = Colorspace.BT2020
+        elif frame.height >= _HD_ROWS:
+            space = Colorspace.ITU709
     pixels = frame.reformat(
         width=width,
         height=height,
-        format="rgba" if has_alpha else "rgb24",
+        format="rgb48le" if transfer is not None else "rgba" if has_alpha else "rgb24",
         src_colorspace=space,
         interpolation=_SCALING,
         threads=1,
     ).to_ndarray()
-    if has_alpha:  # before black, as players show it
+    if transfer is not None:
+        pixels = to_sdr(pixels, transfer, wide=frame.color_primaries in (_UNSPECIFIED, _BT2020))
+    elif has_alpha:  # before black, as players show it
         alpha = pixels[..., 3:].astype(np.uint16)
         pixels = ((pixels[..., :3] * alpha + 127) // 255).astype(np.uint8)
     upright = orientation.apply(pixels)
@@ -296,12 +311,12 @@ def _check_end(container: InputContainer, stream: VideoStream, timeline: Timelin
         )
 
 
-def _first_frame(place: MediaPlace, max_pixels: int) -> VideoFrame:
-    with open_video(place, max_pixels) as (container, stream):
-        frame = next(container.decode(stream), None)
-    if frame is None:
-        raise VideoError("no frame of it can be decoded. Copy it again, or remove it")
-    return frame
+def _decode_first(packet: Packet[VideoStream]) -> VideoFrame | av.error.FFmpegError | None:
+    """Decode a packet; an error is returned, as the end of the file may explain it better."""
+    try:
+        return next(iter(packet.decode()), None)
+    except av.error.FFmpegError as error:
+        return error
 
 
 def _orientation(frame: VideoFrame) -> Orientation:
@@ -312,9 +327,7 @@ def _orientation(frame: VideoFrame) -> Orientation:
 def _notes(frame: VideoFrame) -> tuple[str, ...]:
     notes = []
     if frame.color_trc in _HDR:
-        notes.append(
-            f"is HDR ({_HDR[frame.color_trc]}), whose colours come out pale: nothing maps tones"
-        )
+        notes.append(f"is HDR ({_HDR[frame.color_trc]}); its tones are mapped to SDR")
     if frame.interlaced_frame:
         notes.append("is interlaced: each frame shows two moments as a comb")
     if any(component.is_alpha for component in frame.format.components):

@@ -319,7 +319,7 @@ class ImageConditioning(Protocol):
 
         Args:
             frames: of pixels, of the clip that begins so; None: those of the run's largest clip of
-                this size. It is given in a run whose clips differ.
+                this size. It is given wherever the clip is known.
 
         Raises:
             ConditioningError: the model reads none, or the picture has another size than clips.

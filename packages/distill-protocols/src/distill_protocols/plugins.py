@@ -357,6 +357,17 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
             "checkpoints cannot be migrated. Convert them to its own format with that code"
         )
 
+    def foreign_conditions(self, config: ConfigT, *, source: str) -> Mapping[str, str]:
+        """Which condition tensor each tensor of FastVideo's preprocessed samples is, by its name
+        there (``text_embedding``, ``first_frame_latent``, ``clip_feature``).
+
+        Such samples are taken where all of ``condition_shapes`` are among them. The default is for
+        models that read one text [L, D] and nothing else.
+        """
+        shapes = self.condition_shapes(config, source=source)
+        texts = [name for name, shape in shapes.items() if len(shape) == 2]
+        return {"text_embedding": texts[0]} if len(texts) == 1 else EMPTY
+
 
 @frozen(eq=False, kw_only=True)
 class RunParts:

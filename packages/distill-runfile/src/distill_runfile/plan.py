@@ -11,8 +11,8 @@ from pathlib import Path
 
 from attrs import frozen
 from distill_checkpoint import preview_resume
-from distill_conditioning import DataInfo, data_info
-from distill_conditioning.buckets import count_held_out, make_buckets
+from distill_conditioning import data_info
+from distill_conditioning.buckets import Bucket, count_held_out, make_buckets
 from distill_protocols import RolePlan, RoleSpec
 from distill_runtime import counted
 
@@ -217,12 +217,14 @@ def _data(config: RunConfig) -> list[str]:
     info = data_info(config.data)
     seen = config.training.max_train_steps * config.training.global_batch_size
     shards = sum(one.shards for one in info.sets)
-    if not config.data.sets and len(info.sets[0].shapes) == 1:
-        text = f"latents {list(info.sets[0].shapes[0].latents or ())}"
-    else:
-        text = f"of {len(make_buckets(info.sources))} buckets"
+    buckets = make_buckets(info.sources)
+    shapes = {bucket.shape.latents for bucket in buckets}
+    text = f"latents of {len(shapes)} shapes"
+    if len(shapes) == 1:
+        [latents] = shapes
+        text = "captions alone" if latents is None else f"latents {list(latents)}"
     share = (config.validation.share if config.validation else None) or 0.0
-    held_out = sum(count_held_out(len(bucket), share) for bucket in make_buckets(info.sources))
+    held_out = sum(count_held_out(len(bucket), share) for bucket in buckets)
     lines = [
         f"  {info.samples:,} samples in {shards} shard(s), {text}; the run sees each "
         f"{seen / (info.samples - held_out):.2f} times"
@@ -231,15 +233,15 @@ def _data(config: RunConfig) -> list[str]:
         lines.append(f"  {held_out:,} of them are held out, and losses are measured on those")
     if config.data.path is not None:
         lines.append(f"  {config.data.path}")
-    if text.startswith("of"):
-        lines += _buckets(info, seen)
+    if len(buckets) > 1:
+        lines += _buckets(buckets, seen)
     return lines
 
 
-def _buckets(info: DataInfo, seen: int) -> list[str]:
+def _buckets(buckets: Sequence[Bucket], seen: int) -> list[str]:
     """Say how often the samples of each bucket are seen."""
     rows = [("data set", "latents", "samples", "share", "times seen")]
-    for bucket in make_buckets(info.sources):
+    for bucket in buckets:
         latents = "none" if bucket.shape.latents is None else str(list(bucket.shape.latents))
         share = float(bucket.share)
         rows.append((
