@@ -99,6 +99,28 @@ def train_and_lose_rank(file: Path, rank: int, iteration: int, how: str) -> str:
     return train(file)
 
 
+def train_and_list_samples(file: Path) -> list[tuple[int, tuple[int, ...], tuple[str, ...]]]:
+    """Train as ``train`` does; return iteration, shape and ids of the batches of this rank."""
+    build = app.build
+    trained: list[tuple[int, tuple[int, ...], tuple[str, ...]]] = []
+
+    def listing(*args: Any, **kwargs: Any) -> Run:
+        run = build(*args, **kwargs)
+        step = run.method.single_train_step
+
+        def record(batch: Any, iteration: int) -> Any:
+            trained.append((iteration, tuple(batch.latent_shape), batch.ids))
+            return step(batch, iteration)
+
+        run.method.single_train_step = record  # type: ignore[method-assign]
+        return run
+
+    app.build = listing  # type: ignore[assignment]
+    error = train(file)
+    assert not error, error
+    return trained
+
+
 _COMPARED = ("loss/", "grad_norm/", "student_", "dmd_")
 
 
