@@ -577,6 +577,12 @@ def test_two_experts_are_two_of_everything(experts, config, tmp_path, format, fi
     assert exporter.verify(role, weights, tmp_path / "s", request).keys() >= weights.keys()
     if files is not None:
         assert set(record["files"]) == files
+        back = PLUGIN.start_weights(role, str(tmp_path / "s"))
+        assert back.keys() == weights.keys()
+        if format == "comfyui":
+            for name, source in weights.items():
+                read = back[name].read(source.tensors)
+                assert all(torch.equal(read[k], value) for k, value in source.tensors.items())
         return
     index = json.loads((tmp_path / "s/model_index.json").read_text())
     assert index["transformer_2"] == ["diffusers", "WanTransformer3DModel"]

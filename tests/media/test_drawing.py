@@ -9,9 +9,10 @@ import av
 import numpy as np
 import pytest
 import torch
-from distill_media import SheetRow, shrink, write_contact_sheet, write_mp4
-from distill_runtime import replace_file, to_uint8
-from PIL import Image
+from distill_media import Lettering, SheetRow, shrink, write_contact_sheet, write_mp4
+from distill_media.drawing.lettering import FALLBACKS
+from distill_runtime import printable, replace_file, to_uint8
+from PIL import Image, ImageFont
 
 
 def moving_square(frames: int = 9, side: int = 32) -> np.ndarray:
@@ -134,3 +135,35 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path: Path)
         fail()
     assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
     assert target.read_text() == "old"
+
+
+def test_text_of_any_language_is_drawn_or_its_numbers_are(tmp_path: Path) -> None:
+    letters = Lettering(18)
+    for text in (
+        "一只红狐狸在雪地里奔跑",
+        "ثعلب أحمر في الثلج",
+        "🦊 ❄️ 👩‍🚀",
+        "\u202ex",
+        "\ue000\U0010fffd",
+    ):
+        lines = letters.wrap(text, 80)
+        assert "".join(lines).replace(" ", "") == printable(text).replace(" ", "")
+        assert all(letters.length(line) <= 80 or len(line) == 1 for line in lines)
+    # No font has a character of private use: its number is shown.
+    assert letters.length("\U0010fffd") == letters.length("\\U0010fffd")
+    assert letters.length("x") < letters.length("xx") < letters.length("x\U0010fffd")
+
+
+def test_characters_that_the_font_lacks_come_from_another(tmp_path: Path) -> None:
+    if not any(_has(name) for name in FALLBACKS):
+        pytest.skip("no font of another script is on this machine")
+    arabic = Lettering(18).length("ثعلب")
+    assert arabic < Lettering(18).length("\\u062b")
+
+
+def _has(name: str) -> bool:
+    try:
+        ImageFont.truetype(name, 18)
+    except OSError:
+        return False
+    return name in ("DejaVuSans.ttf", "NotoSansArabic-Regular.ttf")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import ltx_pipelines
 import pytest
 import torch
 import wan_variants
-import yaml
 from app_ranks import sample
 from diffusers import WanPipeline
 from distill_adapters_ltx import PLUGIN as LTX
@@ -27,73 +27,13 @@ from distill_protocols import (
     RoleSpec,
     SamplerSpec,
 )
-from distill_runfile.cli import EXIT_OK, EXIT_USAGE
+from distill_runfile.cli import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 from distill_sample import open_model, read_sample_source
 from distill_sample.cli import main
-from distill_train.cli import main as train
+from distill_sample.model import Model
 from PIL import Image
 from ranks import run_on_ranks
-
-TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
-PIPELINE = {"num_frames": 9, "height": 32, "width": 32, "max_sequence_length": 8}
-PROMPTS = ["the digit three moving up", "the digit seven moving left"]
-TEACHER = {"steps": 3, "shift": 3.0, "guidance": 1.5}
-
-
-def run_file(out: Path, **sections: Any) -> Path:
-    """Four iterations of DMD2 on the tiny Wan, of which EMA and live weights differ."""
-    values = {
-        "recipe": {"family": "wan", "method": "dmd2"},
-        "models": {name: {"path": str(TINY / "wan")} for name in ("student", "teacher", "critic")},
-        "training": {
-            "output_dir": str(out), "max_train_steps": 4, "global_batch_size": 2,
-            "progress": False, "trackers": [], "optimizer": {"lr": 1e-2},
-        },
-        "data": {"path": str(TINY / "data")},
-        "pipeline_config": PIPELINE,
-        "method_config": {
-            "generator_update_interval": 2, "real_score_guidance_scale": 1.5,
-            "student_sampler": {"steps": 2, "timesteps": [1000, 700], "stochastic": True},
-        },
-        "callbacks": {"ema": {"roles": ["student"], "decay": 0.5}},
-        "checkpoint": {"export": [{"role": "student", "folder": "student", "ema": True}]},
-        "validation": {
-            "every_steps": 0, "at_end": False, "prompts": PROMPTS, "fps": 6,
-            "views": {"teacher": {"role": "teacher", "sampler": TEACHER}},
-        },
-        **sections,
-    }  # fmt: skip
-    file = out.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(values))
-    return file
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory) -> Path:
-    """Output folder of a run."""
-    folder = tmp_path_factory.mktemp("run") / "out"
-    assert train(["--config", str(run_file(folder))]) == EXIT_OK
-    return folder
-
-
-@pytest.fixture(scope="module")
-def causal(tmp_path_factory) -> Path:
-    """Output folder of a run whose student makes clips chunk by chunk, with a window."""
-    folder = tmp_path_factory.mktemp("causal") / "out"
-    section = {"roles": ["student"], "chunk_frames": 1, "window_frames": 2, "sink_frames": 1}
-    file = run_file(
-        folder,
-        recipe={"family": "wan", "method": "finetune"},
-        models={"student": {"path": str(TINY / "wan")}},
-        pipeline_config=PIPELINE | {"causal": section},
-        method_config={"student_sampler": {"steps": 2, "shift": 3.0, "guidance": 1.5}},
-        callbacks={},
-        conditioning={"negative_prompt": ""},
-        checkpoint={},
-        validation=None,
-    )
-    assert train(["--config", str(file)]) == EXIT_OK
-    return folder
+from sample_app.conftest import PROMPTS, TEACHER
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +62,7 @@ def test_run_export_and_stock_pipeline_make_the_same_clip_to_the_bit(out):
     clips = run.sample(PROMPTS, seed=3)
     assert torch.equal(export.sample(PROMPTS, seed=3), clips)
     assert not torch.equal(open_model(out, weights="live").sample(PROMPTS, seed=3), clips)
-    pipeline = WanPipeline.from_pretrained(out / "student")
+    pipeline: Any = WanPipeline.from_pretrained(out / "student")
     call = json.loads((out / "student" / "sampler_spec.json").read_text())["call"]
     for number, prompt in enumerate(PROMPTS):
         torch.manual_seed(3 + number)
@@ -145,7 +85,7 @@ def test_the_app_writes_clips_sheets_and_what_made_them(out, tmp_path):
         "001-the-digit-seven-moving-left-student.mp4",
         "000-the-digit-three-moving-up-teacher.mp4",
         "001-the-digit-seven-moving-left-teacher.mp4",
-        "contact_sheet.png", "contact_sheet.mp4", "samples.json", "cache",
+        "contact_sheet.png", "contact_sheet.mp4", "samples.json",
     }  # fmt: skip
     clips = open_model(out).sample(PROMPTS, seed=3)
     expected = (clips.permute(0, 2, 3, 4, 1) * 255).round().numpy()
@@ -162,10 +102,60 @@ def test_the_app_writes_clips_sheets_and_what_made_them(out, tmp_path):
     assert student["sampler"]["timesteps"] == [1000, 700]
     assert teacher["sampler"] | TEACHER == teacher["sampler"]
     assert [clip["seed"] for clip in record["clips"]] == [3, 4]
+    assert record["complete"]
+    assert record["clips"][1]["files"] == {
+        role: f"001-the-digit-seven-moving-left-{role}.mp4" for role in ("student", "teacher")
+    }
     assert main([*args, "--steps", "1", "--solver", "unipc"]) == EXIT_OK
     record = json.loads((to / "samples.json").read_text())
     assert record["roles"][1]["sampler"]["solver"] == "unipc"
     assert record["roles"][0]["sampler"]["timesteps"] == [1000, 700]
+
+
+def interrupt_after(method: Callable[..., Any], calls: int) -> Callable[..., Any]:
+    """Let a Ctrl-C come in the call after so many of ``method``."""
+    left = [calls]
+
+    def call(*args: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return method(*args, **options)
+
+    return call
+
+
+def test_after_an_interrupt_the_record_names_what_is_there(out, tmp_path, monkeypatch):
+    args = [str(out), *(f"--prompt={text}" for text in PROMPTS), "--to", str(tmp_path)]
+    assert main([*args, "--format", "gif"]) == EXIT_OK
+    assert {path.suffix for path in tmp_path.iterdir()} == {".gif", ".png", ".json"}
+    monkeypatch.setattr(Model, "sample", interrupt_after(Model.sample, 1))
+    assert main([*args, "--format", "gif"]) == EXIT_INTERRUPTED
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert not record["complete"]
+    [clip] = record["clips"]
+    assert clip["prompt"] == PROMPTS[0]
+    assert (tmp_path / clip["files"]["student"]).is_file()
+    assert list(tmp_path.glob("001*")) == [], "of the former call"
+
+
+@pytest.mark.parametrize("format", ["mp4", "gif"])
+def test_an_interrupted_stream_keeps_its_chunks(causal, tmp_path, monkeypatch, format):
+    stream = Model.stream
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        chunks = stream(*args, **options)
+        yield next(chunks)
+        yield next(chunks)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Model, "stream", interrupted)
+    args = [str(causal), "--prompt", PROMPTS[0], "--latent-frames", "9", "--to", str(tmp_path)]
+    assert main([*args, "--format", format]) == EXIT_INTERRUPTED
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert not record["complete"]
+    assert len(record["roles"][0]["seconds_per_chunk"]) == 2
+    assert len(frames_of(tmp_path / record["clips"][0]["files"]["student"])) == 5
 
 
 def test_clips_of_two_calls_do_not_mix(out):
@@ -292,7 +282,7 @@ def test_what_is_wrong_with_a_request_is_listed(out, tmp_path, capsys, args, pro
         ("family", "wam", "unknown family 'wam'; did you mean 'wan'?"),
         ("family", ["wan"], "unknown family"),
         ("family", None, "does not say which family"),
-        ("format", "comfyui", "an export for other tools"),
+        ("format", "comfyui", "holds weights alone"),
         ("sampler", {"steps": 0}, "sampler.steps"),
         ("sampler", 3, "sampler"),
         ("pipeline_config", {"num_frames": 10, "height": 32, "width": 32}, "4k + 1"),

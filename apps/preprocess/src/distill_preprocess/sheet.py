@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from distill_media import scale_to_height, wrap_text
+from distill_media import Lettering, scale_to_height
 from distill_runtime import printable, replace_file
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from distill_preprocess.shown import Shown
 
@@ -40,20 +40,20 @@ def _row(sample: Shown) -> Image.Image:
         for frames in (sample.source, sample.decoded)
     ]
     height, width = strips[0].shape[:2]
-    font = ImageFont.load_default(_FONT)
+    letters = Lettering(_FONT)
     lines = [
         (printable(sample.id, one_line=True)[:_COLUMNS], _INK),
         (f"{sample.shape}, {sample.psnr:.1f} dB", _INK),
-        *((line, _INK) for line in wrap_text(sample.caption, _WIDTH, font_size=_FONT)[:4]),
+        *((line, _INK) for line in letters.wrap(sample.caption, _WIDTH)[:4]),
         *((printable(note, one_line=True)[:_COLUMNS], _NOTE) for note in sample.notes),
     ]
-    text = max(font.getlength(line) for line, _ in lines)
+    text = max(letters.length(line) for line, _ in lines)
     rows = max(2 * height + _GAP, _LINE * len(lines))
-    size = (width + 3 * _GAP + round(text), rows + 2 * _GAP)
+    size = (width + 3 * _GAP + text, rows + 2 * _GAP)
     row = Image.new("RGB", size, _PAPER)
     for number, strip in enumerate(strips):
         row.paste(Image.fromarray(strip), (_GAP, _GAP + number * (height + _GAP // 2)))
     pen = ImageDraw.Draw(row)
     for number, (line, color) in enumerate(lines):
-        pen.text((width + 2 * _GAP, _GAP + number * _LINE), line, color, font)
+        letters.draw(pen, (width + 2 * _GAP, _GAP + number * _LINE), line, color)
     return row

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from distill_sample.request import Request
 
 _EPILOG = """\
-FROM is a run's output folder (its newest checkpoint is taken), a checkpoint, or an exported
-Diffusers folder. A student is sampled as it was trained, by the run's own sampler. Clip n has the
-noise that a stock pipeline draws after torch.manual_seed(SEED + n): on a CPU it is the same clip.
+FROM is a run's output folder (its newest checkpoint is taken), a checkpoint, or an export of any
+format. A student is sampled as it was trained, by the run's own sampler. Clip n has the noise that
+a stock pipeline draws after torch.manual_seed(SEED + n): on a CPU it is the same clip.
 
   uv run apps/sample outputs/mine --prompt "a red fox in the snow" --also teacher --steps 32
   uv run apps/sample outputs/mine --prompts prompts.txt --seed 7 --batch 4
   uv run apps/sample outputs/causal --prompt "waves at dusk" --latent-frames 200
+  uv run apps/sample student-lora --base models/wan --prompt "a red fox in the snow"
 
 several processes: uv run torchrun --nproc-per-node 8 apps/sample ...
 
@@ -78,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--role", metavar="NAME", help="of a run; default: student")
     add("--weights", choices=get_args(Weights), default="auto",
         help="of a checkpoint: averaged or live; auto: averaged where there are")  # fmt: skip
+    add("--base", metavar="MODEL",
+        help="the model that a lora or comfyui export belongs to, a Diffusers folder or hub id; "
+        "default: the hub id that the export names")  # fmt: skip
     add("--also", action="append", default=[], metavar="ROLE",
         help="another role of the run, such as teacher, from the same noise")  # fmt: skip
     sampler = parser.add_argument_group(
@@ -118,12 +122,13 @@ def _read(args: argparse.Namespace) -> tuple[SampleSource, Request]:
     problems += wrong
     try:
         source = read_sample_source(
-            args.source, role=args.role, weights=args.weights, also=args.also, samplers=samplers
-        )
+            args.source, role=args.role, weights=args.weights, also=args.also,
+            samplers=samplers, base=args.base,
+        )  # fmt: skip
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
     if args.latent_frames:
-        problems += _stream_problems(source)
+        problems += _stream_problems(source, args.latent_frames)
     if problems:
         raise ConfigError(problems)
     if source.main in samplers:
@@ -142,10 +147,17 @@ def _read(args: argparse.Namespace) -> tuple[SampleSource, Request]:
     return source, request
 
 
-def _stream_problems(source: SampleSource) -> list[str]:
-    causal = source.family_plugin.capabilities(source.pipeline).causal_roles
-    if source.main in causal:
-        return []
+def _stream_problems(source: SampleSource, frames: int) -> list[str]:
+    family, pipeline = source.family_plugin, source.pipeline
+    if source.main in family.capabilities(pipeline).causal_roles:
+        shape = family.latent_shape(pipeline, source=source.components)
+        reads_picture = family.needs_image(source.roles[source.main].spec, pipeline)
+        if shape is None or not reads_picture or frames <= shape[1]:
+            return []
+        return [
+            f"--latent-frames {frames}: {source.main!r} reads its first frame beside every frame "
+            f"of a clip, and there are {shape[1]} of them. Give at most these"
+        ]
     return [
         f"--latent-frames: {source.main!r} is not causal and makes a clip as a whole, of the "
         "length that it was trained on. Leave it out"
@@ -192,6 +204,6 @@ def _fps(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value <= 240:
-        raise argparse.ArgumentTypeError(f"{text!r} must be frames per second, above 0 up to 240")
+    if not 0.1 <= value <= 240:
+        raise argparse.ArgumentTypeError(f"{text!r} must be frames per second, from 0.1 to 240")
     return value

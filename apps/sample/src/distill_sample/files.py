@@ -13,6 +13,7 @@ from distill_media import (
     clips_to_gif,
     shrink,
     write_contact_sheet,
+    write_sheet_gif,
     write_sheet_mp4,
 )
 from distill_protocols import DataError
@@ -57,10 +58,28 @@ def write_clip(clip: Tensor, folder: Path, stem: str, *, format: str, fps: float
 
 
 def write_stream(parts: Iterable[Tensor], path: Path, *, fps: float) -> None:
-    """Write an MP4 of frames [3, F, H_px, W_px] as they come, a part at a time in memory."""
+    """Write an MP4 of frames [3, F, H_px, W_px] as they come, a part at a time in memory.
+
+    Where an interrupt (Ctrl-C) ends it the file has the parts of before, and the interrupt goes on.
+    """
+    interrupt, count = None, 0
     with replace_file(path) as part, Mp4Writer(part, fps=fps, smallest_side=SMALLEST_SIDE) as video:
-        for frames in parts:
-            video.add(to_uint8(frames).numpy())
+        try:
+            for frames in parts:
+                video.add(to_uint8(frames).numpy())
+                count += 1
+        except KeyboardInterrupt as error:
+            if not count:
+                raise
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
+def find_clip(folder: Path, stem: str, format: str) -> Path | None:
+    """Return what ``write_clip`` wrote; None: nothing yet."""
+    names = (f"{stem}.png", stem if format == "png" else f"{stem}.{format}")
+    return next((path for name in names if (path := folder / name).exists()), None)
 
 
 def thumbnails(clips: Tensor) -> Tensor:
@@ -69,13 +88,20 @@ def thumbnails(clips: Tensor) -> Tensor:
 
 
 def write_sheets(
-    rows: Sequence[tuple[str, Tensor]], prompts: Sequence[str], folder: Path, *, fps: float
+    rows: Sequence[tuple[str, Tensor]],
+    prompts: Sequence[str],
+    folder: Path,
+    *,
+    format: str,
+    fps: float,
 ) -> Iterator[Path]:
-    """Write a contact sheet, as a picture and in motion, for each ``COLUMNS`` prompts.
+    """Write a contact sheet for each ``COLUMNS`` prompts: a picture, and beside MP4s and GIFs one
+    in motion, of their format.
 
     Args:
         rows: label and thumbnails [B, F, H, W, 3] uint8 of each role, a clip a prompt.
     """
+    write_film = {"mp4": write_sheet_mp4, "gif": write_sheet_gif}.get(format)
     for first in range(0, len(prompts), COLUMNS):
         part = slice(first, first + COLUMNS)
         sheet = [SheetRow(label, clips[part].numpy()) for label, clips in rows]
@@ -83,10 +109,10 @@ def write_sheets(
         picture = folder / f"contact_sheet{number}.png"
         write_contact_sheet(sheet, prompts[part], picture)
         yield picture
-        if all(clips.shape[1] > 1 for _, clips in rows):
-            video = folder / f"contact_sheet{number}.mp4"
-            write_sheet_mp4(sheet, prompts[part], video, fps=fps)
-            yield video
+        if write_film is not None and all(clips.shape[1] > 1 for _, clips in rows):
+            film = folder / f"contact_sheet{number}.{format}"
+            write_film(sheet, prompts[part], film, fps=fps)
+            yield film
 
 
 def read_first_frames(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:

@@ -184,6 +184,7 @@ def open_model(
     weights: Weights = "auto",
     also: Sequence[str] = (),
     samplers: Mapping[str, SamplerSpec] | None = None,
+    base: Path | str | None = None,
     device: torch.device | str | None = None,
     cache: Path | str | None = None,
 ) -> Model:
@@ -196,7 +197,9 @@ def open_model(
     Raises:
         DistillError: it cannot be sampled, or weights are damaged.
     """
-    source = read_sample_source(path, role=role, weights=weights, also=also, samplers=samplers)
+    source = read_sample_source(
+        path, role=role, weights=weights, also=also, samplers=samplers, base=base
+    )
     return load(source, device=torch.device(device or device_type()), cache=cache)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from distill_runfile import cli, to_plain
-from distill_runtime import RowPartition, counted, device_type, json_text, replace_file
+from distill_runfile import cli
+from distill_runtime import ALONE, RowPartition, counted, device_type
 from distill_trainer import Distribution
 from distill_trainer.config import DistributedConfig
 from torch import Tensor
@@ -22,9 +22,10 @@ from distill_sample.files import (
     write_sheets,
     write_stream,
 )
-from distill_sample.model import Model, load
+from distill_sample.model import Model, StreamedChunk, load
+from distill_sample.record import SampleRecord
 from distill_sample.request import Request
-from distill_sample.sources import RECORD_FILE, SampleSource
+from distill_sample.sources import SampleSource
 
 _log = logging.getLogger(__name__)
 
@@ -38,11 +39,14 @@ def run(source: SampleSource, request: Request) -> None:
     """
     with Distribution.start(DistributedConfig(), device_type()) as distribution:
         ranks = distribution.ranks
+        if request.latent_frames is not None:
+            if not ranks.is_first:  # one video, whose chunks follow from those before
+                return
+            ranks = ALONE
         request.to.mkdir(parents=True, exist_ok=True)
         model = load(
             source,
             device=distribution.device,
-            cache=request.to,
             negative_prompt=request.negative_prompt,
             ranks=ranks,
         )
@@ -65,92 +69,106 @@ def _read_images(model: Model, request: Request) -> Tensor | None:
 
 def _sample(model: Model, request: Request, images: Tensor | None, rows: RowPartition) -> None:
     """Make the clips of this rank's prompts; the first rank draws the sheets of all."""
-    own = list(dict.fromkeys(rows.own))  # the last row may be there twice, to fill up a rank
-    sheet: list[tuple[str, Tensor]] = []
-    records: list[dict[str, object]] = []
-    for role in model.source.roles:
-        began = time.perf_counter()
-        small = []
-        for chunk in _chunks(own, request.batch):
-            clips = model.sample(
-                [request.prompts[row] for row in chunk],
-                seed=request.seed,
-                role=role,
-                images=None if images is None else images[chunk],
-                batch=len(chunk),
-                first=chunk[0],
-            )
-            for row, clip in zip(chunk, clips, strict=True):
-                stem = clip_stem(row, request.prompts[row], role)
-                path = write_clip(clip, request.to, stem, format=request.format, fps=request.fps)
-                _log.info("%s: %s", path.name, request.prompts[row])
-            small.append(thumbnails(clips))
-        seconds = (time.perf_counter() - began) / len(own)
-        places = torch.tensor([own.index(row) for row in rows.own])
-        gathered = rows.gather(torch.cat(small)[places])
-        records.append({"role": role, **_record(model, role), "seconds_per_clip": seconds})
-        if gathered is not None:
-            calls = model.spec(role).calls_per_clip
-            sheet.append((f"{role}\n{calls} calls", gathered))
+    record = SampleRecord(model, request)
+    rows.ranks.run_on_first(record.remove_former)
+    with record.kept(here=rows.ranks.is_first):
+        sheet = [
+            row
+            for role in model.source.roles
+            if (row := _sample_role(model, request, images, rows, record, role))
+        ]
+        if rows.ranks.is_first:
+            for path in write_sheets(
+                sheet, request.prompts, request.to, format=request.format, fps=request.fps
+            ):
+                _log.info("%s", path.name)
     if rows.ranks.is_first:
-        for path in write_sheets(sheet, request.prompts, request.to, fps=request.fps):
-            _log.info("%s", path.name)
-        _write_record(model, request, records)
-        cli.say(f"{counted(len(request.prompts) * len(records), 'clip')} in {request.to}")
+        cli.say(f"{counted(len(request.prompts) * len(sheet), 'clip')} in {request.to}")
+
+
+def _sample_role(
+    model: Model,
+    request: Request,
+    images: Tensor | None,
+    rows: RowPartition,
+    record: SampleRecord,
+    role: str,
+) -> tuple[str, Tensor] | None:
+    """Write the clips of one role, and return label and thumbnails of all on the first rank."""
+    own = list(dict.fromkeys(rows.own))  # the last row may be there twice, to fill up a rank
+    entry, began = record.begin(role), time.perf_counter()
+    small = []
+    for chunk in _chunks(own, request.batch):
+        clips = model.sample(
+            [request.prompts[row] for row in chunk],
+            seed=request.seed,
+            role=role,
+            images=None if images is None else images[chunk],
+            batch=len(chunk),
+            first=chunk[0],
+        )
+        for row, clip in zip(chunk, clips, strict=True):
+            stem = clip_stem(row, request.prompts[row], role)
+            path = write_clip(clip, request.to, stem, format=request.format, fps=request.fps)
+            _log.info("%s: %s", path.name, request.prompts[row])
+        small.append(thumbnails(clips))
+    entry["seconds_per_clip"] = (time.perf_counter() - began) / len(own)
+    places = torch.tensor([own.index(row) for row in rows.own])
+    gathered = rows.gather(torch.cat(small)[places])
+    label = f"{role}\n{model.spec(role).calls_per_clip} calls"
+    return None if gathered is None else (label, gathered)
 
 
 def _stream(model: Model, request: Request, images: Tensor | None) -> None:
     assert request.latent_frames is not None
     role, [prompt] = model.source.main, request.prompts
-    chunks = model.stream(
-        prompt,
-        frames=request.latent_frames,
-        seed=request.seed,
-        image=None if images is None else images[0],
-    )
+    record = SampleRecord(model, request)
+    record.remove_former()
     seconds: list[float] = []
+    with record.kept(here=True):
+        record.begin(role)["seconds_per_chunk"] = seconds
+        chunks = model.stream(
+            prompt,
+            frames=request.latent_frames,
+            seed=request.seed,
+            image=None if images is None else images[0],
+        )
+        path = _write_chunks(_timed(chunks, seconds), request, clip_stem(0, prompt, role))
+    cli.say(f"{len(seconds)} chunks: {path}")
 
-    def frames() -> Iterator[Tensor]:
-        for number, chunk in enumerate(chunks, 1):
-            seconds.append(chunk.seconds)
-            count = chunk.frames.shape[2]
-            _log.info(
-                "chunk %d: %d frames in %.3g s (%.3g a second)",
-                number, count, chunk.seconds, count / chunk.seconds,
-            )  # fmt: skip
-            yield chunk.frames[0]
 
-    stem = clip_stem(0, prompt, role)
+def _timed(chunks: Iterable[StreamedChunk], seconds: list[float]) -> Iterator[Tensor]:
+    """Yield the frames [3, F, H_px, W_px] of each chunk, and note how long it took."""
+    for number, chunk in enumerate(chunks, 1):
+        seconds.append(chunk.seconds)
+        count = chunk.frames.shape[2]
+        _log.info(
+            "chunk %d: %d frames in %.3g s (%.3g a second)",
+            number, count, chunk.seconds, count / chunk.seconds,
+        )  # fmt: skip
+        yield chunk.frames[0]
+
+
+def _write_chunks(frames: Iterator[Tensor], request: Request, stem: str) -> Path:
+    """Write a video as it comes. After an interrupt it has what came before."""
     if request.format == "mp4":
         path = request.to / f"{stem}.mp4"
-        write_stream(frames(), path, fps=request.fps)
-    else:
-        clip = torch.cat(list(frames()), dim=1)
-        path = write_clip(clip, request.to, stem, format=request.format, fps=request.fps)
-    record = {"role": role, **_record(model, role), "seconds_per_chunk": seconds}
-    _write_record(model, request, [record])
-    cli.say(f"{len(seconds)} chunks: {path}")
+        write_stream(frames, path, fps=request.fps)
+        return path
+    parts: list[Tensor] = []
+    interrupt = None
+    try:
+        parts.extend(frames)
+    except KeyboardInterrupt as error:
+        if not parts:
+            raise
+        interrupt = error
+    clip = torch.cat(parts, dim=1)
+    path = write_clip(clip, request.to, stem, format=request.format, fps=request.fps)
+    if interrupt is not None:
+        raise interrupt
+    return path
 
 
 def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
     yield from (rows[first : first + size] for first in range(0, len(rows), size))
-
-
-def _record(model: Model, role: str) -> dict[str, object]:
-    own = model.source.roles[role]
-    weights = "live" if own.weights else "of its path"
-    return {
-        "weights": "ema" if own.ema else weights,
-        "sampler": to_plain(model.spec(role)),
-    }
-
-
-def _write_record(model: Model, request: Request, roles: list[dict[str, object]]) -> None:
-    """Leave what the clips were made of beside them."""
-    prompts = [
-        {"prompt": prompt, "seed": request.seed + number}
-        for number, prompt in enumerate(request.prompts)
-    ]
-    record = {"source": model.source.name, "roles": roles, "clips": prompts}
-    with replace_file(request.to / RECORD_FILE) as part:
-        Path(part).write_text(json_text(record))

@@ -29,7 +29,7 @@ Weights = Literal["auto", "ema", "live"]
 ConfigT = TypeVar("ConfigT")
 
 RECORD_FILE = "samples.json"
-"""Written last: what made the clips beside it."""
+"""Written last, also after an interrupt: what made the clips beside it."""
 STUDENT = "student"
 """The role that a method trains to be sampled."""
 DEFAULT_FPS = 16.0
@@ -101,16 +101,19 @@ def read_sample_source(
     weights: Weights = "auto",
     also: Sequence[str] = (),
     samplers: Mapping[str, SamplerSpec] | None = None,
+    base: Path | str | None = None,
 ) -> SampleSource:
     """Read what ``path`` holds.
 
     Args:
-        path: an exported Diffusers folder, a checkpoint, or a run's output folder, whose newest
+        path: an export of any format, a checkpoint, or a run's output folder, whose newest
             checkpoint is taken.
         role: of a checkpoint; None: ``student``.
         weights: averaged (EMA) or live ones of a checkpoint; auto: averaged where there are any.
         also: further roles of the run, such as its teacher.
         samplers: by role, in place of what the run says.
+        base: Diffusers folder or hub id of the model that an export of a format for other tools
+            (``lora``, ``comfyui``) was made from; None: the hub id that it names.
 
     Raises:
         ConfigError: with every reason why it cannot be sampled.
@@ -119,12 +122,19 @@ def read_sample_source(
     folder = Path(path).expanduser().absolute()
     given = dict(samplers or {})
     if (folder / SPEC_FILE).is_file():
-        return _read_export(folder, role, also, given)
+        return _read_export(folder, role, also, given, base)
     if not folder.is_dir():
         raise ConfigError(
             [
-                f"{path}: no such folder. Name a run's output folder, a checkpoint, or an exported "
-                "Diffusers folder"
+                f"{path}: no such folder. Name a run's output folder, a checkpoint, or the folder "
+                "of an export"
+            ]
+        )
+    if base is not None:
+        raise ConfigError(
+            [
+                f"--base {base}: {path} is no export, and a checkpoint names the models of its "
+                "run. Leave --base out"
             ]
         )
     checkpoint, held = cli.hold_newest_checkpoint(folder, "FROM")
@@ -235,7 +245,11 @@ def _frozen(spec: RoleSpec) -> RoleSpec:
 
 
 def _read_export(
-    folder: Path, role: str | None, also: Sequence[str], samplers: Mapping[str, SamplerSpec]
+    folder: Path,
+    role: str | None,
+    also: Sequence[str],
+    samplers: Mapping[str, SamplerSpec],
+    base: Path | str | None,
 ) -> SampleSource:
     file = folder / SPEC_FILE
     try:
@@ -247,11 +261,8 @@ def _read_export(
     def report(path: KeyPath, message: str) -> None:
         problems.append(f"{file}: {'.'.join(path)}: {message}")
 
-    if record.get("format") != "diffusers":
-        problems.append(
-            f"{folder} is an export for other tools (format {record.get('format')!r}). Sample the "
-            "checkpoint that it came from, or an export of the format diffusers"
-        )
+    path, wrong = _path_of_export(folder, record, base)
+    problems += wrong
     if also:
         problems.append(
             f"{folder} holds one role, so there is no {', '.join(map(repr, also))} beside it. Name "
@@ -274,25 +285,50 @@ def _read_export(
     options = structure(RoleOptions, computed, ("compute_precision",), how)
     if family is None or options is None:
         raise ConfigError(problems)
-    spec = RoleSpec(
-        name=name, path=str(folder), trainable=False, precision=options.precision or "fp32"
-    )
+    spec = RoleSpec(name=name, path=path, trainable=False, precision=options.precision or "fp32")
+    start = None if path == str(folder) else InitFromConfig(path=str(folder))
     values = record.get("pipeline_config")
     pipeline = structure(family.config_class, values, ("pipeline_config",), how)
     if pipeline is not None:
         problems += [problem.message for problem in family.role_problems(spec, pipeline)]
+        if start is not None and not problems:
+            problems += family.start_problems(spec, pipeline, start.path)
     if problems:
         raise ConfigError(problems)
     return SampleSource(
         name=folder.name,
         folder=folder,
         family_plugin=family,
-        roles={name: SampledRole(spec=spec, sampler=sampler)},
+        roles={name: SampledRole(spec=spec, sampler=sampler, init_from=start)},
         pipeline=pipeline,
-        components=str(folder),
+        components=path,
         negative_prompt="",
         fps=DEFAULT_FPS,
     )
+
+
+def _path_of_export(
+    folder: Path, record: Mapping[str, object], base: Path | str | None
+) -> tuple[str, list[str]]:
+    """Return the folder or hub id that a pipeline is read from, and what is wrong with it: the
+    export itself, or for weights alone (``lora``, ``comfyui``) the model that they are for."""
+    if record.get("format") == "diffusers":
+        if base is None:
+            return str(folder), []
+        return str(folder), [
+            f"--base {base}: {folder} is a whole pipeline, so nothing of another model is in its "
+            "clips. Leave --base out"
+        ]
+    if base is not None:
+        local = Path(base).expanduser()
+        return str(local.absolute() if local.exists() else base), []
+    origin = str(record.get("path", ""))
+    if origin.count("/") == 1 and not origin.startswith((".", "/", "~")):
+        return origin, []  # a hub id: of a folder the record has the last name alone
+    return "", [
+        f"{folder} holds weights alone (format {record.get('format')!r}), without the rest of the "
+        f"pipeline, which was that of a folder {origin!r}. Name it with --base FOLDER"
+    ]
 
 
 def _family(record: Mapping[str, object], problems: list[str]) -> FamilyPlugin[Any] | None:

@@ -34,15 +34,17 @@ if TYPE_CHECKING:
         read_mp4,
         write_mp4,
     )
+    from distill_media.drawing.lettering import Lettering
     from distill_media.drawing.reading import Animation, read_animation
     from distill_media.drawing.scaling import enlarge, scale_to_height, shrink, side_by_side
     from distill_media.drawing.sheets import (
         SheetRow,
         caption_clips,
         draw_contact_sheet,
+        draw_sheet_film,
         spread_frames,
-        wrap_text,
         write_contact_sheet,
+        write_sheet_gif,
         write_sheet_mp4,
     )
     from distill_media.inspection import find_notes
@@ -54,6 +56,7 @@ __all__ = [
     "CaptionsConfig",
     "ClipShape",
     "CutConfig",
+    "Lettering",
     "MediaClip",
     "MediaError",
     "MediaItem",
@@ -70,6 +73,7 @@ __all__ = [
     "clips_to_gif",
     "decode_clips",
     "draw_contact_sheet",
+    "draw_sheet_film",
     "encode_animation",
     "encode_mp4",
     "enlarge",
@@ -85,9 +89,9 @@ __all__ = [
     "shrink",
     "side_by_side",
     "spread_frames",
-    "wrap_text",
     "write_contact_sheet",
     "write_mp4",
+    "write_sheet_gif",
     "write_sheet_mp4",
 ]
 
@@ -100,6 +104,7 @@ _LAZY = {
         ["Mp4Writer", "clips_to_gif", "encode_animation", "encode_mp4", "read_mp4", "write_mp4"],
         "drawing.encoding",
     ),
+    "Lettering": "drawing.lettering",
     **dict.fromkeys(["Animation", "read_animation"], "drawing.reading"),
     **dict.fromkeys(["enlarge", "scale_to_height", "shrink", "side_by_side"], "drawing.scaling"),
     **dict.fromkeys(
@@ -107,9 +112,10 @@ _LAZY = {
             "SheetRow",
             "caption_clips",
             "draw_contact_sheet",
+            "draw_sheet_film",
             "spread_frames",
-            "wrap_text",
             "write_contact_sheet",
+            "write_sheet_gif",
             "write_sheet_mp4",
         ],
         "drawing.sheets",

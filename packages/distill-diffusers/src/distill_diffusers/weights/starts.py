@@ -103,6 +103,8 @@ def find_start(
     }
     if any(file.is_file() for file in loras.values()):
         return _start(path, {m: (file,) for m, file in loras.items() if file.is_file()})
+    if pair := _single_files(folder, modules):
+        return _start(path, pair)
     files = _files_of(folder)
     return _start(path, {modules[0]: files}) if files else None
 
@@ -418,6 +420,18 @@ def _files_of(folder: Path) -> tuple[Path, ...]:
             "unknown. Name one file"
         )
     return tuple(singles)
+
+
+def _single_files(folder: Path, modules: tuple[str, ...]) -> dict[str, tuple[Path, ...]]:
+    """Find a file for each expert, named as exports for other codes are (``single_files``): x and
+    ``x-transformer_2``; empty where there is nothing else than one transformer."""
+    stems = {file.stem for file in folder.glob("*.safetensors")}
+    for module in modules[1:]:
+        for first in stems:
+            if stems == {first, f"{first}-{module}"}:
+                names = {modules[0]: first, module: f"{first}-{module}"}
+                return {m: (folder / f"{stem}.safetensors",) for m, stem in names.items()}
+    return {}
 
 
 def _holds_only_gguf(folder: Path) -> bool:

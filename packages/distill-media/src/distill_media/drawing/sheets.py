@@ -8,9 +8,10 @@ from pathlib import Path
 import attrs
 import numpy as np
 from distill_runtime import printable, replace_file
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from distill_media.drawing.encoding import write_mp4
+from distill_media.drawing.encoding import encode_animation, write_mp4
+from distill_media.drawing.lettering import Lettering
 from distill_media.drawing.scaling import check_clip, enlarge
 
 INK = (20, 20, 20)
@@ -106,6 +107,33 @@ def write_sheet_mp4(
     Args:
         title: above all of it.
     """
+    film = draw_sheet_film(rows, prompts, frame_side=frame_side, title=title)
+    write_mp4(np.concatenate([film] * repeats), path, fps=fps, smallest_side=1)
+
+
+def write_sheet_gif(
+    rows: Sequence[SheetRow],
+    prompts: Sequence[str],
+    path: Path | str,
+    *,
+    fps: float = 8,
+    frame_side: int = 160,
+) -> None:
+    """Write the contact sheet in motion as a GIF that repeats without end. Same errors."""
+    film = draw_sheet_film(rows, prompts, frame_side=frame_side)
+    with replace_file(path) as staging:
+        staging.write_bytes(encode_animation(film, "GIF", fps))
+
+
+def draw_sheet_film(
+    rows: Sequence[SheetRow],
+    prompts: Sequence[str],
+    *,
+    frame_side: int = 160,
+    title: str | None = None,
+) -> np.ndarray:
+    """Draw the contact sheet in motion, [T, H, W, 3] uint8: a page for each frame of the shortest
+    clips. Arguments and errors are those of ``write_sheet_mp4``."""
     count = min((row.clips.shape[1] for row in rows), default=0)
     pages = [
         _draw_sheet(rows, prompts, lambda _, now=now: [now], frame_side) for now in range(count)
@@ -113,9 +141,7 @@ def write_sheet_mp4(
     if not pages:
         raise _nothing_to_draw(rows, prompts)
     film = np.stack(pages)
-    if title is not None:
-        [film] = caption_clips(film[None], [title])
-    write_mp4(np.concatenate([film] * repeats), path, fps=fps, smallest_side=1)
+    return film if title is None else caption_clips(film[None], [title])[0]
 
 
 def _draw_sheet(
@@ -129,21 +155,21 @@ def _draw_sheet(
         raise _nothing_to_draw(rows, prompts)
     cells = [_row_of_cells(row, len(prompts), picks, frame_side) for row in rows]
     width = max(row[0].shape[1] for row in cells)
-    font = ImageFont.load_default(_FONT_SIZE)
-    labels = [printable(row.label) for row in rows]
-    captions = [wrap_text(prompt, width) for prompt in prompts]
-    left = 2 * _GAP + max(
-        int(font.getlength(line)) for label in labels for line in label.split("\n")
-    )
+    letters = Lettering(_FONT_SIZE)
+    labels = [printable(row.label).split("\n") for row in rows]
+    captions = [letters.wrap(prompt, width) for prompt in prompts]
+    left = 2 * _GAP + max(letters.length(line) for lines in labels for line in lines)
     top = _GAP + _LINE * max(len(lines) for lines in captions) + _GAP // 2
     height = top + sum(row[0].shape[0] + _GAP for row in cells)
     sheet = Image.new("RGB", (left + (width + _GAP) * len(prompts), height), PAPER)
     pen = ImageDraw.Draw(sheet)
     for column, lines in enumerate(captions):
         for number, text in enumerate(lines):
-            pen.text((left + column * (width + _GAP), _GAP + number * _LINE), text, INK, font)
+            place = (left + column * (width + _GAP), _GAP + number * _LINE)
+            letters.draw(pen, place, text, INK)
     for label, drawn in zip(labels, cells, strict=True):
-        pen.multiline_text((_GAP, top + 4), label, INK, font)
+        for number, text in enumerate(label):
+            letters.draw(pen, (_GAP, top + 4 + number * _LINE), text, INK)
         for column, cell in enumerate(drawn):
             sheet.paste(Image.fromarray(cell), (left + column * (width + _GAP), top))
         top += drawn[0].shape[0] + _GAP
@@ -195,30 +221,14 @@ def caption_clips(clips: np.ndarray, captions: Sequence[str]) -> np.ndarray:
     """
     size = 14
     width = clips.shape[3]
-    lines = [wrap_text(caption, width - 8, font_size=size) for caption in captions]
+    letters = Lettering(size)
+    lines = [letters.wrap(caption, width - 8) for caption in captions]
     height = 8 + (size + 4) * max(map(len, lines))
-    font = ImageFont.load_default(size)
     bands = []
     for own in lines:
         band = Image.new("RGB", (width, height), PAPER)
-        ImageDraw.Draw(band).multiline_text((4, 4), "\n".join(own), INK, font, spacing=4)
+        for number, text in enumerate(own):
+            letters.draw(ImageDraw.Draw(band), (4, 4 + number * (size + 4)), text, INK)
         bands.append(np.asarray(band))
     shape = (*clips.shape[:2], height, width, 3)
     return np.concatenate([np.broadcast_to(np.stack(bands)[:, None], shape), clips], axis=2)
-
-
-def wrap_text(text: str, width: int, *, font_size: int = _FONT_SIZE) -> list[str]:
-    """Break ``text`` at spaces into lines no wider than ``width`` pixels of the font that sheets
-    use; a single longer word stays whole.
-
-    What a terminal would act on is escaped, as in messages.
-    """
-    font = ImageFont.load_default(font_size)
-    lines: list[str] = []
-    for word in printable(text).split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines or [""]
