@@ -107,19 +107,24 @@ def test_links_follow_what_is_on_the_site():
         "[a](../packages/distill-trainer/README.md#trackers) [b](../packages/distill-trainer) "
         "[c](../configs/wan/dmd2_1.3b.yaml) [d](../tools/launch) [e](https://example.org) "
         "[f](methods/dmd2.md) [g][g] [h][x]\n```\n[i](../nowhere)\n```\n"
+        "[j](reference/README.md#errors) [k](reference/README.md#models.role.lora) "
+        "[l](reference/README.md)\n"
         "[g]: ../ARCHITECTURE.md\n[x]: ../tools/golden\n"
     )
     assert site.rewrite(text, "data.md") == (
         "[a](packages/distill-trainer.md#trackers) [b](packages/distill-trainer.md) "
         "[c](reference/run-files/wan/dmd2_1.3b.md) d [e](https://example.org) "
         "[f](methods/dmd2.md) [g][g] h\n```\n[i](../nowhere)\n```\n"
+        "[j](reference/errors.md) [k](reference/options/models.md#models.role.lora) "
+        "[l](reference/README.md)\n"
         "[g]: concepts/architecture.md\n\n"
     )
 
 
 def test_a_link_to_nothing_is_a_warning(caplog):
-    Site.read().rewrite("[a](../nowhere.md) [b](nowhere.md)", "data.md")
-    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    links = "[a](../nowhere.md) [b](nowhere.md) [c](reference/README.md#nowhere)"
+    Site.read().rewrite(links, "data.md")
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 3
 
 
 def test_blocks_and_links_of_markdown():

@@ -32,6 +32,8 @@ _log = logging.getLogger("mkdocs.docs")  # of mkdocs, which counts its warnings
 API = "reference/api"
 OPTIONS = "reference/options"
 RUN_FILES = "reference/run-files"
+REFERENCE = "docs/reference/README.md"
+"""Where links to pages that only the site has lead in the repository; see ``Site._generated``."""
 GENERATED = ("@options", "@api", "@run-files", "@packages", "@apps")
 """Entries of the navigation in mkdocs.yml that stand for generated pages."""
 
@@ -85,6 +87,8 @@ class Site:
             return target
         path, sharp, fragment = target.partition("#")
         found = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
+        if found == REFERENCE and fragment:
+            return posixpath.relpath(self._generated(fragment), posixpath.dirname(uri) or ".")
         here = ROOT / found
         for candidate in (found, f"{found}/README.md"):
             if candidate in self.by_source:
@@ -97,6 +101,22 @@ class Site:
         if not here.exists():
             _log.warning("%s links to %s, and there is no such file", source, target)
         return None
+
+    def _generated(self, name: str) -> str:
+        """Return the generated page, and the place in it, that ``name`` stands for: a page of the
+        reference, a section of the run file, or a key of one. In the repository, which has no such
+        pages, the link leads to the page that says how they are made."""
+        section, dot, _ = name.partition(".")
+        place = f"#{name}" if dot else ""
+        for page in (
+            f"{OPTIONS}/{section}.md",
+            f"reference/{name}.md",
+            f"reference/{name}/index.md",
+        ):
+            if page in self.pages:
+                return page + place
+        _log.warning("%s#%s: there is no page of that name", REFERENCE, name)
+        return REFERENCE.removeprefix("docs/")
 
     def extend_nav(self, nav: list[Any]) -> list[Any]:
         """Replace each entry of ``GENERATED`` by the pages that it stands for."""
