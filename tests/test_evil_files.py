@@ -15,8 +15,8 @@ import torch
 from distill_checkpoint import CheckpointConfig, CheckpointManager, StoredCheckpoint
 from distill_conditioning import DataConfig, LatentDataset, ShardWriter
 from distill_evaluation import ClipJudge, Judge, JudgeConfig
+from distill_evaluation.shipped_metrics.configs import I3D_SHA256
 from distill_evaluation.shipped_metrics.frechet import load_network, read_reference
-from distill_evaluation.shipped_metrics.fvd import I3D_SHA256
 from distill_evaluation.shipped_metrics.i3d import load_pinned_program
 from distill_protocols import CheckpointError, Condition, DataError, WeightsError
 from distill_runfile.source import read_source

@@ -126,8 +126,8 @@ def _weights(method: DistillMethod[Any]) -> dict[str, Tensor]:
     }
 
 
-def validate(folder: Path, prompts: int, stop_at: int = 0) -> dict[str, Any]:
-    """Validate the student, its average and a guided teacher."""
+def validate(folder: Path, prompts: int, stop_at: int = 0, *, x0: bool = True) -> dict[str, Any]:
+    """Validate the student, its average and a guided teacher, and what roles predict."""
     ranks = Ranks.of_this_run(60)
     bundle = toy_bundle(student=1, teacher=2)
     bundle["student"].ema["transformer"] = Average()
@@ -141,7 +141,7 @@ def validate(folder: Path, prompts: int, stop_at: int = 0) -> dict[str, Any]:
     }
     validation = ValidationConfig(
         every_steps=1, prompts=tuple(f"prompt {n}" for n in range(prompts)), views=views,
-        x0=PredictionsConfig(roles=("student", "teacher"), t=(300.0, 900.0)),
+        x0=PredictionsConfig(roles=("student", "teacher"), t=(300.0, 900.0)) if x0 else None,
     )  # fmt: skip
     return _run_hooks(ValidationCallback(validation, Texts()), method, ranks, folder)
 

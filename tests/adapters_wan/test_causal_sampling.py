@@ -433,6 +433,23 @@ def test_a_clip_of_one_chunk_is_the_bidirectional_one(build, name):
 
 
 @torch.no_grad()
+def test_a_first_frame_begins_a_video_longer_than_training(build):
+    adapter, x = build("ti2v", first_frame_alone=True), normal(2, 4, 13, 4, 6)
+    spec, cond = SamplerSpec(steps=2, shift=3.0), random_condition("ti2v", 2)
+    chunks = adapter.chunks("student", 13)
+    parts = adapter.stream("student", spec, (x[:, :, c.span] for c in chunks), cond)
+    video = torch.cat(list(parts), dim=2)
+    clip = adapter.sample("student", spec, x[:, :, :7], cond)
+    assert torch.equal(video[:, :, :1], cond.tensors["image_latents"])
+    assert torch.allclose(video[:, :, :7], clip, atol=1e-5)
+    assert (video[:, :, 7:] - x[:, :, 7:]).abs().mean() > 0.01
+    # Where the picture has a latent for each frame of a clip, those of a longer video lack theirs.
+    adapter, cond = build("i2v-2.1", first_frame_alone=True), random_condition("i2v-2.1", 2)
+    with pytest.raises(ConditioningError, match="longer than they are"):
+        list(adapter.stream("student", spec, (x[:, :, c.span] for c in chunks), cond))
+
+
+@torch.no_grad()
 def test_pictures_that_do_not_go_with_a_video_are_refused(build):
     adapter, t = build("i2v-2.1", chunk_frames=3), torch.full((1,), 500.0)
     cond, x = random_condition("i2v-2.1", 1), normal(1, 4, 3, 4, 6)

@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import evolve
 from checkpoint.test_resume import find_differences
 from distill_checkpoint import CheckpointConfig, list_checkpoints
 from distill_evaluation.health.config import CollapseRule, HealthConfig, LossesRule
+from distill_evaluation.health.plugin import health
+from distill_evaluation.health.turns import Turns
+from distill_protocols import DiscriminatorSpec, PlannedRun, RoleSpec
 from health_runs import PROMPTS, At, ToyRun, captions, watched_numbers
+from hypothesis import given
+from hypothesis import strategies as st
 from ranks import run_on_ranks
 
 EVERY_STEP = HealthConfig(every_steps=1, prompts=PROMPTS)
@@ -32,6 +38,52 @@ def test_a_run_is_bitwise_what_it_is_without_health(tmp_path):
     assert "health/variety" in runs[0].tracker.scalars[0][1]
     assert "health/teacher/motion" in runs[0].tracker.scalars[0][1]
     assert "health/data/latent_std" in runs[0].tracker.scalars[0][1]
+    logged = runs[0].tracker.scalars[-1][1]
+    for part in ("student.transformer/dmd_loss", "critic.transformer/critic_loss"):
+        role = part.partition("/")[0]
+        assert logged[f"loss_grad_norm/{part}"] == pytest.approx(logged[f"grad_norm/{role}"])
+
+
+@pytest.mark.parametrize("role", ["critic", "teacher"])
+def test_another_role_may_be_watched(tmp_path, role):
+    run = ToyRun(tmp_path, steps=4, health=evolve(EVERY_STEP, role=role)).train()
+    variety = [values["health/variety"] for _, values in run.tracker.scalars]
+    assert len(variety) > 1
+    assert (max(variety) - min(variety) < 1e-9) == (role == "teacher"), "it does not move"
+
+
+def test_a_role_that_makes_no_clips_is_refused():
+    heads = RoleSpec(
+        name="judge", path="", trainable=True, heads=DiscriminatorSpec(on="critic", blocks=(0,))
+    )
+    run = PlannedRun(roles={"judge": heads})
+    [problem] = health.problems(evolve(EVERY_STEP, role="judge"), run)
+    assert "'judge' is a discriminator" in problem.message
+
+
+@given(st.lists(st.sampled_from(["a", "b", "ab"]), min_size=1, max_size=12), st.integers(1, 5),
+       st.integers(0, 11))  # fmt: skip
+def test_every_turn_since_the_last_check_is_measured_once(schedule, interval, resumed):
+    method = Scheduled(schedule)
+    turns, resumed = Turns(), resumed % len(schedule)
+    whole = [turns.is_new(method, n, interval) for n in range(1, len(schedule) + 1)]
+    for first in range(0, len(schedule), interval):
+        part = slice(first, first + interval)
+        measured = [turn for turn, new in zip(schedule[part], whole[part], strict=True) if new]
+        assert sorted(measured) == sorted(set(schedule[part]))
+    again = Turns()
+    rest = [again.is_new(method, n, interval) for n in range(resumed + 1, len(schedule) + 1)]
+    assert rest == whole[resumed:]
+
+
+class Scheduled:
+    """Stands for a method: a letter for each module that steps, by iteration."""
+
+    def __init__(self, schedule: Any) -> None:
+        self._schedule = schedule
+
+    def get_optimizers(self, iteration: int) -> Any:
+        return dict.fromkeys(self._schedule[iteration - 1])
 
 
 def test_an_alarm_is_said_once_and_everywhere(tmp_path, caplog):

@@ -21,13 +21,14 @@ from distill_evaluation.chosen import chosen_metrics, metric_problems, metrics_d
 from distill_evaluation.config import ReportConfig, ReportEntry
 from distill_evaluation.measures import psnr, ssim
 from distill_evaluation.report import ReportCallback
-from distill_evaluation.shipped_metrics.frechet import load_network
-from distill_evaluation.shipped_metrics.frechet_plugin import (
+from distill_evaluation.shipped_metrics.configs import (
     FeatureNetworkConfig,
     FrechetConfig,
-    frechet,
+    FvdConfig,
 )
-from distill_evaluation.shipped_metrics.fvd import FvdConfig, fvd
+from distill_evaluation.shipped_metrics.frechet import load_network
+from distill_evaluation.shipped_metrics.frechet_plugin import frechet
+from distill_evaluation.shipped_metrics.fvd import fvd
 from distill_evaluation.shipped_metrics.i3d import prepare
 from distill_evaluation.shipped_metrics.plugins import NoOptions
 from distill_evaluation.shipped_metrics.vbench import VbenchConfig, vbench

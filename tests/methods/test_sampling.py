@@ -14,7 +14,7 @@ from distill_conformance.toy import (
     ToyConditioning,
     toy_batch,
 )
-from distill_methods import FinetuneConfig, FinetuneMethod, sample_views
+from distill_methods import FinetuneConfig, FinetuneMethod, ViewSampler
 from distill_protocols import (
     CapabilityError,
     ConditioningError,
@@ -47,11 +47,11 @@ class OtherWeights:
 def sample(views, *, bundle=None, has_negative=True, able=CAPABILITIES, seed=0):
     bundle = bundle or toy_bundle(student=1, teacher=1)
     adapter = ToyAdapter(bundle, capabilities=able)
-    clips = sample_views(
-        adapter, bundle, views, toy_batch(2).cond, default_spec=SPEC,
-        conditioning=ToyConditioning(has_negative), seed=seed,
+    sampler = ViewSampler(
+        adapter=adapter, bundle=bundle, default_spec=SPEC,
+        conditioning=ToyConditioning(has_negative),
     )  # fmt: skip
-    return clips, adapter
+    return sampler.sample_clips(views, toy_batch(2).cond, seed=seed), adapter
 
 
 def test_views_share_initial_and_fresh_noise():

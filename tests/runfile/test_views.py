@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from distill_adapters_wan import PLUGIN as WAN
 from distill_protocols import ConfigError
 from distill_runfile.read import read_config
 
@@ -45,6 +46,17 @@ def test_what_is_wrong_is_said(values, write, validation, problem):
         read_config(write(values))
     (found,) = error.value.problems
     assert problem in found
+
+
+def test_a_picture_beside_every_frame_ends_with_the_clip(values, write, monkeypatch):
+    monkeypatch.setattr(type(WAN), "needs_image", lambda *_: True)
+    values["pipeline_config"]["causal"] = {"roles": ["student"], "chunk_frames": 1}
+    values["validation"] = section(views={"a": LONG, "b": {**LONG, "latent_frames": 3}})
+    with pytest.raises(ConfigError) as error:
+        read_config(write(values))
+    found = [text for text in error.value.problems if "latent_frames" in text]
+    assert len(found) == 1
+    assert "views.a.latent_frames: 9, but 'student' reads its first frame beside" in found[0]
 
 
 def test_a_causal_student_may_be_shown_for_longer(values, write):

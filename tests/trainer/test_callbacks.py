@@ -9,6 +9,8 @@ import math
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -207,6 +209,20 @@ def test_work_within_a_hook_is_lines_without_a_terminal(tmp_path: Path) -> None:
     bar = ProgressCallback(2, stream, seconds_between_work_lines=0)
     DistillTrainer(training(tmp_path, 1), callbacks=[_Works(), bar]).run(alternating(2), batches())
     assert "looking: 1/2\nlooking: 2/2\n" in stream.getvalue()
+    # What was shown to be under way is shown to be done, however soon that is.
+    bar.seconds_between_work_lines = 3600
+    run_state = SimpleNamespace(ranks=SimpleNamespace(is_first=True), report_progress=None)
+    bar.on_train_start(run_state)  # type: ignore[arg-type]
+    report: Any = run_state.report_progress
+    stream.truncate(0)
+    report("slow", 0, 2)
+    bar.seconds_between_work_lines = 0
+    report("slow", 1, 2)
+    bar.seconds_between_work_lines = 3600
+    report("slow", 2, 2)
+    for done in range(3):
+        report("fast", done, 2)
+    assert stream.getvalue().strip("\0").splitlines() == ["slow: 1/2", "slow: 2/2"]
 
 
 def test_step_timer_uses_the_window_and_the_batch(tmp_path: Path) -> None:

@@ -49,6 +49,9 @@ def test_an_indivisible_batch_is_refused_with_the_arithmetic() -> None:
         config.accumulation(4)
 
 
+VIEWS = {"student": ViewConfig(role="student")}
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -82,6 +85,13 @@ def test_an_indivisible_batch_is_refused_with_the_arithmetic() -> None:
             lambda: ValidationConfig(prompts=("a",), views={"../x": ViewConfig(role="student")}),
             "file name",
         ),
+        (lambda: ValidationConfig(prompts=("a",), views=VIEWS, fps=1e9), r"within \[0\.1, 240\]"),
+        (lambda: ValidationConfig(prompts=("a",), views=VIEWS, fps=1e-9), r"within \[0\.1, 240\]"),
+        (
+            lambda: ValidationConfig(prompts=("a",), views=VIEWS, batches=10**9),
+            "each is a step of the method",
+        ),
+        (lambda: ViewConfig(role="student", latent_frames=10**6), "in memory at once"),
     ],
 )
 def test_wrong_values_are_refused_with_the_reason(make, words: str) -> None:  # type: ignore[no-untyped-def]

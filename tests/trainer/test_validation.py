@@ -18,7 +18,10 @@ from distill_trainer import (
     ValidationCallback,
     ViewConfig,
 )
+from distill_trainer.config import PredictionsConfig
+from distill_trainer.trackers.tensorboard import TensorBoardTracker
 from distill_trainer.validation import files
+from distill_trainer.validation.predictions import source_view
 from PIL import Image
 from toy_trainer import (
     MemoryCheckpointer,
@@ -32,6 +35,23 @@ from toy_trainer import (
     training,
     validation_config,
 )
+
+
+def test_any_name_that_files_may_have_is_shown(tmp_path: Path) -> None:
+    names = ["two words", "漢字", "a%s {x}", "-rf", "c:d", "#?&'\"<b>", "x" * 200]
+    views = {name: ViewConfig(role="student") for name in names}
+    trackers: list[Any] = [TensorBoardTracker(tmp_path / "tb"), MemoryTracker()]
+    callback = ValidationCallback(
+        validation_config(views=views, every_steps=0, prompts=("红狐狸 🦊", "ثعلب")), Prompts()
+    )
+    DistillTrainer(training(tmp_path, 1), callbacks=[callback], trackers=trackers).run(
+        Sampling(alternating(1).bundle, 1), batches()
+    )
+    shown = [name.removeprefix("validation/") for _, name, _ in trackers[1].videos]
+    assert shown == names
+    folder = tmp_path / "validation" / "iteration-000001"
+    assert {p.name for p in folder.iterdir()} == {*names, "sheet.png", "validation.json"}
+    assert {p.stem for p in (tmp_path / "validation" / "over_time").iterdir()} == set(names)
 
 
 def test_validation_does_not_change_the_run(tmp_path: Path) -> None:
@@ -142,10 +162,14 @@ class Counting(Sampling):
 
 
 def _run_with_teacher(
-    folder: Path, *, start: int = 0, path: str = "a", teacher_seed: int = 9, **changes: Any
-) -> tuple:
+    folder: Path, *, start: int = 0, path: str = "a", teacher_seed: int = 9,
+    latent_frames: int | None = None, **changes: Any,
+) -> tuple:  # fmt: skip
     method, tracker = Counting(teacher_seed), MemoryTracker()
-    views = {"teacher": ViewConfig(role="teacher"), "live": ViewConfig(role="student")}
+    views = {
+        "teacher": ViewConfig(role="teacher", latent_frames=latent_frames),
+        "live": ViewConfig(role="student"),
+    }
     callback = ValidationCallback(
         validation_config(views=views, **changes), Prompts(), identities={"teacher": path}
     )
@@ -180,7 +204,7 @@ def test_a_frozen_view_is_sampled_once_and_kept_over_a_resume(tmp_path: Path) ->
     others: tuple[dict[str, Any], ...]
     others = (
         {"path": "b"}, {"teacher_seed": 8}, {"seed": 5}, {"prompts": ("a seven", "a two")},
-        {"fps": 4.0},
+        {"fps": 4.0}, {"latent_frames": 9},
     )  # fmt: skip
     for changes in others:
         assert _run_with_teacher(tmp_path, start=8, **changes)[0][0] == "teacher", changes
@@ -224,3 +248,16 @@ def test_pictures_over_time_hold_former_validations_but_none_of_the_future(
     assert Image.open(root / "over_time" / "live.png").height == four, "6 and 8"
     _run_with_teacher(tmp_path, start=8, prompts=("a seven", "another"))
     assert Image.open(root / "over_time" / "live.png").height == four, "10 and 12: other prompts"
+
+
+def test_the_clips_that_are_noised_are_the_named_ones_or_of_a_frozen_view() -> None:
+    def view(frames: int | None = None) -> ViewConfig:
+        return ViewConfig(role="any", latent_frames=frames)
+
+    views = {"long": view(9), "live": view(), "old": view(9), "teacher": view(), "other": view()}
+    roles = PredictionsConfig(roles=("student",))
+    named = PredictionsConfig(roles=("student",), view="live")
+    assert source_view(named, views, ("teacher",)) == "live"
+    assert source_view(roles, views, ("old", "other", "teacher")) == "teacher", "as in the file"
+    assert source_view(roles, views, ("old",)) == "live"
+    assert source_view(roles, views, ()) == "live"

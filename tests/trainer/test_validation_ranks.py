@@ -22,7 +22,8 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_clips_and_files_are_those_of_one_process(tmp_path: Path, prompts: int, size: int) -> None:
     alone = validate(tmp_path / "alone", prompts)
     assert alone["end"] == "whole"
-    assert list(alone["videos"]) == ["validation/live", "validation/ema", "validation/teacher"]
+    films = [f"x0/{number:03d}" for number in range(prompts)]
+    assert list(alone["videos"]) == [f"validation/{n}" for n in ("live", "ema", "teacher", *films)]
     live = alone["videos"]["validation/live"]
     assert live.shape == (prompts, 3, 2, 128 + 26, 128), "enlarged, with a caption"
     assert len({clip[..., -128:, :].tobytes() for clip in live}) == prompts
@@ -70,6 +71,22 @@ def test_what_is_kept_is_never_sampled_again(tmp_path: Path) -> None:
     [latents] = (tmp_path / "validation" / "kept").glob("*/latents.safetensors")
     latents.unlink()
     assert validate(tmp_path, 2)["calls"] == first["calls"]
+
+
+def test_predictions_that_are_asked_for_later_make_the_kept_clips_anew(tmp_path: Path) -> None:
+    """They were kept without the latents that are noised."""
+    plain = validate(tmp_path, 2, x0=False)
+    assert "validation/x0/000" not in plain["videos"]
+    [kept] = (tmp_path / "validation" / "kept").iterdir()
+    assert not (kept / "latents.safetensors").exists()
+    asked = validate(tmp_path, 2)
+    assert [call for call in asked["calls"] if call.cfg == GUIDED.guidance]
+    assert (kept / "latents.safetensors").is_file()
+    assert (asked["videos"]["validation/teacher"] == plain["videos"]["validation/teacher"]).all()
+    films = [asked["videos"][f"validation/x0/{n:03d}"] for n in range(2)]
+    for film in films:
+        assert film.shape[:2] == (1, 3)
+        assert film.shape[2] == asked["videos"]["validation/teacher"].shape[2]
 
 
 def test_a_writing_error_of_rank_0_fails_on_all(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """What the callback `health` costs at its defaults, as a share of the training.
 
-    uv run python tools/bench/health.py [--names dmd2 consistency] [--checks 6]
+    uv run python tools/bench/health.py [--names dmd2 consistency]
 
-One process trains the shipped tiny run file and takes the CPU time of everything that health does,
-and of everything else: the two alternate, so a busy machine slows both alike. The run is shortened;
-what a check and an iteration take is laid over the whole one, with as many checks as it would have.
+One process trains the shipped tiny run file and lets health watch every other stretch between two
+checks, in the order on, off, off, on: so a busy machine, and a run that becomes slower or faster,
+meet both alike. Each pair of stretches gives a ratio of their CPU times, and all of them a mean
+with its standard error. What health does before the first update is timed by itself, and laid over
+the run once.
 """
 
 from __future__ import annotations
@@ -18,9 +20,7 @@ from typing import Any
 
 import torch
 import yaml
-from attrs import define, field
 from distill_evaluation.health.callback import HealthCallback
-from distill_evaluation.health.config import HealthConfig
 from distill_protocols import Callback, RunState, StepRecord
 from distill_runfile.read import read_config
 from distill_runfile.source import read_source
@@ -31,70 +31,66 @@ from distill_trainer import Distribution
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 
 
-@define
-class Times:
-    """CPU seconds of each kind of work."""
+class Toggled(Callback):
+    """Health, in the stretches in which it is on; takes the CPU seconds of each stretch.
 
-    start: float = 0.0
-    checks: list[float] = field(factory=list)
-    other_steps: list[float] = field(factory=list)
-    training: list[float] = field(factory=list)
-
-
-class Timed(Callback):
-    """Health in a coat that holds a watch."""
+    Args:
+        every: iterations of a stretch, at whose end there is a check.
+    """
 
     name = "health"
     only_observes = True
 
     def __init__(self, health: HealthCallback, every: int) -> None:
-        self.health, self.every, self.times = health, every, Times()
-        self._left = 0.0
+        self._health, self._every = health, every
+        self.start = 0.0
+        self.on: list[float] = []
+        self.off: list[float] = []
+        self._began = 0.0
 
     def on_train_start(self, run: RunState) -> None:
-        self.health.on_train_start(run)
+        self._health.on_train_start(run)
 
     def on_step_start(self, run: RunState) -> None:
-        began = time.process_time()
-        self.health.on_step_start(run)
         now = time.process_time()
         if run.iteration == 1:
-            self.times.start = now - began
-        else:
-            self.times.other_steps.append(now - began)
-        self._left = now
+            self._health.on_step_start(run)
+            self.start = time.process_time() - now
+            now += self.start
+        if run.iteration % self._every == 1:
+            self._began = now
+        if run.iteration > 1 and self._is_on(run):
+            self._health.on_step_start(run)
 
     def on_step_end(self, run: RunState, step: StepRecord) -> None:
-        began = time.process_time()
-        self.times.training.append(began - self._left)
-        self.health.on_step_end(run, step)
-        is_check = run.iteration % self.every == 0
-        column = self.times.checks if is_check else self.times.other_steps
-        column.append(time.process_time() - began)
+        if self._is_on(run):
+            self._health.on_step_end(run, step)
+        if run.iteration % self._every == 0:
+            column = self.on if self._is_on(run) else self.off
+            column.append(time.process_time() - self._began)
+
+    def _is_on(self, run: RunState) -> bool:
+        return (run.iteration - 1) // self._every % 4 in (0, 3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the callback health costs.")
     parser.add_argument("--names", nargs="+", default=["dmd2", "consistency"])
-    parser.add_argument("--checks", type=int, default=6, help="to take times of")
-    parser.add_argument("--between", type=int, default=5, help="iterations between two of them")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name in args.names:
-        print(measure(name, args.checks, args.between), flush=True)
+        print(measure(name), flush=True)
 
 
-def measure(name: str, checks: int, between: int) -> str:
+def measure(name: str) -> str:
     values: dict[str, Any] | None = read_source(TINY / f"{name}.yaml").values
     assert values is not None, f"{name}.yaml cannot be read"
-    whole = values["training"]["max_train_steps"]
     with tempfile.TemporaryDirectory() as folder:
         values["training"] |= {
-            "output_dir": f"{folder}/out", "max_train_steps": checks * between + 1,
-            "progress": False, "trackers": ["jsonl"],
+            "output_dir": f"{folder}/out", "progress": False, "trackers": ["jsonl"],
         }  # fmt: skip
-        values["checkpoint"] = {"save_at_end": False}
-        values["callbacks"] = {"health": {"every_steps": between}}
+        values["checkpoint"] = {"every_steps": None, "save_at_end": False}
+        values["callbacks"] = {"health": {}, "page": None}
         values.pop("validation", None)
         for role in values["models"].values():
             role["path"] = str(TINY / "wan")
@@ -107,20 +103,23 @@ def measure(name: str, checks: int, between: int) -> str:
             run = build(config, distribution=distribution)
             health = run.trainer.callbacks["health"]
             assert isinstance(health, HealthCallback)
-            timed = Timed(health, between)
-            run.trainer.callbacks["health"] = timed
+            training = config.training
+            steps = training.max_train_steps
+            every = health.interval(steps, training.global_batch_size)
+            toggled = Toggled(health, every)
+            run.trainer.callbacks["health"] = toggled
             run.trainer.run(run.method, run.loader)
-    times = timed.times
-    health.config = HealthConfig()
-    interval = health.interval(whole, config.training.global_batch_size)
-    step, check, idle = (
-        statistics.mean(column) for column in (times.training, times.checks, times.other_steps)
-    )
-    cost = times.start + whole // interval * check + 2 * whole * idle
+    pairs = list(zip(toggled.on, toggled.off, strict=False))
+    ratios = [on / off - 1 for on, off in pairs]
+    checks, stretch = steps // every, statistics.median(toggled.off)
+    before = toggled.start / (checks * stretch)
+    error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else float("nan")
     return (
-        f"{name}: an iteration {step * 1e3:.0f} ms of CPU time; before the first "
-        f"{times.start * 1e3:.0f} ms; a check {check * 1e3:.0f} ms, every {interval} iterations; "
-        f"else {idle * 1e6:.0f} us: {cost / (whole * step):.2%} of {whole} iterations"
+        f"{name}: {checks} checks in {steps} iterations, one every {every}; a stretch takes "
+        f"{stretch:.3g} s of CPU time without; with it {statistics.mean(ratios):.2%} more "
+        f"(standard error {error:.2%}, {len(ratios)} pairs, from {min(ratios):.2%} to "
+        f"{max(ratios):.2%}); before the first update {toggled.start:.2g} s, {before:.2%} of the "
+        f"run: {statistics.mean(ratios) + before:.2%} in all"
     )
 
 

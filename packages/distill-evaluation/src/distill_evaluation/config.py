@@ -7,7 +7,7 @@ from typing import Any
 
 from attrs import Attribute, field, frozen
 from distill_protocols import SamplerSpec
-from distill_protocols.validators import at_least, file_name_problem
+from distill_protocols.validators import at_least, file_name_problem, within
 
 
 def _check_not_empty(instance: object, attribute: Attribute[Any], value: Sized) -> None:
@@ -85,7 +85,7 @@ class ReportConfig:
     real_latents: str | None = field(default=None, metadata={"path": ()})
     reference: str | None = None
     seed: int = 1234
-    fps: int = field(default=6, validator=at_least(1, "the MP4 shows at least one a second"))
+    fps: int = field(default=6, validator=within(1, 240, "players show no other speeds"))
     every_steps: int = field(
         default=0,
         validator=at_least(0, "it counts iterations; 0 measures only at the end of the run"),

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from distill_methods.rcm.method import RCMMethod
     from distill_methods.self_forcing.method import SelfForcingMethod
     from distill_methods.teacher_only.method import TeacherOnlyMethod
-    from distill_methods.validation_sampling import sample_views
+    from distill_methods.validation_sampling import ViewSampler
 
 _LAZY = {
     "ConsistencyMethod": "consistency.method",
@@ -47,7 +47,7 @@ _LAZY = {
     "RCMMethod": "rcm.method",
     "SelfForcingMethod": "self_forcing.method",
     "TeacherOnlyMethod": "teacher_only.method",
-    "sample_views": "validation_sampling",
+    "ViewSampler": "validation_sampling",
 }
 
 __all__ = [
@@ -75,7 +75,7 @@ __all__ = [
     "TeacherOnlyMethod",
     "TeacherTerm",
     "TimeSampling",
-    "sample_views",
+    "ViewSampler",
 ]
 
 __getattr__ = lazy_exports(__name__, _LAZY)

@@ -22,7 +22,7 @@ from distill_methods.context import MethodContext
 from distill_methods.contracts import LatentDiffusion
 from distill_methods.latent_config import LatentMethodConfig
 from distill_methods.noise_sampler import NoiseSampler
-from distill_methods.validation_sampling import predict_latents, sample_latents, sample_views
+from distill_methods.validation_sampling import ViewSampler
 
 ConfigT = TypeVar("ConfigT", bound=LatentMethodConfig)
 
@@ -77,6 +77,13 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
             # Looked up at each call, because a trainer gives each run a stop flag of its own.
             poll=lambda: self.stop.poll(),
         )
+        self.views = ViewSampler(
+            adapter=adapter,
+            bundle=bundle,
+            default_spec=config.student_sampler,
+            conditioning=conditioning,
+            poll=self.context.poll,
+        )
 
     def get_optimizers(self, iteration: int) -> dict[str, Optimizer]:
         """Return the optimizers of the roles that ``config.turns`` names."""
@@ -97,32 +104,12 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
         seed: int,
         rows: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        return sample_views(
-            self.adapter,
-            self.bundle,
-            views,
-            cond,
-            default_spec=self.sampler_spec,
-            conditioning=self.conditioning,
-            seed=seed,
-            rows=rows,
-            poll=self.stop.poll,
-        )
+        return self.views.sample_clips(views, cond, seed=seed, rows=rows)
 
     def sample_latents(
         self, view: SampleView, cond: Condition, *, seed: int, rows: Sequence[int]
     ) -> Tensor:
-        return sample_latents(
-            self.adapter,
-            self.bundle,
-            view,
-            cond,
-            default_spec=self.sampler_spec,
-            conditioning=self.conditioning,
-            seed=seed,
-            rows=rows,
-            poll=self.stop.poll,
-        )
+        return self.views.sample_latents(view, cond, seed=seed, rows=rows)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         self.stop.poll()
@@ -138,7 +125,4 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
         seed: int,
         rows: Sequence[int],
     ) -> Tensor:
-        self.stop.poll()
-        return predict_latents(
-            self.adapter, self.bundle, role, latents, t, cond, seed=seed, rows=rows
-        )
+        return self.views.predict_latents(role, latents, t, cond, seed=seed, rows=rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from attrs import field, frozen
 from distill_protocols import (
     CapabilityError,
     CausalRollout,
@@ -20,132 +21,120 @@ from torch import Tensor
 from distill_methods.contracts import LatentDiffusion
 
 
-def sample_views(
-    adapter: LatentDiffusion,
-    bundle: ModelBundle,
-    views: Sequence[SampleView],
-    cond: Condition,
-    *,
-    default_spec: SamplerSpec,
-    conditioning: ConditioningProvider,
-    seed: int,
-    rows: Sequence[int] | None = None,
-    poll: Callable[[], None] = lambda: None,
-) -> dict[str, Tensor]:
-    """Sample and decode each view: clips [B, 3, F, H, W] in [0, 1] by view name, B rows of
-    ``cond``.
+@frozen(kw_only=True, eq=False)
+class ViewSampler:
+    """Samples what validation shows, and leaves weights, modes and generators as they are.
 
     Every view starts from the same noise, and two stochastic views re-noise with the same noise:
     row n of the prompts has a generator of its own (``RowGenerators.of_clips``), so its clip is the
     one that a stock pipeline makes after ``torch.manual_seed(seed + n)``.
 
-    Args:
+    Attributes:
         default_spec: of the views that state no sampler.
-        rows: the places of the rows of ``cond`` among all prompts; None: 0 .. B - 1.
         poll: called before each sampling step and each decoding (``StopFlag.poll``). Where it
             raises, sampling ends and all weights are as they were.
-
-    Raises:
-        RoleError: a view names a role that is not there, or EMA weights that nobody keeps.
-        CapabilityError: the adapter cannot decode, or a role that shall make videos of another
-            length is not causal.
-        ConditioningError: a view samples with guidance and there is no negative condition.
     """
-    adapter.capabilities.require(["supports_decode"], by="sampling for validation")
-    rows = range(len(cond)) if rows is None else rows
-    clips = {}
-    for view in views:
-        latents = sample_latents(
-            adapter,
-            bundle,
-            view,
-            cond,
-            default_spec=default_spec,
-            conditioning=conditioning,
-            seed=seed,
-            rows=rows,
-            poll=poll,
-        )
-        poll()
-        if view.latent_frames is None:
-            clips[view.name] = adapter.decode(latents)
-        else:
-            clips[view.name] = _decode_in_chunks(adapter, view, latents)
-    return clips
 
+    adapter: LatentDiffusion
+    bundle: ModelBundle
+    default_spec: SamplerSpec
+    conditioning: ConditioningProvider
+    poll: Callable[[], None] = field(default=lambda: None)
 
-def sample_latents(
-    adapter: LatentDiffusion,
-    bundle: ModelBundle,
-    view: SampleView,
-    cond: Condition,
-    *,
-    default_spec: SamplerSpec,
-    conditioning: ConditioningProvider,
-    seed: int,
-    rows: Sequence[int],
-    poll: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """Sample normalised latents [B, C, T, H, W] of one view. Arguments and errors are those of
-    ``sample_views``."""
-    spec = view.sampler or default_spec
-    generators = RowGenerators.of_clips(seed, rows)
-    channels, frames, height, width = adapter.latent_shape
-    noise = generators.normal((channels, view.latent_frames or frames, height, width))
-    role = bundle[view.role]
-    device = role.call_device
-    negative = conditioning.negative().to(device) if spec.guided else None
-    with torch.no_grad(), role.frozen(), role.averaged(ema=view.ema):
-        if view.latent_frames is None:
-            return adapter.sample(
+    def sample_clips(
+        self,
+        views: Sequence[SampleView],
+        cond: Condition,
+        *,
+        seed: int,
+        rows: Sequence[int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Sample and decode each view: clips [B, 3, F, H, W] in [0, 1] by view name, B rows of
+        ``cond``.
+
+        Args:
+            rows: the places of the rows of ``cond`` among all prompts; None: 0 .. B - 1.
+
+        Raises:
+            RoleError: a view names a role that is not there, or EMA weights that nobody keeps.
+            CapabilityError: the adapter cannot decode, or a role that shall make videos of another
+                length is not causal.
+            ConditioningError: a view samples with guidance and there is no negative condition.
+        """
+        self.adapter.capabilities.require(["supports_decode"], by="sampling for validation")
+        rows = range(len(cond)) if rows is None else rows
+        clips = {}
+        for view in views:
+            latents = self.sample_latents(view, cond, seed=seed, rows=rows)
+            self.poll()
+            if view.latent_frames is None:
+                clips[view.name] = self.adapter.decode(latents)
+            else:
+                clips[view.name] = _decode_in_chunks(self.adapter, view, latents)
+        return clips
+
+    def sample_latents(
+        self, view: SampleView, cond: Condition, *, seed: int, rows: Sequence[int]
+    ) -> Tensor:
+        """Sample normalised latents [B, C, T, H, W] of one view. Arguments and errors are those of
+        ``sample_clips``."""
+        spec = view.sampler or self.default_spec
+        generators = RowGenerators.of_clips(seed, rows)
+        channels, frames, height, width = self.adapter.latent_shape
+        noise = generators.normal((channels, view.latent_frames or frames, height, width))
+        role = self.bundle[view.role]
+        device = role.call_device
+        negative = self.conditioning.negative().to(device) if spec.guided else None
+        with torch.no_grad(), role.frozen(), role.averaged(ema=view.ema):
+            if view.latent_frames is None:
+                return self.adapter.sample(
+                    view.role,
+                    spec,
+                    noise.to(device),
+                    cond.to(device),
+                    neg_cond=negative,
+                    generators=generators,
+                    poll=self.poll,
+                )
+            causal = _causal(self.adapter, view)
+            chunks = causal.chunks(view.role, view.latent_frames)
+            parts = causal.stream(
                 view.role,
                 spec,
-                noise.to(device),
+                (noise[:, :, chunk.span].to(device) for chunk in chunks),
                 cond.to(device),
                 neg_cond=negative,
                 generators=generators,
-                poll=poll,
+                poll=self.poll,
             )
-        causal = _causal(adapter, view)
-        chunks = causal.chunks(view.role, view.latent_frames)
-        parts = causal.stream(
-            view.role,
-            spec,
-            (noise[:, :, chunk.span].to(device) for chunk in chunks),
-            cond.to(device),
-            neg_cond=negative,
-            generators=generators,
-            poll=poll,
-        )
-        return torch.cat(list(parts), dim=2)
+            return torch.cat(list(parts), dim=2)
 
+    def predict_latents(
+        self,
+        role: str,
+        latents: Tensor,
+        t: float,
+        cond: Condition,
+        *,
+        seed: int,
+        rows: Sequence[int],
+    ) -> Tensor:
+        """Return x0 [B, C, T, H, W] that ``role`` predicts of ``latents`` noised to ``t``, without
+        guidance. The noise follows from ``seed`` and a row's place alone.
 
-def predict_latents(
-    adapter: LatentDiffusion,
-    bundle: ModelBundle,
-    role: str,
-    latents: Tensor,
-    t: float,
-    cond: Condition,
-    *,
-    seed: int,
-    rows: Sequence[int],
-) -> Tensor:
-    """Return x0 [B, C, T, H, W] that ``role`` predicts of ``latents`` noised to ``t``, without
-    guidance. The noise follows from ``seed`` and a row's place alone.
-
-    Raises:
-        RoleError: the role is not there.
-        CapabilityError: the adapter cannot predict x0.
-    """
-    adapter.capabilities.require(["pred:x0"], by="showing predictions in validation")
-    handle = bundle[role]
-    device = handle.call_device
-    noise = RowGenerators.seeded(seed, "look.x0", rows).normal(latents.shape[1:]).to(device)
-    times = torch.full((len(latents),), t, device=device)
-    x_t = adapter.add_noise(latents.to(device), noise, times)
-    with torch.no_grad(), handle.frozen():
-        return adapter.forward(role, x_t, times, cond.to(device), fwd_pred_type="x0")
+        Raises:
+            RoleError: the role is not there.
+            CapabilityError: the adapter cannot predict x0.
+        """
+        self.adapter.capabilities.require(["pred:x0"], by="showing predictions in validation")
+        self.poll()
+        handle = self.bundle[role]
+        device = handle.call_device
+        noise = RowGenerators.seeded(seed, "look.x0", rows).normal(latents.shape[1:]).to(device)
+        times = torch.full((len(latents),), t, device=device)
+        x_t = self.adapter.add_noise(latents.to(device), noise, times)
+        with torch.no_grad(), handle.frozen():
+            return self.adapter.forward(role, x_t, times, cond.to(device), fwd_pred_type="x0")
 
 
 def _decode_in_chunks(adapter: LatentDiffusion, view: SampleView, latents: Tensor) -> Tensor:

@@ -112,6 +112,11 @@ class RunState:
     carried: dict[str, Tensor | float] = field(factory=dict)
     """Metrics that came up after ``on_step_end``, as the time of a save: the trainer starts the
     metrics of the next iteration with them."""
+    measure_losses: bool = False
+    """A callback sets it in ``on_step_start`` to know, in this iteration, what each loss
+    contributes to the gradients: ``loss_grad_norm/<role.module>/<loss>`` in ``metrics``, where the
+    trainer can tell. It costs a backward pass for each loss of a module that several reach; the
+    run trains the same."""
     global_batch_size: int = 1
     """Samples an iteration."""
     kept_until: set[int] = field(factory=set)

@@ -228,7 +228,14 @@ class ViewConfig:
     ema: bool = False
     latent_frames: int | None = field(
         default=None,
-        validator=optional(at_least(1, "a video needs a frame. Leave it out for the run's length")),
+        validator=optional(
+            within(
+                1,
+                1000,
+                "all frames of a validation are in memory at once. Leave it out for the run's "
+                "length; apps/sample streams longer videos",
+            )
+        ),
     )
 
 
@@ -331,14 +338,18 @@ class ValidationConfig:
     prompts: tuple[str, ...] = field(default=())
     images: tuple[str, ...] = field(default=(), metadata={"path": ()})
     seed: int = field(default=0, validator=at_least(0, "seeds count from 0; take any other"))
-    fps: float = field(default=8.0, validator=above(0, "a clip needs a speed; 8 is customary"))
+    fps: float = field(
+        default=8.0, validator=within(0.1, 240, "players show no other speeds; 8 is customary")
+    )
     views: dict[str, ViewConfig] = field(factory=dict)
     x0: PredictionsConfig | None = field(default=None)
     data: HeldOutDataConfig | None = None
     share: float | None = field(default=None)
     batches: int = field(
         default=4,
-        validator=at_least(1, "a loss needs a batch; 4 balance time and noise"),
+        validator=within(
+            1, 10_000, "each is a step of the method in every validation; 4 balance time and noise"
+        ),
     )
 
     @property

@@ -28,6 +28,7 @@ from distill_evaluation.health.config import RULES, HealthConfig
 from distill_evaluation.health.history import History
 from distill_evaluation.health.probe import Probe, Sampled, can_sample
 from distill_evaluation.health.rules import Finding, find
+from distill_evaluation.health.turns import Turns
 from distill_evaluation.health.weights import WeightMovement
 from distill_evaluation.health.windows import Window
 
@@ -68,6 +69,7 @@ class HealthCallback(Callback):
         self._history = History(steps=0)
         self._window = Window()
         self._movement = WeightMovement()
+        self._turns = Turns()
         self._active: dict[str, int] = {}
         self._kept_until: set[int] = set()
         self._asked_for: set[int] = set()
@@ -82,8 +84,12 @@ class HealthCallback(Callback):
 
     def on_step_start(self, run: RunState) -> None:
         # Not in on_train_start: a run that is resumed gets its weights and its state after that.
-        if self._begun:
-            return
+        if not self._begun:
+            self._begin(run)
+        interval = self.interval(run.max_train_steps, run.global_batch_size)
+        run.measure_losses = self._turns.is_new(run.method, run.iteration, interval)
+
+    def _begin(self, run: RunState) -> None:
         first = not self._history.references and not self._history.series
         run.enter("health, before the first update")
         self._make_probe()
@@ -191,7 +197,7 @@ class HealthCallback(Callback):
             if value is not None:
                 self._window.add(kind, value)
         for name, value in step.metrics.items():
-            if name.startswith("grad_norm/"):
+            if name.startswith(("grad_norm/", "loss_grad_norm/")):
                 self._window.add(name, value)
 
     def _calls(self) -> tuple[int, int]:

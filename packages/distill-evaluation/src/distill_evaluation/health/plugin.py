@@ -26,6 +26,11 @@ class HealthPlugin(CallbackPlugin[HealthConfig]):
         ):  # the default watches nothing where there is no student
             for problem in run.role_problems(config.role):
                 yield Problem("role", problem.message)
+            if config.role in run.roles and run.roles[config.role].heads is not None:
+                yield Problem(
+                    "role",
+                    f"{config.role!r} is a discriminator, which makes no clips. Name another role",
+                )
         if config.teacher_sampler is not None:
             for problem in run.sampler_problems(config.teacher_sampler):
                 yield Problem("teacher_sampler", problem.message)

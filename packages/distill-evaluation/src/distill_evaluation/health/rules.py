@@ -244,7 +244,8 @@ def _gradients(rule: GradientsRule, history: History, patience: int) -> Iterator
                 signal=signal,
                 subject=who,
                 message=(
-                    f"the gradients of {who} are {newest[-1] / usual:.0f} times as large as usual: "
+                    f"the gradients of {who} are {newest[-1] / usual:.0f} times as large as "
+                    f"usual{_by_main_loss(history, who)}: "
                     "its learning rate is too high, or a batch is damaged, so lower the rate, warm "
                     "it up, or go back to the checkpoint before"
                 ),
@@ -252,6 +253,16 @@ def _gradients(rule: GradientsRule, history: History, patience: int) -> Iterator
                 threshold=rule.rise * usual,
                 reference=usual,
             )
+
+
+def _by_main_loss(history: History, who: str) -> str:
+    """Say which loss contributes most to the gradients of a module; empty: it has one loss, or none
+    was measured by itself."""
+    norms = {
+        name.rpartition("/")[2]: history.values(name)[-1]
+        for name in _named(history, f"loss_grad_norm/{who}")
+    }
+    return f", most of them by {max(norms, key=lambda n: norms[n])}" if len(norms) > 1 else ""
 
 
 def _losses(rule: LossesRule, history: History, patience: int) -> Iterator[Finding]:

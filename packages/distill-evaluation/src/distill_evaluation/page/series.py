@@ -191,6 +191,8 @@ def _place_of(name: str) -> tuple[str, str]:
         return "Learning rates and counts", f"{rest} seen"
     if first == "grad_norm":
         return "Gradients", "gradient norms"
+    if first == "loss_grad_norm":
+        return "Gradients", f"gradient norms of {rest.rpartition('/')[0]} by loss"
     if first == "lr":
         return "Learning rates and counts", "learning rates"
     if first == "updates":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distill_evaluation.judge_files import REFERENCE
 from distill_evaluation.metrics import FeatureStatistics, feature_statistics, frechet_distance
-from distill_evaluation.shipped_metrics.frechet_plugin import FeatureNetworkConfig, FrechetConfig
+from distill_evaluation.shipped_metrics.configs import FeatureNetworkConfig, FrechetConfig
 from distill_evaluation.shipped_metrics.judging import judge_of, judged_features
 
 

@@ -8,13 +8,10 @@ frame rate and number of clips: compare equal ones only, and publish them with y
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
-from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from attrs import Attribute, field, frozen
 from distill_protocols import (
     Metric,
     MetricInput,
@@ -24,31 +21,8 @@ from distill_protocols import (
     MetricPlugin,
     Problem,
 )
-from distill_protocols.validators import at_least
 
-I3D_SHA256 = "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"
-"""Of the file that is published as `i3d_torchscript.pt`."""
-
-
-def _check_sha256(_: object, __: Attribute[Any], value: str) -> None:
-    if not re.fullmatch("[0-9a-f]{64}", value):
-        raise ValueError(f"{value!r} must be the 64 hexadecimal digits of a SHA-256")
-
-
-@frozen(kw_only=True)
-class FvdConfig:
-    """FVD to the report's real clips, in features of I3D.
-
-    Attributes:
-        network: `i3d_torchscript.pt`; get it from where github.com/universome/fvd-comparison
-            says.
-        sha256: of that file. A TorchScript file is a program, so only this one is run.
-        batch: clips a call; they are scaled to 224 x 224.
-    """
-
-    network: str = field(metadata={"path": ()})
-    sha256: str = field(default=I3D_SHA256, validator=_check_sha256)
-    batch: int = field(default=4, validator=at_least(1, "a call takes a clip or more"))
+from distill_evaluation.shipped_metrics.configs import FvdConfig
 
 
 class FvdPlugin(MetricPlugin[FvdConfig]):
@@ -77,7 +51,9 @@ class FvdPlugin(MetricPlugin[FvdConfig]):
             )
 
     def build(self, config: FvdConfig, parts: MetricParts) -> Metric:
-        return import_module("distill_evaluation.shipped_metrics.i3d").build(config, parts)
+        from distill_evaluation.shipped_metrics.i3d import build
+
+        return build(config, parts)
 
 
 fvd = FvdPlugin()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distill_evaluation.metrics import feature_statistics
+from distill_evaluation.shipped_metrics.configs import FvdConfig
 from distill_evaluation.shipped_metrics.frechet import FeatureSpace, FrechetDistances
-from distill_evaluation.shipped_metrics.fvd import FvdConfig
 
 SIDE = 224
 FEWEST_FRAMES = 10

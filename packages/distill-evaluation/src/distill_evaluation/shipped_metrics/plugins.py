@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,8 +22,6 @@ from distill_runtime import UnreadableFileError
 from distill_evaluation.judge_files import read_attributes
 from distill_evaluation.labels import Attributes, label_prompts
 
-_HERE = "distill_evaluation.shipped_metrics"
-
 
 @frozen(kw_only=True)
 class NoOptions:
@@ -34,11 +31,6 @@ class NoOptions:
 class _Plugin(MetricPlugin[NoOptions]):
     contract = 2
     config_class: ClassVar[type] = NoOptions
-    module: ClassVar[str]
-    """Where a function ``build`` makes the metric."""
-
-    def build(self, config: NoOptions, parts: MetricParts) -> Metric:
-        return import_module(self.module).build(parts)
 
 
 class MotionPlugin(_Plugin):
@@ -47,7 +39,6 @@ class MotionPlugin(_Plugin):
     name = "motion"
     help = "difference of frames, and length of the optical flow"
     measures_real = True
-    module = f"{_HERE}.motion"
 
     def numbers(self, config: NoOptions, inputs: MetricInputs) -> Mapping[str, MetricNumber]:
         return {
@@ -57,6 +48,11 @@ class MotionPlugin(_Plugin):
             "flow": MetricNumber(help="mean length of the optical flow, in pixels a frame"),
         }
 
+    def build(self, config: NoOptions, parts: MetricParts) -> Metric:
+        from distill_evaluation.shipped_metrics.motion import build
+
+        return build(parts)
+
 
 class PicturesPlugin(_Plugin):
     """``sharpness``, ``contrast``, ``saturation`` and ``clipped``: what blurs or burns out."""
@@ -64,7 +60,6 @@ class PicturesPlugin(_Plugin):
     name = "pictures"
     help = "sharpness, contrast, saturation of colours, share of clipped values"
     measures_real = True
-    module = f"{_HERE}.pictures"
 
     def numbers(self, config: NoOptions, inputs: MetricInputs) -> Mapping[str, MetricNumber]:
         return {
@@ -76,13 +71,17 @@ class PicturesPlugin(_Plugin):
             "clipped": MetricNumber(help="share of values that are black or white"),
         }
 
+    def build(self, config: NoOptions, parts: MetricParts) -> Metric:
+        from distill_evaluation.shipped_metrics.pictures import build
+
+        return build(parts)
+
 
 class DiversityPlugin(_Plugin):
     """``variance``: how different clips of one prompt are."""
 
     name = "diversity"
     help = "variance of pixels among clips of one prompt"
-    module = f"{_HERE}.diversity"
 
     def numbers(self, config: NoOptions, inputs: MetricInputs) -> Mapping[str, MetricNumber]:
         return {
@@ -91,13 +90,17 @@ class DiversityPlugin(_Plugin):
             )
         }
 
+    def build(self, config: NoOptions, parts: MetricParts) -> Metric:
+        from distill_evaluation.shipped_metrics.diversity import build
+
+        return build(parts)
+
 
 class LikenessPlugin(_Plugin):
     """``psnr`` and ``ssim``: how like the reference's clips of the same noise."""
 
     name = "likeness"
     help = "PSNR and SSIM to the reference entry's clips of the same noise"
-    module = f"{_HERE}.likeness"
 
     def needs(self, config: NoOptions) -> Collection[MetricInput]:
         return ("reference",)
@@ -114,6 +117,11 @@ class LikenessPlugin(_Plugin):
             ),
         }
 
+    def build(self, config: NoOptions, parts: MetricParts) -> Metric:
+        from distill_evaluation.shipped_metrics.likeness import build
+
+        return build(parts)
+
 
 class DistancesPlugin(_Plugin):
     """``pixels``, ``latents`` and ``latent_std``: distances that need no network."""
@@ -121,7 +129,6 @@ class DistancesPlugin(_Plugin):
     name = "distances"
     help = "Frechet distances of pixels and of latents, latent standard deviation, to real clips"
     measures_real = True
-    module = f"{_HERE}.distances"
 
     def needs(self, config: NoOptions) -> Collection[MetricInput]:
         return ("real_latents",)
@@ -147,13 +154,17 @@ class DistancesPlugin(_Plugin):
             ),
         }
 
+    def build(self, config: NoOptions, parts: MetricParts) -> Metric:
+        from distill_evaluation.shipped_metrics.distances import build
+
+        return build(parts)
+
 
 class AttributesPlugin(_Plugin):
     """A number for each question that the judge answers: how often it sees what was asked for."""
 
     name = "attributes"
     help = "share of clips in which the judge sees what the prompt names"
-    module = f"{_HERE}.attributes"
 
     def needs(self, config: NoOptions) -> Collection[MetricInput]:
         return ("judge",)
@@ -173,6 +184,11 @@ class AttributesPlugin(_Plugin):
             label_prompts(inputs.prompts, _attributes(inputs))
         except DataError as error:
             yield Problem("prompts", str(error))
+
+    def build(self, config: NoOptions, parts: MetricParts) -> Metric:
+        from distill_evaluation.shipped_metrics.attributes import build
+
+        return build(parts)
 
 
 def _attributes(inputs: MetricInputs) -> Attributes:

@@ -27,7 +27,10 @@ def check_validation(draft: Draft) -> Iterator[Problem]:
             *run.sampler_problems(view.sampler, view.role),
         )
         yield from below(problems, "validation", "views", name)
-        if view.latent_frames is not None and (why := _is_not_causal(draft, view.role)):
+        if view.latent_frames is not None and (
+            why := _is_not_causal(draft, view.role)
+            or _is_longer_than_its_picture(draft, view.role, view.latent_frames)
+        ):
             yield Problem(("validation", "views", name, "latent_frames"), why)
     if draft.validation.x0 is not None:
         yield from _prediction_problems(run, draft.validation.x0)
@@ -44,6 +47,20 @@ def _is_not_causal(draft: Draft, role: str) -> str | None:
     return (
         f"{role!r} is not causal (causal roles: {', '.join(sorted(causal)) or 'none'}), and makes "
         "a clip as a whole, of the length that it was trained on. Leave it out"
+    )
+
+
+def _is_longer_than_its_picture(draft: Draft, role: str, frames: int) -> str | None:
+    """Say why ``role`` makes no video of so many latent frames of a first frame; None: it does."""
+    if draft.family is None or role not in draft.roles or not draft.run.clip_frames:
+        return None
+    longest = draft.run.clip_frames[0]
+    spec, family = draft.roles[role].spec, draft.family
+    if frames <= longest or not family.plugin.needs_image(spec, family.config):
+        return None
+    return (
+        f"{frames}, but {role!r} reads its first frame beside every frame of a clip, and there are "
+        f"{longest} of the run's. Use at most these"
     )
 
 

@@ -46,6 +46,7 @@ class ProgressCallback(Callback):
         self.seconds_between_work_lines = seconds_between_work_lines
         self._last_line = -math.inf
         self._last_work_line = -math.inf
+        self._has_work_line = False
         self._stream = stream
         self._bar: tqdm | None = None
         self._work: tqdm | None = None
@@ -147,9 +148,11 @@ class ProgressCallback(Callback):
         if not self._out.isatty():
             now = time.monotonic()
             if done == 0:
-                self._last_work_line = now
-            elif now - self._last_work_line >= self.seconds_between_work_lines:
-                self._last_work_line = now
+                self._last_work_line, self._has_work_line = now, False
+            is_due = now - self._last_work_line >= self.seconds_between_work_lines
+            # What was shown to be under way is shown to be done.
+            if done and (is_due or (done >= total and self._has_work_line)):
+                self._last_work_line, self._has_work_line = now, done < total
                 print(f"{what}: {done}/{total}", file=self._out, flush=True)
         elif self._bar is not None:
             self._bar.set_description_str(f"{what} {done}/{total}" if done < total else "")

@@ -23,7 +23,7 @@ class DDPTrainStepWrapper:
     role's turn sends nothing of this one's. It holds the parameters that train (of LoRA roles: the
     adapters), if they are not sharded, and nothing else. Weights that no process's step reached
     keep the gradient None. At the start rank 0's weights are copied to all. Only the total loss is
-    differentiated, so the other terms come back without gradient.
+    differentiated by way of DDP: what else is differentiated is this process's own.
 
     A weight is in one DDP at a time: each holds a second copy of its gradients, and takes whatever
     a backward pass reaches for reached by its own next step. So where modules are trained now
@@ -69,7 +69,12 @@ class DDPTrainStepWrapper:
             self._ddps[self._turn] = self._make_ddp(self._turn)
         ddp = self._ddps[self._turn]
         with contextlib.nullcontext() if self._averages else ddp.no_sync():
-            return StepResult(*ddp(step, batch, iteration))
+            inner: list[StepResult] = []
+            result = StepResult(*ddp(step, batch, iteration, inner.append))
+        # DDP joins all of its outputs into one node of the graph: there, each loss would reach
+        # whatever any of them does. The total alone must come from there.
+        losses = {**inner[0].loss_map, "total_loss": result.loss_map["total_loss"]}
+        return StepResult(losses, result.outputs)
 
     @contextlib.contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
@@ -116,5 +121,9 @@ class _ParametersOfAStep(nn.Module):
         super().__init__()
         self.parameter_list = nn.ParameterList(parameters)
 
-    def forward(self, step: Any, batch: Any, iteration: int) -> StepResult:
-        return step(batch, iteration)
+    def forward(
+        self, step: Any, batch: Any, iteration: int, seen: Callable[[StepResult], None]
+    ) -> StepResult:
+        result: StepResult = step(batch, iteration)
+        seen(result)
+        return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,8 +23,11 @@ from torch import Tensor
 from distill_trainer.distribution.strategy import Distribution, TrainStep
 from distill_trainer.distribution.tensors import total_norm
 from distill_trainer.loop.batches import TimedIterator
+from distill_trainer.loop.loss_gradients import NOTHING, LossGradients, measure_losses
 from distill_trainer.loop.rollback import RollbackPoint
 from distill_trainer.monitoring.finite_guard import FiniteGuard
+
+_log = logging.getLogger(__name__)
 
 
 class IterationRunner:
@@ -54,6 +58,7 @@ class IterationRunner:
         self._train_step = train_step
         self._accumulation = accumulation
         self._batches = TimedIterator(iter(run.loader))
+        self._measures_losses = True
         self._rollback_point = RollbackPoint(run)
 
     def run_next(self) -> StepRecord | None:
@@ -67,6 +72,7 @@ class IterationRunner:
         self._rollback_point.take()
         run.iteration += 1
         run.metrics, run.carried = run.carried, {}
+        run.measure_losses = False
         try:
             losses, outputs = self._compute_gradients()
         except StopRequested as stop:
@@ -102,6 +108,7 @@ class IterationRunner:
         metrics: list[dict[str, Tensor]] = []
         ids: list[str] = []
         outputs: dict[str, Tensor] = {}
+        parts = NOTHING
         for micro_step in range(self._accumulation):
             if micro_step:
                 method.stop.poll()  # before the first one, the trainer itself has just asked
@@ -112,8 +119,13 @@ class IterationRunner:
             batch_ids = method.batch_ids(batch)
             ids += batch_ids
             run.enter(f"forward and backward {which}")
-            with self._distribution.micro_step(method, last=micro_step + 1 == self._accumulation):
-                micro_losses, outputs = self._micro_step(batch, batch_ids)
+            last = micro_step + 1 == self._accumulation
+            with self._distribution.micro_step(method, last=last):
+                loss_map, outputs = self._take_step(batch)
+                if last and run.measure_losses:
+                    parts = self._measure_losses(loss_map)
+                micro_losses = self._differentiate(loss_map, batch_ids)
+            del loss_map  # with its graph
             losses.append(micro_losses)
             metrics.append(
                 {name: full_tensor(value) for name, value in outputs.items() if value.ndim == 0}
@@ -123,7 +135,7 @@ class IterationRunner:
         run.enter("gradients")
         method.unscale_gradients(iteration)
         norms = _gradient_norms(method, iteration)
-        run.metrics |= norms
+        run.metrics |= norms | parts.metrics(norms)
         # Under fp16 scaling such gradients are common, and the scaler leaves their step out.
         watched = {} if method.grad_scaler.is_enabled() else norms
         self._guard.watch_gradients(iteration, watched, ids)
@@ -142,18 +154,36 @@ class IterationRunner:
                 "over, or give a plain iterable, which the trainer starts again itself."
             ) from None
 
-    def _micro_step(self, batch: Any, batch_ids: Sequence[str]) -> StepResult:
-        method, iteration = self._run.method, self._run.iteration
+    def _take_step(self, batch: Any) -> StepResult:
+        method = self._run.method
         # autocast does nothing unless a method overrides it: each role's calls set their own
         # precision. In one process _train_step is method.single_train_step itself.
         with method.autocast():
-            loss_map, outputs = self._train_step(batch, iteration)
+            loss_map, outputs = self._train_step(batch, self._run.iteration)
         if "total_loss" not in loss_map:
             raise ContractError(
                 f"{type(method).__name__}.single_train_step returned the losses "
                 f"{sorted(loss_map)}; it must return 'total_loss', because that is what is "
                 "differentiated. Add loss_map['total_loss']."
             )
+        return StepResult(loss_map, outputs)
+
+    def _measure_losses(self, loss_map: Mapping[str, Tensor]) -> LossGradients:
+        """Return what each loss contributes; nothing where torch cannot tell."""
+        if not self._measures_losses:
+            return NOTHING
+        try:
+            return measure_losses(self._run.method, self._run.iteration, loss_map)
+        except RuntimeError as error:  # what only watches must not end a run that trains
+            self._measures_losses = False
+            _log.info("gradients are not measured loss by loss in this run: %s", error)
+            return NOTHING
+
+    def _differentiate(
+        self, loss_map: Mapping[str, Tensor], batch_ids: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Add the gradients of the total loss, and return all losses without their graph."""
+        method, iteration = self._run.method, self._run.iteration
         losses = {name: full_tensor(loss.detach()) for name, loss in loss_map.items()}
         self._guard.watch(iteration, losses, batch_ids)
         loss = loss_map["total_loss"]
@@ -161,7 +191,7 @@ class IterationRunner:
             # Gradients of micro steps add up: divided here, their sum is that of the mean loss.
             loss = loss / self._accumulation
         method.grad_scaler.scale(loss).backward()
-        return StepResult(losses, outputs)
+        return losses
 
 
 def each_callback(callbacks: Iterable[Callback], run: RunState, hook: str) -> Iterator[Callback]:

@@ -33,7 +33,8 @@ _LAYOUT = {
                "total": r"^loss/total_loss"},
     "quality": {"Frechet distances": r"^report/.*/fd", "all measures": r"^report/"},
     "health": {"health": r"^health/"},
-    "gradients": {"norms": r"^grad_norm/", "learning rates": r"^lr/"},
+    "gradients": {"norms": r"^grad_norm/", "by loss": r"^loss_grad_norm/",
+                  "learning rates": r"^lr/"},
     "speed": {"seconds an iteration": r"^time/(iteration|step|data)",
               "samples a second": r"^samples_per_second", "memory, GB": r"^memory/"},
 }  # fmt: skip

@@ -65,7 +65,8 @@ class ValidationCallback(Callback):
     """Samples the same prompts from the same noise through every view, and writes the clips.
 
     Clips go to ``validation/iteration-<n>/<view>/``, one a prompt, with a contact sheet of all
-    views and ``validation.json``; to the trackers as ``validation/<view>``, with their captions;
+    views and ``validation.json``; to the trackers as ``validation/<view>``, with their captions,
+    and what roles predict as ``validation/x0/<number>``;
     and ``validation/over_time/<view>.png`` shows a view in all validations up to now. Noise comes
     from ``ValidationConfig.seed`` and the prompt's place through the method, so no generator of
     the run moves; modules sample in eval mode and get their own modes back.
@@ -252,6 +253,7 @@ class ValidationCallback(Callback):
         losses: HeldOutLosses | None,
     ) -> None:
         shown: list[ShownView] = []
+        films: Mapping[str, np.ndarray] = {}
         folder = root / f"iteration-{iteration:06d}"
         # A resumed run may come to this iteration a second time, and replaces what is there.
         with replace_folder(folder, only_writer=True) as stage:
@@ -267,12 +269,12 @@ class ValidationCallback(Callback):
             more: dict[str, object] = {"losses": asdict(losses)} if losses else {}
             if self._predictions is not None:
                 columns, folder_of_all = self._predictions.columns, stage / PREDICTIONS
-                files = write_predictions(
+                films = write_predictions(
                     folder_of_all, self.config.prompts, columns, predicted, self.config.fps
                 )
                 more["x0"] = {
                     "folder": f"{folder.name}/{PREDICTIONS}",
-                    "files": files,
+                    "files": list(films),
                     "view": self._predictions.view,
                     "roles": self._predictions.config.roles,
                     "t": self._predictions.config.t,
@@ -286,6 +288,8 @@ class ValidationCallback(Callback):
                 self._in_trackers.add(view.name)
             if pixels is not None:
                 self._track(run, iteration, view.name, pixels)
+        for name, film in films.items():
+            self._log_clips(run, iteration, f"{PREDICTIONS}/{Path(name).stem}", film[None])
 
     def _show_kept(self, run: RunState, root: Path, view: SampleView) -> ShownView:
         place = self._kept[view.name]
@@ -303,10 +307,12 @@ class ValidationCallback(Callback):
         if not run.trackers:
             return
         sized = shrink(enlarge(clips, SMALLEST_SIDE), _LONGEST_SIDE)
-        captioned = np.ascontiguousarray(caption_clips(sized, self.config.prompts))
-        video = torch.from_numpy(captioned).movedim(-1, 1) / 255
+        self._log_clips(run, iteration, view, caption_clips(sized, self.config.prompts))
+
+    def _log_clips(self, run: RunState, iteration: int, name: str, clips: np.ndarray) -> None:
+        video = torch.from_numpy(np.ascontiguousarray(clips)).movedim(-1, 1) / 255
         for tracker in run.trackers:
-            tracker.log_video(iteration, f"validation/{view}", video, self.config.fps)
+            tracker.log_video(iteration, f"validation/{name}", video, self.config.fps)
 
     def _key(self, run: RunState, view: SampleView) -> str:
         """Hash everything that the clips of a frozen view follow from."""

@@ -23,11 +23,12 @@ from attrs import asdict, frozen
 from distill_media import (
     Mp4Writer,
     SheetRow,
+    draw_sheet_film,
     enlarge,
     shrink,
     spread_frames,
     write_contact_sheet,
-    write_sheet_mp4,
+    write_mp4,
 )
 from distill_protocols import DataError, SamplerSpec, TensorInfo
 from distill_runtime import (
@@ -223,23 +224,24 @@ def write_predictions(
     columns: Sequence[str],
     clips: Mapping[float, np.ndarray],
     fps: float,
-) -> tuple[str, ...]:
-    """Write a film for each prompt, a row for each t; return their names.
+) -> dict[str, np.ndarray]:
+    """Write a film for each prompt, a row for each t; return them by name, [T, H, W, 3] uint8.
 
     Args:
         clips: by t, [N, columns, T, H, W, 3] uint8.
     """
     folder.mkdir()
-    names = []
+    films: dict[str, np.ndarray] = {}
     for number, prompt in enumerate(prompts):
         rows = [SheetRow(f"t = {t:g}", own[number]) for t, own in clips.items()]
-        names.append(f"{number:03d}.{'png' if rows[0].clips.shape[1] == 1 else 'mp4'}")
-        path = folder / names[-1]
-        if path.suffix == ".png":
-            write_contact_sheet(rows, columns, path)
+        film = draw_sheet_film(rows, columns, frame_side=96, title=prompt)
+        name = f"{number:03d}.{'png' if len(film) == 1 else 'mp4'}"
+        if len(film) == 1:
+            Image.fromarray(film[0]).save(folder / name)
         else:
-            write_sheet_mp4(rows, columns, path, fps=fps, repeats=1, frame_side=96, title=prompt)
-    return tuple(names)
+            write_mp4(film, folder / name, fps=fps, smallest_side=1)
+        films[name] = film
+    return films
 
 
 def write_over_time(root: Path, prompts: Sequence[str], views: Sequence[ShownView]) -> None:
