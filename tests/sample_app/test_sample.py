@@ -260,7 +260,7 @@ def test_another_family_is_sampled_by_the_same_command(tmp_path):
          ["streams one video", "not causal"]),
         (["FROM", "--prompt", "a", "--image", "none.png"], ["there is no file none.png"]),
         (["FROM", "--prompt", "a", "--steps", "2", "--guidance", "-1"], ["must be at least 0"]),
-        (["FROM", "--prompts", "BINARY"], ["cannot be read as UTF-8 text"]),
+        (["FROM", "--prompts", "BINARY"], ["is no list of prompts, one a line in UTF-8"]),
         (["EXPORT", "--prompt", "a", "--also", "teacher"], ["holds one role"]),
         (["EXPORT", "--prompt", "a", "--role", "teacher"], ["holds 'student', and no role"]),
     ],
