@@ -32,11 +32,12 @@ tiny:           ## distil the shipped tiny teacher
 rebuild-tiny:   ## make the tiny Wan, its data and its judge anew (half an hour)
 	uv run tools/tiny_wan
 
-bench:          ## trainer against a bare loop; start-up; checkpoints; memory of exports (quiet box)
+bench:          ## trainer against a bare loop; start-up; checkpoints; memory of exports; data (quiet box)
 	uv run python tools/bench/trainer_overhead.py
 	uv run python tools/bench/startup.py
 	uv run python tools/bench/checkpoint.py
 	uv run python tools/bench/export.py
+	uv run python tools/bench/loader.py
 
 random-runs:    ## draw 200 run files, run what is accepted, compare with stopped runs (an hour)
 	uv run python tools/random_runs.py
