@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import hunyuan_pipelines
 import ltx_pipelines
 import sd3_pipelines
 import torch
@@ -80,6 +81,7 @@ class FamilyCase:
         no_stock: why no stock pipeline samples an export of a student alike; "" where one does.
         picture: whether the model reads a first frame.
         options: by method, keys that are laid over its ``method_config``; None drops one.
+        prepare: sets what the pipeline keeps as attributes, from the ``pipeline_config``.
         to_stock: latents [B, C, T, H, W] as the pipeline takes and gives them.
         from_stock: back again.
         fixture: of pytest, which installs the plugin; "" where it is installed.
@@ -95,6 +97,7 @@ class FamilyCase:
     no_stock: str = ""
     picture: bool = False
     options: Mapping[str, Mapping[str, Any]] = field(factory=dict)
+    prepare: Callable[[Any, Any], None] = lambda pipeline, config: None
     to_stock: Callable[[Tensor], Tensor] = lambda latents: latents
     from_stock: Callable[[Tensor], Tensor] = lambda latents: latents
     fixture: str = ""
@@ -123,6 +126,25 @@ def _wan(variant: str, pipeline: str = "WanPipeline", **options: Any) -> FamilyC
     )
 
 
+def _set_lengths(pipeline: Any, config: Any) -> None:
+    pipeline.tokenizer_max_length = config.max_sequence_length
+    pipeline.tokenizer_2_max_length = config.glyph_sequence_length
+
+
+def _hunyuan15(version: str, pipeline: str, width: int, **options: Any) -> FamilyCase:
+    return FamilyCase(
+        plugin="distill_adapters_hunyuan.video15.plugin:PLUGIN",
+        build=partial(hunyuan_pipelines.build15, version=version),
+        pipeline_config={
+            "num_frames": 9, "height": 32, "width": width,
+            "max_sequence_length": 8, "glyph_sequence_length": 8,
+        },
+        pipeline=pipeline,
+        prepare=_set_lengths,
+        **options,
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, FamilyCase] = {
     "Wan 2.1": _wan("t2v"),
     "Wan 2.1 causal": _wan(
@@ -144,6 +166,19 @@ FAMILIES: dict[str, FamilyCase] = {
         to_stock=pack,
         from_stock=lambda latents: unpack(latents, (3, 2, 3)),
     ),
+    "HunyuanVideo": FamilyCase(
+        plugin="distill_adapters_hunyuan.video.plugin:PLUGIN",
+        build=hunyuan_pipelines.build,
+        pipeline_config={
+            "num_frames": 9, "height": 32, "width": 48, "max_sequence_length": 8,
+            "embedded_guidance": 2.0,
+        },
+        pipeline="HunyuanVideoPipeline",
+    ),
+    "HunyuanVideo 1.5": _hunyuan15("t2v", "HunyuanVideo15Pipeline", 48),
+    "HunyuanVideo 1.5 I2V": _hunyuan15(
+        "i2v", "HunyuanVideo15ImageToVideoPipeline", 32, picture=True
+    ),
     "Stable Diffusion 3": FamilyCase(
         plugin="distill_family_sd3.plugin:PLUGIN",
         build=sd3_pipelines.build,
@@ -162,7 +197,8 @@ QUICK = {
     ("Wan 2.1 causal", "self_forcing"),
     ("Wan 2.1 I2V", "teacher_only"),
     ("LTX-Video", "dmd2"),
-    ("LTX-Video", "kd"),
+    ("HunyuanVideo", "kd"),
+    ("HunyuanVideo 1.5 I2V", "finetune"),
     ("LTX-Video", "causvid"),
     ("Stable Diffusion 3", "finetune"),
 }
@@ -289,6 +325,7 @@ class PreparedFamily:
         pipeline: Any = getattr(diffusers, self.case.pipeline).from_pretrained(folder)
         pipeline.set_progress_bar_config(disable=True)
         copy_out_of_mapped_files(pipeline)
+        self.case.prepare(pipeline, self.config)
         generator = torch.Generator().manual_seed(1)
         noise = torch.randn(1, *run.adapter.latent_shape, generator=generator)
         call = {**record["call"], "prompt": PROMPT, "negative_prompt": NEGATIVE}
@@ -318,12 +355,13 @@ def _plain(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def copy_out_of_mapped_files(pipeline: Any) -> None:
-    """Copy weights of transformers: the trainer's are not in a mapped file, where a product may
-    round otherwise by where numbers lie."""
+    """Copy weights of transformers and VAE, and let them need no gradient, as ours are: a product
+    may round otherwise by where numbers lie in a mapped file, and by whether it is recorded."""
     for name, module in pipeline.components.items():
-        if name.startswith("transformer") and module is not None:
+        if name.startswith(("transformer", "vae")) and module is not None:
             for parameter in module.parameters():
                 parameter.data = parameter.data.clone()
+            module.requires_grad_(False)
 
 
 def train(file: Path) -> Run:

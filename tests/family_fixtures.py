@@ -1,5 +1,5 @@
-"""Fixtures of families beside Wan, which test modules and conftests import: tiny folders of LTX and
-SD 3, and the example package of SD 3 as somebody would install it."""
+"""Fixtures of families beside Wan, which test modules and conftests import: tiny folders of LTX,
+HunyuanVideo and SD 3, and the example package of SD 3 as somebody would install it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import hunyuan_pipelines
 import ltx_pipelines
 import pytest
 import sd3_pipelines
@@ -25,6 +26,23 @@ def ltx_folder(tmp_path_factory):
     def folder(version: str = "0.9.1") -> Path:
         if version not in built:
             built[version] = ltx_pipelines.build(base / version, version)
+        return built[version]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hunyuan_folder(tmp_path_factory):
+    """Return the pipeline folder of HunyuanVideo ("video") or of a version of 1.5, built on first
+    use; no test may change it."""
+    base, built = tmp_path_factory.mktemp("hunyuan"), {}
+
+    def folder(version: str) -> Path:
+        if version not in built:
+            if version == "video":
+                built[version] = hunyuan_pipelines.build(base / version)
+            else:
+                built[version] = hunyuan_pipelines.build15(base / version, version)
         return built[version]
 
     return folder

@@ -14,10 +14,10 @@ import pytest
 import torch
 import wan_variants
 from distill_adapters_wan import PLUGIN, WanPipelineConfig
-from distill_adapters_wan.images.encoder import ImageEncoder
 from distill_diffusers import building
 from distill_diffusers.building import limited_building
 from distill_diffusers.components.encoders import load_tokenizer
+from distill_diffusers.components.images import ImageEncoder
 from distill_diffusers.folders import fetch, is_hub_id, locate, weight_files
 from distill_diffusers.model_configs import config_problems
 from distill_protocols import DistillError, Problem, RoleSpec, WeightsError

@@ -8,6 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from distill_adapters_hunyuan import (
+    HUNYUAN_VIDEO15_PLUGIN,
+    HUNYUAN_VIDEO_PLUGIN,
+    HunyuanVideo15Adapter,
+    HunyuanVideoAdapter,
+)
 from distill_adapters_ltx import LtxAdapter
 from distill_adapters_ltx.plugin import PLUGIN as LTX_FAMILY
 from distill_adapters_wan import WanAdapter
@@ -65,10 +71,17 @@ from distill_trainer.plugins import (
     step_timer,
 )
 
-ADAPTERS: tuple[type[DistillAdapter], ...] = (LtxAdapter, WanAdapter)
+ADAPTERS: tuple[type[DistillAdapter], ...] = (
+    HunyuanVideo15Adapter,
+    HunyuanVideoAdapter,
+    LtxAdapter,
+    WanAdapter,
+)
 """Each satisfies the whole contract, and with it what every method below asks for."""
 
 PLUGINS: tuple[Plugin, ...] = (
+    HUNYUAN_VIDEO15_PLUGIN,
+    HUNYUAN_VIDEO_PLUGIN,
     LTX_FAMILY,
     WAN_FAMILY,
     causvid,

@@ -33,6 +33,12 @@ RUN_FILES = (
     "wan/finetune_2.2_ti2v_5b",
     "ltx/dmd2_2b",
     "ltx/dmd2_2b_lora",
+    "hunyuan/finetune_13b",
+    "hunyuan/dmd2_13b",
+    "hunyuan/dmd2_13b_lora",
+    "hunyuan/finetune_1.5_480p",
+    "hunyuan/finetune_1.5_480p_i2v_lora",
+    "hunyuan/dmd2_1.5_480p",
 )
 PROCESSES = (8, 16, 64)
 DEVICE = 80 * 10**9

@@ -487,7 +487,7 @@ def _write_image_pipeline(folder: Path) -> None:
 
 def _use_image_encoder(folder: Path) -> None:
     from distill_adapters_wan import PLUGIN, WanPipelineConfig
-    from distill_adapters_wan.images.encoder import ImageEncoder
+    from distill_diffusers.components.images import ImageEncoder
 
     config = WanPipelineConfig(num_frames=9, height=32, width=48, max_sequence_length=512)
     list(PLUGIN.config_problems(config, ["student"]))

@@ -14,6 +14,7 @@ from mutation_test.mutants import Mutant
 from mutation_test.runs import Selection, import_modules
 
 TESTS: dict[str, tuple[str, ...]] = {
+    "distill-adapters-hunyuan": ("adapters_hunyuan",),
     "distill-adapters-ltx": ("adapters_ltx",),
     "distill-adapters-wan": ("adapters_wan",),
     "distill-checkpoint": ("checkpoint",),

@@ -16,6 +16,7 @@ from distill_diffusers.adapter import VelocityCall, checked_rollout, device_of
 from distill_diffusers.calls import flow
 from distill_diffusers.calls.conditions import read_condition
 from distill_diffusers.calls.features import Features
+from distill_diffusers.components.images import ImageEncoder
 from distill_diffusers.components.statistics import LatentStatistics
 from distill_diffusers.family import DiffusersFamily
 from distill_diffusers.family_adapter import FamilyAdapter, transformer_config
@@ -54,7 +55,6 @@ from distill_adapters_wan.images.conditions import (
     read_image_embeds,
     read_image_latents,
 )
-from distill_adapters_wan.images.encoder import ImageEncoder
 from distill_adapters_wan.images.shapes import EMBEDS, LATENTS, TEXT, ImageKind, image_kind
 from distill_adapters_wan.text import encode_text, wan_encoders
 

@@ -69,6 +69,7 @@ class AdapterSuite:
     test_gradients = as_test(calls.check_gradients)
     test_no_gradient_modes = as_test(calls.check_no_gradient_modes)
     test_prediction_types = as_test(calls.check_prediction_types)
+    test_sixteen_bits = as_test(calls.check_sixteen_bits)
     test_wrong_inputs = as_test(calls.check_wrong_inputs)
     test_global_random_state = as_test(calls.check_global_random_state)
 

@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager
 from typing import ClassVar
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from distill_protocols import (
     Capabilities,
     CapabilityError,
@@ -56,7 +56,7 @@ from distill_diffusers.components.codec import VideoCodec
 from distill_diffusers.components.encoders import TextEncoders
 from distill_diffusers.components.statistics import LatentStatistics
 from distill_diffusers.fingerprints import latent_fingerprint
-from distill_diffusers.kinds import ModelKind
+from distill_diffusers.kinds import TRAIN_STEPS, ModelKind
 from distill_diffusers.roles.discriminator import logits
 from distill_diffusers.sampling import sampler
 
@@ -70,11 +70,17 @@ class VelocityCall:
         is_negative: the condition is the negative one of guidance.
         like_pipeline: the call is one of the sampler, whose clips an exported model must repeat
             bit for bit: where two computations are equal but for rounding, the pipeline's is due.
+        guidance: w, of a family whose transformers read it as an input; it overrides
+            ``guided_velocity``.
+        next_t: t of the sampler's next call [], 0 after the last; None outside of a sampler. Read
+            by models of average velocities between two times (MeanFlow, Geng et al. 2025).
     """
 
     caches: ChunkCall | CleanPast | None = None
     is_negative: bool = False
     like_pipeline: bool = False
+    guidance: float | None = None
+    next_t: Tensor | None = None
 
 
 class FlowMatchingAdapter(abc.ABC):
@@ -345,15 +351,13 @@ class FlowMatchingAdapter(abc.ABC):
             )
         rows = x_t.shape[0]
         negative = neg_cond.expand(rows).merged_onto(cond.expand(rows))
-        negative_call = VelocityCall(
-            caches=call.caches, is_negative=True, like_pipeline=call.like_pipeline
-        )
+        negative_call = evolve(call, is_negative=True)
         if w == 0:
             return self.velocity(role, x_t, t, negative, negative_call)
         if batched:
             both = Condition.cat([cond.expand(rows), negative])
             if isinstance(call.caches, CleanPast):
-                call = VelocityCall(caches=call.caches.repeated(2))
+                call = evolve(call, caches=call.caches.repeated(2))
             pair = self.velocity(role, torch.cat([x_t, x_t]), torch.cat([t, t]), both, call)
             conditional, unconditional = pair.chunk(2)
         else:
@@ -520,12 +524,14 @@ class FlowMatchingAdapter(abc.ABC):
         poll: Callable[[], None] | None,
     ) -> sampler.Velocity:
         self.check_sampler(handle, spec)
-        call = VelocityCall(like_pipeline=True)
+        # The sampler makes its calls in order, one a step.
+        following = iter(torch.tensor([*spec.sigmas()[1:], 0.0]) * TRAIN_STEPS)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             if poll is not None:
                 poll()
             w = self.sampler_guidance(handle, spec, t)
+            call = VelocityCall(like_pipeline=True, next_t=next(following))
             batched = self.pipeline_batches_guidance
             return self.guided_velocity(handle, x, t, cond, neg_cond, w, call=call, batched=batched)
 

@@ -169,6 +169,9 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
     """
 
     kind: ClassVar[ModelKind]
+    planned_kind: ClassVar[ModelKind | None] = None
+    """``kind`` with a transformer that runs on fake tensors and takes the same memory; None: its
+    own does."""
     published: ClassVar[Mapping[str, PublishedModel]] = EMPTY
     original_folders: ClassVar[Mapping[str, str]] = EMPTY
     """By module, the folder that the model's original code keeps an expert in."""
@@ -523,7 +526,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
             return None
         rows = 2 * batch if guided and config.cfg_batched else batch
         return plan_call(
-            self.kind,
+            self.planned_kind or self.kind,
             main,
             role,
             self.call_model,

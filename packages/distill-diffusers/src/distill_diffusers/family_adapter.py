@@ -38,7 +38,7 @@ class FamilyAdapter(FlowMatchingAdapter):
         source: Diffusers folder or hub id of VAE and encoders.
         statistics: of raw latents.
         encoders: see ``FlowMatchingAdapter``.
-        codec: the VAE; None: a ``VideoCodec`` of ``source``.
+        codec: the VAE; None: a ``codec_class`` of ``source``.
 
     Raises:
         WeightsError: ``source`` has no VAE configuration; clip, VAE and the transformer of a role
@@ -50,6 +50,8 @@ class FamilyAdapter(FlowMatchingAdapter):
     """The module list whose entries give hidden states."""
     block_output: ClassVar[int | None] = None
     """See ``FeatureLayout.output``."""
+    codec_class: ClassVar[type[VideoCodec]] = VideoCodec
+    """Calls the VAE, where the constructor is given none."""
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class FamilyAdapter(FlowMatchingAdapter):
             other_shapes=[info.shape(*clip) for clip in self._clip_shapes],
             statistics=statistics,
             codec=codec
-            or VideoCodec(family.kind.vae, source, strides=strides, device=device_of(bundle)),
+            or self.codec_class(family.kind.vae, source, strides=strides, device=device_of(bundle)),
             encoders=encoders,
             batch_guidance=config.cfg_batched,
         )

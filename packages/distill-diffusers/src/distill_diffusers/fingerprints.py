@@ -27,7 +27,9 @@ from distill_diffusers.folders import (
     DIFFUSERS_STEM,
     TRANSFORMERS_STEM,
     has_weights,
+    image_processor_file,
     locate,
+    reads_bytes,
     weight_files,
 )
 
@@ -116,7 +118,7 @@ def image_fingerprint(source: str) -> dict[str, str]:
         return {}
     entries = _module_entries(folder / "image_encoder", TRANSFORMERS_STEM, "image_encoder")
     try:
-        settings = read_json_object(folder / "image_processor" / "preprocessor_config.json")
+        settings = read_json_object(image_processor_file(folder))
     except UnreadableFileError:
         return {}
     return entries and entries | _setting_entries(settings, "image_processor")
@@ -199,7 +201,7 @@ def _vocabulary_entries(folder: Path, name: str) -> dict[str, str]:
         return entries
     files = [folder / file for file in _SLOW_TOKENIZERS if (folder / file).is_file()]
     if not files:
-        return {}
+        return {f"{name}.vocabulary": "bytes"} if reads_bytes(folder) else {}
     digest = _new_hash()
     for file in files:
         digest.update(file.read_bytes())

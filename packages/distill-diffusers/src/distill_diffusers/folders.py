@@ -10,7 +10,7 @@
     tokenizer/      tokenizer.json, spiece.model ...               likewise
     text_encoder_2/, tokenizer_2/ ...                              likewise, of further encoders
     image_encoder/  config.json, model.safetensors (or shards)    only to encode new images
-    image_processor/  preprocessor_config.json                     likewise
+    image_processor/  preprocessor_config.json (or feature_extractor/)    likewise
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from distill_protocols import WeightsError
@@ -29,6 +30,10 @@ DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights that can be trained from, by safetensors' names."""
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
+"""One of these is in a tokenizer's folder, unless its words are bytes."""
+IMAGE_PROCESSORS = ("image_processor", "feature_extractor")
+"""Folders that an image encoder's processor may have."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -274,21 +279,40 @@ def text_problems(folder: Path, suffix: str = "") -> Iterator[str]:
         suffix: ``"_2"``, ``"_3"`` of a further encoder and its tokenizer.
     """
     yield from module_problems(folder / f"text_encoder{suffix}", TRANSFORMERS_STEM)
-    tokenizer = folder / f"tokenizer{suffix}"
-    names = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
-    if not any((tokenizer / name).is_file() for name in names):
+    if problem := tokenizer_problem(folder / f"tokenizer{suffix}"):
         yield (
-            f"{tokenizer} holds none of {', '.join(names)}, and text_encoder{suffix}/ beside it "
-            "is of no use without. Download it again"
+            f"{problem}, and text_encoder{suffix}/ beside it is of no use without. Download it "
+            "again"
         )
+
+
+def tokenizer_problem(folder: Path) -> str | None:
+    """Say what a tokenizer's folder lacks."""
+    if any((folder / name).is_file() for name in TOKENIZER_FILES) or reads_bytes(folder):
+        return None
+    return f"{folder} holds none of {', '.join(TOKENIZER_FILES)}"
+
+
+def reads_bytes(tokenizer: Path) -> bool:
+    """Return whether a tokenizer's words are bytes, so that no file lists them."""
+    file = tokenizer / "tokenizer_config.json"
+    with suppress(WeightsError):  # a damaged file is a problem of the folder
+        return file.is_file() and read_json(file).get("tokenizer_class") == "ByT5Tokenizer"
+    return False
 
 
 def image_problems(folder: Path) -> Iterator[str]:
     """What is missing or damaged where an image is to be encoded."""
     yield from module_problems(folder / "image_encoder", TRANSFORMERS_STEM)
-    file = folder / "image_processor" / "preprocessor_config.json"
+    file = image_processor_file(folder)
     if not file.is_file():
         yield f"{file} is missing, and image_encoder/ is of no use without. Download it again"
+
+
+def image_processor_file(folder: Path) -> Path:
+    """Settings of a pipeline's image processor, which some pipelines call a feature extractor."""
+    files = [folder / name / "preprocessor_config.json" for name in IMAGE_PROCESSORS]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def folder_problem(path: str) -> str | None:

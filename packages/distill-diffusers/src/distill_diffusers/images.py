@@ -1,4 +1,5 @@
-"""The adapter that an image model with diffusers' ``AutoencoderKL`` inherits from.
+"""The adapters of models whose VAE has one scaling factor: video models, and image models with
+diffusers' ``AutoencoderKL``.
 
 An image is a clip of one frame: latents are [B, C, 1, H, W] in the framework and [B, C, H, W] in
 the model. A family writes ``DiffusersFamily.call_model`` and ``condition_rows``, and here
@@ -12,7 +13,6 @@ from typing import TypeVar
 from distill_protocols import ModelBundle
 from torch import Tensor
 
-from distill_diffusers.adapter import device_of
 from distill_diffusers.calls import flow
 from distill_diffusers.components.codec import ImageCodec
 from distill_diffusers.components.encoders import TextEncoders
@@ -25,8 +25,8 @@ from distill_diffusers.model_configs import read_config, read_number
 ConfigT = TypeVar("ConfigT", bound=DiffusersConfig)
 
 
-class ImageAdapter(FamilyAdapter):
-    """``DistillAdapter`` of an image model whose VAE is an ``AutoencoderKL``.
+class ScaledLatentsAdapter(FamilyAdapter):
+    """``DistillAdapter`` of a model whose latents are ``(z - shift_factor) scaling_factor``.
 
     Args:
         bundle: the run's roles.
@@ -36,7 +36,7 @@ class ImageAdapter(FamilyAdapter):
         encoders: see ``FlowMatchingAdapter``.
 
     Raises:
-        WeightsError: as ``FamilyAdapter``.
+        WeightsError: as ``FamilyAdapter``; or the VAE has no scaling factor.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ImageAdapter(FamilyAdapter):
         encoders: TextEncoders | None,
     ) -> None:
         vae = read_config(fetch(source, ("vae",)) / "vae" / "config.json")
-        info = family.latent_info(vae)
+        channels = family.latent_info(vae).channels
         self._factor = read_number(vae, "scaling_factor")
         self._shift = read_number(vae, "shift_factor", 0.0)
         super().__init__(
@@ -58,14 +58,17 @@ class ImageAdapter(FamilyAdapter):
             config,
             source=source,
             statistics=LatentStatistics.of_channels(
-                [self._shift] * info.channels, [1 / self._factor] * info.channels
+                [self._shift] * channels, [1 / self._factor] * channels
             ),
             encoders=encoders,
-            codec=ImageCodec(
-                family.kind.vae, source, strides=(1, info.stride_hw), device=device_of(bundle)
-            ),
         )
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
         """z / f + m, as the pipelines of such a VAE compute it."""
         return flow.widen(latents) / self._factor + self._shift
+
+
+class ImageAdapter(ScaledLatentsAdapter):
+    """``DistillAdapter`` of an image model whose VAE is an ``AutoencoderKL``."""
+
+    codec_class = ImageCodec

@@ -37,8 +37,8 @@ class ModelKind:
             every linear layer within the blocks.
         block_lists: names of the module lists whose entries are sharded, compiled, checkpointed
             and read one at a time; empty: found on the meta module (``find_block_lists``).
-        depth: entry of the transformer's configuration with the number of blocks in the first of
-            the block lists has.
+        depths: entries of the transformer's configuration with the numbers of blocks, of the first
+            of the block lists and of those after it, as far as plans extrapolate from a few.
         attention_bias: whether the transformer adds a bias to the scores of its attention, as where
             it hides the padding of a text: only some kernels can.
         foreign_layers: names of layers in other codes -> theirs here, for hints.
@@ -52,7 +52,7 @@ class ModelKind:
     stored_like: str
     lora_targets: tuple[str, ...] = ()
     block_lists: tuple[str, ...] = ()
-    depth: str = "num_layers"
+    depths: tuple[str, ...] = ("num_layers",)
     attention_bias: bool = False
     foreign_layers: Mapping[str, str] = field(default=MappingProxyType({}))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from attrs import evolve
 from distill_protocols import Condition, ConditioningError, SamplerSpec
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -206,6 +207,25 @@ def check_prediction_types(case: AdapterCase) -> None:
             first = next(iter(x0))
             for kind, value in x0.items():
                 case.require_close(value, x0[first], f"x0 of {role!r} by {kind} and by {first}")
+
+
+def check_sixteen_bits(case: AdapterCase) -> None:
+    """A frozen role whose weights are stored in bf16 predicts what it does in fp32, but for
+    rounding.
+
+    Otherwise teachers, which are loaded so to save memory, raise or mix types in step 1.
+    """
+    cond, x_t = case.condition(), case.noise()
+    spec = case.trained_role
+    narrow = case.load_with(evolve(spec, trainable=False, precision="bf16"), perturb=False)
+    wide = case.load_with(evolve(spec, trainable=False), perturb=False)
+    t = case.times(spec.name)[0]
+    with torch.no_grad():
+        rounded, exact = (
+            loaded.adapter.forward(spec.name, x_t, t, cond) for loaded in (narrow, wide)
+        )
+    error = float((rounded - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+    require(error < 0.1, f"in bf16 {spec.name!r} is off by {error:.2g} of its output's rms")
 
 
 def check_wrong_inputs(case: AdapterCase) -> None:

@@ -23,13 +23,12 @@ from distill_diffusers.folders import (
     TRANSFORMERS_STEM,
     fetch,
     module_problems,
+    tokenizer_problem,
     transformer_names,
 )
 from distill_diffusers.kinds import load_class
 from distill_diffusers.model_configs import read_config
 
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.json")
-"""One of these is in a tokenizer's folder."""
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 """Files whose entries are no words; transformers prints names that it does not know."""
 MAX_TOKENS = 100_000
@@ -61,11 +60,9 @@ class TextEncoderPart:
     def problems(self, folder: Path) -> Iterator[str]:
         """Yield what is missing or damaged in a pipeline folder."""
         yield from module_problems(folder / self.encoder, TRANSFORMERS_STEM)
-        tokenizer = folder / self.tokenizer
-        if not any((tokenizer / name).is_file() for name in TOKENIZER_FILES):
+        if problem := tokenizer_problem(folder / self.tokenizer):
             yield (
-                f"{tokenizer} holds none of {', '.join(TOKENIZER_FILES)}, and {self.encoder}/ "
-                "beside it is of no use without. Download it again"
+                f"{problem}, and {self.encoder}/ beside it is of no use without. Download it again"
             )
 
 
@@ -185,28 +182,43 @@ class TextEncoders:
 
     @torch.no_grad()
     def embed(
-        self, prompts: Sequence[str], length: int, *, attend_padding: bool
+        self,
+        prompts: Sequence[str],
+        length: int,
+        *,
+        attend_padding: bool,
+        name: str = "text_encoder",
+        layer: int | None = None,
+        skip: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Encode prompts, padded and cut to ``length`` tokens, by ``text_encoder``.
+        """Encode prompts, padded and cut to ``length`` tokens.
 
         For the encoders of models that do not read the padding: what is there is 0.
 
         Args:
             attend_padding: whether the encoder attends it, as some pipelines let it.
+            name: of the encoder.
+            layer: which of its hidden states, as an index of their list; None: the last, after the
+                encoder's own norm.
+            skip: tokens to leave out in front, of a template that prompts stand in; ``length``
+                counts without them.
 
         Returns:
-            its last hidden states [B, L, D], and 1 at the tokens of the prompt [B, L]; both fp32.
+            hidden states [B, L, D], and 1 at the tokens of the prompt [B, L]; both fp32.
 
         Raises:
             ConditioningError: no prompts.
             WeightsError: as ``loaded``.
         """
-        with self._tokenized("text_encoder", prompts, length) as (encoder, tokens):
+        with self._tokenized(name, prompts, skip + length) as (encoder, tokens):
             mask = tokens.attention_mask
-            output = encoder(tokens.input_ids, None if attend_padding else mask)
-        # where, not a product: 0 * nan or inf of a masked position would stay nan.
-        hidden = torch.where(mask[..., None] > 0, output.last_hidden_state.float(), 0.0)
-        return hidden, mask.float()
+            output = encoder(
+                tokens.input_ids,
+                None if attend_padding else mask,
+                output_hidden_states=layer is not None,
+            )
+        hidden = output.last_hidden_state if layer is None else output.hidden_states[layer]
+        return without_padding(hidden[:, skip:], mask[:, skip:])
 
     @contextlib.contextmanager
     def keep_loaded(self) -> Iterator[None]:
@@ -271,6 +283,12 @@ class TextEncoders:
         check_vocabulary(tokenizer, encoder, folder / part.tokenizer)
         part.check(encoder, folder / part.encoder)
         return LoadedEncoder(tokenizer, encoder.to(self._device))
+
+
+def without_padding(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Set hidden states [B, L, D] to 0 where the mask [B, L] is; both fp32."""
+    # where, not a product: 0 * nan or inf of a masked position would stay nan.
+    return torch.where(mask[..., None] > 0, hidden.float(), 0.0), mask.float()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

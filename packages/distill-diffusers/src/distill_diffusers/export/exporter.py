@@ -99,6 +99,9 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
     """Keys of ``config`` that the pipeline takes under the same names."""
     grid: StepGrid = SchedulerGrid()
     """What the pipeline's scheduler starts from."""
+    pipeline_loads_lora: bool = True
+    """Whether the pipeline has ``load_lora_weights``; if not, its transformer's
+    ``load_lora_adapter`` reads the file."""
 
     def __init__(self, family: DiffusersFamily[ConfigT], config: ConfigT, *, source: str) -> None:
         self.family = family
@@ -164,6 +167,13 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
             modules: names of the role's transformers.
         """
         return {key: own_index[key] for key in ("_class_name",) if key in own_index}
+
+    def adapt_components(self, folder: Path, request: ExportRequest) -> None:
+        """Change components of an export in the making, copies of the source's; by default none.
+
+        Args:
+            folder: of the pipeline; all but ``model_index.json`` is there.
+        """
 
     def notes(
         self, role: RoleSpec, request: ExportRequest, schedule: StockSchedule
@@ -386,6 +396,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
             if (source / name).is_dir():
                 # Links are followed: a hub cache is all links, and an export must stand alone.
                 shutil.copytree(source / name, stage / name, symlinks=False)
+        self.adapt_components(stage, export.request)
         for file in stage.glob("tokenizer*/tokenizer_config.json"):
             _name_tokenizer(file)
         index = self._model_index(export, source, stage)

@@ -176,6 +176,11 @@ class StockPipeline(Protocol):
         """What the pipeline's scheduler starts from."""
         ...
 
+    @property
+    def pipeline_loads_lora(self) -> bool:
+        """Whether the pipeline has ``load_lora_weights``."""
+        ...
+
     def probe(self, module: nn.Module, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """Draw seeded inputs of a few tokens for a transformer, by argument name."""
         ...

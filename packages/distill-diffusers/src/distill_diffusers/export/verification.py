@@ -107,12 +107,13 @@ def _from_pretrained(
 
 def _check_components(pipeline: StockPipeline, export: Export, folder: Path) -> None:
     """Check the rest of the pipeline but for text encoders: these are copies, and large."""
-    _, info = _from_pretrained(load_class(pipeline.kind.vae), folder, "vae")
+    vae, info = _from_pretrained(load_class(pipeline.kind.vae), folder, "vae")
     _refuse_unmatched(folder / "vae", info)
     classes = {class_name(name): name for name in pipeline.kind.pipelines}
     index = read_json(folder / "model_index.json")
     modules = [name for name, entry in index.items() if isinstance(entry, list)]
-    omitted: dict[str, None] = dict.fromkeys(set(modules) - {"scheduler"})
+    # Some pipelines read the VAE's configuration when they are made.
+    omitted: dict[str, Any] = {**dict.fromkeys(set(modules) - {"scheduler"}), "vae": vae}
     loaded = load_class(classes[cast(str, index["_class_name"])]).from_pretrained(
         folder, use_safetensors=True, **omitted
     )
@@ -311,16 +312,19 @@ def _outputs_with_lora(
 ) -> Tensor:
     """Call the base after stock ``load_lora_weights`` of ``file``."""
     pipeline_class = load_class(pipeline.kind.pipelines[0])
-    transformer = load_class(pipeline.kind.transformer).from_pretrained(
+    transformer: Any = load_class(pipeline.kind.transformer).from_pretrained(
         source, subfolder=name, torch_dtype=torch.float32, use_safetensors=True
     )
-    # Nothing but the transformer takes part: the others that the pipeline asks for are None.
-    parameters = inspect.signature(pipeline_class.__init__).parameters.values()
-    required = [p.name for p in parameters if p.default is p.empty and p.name != "self"]
-    parts: dict[str, Any] = dict.fromkeys(required)
-    parts |= {"transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler()}
-    base: Any = pipeline_class(**parts)
-    base.load_lora_weights(file.parent, weight_name=file.name)
+    if pipeline.pipeline_loads_lora:
+        # Nothing but the transformer takes part: the others that the pipeline asks for are None.
+        parameters = inspect.signature(pipeline_class.__init__).parameters.values()
+        required = [p.name for p in parameters if p.default is p.empty and p.name != "self"]
+        parts: dict[str, Any] = dict.fromkeys(required)
+        parts |= {"transformer": transformer, "scheduler": FlowMatchEulerDiscreteScheduler()}
+        base: Any = pipeline_class(**parts)
+        base.load_lora_weights(file.parent, weight_name=file.name)
+    else:
+        transformer.load_lora_adapter(file.parent, weight_name=file.name, adapter_name="default_0")
     loaded = get_peft_model_state_dict(transformer, adapter_name="default_0")
     expected = {
         f"{layer}.lora_{side}.weight": tensor

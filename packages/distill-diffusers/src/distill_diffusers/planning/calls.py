@@ -56,12 +56,12 @@ class CallBytes:
         """The most at once, at any moment."""
         return max(self.forward, self.backward, self.outside)
 
-    def with_more_blocks(self, longer: CallBytes, count: int) -> CallBytes:
-        """Extrapolate to ``count`` more blocks, where ``longer`` has one more than this."""
+    def with_more_blocks(self, longer: CallBytes, shorter: CallBytes, count: int) -> CallBytes:
+        """Add ``count`` more blocks, where ``longer`` has one more of them than ``shorter``."""
         return CallBytes(
-            held=self.held + count * (longer.held - self.held),
-            forward=self.forward + count * (longer.forward - self.forward),
-            backward=self.backward + count * (longer.backward - self.backward),
+            held=self.held + count * (longer.held - shorter.held),
+            forward=self.forward + count * (longer.forward - shorter.forward),
+            backward=self.backward + count * (longer.backward - shorter.backward),
             outside=self.outside,
         )
 
@@ -75,7 +75,8 @@ def plan_call(
     *,
     input_gradient: bool = False,
 ) -> CallPlan:
-    """Plan a call from models of two and of three blocks, as each further block adds the same.
+    """Plan a call from models of two and of three blocks, as each further block adds the same; of
+    several lists of blocks, each in turn.
 
     Not of one, which is the first and the last block at once: its input comes from the embedding,
     and takes no gradient in a LoRA role.
@@ -94,11 +95,14 @@ def plan_call(
     Raises:
         WeightsError: a call cannot be made: layers do not fit each other, or the inputs.
     """
-    blocks = read_integer(inspect_model(kind, config).config, kind.depth)
-    plan = _plan_of(kind, config, min(blocks, 2), role, call, shapes, input_gradient)
-    if blocks > 2:
-        three = _plan_of(kind, config, 3, role, call, shapes, input_gradient)
-        plan = plan.with_more_blocks(three, blocks - 2)
+    full = inspect_model(kind, config).config
+    blocks = {name: read_integer(full, name) for name in kind.depths}
+    two = {name: min(count, 2) for name, count in blocks.items()}
+    short = plan = _plan_of(kind, config, two, role, call, shapes, input_gradient)
+    for name, count in blocks.items():
+        if count > 2:
+            longer = _plan_of(kind, config, {**two, name: 3}, role, call, shapes, input_gradient)
+            plan = plan.with_more_blocks(longer, short, count - 2)
     return CallPlan(held=plan.held if role.trainable else 0, most=plan.most)
 
 
@@ -145,14 +149,14 @@ def plan_discriminator_call(
 def _plan_of(
     kind: ModelKind,
     config: Mapping[str, object],
-    blocks: int,
+    depths: Mapping[str, int],
     role: RoleSpec,
     call: ModelCall,
     shapes: Mapping[str, Sequence[int]],
     input_gradient: bool,
 ) -> CallBytes:
     """Measure a call of a model of so many blocks on fake tensors; see ``plan_call``."""
-    config = {**config, kind.depth: blocks}
+    config = {**config, **depths}
     architecture = inspect_model(kind, config)
     module = build_on_meta(kind, config)
     name = kind.modules[0]

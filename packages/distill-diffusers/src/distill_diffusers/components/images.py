@@ -1,4 +1,4 @@
-"""CLIP and its image processor, through which Wan 2.1 image-to-video reads a first frame."""
+"""An encoder of pictures and its image processor, through which models read a first frame."""
 
 from __future__ import annotations
 
@@ -7,62 +7,89 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distill_diffusers.components.encoders import load_encoder
-from distill_diffusers.folders import fetch, image_problems
-from distill_diffusers.model_configs import read_config
+from attrs import frozen
 from distill_protocols import WeightsError
 from torch import Tensor
+
+from distill_diffusers.components.encoders import load_encoder
+from distill_diffusers.folders import IMAGE_PROCESSORS, fetch, image_problems, image_processor_file
+from distill_diffusers.model_configs import read_config
 
 MAX_EDGE = 8192
 """Pixels of a picture that an encoder reads."""
 
 
+@frozen(kw_only=True)
+class ImageEncoderKind:
+    """Which classes of transformers read a picture, and which hidden state is kept.
+
+    Attributes:
+        model: name of the vision model's class.
+        processor: name of the image processor's class.
+        layer: which of its hidden states, as an index of their list; None: the last, after the
+            model's own norm.
+    """
+
+    model: str
+    processor: str
+    layer: int | None
+
+
+CLIP = ImageEncoderKind(model="CLIPVisionModel", processor="CLIPImageProcessor", layer=-2)
+"""As Wan 2.1 image-to-video reads a first frame."""
+SIGLIP = ImageEncoderKind(model="SiglipVisionModel", processor="SiglipImageProcessor", layer=None)
+"""As HunyuanVideo 1.5 image-to-video reads a first frame."""
+
+
 class ImageEncoder:
-    """CLIP's vision model: pictures to embeddings. In memory only while it encodes.
+    """A vision model: pictures to embeddings. In memory only while it encodes.
 
     Args:
         source: Diffusers folder or hub id.
+        kind: its classes.
         device: where the encoder runs, in fp32.
     """
 
-    def __init__(self, source: str, *, device: torch.device) -> None:
+    def __init__(self, source: str, kind: ImageEncoderKind = CLIP, *, device: torch.device) -> None:
         self._source = source
+        self._kind = kind
         self._device = device
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Encode pictures [B, 3, H, W] in [0, 1] to the last hidden state but one [B, 257, D].
+        """Encode pictures [B, 3, H, W] in [0, 1] to hidden states [B, L, D].
 
-        As ``WanImageToVideoPipeline.encode_image`` of the same pictures in 8 bits, which frames of
-        a video are. One at a time, as the pipeline does.
+        As the pipelines encode the same pictures in 8 bits, which frames of a video are. One at a
+        time, as they do.
         """
         processor, encoder = self._load()
-        rows = [
-            encoder(
-                **processor(images=image, return_tensors="pt").to(self._device),
-                output_hidden_states=True,
-            ).hidden_states[-2]
-            for image in (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-        ]
+        rows = []
+        for image in (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8):
+            pixels = processor(images=image, return_tensors="pt").to(self._device)
+            output = encoder(**pixels, output_hidden_states=True)
+            layer = self._kind.layer
+            rows.append(output.last_hidden_state if layer is None else output.hidden_states[layer])
         return torch.cat(rows)
 
     def _load(self) -> tuple[Any, Any]:
         # On first use: without torchvision, transformers 5 prints a warning when it is imported.
-        from transformers import CLIPImageProcessor, CLIPVisionModel
+        import transformers
 
-        folder = fetch(self._source, ("image_encoder", "image_processor"))
+        model_class = getattr(transformers, self._kind.model)
+        processor_class = getattr(transformers, self._kind.processor)
+        folder = fetch(self._source, ("image_encoder", *IMAGE_PROCESSORS))
         for problem in image_problems(folder):
             raise WeightsError(
                 f"{self._source} cannot encode a picture: {problem}; or store image_embeds in the "
                 "data set"
             )
-        encoder: Any = load_encoder(CLIPVisionModel, Path(folder) / "image_encoder", torch.float32)
-        file = folder / "image_processor" / "preprocessor_config.json"
+        encoder: Any = load_encoder(model_class, Path(folder) / "image_encoder", torch.float32)
+        file = image_processor_file(folder)
         settings = read_config(file)
         try:
             _check_sizes(settings)
             # From its settings alone: a processor's folder may name code of its own.
-            processor: Any = CLIPImageProcessor.from_dict(settings)
+            processor: Any = processor_class.from_dict(settings)
             trial = processor(images=torch.zeros(3, 32, 32, dtype=torch.uint8), return_tensors="pt")
             made, side = tuple(trial["pixel_values"].shape), encoder.config.image_size
             if made != (1, 3, side, side):

@@ -1,0 +1,1 @@
+"""HunyuanVideo: guidance is an input of its transformer."""
