@@ -164,6 +164,7 @@ def test_a_run_file(tmp_path, evil):
 
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 INTERPRETS_WITHOUT_CALLING = "distill_checkpoint/foreign/safe_dcp.py"
+NAMES_ITS_ERROR = "distill_preprocess/pairs.py"  # tests/preprocess_app/test_pairs.py
 RUNS_ONE_KNOWN_FILE = "distill_evaluation/shipped_metrics/i3d.py"
 
 
@@ -201,7 +202,11 @@ def test_no_other_module_unpickles():
     sources = [*WORKSPACE.glob("packages/*/src/**/*.py"), *WORKSPACE.glob("apps/**/*.py")]
     assert len(sources) > 50
     open_doors = {file.as_posix(): unpickling_calls(file) for file in sources}
-    exempt = {INTERPRETS_WITHOUT_CALLING: "pickle", RUNS_ONE_KNOWN_FILE: "torch.jit.load"}
+    exempt = {
+        INTERPRETS_WITHOUT_CALLING: "pickle",
+        NAMES_ITS_ERROR: "pickle",
+        RUNS_ONE_KNOWN_FILE: "torch.jit.load",
+    }
     for ending, call in exempt.items():
         [name] = [name for name in open_doors if name.endswith(ending)]
         assert open_doors.pop(name) == [call]
