@@ -1,10 +1,10 @@
-"""The contracts: value objects, named generators, stepping, plugin look-up."""
+"""The contracts: value objects, named generators, roles."""
 
 from __future__ import annotations
 
 import itertools
-from importlib.metadata import EntryPoint
 
+import numpy
 import pytest
 import torch
 from distill_protocols import (
@@ -12,16 +12,15 @@ from distill_protocols import (
     CapabilityError,
     Condition,
     DataError,
-    ModelBundle,
-    PluginError,
+    DynamicShift,
+    LoraSpec,
     RandomStreams,
     RoleError,
     RoleHandle,
     SamplerSpec,
-    StepResult,
+    TensorPlan,
     shift_sigma,
 )
-from distill_runtime import DistillMethod, load_plugin, plugins
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -57,6 +56,28 @@ def test_sigmas_fall_from_one(steps, shift):
     assert len(sigmas) == steps
     assert sigmas[0] == pytest.approx(1)
     assert all(a > b > 0 for a, b in itertools.pairwise(sigmas))
+
+
+@given(st.integers(1, 50), shifts)
+def test_unipc_walks_the_grid_of_its_scheduler(steps, shift):
+    spec = SamplerSpec(steps=steps, shift=shift, solver="unipc")
+    grid = numpy.linspace(1, 1 / 1000, steps + 1)[:-1]
+    assert spec.sigmas() == tuple(shift_sigma(u, shift) for u in grid.tolist())
+
+
+def test_the_second_time_of_unipc_is_below_its_first():
+    SamplerSpec(steps=1, shift=1e7, solver="unipc")
+    SamplerSpec(steps=2, shift=1e5, solver="unipc")
+    for steps in (2, 3):
+        with pytest.raises(ValueError, match=r"the second time, 999\.9999\d*, must be below"):
+            SamplerSpec(steps=steps, shift=1e7, solver="unipc")
+
+
+@pytest.mark.parametrize("terminal", [-0.1, 1.1])
+def test_the_last_noise_level_of_a_dynamic_shift_is_one(terminal):
+    assert DynamicShift(terminal=0.25).sigmas(4, 300)[-1] == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="it is a noise level"):
+        DynamicShift(terminal=terminal)
 
 
 @pytest.mark.parametrize(
@@ -137,106 +158,8 @@ def test_capabilities_name_what_is_missing():
         have.require(["supports_cgf"], by="dmd2")
 
 
-def handle(name: str, *, trainable: bool, precision: str = "fp32") -> RoleHandle:
-    role = RoleHandle(
-        name=name,
-        modules={"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)},
-        trainable=trainable,
-        precision=precision,  # type: ignore[arg-type]
-    )
-    if trainable:
-        for key, module in role.modules.items():
-            role.optimizers[key] = torch.optim.SGD(module.parameters(), lr=1.0)
-            role.schedulers[key] = torch.optim.lr_scheduler.LambdaLR(
-                role.optimizers[key], lambda n: 1 / (n + 1)
-            )
-    return role
-
-
-class Turns(DistillMethod[None]):
-    """A method that steps the roles of a table; its loss is the sum of the turn's weights."""
-
-    required_roles = ("student", "critic")
-    frozen_roles = ("teacher",)
-    table: tuple[tuple[str, ...], ...] = ()
-
-    def single_train_step(self, batch, iteration):
-        roles = self.table[iteration - 1]
-        total = sum(
-            (
-                p.sum()
-                for r in roles
-                for m in self.bundle[r].modules.values()
-                for p in m.parameters()
-            ),
-            start=torch.zeros((), requires_grad=True) + 0,
-        )
-        return StepResult({"total_loss": total}, {})
-
-    def get_optimizers(self, iteration):
-        return self.optimizers_of(*self.table[iteration - 1])
-
-
-def turns_method(table, precision: str = "fp32") -> Turns:
-    bundle = ModelBundle(
-        {n: handle(n, trainable=True, precision=precision) for n in ("student", "critic")}
-    )
-    method = Turns(bundle, None)
-    method.table = table
-    return method
-
-
-turn = st.sampled_from([(), ("student",), ("critic",), ("student", "critic")])
-
-
-@given(st.lists(turn, min_size=1, max_size=12))
-def test_a_scheduler_steps_exactly_with_its_optimizer(table):
-    method = turns_method(tuple(table))
-    for iteration in range(1, len(table) + 1):
-        method.single_train_step(None, iteration).loss_map["total_loss"].backward()
-        stepped = method.optimizers_schedulers_step(iteration)
-        method.optimizers_zero_grad(iteration)
-        assert set(stepped) == set(method.get_optimizers(iteration))
-        assert set(method.get_lr_schedulers(iteration)) == set(stepped)
-    for role in ("student", "critic"):
-        expected = sum(role in row for row in table)
-        for key in ("a", "b"):
-            assert method.update_counts[f"{role}.{key}"] == expected
-            assert method.scheduler_dict[f"{role}.{key}"].last_epoch == expected
-
-
-def test_an_overflow_leaves_out_optimizer_and_scheduler_of_that_module_only():
-    method = turns_method((("student", "critic"),) * 2, precision="fp16")
-    assert method.grad_scaler.is_enabled()
-    for iteration in (1, 2):
-        loss = method.single_train_step(None, iteration).loss_map["total_loss"]
-        method.grad_scaler.scale(loss).backward()
-        if iteration == 2:
-            method.model_dict["critic.b"].weight.grad.fill_(float("inf"))
-        method.unscale_gradients(iteration)
-        stepped = method.optimizers_schedulers_step(iteration)
-        method.optimizers_zero_grad(iteration)
-    assert "critic.b" not in stepped
-    assert method.update_counts == {"student.a": 2, "student.b": 2, "critic.a": 2, "critic.b": 1}
-    assert {k: s.last_epoch for k, s in method.scheduler_dict.items()} == method.update_counts
-    again = turns_method((("student",),), precision="fp16")
-    again.load_state_dict(method.state_dict())
-    assert again.update_counts == method.update_counts
-    assert again.grad_scaler.get_scale() == method.grad_scaler.get_scale()
-
-
-def test_roles_are_checked_when_a_method_is_made():
-    bundle = ModelBundle({"student": handle("student", trainable=True)})
-    with pytest.raises(RoleError, match=r"missing role\(s\): critic; this run has: student"):
-        Turns(bundle, None)
-    bundle.roles["critic"] = handle("critic", trainable=True)
-    bundle.roles["teacher"] = handle("teacher", trainable=True)
-    with pytest.raises(RoleError, match="'teacher' is trainable"):
-        Turns(bundle, None)
-
-
 def test_a_frozen_role_stays_frozen():
-    role = handle("teacher", trainable=False)
+    role = RoleHandle(name="teacher", modules={"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     assert not any(p.requires_grad for m in role.modules.values() for p in m.parameters())
     with pytest.raises(RoleError, match="'teacher' is frozen"):
         role.set_trainable(True)
@@ -256,24 +179,18 @@ def test_freezing_a_role_restores_the_mode_of_each_module():
     assert [p.requires_grad for p in net.parameters()] == [True, False, True, True]
 
 
-def test_unknown_plugins_are_answered_with_the_known_ones():
-    with pytest.raises(
-        PluginError, match=r"unknown method 'dmd3'; did you mean 'dmd2'\? \(installed: .*dmd2, "
-    ):
-        load_plugin("distill.methods", "dmd3")
+def test_what_training_moves_of_a_role():
+    net = nn.Linear(2, 2)
+    names = {"net": frozenset({"weight"})}
+    role = RoleHandle(name="student", modules={"net": net}, trainable=True, trained=names)
+    assert role.trained_parameters("net") == {"weight": net.weight}
+    assert [parameter.requires_grad for parameter in (net.weight, net.bias)] == [True, False]
+    all_of_it = RoleHandle(name="critic", modules={"net": net}, trainable=True)
+    assert all_of_it.trained_parameters("net") == {"weight": net.weight, "bias": net.bias}
 
 
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
-        ([("x", "no_such_module:plugin")], "does not import"),
-        ([("x", "math:pi")], "is a float, not an instance of MethodPlugin"),
-        ([("x", "math:pi"), ("x", "math:e")], "is offered twice"),
-    ],
-)
-def test_broken_plugins_are_refused_with_the_reason(monkeypatch, entries, message):
-    group = "distill.methods"
-    entry_points = [EntryPoint(name=n, value=v, group=group) for n, v in entries]
-    monkeypatch.setattr(plugins, "entry_points", lambda group: entry_points)
-    with pytest.raises(PluginError, match=message):
-        load_plugin(group, "x")
+def test_sizes_and_scales():
+    plan = TensorPlan(name="w", shape=(2, 3), dtype=torch.bfloat16)
+    assert (plan.numel, plan.nbytes) == (6, 12)
+    assert LoraSpec(rank=4).scale == 1
+    assert LoraSpec(rank=4, alpha=2).scale == 0.5

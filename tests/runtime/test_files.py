@@ -192,6 +192,10 @@ def test_json_that_is_too_large_is_not_read(tmp_path):
     (tmp_path / "a.json").write_text("[]" * 10)
     with pytest.raises(UnreadableFileError, match="20 bytes; more than 19"):
         read_json(tmp_path / "a.json", max_bytes=19)
+    with (tmp_path / "a.json").open("wb") as file:
+        file.truncate(256 * 2**20 + 1)  # a hole, which takes no disk
+    with pytest.raises(UnreadableFileError, match="268435457 bytes; more than 268435456"):
+        read_json(tmp_path / "a.json")
 
 
 def header_file(path: Path, header: bytes, numbers: bytes = b"") -> Path:

@@ -58,6 +58,9 @@ def exported(family: FamilyPlugin[Any], config: Any, path: Path, folder: Path) -
 
 
 def test_run_export_and_stock_pipeline_make_the_same_clip_to_the_bit(out):
+    for folder in (out, out / "student"):  # as frozen roles, so without gradients or fp32 masters
+        roles = read_sample_source(folder).roles.values()
+        assert [role.spec.trainable for role in roles] == [False] * len(roles)
     run, export = open_model(out), open_model(out / "student")
     clips = run.sample(PROMPTS, seed=3)
     assert torch.equal(export.sample(PROMPTS, seed=3), clips)
