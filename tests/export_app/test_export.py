@@ -140,6 +140,19 @@ def test_the_other_roles_may_be_gone(whole, tmp_path):
     assert export(out, tmp_path / "x", "--config", str(config)) == 0
 
 
+def test_a_run_file_that_cannot_be_used_names_the_way_out_once(whole, tmp_path, capsys):
+    out = Path(shutil.copytree(whole / LAST, tmp_path / LAST))
+    run = json.loads((out / "config.json").read_text())
+    run["models"]["student"]["path"] = str(tmp_path / "deleted")
+    (out / "config.json").write_text(json.dumps(run))
+    hint = "The checkpoint's own run file cannot be used; name one with --config RUN.yaml"
+    for more, hinted in ([], True), (["--config", str(out / "config.json")], False):
+        assert export(out, tmp_path / "x", *more) == 2
+        error = capsys.readouterr().err
+        assert "models.student.path" in error
+        assert (hint in error) == hinted
+
+
 WRONG = {
     "no such role": (["--role", "studnt"], "--role"),
     "an average that nobody kept": (["--role", "critic", "--ema"], "--ema"),
