@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from distill_diffusers.export.files import write_weights
+from distill_diffusers.weights.sources import in_groups
 from distill_protocols import ContractError, TensorInfo, WeightsError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -120,3 +121,16 @@ def test_numbers_that_no_model_here_has_are_refused(tmp_path, dtype):
     with pytest.raises(WeightsError, match=str(dtype).removeprefix("torch.")):
         write_weights(tmp_path / "w", infos, lambda name: torch.zeros(2, dtype=dtype))
     assert not (tmp_path / "w").exists()
+
+
+@given(sizes=st.lists(st.integers(0, 12), max_size=20), most=st.integers(1, 12))
+def test_groups_of_tensors_are_as_large_as_they_may_be(sizes, most):
+    names = [str(number) for number in range(len(sizes))]
+    groups = list(in_groups(names, lambda name: sizes[int(name)], most))
+    assert [name for group in groups for name in group] == names
+    totals = [sum(sizes[int(name)] for name in group) for group in groups]
+    assert all(
+        total <= most or len(group) == 1 for total, group in zip(totals, groups, strict=True)
+    )
+    firsts = [sizes[int(group[0])] for group in groups[1:]]
+    assert all(total + first > most for total, first in zip(totals, firsts, strict=False))

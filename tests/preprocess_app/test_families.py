@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ltx_pipelines
@@ -13,7 +14,9 @@ import wan_variants
 import yaml
 from distill_conditioning import DataConfig, LatentDataset, SampleShape, dataset_info
 from distill_preprocess.cli import main
+from distill_preprocess.encoding import Encoder
 from distill_preprocess.request import cut_of, needs_first_frames, read_request
+from distill_protocols import Condition
 from distill_runfile.cli import EXIT_FAILED, EXIT_OK
 from media_files import moving_frames, write_video
 from stored_files import columns, write_parquet
@@ -134,6 +137,23 @@ def test_fastvideos_samples_of_image_to_video_are_taken_as_they_are(root, tmp_pa
     # A model of text alone takes the same files and leaves the pictures.
     file = write(root, tmp_path, "t2v", **changes | {"output_dir": "./text"})
     assert main(["--config", str(file), "--dry-run"]) == EXIT_OK
+
+
+def test_each_caption_is_given_the_frame_that_its_clip_begins_with():
+    given: list[Any] = []
+
+    class Images:
+        def with_image(self, rows, pictures, frames):
+            given[:] = pictures, frames
+            return rows
+
+    adapter: Any = SimpleNamespace(images=Images())
+    encoder = Encoder(adapter=adapter, first_frames=True, dtype="fp32", cache=None, fingerprint={})
+    video = torch.arange(5.0)[None, :, None, None].expand(3, 5, 2, 2)  # each frame its number
+    encoder.add_first_frames(Condition({"text": torch.ones(2, 4)}), video)
+    pictures, frames = given
+    assert torch.equal(pictures, torch.zeros(2, 3, 2, 2))
+    assert frames == 5
 
 
 def test_first_frames_for_a_model_that_reads_none_are_refused(root, tmp_path, capsys):

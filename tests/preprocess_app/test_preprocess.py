@@ -288,6 +288,9 @@ def test_two_dozen_files_each_get_their_line_or_their_sample(tmp_path, caplog):
         assert any(part in skipped for part in reason.split("|")), (name, skipped)
     assert "transparent" in lines["alpha.mov"]["notes"][0]
     assert f"{len(BAD)} skipped, each with its reason in report.jsonl" in caplog.text
+    shown = [message for message in caplog.messages if message.startswith("skipped ")]
+    assert sorted(message.split()[1].rstrip(":") for message in shown) == sorted(BAD)
+    assert "what else is skipped" not in caplog.text
 
 
 def test_strict_stops_at_the_first(tmp_path, capsys):

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import yaml
 from distill_preprocess.cli import main
+from distill_preprocess.sheet import write_sheet
+from distill_preprocess.shown import Shown
 from distill_runfile.cli import EXIT_FAILED, EXIT_OK
 from media_files import moving_frames, write_video
 from PIL import Image
@@ -67,3 +69,17 @@ def test_what_cannot_be_shown_is_named(clips, capsys):
     file.write_text(yaml.safe_dump(values))
     assert main(["--config", str(file), "--preview"]) == EXIT_FAILED
     assert "prompts alone" in capsys.readouterr().err
+
+
+def test_a_sheet_shows_the_first_the_middle_and_the_last_frame(tmp_path):
+    levels = np.arange(9, dtype=np.uint8) * 20
+    frames = np.broadcast_to(levels[:, None, None, None], (9, 60, 60, 3))
+    sample = Shown(
+        id="a", caption="a", shape="9 x 60 x 60", source=frames, decoded=255 - frames, psnr=1.0,
+        notes=(),
+    )  # fmt: skip
+    write_sheet(tmp_path / "sheet.png", [sample])
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    strip = sheet[70, 10 : 10 + 3 * 120, 0]  # of frames that are made 120 high
+    assert strip[60::120].tolist() == [0, 80, 160]
+    assert sheet[195, 10 : 10 + 3 * 120, 0][60::120].tolist() == [255, 175, 95]
