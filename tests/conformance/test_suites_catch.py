@@ -121,6 +121,11 @@ class BrightClips(ToyAdapter):
         return 2 * super().decode(latents)
 
 
+class BlindEncoder(ToyAdapter):
+    def encode(self, video: Tensor) -> Tensor:
+        return torch.zeros_like(super().encode(video))
+
+
 class OneStepLess(ToyAdapter):
     def rollout(self, role, spec, noise, cond, *, exit_steps, **options):
         exit_indices = [max(k - 1, 0) for k in exit_steps]
@@ -250,6 +255,7 @@ BROKEN_FAMILIES: list[tuple[type, Callable[[AdapterCase], None]]] = [
     (WrongSign, latents.check_conversions),
     (NormalisedWithoutStd, latents.check_normalization),
     (BrightClips, latents.check_codec),
+    (BlindEncoder, latents.check_codec),
     (OneStepLess, sampling.check_rollout_is_sample),
     (OneStepLess, sampling.check_rollout_exits),
     (OneStepLess, sampling.check_rollout_predicts_at_its_exit),
