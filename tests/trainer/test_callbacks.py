@@ -37,6 +37,7 @@ from distill_trainer import (
     StepTimerCallback,
     StepTimerConfig,
 )
+from distill_trainer.callbacks import metrics
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -225,7 +226,14 @@ def test_work_within_a_hook_is_lines_without_a_terminal(tmp_path: Path) -> None:
     assert stream.getvalue().strip("\0").splitlines() == ["slow: 1/2", "slow: 2/2"]
 
 
-def test_step_timer_uses_the_window_and_the_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("platform", "gigabytes"), [("linux", 3.072), ("darwin", 0.003)])
+def test_step_timer_uses_the_window_the_batch_and_the_unit_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str, gigabytes: float
+) -> None:
+    usage = SimpleNamespace(ru_maxrss=3_000_000)
+    system = SimpleNamespace(getrusage=lambda _: usage, RUSAGE_SELF=0)
+    monkeypatch.setattr(metrics, "resource", system)
+    monkeypatch.setattr(metrics, "sys", SimpleNamespace(platform=platform))
     recorder = Recorder()
     callbacks = [StepTimerCallback(StepTimerConfig(window=2)), recorder]
     config = training(tmp_path, 4, global_batch_size=6, batch_size_per_device=2)
@@ -234,6 +242,7 @@ def test_step_timer_uses_the_window_and_the_batch(tmp_path: Path) -> None:
         values = {name: float(value) for name, value in record.metrics.items()}
         assert values["samples_per_second"] == pytest.approx(6 / values["time/iteration"])
         assert 0 < values["time/step"] <= values["time/iteration"]
+        assert values["memory/host"] == pytest.approx(gigabytes)
 
 
 def test_the_profiler_traces_its_iterations(tmp_path: Path) -> None:
