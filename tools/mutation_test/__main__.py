@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, nargs="*", help="only these numbers of the sample")
     parser.add_argument("--list", action="store_true", help="print the sample, run nothing")
     parser.add_argument(
-        "--budget", type=float, default=60, help="seconds for a change whose tests are not known"
+        "--budget", type=float, default=120, help="seconds for a change whose tests are not known"
     )
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[2])
     args = parser.parse_args()

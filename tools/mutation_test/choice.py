@@ -20,7 +20,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "distill-checkpoint": ("checkpoint",),
     "distill-conditioning": ("conditioning",),
     "distill-conformance": ("conformance",),
-    "distill-diffusers": ("diffusers", "adapters_wan"),
+    "distill-diffusers": ("diffusers", "adapters_wan", "adapters_ltx"),
     "distill-evaluation": ("evaluation",),
     "distill-media": ("media",),
     "distill-methods": ("methods", "invariants"),
@@ -46,7 +46,8 @@ class Chooser:
     """Choose tests by line maps, which are measured where there is none for this source.
 
     Attributes:
-        root: of the checkout; maps are kept in ``outputs/mutation`` there.
+        root: of the checkout; maps are kept in ``outputs/mutation`` there, until the source of
+            the package in question changes.
         tree: copy of the checkout.
         commit: what ``tree`` is a copy of.
     """
@@ -77,7 +78,8 @@ class Chooser:
     def choose_elsewhere(self, mutant: Mutant, budget: float) -> Selection:
         """Return tests of other packages that reach a mutant, as far as they were measured."""
         own = TESTS.get(mutant.member, (mutant.member,))
-        maps = [line_map for folder, line_map in self._maps.items() if folder not in own]
+        others = sorted(path.name for path in self._cache.iterdir() if path.name not in own)
+        maps = [m for folder in others if (m := self._known_map(folder, mutant)) is not None]
         tests = _find_tests(maps, mutant, mutant.lines) or _find_tests(maps, mutant)
         return _select(maps, _limit(tests, maps, budget), ())
 
@@ -85,15 +87,29 @@ class Chooser:
         """Select tests by their ids, as they were measured."""
         return _select(list(self._maps.values()), tests, ())
 
+    @property
+    def _cache(self) -> Path:
+        return self.root / "outputs" / "mutation"
+
     def _line_map(self, folder: str, mutant: Mutant) -> LineMap:
-        cache = self.root / "outputs" / "mutation" / folder
-        line_map = self._maps.get(folder) or read_line_map(cache)
+        line_map = self._known_map(folder, mutant)
+        if line_map is not None:
+            return line_map
+        print(f"measuring the tests in tests/{folder}", flush=True)
+        line_map = build_line_map(self.tree, folder, self.commit, self._cache / folder)
+        for test in line_map.failed:
+            print(f"left out, as it fails while lines are measured: {test}", flush=True)
+        return self._keep(folder, line_map)
+
+    def _known_map(self, folder: str, mutant: Mutant) -> LineMap | None:
+        """Return the map of a folder unless the mutant's package has changed since."""
+        line_map = self._maps.get(folder) or read_line_map(self._cache / folder)
         source = mutant.file.partition("/src/")[0] + "/src"
         if line_map is None or self._changes(line_map.commit, source) != []:
-            print(f"measuring the tests in tests/{folder}", flush=True)
-            line_map = build_line_map(self.tree, folder, self.commit, cache)
-            for test in line_map.failed:
-                print(f"left out, as it fails while lines are measured: {test}", flush=True)
+            return None
+        return self._keep(folder, line_map)
+
+    def _keep(self, folder: str, line_map: LineMap) -> LineMap:
         if folder not in self._maps:
             import_modules(line_map.modules, self.tree)
         self._maps[folder] = line_map
