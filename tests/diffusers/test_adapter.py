@@ -17,6 +17,7 @@ from distill_diffusers.calls.features import FeatureLayout
 from distill_diffusers.calls.precision import call_in_precision
 from distill_diffusers.components.codec import ImageCodec, VideoCodec
 from distill_diffusers.kinds import ModelKind
+from distill_diffusers.roles.discriminator import Heads
 from distill_protocols import (
     Capabilities,
     CapabilityError,
@@ -24,6 +25,7 @@ from distill_protocols import (
     Condition,
     ConditioningError,
     ContractError,
+    DiscriminatorSpec,
     DistillAdapter,
     ModelBundle,
     RoleHandle,
@@ -360,3 +362,15 @@ def test_an_image_vae_is_called_on_images():
     assert clip.shape == (2, 3, 1, 24, 40)
     assert clip.min() >= 0
     assert clip.max() <= 1
+
+
+def test_each_head_reads_the_features_of_its_own_block():
+    torch.manual_seed(0)
+    heads = Heads(4, DiscriminatorSpec(on="teacher", blocks=(0, 2), width=4))
+    first, second = torch.randn(2, 3, 4, 2, 4, 4)
+    one, other = heads([first, second]), heads([first, -second])
+    assert one.shape == (3, 2)
+    assert torch.equal(one[:, 0], other[:, 0])
+    assert not torch.isclose(one[:, 1], other[:, 1]).any()
+    with pytest.raises(ValueError, match="shorter"):
+        heads([first])
