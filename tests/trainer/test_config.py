@@ -13,6 +13,7 @@ from distill_trainer import (
     DistributedConfig,
     EmaConfig,
     GradClipConfig,
+    HeldOutDataConfig,
     OptimizerConfig,
     ScheduleConfig,
     TrainingConfig,
@@ -127,3 +128,22 @@ def test_a_group_size_is_for_hsdp_only() -> None:
     assert DistributedConfig(strategy="hsdp", shard_size=2).shard_size == 2
     with pytest.raises(ValueError, match="2 with strategy fsdp2; only hsdp has groups"):
         DistributedConfig(strategy="fsdp2", shard_size=2)
+
+
+VIEWS = {"student": ViewConfig(role="student")}
+
+
+def test_first_frames_of_a_validation_are_there_before_it(tmp_path: Path) -> None:
+    here, nowhere = tmp_path / "a.png", tmp_path / "b.png"
+    here.write_bytes(b"")
+    ValidationConfig(prompts=("a",), images=(str(here),), views=VIEWS)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(nowhere))}: no such file"):
+        ValidationConfig(prompts=("a", "b"), images=(str(here), str(nowhere)), views=VIEWS)
+
+
+def test_losses_are_measured_where_data_are_held_out() -> None:
+    assert ValidationConfig(share=0.1).measures_losses
+    assert ValidationConfig(data=HeldOutDataConfig(path="x")).measures_losses
+    assert not ValidationConfig(prompts=("a",), views=VIEWS).measures_losses
+    with pytest.raises(ValueError, match="must hold at least one prompt"):
+        ValidationConfig()
