@@ -9,7 +9,15 @@ import av
 import numpy as np
 import pytest
 import torch
-from distill_media import Lettering, SheetRow, shrink, write_contact_sheet, write_mp4
+from distill_media import (
+    Lettering,
+    MediaError,
+    SheetRow,
+    read_animation,
+    shrink,
+    write_contact_sheet,
+    write_mp4,
+)
 from distill_media.drawing.lettering import FALLBACKS
 from distill_runtime import printable, replace_file, to_uint8
 from PIL import Image, ImageFont
@@ -167,3 +175,13 @@ def _has(name: str) -> bool:
     except OSError:
         return False
     return name in ("DejaVuSans.ttf", "NotoSansArabic-Regular.ttf")
+
+
+def test_what_is_too_large_to_be_shown_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.mp4").open("wb") as file:
+        file.truncate(2**28 + 1)  # a hole, which takes no disk
+    with pytest.raises(MediaError, match="more than 268,435,456 bytes"):
+        read_animation(tmp_path / "a.mp4")
+    Image.new("1", (4097, 4096)).save(tmp_path / "a.png")
+    with pytest.raises(MediaError, match="4097 x 4096; scale it down"):
+        read_animation(tmp_path / "a.png")
