@@ -139,6 +139,15 @@ def test_a_pause_is_a_gap_and_a_slow_rate_is_none():
     assert find_gaps(Timeline((0.0,), 1.0)) == []
 
 
+@pytest.mark.parametrize(
+    ("step", "gap", "found"),
+    [(0.25, 2.5, True), (0.25, 2.25, False), (0.0625, 1.0, True), (0.0625, 0.9375, False)],
+)
+def test_a_gap_is_a_second_and_ten_usual_steps(step, gap, found):
+    times = [0.0, step, 2 * step, 2 * step + gap, 3 * step + gap]
+    assert find_gaps(Timeline(tuple(times), times[-1] + step)) == [times[3]] * found
+
+
 def notes(frames: np.ndarray) -> list[str]:
     return list(find_notes(frames))
 
