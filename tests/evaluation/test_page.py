@@ -262,6 +262,16 @@ def test_a_damaged_file_costs_what_it_held_alone(
         assert info.problems
 
 
+def test_what_is_too_large_for_a_page_is_not_read(tmp_path: Path) -> None:
+    names = ("health.jsonl", "report.json")
+    for name in names:
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(32 * 2**20 + 1)  # a hole, which takes no disk
+    problems = sorted(read_run(tmp_path).problems)
+    assert [problem.split()[0] for problem in problems] == list(names)
+    assert all("33554433 bytes; more than 33554432 are not read" in text for text in problems)
+
+
 def _link_all(source: Path, target: Path) -> None:
     for path in source.rglob("*"):
         if path.is_file():
