@@ -205,6 +205,8 @@ def test_all_sections_stand_in_a_page_that_a_parser_takes(written: PageInfo) -> 
         assert part in text
     # Of 2 prompts 3 entries, 4 validations, the view that does not change, and predictions.
     assert written.clips == len(page.attributes("video")) == 2 * (3 + 4 + 1 + 1)
+    sizes = {(video["width"], video["height"]) for video in page.attributes("video")}
+    assert sizes == {("128", "128")}, "clips of 32 x 32 are enlarged by a whole factor"
     assert written.left_out == 0
     assert not written.problems
     panels = json.loads(page.scripts[0])["panels"]
@@ -242,6 +244,7 @@ FILES = (
 DAMAGE = (
     b"", b"\x00\xff{", b"[1, 2]", b'{"entries": {"a": []}, "x": 1}', b'{"iteration": 1e400}',
     b'{"entries": [{"name": 3}, 5]}',
+    b'{"entries": [{"name": "a", "metrics": {"x": 1.0}}], "metrics": {"x": 3}}',
 )  # fmt: skip
 
 
@@ -331,8 +334,12 @@ def test_two_runs_are_compared_by_prompt_curve_and_setting(full: Path, tmp_path:
     text = " ".join(page.texts)
     assert "method_config.guidance" in text
     assert "training.seed" not in text, "it is equal"
-    [loss] = [p for p in json.loads(page.scripts[0])["panels"] if p["title"] == "loss/critic_loss"]
+    panels = {panel["title"]: panel for panel in json.loads(page.scripts[0])["panels"]}
+    loss = panels["loss/critic_loss"]
     assert [(c["label"], c["colour"]) for c in loss["curves"]] == [("full", 0), ("other", 1)]
+    # A run has one colour, and dashes tell its curves apart.
+    motion = panels["health: motion"]["curves"]
+    assert [(c["colour"], c["dash"]) for c in motion] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert info.clips == 2 * 2 * (3 + 4 + 1 + 1)
 
 
