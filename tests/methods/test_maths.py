@@ -14,6 +14,7 @@ from distill_methods.maths import (
     dmd_normaliser,
     repeat_per_frame,
     sample_timesteps,
+    sample_timesteps_within,
     velocity_loss,
 )
 from distill_protocols import RowGenerators
@@ -115,3 +116,14 @@ def test_bsmntw_weight_by_hand():
     assert ends.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
     # (1 - e^-0.5) / (integral of exp(-2 z^2) over [-.5, .5] - e^-0.5)
     assert bsmntw_weight(torch.tensor([500.0])).item() == pytest.approx(1.5796, abs=1e-3)
+
+
+def test_times_of_a_range_are_its_quantiles():
+    quantiles = torch.tensor([0.0, 0.25, 0.5, 1 - 1e-6])
+    uniform = TimeSampling(distribution="uniform", t_min=0.0, t_max=1000.0)
+    times = sample_timesteps_within(quantiles, uniform, (200.0, 600.0))
+    torch.testing.assert_close(times, torch.tensor([200.0, 300.0, 400.0, 599.9996]))
+    # Half of sigmoid(N(0, 1)) is below 0.5, so the median of what is above is its third quartile.
+    normal = TimeSampling(distribution="logit_normal", mean=0.0, std=1.0, t_min=0.0, t_max=1000.0)
+    (median,) = sample_timesteps_within(torch.tensor([0.5]), normal, (500.0, 1000.0)).tolist()
+    assert median == pytest.approx(1000 / (1 + math.exp(-0.6744898)), rel=1e-5)
