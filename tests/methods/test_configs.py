@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import get_args
 
 import pytest
+from attrs import evolve
 from distill_methods import (
     CausVidConfig,
     ConsistencyConfig,
@@ -29,7 +30,7 @@ from distill_methods.plugins import (
     self_forcing,
     teacher_only,
 )
-from distill_protocols import MethodPlugin, SamplerSpec
+from distill_protocols import Chunk, MethodPlugin, PlannedRun, RoleSpec, SamplerSpec
 from distill_runtime import load_plugin
 
 WRONG_OPTIONS = [
@@ -128,6 +129,8 @@ PLUGINS = [
 @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.name)
 def test_plugins_are_found_by_name(plugin: MethodPlugin):
     assert load_plugin("distill.methods", plugin.name) is plugin
+    with pytest.raises(TypeError, match="positional argument"):
+        plugin.config_class(None)  # options have names, and no order
 
 
 @pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.name)
@@ -144,3 +147,21 @@ def test_no_method_inherits_from_another():
     for plugin in PLUGINS:
         module, name = plugin.implementation.split(":")
         assert getattr(import_module(module), name).__bases__ == (LatentMethod,)
+
+
+def test_rollouts_are_held_against_chunks_where_these_are_known():
+    def divide(role: str, frames: int) -> tuple[Chunk, ...]:
+        assert role == "student"
+        return tuple(Chunk(first, 3) for first in range(0, frames, 3))
+
+    config = SelfForcingConfig(
+        student_sampler=SamplerSpec(steps=2, stochastic=True), gradient_frames=2
+    )
+    names = ("student", "teacher", "critic")
+    roles = {n: RoleSpec(name=n, path="x", trainable=n != "teacher") for n in names}
+    planned = PlannedRun(roles=roles, clip_frames=(6,))
+    before = list(config.problems(planned))
+    (problem,) = [p for p in config.problems(evolve(planned, chunks=divide)) if p not in before]
+    assert "2 is less than the 3 latent frames of the last chunk" in problem.message
+    without_student = evolve(planned, roles={}, chunks=divide)
+    assert not [p for p in config.problems(without_student) if "last chunk" in p.message]
