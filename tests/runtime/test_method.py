@@ -88,6 +88,8 @@ def test_an_overflow_leaves_out_optimizer_and_scheduler_of_that_module_only():
         if iteration == 2:
             method.model_dict["critic.b"].weight.grad.fill_(float("inf"))
         method.unscale_gradients(iteration)
+        gradients = method.model_dict["student.a"].weight.grad
+        assert torch.equal(gradients, torch.ones(2, 2)), "the loss is the sum of all weights"
         stepped = method.optimizers_schedulers_step(iteration)
         method.optimizers_zero_grad(iteration)
     assert "critic.b" not in stepped
