@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hunyuan_pipelines
 import ltx_pipelines
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ def root(tmp_path_factory) -> Path:
         path.with_suffix(".txt").write_text("a seven moving left")
     wan_variants.template(root / "template")
     ltx_pipelines.build(root / "ltx")
+    hunyuan_pipelines.build15(root / "hunyuan15", "i2v")
     for name in ("t2v", "i2v-2.1", "ti2v"):
         wan_variants.build(name, root / "template", root / name)
     return root
@@ -45,8 +47,10 @@ def _threads():
 def write(root: Path, tmp_path: Path, name: str, **changes: Any) -> Path:
     pipeline = {"num_frames": 9, "height": 32, "width": 64 if name == "ltx" else 48}
     pipeline["max_sequence_length"] = 512 if name == "i2v-2.1" else 6
+    if name == "hunyuan15":
+        pipeline["glyph_sequence_length"] = 6
     values = {
-        "recipe": {"family": "ltx" if name == "ltx" else "wan"},
+        "recipe": {"family": {"ltx": "ltx", "hunyuan15": "hunyuan_video15"}.get(name, "wan")},
         "models": {"teacher": {"path": str(root / name)}},
         "pipeline_config": pipeline,
         "conditioning": {"negative_prompt": ""},
@@ -68,8 +72,9 @@ def write(root: Path, tmp_path: Path, name: str, **changes: Any) -> Path:
         ("ti2v", 24, False, {}),
         ("ti2v", 24, True, {"first_frames": True}),
         ("ltx", 25, False, {}),
+        ("hunyuan15", 24, True, {}),
     ],
-    ids=["t2v", "i2v", "ti2v", "ti2v-first-frames", "ltx"],
+    ids=["t2v", "i2v", "ti2v", "ti2v-first-frames", "ltx", "hunyuan15"],
 )
 def test_a_data_set_fits_its_model(root, tmp_path, name, rate, image, changes):
     file = write(root, tmp_path, name, **changes)
