@@ -1,4 +1,7 @@
-"""HunyuanVideo passes the suite of families."""
+"""HunyuanVideo passes the suite of families.
+
+Slow: 20 seconds, and the suite of LTX holds what both share in every run.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from distill_conformance import AdapterCase, AdapterSuite
 from family_fixtures import hunyuan_folder
 
 __all__ = ["hunyuan_folder"]
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
