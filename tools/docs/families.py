@@ -15,7 +15,7 @@ from distill_runtime import replace_file
 from docs.sections import ROOT
 
 PAGE = ROOT / "docs" / "reference" / "families.md"
-REFUSED = "refused: "
+REFUSED, EXPORTED = "refused: ", "exported: "
 _TABLE = re.compile(r"(?<=<!-- made by: make families -->\n).*?(?=<!-- end -->)", re.S)
 _NEEDS = re.compile(r"needs (.*?), which family")
 
@@ -25,7 +25,8 @@ class Cell:
     """What came of one family by one method.
 
     Attributes:
-        outcome: how the stock pipeline's clip compares, or ``refused: `` and the reason.
+        outcome: how the stock pipeline's clip compares; or ``refused: `` and the reason, or
+            ``exported: `` and why nothing compares.
         features: of the family, by the title of their column.
     """
 
@@ -75,13 +76,16 @@ def render(cells: Sequence[Cell]) -> str:
 
     def show(family: str, method: str) -> str:
         outcome = outcomes.get((family, method), "")
-        if not outcome.startswith(REFUSED):
+        prefix = next((p for p in (REFUSED, EXPORTED) if outcome.startswith(p)), None)
+        if prefix is None:
             return outcome
         needs = _NEEDS.search(outcome)
-        reason = needs[1] if needs else outcome.removeprefix(REFUSED)
+        reason = outcome.removeprefix(prefix)
+        if needs:
+            reason = f"The method needs {_code(needs[1])}, and the family does not state it."
         if reason not in reasons:
             reasons.append(reason)
-        return f"no ({reasons.index(reason) + 1})"
+        return f"{'no' if prefix == REFUSED else 'yes'} ({reasons.index(reason) + 1})"
 
     today = datetime.date.today().isoformat()
     lines = [
@@ -94,8 +98,8 @@ def render(cells: Sequence[Cell]) -> str:
     for family in families:
         row = " | ".join(show(family, method) for method in methods)
         lines.append(f"| {family} | {row} |")
-    lines += ["", "A refusal names what the method needs and the family does not state:", ""]
-    lines += [f"{number}. {_code(reason)}" for number, reason in enumerate(reasons, start=1)]
+    lines.append("")
+    lines += [f"{number}. {reason}" for number, reason in enumerate(reasons, start=1)]
     columns = list(dict.fromkeys(name for cell in cells for name in cell.features))
     features = {cell.family: cell.features for cell in cells if cell.features}
     lines += ["", f"| family | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
