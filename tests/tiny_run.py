@@ -17,6 +17,7 @@ import torch
 from attrs import field, frozen
 from distill_checkpoint import CheckpointConfig, CheckpointManager
 from distill_protocols import (
+    EXIT_EMBEDDING,
     Callback,
     ModelBundle,
     RandomStreams,
@@ -51,6 +52,8 @@ class Shape:
     precision: str = "fp32"
     width: int = 6
     extra_roles: tuple[str, ...] = ()
+    told_exits: bool = False
+    """The critic has a second module, which no call of this method reads."""
     callbacks: tuple[str, ...] = ("tally",)
     trained: frozenset[str] | None = None
     """Of the student's modules; the rest is a frozen base (LoRA)."""
@@ -165,13 +168,14 @@ def bundle(shape: Shape, seed: int) -> ModelBundle:
         "teacher": RoleHandle(name="teacher", modules={"transformer": net(99, shape.width)}),
     }
     for name in ("critic", *shape.extra_roles):
-        role = RoleHandle(
-            name=name, modules={"transformer": net(seed + 5, shape.width)}, trainable=True
-        )
-        parameters = role.modules["transformer"].parameters()
-        optimizer = torch.optim.SGD(parameters, lr=1e-2, momentum=0.9)
-        role.optimizers["transformer"] = optimizer
-        role.schedulers["transformer"] = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5])
+        modules = {"transformer": net(seed + 5, shape.width)}
+        if shape.told_exits and name == "critic":
+            modules[EXIT_EMBEDDING] = net(seed + 6, shape.width)
+        role = RoleHandle(name=name, modules=modules, trainable=True)
+        for key, module in modules.items():
+            optimizer = torch.optim.SGD(module.parameters(), lr=1e-2, momentum=0.9)
+            role.optimizers[key] = optimizer
+            role.schedulers[key] = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 5])
         roles[name] = role
     return ModelBundle(roles)
 

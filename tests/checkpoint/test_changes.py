@@ -13,7 +13,7 @@ import yaml
 from checkpoint.test_resume import find_differences
 from distill_checkpoint import ChangesConfig, CheckpointConfig, CheckpointManager
 from distill_protocols import CheckpointError
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_run import Run, Shape, Tally, new_run
 
@@ -53,9 +53,12 @@ SHAPES = st.builds(
     ema_roles=st.sets(st.sampled_from(["student", "critic"])).map(lambda s: tuple(sorted(s))),
     extra_roles=st.sets(st.sampled_from(["reward", "a: b", "#"])).map(lambda s: tuple(sorted(s))),
     callbacks=st.sets(st.sampled_from(["tally", "report"])).map(lambda s: tuple(sorted(s))),
+    told_exits=st.booleans(),
 )
 
 
+@example(Shape(), Shape(told_exits=True))  # an old checkpoint: the critic's weights stay
+@example(Shape(told_exits=True), Shape())
 @given(SHAPES, SHAPES)
 def test_the_rule_suggested_by_the_error_works(then, now):
     with TemporaryDirectory() as name:

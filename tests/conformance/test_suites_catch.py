@@ -236,6 +236,12 @@ class ExportsAnything(ToyFamily):
         return BlindExporter()
 
 
+class OneExitForAllRows(ToyAdapter):
+    def forward_at_exits(self, role, x_t, t, cond, *, exits, **options):
+        exits = exits[:1].expand(*exits.shape)
+        return super().forward_at_exits(role, x_t, t, cond, exits=exits, **options)
+
+
 BROKEN_FAMILIES: list[tuple[type, Callable[[AdapterCase], None]]] = [
     (RowsMixed, calls.check_batch_invariance),
     (RowsMixed, sampling.check_samples_are_independent),
@@ -267,6 +273,7 @@ BROKEN_FAMILIES: list[tuple[type, Callable[[AdapterCase], None]]] = [
     (TangentWithoutTime, optional.check_tangents),
     (FirstTimeForAllFrames, optional.check_frame_times),
     (FeaturesDetached, optional.check_features),
+    (OneExitForAllRows, optional.check_exits),
     (FutureSeen, causal.check_causality),
     (FutureSeen, causal.check_cached_calls),
     (CacheKeptByEveryCall, causal.check_cache_rules),

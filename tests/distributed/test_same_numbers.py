@@ -66,14 +66,24 @@ STRATEGIES = [
     (1, {"strategy": "fsdp2"}),
 ]
 SHAPES = {
-    "dmd2_every_step": ("dmd2", {"critic_update": "every_step", "generator_update_interval": 2}),
+    "dmd2_every_step": (
+        "dmd2",
+        {"critic_update": "every_step", "generator_update_interval": 2, "critic_exits": True},
+    ),
     "dmd2_alternate": ("dmd2", {"critic_update": "alternate", "generator_update_interval": 2}),
-    "dmd2_data": ("dmd2", {"rollout": "data", "generator_update_interval": 2}),
+    "dmd2_data": (
+        "dmd2",
+        {
+            "rollout": "data", "generator_update_interval": 2, "critic_exits": True,
+            "real_score_guidance_scale": [1.5, 1.0],
+        },
+    ),
     "dmd2_gan": ("dmd2_gan", {"generator_update_interval": 2, "f_divergence": "js"}),
     "ladd": ("ladd", {"generator_update_interval": 2, "rollout": "simulate"}),
     "finetune": ("finetune", {}),
     "self_forcing": (
-        "self_forcing", {"generator_update_interval": 2, "same_step_across_chunks": False}
+        "self_forcing", {"generator_update_interval": 2, "same_step_across_chunks": False,
+         "critic_exits": True}
     ),
     "causvid": ("causvid", {"generator_update_interval": 2}),
     "finetune_causal": ("finetune_causal", {}),

@@ -20,7 +20,10 @@ from tiny_run import one_process
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
 SAMPLER = {"steps": 2, "timesteps": [1000, 700], "stochastic": True}
 METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "dmd2": (("student", "teacher", "critic"), {"real_score_guidance_scale": 1.5}),
+    "dmd2": (
+        ("student", "teacher", "critic"),
+        {"real_score_guidance_scale": [1.5, 1.25], "critic_exits": True, "exit": [1.0, 3.0]},
+    ),
     "dmd2_gan": (
         ("student", "teacher", "critic", "discriminator"),
         {
@@ -37,7 +40,10 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("student", "teacher", "critic"),
         {"real_score_guidance_scale": 1.5, "same_step_across_chunks": False},
     ),
-    "causvid": (("student", "teacher", "critic"), {"real_score_guidance_scale": 1.5}),
+    "causvid": (
+        ("student", "teacher", "critic"),
+        {"real_score_guidance_scale": 1.5, "critic_exits": True},
+    ),
     "consistency": (
         ("student", "teacher"),
         {"guidance_scale": 1.5, "discrete": {"steps": 8, "skip": 2}},

@@ -24,6 +24,7 @@ from distill_protocols import (
     Denoiser,
     Discriminating,
     DistillAdapter,
+    ExitConditioning,
     ExpertRouting,
     ImageConditioning,
     LatentCodec,
@@ -73,6 +74,8 @@ class CausalWithoutChunks(
     def discriminators(self) -> Discriminating | None: ...
     @property
     def tangents(self) -> Tangents | None: ...
+    @property
+    def exits(self) -> ExitConditioning | None: ...
 
 
 class ForwardWithoutFeatures(

@@ -25,6 +25,7 @@ LTX = ModelKind(
     # What Lightricks' trainer adapts (LTX-Video-Trainer, configs/ltxv_2b_lora.yaml).
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     attention_bias=True,
+    time_embedder="time_embed.emb.timestep_embedder",
 )
 
 

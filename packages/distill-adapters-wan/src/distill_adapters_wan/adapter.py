@@ -140,7 +140,7 @@ class WanAdapter(FamilyAdapter):
             # Each expert attends to keys of its own, so what becomes past becomes it for both.
             rows, times = cond.expand(x_t.shape[0]), t.to(x_t.device)
             with torch.no_grad():
-                for other in sorted(role.modules.keys() - {self.choose_module(role, t)}):
+                for other in sorted(role.transformers.keys() - {self.choose_module(role, t)}):
                     self.predict_velocity(role, other, x_t, times, rows, call)
         return super().velocity(role, x_t, t, cond, call, features=features)
 
@@ -236,9 +236,9 @@ class WanAdapter(FamilyAdapter):
     def _experts_of(self, role: RoleHandle) -> Experts:
         own = stated_ratio(role.call_options)
         # A role that was loaded with one of two experts has the times of that one alone.
-        model = self._family.kind.modules if role.call_options.get(EXPERTS) else role.modules
+        model = self._family.kind.modules if role.call_options.get(EXPERTS) else role.transformers
         boundary = boundary_of(model, own, self._config.boundary_ratio)
-        return Experts(role=role.name, modules=role.modules, boundary=boundary)
+        return Experts(role=role.name, modules=role.transformers, boundary=boundary)
 
     # -- first frames -------------------------------------------------------------------------
 

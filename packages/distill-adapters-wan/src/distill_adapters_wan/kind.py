@@ -21,6 +21,7 @@ WAN = ModelKind(
     # All linear layers of a block but those of a picture's embedding: what musubi-tuner and
     # DiffSynth-Studio train of Wan.
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"),
+    time_embedder="condition_embedder.time_embedder",
     foreign_layers=MappingProxyType(
         {
             "q": "to_q",

@@ -203,16 +203,17 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
         a clip or one a frame, text, the picture's embedding.
 
         A model that takes a first frame, if there is one, is planned with it: a time for each token
-        then, which takes more.
+        then, which takes more. So does a role that is told the exit step of each frame.
         """
         condition = self.condition_shapes(config, source=role.path)
         if TEXT not in condition:
             return None
         model = self.describe(role.path)
         channels, *clip = latents
+        by_frame = _image_kind(model) == "frame" or bool(role.exits and role.exits.by_frame)
         shapes = {
             "latents": (model.main.get("in_channels", channels), *clip),
-            "t": (clip[0],) if _image_kind(model) == "frame" else (),
+            "t": (clip[0],) if by_frame else (),
             TEXT: condition[TEXT],
         }
         return shapes | {name: condition[name] for name in (EMBEDS,) if name in condition}

@@ -108,6 +108,7 @@ class AdapterSuite:
     test_frame_times = as_test(optional.check_frame_times)
     test_features = as_test(optional.check_features)
     test_discriminator = as_test(optional.check_discriminator)
+    test_exits = as_test(optional.check_exits)
     test_tangents = as_test(optional.check_tangents)
     test_experts = as_test(optional.check_experts)
     test_images = as_test(optional.check_images)

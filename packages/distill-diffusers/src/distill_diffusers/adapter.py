@@ -27,6 +27,7 @@ from typing import ClassVar
 import torch
 from attrs import evolve, frozen
 from distill_protocols import (
+    EXIT_EMBEDDING,
     Capabilities,
     CapabilityError,
     CausalRollout,
@@ -36,6 +37,7 @@ from distill_protocols import (
     ConditioningError,
     ContractError,
     Discriminating,
+    ExitConditioning,
     ExpertRouting,
     Fingerprint,
     ImageConditioning,
@@ -58,6 +60,7 @@ from distill_diffusers.components.statistics import LatentStatistics
 from distill_diffusers.fingerprints import latent_fingerprint
 from distill_diffusers.kinds import TRAIN_STEPS, ModelKind
 from distill_diffusers.roles.discriminator import logits
+from distill_diffusers.roles.exits import ExitEmbedding, add_to_time_embedding
 from distill_diffusers.sampling import sampler
 
 
@@ -67,6 +70,7 @@ class VelocityCall:
 
     Attributes:
         caches: see ``Denoiser.forward``; only of a family with causal roles.
+        exits: exit steps [B, 1] or [B, T] that the role is told; ``velocity`` adds their embedding.
         is_negative: the condition is the negative one of guidance.
         like_pipeline: the call is one of the sampler, whose clips an exported model must repeat
             bit for bit: where two computations are equal but for rounding, the pipeline's is due.
@@ -77,6 +81,7 @@ class VelocityCall:
     """
 
     caches: ChunkCall | CleanPast | None = None
+    exits: Tensor | None = None
     is_negative: bool = False
     like_pipeline: bool = False
     guidance: float | None = None
@@ -230,6 +235,11 @@ class FlowMatchingAdapter(abc.ABC):
         """This adapter, where calls can be differentiated in forward mode."""
         return self if self._capabilities.supports_jvp else None
 
+    @property
+    def exits(self) -> ExitConditioning | None:
+        """This adapter, where the kind states where its time embedding is."""
+        return self if self._capabilities.supports_exits else None
+
     # -- noise schedule -----------------------------------------------------------------------
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -294,11 +304,61 @@ class FlowMatchingAdapter(abc.ABC):
             batched=self._batch_guidance and not isinstance(caches, ChunkCall),
             features=features,
         )
-        pred = flow.v_to_pred(v, x_t, t.to(x_t.device), fwd_pred_type).float()
-        if fwd_pred_type != "x0":
-            return pred
         first_frame = caches.first_frame if isinstance(caches, ChunkCall) else 0
-        return self.insert_given_frames(handle, pred, cond, first_frame)
+        return self._prediction(handle, v, x_t, t, cond, fwd_pred_type, first_frame)
+
+    def exit_count(self, role: str) -> int:
+        """See ``ExitConditioning.exit_count``."""
+        embedding = self._bundle[role].modules.get(EXIT_EMBEDDING)
+        return embedding.count if isinstance(embedding, ExitEmbedding) else 0
+
+    def forward_at_exits(
+        self,
+        role: str,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition,
+        *,
+        exits: Tensor,
+        fwd_pred_type: PredType = "v",
+    ) -> Tensor:
+        """See ``ExitConditioning.forward_at_exits``."""
+        flow.sigma_of(t, x_t)
+        handle, (rows, _, frames) = self._bundle[role], x_t.shape[:3]
+        if not self.exit_count(role):
+            raise ContractError(
+                f"role {role!r} is called with exit steps and was loaded without an embedding of "
+                "them. Load it with RoleSpec.exits, or call forward"
+            )
+        if exits.dim() != 2 or exits.shape[0] not in (1, rows) or exits.shape[1] not in (1, frames):
+            raise ContractError(
+                f"exits are {list(exits.shape)} of {rows} clips of {frames} frames; they must be "
+                "[1 or B, 1], or one a frame [1 or B, T]"
+            )
+        if exits.shape[1] > 1:
+            # Each frame's tokens get a time of their own, for an embedding to be added to.
+            t = t[:, None].expand(rows, frames).contiguous()
+        self._check_call(handle, t, None)
+        exits = exits.to(x_t.device).expand(rows, -1)
+        call = VelocityCall(exits=exits)
+        v = self.guided_velocity(handle, x_t, t, cond, None, 1.0, call=call)
+        return self._prediction(handle, v, x_t, t, cond, fwd_pred_type)
+
+    def _prediction(
+        self,
+        role: RoleHandle,
+        v: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition,
+        pred_type: PredType,
+        first_frame: int = 0,
+    ) -> Tensor:
+        """Turn v of a call into ``pred_type``, fp32, with the frames that ``cond`` gives."""
+        pred = flow.v_to_pred(v, x_t, t.to(x_t.device), pred_type).float()
+        if pred_type != "x0":
+            return pred
+        return self.insert_given_frames(role, pred, cond, first_frame)
 
     def forward_jvp(
         self, role: str, x_t: Tensor, t: Tensor, cond: Condition, *, dx: Tensor, dt: Tensor
@@ -378,11 +438,14 @@ class FlowMatchingAdapter(abc.ABC):
         """Return v of one model call in fp32, and fill ``features`` if there are any."""
         module = self.choose_module(role, t)
         cond, t = cond.expand(x_t.shape[0]), t.to(x_t.device)
-        collecting: AbstractContextManager[None] = contextlib.nullcontext()
-        if features is not None:
-            layout = self.feature_layout(role, module, x_t)
-            collecting = collect_features(role.modules[module], features, layout)
-        with collecting:
+        with contextlib.ExitStack() as around:
+            if features is not None:
+                layout = self.feature_layout(role, module, x_t)
+                around.enter_context(collect_features(role.modules[module], features, layout))
+            if call.exits is not None:
+                embedding = role.modules[EXIT_EMBEDDING](call.exits)
+                place = self._kind.time_embedder
+                around.enter_context(add_to_time_embedding(role.modules[module], place, embedding))
             return self.predict_velocity(role, module, x_t, t, cond, call)
 
     def check_features(self, role: RoleHandle, w: float) -> None:
@@ -509,7 +572,7 @@ class FlowMatchingAdapter(abc.ABC):
                 f"the sampler has solver {spec.solver}, and this family has "
                 f"{', '.join(sorted(self._capabilities.solvers))}. Use one of these"
             )
-        if spec.guidance_2 is not None and set(role.modules) == {self._kind.modules[0]}:
+        if spec.guidance_2 is not None and set(role.transformers) == {self._kind.modules[0]}:
             raise ContractError(
                 f"the sampler has guidance_2 {spec.guidance_2:g}, and role {role.name!r} has one "
                 "expert that it would never reach. Leave it out"

@@ -272,7 +272,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
 
     def capabilities(self, config: ConfigT) -> Capabilities:
         """Give those of every ``FlowMatchingAdapter``; a family that has more overrides it."""
-        return CAPABILITIES
+        return evolve(CAPABILITIES, supports_exits=bool(self.kind.time_embedder))
 
     def role_options(self, config: ConfigT) -> Collection[str]:
         """Give ``ROLE_OPTIONS``, and ``experts`` of a kind that has several modules."""

@@ -41,6 +41,9 @@ class ModelKind:
             of the block lists and of those after it, as far as plans extrapolate from a few.
         attention_bias: whether the transformer adds a bias to the scores of its attention, as where
             it hides the padding of a text: only some kernels can.
+        time_embedder: dotted name of the layer that turns features of t into the embedding that
+            modulates all blocks, which an embedding of exit steps is added to; empty: roles cannot
+            be told exit steps.
         foreign_layers: names of layers in other codes -> theirs here, for hints.
     """
 
@@ -54,6 +57,7 @@ class ModelKind:
     block_lists: tuple[str, ...] = ()
     depths: tuple[str, ...] = ("num_layers",)
     attention_bias: bool = False
+    time_embedder: str = ""
     foreign_layers: Mapping[str, str] = field(default=MappingProxyType({}))
 
 

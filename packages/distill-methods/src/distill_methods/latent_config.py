@@ -10,6 +10,7 @@ from typing import Literal
 from attrs import field, frozen
 from distill_protocols import MethodConfig, PlannedRun, Problem, RoleNeed, SamplerSpec
 
+from distill_methods.exits import exit_weights
 from distill_methods.roles import STUDENT
 from distill_methods.time_sampling import MAX_T, fraction_within
 
@@ -58,6 +59,12 @@ class LatentMethodConfig(MethodConfig):
     def student_levels(self) -> tuple[float, ...]:
         """t at each step of ``student_sampler``, falling; 0 is not among them."""
         return tuple(1000 * sigma for sigma in self.student_sampler.sigmas())
+
+    @property
+    def exit_weights(self) -> tuple[float, ...]:
+        """Relative weight of each step of ``student_sampler`` as the exit of a rollout; by default
+        all are alike."""
+        return exit_weights("uniform", self.student_sampler.steps)
 
     def rollout_times(self, low: float, high: float) -> tuple[float, ...]:
         """Return t of the student's calls in a rollout that is trained at its steps in [low, high);

@@ -12,6 +12,7 @@ from distill_protocols import Batch, Chunk, ContractError, RandomStreams, RowGen
 from torch import Tensor
 
 from distill_methods.contracts import LatentDiffusion, expert_ranges_of
+from distill_methods.exits import ExitSteps
 from distill_methods.maths import (
     repeat_per_frame,
     sample_timesteps,
@@ -130,9 +131,7 @@ class NoiseSampler:
         """Draw an index with ``probabilities`` (which add up to 1), the same on all ranks and in
         all micro batches: a function of (seed, purpose, iteration) alone."""
         u = float(RowGenerators.seeded(self.streams.seed, purpose, [iteration]).uniform())
-        # The inverse of the distribution function; rounding may leave its last value below u.
-        index = bisect.bisect_right(list(itertools.accumulate(probabilities)), u)
-        return min(index, len(probabilities) - 1)
+        return _index_of(u, probabilities)
 
     def sample_shared_integer(self, purpose: str, high: int) -> int:
         """Draw a uniform integer in 0 .. high - 1, the same on all ranks: for choices that decide
@@ -140,6 +139,28 @@ class NoiseSampler:
         moves on with each call, once a micro step, unlike that of ``sample_index``."""
         generator = self.streams.get(purpose, shared=True)
         return int(torch.randint(high, (), generator=generator))
+
+    def sample_shared_exit(self, purpose: str, exits: ExitSteps) -> int:
+        """Draw one of ``exits``, the same on all ranks; see ``sample_shared_integer``."""
+        steps, weights = exits
+        if len(set(weights)) == 1:
+            return steps[self.sample_shared_integer(purpose, len(steps))]
+        u = float(torch.rand((), generator=self.streams.get(purpose, shared=True)))
+        return steps[_index_of(u, [weight / sum(weights) for weight in weights])]
+
+    def sample_exits(
+        self, purpose: str, count: int, exits: ExitSteps, shape: tuple[int, ...] = ()
+    ) -> Tensor:
+        """Draw one of ``exits`` for each of ``count`` samples: int64 [count, *shape]."""
+        rows = self.streams.rows(purpose, count)
+        if len(set(exits.weights)) == 1:
+            indices = rows.integers(len(exits.steps), shape)
+        else:
+            u = rows.uniform(shape).double()
+            weights = torch.tensor(exits.weights, device=u.device, dtype=u.dtype)
+            indices = torch.searchsorted(weights.cumsum(0) / weights.sum(), u, right=True)
+            indices = indices.clamp(max=_last_above_zero(exits.weights))
+        return torch.tensor(exits.steps, device=indices.device)[indices]
 
     def clip_noise(self, batch: Batch, purpose: str) -> Tensor:
         """Draw the noise that the clips of ``batch`` can begin with, [B, C, T, H, W]."""
@@ -150,3 +171,14 @@ class NoiseSampler:
         """Draw standard normal noise, fp32, like ``latents`` [B, C, T, H, W]."""
         rows = self.streams.rows(purpose, len(latents))
         return standard_noise(latents.shape[1:], rows, latents.device)
+
+
+def _index_of(u: float, probabilities: Sequence[float]) -> int:
+    """Invert the distribution function of ``probabilities`` at ``u`` in [0, 1)."""
+    # Rounding may leave its last value below u; what has no probability is never drawn.
+    index = bisect.bisect_right(list(itertools.accumulate(probabilities)), u)
+    return min(index, _last_above_zero(probabilities))
+
+
+def _last_above_zero(weights: Sequence[float]) -> int:
+    return max(index for index, weight in enumerate(weights) if weight > 0)

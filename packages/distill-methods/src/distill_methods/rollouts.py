@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distill_methods.context import MethodContext
 from distill_methods.contracts import chunks_of
+from distill_methods.exits import ExitSteps, weight_within
 from distill_methods.latent_config import LatentMethodConfig, RolloutSource
 from distill_methods.maths import repeat_per_frame
 from distill_methods.time_sampling import TimeRange, fraction_within
@@ -25,12 +26,14 @@ class Rollout(NamedTuple):
             CPU, so that nobody waits for a device to know it.
         loss_mask: 0 on frames that stay out of the student's loss, [1, 1, T, 1, 1]; None: those
             that the condition gives, if any.
+        same_on_all_ranks: whether all ranks have the same ``exits``, in their only row.
     """
 
     x0: Tensor
     exit_steps: Tensor
     exits: Tensor
     loss_mask: Tensor | None = None
+    same_on_all_ranks: bool = False
 
     def outputs(self) -> dict[str, Tensor]:
         """Return the clips and their statistics, detached, for logs.
@@ -115,12 +118,12 @@ class StudentRollouts:
             return self._denoise_data(batch, purpose, exit_steps)
         return self._simulate(batch, purpose, exit_steps)
 
-    def _simulate(self, batch: Batch, purpose: str, exit_steps: tuple[int, ...]) -> Rollout:
+    def _simulate(self, batch: Batch, purpose: str, exit_steps: ExitSteps) -> Rollout:
         # k calls of the student without gradient, then one at level k: with gradient in its turn.
         context, size = self._context, len(batch)
         # Shared, as k decides how many calls there are: the ranks of a sharded student would
         # otherwise wait for each other for ever.
-        k = exit_steps[context.noise.sample_shared_integer(f"{purpose}.exit_step", len(exit_steps))]
+        k = context.noise.sample_shared_exit(f"{purpose}.exit_step", exit_steps)
         x0 = context.adapter.rollout(
             "student",
             self._config.student_sampler,
@@ -130,17 +133,17 @@ class StudentRollouts:
             generators=context.noise.streams.rows(f"{purpose}.rollout.fresh", size),
             poll=context.poll,
         )
-        return Rollout(x0, torch.full((size,), k, device=x0.device), torch.tensor([[k]]))
+        steps = torch.full((size,), k, device=x0.device)
+        return Rollout(x0, steps, torch.tensor([[k]]), same_on_all_ranks=True)
 
-    def _denoise_data(self, batch: Batch, purpose: str, exit_steps: tuple[int, ...]) -> Rollout:
+    def _denoise_data(self, batch: Batch, purpose: str, exit_steps: ExitSteps) -> Rollout:
         context, frames = self._context, ()
         if self._per_chunk:
             chunks = chunks_of(context.adapter, "student", batch.latent_shape[1])
             frames = tuple(chunk.frames for chunk in chunks)
-        indices = context.noise.streams.rows(f"{purpose}.data_step", len(batch)).integers(
-            len(exit_steps), (len(frames),) if frames else ()
+        exits = context.noise.sample_exits(
+            f"{purpose}.data_step", len(batch), exit_steps, (len(frames),) if frames else ()
         )
-        exits = torch.tensor(exit_steps, device=indices.device)[indices]
         steps = exits.to(batch.device)
         t = self._levels[steps]
         if frames:
@@ -150,7 +153,8 @@ class StudentRollouts:
         x_t = context.adapter.add_noise(x0_data, noise, t)
         x0 = context.adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="x0")
         exits = (repeat_per_frame(exits, frames) if frames else exits[:, None]).cpu()
-        return Rollout(x0, steps.float().mean(dim=1) if frames else steps, exits)
+        mean_steps = steps.float().mean(dim=1) if frames else steps
+        return Rollout(x0, mean_steps, exits, same_on_all_ranks=False)
 
 
 def allowed_exit_steps(
@@ -160,22 +164,25 @@ def allowed_exit_steps(
     iteration: int,
     *,
     with_clean: bool = False,
-) -> tuple[int, ...]:
+) -> ExitSteps:
     """Return the sampler steps that ``iteration`` may take the student at: all of them, or, of a
     student of two experts, those of one expert (``NoiseSampler.sample_range``).
 
     Args:
-        with_clean: t = 0 is one more level, numbered after the last step.
+        with_clean: t = 0 is one more level, numbered after the last step, with the mean of their
+            weights.
     """
-    levels = config.student_levels
+    levels, weights = config.student_levels, config.exit_weights
 
     def fraction(time_range: TimeRange) -> float:
-        return fraction_within(levels, *time_range)
+        return weight_within(levels, weights, *time_range)
 
     time_range = context.noise.sample_range(f"{purpose}.step", iteration, fraction, "student")
-    candidates = (*levels, 0.0) if with_clean else levels
-    return tuple(
+    if with_clean:
+        levels, weights = (*levels, 0.0), (*weights, sum(weights) / len(weights))
+    steps = tuple(
         step
-        for step, t in enumerate(candidates)
+        for step, t in enumerate(levels)
         if time_range is None or fraction_within([t], *time_range)
     )
+    return ExitSteps(steps, tuple(weights[step] for step in steps))

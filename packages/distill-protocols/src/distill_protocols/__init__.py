@@ -56,8 +56,10 @@ from distill_protocols.plugins import (
 )
 from distill_protocols.problems import Problem, below
 from distill_protocols.roles import (
+    EXIT_EMBEDDING,
     CompileSpec,
     DiscriminatorSpec,
+    ExitSpec,
     FsdpPolicy,
     LoraSpec,
     Precision,
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
         Denoiser,
         Discriminating,
         DistillAdapter,
+        ExitConditioning,
         ExpertRouting,
         ImageConditioning,
         LatentCodec,
@@ -123,7 +126,7 @@ if TYPE_CHECKING:
 _LAZY = {
     **dict.fromkeys(
         ["CausalRollout", "ConditionEncoder", "Denoiser", "Discriminating", "DistillAdapter",
-         "ExpertRouting", "ImageConditioning", "LatentCodec", "NoiseSchedule",
+         "ExitConditioning", "ExpertRouting", "ImageConditioning", "LatentCodec", "NoiseSchedule",
          "OptionalContracts", "Sampler", "Tangents"],
         "adapter",
     ),
@@ -152,6 +155,7 @@ _LAZY = {
 __all__ = [
     "CONTRACT_VERSION",
     "DTYPES",
+    "EXIT_EMBEDDING",
     "WHOLE_ENCODER",
     "Batch",
     "BatchLoader",
@@ -184,6 +188,8 @@ __all__ = [
     "DistillError",
     "DynamicShift",
     "EpochLoader",
+    "ExitConditioning",
+    "ExitSpec",
     "ExpertRouting",
     "ExportRecord",
     "ExportRequest",

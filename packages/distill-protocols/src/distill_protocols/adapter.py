@@ -94,6 +94,42 @@ class Discriminating(Protocol):
         ...
 
 
+class ExitConditioning(Protocol):
+    """Roles that are told how a clip was made (``supports_exits``): a critic of a student that is
+    trained at several steps of its sampler, whose clips have a distribution for each.
+
+    A learned embedding of the exit step, zero at first, is added to the time embedding.
+    ``Denoiser.forward`` calls such a role without it.
+    """
+
+    def exit_count(self, role: str) -> int:
+        """Return the number of exit steps that ``role`` knows; 0: it is told none."""
+        ...
+
+    def forward_at_exits(
+        self,
+        role: str,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition,
+        *,
+        exits: Tensor,
+        fwd_pred_type: PredType = "v",
+    ) -> Tensor:
+        """Return what ``role`` predicts of clips that left the sampler at ``exits``, fp32.
+
+        Args:
+            t: [B].
+            exits: exit steps, int64 in 0 .. ``exit_count`` - 1: [1 or B, 1], or one a frame
+                [1 or B, T] (``supports_frame_times``).
+
+        Raises:
+            ContractError: the role is told no exits, or ``exits`` have another shape.
+            CapabilityError: exits by frame of a family whose models have one time a clip.
+        """
+        ...
+
+
 class Tangents(Protocol):
     """Forward-mode differentiation (``supports_jvp``): what continuous-time consistency needs."""
 
@@ -359,6 +395,11 @@ class OptionalContracts(Protocol):
     @property
     def tangents(self) -> Tangents | None:
         """``supports_jvp``."""
+        ...
+
+    @property
+    def exits(self) -> ExitConditioning | None:
+        """``supports_exits``."""
         ...
 
 

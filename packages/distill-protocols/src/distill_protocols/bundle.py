@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from distill_protocols.errors import RoleError
-from distill_protocols.roles import DiscriminatorSpec, FsdpPolicy, Precision
+from distill_protocols.roles import EXIT_EMBEDDING, DiscriminatorSpec, FsdpPolicy, Precision
 from distill_protocols.weights import TensorWeights
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -66,7 +66,8 @@ class RoleHandle:
 
     Attributes:
         name: any string; ``student``, ``teacher``, ``critic`` ... by custom.
-        modules: ``{"transformer": ...}``; two experts are two modules.
+        modules: ``{"transformer": ...}``; two experts are two modules. Last, where the role is told
+            exit steps, their embedding (``EXIT_EMBEDDING``).
         trainable: a frozen role has no optimizer and takes no gradient, ever.
         precision: compute precision of a call. A trainable role keeps fp32 weights under it.
         fsdp_policy: how it is spread over processes; the trainer's distribution reads it.
@@ -124,6 +125,11 @@ class RoleHandle:
                 for name, parameter in module.named_parameters():
                     parameter.requires_grad_(enabled and name in self.trained[key])
             module.train(enabled)
+
+    @property
+    def transformers(self) -> dict[str, nn.Module]:
+        """The modules that a call goes to: all but the embedding of exit steps."""
+        return {name: m for name, m in self.modules.items() if name != EXIT_EMBEDDING}
 
     def trained_parameters(self, module: str) -> dict[str, nn.Parameter]:
         """Return the parameters of ``module`` that training moves, by name; none of a frozen

@@ -28,6 +28,8 @@ class Capabilities:
         supports_image_condition: a condition may hold a picture, and the adapter has ``images``.
         supports_teacher_forcing: causal roles take ``CleanPast``.
         supports_frame_times: t may be [B, T], a time of its own for each frame, for any role.
+        supports_exits: a role may have an embedding of exit steps (``RoleSpec.exits``), and the
+            adapter has ``exits``.
         supports_jvp: a call can be differentiated along a direction: the adapter has ``tangents``.
         solvers: those of ``SamplerSpec`` that ``sample`` knows.
         causal_roles: roles of this run whose chunks do not see later ones; all others see the
@@ -42,6 +44,7 @@ class Capabilities:
     supports_expert_routing: bool = False
     supports_image_condition: bool = False
     supports_decode: bool = False
+    supports_exits: bool = False
     supports_jvp: bool = False
     supported_pred_types: frozenset[PredType] = field(default=frozenset({"v"}), converter=frozenset)
     solvers: frozenset[Solver] = field(default=frozenset({"euler"}), converter=frozenset)

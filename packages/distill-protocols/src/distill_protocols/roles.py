@@ -13,6 +13,25 @@ from distill_protocols.validators import above, at_least
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
+EXIT_EMBEDDING = "exit_embedding"
+"""The module of a role beside its transformers that has an embedding for each exit step."""
+
+
+@frozen(kw_only=True)
+class ExitSpec:
+    """A learned embedding of the exit step of a clip, added to a model's time embedding.
+
+    An exit step is the sampler's step whose call made a clip of the student in training.
+
+    Attributes:
+        count: how many exit steps there are.
+        by_frame: the frames of one clip may have different ones.
+    """
+
+    count: int = field(validator=at_least(1, "it counts exit steps"))
+    by_frame: bool = False
+
+
 @frozen(kw_only=True)
 class RoleNeed:
     """A role that a method calls, and whether it trains it.
@@ -23,6 +42,7 @@ class RoleNeed:
             error where it is missing. Empty where the reason is obvious.
         features_of: of a discriminator: the roles whose features it may read, one of them; empty:
             the role is a model by itself.
+        exits: the exit steps that the role is told (``ExitConditioning``); None: none.
     """
 
     name: str
@@ -30,6 +50,7 @@ class RoleNeed:
     help: str = ""
     reason: str = ""
     features_of: tuple[str, ...] = ()
+    exits: ExitSpec | None = None
 
 
 @frozen(kw_only=True)
@@ -198,9 +219,11 @@ class RoleSpec(RoleOptions):
             discriminator, that of the role that it is on.
         trainable: whether the run trains it.
         precision: compute precision of its calls.
+        exits: the exit steps that it is told, as the method needs it; None: none.
     """
 
     name: str
     path: str
     trainable: bool
     precision: Precision = "fp32"
+    exits: ExitSpec | None = None

@@ -13,7 +13,7 @@ from attrs import frozen
 from distill_checkpoint import preview_resume
 from distill_conditioning import data_info
 from distill_conditioning.buckets import Bucket, count_held_out, make_buckets
-from distill_protocols import RolePlan, RoleSpec
+from distill_protocols import EXIT_EMBEDDING, RolePlan, RoleSpec
 from distill_runtime import counted
 
 from distill_runfile.missing import missing_data
@@ -46,7 +46,9 @@ def horizons(config: RunConfig, role: str, *, after: int = 0) -> dict[str, int]:
     steps = horizon(config, role, after=after)
     shares = {m: config.method.update_share(role, low, high) for m, (low, high) in ranges.items()}
     if len(shares) == 1:  # one expert of several, which takes all steps
-        return dict.fromkeys(shares, max(1, steps))
+        shares = dict.fromkeys(shares, 1.0)
+    if shares and config.roles[role].spec.exits is not None:
+        shares[EXIT_EMBEDDING] = 1.0  # whichever expert is called
     return {module: max(1, round(steps * share)) for module, share in shares.items()}
 
 
@@ -142,7 +144,9 @@ def _roles(config: RunConfig, plans: Sequence[RolePlan]) -> list[str]:
         role = config.roles[plan.role]
         for module in plan.modules:
             lora = role.spec.lora
-            trained = f"LoRA rank {lora.rank}, {module.adapters:,}" if lora else "trained"
+            trained = "trained"  # of a LoRA role: what stands beside its transformers
+            if lora and module.adapters:
+                trained = f"LoRA rank {lora.rank}, {module.adapters:,}"
             rows.append((
                 plan.role, module.name, module.architecture, f"{module.parameters:,}",
                 trained if role.spec.trainable else "frozen", role.spec.precision,
@@ -192,6 +196,7 @@ def _updates(config: RunConfig) -> list[str]:
             lr = f"lr {role.optimizer.lr:g}, {role.optimizer.schedule.name}"
             rows.append((f"{name} ({lr})", *marks, f"{horizon(config, name):,}"))
             experts = horizons(config, name)
+            experts.pop(EXIT_EMBEDDING, None)
             for module, steps in experts.items() if len(experts) > 1 else ():
                 blank = [""] * SHOWN_ITERATIONS
                 rows.append((f"  of which {module}, by t", *blank, f"about {steps:,}"))

@@ -78,6 +78,7 @@ def _role_spec(
         name=name,
         path=_resolved(document, path, ("models", owner, "path")),
         trainable=trainable,
+        exits=None if need is None else need.exits,
         **options,
     )
 

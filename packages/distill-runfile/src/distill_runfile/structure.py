@@ -278,6 +278,10 @@ def _type_name(value: Any) -> str:
 
 def _kind_name(kind: Any) -> str:
     names = {str: "a string", bool: "true or false", int: "an integer", float: "a number"}
+    if get_origin(kind) is tuple:
+        return "a list"
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
     if attrs.has(kind):
         return f"a mapping with {', '.join(f.name for f in attrs.fields(kind))}"
     return names.get(kind, str(kind))

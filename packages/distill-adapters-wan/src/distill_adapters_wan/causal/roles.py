@@ -67,7 +67,7 @@ class CausalRoles:
         bundle.require_roles(names)
         models = {name: role for name, role in bundle.roles.items() if role.discriminator is None}
         for name, role in models.items():
-            for key, module in role.modules.items():
+            for key, module in role.transformers.items():
                 _prepare(f"{name}.{key}", module, config if name in names else None)
 
     def config_of(self, role: str) -> CausalConfig | None:

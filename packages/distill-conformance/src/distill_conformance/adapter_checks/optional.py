@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
+from attrs import evolve
 from distill_protocols import (
+    EXIT_EMBEDDING,
     Capabilities,
     CapabilityError,
     ConditioningError,
     ContractError,
     DiscriminatorSpec,
+    ExitSpec,
     RoleSpec,
 )
 from torch import Tensor
@@ -35,6 +38,7 @@ def check_capabilities(case: AdapterCase) -> None:
         ("supports_image_condition", "images", adapter.images),
         ("supports_features", "discriminators", adapter.discriminators),
         ("supports_jvp", "tangents", adapter.tangents),
+        ("supports_exits", "exits", adapter.exits),
     ):
         require(
             (there is not None) == (not stated.missing([name])),
@@ -164,6 +168,69 @@ def check_discriminator(case: AdapterCase) -> None:
         judge.discriminate("judge", {1: features})
     with must_raise(ContractError, f"discriminate with {model.name!r}, which is a model"):
         judge.discriminate(model.name, {0: features})
+
+
+def check_exits(case: AdapterCase) -> None:
+    """A role that is told exit steps begins, bit for bit, as one that is not; then each row reads
+    its own exit, and a call without exits is that of its transformer.
+
+    A critic that mixed them up would follow another distribution than the student's.
+    """
+    case.need("supports_exits")
+    spec = evolve(case.trained_role, exits=ExitSpec(count=3))
+    applies_if(spec.name not in case.causal_roles, "the trained role is causal")
+    models = case.load_with(spec, perturb=False)
+    exits = models.adapter.exits
+    require(exits is not None, "supports_exits is stated, and exits is None")
+    assert exits is not None
+    counts = {name: exits.exit_count(name) for name in case.model_roles}
+    expected = {name: 3 if name == spec.name else 0 for name in case.model_roles}
+    require(counts == expected, f"exit_count is {counts}, and must be {expected}")
+    embedding = models.bundle[spec.name].modules.get(EXIT_EMBEDDING)
+    require(embedding is not None, f"there is no module {EXIT_EMBEDDING!r}")
+    assert embedding is not None
+    cond, x_t, t = case.condition(), case.noise(), case.times(spec.name)[0]
+
+    def call(steps: Tensor, rows: slice = slice(None)) -> Tensor:
+        return exits.forward_at_exits(spec.name, x_t[rows], t[rows], cond[rows], exits=steps)
+
+    plain = models.adapter.forward(spec.name, x_t, t, cond).detach()
+    first = call(torch.tensor([[2]]))
+    require(torch.equal(first.detach(), plain), "an embedding of zero changes the prediction")
+    first.square().mean().backward()
+    moved = {
+        name: parameter.grad.abs().flatten(1).sum(dim=1) > 0
+        for name, parameter in embedding.named_parameters()
+        if parameter.grad is not None
+    }
+    require(
+        [row.tolist() for row in moved.values()] == [[False, False, True]],
+        f"the loss of clips of exit 2 reaches these rows of the embedding: {moved}",
+    )
+    with torch.no_grad():
+        for parameter in embedding.parameters():
+            parameter.copy_(normal(*parameter.shape, seed=9))
+        steps = torch.arange(ROWS)[:, None] % 3
+        together = call(steps)
+        require(
+            torch.equal(models.adapter.forward(spec.name, x_t, t, cond), plain),
+            "a call without exits reads the embedding",
+        )
+        for row in range(ROWS):
+            alone = slice(row, row + 1)
+            case.require_close(together[alone], call(steps[alone], alone), "a row's exit, alone")
+        require(not torch.allclose(call(steps.flip(0)), together), "the exit of a row is not read")
+        if not case.capabilities.missing(["supports_frame_times"]) and x_t.shape[2] > 1:
+            by_frame = steps.expand(ROWS, x_t.shape[2]).clone()
+            case.require_close(call(by_frame), together, "one exit for all frames, by frame")
+            by_frame[:, -1] = (by_frame[:, -1] + 1) % 3
+            require(not torch.allclose(call(by_frame), together), "the last frame's is not read")
+        with must_raise(ContractError, "exits of one clip too many"):
+            call(torch.zeros(ROWS + 1, 1, dtype=torch.int64))
+        others = [name for name in case.model_roles if name != spec.name]
+        for name in others[:1]:
+            with must_raise(ContractError, f"exits of {name!r}, which knows none"):
+                exits.forward_at_exits(name, x_t, t, cond, exits=steps)
 
 
 def check_tangents(case: AdapterCase) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from attrs import define, field, frozen
 from distill_protocols import (
+    EXIT_EMBEDDING,
     Capabilities,
     CapabilityError,
     CausalRollout,
@@ -28,6 +29,7 @@ from distill_protocols import (
     ConditioningError,
     ContractError,
     Discriminating,
+    ExitConditioning,
     Fingerprint,
     ModelBundle,
     PredType,
@@ -47,6 +49,7 @@ from distill_conformance.toy.networks import (
     STD,
     TEXT_DIM,
     ToyConfig,
+    ToyExits,
 )
 
 
@@ -94,6 +97,10 @@ class ToyAdapter:
     @property
     def tangents(self) -> Tangents | None:
         return self if self.capabilities.supports_jvp else None
+
+    @property
+    def exits(self) -> ExitConditioning | None:
+        return self if self.capabilities.supports_exits else None
 
     # -- noise schedule -------------------------------------------------------------------------
 
@@ -148,6 +155,33 @@ class ToyAdapter:
             return v
         s = _over_pixels(t)
         return x_t - s * v if fwd_pred_type == "x0" else x_t + (1 - s) * v
+
+    def exit_count(self, role: str) -> int:
+        embedding = self.bundle[role].modules.get(EXIT_EMBEDDING)
+        return embedding.rows.shape[0] if isinstance(embedding, ToyExits) else 0
+
+    def forward_at_exits(
+        self,
+        role: str,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition,
+        *,
+        exits: Tensor,
+        fwd_pred_type: PredType = "v",
+    ) -> Tensor:
+        rows, frames = len(x_t), x_t.shape[2]
+        if not self.exit_count(role) or exits.shape not in {
+            (b, n) for b in (1, rows) for n in (1, frames)
+        }:
+            raise ContractError(
+                f"exits {list(exits.shape)} of role {role!r}, which knows "
+                f"{self.exit_count(role)}: they must be [1 or B, 1 or T] of a role that knows some"
+            )
+        added = self.bundle[role].modules[EXIT_EMBEDDING](exits.expand(rows, -1))
+        text = self._text(cond, rows)[:, None] + added
+        text = text[:, 0] if exits.shape[1] == 1 else text
+        return self.forward(role, x_t, t, Condition({"text": text}), fwd_pred_type=fwd_pred_type)
 
     def forward_jvp(
         self, role: str, x_t: Tensor, t: Tensor, cond: Condition, *, dx: Tensor, dt: Tensor

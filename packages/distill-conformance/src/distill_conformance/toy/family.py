@@ -17,6 +17,7 @@ import torch
 from attrs import evolve
 from distill_protocols import (
     CONTRACT_VERSION,
+    EXIT_EMBEDDING,
     Capabilities,
     ContractError,
     Exporter,
@@ -49,6 +50,7 @@ from distill_conformance.toy.networks import (
     LATENT_SHAPE,
     TEXT_DIM,
     ToyConfig,
+    ToyExits,
     ToyHeads,
     ToyNet,
 )
@@ -157,16 +159,18 @@ def _build_modules(spec: RoleSpec) -> dict[str, nn.Module]:
     with torch.device("meta"):
         if spec.heads is not None:
             return {"heads": ToyHeads(len(spec.heads.blocks))}
-        return {"transformer": ToyNet()}
+        exits = {} if spec.exits is None else {EXIT_EMBEDDING: ToyExits(spec.exits.count)}
+        return {"transformer": ToyNet(), **exits}
 
 
 def _draw_modules(spec: RoleSpec, seed: int) -> dict[str, nn.Module]:
     modules = {key: module.to_empty(device="cpu") for key, module in _build_modules(spec).items()}
     generator = torch.Generator().manual_seed(derive_seed(seed, "toy", spec.path))
     with torch.no_grad():
-        for module in modules.values():
+        for key, module in modules.items():
+            scale = 0.0 if key == EXIT_EMBEDDING else 0.4  # of exits, nothing is known at first
             for parameter in module.parameters():
-                parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return modules
 
 

@@ -23,6 +23,7 @@ CONDITION_FINGERPRINT: Fingerprint = {"text_encoder.weights": "a function of the
 CAPABILITIES = Capabilities(
     supports_cfg=True,
     supports_decode=True,
+    supports_exits=True,
     supports_features=True,
     supports_frame_times=True,
     supports_jvp=True,
@@ -56,7 +57,8 @@ class ToyNet(nn.Module):
         self.outer = nn.Linear(WIDTH, channels)
 
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor, past: Tensor | None = None) -> Tensor:
-        """v [B, C, T, H, W] at t [B] or [B, T], from ``past`` like ``x_t``."""
+        """v [B, C, T, H, W] at t [B] or [B, T], from ``past`` like ``x_t``; text is [B, TEXT_DIM],
+        or one a frame."""
         return self.velocity(self.features(x_t, t, text, past))
 
     def features(self, x_t: Tensor, t: Tensor, text: Tensor, past: Tensor | None = None) -> Tensor:
@@ -65,13 +67,24 @@ class ToyNet(nn.Module):
         pixels = torch.cat([x_t, past], dim=1).movedim(1, -1)
         size = pixels.shape[:-1]
         times = (t if t.dim() == 2 else t[:, None])[:, :, None, None, None] / 1000
-        texts = text[:, None, None, None]
+        texts = (text if text.dim() == 3 else text[:, None])[:, :, None, None]
         rows = [times.expand(*size, 1), texts.expand(*size, text.shape[-1])]
         return torch.tanh(self.inner(torch.cat([pixels, *rows], -1))).movedim(-1, 1)
 
     def velocity(self, features: Tensor) -> Tensor:
         """v from ``features``."""
         return self.outer(features.movedim(1, -1)).movedim(-1, 1)
+
+
+class ToyExits(nn.Module):
+    """What exit steps [B, 1] or [B, T] add to the text: [B, 1 or T, TEXT_DIM]."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.empty(count, TEXT_DIM))
+
+    def forward(self, exits: Tensor) -> Tensor:
+        return nn.functional.embedding(exits, self.rows)
 
 
 class ToyHeads(nn.Module):

@@ -60,6 +60,7 @@ def toy_models(
             heads=DiscriminatorSpec(on=need.features_of[0], blocks=(0,))
             if need.features_of
             else None,
+            exits=need.exits,
         )
         for need in needs
     ]

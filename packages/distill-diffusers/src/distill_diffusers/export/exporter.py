@@ -17,6 +17,7 @@ import diffusers
 import torch
 from attrs import asdict
 from distill_protocols import (
+    EXIT_EMBEDDING,
     ExportRecord,
     ExportRequest,
     LoraSpec,
@@ -319,6 +320,8 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
         if problems := [f"{'.'.join(p.path)}: {p.message}" for p in found]:
             raise WeightsError(f"role {role.name!r} cannot be exported so; {'; '.join(problems)}")
         schedule = stock_schedule(request.sampler, self.grid)
+        # No reader has an embedding of exit steps: a critic is exported as it is called without.
+        weights = {name: own for name, own in weights.items() if name != EXIT_EMBEDDING}
         modules = self._checked_modules(role, weights)
         others: dict[str, nn.Module] = {}
         if request.format == "diffusers":

@@ -12,17 +12,23 @@ from distill_diffusers.descriptions import ModelDescription
 from distill_diffusers.kinds import ModelKind
 from distill_diffusers.lora import adapted_layers, is_adapter, names_of
 from distill_diffusers.roles.discriminator import plan_heads
+from distill_diffusers.roles.exits import plan_exit_embedding
 
 
 def plan_modules(
     kind: ModelKind, model: ModelDescription, role: RoleSpec
 ) -> tuple[ModulePlan, ...]:
-    """Plan each transformer of ``model``; of a discriminator, its heads."""
+    """Plan each transformer of ``model`` and the role's embedding of exit steps; of a
+    discriminator, its heads."""
     if role.heads is not None:
         return (plan_heads(inspect_model(kind, model.main).width, role),)
-    return tuple(
+    transformers = tuple(
         plan_module(kind, name, config, role) for name, config in model.transformers.items()
     )
+    if role.exits is None:
+        return transformers
+    architecture = inspect_model(kind, model.main)
+    return (*transformers, plan_exit_embedding(kind, architecture, role))
 
 
 def plan_module(

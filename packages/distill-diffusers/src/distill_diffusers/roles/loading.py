@@ -10,6 +10,7 @@ import torch
 from attrs import frozen
 from distill_protocols import (
     DTYPES,
+    EXIT_EMBEDDING,
     LoraSpec,
     ModelBundle,
     RoleHandle,
@@ -42,6 +43,7 @@ from distill_diffusers.roles.discriminator import (
     block_problems,
     build_heads,
 )
+from distill_diffusers.roles.exits import ExitEmbedding, InitialExits, build_exit_embedding
 from distill_diffusers.roles.injection import InitialAdapters, inject
 from distill_diffusers.roles.offload import offload_between_calls
 from distill_diffusers.weights.filling import fill, move_buffers
@@ -183,9 +185,10 @@ class RoleLoader:
         built = ranks.run_each(lambda: self._build(role, weights))
         _check_alike(role, built, ranks)
         modules = {name: part.module for name, part in built.parts.items()}
+        exits = {} if built.exits is None else {EXIT_EMBEDDING: built.exits}
         handle = RoleHandle(
             name=role.name,
-            modules={**modules},
+            modules={**modules, **exits},
             trainable=role.trainable,
             precision=role.precision,
             fsdp_policy=role.fsdp,
@@ -193,7 +196,10 @@ class RoleLoader:
             blocks={name: part.architecture.blocks for name, part in built.parts.items()},
             offload=role.offload,
             device=torch.device(device),
-            trained=None if role.lora is None else {n: p.trained for n, p in built.parts.items()},
+            trained=None
+            if role.lora is None
+            else {n: p.trained for n, p in built.parts.items()}
+            | {name: frozenset(module.state_dict()) for name, module in exits.items()},
         )
         for name, module in modules.items():
             if role.attention_backend is not None:
@@ -216,6 +222,17 @@ class RoleLoader:
                 device=device,
                 seed=seed,
                 base=base,
+                ranks=ranks,
+            )
+        if built.exits is not None:
+            shapes = {name: value.shape for name, value in built.exits.state_dict().items()}
+            _fill_small(
+                role,
+                built.exits,
+                weights.get(EXIT_EMBEDDING),
+                InitialExits(role.name, shapes),
+                "An embedding fits as many exit steps alone: the method's own, of its sampler",
+                device=device,
                 ranks=ranks,
             )
         handle.check_training()
@@ -270,21 +287,16 @@ class RoleLoader:
             discriminator=spec,
         )
         shard(handle)
-        targets = module.state_dict()
-
-        def source() -> WeightSource:
-            if not weights:
-                shapes = {name: target.shape for name, target in targets.items()}
-                return InitialHeads(role.name, shapes, seed)
-            check_keys(
-                weights[HEADS], targets, "Heads fit heads of the same blocks and width alone"
-            )
-            return weights[HEADS]
-
-        state = fill(
-            targets, source, ranks=ranks, device_of=lambda t: _storage_device(role, t, device)
+        shapes = {name: value.shape for name, value in module.state_dict().items()}
+        _fill_small(
+            role,
+            module,
+            weights.get(HEADS),
+            InitialHeads(role.name, shapes, seed),
+            "Heads fit heads of the same blocks and width alone",
+            device=device,
+            ranks=ranks,
         )
-        module.load_state_dict(state, strict=True, assign=True)
         handle.check_training()
         return handle
 
@@ -294,7 +306,8 @@ class RoleLoader:
         description = choose_experts(self.describe(role.path), role)
         names = tuple(description.transformers)
         # Another run's checkpoint may hold more experts than this role has.
-        given = weights.keys() & set(names) if role.experts else weights.keys()
+        # And a critic's an embedding of exit steps, without which its transformers are a model too.
+        given = weights.keys() & set(names) if role.experts else weights.keys() - {EXIT_EMBEDDING}
         if weights and given != set(names):
             raise WeightsError(
                 f"weights are given for {', '.join(sorted(weights))} of role {role.name!r}, and "
@@ -303,7 +316,11 @@ class RoleLoader:
             )
         parts = {name: self._build_part(role, name, folder / name) for name in names}
         options = {**description.call_options, **({EXPERTS: names} if role.experts else {})}
-        return _Built(call_options=options, parts=parts)
+        exits = None
+        if role.exits is not None:
+            # Experts are built alike.
+            exits = build_exit_embedding(self.kind, parts[names[0]].architecture, role.exits)
+        return _Built(call_options=options, parts=parts, exits=exits)
 
     def _build_part(self, role: RoleSpec, name: str, folder: Path) -> _Part:
         module = build_module(transformer_class(self.kind), folder)
@@ -349,10 +366,11 @@ class _Part:
 
 @frozen(eq=False, kw_only=True)
 class _Built:
-    """A role's modules, by name, and how they are called."""
+    """A role's transformers, by name, how they are called, and its embedding of exit steps."""
 
     call_options: Mapping[str, object]
     parts: Mapping[str, _Part]
+    exits: ExitEmbedding | None
 
 
 def _fill(
@@ -380,6 +398,33 @@ def _fill(
     move_buffers(part.module, device)
     if role.lora is not None:
         _leave_buffers_to_the_base(part.module)
+
+
+def _fill_small(
+    role: RoleSpec,
+    module: nn.Module,
+    given: WeightSource | None,
+    initial: WeightSource,
+    rule: str,
+    *,
+    device: torch.device,
+    ranks: Ranks,
+) -> None:
+    """Give a module of this package's own its weights: those that are given, or its first values.
+
+    Args:
+        rule: ends the message where ``given`` is of another such module.
+    """
+    targets = module.state_dict()
+
+    def source() -> WeightSource:
+        if given is None:
+            return initial
+        check_keys(given, targets, rule)
+        return given
+
+    state = fill(targets, source, ranks=ranks, device_of=lambda t: _storage_device(role, t, device))
+    module.load_state_dict(state, strict=True, assign=True)
 
 
 def _leave_buffers_to_the_base(module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attrs import frozen
+from distill_protocols import ExitSpec
 
 from distill_methods.distribution_matching.config import MatchingConfig
 from distill_methods.roles import STUDENT
@@ -20,6 +21,17 @@ class CausVidConfig(MatchingConfig):
     """
 
     clean_chunks: bool = True
+
+    @property
+    def trained_exits(self) -> int:
+        """See ``MatchingConfig.trained_exits``; clean chunks are one more kind."""
+        return super().trained_exits + self.clean_chunks
+
+    @property
+    def told_exits(self) -> ExitSpec | None:
+        """See ``MatchingConfig.told_exits``: of each chunk, one more of clean ones."""
+        told = super().told_exits
+        return told and ExitSpec(count=told.count + self.clean_chunks, by_frame=True)
 
     @property
     def capabilities(self) -> tuple[str, ...]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import inf
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
-from attrs import Attribute, field, frozen
+from attrs import Attribute, evolve, field, frozen
 from attrs.validators import in_, optional
-from distill_protocols import HealthKind, RoleNeed, SamplerSpec
+from distill_protocols import ExitSpec, HealthKind, RoleNeed, SamplerSpec
 from distill_protocols.validators import above, at_least, within
 
 from distill_methods.adversarial.config import FDivergence, GanConfig
+from distill_methods.exits import ExitChoice, exit_choice_problem, exit_weights, weight_within
 from distill_methods.latent_config import ROLLOUT_METRICS, can_be_left_early
 from distill_methods.roles import CRITIC, DISCRIMINATOR, STUDENT, discriminator
 from distill_methods.teachers.config import NEGATIVE_GUIDANCE, DefaultGuidance, TeachersConfig
-from distill_methods.time_sampling import TimeSampling, fraction_within, probability_within
+from distill_methods.time_sampling import TimeSampling, probability_within
+
+Guidances = tuple[float, ...]
+"""w for each exit step."""
 
 _SCALE = "t = 1000 sigma runs from 0 (clean) to 1000 (noise)"
 
@@ -43,6 +47,29 @@ def _is_above_t_min(config: MatchingConfig, _attribute: object, value: float) ->
     if not value > config.score_t_min:
         raise ValueError(
             f"{value} must be above score_t_min ({config.score_t_min}): nothing lies between them"
+        )
+
+
+def _is_an_exit_choice(config: MatchingConfig, _attribute: object, value: ExitChoice) -> None:
+    if problem := exit_choice_problem(value, config.student_sampler.steps):
+        raise ValueError(problem)
+
+
+def _knows_several_exits(config: MatchingConfig, _attribute: object, value: bool) -> None:
+    if value and config.trained_exits == 1:
+        raise ValueError(
+            "true has no effect: all clips of the student leave its sampler at the same step, so "
+            "there is nothing to tell the critic. Leave it out"
+        )
+
+
+def _is_guidance(config: MatchingConfig, attribute: object, value: float | Guidances) -> None:
+    for w in value if isinstance(value, tuple) else (value,):
+        at_least(0, NEGATIVE_GUIDANCE)(config, attribute, w)
+    if isinstance(value, tuple) and len(value) != config.student_sampler.steps:
+        raise ValueError(
+            f"{list(value)} has {len(value)} numbers, and student_sampler takes "
+            f"{config.student_sampler.steps} steps. Give one for each exit step, or one for all"
         )
 
 
@@ -89,7 +116,13 @@ class MatchingConfig(TeachersConfig):
         critic_update: alternate: the critic steps in the other N - 1 iterations (FastGen, rCM).
             every_step: it steps in all N (DMD2's own code, CausVid, Self-Forcing, FastVideo); a
             student iteration then holds both graphs in memory.
-        real_score_guidance_scale: w of the teacher, ``u + w (c - u)``; 1 is conditional.
+        exit: at which step of its sampler the student is trained. uniform: at all alike. last: at
+            the last alone. Or a weight for each step, such as ``[1, 3]``.
+        critic_exits: the critic is told at which step each clip left the sampler, by a learned
+            embedding that is zero at first. Without it the critic learns the mixture of all steps'
+            clips, whose spread the last step pays for.
+        real_score_guidance_scale: w of the teacher, ``u + w (c - u)``; 1 is conditional. A list has
+            one for each exit step, for use with ``critic_exits``.
             CausVid, Self-Forcing and FastVideo's old code write ``c + s (c - u)``, which is
             w = s + 1: their 3.5 is 4.5 here, Self-Forcing's 3.0 is 4.0.
         real_score_guidance_scale_2: w of the teacher's expert for the low noise levels, where it
@@ -118,7 +151,9 @@ class MatchingConfig(TeachersConfig):
     critic_update: Literal["alternate", "every_step"] = field(
         default="alternate", validator=in_(("alternate", "every_step"))
     )
-    real_score_guidance_scale: float = field(default=4.5, validator=at_least(0, NEGATIVE_GUIDANCE))
+    exit: ExitChoice = field(default="uniform", validator=_is_an_exit_choice)
+    critic_exits: bool = field(default=False, validator=_knows_several_exits)
+    real_score_guidance_scale: float | Guidances = field(default=4.5, validator=_is_guidance)
     real_score_guidance_scale_2: float | None = field(
         default=None, validator=optional(at_least(0, NEGATIVE_GUIDANCE))
     )
@@ -143,7 +178,32 @@ class MatchingConfig(TeachersConfig):
     def roles(self) -> tuple[RoleNeed, ...]:
         """Student, teachers and critic, and with ``gan`` the discriminator."""
         discriminators = () if self.gan is None else (discriminator(*self.feature_roles),)
-        return (STUDENT, *self.teacher_roles, CRITIC, *discriminators)
+        critic = evolve(CRITIC, exits=self.told_exits)
+        return (STUDENT, *self.teacher_roles, critic, *discriminators)
+
+    @property
+    def exit_weights(self) -> tuple[float, ...]:
+        """See ``LatentMethodConfig.exit_weights``."""
+        return exit_weights(self.exit, self.student_sampler.steps)
+
+    @property
+    def trained_exits(self) -> int:
+        """How many of the steps are the exit now and then."""
+        return sum(weight > 0 for weight in self.exit_weights)
+
+    @property
+    def told_exits(self) -> ExitSpec | None:
+        """The exit steps that the critic is told; None: none."""
+        return ExitSpec(count=self.student_sampler.steps) if self.critic_exits else None
+
+    @property
+    def by_exit(self) -> tuple[Self, ...]:
+        """This config with one guidance: for each exit step, or one for all of them."""
+        if not isinstance(self.real_score_guidance_scale, tuple):
+            return (self,)
+        return tuple(
+            evolve(self, real_score_guidance_scale=w) for w in self.real_score_guidance_scale
+        )
 
     def turns(self, iteration: int) -> tuple[str, ...]:
         """Return the roles that step in ``iteration`` (1-based): the whole update schedule."""
@@ -188,9 +248,11 @@ class MatchingConfig(TeachersConfig):
 
     @property
     def default_guidance(self) -> DefaultGuidance:
-        """See ``TeachersConfig.default_guidance``."""
+        """See ``TeachersConfig.default_guidance``: of several, that of the last exit step, whose
+        clips are those that sampling makes."""
+        w = self.real_score_guidance_scale
         return DefaultGuidance(
-            self.real_score_guidance_scale,
+            w[-1] if isinstance(w, tuple) else w,
             self.real_score_guidance_scale_2,
             "real_score_guidance_scale_2",
         )
@@ -198,7 +260,7 @@ class MatchingConfig(TeachersConfig):
     @property
     def needs_negative(self) -> bool:
         """Whether a teacher is called with a negative condition."""
-        return self.has_guided_teacher
+        return any(config.has_guided_teacher for config in self.by_exit)
 
     @property
     def capabilities(self) -> tuple[str, ...]:
@@ -206,6 +268,7 @@ class MatchingConfig(TeachersConfig):
         optional_names = {
             "supports_cfg": self.needs_negative,
             "supports_features": self.gan is not None,
+            "supports_exits": self.critic_exits,
         }
         return ("pred:v", "pred:x0", *(name for name, needed in optional_names.items() if needed))
 
@@ -222,7 +285,7 @@ class MatchingConfig(TeachersConfig):
     def update_share(self, role: str, low: float, high: float) -> float:
         """See ``MethodConfig.update_share``."""
         if role == STUDENT.name:
-            return fraction_within(self.student_levels, low, high)
+            return weight_within(self.student_levels, self.exit_weights, low, high)
         of_score = probability_within(self.critic_time or self.score_time, low, high)
         if role != CRITIC.name or self.gan is None or not self.gan.train_features:
             return of_score

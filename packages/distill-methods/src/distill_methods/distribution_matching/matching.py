@@ -10,10 +10,10 @@ from distill_methods.adversarial.config import GanConfig
 from distill_methods.adversarial.losses import density_ratio, divergence_weight
 from distill_methods.context import MethodContext
 from distill_methods.contracts import loss_mask_of
+from distill_methods.distribution_matching.by_exit import Critic, TeachersByExit
 from distill_methods.distribution_matching.config import MatchingConfig
 from distill_methods.maths import dmd_gradient, dmd_loss, dmd_normaliser, velocity_loss
 from distill_methods.rollouts import RolloutFunction
-from distill_methods.teachers.ensemble import Teachers
 from distill_methods.turns import TurnResult, add_turns
 
 
@@ -30,6 +30,10 @@ class DistributionMatching:
         g   = nan_to_num((f - r) / mean |x - r|)            per sample
         L_dmd    = 0.5 mean((x - stop(x - g))^2)            so that dL_dmd/dx = g / numel
         L_critic = mean |v_critic(x'_t') - (eps' - x')|^2   x' another clip, t' and eps' its own
+
+    With ``critic_exits`` the critic is told at which step of its sampler the student was left for
+    each clip (``by_exit``), in both turns. A discriminator on the critic's features is not: data
+    left no sampler, so it would tell the two apart by that.
 
     The critic is the network of DMD's fake score, not that of a GAN. With ``gan`` there is a
     discriminator beside it: it is trained in the critic's turn and adds its loss to the student's
@@ -56,7 +60,8 @@ class DistributionMatching:
         self._context = context
         self._config = config
         self._rollout = rollout
-        self._teachers = Teachers(context, config)
+        self._teachers = TeachersByExit(context, config)
+        self._critic = Critic(context, config)
         self._gan: tuple[GanConfig, Adversary] | None = None
         if config.gan is not None:
             adversary = Adversary(
@@ -101,8 +106,8 @@ class DistributionMatching:
                 *self._teachers.names,
             )
             x_t, _, t = noised
-            critic_x0 = context.adapter.forward("critic", x_t, t, batch.cond, fwd_pred_type="x0")
-            teacher_x0 = self._teachers.predict(x_t, t, batch.cond, pred_type="x0")
+            critic_x0 = self._critic.predict(x_t, t, batch.cond, rollout, "x0")
+            teacher_x0 = self._teachers.predict(x_t, t, batch.cond, rollout)
             gradient = dmd_gradient(x, critic_x0, teacher_x0, loss_mask)
             outputs = rollout.outputs() | {
                 "teacher_x0": teacher_x0,
@@ -150,7 +155,7 @@ class DistributionMatching:
             )
             target = context.adapter.target(rollout.x0, noise, t, "v")
         # Of the clip's frames; ``rollout.loss_mask`` is of the student's gradient alone.
-        velocity = context.adapter.forward("critic", x_t, t, batch.cond, fwd_pred_type="v")
+        velocity = self._critic.predict(x_t, t, batch.cond, rollout, "v")
         loss = velocity_loss(velocity, target, loss_mask=loss_mask_of(context.adapter, batch))
         if self._gan is None:
             return TurnResult(loss, {"critic_loss": loss}, rollout.outputs())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from attrs.validators import optional
-from distill_protocols import Chunk, PlannedRun, Problem
+from distill_protocols import Chunk, ExitSpec, PlannedRun, Problem
 from distill_protocols.validators import at_least
 
 from distill_methods.distribution_matching.config import MatchingConfig
+from distill_methods.exits import exit_weights
 from distill_methods.roles import STUDENT
-from distill_methods.time_sampling import fraction_within
 
 
 def _has_an_effect(config: SelfForcingConfig, _attribute: object, value: bool) -> None:
@@ -19,6 +19,14 @@ def _has_an_effect(config: SelfForcingConfig, _attribute: object, value: bool) -
         raise ValueError(
             "true has no effect beside same_step_across_chunks: false: the last step is the same "
             "for all chunks. Leave one of the two out"
+        )
+
+
+def _last_is_all(config: SelfForcingConfig, _attribute: object, value: bool) -> None:
+    if value and config.exit != "uniform":
+        raise ValueError(
+            f"true beside exit: {config.exit}: it is exit: last, written otherwise. Leave one of "
+            "the two out"
         )
 
 
@@ -42,8 +50,8 @@ class SelfForcingConfig(MatchingConfig):
     Attributes:
         same_step_across_chunks: true: all chunks of a rollout exit at the same step. false: each
             at its own.
-        last_step_only: no exit step is drawn, it is always the last. If the student has two
-            experts, the one for high noise levels is then never trained.
+        last_step_only: no exit step is drawn, it is always the last, as with ``exit: last``. If the
+            student has two experts, the one for high noise levels is then never trained.
         gradient_frames: only chunks that begin within the last so many frames are called with
             gradient, which bounds the memory of a step; null: all that the scores see.
         rollout_frames: [min, max]: how long rollouts are, drawn for each micro batch, whole chunks
@@ -53,31 +61,45 @@ class SelfForcingConfig(MatchingConfig):
     """
 
     same_step_across_chunks: bool = True
-    last_step_only: bool = field(default=False, validator=_has_an_effect)
+    last_step_only: bool = field(default=False, validator=[_has_an_effect, _last_is_all])
     gradient_frames: int | None = field(
         default=21, validator=optional(at_least(1, "the student would never learn"))
     )
     rollout_frames: tuple[int, int] | None = field(default=None, validator=optional(_is_rising))
 
     @property
+    def always_exits_last(self) -> bool:
+        """Whether no exit step is drawn."""
+        return self.last_step_only or self.exit == "last"
+
+    @property
+    def exit_weights(self) -> tuple[float, ...]:
+        """See ``LatentMethodConfig.exit_weights``."""
+        choice = "last" if self.always_exits_last else self.exit
+        return exit_weights(choice, self.student_sampler.steps)
+
+    @property
+    def told_exits(self) -> ExitSpec | None:
+        """See ``MatchingConfig.told_exits``: of each chunk, where they differ."""
+        told = super().told_exits
+        return told and evolve(told, by_frame=not self.same_step_across_chunks)
+
+    @property
     def capabilities(self) -> tuple[str, ...]:
         """Capabilities that the adapter must have."""
-        return (*super().capabilities, "supports_kv_cache", f"causal:{STUDENT.name}")
+        by_frame = self.told_exits is not None and self.told_exits.by_frame
+        frame_times = ("supports_frame_times",) if by_frame else ()
+        causal = ("supports_kv_cache", f"causal:{STUDENT.name}")
+        return (*super().capabilities, *frame_times, *causal)
 
     @property
     def needs_latents(self) -> bool:
         """Whether a discriminator is shown clips of the data."""
         return self.gan is not None
 
-    def update_share(self, role: str, low: float, high: float) -> float:
-        """See ``MethodConfig.update_share``."""
-        if role == STUDENT.name and self.last_step_only:
-            return fraction_within(self.student_levels[-1:], low, high)
-        return super().update_share(role, low, high)
-
     def rollout_times(self, low: float, high: float) -> tuple[float, ...]:
         """See ``LatentMethodConfig.rollout_times``: a finished chunk is called once more."""
-        levels = self.student_levels if self.last_step_only else self.levels_until(low, high)
+        levels = self.student_levels if self.always_exits_last else self.levels_until(low, high)
         return (*levels, self.student_sampler.context_noise)
 
     def problems(self, run: PlannedRun) -> Iterator[Problem]:

@@ -116,24 +116,29 @@ class SelfForcingMethod(LatentMethod[SelfForcingConfig]):
             [[k for k, chunk in zip(exit_steps, chunks, strict=True) for _ in range(chunk.frames)]]
         )
         if frames == clip_frames:
-            return Rollout(x0, mean_steps, exits)
+            return Rollout(x0, mean_steps, exits, same_on_all_ranks=True)
         # A video autoencoder codes the first frame of a clip as a picture, and the teacher expects
         # one there. The first frame of a later part is none: its score means nothing.
         loss_mask = torch.ones(1, 1, clip_frames, 1, 1, device=device)
         loss_mask[:, :, 0] = 0
-        return Rollout(x0[:, :, -clip_frames:], mean_steps, exits[:, -clip_frames:], loss_mask)
+        return Rollout(
+            x0[:, :, -clip_frames:],
+            mean_steps,
+            exits[:, -clip_frames:],
+            same_on_all_ranks=True,
+            loss_mask=loss_mask,
+        )
 
     def _divide(self, frames: int) -> tuple[Chunk, ...]:
         return self._causal.chunks("student", frames)
 
     def _sample_exit_steps(self, purpose: str, iteration: int, chunks: int) -> tuple[int, ...]:
         """Draw the exit step of each chunk, or one for all of them."""
-        if self.config.last_step_only:
+        if self.config.always_exits_last:
             return (self.config.student_sampler.steps - 1,) * chunks
         allowed = allowed_exit_steps(self.context, self.config, purpose, iteration)
         count = 1 if self.config.same_step_across_chunks else chunks
         exit_steps = tuple(
-            allowed[self.noise.sample_shared_integer(f"{purpose}.exit_step", len(allowed))]
-            for _ in range(count)
+            self.noise.sample_shared_exit(f"{purpose}.exit_step", allowed) for _ in range(count)
         )
         return exit_steps * (chunks // count)

@@ -1,0 +1,94 @@
+"""The two scores of a clip that left the student's sampler at a known step.
+
+A student that is trained at several steps of its sampler makes clips of several distributions: one
+call gives softer clips than the last of four. One critic learns the score of their mixture, and
+g = f - r then narrows what is wider than the mixture and widens what is narrower, though neither
+may differ from the teacher. A critic that is told the step has the score of each.
+"""
+
+from __future__ import annotations
+
+import torch
+from distill_protocols import Condition, ContractError, PredType
+from torch import Tensor
+
+from distill_methods.context import MethodContext
+from distill_methods.contracts import require_contract
+from distill_methods.distribution_matching.config import MatchingConfig
+from distill_methods.rollouts import Rollout
+from distill_methods.teachers.ensemble import Teachers
+
+
+class Critic:
+    """The critic's predictions, which is told the exit steps of clips where the config says so.
+
+    Raises:
+        ContractError: it was loaded with another number of exit steps.
+    """
+
+    def __init__(self, context: MethodContext, config: MatchingConfig) -> None:
+        self._context = context
+        self._spec = config.told_exits
+        if self._spec is None:
+            return
+        self._exits = require_contract(context.adapter.exits, "supports_exits", by=context.name)
+        known = self._exits.exit_count("critic")
+        if known != self._spec.count:
+            raise ContractError(
+                f"critic_exits: the critic was loaded with {known} exit steps, and clips leave the "
+                f"student's sampler at {self._spec.count}. Load it with the role's need: RoleSpec("
+                "exits=config.told_exits)"
+            )
+
+    def predict(
+        self, x_t: Tensor, t: Tensor, cond: Condition, rollout: Rollout, pred_type: PredType
+    ) -> Tensor:
+        """Predict ``pred_type`` at x_t, clips of ``rollout`` with noise; t is [B]."""
+        if self._spec is None:
+            return self._context.adapter.forward("critic", x_t, t, cond, fwd_pred_type=pred_type)
+        # Where all frames of a clip left at one step, one row of the embedding is for all of them.
+        exits = rollout.exits if self._spec.by_frame else rollout.exits[:, :1]
+        return self._exits.forward_at_exits(
+            "critic", x_t, t, cond, exits=exits, fwd_pred_type=pred_type
+        )
+
+
+class TeachersByExit:
+    """The teachers' guided prediction, with the guidance of the step that each clip left at.
+
+    Raises:
+        ContractError: as ``Teachers``.
+    """
+
+    def __init__(self, context: MethodContext, config: MatchingConfig) -> None:
+        self._teachers = [Teachers(context, at_exit) for at_exit in config.by_exit]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Roles of the teachers."""
+        return self._teachers[0].names
+
+    @torch.no_grad()
+    def predict(self, x_t: Tensor, t: Tensor, cond: Condition, rollout: Rollout) -> Tensor:
+        """Predict x0 [B, C, T, H, W] at x_t, clips of ``rollout`` with noise; t is [B].
+
+        Where clips or frames of the micro batch have different guidances, the teachers are called
+        once for each of them, and every frame takes its own.
+        """
+        # Clean data (CausVid) has the last one's: nothing is learned from it.
+        exits = rollout.exits.clamp(max=len(self._teachers) - 1)
+        wanted = exits.unique().tolist() if rollout.same_on_all_ranks else None
+        total: Tensor | None = None
+        for step, teachers in enumerate(self._teachers):
+            # Of exits that differ between ranks all are called: the ranks of a sharded teacher
+            # must make the same calls, or they wait for each other for ever.
+            if wanted is not None and step not in wanted:
+                continue
+            x0 = teachers.predict(x_t, t, cond, pred_type="x0")
+            if total is None:
+                total = x0
+                continue
+            is_here = (exits == step)[:, None, :, None, None].to(x0.device)
+            total = torch.where(is_here, x0, total)
+        assert total is not None  # Every rollout has an exit.
+        return total
