@@ -2,6 +2,7 @@
 
     uv run python tools/tiny_study.py baselines   # teacher: solver x steps x shift x guidance
     uv run python tools/tiny_study.py students --seeds 0 1 2 --steps 2
+    uv run python tools/tiny_study.py exits --seeds 0 1 2        # a critic that knows the exit
     uv run python tools/tiny_study.py experts --seeds 0 1 2      # two-expert teacher and students
     uv run python tools/tiny_study.py causal --seeds 0 1 2       # KD, then Self-Forcing
     uv run python tools/tiny_study.py gan --seeds 0 1 2          # DMD2 with a discriminator
@@ -57,6 +58,9 @@ def main() -> None:
     students = commands.add_parser("students")
     students.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     students.add_argument("--steps", type=int, default=2)
+    exits = commands.add_parser("exits")
+    exits.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    exits.add_argument("--steps", type=int, default=2)
     experts = commands.add_parser("experts")
     experts.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     for name in ("causal", "gan"):
@@ -71,6 +75,10 @@ def main() -> None:
     elif args.command == "students":
         for seed in args.seeds:
             run(f"student_{args.steps}_seed{seed}", student_run(args.steps, seed))
+    elif args.command == "exits":
+        for seed in args.seeds:
+            run(f"exits_{args.steps}_seed{seed}", exits_run(args.steps, seed))
+            run(f"exits_w_{args.steps}_seed{seed}", exits_run(args.steps, seed, by_exit=True))
     elif args.command == "experts":
         run("experts_teacher", expert_teacher_run(two_experts()))
         run("experts_teacher_4", expert_baseline_run())
@@ -138,6 +146,20 @@ def student_run(steps: int, seed: int) -> dict[str, Any]:
     if steps != 2:
         sampler = {"steps": steps, "shift": 3.0, "stochastic": True}
         values["method_config"]["student_sampler"] = sampler
+    return values
+
+
+def exits_run(steps: int, seed: int, *, by_exit: bool = False) -> dict[str, Any]:
+    """student_run with a critic that is told the exit.
+
+    Args:
+        by_exit: the teacher's guidance falls from 1.5 at the first exit step to 1.25 at the last.
+    """
+    values = student_run(steps, seed)
+    values["method_config"]["critic_exits"] = True
+    if by_exit:
+        scales = [1.5 - 0.25 * k / (steps - 1) for k in range(steps)]
+        values["method_config"]["real_score_guidance_scale"] = scales
     return values
 
 
@@ -293,6 +315,10 @@ def table() -> str:
                 lines.append(row(f"{label} ({best['name']})", [best], grid))
     for steps in (4, 2, 1):
         lines += seed_rows(f"student, {steps} step{'s' * (steps > 1)}", f"student_{steps}_seed*")
+    for steps in (4, 2):
+        label = f"{steps} steps, a critic that knows the exit"
+        lines += seed_rows(f"student, {label}", f"exits_{steps}_seed*")
+        lines += seed_rows(f"student, {label}, w by exit", f"exits_w_{steps}_seed*")
     lines += seed_rows("DMD2 with a GAN, 2 steps", "gan_2_seed*")
     lines += seed_rows("KD alone, causal, 2 steps", "kd_causal_seed*")
     lines += seed_rows("KD, then Self-Forcing, causal, 2 steps", "self_forcing_seed*")
