@@ -28,6 +28,7 @@ HUNYUAN_VIDEO = ModelKind(
     pipelines=("diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video:HunyuanVideoPipeline",),
     call_options=MappingProxyType({PIPELINE: "HunyuanVideoPipeline"}),
     stored_like="x_embedder.proj.weight",
+    time_embedder="time_text_embed.timestep_embedder",
     # FastVideo adapts the attention of both streams (examples/train/configs/fine_tuning/hunyuan).
     lora_targets=(
         *("to_q", "to_k", "to_v", "to_out.0"),

@@ -43,6 +43,7 @@ HUNYUAN_VIDEO15 = ModelKind(
     ),
     call_options=MappingProxyType({PIPELINE: "HunyuanVideo15Pipeline"}),
     stored_like="x_embedder.proj.weight",
+    time_embedder="time_embed.timestep_embedder",
     lora_targets=(
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve
 from distill_diffusers.descriptions import LatentInfo, ModelDescription
-from distill_diffusers.family import CAPABILITIES, DiffusersFamily
+from distill_diffusers.family import DiffusersFamily
 from distill_diffusers.fingerprints import image_fingerprint, text_settings
 from distill_diffusers.model_configs import read_integer
 from distill_protocols import Capabilities, Fingerprint, RoleSpec, WeightsError
@@ -48,7 +48,7 @@ class HunyuanVideo15Family(DiffusersFamily[HunyuanVideo15Config]):
     published = PUBLISHED
 
     def capabilities(self, config: HunyuanVideo15Config) -> Capabilities:
-        return evolve(CAPABILITIES, supports_image_condition=True)
+        return evolve(super().capabilities(config), supports_image_condition=True)
 
     def unsupported(self, model: ModelDescription, config: HunyuanVideo15Config) -> Iterator[str]:
         return unsupported(model)
