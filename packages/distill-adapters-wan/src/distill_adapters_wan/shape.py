@@ -16,12 +16,8 @@ TEXT_TOKENS = 512
 
 
 def latent_info(vae: Mapping[str, object]) -> LatentInfo:
-    """Read off ``vae/config.json`` (absent keys: Wan 2.1's, which are diffusers' defaults)."""
-    return LatentInfo(
-        channels=read_integer(vae, "z_dim", 16),
-        stride_t=read_integer(vae, "scale_factor_temporal", 4),
-        stride_hw=read_integer(vae, "scale_factor_spatial", 8),
-    )
+    """Read off ``vae/config.json`` (absent keys: Wan 2.1's)."""
+    return LatentInfo.of_wan_vae(vae)
 
 
 def unsupported(model: ModelDescription, boundary_ratio: float | None = None) -> Iterator[str]:

@@ -23,7 +23,7 @@ from distill_diffusers.folders import (
     transformer_names,
 )
 from distill_diffusers.kinds import TRAIN_STEPS, ModelKind
-from distill_diffusers.model_configs import MAX_SIZE, read_config
+from distill_diffusers.model_configs import MAX_SIZE, read_config, read_integer
 
 
 def _check_latent_size(_info: object, attribute: Attribute[int], value: int) -> None:
@@ -53,6 +53,16 @@ class LatentInfo:
         """(C, T, H, W) of the latents of one clip, given in pixels."""
         frames = (num_frames - 1) // self.stride_t + 1
         return self.channels, frames, height // self.stride_hw, width // self.stride_hw
+
+    @classmethod
+    def of_wan_vae(cls, vae: Mapping[str, object]) -> LatentInfo:
+        """Read it off ``vae/config.json`` of an ``AutoencoderKLWan`` (absent keys: Wan 2.1's, which
+        are diffusers' defaults)."""
+        return cls(
+            channels=read_integer(vae, "z_dim", 16),
+            stride_t=read_integer(vae, "scale_factor_temporal", 4),
+            stride_hw=read_integer(vae, "scale_factor_spatial", 8),
+        )
 
 
 @frozen(kw_only=True)
@@ -98,15 +108,15 @@ def describe_model(
         WeightsError: nothing describes how the model is built.
     """
     folder = locate(path)
-    if folder is not None and (folder / "model_index.json").is_file():
-        index = read_json(folder / "model_index.json")
-        names = transformer_names(folder, kind.modules)
-        if kind.modules[0] not in names:
+    if folder is not None and ((folder / "model_index.json").is_file() or not kind.has_index):
+        index = read_json(folder / "model_index.json") if kind.has_index else {}
+        names = transformer_names(folder, kind.modules, has_index=kind.has_index)
+        if kind.has_index and kind.modules[0] not in names:
             raise WeightsError(
                 f"{folder / 'model_index.json'} names no {kind.modules[0]}, and every model of "
                 "this family has one. Download the folder again"
             )
-        if all((folder / name / "config.json").is_file() for name in names):
+        if names and all((folder / name / "config.json").is_file() for name in names):
             options = {
                 name: _call_option(folder, name, index.get(name), default)
                 for name, default in kind.call_options.items()

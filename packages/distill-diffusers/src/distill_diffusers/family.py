@@ -561,7 +561,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
     def weights(self, path: str) -> Mapping[str, WeightSource]:
         from distill_diffusers.weights.sources import folder_weights
 
-        return folder_weights(path, self.kind.modules)
+        return folder_weights(path, self.kind.modules, has_index=self.kind.has_index)
 
     def start_weights(self, role: RoleSpec, path: str) -> Mapping[str, WeightSource]:
         """Open weights to start from: a pipeline folder or hub id, or what ``weights.starts``
@@ -574,7 +574,8 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
 
         start = self._find_start(path)
         if start is None:
-            return folder_weights(path, role.experts or self.kind.modules)
+            modules = role.experts or self.kind.modules
+            return folder_weights(path, modules, has_index=self.kind.has_index)
         configs = self.describe_role(role).transformers
         start = starts.choose_files(start, configs, role)
         names = self._foreign_names()
@@ -587,7 +588,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
                 continue
             lora = starts.read_lora(start, module, state, names, self.original_name)
             if role.lora is None:
-                base = folder_weights(role.path, (module,))[module]
+                base = folder_weights(role.path, (module,), has_index=self.kind.has_index)[module]
                 sources[module] = starts.PatchedWeights(base, lora)
             else:
                 layers = adapted_layers(inspect_model(self.kind, config), role.lora)
@@ -617,7 +618,9 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
             with_components = config.components is None
             chosen = tuple(name for name in self.kind.modules if name in role.experts)
             modules = chosen or self.kind.modules
-            missing += pipeline_problems(folder, modules, components=with_components)
+            missing += pipeline_problems(
+                folder, modules, components=with_components, has_index=self.kind.has_index
+            )
         if config.components is None:
             missing += self._statistics_problems(path)
         if missing:

@@ -122,12 +122,19 @@ def read_json(file: Path) -> dict[str, object]:
         ) from error
 
 
-def transformer_names(folder: Path, modules: Sequence[str]) -> tuple[str, ...]:
+def transformer_names(
+    folder: Path, modules: Sequence[str], *, has_index: bool = True
+) -> tuple[str, ...]:
     """Return those of ``modules`` that the index of a pipeline folder has.
+
+    Args:
+        has_index: False: the folder needs none, and those that have a configuration are meant.
 
     Raises:
         WeightsError: no index, or a damaged one.
     """
+    if not has_index:
+        return tuple(name for name in modules if (folder / name / "config.json").is_file())
     index = read_json(folder / "model_index.json")
     return tuple(name for name in modules if index_entry(folder, index, name)[0])
 
@@ -234,7 +241,9 @@ def has_weights(folder: Path, stem: str) -> bool:
     return not any(module_problems(folder, stem))
 
 
-def pipeline_problems(folder: Path, modules: Sequence[str], *, components: bool) -> Iterator[str]:
+def pipeline_problems(
+    folder: Path, modules: Sequence[str], *, components: bool, has_index: bool = True
+) -> Iterator[str]:
     """What is missing or damaged in a pipeline folder.
 
     A text encoder may be absent (a data set with stored embeddings needs none), but not broken.
@@ -242,10 +251,11 @@ def pipeline_problems(folder: Path, modules: Sequence[str], *, components: bool)
     Args:
         modules: names that its transformers may have (``ModelKind.modules``).
         components: examine VAE and encoders too.
+        has_index: see ``transformer_names``.
     """
     index = folder / "model_index.json"
     names: tuple[str, ...] = ()
-    if not index.is_file():
+    if has_index and not index.is_file():
         yield (
             f"{index} is missing, so {folder} is no Diffusers-format pipeline folder. The format "
             "of a model's original code is another one: use its Diffusers-format repository. This "
@@ -253,7 +263,7 @@ def pipeline_problems(folder: Path, modules: Sequence[str], *, components: bool)
         )
     else:
         try:
-            names = transformer_names(folder, modules)
+            names = transformer_names(folder, modules, has_index=has_index)
         except WeightsError as error:
             yield str(error)
             return

@@ -26,7 +26,10 @@ class ModelKind:
     Attributes:
         transformer: the class of the trained module.
         vae: the class of the folder's VAE.
-        pipelines: classes that ``model_index.json`` may name, the first where it names none.
+        pipelines: classes that ``model_index.json`` may name, the first where it names none; empty
+            where diffusers has no pipeline of the model.
+        has_index: whether a folder has a ``model_index.json``, as all folders of diffusers'
+            pipelines. Without one its transformers are those of ``modules`` that it has folders of.
         modules: names of the transformers in a folder; the first is always there, the others
             where the index has them (experts).
         call_options: entries of ``model_index.json`` that say how the transformers are called,
@@ -49,7 +52,8 @@ class ModelKind:
 
     transformer: str
     vae: str
-    pipelines: tuple[str, ...]
+    pipelines: tuple[str, ...] = ()
+    has_index: bool = True
     modules: tuple[str, ...] = ("transformer",)
     call_options: Mapping[str, object] = field(default=MappingProxyType({}))
     stored_like: str

@@ -115,9 +115,9 @@ def config_problems(config: Mapping[str, object]) -> Iterator[str]:
 def _problem(name: str, value: object, values: list[Any]) -> str | None:
     if len(values) > MAX_ENTRIES:
         return f"has more than {MAX_ENTRIES} entries"
+    if value is None and name in _OPTIONAL_SIZES | {"patch_size"}:  # Wan 2.1's VAE has no patches
+        return None
     if name in _SIZES | _OPTIONAL_SIZES:
-        if value is None and name in _OPTIONAL_SIZES:
-            return None
         if isinstance(value, list) and name not in _LISTS:
             return "must be one number"
         least, most = 1, MAX_SIZE

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, cast
 
@@ -150,6 +150,14 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
         The first must be the one that ``load_lora_weights`` of the pipeline reads.
         """
         return {f"{LORA_STEM}{export.suffix(module)}.safetensors": DIFFUSERS_LORA}
+
+    def outputs_with_lora(
+        self, base: Path, module: str, file: Path, contents: LoraContents,
+        probe: Mapping[str, Tensor],
+    ) -> Tensor:  # fmt: skip
+        """Call ``module`` of ``base`` with the adapters of ``file``; by default through the stock
+        pipeline's ``load_lora_weights``."""
+        return verification.outputs_with_stock_lora(self, base, module, file, contents, probe)
 
     def record_entries(self, role: RoleSpec) -> Mapping[str, object]:
         """Return the family's own entries of ``sampler_spec.json``."""
@@ -402,8 +410,9 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
         self.adapt_components(stage, export.request)
         for file in stage.glob("tokenizer*/tokenizer_config.json"):
             _name_tokenizer(file)
-        index = self._model_index(export, source, stage)
-        write_json(stage / "model_index.json", index)
+        if self.kind.has_index:
+            index = self._model_index(export, source, stage)
+            write_json(stage / "model_index.json", index)
         path = portable_name(export.role.path)
         return Written(
             notes=tuple(
@@ -461,8 +470,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
                     differences=extraction.differences,
                 )
                 summaries[name] = {"rank": rank, **extraction.summary()}
-                takers = [f for f, n in self.lora_files(export, name).items() if n.difference]
-                notes += _extraction_notes(role, name, extraction, takers)
+                notes += _extraction_notes(role, name, extraction, self.lora_files(export, name))
             if not contents.factors and not contents.differences:
                 notes.append(
                     f"{name}: no weight differs from {portable_name(role.path)}, so it is left "
@@ -497,13 +505,19 @@ def _adapter_shapes(lora: LoraSpec, architecture: Architecture) -> dict[str, Ten
 
 
 def _extraction_notes(
-    role: RoleSpec, module: str, extraction: Extraction, takers: Sequence[str]
+    role: RoleSpec, module: str, extraction: Extraction, files: Mapping[str, LoraNames]
 ) -> Iterator[str]:
+    takers = [file for file, names in files.items() if names.difference]
     yield (
         f"{module}: the LoRA is an approximation of the difference to {portable_name(role.path)}, "
         f"off by {extraction.relative_error:.3g} of it (Frobenius norm over "
         f"{len(extraction.factors)} layers; lora.<module>.by_layer has each)"
     )
+    if extraction.biases and not any(names.bias for names in files.values()):
+        yield (
+            f"{module}: the biases of {len(extraction.biases)} layers changed, and no file of this "
+            "format holds them: there the base's stay"
+        )
     if extraction.differences:
         changes = {name: extraction.other_changes[name] for name in extraction.differences}
         worst = max(changes, key=changes.__getitem__)

@@ -37,14 +37,17 @@ class LoraNames:
 
     Attributes:
         factor: (layer, ``A`` or ``B``) -> the name of that factor.
-        bias: layer -> the name of the difference of a linear layer's bias.
-        difference: name of any other parameter -> the name of its difference; None: the file's
-            reader takes none.
+        bias: layer -> the name of the difference of a linear layer's bias; None: the file's reader
+            takes none.
+        difference: name of any other parameter -> the name of its difference; None likewise.
+        scale: layer -> the name of what its reader multiplies the product of the factors by, which
+            is 1, as alpha / rank is in B; None: it looks for no such tensor.
     """
 
     factor: Callable[[str, str], str]
-    bias: Callable[[str], str]
+    bias: Callable[[str], str] | None = None
     difference: Callable[[str], str] | None = None
+    scale: Callable[[str], str] | None = None
 
 
 @frozen(kw_only=True)
@@ -62,13 +65,16 @@ class LoraContents:
     differences: Mapping[str, Tensor] = field(factory=dict)
 
     def named(self, names: LoraNames) -> dict[str, Tensor]:
-        """Give the tensors of a file; differences only where it takes them."""
+        """Give the tensors of a file; biases and differences only where it takes them."""
         tensors = {
             names.factor(layer, side): tensor
             for layer, pair in self.factors.items()
             for side, tensor in zip("AB", pair, strict=True)
         }
-        tensors |= {names.bias(layer): tensor for layer, tensor in self.biases.items()}
+        if names.scale is not None:
+            tensors |= {names.scale(layer): torch.ones(()) for layer in self.factors}
+        if names.bias is not None:
+            tensors |= {names.bias(layer): tensor for layer, tensor in self.biases.items()}
         if names.difference is not None:
             tensors |= {names.difference(name): t for name, t in self.differences.items()}
         return tensors
@@ -116,7 +122,7 @@ class Export:
 
     def path_weights(self, modules: Collection[str]) -> dict[str, WeightSource]:
         """Return the weights of these modules in the role's path."""
-        return folder_weights(self.role.path, tuple(modules))
+        return folder_weights(self.role.path, tuple(modules), has_index=self.kind.has_index)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -187,6 +193,19 @@ class StockPipeline(Protocol):
 
     def lora_files(self, export: Export, module: str) -> Mapping[str, LoraNames]:
         """Give the files of a module's adapters: file name -> how it names what it holds."""
+        ...
+
+    def outputs_with_lora(
+        self, base: Path, module: str, file: Path, contents: LoraContents,
+        probe: Mapping[str, Tensor],
+    ) -> Tensor:  # fmt: skip
+        """Call ``module`` of the folder ``base`` with the adapters of ``file``, as the reader that
+        the file is for adds them.
+
+        Args:
+            contents: what the file holds.
+            probe: inputs by argument name.
+        """
         ...
 
 

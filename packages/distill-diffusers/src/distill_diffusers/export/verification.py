@@ -109,6 +109,24 @@ def _check_components(pipeline: StockPipeline, export: Export, folder: Path) -> 
     """Check the rest of the pipeline but for text encoders: these are copies, and large."""
     vae, info = _from_pretrained(load_class(pipeline.kind.vae), folder, "vae")
     _refuse_unmatched(folder / "vae", info)
+    made, expected = (
+        _scheduler_steps(pipeline, scheduler, export.request.sampler.steps)
+        for scheduler in (
+            _read_scheduler(pipeline, export, folder, vae),
+            export.schedule.scheduler(),
+        )
+    )
+    if made != expected:
+        raise WeightsError(
+            f"{folder}/scheduler is a {made[0]} with timesteps {made[1]}, and the request needs a "
+            f"{expected[0]} with {expected[1]}; it is the export of another sampler. Export again"
+        )
+
+
+def _read_scheduler(pipeline: StockPipeline, export: Export, folder: Path, vae: Any) -> Any:
+    """Read it through the pipeline that the index names; where there is no index, by itself."""
+    if not pipeline.kind.has_index:
+        return export.schedule.scheduler_class.from_pretrained(folder, subfolder="scheduler")
     classes = {class_name(name): name for name in pipeline.kind.pipelines}
     index = read_json(folder / "model_index.json")
     modules = [name for name, entry in index.items() if isinstance(entry, list)]
@@ -117,15 +135,7 @@ def _check_components(pipeline: StockPipeline, export: Export, folder: Path) -> 
     loaded = load_class(classes[cast(str, index["_class_name"])]).from_pretrained(
         folder, use_safetensors=True, **omitted
     )
-    made, expected = (
-        _scheduler_steps(pipeline, scheduler, export.request.sampler.steps)
-        for scheduler in (loaded.scheduler, export.schedule.scheduler())
-    )
-    if made != expected:
-        raise WeightsError(
-            f"{folder}/scheduler is a {made[0]} with timesteps {made[1]}, and the request needs a "
-            f"{expected[0]} with {expected[1]}; it is the export of another sampler. Export again"
-        )
+    return loaded.scheduler
 
 
 def _scheduler_steps(
@@ -210,9 +220,9 @@ def verify_lora(pipeline: StockPipeline, export: Export, folder: Path) -> Compar
         else:
             _check_nearest(first, factors, export.weights[name], base[name])
         probe = pipeline.probe(meta, torch.float32)
-        outputs = _outputs_with_lora(pipeline, source, name, first, contents[first], probe)
+        outputs = pipeline.outputs_with_lora(source, name, first, contents[first], probe)
         for other in others:
-            theirs = _outputs_with_lora(pipeline, source, name, other, contents[first], probe)
+            theirs = pipeline.outputs_with_lora(source, name, other, contents[first], probe)
             if not torch.equal(outputs, theirs):
                 raise WeightsError(f"{first} and {other} give different outputs; export again")
         added = _Added(base[name], contents[first])
@@ -259,11 +269,14 @@ def _read_lora(
     pairs = {layer: [names.factor(layer, side) for side in "AB"] for layer in layers}
     adapted = {layer: pair for layer, pair in pairs.items() if pair[0] in stored}
     others = evolve(expected, factors={}).named(names)
+    if names.scale is not None:
+        others |= {names.scale(layer): torch.ones(()) for layer in adapted}
     check_names(file, stored, [*others, *(name for pair in adapted.values() for name in pair)])
     tensors = source.read(stored)
     _refuse_different(file, [k for k, v in others.items() if not _has_same_bits(tensors[k], v)])
     factors = {layer: (tensors[a], tensors[b]) for layer, (a, b) in adapted.items()}
-    return evolve(expected, factors=factors)
+    biases = {} if names.bias is None else expected.biases
+    return evolve(expected, factors=factors, biases=biases)
 
 
 def _check_equal(
@@ -302,7 +315,7 @@ def _check_nearest(
     _refuse_different(file, different)
 
 
-def _outputs_with_lora(
+def outputs_with_stock_lora(
     pipeline: StockPipeline,
     source: Path,
     name: str,
@@ -343,7 +356,7 @@ def _outputs_with_lora(
     _refuse_different(
         file, [k for k, v in expected.items() if not _has_same_bits(loaded[k], v.float())]
     )
-    return _call(transformer, probe)
+    return call_with_probe(transformer, probe)
 
 
 class _Added(WeightSource):
@@ -410,7 +423,7 @@ def compare(
     for parameter in loaded.parameters():
         # Out of the mapped file, where a matrix product may round otherwise by where numbers lie.
         parameter.data = parameter.data.clone()
-    outputs = _call(loaded, pipeline.probe(meta, dtype))
+    outputs = call_with_probe(loaded, pipeline.probe(meta, dtype))
     del loaded, state  # one module at a time
     expected = _outputs_of(pipeline, source, meta, dtype)
     difference = float((outputs.float() - expected.float()).abs().max())
@@ -433,11 +446,12 @@ def _outputs_of(
         for name, tensor in read_in_groups(source, source.describe())
     }
     module.load_state_dict(state, strict=True, assign=True)
-    return _call(module, pipeline.probe(meta, dtype))
+    return call_with_probe(module, pipeline.probe(meta, dtype))
 
 
 @torch.no_grad()
-def _call(module: nn.Module, probe: Mapping[str, Tensor]) -> Tensor:
+def call_with_probe(module: nn.Module, probe: Mapping[str, Tensor]) -> Tensor:
+    """Call a transformer on inputs by argument name, without gradient."""
     return module.eval()(**probe, return_dict=False)[0]
 
 

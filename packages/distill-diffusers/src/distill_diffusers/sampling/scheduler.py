@@ -89,23 +89,25 @@ class SchedulerGrid(StepGrid):
 
 
 class UniformGrid(StepGrid):
-    """linspace(1, 1/N, N) in fp32: of pipelines that give their own sigmas."""
+    """linspace(1, 1/N, N) in fp32: of pipelines that give their own sigmas.
+
+    A pipeline with another last one overrides ``last``.
+    """
 
     def set_timesteps(self, scheduler: StockScheduler, steps: int) -> None:
-        sigmas = np.linspace(1.0, 1 / steps, steps)
-        scheduler.set_timesteps(sigmas=sigmas)  # type: ignore[arg-type] - uses numpy
+        scheduler.set_timesteps(sigmas=self.unipc(steps))  # type: ignore[arg-type] - uses numpy
 
     def last(self, steps: int, shift: float) -> float:
         return 1 / steps
 
     def sigmas(self, steps: int, shift: float, terminal: float) -> list[float]:
         # In numpy and in fp32, as the scheduler does: torch may round a division otherwise.
-        grid = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+        grid = self.unipc(steps).astype(np.float32)
         noise_free = 1 - shift_sigma(grid, shift)
         return (1 - noise_free / (noise_free[-1] / (1 - terminal))).tolist()
 
     def unipc(self, steps: int) -> np.ndarray:
-        return np.linspace(1.0, 1 / steps, steps)
+        return np.linspace(1.0, self.last(steps, 1.0), steps)
 
 
 @frozen

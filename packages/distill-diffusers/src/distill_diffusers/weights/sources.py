@@ -107,19 +107,23 @@ class JoinedWeights(WeightSource):
         return source.read_rows(there, start, stop)
 
 
-def folder_weights(path: str, modules: tuple[str, ...]) -> dict[str, WeightSource]:
+def folder_weights(
+    path: str, modules: tuple[str, ...], *, has_index: bool = True
+) -> dict[str, WeightSource]:
     """Return the weights of the transformers of a Diffusers-format folder or hub id, by module
     name.
 
     Args:
         modules: names that its transformers may have (``ModelKind.modules``).
+        has_index: see ``ModelKind``.
 
     Raises:
         WeightsError: there are none, or they are damaged.
     """
     # All, as only the index states which there are; absent ones are simply not fetched.
     folder = fetch(path, modules)
-    return {name: module_weights(folder / name) for name in transformer_names(folder, modules)}
+    names = transformer_names(folder, modules, has_index=has_index)
+    return {name: module_weights(folder / name) for name in names}
 
 
 def module_weights(folder: Path) -> FileWeights:

@@ -3,8 +3,8 @@
 - one safetensors file, or the shards of one folder, under our names or those of the model's
   original code; with the prefixes of ComfyUI, whose all-in-one files hold other parts too;
 - a folder for each expert, as the original code has them;
-- a LoRA: of diffusers, peft, ComfyUI or musubi-tuner; merged into the weights of the role's path,
-  or, where the role is a LoRA of just this shape, as its adapters.
+- a LoRA: of diffusers, peft, ComfyUI, musubi-tuner or LongCat-Video's code; merged into the weights
+  of the role's path, or, where the role is a LoRA of just this shape, as its adapters.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ from distill_diffusers.folders import is_hub_id, locate, read_json
 from distill_diffusers.lora import names_of
 from distill_diffusers.weights.sources import FileWeights, JoinedWeights, metadata_of
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "base_model.model.")
+_DOT = "___lorahyphen___"
+"""A dot in the names of LongCat-Video's LoRAs."""
+PREFIXES = (
+    "model.diffusion_model.", "diffusion_model.", "transformer.", "base_model.model.",
+    f"lora{_DOT}",
+)  # fmt: skip
 _INDEX = ".safetensors.index.json"
 _LORA_STEM = "pytorch_lora_weights"
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<side>A|B|down|up)(\.default)?\.weight")
@@ -227,6 +232,7 @@ def read_lora(
     default = _default_alpha(start.files[module])
     factors: dict[str, dict[str, str]] = {}
     alphas: dict[str, str] = {}
+    scales: dict[str, str] = {}  # alpha / rank already
     differences: dict[str, str] = {}
     unknown: list[str] = []
     for plain, name in _without_prefix(source.describe()):
@@ -239,6 +245,9 @@ def read_lora(
         elif kind == "alpha":
             found = parameter(stem, "weight")
             alphas[found or ""] = name
+        elif kind == "alpha_scale":
+            found = parameter(stem, "weight")
+            scales[found or ""] = name
         elif plain.endswith((".lora_B.bias", ".lora_up.bias", ".diff_b")):
             found = parameter(re.sub(r"\.(lora_B\.bias|lora_up\.bias|diff_b)$", "", plain), "bias")
             differences[found or ""] = name
@@ -265,7 +274,10 @@ def read_lora(
             alpha = default
             if target in alphas:
                 alpha = float(source.read([alphas[target]])[alphas[target]])
-            product = (pair["A"], pair["B"], 1.0 if alpha is None else alpha / rank)
+            scale = 1.0 if alpha is None else alpha / rank
+            if target in scales:
+                scale = float(source.read([scales[target]])[scales[target]])
+            product = (pair["A"], pair["B"], scale)
         patches[target] = Patch(factors=product, difference=differences.get(target))
     return Lora(source=source, patches=patches)
 
@@ -439,12 +451,12 @@ def _holds_only_gguf(folder: Path) -> bool:
 
 
 def _without_prefix(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield (name without its prefix, name); of a file with several parts the transformer's."""
+    """Yield (name without prefix and with dots, name); of several parts the transformer's."""
     names = list(names)
     prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in names)), "")
     for name in names:
         if name.startswith(prefix):
-            yield name.removeprefix(prefix), name
+            yield name.removeprefix(prefix).replace(_DOT, "."), name
 
 
 def _default_alpha(files: Iterable[Path]) -> float | None:
