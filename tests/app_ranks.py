@@ -137,10 +137,12 @@ def read_losses(folder: Path) -> dict[int, dict[str, float]]:
     }
 
 
-def read_weights(folder: Path, *, ema: bool = False) -> dict[str, Tensor]:
+def read_weights(
+    folder: Path, *, ema: bool = False, module: str = "transformer"
+) -> dict[str, Tensor]:
     """Read the student's weights of the newest checkpoint."""
     newest = max(folder.glob("checkpoint-*"))
-    source = StoredCheckpoint.open(newest).weights("student", ema=ema)["transformer"]
+    source = StoredCheckpoint.open(newest).weights("student", ema=ema)[module]
     return source.read(source.describe())
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import diffusers
 import hunyuan_pipelines
+import longcat_pipelines
 import ltx_pipelines
 import sd3_pipelines
 import torch
@@ -179,6 +180,13 @@ FAMILIES: dict[str, FamilyCase] = {
     "HunyuanVideo 1.5 I2V": _hunyuan15(
         "i2v", "HunyuanVideo15ImageToVideoPipeline", 32, picture=True
     ),
+    "LongCat-Video": FamilyCase(
+        plugin="distill_adapters_longcat:PLUGIN",
+        build=longcat_pipelines.build,
+        pipeline_config={"num_frames": 9, "height": 32, "width": 48, "max_sequence_length": 8},
+        pipeline="none",
+        no_stock="Diffusers has no pipeline of LongCat-Video.",
+    ),
     "Stable Diffusion 3": FamilyCase(
         plugin="distill_family_sd3.plugin:PLUGIN",
         build=sd3_pipelines.build,
@@ -200,6 +208,7 @@ QUICK = {
     ("HunyuanVideo", "kd"),
     ("HunyuanVideo 1.5 I2V", "finetune"),
     ("LTX-Video", "causvid"),
+    ("LongCat-Video", "dmd2"),
     ("Stable Diffusion 3", "finetune"),
 }
 """The cells of the normal suite: each family and each kind of method about once. All others are

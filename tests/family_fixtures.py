@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import hunyuan_pipelines
+import longcat_pipelines
 import ltx_pipelines
 import pytest
 import sd3_pipelines
@@ -46,6 +47,12 @@ def hunyuan_folder(tmp_path_factory):
         return built[version]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def longcat_folder(tmp_path_factory) -> Path:
+    """Return a folder of LongCat-Video; no test may change it."""
+    return longcat_pipelines.build(tmp_path_factory.mktemp("longcat") / "model")
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = ("wan", "ltx", "hunyuan")
+KINDS = ("wan", "ltx", "longcat", "hunyuan")
 FILES = sorted(file for kind in KINDS for file in (ROOT / "configs" / kind).glob("*.yaml"))
 PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
-NAME = re.compile(r"\b(FVS?|SF|CV|FG|rCM|D2|W22|LT|LX|HV|H15)\b")
+NAME = re.compile(r"\b(FVS?|SF|CV|FG|rCM|D2|W22|LT|LX|LC|ST|HV|H15)\b")
 """Abbreviations of repositories; what they stand for is in docs/methods/README.md."""
 PIN = re.compile(
     r"^#   (\w+) +([\w.-]+/[\w.-]+)@([0-9a-f]{8})\n((?:#          \S+\n)+)", re.MULTILINE

@@ -197,7 +197,7 @@ def test_run_files_on_pages_hold_only_keys_that_exist(page, block):
 def clone(tmp_path, monkeypatch) -> Path:
     """A folder that looks like a clone. Run files are copies, as their paths begin beside them."""
     monkeypatch.chdir(tmp_path)
-    for kind in ("tiny", "wan", "ltx", "hunyuan"):
+    for kind in ("tiny", "wan", "ltx", "longcat", "hunyuan"):
         (tmp_path / "configs" / kind).mkdir(parents=True)
         for item in (ROOT / "configs" / kind).iterdir():
             copy = tmp_path / "configs" / kind / item.name

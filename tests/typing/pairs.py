@@ -14,6 +14,8 @@ from distill_adapters_hunyuan import (
     HunyuanVideo15Adapter,
     HunyuanVideoAdapter,
 )
+from distill_adapters_longcat import LongCatAdapter
+from distill_adapters_longcat.plugin import PLUGIN as LONGCAT_FAMILY
 from distill_adapters_ltx import LtxAdapter
 from distill_adapters_ltx.plugin import PLUGIN as LTX_FAMILY
 from distill_adapters_wan import WanAdapter
@@ -74,6 +76,7 @@ from distill_trainer.plugins import (
 ADAPTERS: tuple[type[DistillAdapter], ...] = (
     HunyuanVideo15Adapter,
     HunyuanVideoAdapter,
+    LongCatAdapter,
     LtxAdapter,
     WanAdapter,
 )
@@ -82,6 +85,7 @@ ADAPTERS: tuple[type[DistillAdapter], ...] = (
 PLUGINS: tuple[Plugin, ...] = (
     HUNYUAN_VIDEO15_PLUGIN,
     HUNYUAN_VIDEO_PLUGIN,
+    LONGCAT_FAMILY,
     LTX_FAMILY,
     WAN_FAMILY,
     causvid,

@@ -39,6 +39,8 @@ RUN_FILES = (
     "hunyuan/finetune_1.5_480p",
     "hunyuan/finetune_1.5_480p_i2v_lora",
     "hunyuan/dmd2_1.5_480p",
+    "longcat/dmd2_13.6b",
+    "longcat/dmd2_13.6b_lora",
 )
 PROCESSES = (8, 16, 64)
 DEVICE = 80 * 10**9

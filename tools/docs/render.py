@@ -198,7 +198,7 @@ def render_run_file(file: Path) -> str:
 
 def run_files() -> tuple[Path, ...]:
     """List the shipped run files."""
-    return tuple(f for kind in ("tiny", "wan", "ltx", "hunyuan") for f in sorted(
+    return tuple(f for kind in ("tiny", "wan", "ltx", "longcat", "hunyuan") for f in sorted(
         (ROOT / "configs" / kind).glob("*.yaml")))  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from mutation_test.runs import Selection, import_modules
 
 TESTS: dict[str, tuple[str, ...]] = {
     "distill-adapters-hunyuan": ("adapters_hunyuan",),
+    "distill-adapters-longcat": ("adapters_longcat",),
     "distill-adapters-ltx": ("adapters_ltx",),
     "distill-adapters-wan": ("adapters_wan",),
     "distill-checkpoint": ("checkpoint",),
