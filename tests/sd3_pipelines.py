@@ -83,7 +83,7 @@ def build(folder: Path, version: str = "3-medium") -> Path:
             norm_num_groups=2, sample_size=64, scaling_factor=1.5305, shift_factor=0.0609,
             use_quant_conv=False, use_post_quant_conv=False,
         )  # fmt: skip
-        encoders = [_clip(width) for width in CLIP_WIDTHS] + [_t5()] * kind.t5
+        encoders = [make_clip(width) for width in CLIP_WIDTHS] + [_t5()] * kind.t5
     transformer.save_pretrained(folder / "transformer")
     vae.save_pretrained(folder / "vae")
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
@@ -104,7 +104,7 @@ def build(folder: Path, version: str = "3-medium") -> Path:
     ):
         suffix = "" if number == 1 else f"_{number}"
         encoder.save_pretrained(folder / f"text_encoder{suffix}")
-        _save_tokenizer(folder / f"tokenizer{suffix}", pad=pad, begins=number < 3)
+        save_tokenizer(folder / f"tokenizer{suffix}", pad=pad, begins=number < 3)
         index[f"text_encoder{suffix}"] = ["transformers", type(encoder).__name__]
         # CLIPTokenizer and T5TokenizerFast in the published ones; transformers 5 writes this.
         index[f"tokenizer{suffix}"] = ["transformers", "TokenizersBackend"]
@@ -112,7 +112,7 @@ def build(folder: Path, version: str = "3-medium") -> Path:
     return folder
 
 
-def _clip(width: int) -> Any:
+def make_clip(width: int) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     # The pooled embedding is that of the token ``eos_token_id``; 2 would mean the largest id.
@@ -138,7 +138,7 @@ def _t5() -> Any:
     )  # fmt: skip
 
 
-def _save_tokenizer(folder: Path, *, pad: str, begins: bool) -> None:
+def save_tokenizer(folder: Path, *, pad: str, begins: bool) -> None:
     """Write a tokenizer of words that ends a prompt with ``</s>``, and begins it with ``<s>``."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

@@ -203,7 +203,7 @@ def _twice(given):
         (_validated, "called at t from 0 to 875, and this sampler also takes t = 1000, 900"),
         (_critic_elsewhere, "'critic' has one of its model's experts, called at t from 875 to"),
         (_simulated, "and its rollouts call it at t = 1000, 900 too. Let the student begin with"),
-        (_never, r"\['transformer_2'\] is called at t from 0 to 875, and this method_config calls"),
+        (_never, "called at t from 0 to 875, and this method_config calls student at no t of"),
         (_self_forcing, "called at t from 875 to 1000, and its rollouts call it at t = 0 too"),
         (_consistency, "which only the other one reaches"),
         (_beside_a_base_without_it, "transformer_2: 'teacher' has transformer alone"),

@@ -27,6 +27,7 @@ from distill_protocols import (
     Callback,
     Condition,
     DistillAdapter,
+    Exporter,
     ModelBundle,
     RandomStreams,
     RankGroup,
@@ -123,7 +124,7 @@ def build(
         method=method,
         adapter=adapter,
         conditioning=conditioning,
-        exporter=config.family_plugin.exporter(config.pipeline, source=config.source),
+        exporter=_exporter(config),
         output_dir=output_dir,
         method_config=config.method,
         examples=lambda count: _examples(dataset, count, config.training.seed, device),
@@ -262,6 +263,13 @@ def _attach_optimizers(config: RunConfig, bundle: ModelBundle) -> None:
             build_optimizers(bundle[name], role.optimizer, horizon=steps, scaled=scaled)
 
 
+def _exporter(config: RunConfig) -> Exporter | None:
+    family = config.family_plugin
+    if not family.export_formats():
+        return None
+    return family.exporter(config.pipeline, source=config.source)
+
+
 def _negative(config: RunConfig, conditioning: CachedConditioning) -> Condition | None:
     return conditioning.negative() if config.conditioning.drops else None
 
@@ -274,7 +282,7 @@ def _callbacks(config: RunConfig, parts: RunParts, losses: LossEvaluator | None)
     the last.
     """
     callbacks: list[Callback] = []
-    if config.checkpoint.export:
+    if config.checkpoint.export and parts.exporter is not None:
         exports = config.checkpoint.export
         specs = {name: role.spec for name, role in config.roles.items()}
         callbacks.append(

@@ -11,7 +11,9 @@ Everything else (noise, guidance, hidden states, derivatives, sampling, rollouts
 and each step that some model does otherwise is a method of its own to override:
 ``combine_guidance`` (norm-rescaled, CFG-zero), ``guided_velocity`` (guidance as an input),
 ``choose_module`` (experts), ``feature_layout`` (where hidden states are), ``insert_given_frames``
-(a first frame that is not predicted), ``denormalize_latents``.
+(a first frame that is not predicted), ``start_latents`` (samplers that do not begin at pure noise),
+``denormalize_latents``. Models of another noise schedule or prediction are called through
+``distill_diffusers.variance_preserving``.
 
 Letters: B batch, C channels, T latent frames, H and W latent height and width, L tokens, D width.
 """
@@ -192,6 +194,11 @@ class FlowMatchingAdapter(abc.ABC):
     ) -> Tensor:
         """Combine two velocities by guidance w; by default ``u + w (c - u)``, in fp32."""
         return flow.guide(cond, uncond, w)
+
+    def start_latents(self, noise: Tensor, sigma: float) -> Tensor:
+        """Make x at ``sigma``, the first level of a sampler, of standard normal noise; by default
+        it is the noise, which is exact at sigma = 1."""
+        return noise
 
     def insert_given_frames(
         self, role: RoleHandle, x: Tensor, cond: Condition, first_frame: int = 0
@@ -496,7 +503,8 @@ class FlowMatchingAdapter(abc.ABC):
         self.check_clip_noise(noise)
         handle = self._bundle[role]
         velocity = self._sampler_velocity(handle, spec, cond, neg_cond, poll)
-        clean = sampler.sample(velocity, spec, noise, generators, on_step=on_step)
+        start = self.start_latents(noise, spec.sigmas()[0])
+        clean = sampler.sample(velocity, spec, start, generators, on_step=on_step)
         return self.insert_given_frames(handle, clean, cond)
 
     def rollout(
@@ -523,7 +531,7 @@ class FlowMatchingAdapter(abc.ABC):
         clean = sampler.sample(
             velocity,
             spec,
-            noise,
+            self.start_latents(noise, spec.sigmas()[0]),
             generators,
             exit_step=exit_steps[0],
             requires_grad=gradients[0],

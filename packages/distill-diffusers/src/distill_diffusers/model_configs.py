@@ -32,16 +32,17 @@ _SIZES = frozenset(
     (
         "attention_head_dim", "base_dim", "caption_channels", "cross_attention_dim", "d_ff", "d_kv",
         "d_model", "ffn_dim", "freq_dim", "hidden_size", "image_size", "in_channels",
-        "intermediate_size", "joint_attention_dim", "latent_channels", "num_attention_heads",
-        "num_channels", "num_heads", "pos_embed_max_size", "projection_dim", "rope_max_seq_len",
+        "intermediate_size", "joint_attention_dim", "latent_channels", "num_channels", "num_heads",
+        "pos_embed_max_size", "projection_dim", "rope_max_seq_len",
         "scale_factor_spatial", "scale_factor_temporal", "text_dim", "vocab_size", "z_dim",
     )
 )  # fmt: skip
 _OPTIONAL_SIZES = frozenset(
     (
         "added_kv_proj_dim", "caption_projection_dim", "decoder_base_dim", "image_dim",
-        "max_position_embeddings", "out_channels", "pooled_projection_dim", "pos_embed_seq_len",
-        "sample_size", "spatial_compression_ratio", "temporal_compression_ratio",
+        "max_position_embeddings", "num_attention_heads", "out_channels", "pooled_projection_dim",
+        "pos_embed_seq_len", "sample_size", "spatial_compression_ratio",
+        "temporal_compression_ratio",
     )
 )  # fmt: skip
 _LISTS = frozenset(("attention_head_dim", "cross_attention_dim", "num_attention_heads"))

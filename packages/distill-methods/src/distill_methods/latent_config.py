@@ -78,22 +78,26 @@ class LatentMethodConfig(MethodConfig):
         return levels[: inside[-1] + 1] if inside else ()
 
     def problems(self, run: PlannedRun) -> Iterator[Problem]:
-        """See ``MethodConfig.problems``: rules of roles that have one expert of several."""
+        """See ``MethodConfig.problems``: rules of roles that cannot be called at every t."""
         low, high = run.time_limits.get(STUDENT.name, (0.0, MAX_T))
         for name, (start, end) in run.time_limits.items():
             if name != STUDENT.name and not (start <= low and high <= end):
                 yield Problem(
                     (),
-                    f"{name!r} has one of its model's experts, called at t from {start:g} to "
-                    f"{end:g}, and the student is trained at t from {low:g} to {high:g}. Give "
-                    f"{name!r} the experts that the student has, or both",
+                    f"{run.describe_limits(name)}, and the student is trained at t from {low:g} to "
+                    f"{high:g}. Give {name!r} the experts that the student has, or both; or a "
+                    "model that knows the student's times",
                 )
         times = self.rollout_times(low, high)
         if missed := [t for t in times if not fraction_within([t], low, high)]:
+            way_out = (
+                "Let the student begin with data, where the method can (rollout: data), or give it "
+                "both experts"
+                if run.roles[STUDENT.name].experts
+                else "Write timesteps within these (student_sampler)"
+            )
             yield Problem(
                 (),
-                f"'student' has one of its model's experts, called at t from {low:g} to {high:g}, "
-                f"and its rollouts call it at t = {', '.join(f'{t:.6g}' for t in missed)} too. "
-                "Let the student begin with data, where the method can (rollout: data), or give it "
-                "both experts",
+                f"{run.describe_limits(STUDENT.name)}, and its rollouts call it at t = "
+                f"{', '.join(f'{t:.6g}' for t in missed)} too. {way_out}",
             )

@@ -311,7 +311,8 @@ class Sampler(Protocol):
 
 
 class ExpertRouting(Protocol):
-    """Roles of several modules, each for a range of t (``supports_expert_routing``)."""
+    """Roles of several modules, each for a range of t, or of one module that knows some t alone
+    (``supports_expert_routing``)."""
 
     def expert_of(self, role: str, t: Tensor) -> str:
         """Module of ``role`` that a call at ``t`` goes to.
@@ -330,7 +331,7 @@ class ExpertRouting(Protocol):
 
         Within one, no role of ``roles`` changes its expert: t of a batch that all of them shall be
         called with must come from one range. They fill [0, 1000], unless a role has one expert of
-        several; a single range where none has experts.
+        several, or a model that knows some t alone; a single range where none has experts.
         """
         ...
 

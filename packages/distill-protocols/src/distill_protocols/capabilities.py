@@ -23,8 +23,8 @@ class Capabilities:
             and the adapter has ``discriminators``.
         supports_kv_cache: causal roles take ``ChunkCall``, one chunk at a time, and the adapter has
             ``causal``.
-        supports_expert_routing: a role may have several modules, each for a range of t, and the
-            adapter has ``experts``.
+        supports_expert_routing: a role may have several modules, each for a range of t, or know
+            some t alone, and the adapter has ``experts``.
         supports_image_condition: a condition may hold a picture, and the adapter has ``images``.
         supports_teacher_forcing: causal roles take ``CleanPast``.
         supports_frame_times: t may be [B, T], a time of its own for each frame, for any role.

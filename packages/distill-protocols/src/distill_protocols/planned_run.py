@@ -28,7 +28,8 @@ class PlannedRun:
         has_negative: whether there will be a negative condition.
         experts: names of the roles that have more than one expert; None: not known.
         time_limits: by role, the t [low, high) that it can be called at, of those that have one
-            expert of several (``RoleOptions.experts``); 1000 is in the last range.
+            expert of several (``RoleOptions.experts``) or a model that knows no other times; 1000
+            is in the last range.
         pictured: names of the roles that cannot be called without a first frame, and get none.
         clip_frames: latent frames of the run's clips, those of the largest first; empty: not known.
         chunks: divides a video of a number of latent frames as a role, by name, does; None: not
@@ -62,8 +63,8 @@ class PlannedRun:
         return any(len(self.chunks(role, frames)) > 1 for frames in self.clip_frames)
 
     def missed_steps(self, role: str, sampler: SamplerSpec) -> tuple[float, ...]:
-        """t of the calls that ``role`` cannot make, as it has not the expert that they go to: of
-        steps, and of a causal role's finished chunks."""
+        """t of the calls that ``role`` cannot make, as neither its model nor the expert that it has
+        knows them: of steps, and of a causal role's finished chunks."""
         limits = self.time_limits.get(role)
         if limits is None or isinstance(sampler.shift, DynamicShift):
             return ()
@@ -72,6 +73,16 @@ class PlannedRun:
         if self.has_past(role):
             times.append(sampler.context_noise)
         return tuple(t for t in times if not low <= t < high and not t == high == MAX_T)
+
+    def describe_limits(self, role: str) -> str:
+        """Say which of ``time_limits`` a role has, and why: the beginning of a sentence."""
+        low, high = self.time_limits[role]
+        reason = (
+            "one of its model's experts"
+            if self.roles[role].experts
+            else "a model that knows no other times"
+        )
+        return f"{role!r} has {reason}, called at t from {low:g} to {high:g}"
 
     def role_problems(self, role: str, *, ema: bool = False) -> Iterator[Problem]:
         """What is wrong with naming ``role`` (and its average): pairs of key and message."""
@@ -114,13 +125,16 @@ class PlannedRun:
                 "never have it. Leave it out",
             )
         if role is not None and (missed := self.missed_steps(role, spec)):
-            low, high = self.time_limits[role]
+            way_out = (
+                "Leave this out and look at the export, whose folder has the path's other expert "
+                "in it; or name a role that has both"
+                if self.roles[role].experts
+                else "Write timesteps within these"
+            )
             yield Problem(
                 "role",
-                f"{role!r} has one of its model's experts, called at t from {low:g} to {high:g}, "
-                f"and this sampler also takes t = {', '.join(f'{t:.6g}' for t in missed)}. Leave "
-                "this out and look at the export, whose folder has the path's other expert in it; "
-                "or name a role that has both",
+                f"{self.describe_limits(role)}, and this sampler also takes t = "
+                f"{', '.join(f'{t:.6g}' for t in missed)}. {way_out}",
             )
         if spec.guided and not self.has_negative:
             w = next(w for w in spec.guidances if w != 1)

@@ -270,9 +270,10 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
 
     def expert_ranges(self, role: RoleSpec, config: ConfigT) -> Mapping[str, tuple[float, float]]:
         """By module of the role, the t [low, high) that its calls have; empty for a model of one
-        module. Of ``role.experts`` only these.
+        module that can be called at every t. Of ``role.experts`` only these.
 
-        The last range holds its upper end, 1000, as well. Needs no weights.
+        A range that ends at 1000 holds its upper end as well. Needs no weights. A model of one
+        module that knows some t alone (a variance-preserving one) has one range.
         """
         return EMPTY
 
@@ -344,7 +345,8 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
 
     @abstractmethod
     def exporter(self, config: ConfigT, *, source: str) -> Exporter:
-        """Writes a role where others can read it."""
+        """Writes a role where others can read it; not asked for where ``export_formats`` has
+        none."""
 
     def foreign_names(self) -> ForeignNames:
         """What the weights are called in other codes, to migrate their checkpoints.
@@ -374,6 +376,7 @@ class RunParts:
     """What a callback plugin may build upon.
 
     Attributes:
+        exporter: of the family; None: it writes no format.
         method_config: what the method declares of itself; None: it was built without one.
         examples: returns samples of the run's data, by their number: the same ones each time and on
             all ranks, without dropout, read beside the loader. None: there is no data set.
@@ -384,7 +387,7 @@ class RunParts:
     method: TrainableMethod
     adapter: DistillAdapter
     conditioning: ConditioningProvider
-    exporter: Exporter
+    exporter: Exporter | None
     output_dir: Path
     method_config: MethodConfig | None = None
     examples: Callable[[int], Batch] | None = None

@@ -56,14 +56,15 @@ def check_method(draft: Draft) -> Iterator[Problem]:
 
 
 def _never_called(draft: Draft, method: MethodConfig) -> Iterator[Problem]:
-    """Roles with one expert of several, at whose t the method calls nothing."""
+    """Roles that can be called at some t alone, at which the method calls nothing."""
     for name, (low, high) in draft.run.time_limits.items():
         if name in draft.needs and method.update_share(name, low, high) == 0:
+            experts = draft.run.roles[name].experts
+            way_out = "Let it, or name the other expert" if experts else "Let it"
             yield Problem(
-                ("models", name, "experts"),
-                f"{list(draft.run.roles[name].experts)} is called at t from {low:g} to {high:g}, "
-                f"and this method_config calls {name} at no t of these. Let it, or name the other "
-                "expert",
+                ("models", name, "experts") if experts else ("method_config",),
+                f"{draft.run.describe_limits(name)}, and this method_config calls {name} at no t "
+                f"of these. {way_out}",
             )
 
 

@@ -76,8 +76,8 @@ def _prediction_problems(run: PlannedRun, x0: PredictionsConfig) -> Iterator[Pro
         if missed:
             yield Problem(
                 ("validation", "x0", "t"),
-                f"{role!r} has one of its model's experts, called at t from {low:g} to {high:g}, "
-                f"and is asked at t = {', '.join(f'{t:g}' for t in missed)} too. Leave these out",
+                f"{run.describe_limits(role)}, and is asked at t = "
+                f"{', '.join(f'{t:g}' for t in missed)} too. Leave these out",
             )
 
 
