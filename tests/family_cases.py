@@ -19,12 +19,15 @@ import diffusers
 import hunyuan_pipelines
 import longcat_pipelines
 import ltx_pipelines
+import qwen_image_pipelines
 import sd3_pipelines
 import torch
 import wan_variants
 import yaml
+import z_image_pipelines
 from app_ranks import read_losses
 from attrs import evolve, field, frozen
+from distill_adapters_qwen_image import adapter as qwen_image
 from distill_adapters_wan import CausalConfig
 from distill_conditioning import ShardWriter, preprocess
 from distill_diffusers.calls.tokens import pack, unpack
@@ -187,6 +190,22 @@ FAMILIES: dict[str, FamilyCase] = {
         pipeline="none",
         no_stock="Diffusers has no pipeline of LongCat-Video.",
     ),
+    "Qwen-Image": FamilyCase(
+        plugin="distill_adapters_qwen_image:PLUGIN",
+        build=qwen_image_pipelines.build,
+        pipeline_config={"height": 32, "width": 48, "max_sequence_length": 12},
+        pipeline="QwenImagePipeline",
+        to_stock=qwen_image.pack,
+        from_stock=lambda latents: qwen_image.unpack(latents, (4, 6)),
+    ),
+    "Z-Image": FamilyCase(
+        plugin="distill_adapters_z_image:PLUGIN",
+        build=z_image_pipelines.build,
+        pipeline_config={"height": 32, "width": 48, "max_sequence_length": 12},
+        pipeline="ZImagePipeline",
+        to_stock=lambda latents: latents.squeeze(2),
+        from_stock=lambda latents: latents.unsqueeze(2),
+    ),
     "Stable Diffusion 3": FamilyCase(
         plugin="distill_family_sd3.plugin:PLUGIN",
         build=sd3_pipelines.build,
@@ -209,6 +228,8 @@ QUICK = {
     ("HunyuanVideo 1.5 I2V", "finetune"),
     ("LTX-Video", "causvid"),
     ("LongCat-Video", "dmd2"),
+    ("Qwen-Image", "rcm"),
+    ("Z-Image", "ladd"),
     ("Stable Diffusion 3", "finetune"),
 }
 """The cells of the normal suite: each family and each kind of method about once. All others are

@@ -1,5 +1,6 @@
 """Fixtures of families beside Wan, which test modules and conftests import: tiny folders of LTX,
-HunyuanVideo and SD 3, and the example package of SD 3 as somebody would install it."""
+HunyuanVideo, Qwen-Image, Z-Image and SD 3, and the example package of SD 3 as somebody would
+install it."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ import hunyuan_pipelines
 import longcat_pipelines
 import ltx_pipelines
 import pytest
+import qwen_image_pipelines
 import sd3_pipelines
+import z_image_pipelines
 from workspace import ROOT
 
 PACKAGE = ROOT / "examples" / "family-sd3"
@@ -53,6 +56,18 @@ def hunyuan_folder(tmp_path_factory):
 def longcat_folder(tmp_path_factory) -> Path:
     """Return a folder of LongCat-Video; no test may change it."""
     return longcat_pipelines.build(tmp_path_factory.mktemp("longcat") / "model")
+
+
+@pytest.fixture(scope="session")
+def qwen_image_folder(tmp_path_factory) -> Path:
+    """Return a pipeline folder, which no test may change."""
+    return qwen_image_pipelines.build(tmp_path_factory.mktemp("qwen-image") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def z_image_folder(tmp_path_factory) -> Path:
+    """Return a pipeline folder, which no test may change."""
+    return z_image_pipelines.build(tmp_path_factory.mktemp("z-image") / "pipeline")
 
 
 @pytest.fixture(scope="session")

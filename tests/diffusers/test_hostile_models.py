@@ -292,7 +292,10 @@ def test_building_on_meta_is_limited_and_removes_its_hooks(monkeypatch):
         raise WeightsError("as it is")
 
 
-@pytest.mark.parametrize("plugin", ["distill_adapters_wan", "distill_adapters_ltx"])
+@pytest.mark.parametrize(
+    "plugin",
+    [f"distill_adapters_{family}" for family in ("wan", "ltx", "qwen_image", "z_image")],
+)
 def test_published_models_have_no_problem(plugin):
     import importlib
 

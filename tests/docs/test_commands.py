@@ -197,10 +197,10 @@ def test_run_files_on_pages_hold_only_keys_that_exist(page, block):
 def clone(tmp_path, monkeypatch) -> Path:
     """A folder that looks like a clone. Run files are copies, as their paths begin beside them."""
     monkeypatch.chdir(tmp_path)
-    for kind in ("tiny", "wan", "ltx", "longcat", "hunyuan"):
-        (tmp_path / "configs" / kind).mkdir(parents=True)
-        for item in (ROOT / "configs" / kind).iterdir():
-            copy = tmp_path / "configs" / kind / item.name
+    for folder in (ROOT / "configs").iterdir():
+        (tmp_path / "configs" / folder.name).mkdir(parents=True)
+        for item in folder.iterdir():
+            copy = tmp_path / "configs" / folder.name / item.name
             if item.suffix == ".yaml":
                 copy.write_text(item.read_text())
             else:

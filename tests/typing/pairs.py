@@ -18,8 +18,12 @@ from distill_adapters_longcat import LongCatAdapter
 from distill_adapters_longcat.plugin import PLUGIN as LONGCAT_FAMILY
 from distill_adapters_ltx import LtxAdapter
 from distill_adapters_ltx.plugin import PLUGIN as LTX_FAMILY
+from distill_adapters_qwen_image import QwenImageAdapter
+from distill_adapters_qwen_image.plugin import PLUGIN as QWEN_IMAGE_FAMILY
 from distill_adapters_wan import WanAdapter
 from distill_adapters_wan.plugin import PLUGIN as WAN_FAMILY
+from distill_adapters_z_image import ZImageAdapter
+from distill_adapters_z_image.plugin import PLUGIN as Z_IMAGE_FAMILY
 from distill_evaluation.health.plugin import health
 from distill_evaluation.page.plugin import page
 from distill_evaluation.plugins import report
@@ -78,7 +82,9 @@ ADAPTERS: tuple[type[DistillAdapter], ...] = (
     HunyuanVideoAdapter,
     LongCatAdapter,
     LtxAdapter,
+    QwenImageAdapter,
     WanAdapter,
+    ZImageAdapter,
 )
 """Each satisfies the whole contract, and with it what every method below asks for."""
 
@@ -87,7 +93,9 @@ PLUGINS: tuple[Plugin, ...] = (
     HUNYUAN_VIDEO_PLUGIN,
     LONGCAT_FAMILY,
     LTX_FAMILY,
+    QWEN_IMAGE_FAMILY,
     WAN_FAMILY,
+    Z_IMAGE_FAMILY,
     causvid,
     consistency,
     dmd2,

@@ -227,8 +227,7 @@ def _belongs(section: Section, recipe: Mapping[str, Any]) -> bool:
 
 
 def _files() -> Iterator[tuple[str | None, dict[str, Any]]]:
-    kinds = ("wan", "ltx", "longcat", "hunyuan", "tiny")
-    files = [f for kind in kinds for f in (ROOT / "configs" / kind).glob("*.yaml")]
+    files = (ROOT / "configs").glob("*/*.yaml")
     for file in sorted(files, key=lambda f: (f.parent.name != "wan", f)):
         yield f"configs/{file.parent.name}/{file.name}", parse_yaml(file.read_text())
     for page in (*sorted((ROOT / "docs").rglob("*.md")), *ROOT.glob("packages/*/README.md")):

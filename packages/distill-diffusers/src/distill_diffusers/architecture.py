@@ -71,7 +71,7 @@ def inspect_model(kind: ModelKind, config: Mapping[str, object]) -> Architecture
             found in it.
     """
     written = json.dumps(dict(config), sort_keys=True)
-    return _inspect(kind.transformer, kind.block_lists, kind.lora_targets, written)
+    return _inspect(kind.transformer, kind.block_lists, kind.lora_targets, kind.width, written)
 
 
 def transformer_class(kind: ModelKind) -> type[ModelMixin]:
@@ -157,7 +157,11 @@ def patch_size(config: Mapping[str, object]) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=32)
 def _inspect(
-    transformer: str, block_lists: tuple[str, ...], lora_targets: tuple[str, ...], config: str
+    transformer: str,
+    block_lists: tuple[str, ...],
+    lora_targets: tuple[str, ...],
+    width: str,
+    config: str,
 ) -> Architecture:
     module = _on_meta(transformer, json.loads(config))
     block_lists = block_lists or find_block_lists(module)
@@ -184,8 +188,10 @@ def _inspect(
             if not lora_targets or any(has_suffix(name, target) for target in lora_targets)
         ),
         kept_in_fp32=frozenset(module._keep_in_fp32_modules or ()),
-        # A transformer block ends with the projection of its MLP back to the residual stream.
-        width=next(size for name, size in reversed(linear.items()) if name.startswith(first))[1],
+        # Most transformer blocks end with the projection of their MLP to the residual stream.
+        width=read_integer(module.config, width)
+        if width
+        else next(size for name, size in reversed(linear.items()) if name.startswith(first))[1],
     )
 
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 
 from distill_protocols import WeightsError
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
@@ -90,14 +90,27 @@ def check_types(model_class: type[object], config: Mapping[str, object]) -> None
 
 
 def check_buffers(module: nn.Module) -> None:
-    """Refuse a module, on the meta device, whose buffers no machine would hold.
+    """Refuse a module, on the meta device, whose buffers and plain tables no machine would hold.
 
     Raises:
         ValueError: they are larger than ``MAX_BUFFER_BYTES``.
     """
-    size = sum(buffer.nbytes for buffer in module.buffers())
+    tables = (table for _, _, table in plain_tables(module))
+    size = sum(buffer.nbytes for buffer in (*module.buffers(), *tables))
     if size > MAX_BUFFER_BYTES:
         raise ValueError(f"its tables take {size / 1e9:.0f} GB, and no published model has such")
+
+
+def plain_tables(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Yield (part, attribute, tensor) of tensors that parts keep as plain attributes.
+
+    Nothing moves, saves or fills them, as they are no buffers: Qwen-Image's rotary tables are
+    complex numbers, of which a cast of the module would drop half.
+    """
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor):
+                yield part, name, value
 
 
 def _kinds(value: object) -> set[str]:

@@ -42,6 +42,8 @@ class ModelKind:
             and read one at a time; empty: found on the meta module (``find_block_lists``).
         depths: entries of the transformer's configuration with the numbers of blocks, of the first
             of the block lists and of those after it, as far as plans extrapolate from a few.
+        width: entry of the configuration with the channels of a token between two blocks; empty:
+            those that the last linear layer of a block gives.
         attention_bias: whether the transformer adds a bias to the scores of its attention, as where
             it hides the padding of a text: only some kernels can.
         time_embedder: dotted name of the layer that turns features of t into the embedding that
@@ -60,6 +62,7 @@ class ModelKind:
     lora_targets: tuple[str, ...] = ()
     block_lists: tuple[str, ...] = ()
     depths: tuple[str, ...] = ("num_layers",)
+    width: str = ""
     attention_bias: bool = False
     time_embedder: str = ""
     foreign_layers: Mapping[str, str] = field(default=MappingProxyType({}))

@@ -6,6 +6,7 @@ Letters: B batch, D width, L tokens; T', H', W' the clip in patches, L = T' H' W
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, MutableMapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -30,11 +31,13 @@ class FeatureLayout:
         patches: (T', H', W'): the clip's size in tokens, the last running fastest.
         output: which element of a block's output is the latents' hidden state, where a block
             returns a tuple (SD 3's joint blocks return text first: 1); None: it returns a tensor.
+        others_follow: whether tokens of something else, such as a text, come after the latents'.
     """
 
     blocks: str
     patches: Sequence[int]
     output: int | None = None
+    others_follow: bool = False
 
 
 @contextlib.contextmanager
@@ -68,7 +71,8 @@ def collect_features(
         # block, which is called again in the backward pass, without them.
         first = len(output) - len(features)
         for index, hidden in zip(list(features), output[first:], strict=True):
-            features[index] = unpack(hidden.float(), layout.patches)
+            tokens = hidden[:, : math.prod(layout.patches)] if layout.others_follow else hidden
+            features[index] = unpack(tokens.float(), layout.patches)
         return output[:first]
 
     with contextlib.ExitStack() as hooks:

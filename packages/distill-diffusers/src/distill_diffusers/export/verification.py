@@ -452,7 +452,9 @@ def _outputs_of(
 @torch.no_grad()
 def call_with_probe(module: nn.Module, probe: Mapping[str, Tensor]) -> Tensor:
     """Call a transformer on inputs by argument name, without gradient."""
-    return module.eval()(**probe, return_dict=False)[0]
+    output = module.eval()(**probe, return_dict=False)[0]
+    # Z-Image takes and gives a list of pictures.
+    return torch.stack(output) if isinstance(output, list) else output
 
 
 def _has_same_bits(one: Tensor, other: Tensor) -> bool:

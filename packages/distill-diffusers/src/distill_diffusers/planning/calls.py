@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from distill_diffusers.architecture import build_on_meta, inspect_model
+from distill_diffusers.building import plain_tables
 from distill_diffusers.kinds import ModelKind
 from distill_diffusers.lora import adapted_layers
 from distill_diffusers.model_configs import read_integer
@@ -206,6 +207,8 @@ def _fill_with_fakes(
     for name, old in list(module.named_buffers()):
         layer, _, end = name.rpartition(".")
         module.get_submodule(layer).register_buffer(end, torch.empty(old.shape, dtype=old.dtype))
+    for part, name, old in list(plain_tables(module)):
+        setattr(part, name, torch.empty(old.shape, dtype=old.dtype))
 
 
 def _replace(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -219,7 +222,8 @@ def measure_call(role: RoleHandle, call: ModelCall, inputs: Mapping[str, Tensor]
     With its backward pass, if the role is trained or the latents take a gradient.
     """
     name, module = next(iter(role.modules.items()))
-    alive = _LiveBytes([*module.parameters(), *module.buffers(), *inputs.values()])
+    tables = [table for _, _, table in plain_tables(module)]
+    alive = _LiveBytes([*module.parameters(), *module.buffers(), *tables, *inputs.values()])
     hooks: list[Any] = [
         # Gradients are counted elsewhere; here each goes as soon as it is there.
         p.register_post_accumulate_grad_hook(_drop_gradient)

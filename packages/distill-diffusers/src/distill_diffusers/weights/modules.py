@@ -13,7 +13,12 @@ from distill_runtime import ALONE
 from torch import Tensor
 
 from distill_diffusers.architecture import is_kept_in_fp32
-from distill_diffusers.building import check_buffers, check_types, limited_building
+from distill_diffusers.building import (
+    check_buffers,
+    check_types,
+    limited_building,
+    plain_tables,
+)
 from distill_diffusers.folders import not_trained_from
 from distill_diffusers.lora import is_adapter
 from distill_diffusers.model_configs import read_config
@@ -58,14 +63,14 @@ def load_module(
 
 
 def build_module(module_class: type[ModuleT], folder: Path) -> ModuleT:
-    """Build the module of ``config.json``, with parameters on meta, and with real buffers unless
-    all of them are in its state dict.
+    """Build the module of ``config.json``, with parameters on meta, and with real buffers and plain
+    tables unless its state dict has all of them.
 
-    Other buffers must not go through meta: Wan's rotary tables are in no state dict, so nothing
-    would fill them again, and the loaded weights would still compare equal. SD 3's table of
-    positions is in it, and to compute its 56 to 226 million numbers only to read them from the
-    file takes seconds and a gigabyte. The global generator is left as it was: on their way to
-    meta, Wan's scale_shift_tables are drawn from it.
+    Others must not go through meta: Wan's rotary tables are in no state dict, so nothing would fill
+    them again, and the loaded weights would still compare equal; Qwen-Image's are no buffers. SD
+    3's table of positions is in it, and to compute its 56 to 226 million numbers only to read them
+    from the file takes seconds and a gigabyte. The global generator is left as it was: on their way
+    to meta, Wan's scale_shift_tables are drawn from it.
 
     Raises:
         WeightsError: the configuration is missing or damaged, or of another class.
@@ -87,7 +92,8 @@ def build_from(module_class: type[ModuleT], config: Mapping[str, object], where:
             module = module_class.from_config(dict(config))  # type: ignore[attr-defined]
         check_buffers(module)
         buffers = {name for name, _ in module.named_buffers()}
-        if buffers and buffers <= module.state_dict().keys():
+        are_stored = bool(buffers) and buffers <= module.state_dict().keys()
+        if are_stored and not any(plain_tables(module)):
             return module
         with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
             return module_class.from_config(dict(config))  # type: ignore[attr-defined]
