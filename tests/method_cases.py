@@ -158,6 +158,8 @@ PLACES = [
     (name, variant, student)
     for name, case in CASES.items()
     for variant, kind in VARIANTS.items()
+    # A last frame is more of the same condition, of which methods know nothing.
+    if not kind.pair
     if case.experts or kind.experts == 1
     for student in case.students
 ]

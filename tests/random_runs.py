@@ -123,7 +123,7 @@ def draw(seed: int, folders: Folders) -> dict[str, Any]:
         return draws.random() < share
 
     method = draws.choice(sorted(METHODS))
-    variant = draws.choice(sorted(VARIANTS))
+    variant = draws.choice([name for name, kind in sorted(VARIANTS.items()) if not kind.pair])
     kind, path = VARIANTS[variant], str(folders.pipeline(variant))
     causal = method in CAUSAL or (method in ("finetune", "kd") and chance(0.4))
     models: dict[str, dict[str, Any]] = {"student": _model(draws, path, trained=True)}

@@ -53,7 +53,12 @@ GUIDED = SamplerSpec(steps=2, guidance=2.0)
 class Texts(ToyConditioning):
     """A text of its own for every prompt."""
 
-    def encode(self, prompts: Sequence[str], images: Tensor | None = None) -> Condition:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        images: Tensor | None = None,
+        last_images: Tensor | None = None,
+    ) -> Condition:
         seeds = [derive_seed(0, prompt) for prompt in prompts]
         return Condition({"text": RowGenerators.seeded(0, "text", seeds).normal([TEXT_DIM])})
 

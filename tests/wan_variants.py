@@ -19,6 +19,7 @@ class Variant:
     experts: int = 1
     channels: bool = False
     embeds: bool = False
+    pair: bool = False
     expand: bool = False
     boundary: float = 0.875
 
@@ -41,6 +42,7 @@ VARIANTS = {
     "t2v": Variant(),
     "t2v-experts": Variant(experts=2),
     "i2v-2.1": Variant(channels=True, embeds=True),
+    "flf2v": Variant(channels=True, embeds=True, pair=True),
     "i2v-experts": Variant(experts=2, channels=True, boundary=0.9),
     "ti2v": Variant(expand=True),
 }
@@ -122,7 +124,10 @@ def build(name: str, template: Path, folder: Path) -> Path:
                 in_channels=12 if variant.channels else 4, text_dim=16, freq_dim=16, ffn_dim=32,
                 num_layers=2, rope_max_seq_len=16, image_dim=20 if variant.embeds else None,
                 added_kv_proj_dim=24 if variant.embeds else None,
+                pos_embed_seq_len=34 if variant.pair else None,
             )  # fmt: skip
+            if variant.pair:  # zero as built, and then nobody sees which picture is the last
+                torch.nn.init.normal_(transformer.condition_embedder.image_embedder.pos_embed)
         shutil.rmtree(folder / module, ignore_errors=True)
         transformer.save_pretrained(folder / module)
         index[module] = ["diffusers", "WanTransformer3DModel"]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from attrs import evolve
-from diffusers import LTXPipeline
+from diffusers import LTXConditionPipeline, LTXImageToVideoPipeline, LTXPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from distill_adapters_ltx import PLUGIN, LTXPipelineConfig
 from distill_adapters_ltx.codec import DECODE_SEED
 from distill_diffusers.calls.tokens import pack, unpack
@@ -21,6 +25,7 @@ from distill_protocols import (
     SamplerSpec,
     WeightsError,
 )
+from PIL import Image
 from torch import Tensor
 
 CONFIG = LTXPipelineConfig(num_frames=17, height=64, width=96, frame_rate=24, max_sequence_length=8)
@@ -173,12 +178,148 @@ def test_a_bf16_role_computes_in_bf16(load):
     assert 1e-4 < (wide - narrow).abs().max() < 0.1
 
 
-def test_a_condition_pipelines_model_is_refused(folder_of):
-    role = RoleSpec(name="teacher", path=str(folder_of("0.9.7")), trainable=False)
+def test_a_model_of_an_unknown_pipeline_is_refused(folder_of, tmp_path):
+    folder = Path(shutil.copytree(folder_of("0.9.7"), tmp_path / "model"))
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("LTXConditionPipeline", "LTX2Pipeline"))
+    role = RoleSpec(name="teacher", path=str(folder), trainable=False)
     (problem,) = PLUGIN.role_problems(role, CONFIG)
-    assert "LTXConditionPipeline" in problem.message
-    with pytest.raises(WeightsError, match="LTXConditionPipeline"):
+    assert "LTX2Pipeline" in problem.message
+    with pytest.raises(WeightsError, match="LTX2Pipeline"):
         PLUGIN.load([role], CONFIG, device=CPU)
+
+
+def test_models_of_two_kinds_of_pipelines_are_no_run(folder_of):
+    roles = [
+        RoleSpec(name=version, path=str(folder_of(version)), trainable=False)
+        for version in ("0.9.5", "0.9.7")
+    ]
+    bundle = PLUGIN.load(roles, CONFIG, device=CPU)
+    with pytest.raises(WeightsError, match="LTXConditionPipeline and LTXPipeline"):
+        PLUGIN.adapter(bundle, CONFIG, source=roles[0].path)
+
+
+# -- given frames ---------------------------------------------------------------------------------
+
+
+def video(frames: int = 17, seed: int = 5) -> Tensor:
+    """Smooth 8-bit pixels [1, 3, F, 64, 96] in [0, 1]."""
+    small = torch.randn(1, 3, frames, 3, 4, generator=torch.Generator().manual_seed(seed))
+    size = (frames, 64, 96)
+    whole = torch.nn.functional.interpolate(small.sigmoid(), size=size, mode="trilinear")
+    return (whole * 255).round() / 255
+
+
+def pictures(clip: Tensor) -> list[Image.Image]:
+    pixels = (clip[0] * 255).round().byte().permute(1, 2, 3, 0).numpy()
+    return [Image.fromarray(frame) for frame in pixels]
+
+
+@pytest.fixture
+def _latents_of_pictures(monkeypatch):
+    """The pipelines draw latents of given frames, where the trainer takes the posterior's mean, and
+    leave out the VAE's scaling factor, which is 1 in all published models."""
+    monkeypatch.setattr(
+        DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode()
+    )
+    normalize = LTXPipeline._normalize_latents
+    for pipeline in (LTXImageToVideoPipeline, LTXConditionPipeline):
+        monkeypatch.setattr(
+            pipeline,
+            "_normalize_latents",
+            staticmethod(lambda latents, mean, std: normalize(latents, mean, std, 0.5)),
+        )
+
+
+@pytest.mark.usefixtures("_latents_of_pictures")
+@pytest.mark.parametrize("version", ["0.9.0", "0.9.5"])
+def test_clips_from_a_first_frame_are_the_stock_pipelines(load, stock, version):
+    adapter = load(version)
+    pipeline = LTXImageToVideoPipeline(**stock(version).components)
+    pipeline.set_progress_bar_config(disable=True)
+    given = video(1)
+    theirs = pipeline(
+        image=pictures(given)[0], prompt=PROMPTS[0], negative_prompt=NEGATIVE, **CLIP,
+        num_inference_steps=4, guidance_scale=3.0, output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    ).frames  # fmt: skip
+    cond, negative = conditions(adapter, 1)
+    cond = adapter.with_image(cond, given[:, :, 0])
+    spec = exact(sampler_of(version, 4, 3.0), pipeline.scheduler)
+    ours = adapter.sample("teacher", spec, noise(1), cond, neg_cond=negative)
+    assert torch.equal(ours, unpack(theirs, (3, 2, 3)))
+    assert torch.equal(ours[:, :, :1], cond.tensors["image_latents"])
+    text = adapter.sample("teacher", spec, noise(1), conditions(adapter, 1)[0], neg_cond=negative)
+    assert not torch.allclose(text[:, :, 1:], ours[:, :, 1:], atol=1e-3)
+
+
+@pytest.mark.usefixtures("_latents_of_pictures")
+@pytest.mark.parametrize("given", ["text", "first", "several", "last"])
+def test_clips_are_those_of_the_condition_pipeline(load, stock, given):
+    adapter, pipeline = load("0.9.7"), stock("0.9.7")
+    clip = video()
+    images = pictures(clip)
+    frames: list[Any] = {
+        "text": [],
+        "first": [LTXVideoCondition(image=images[0])],
+        "several": [LTXVideoCondition(video=images[:9])],
+        "last": [
+            LTXVideoCondition(image=images[0]), LTXVideoCondition(image=images[-1], frame_index=16),
+        ],
+    }[given]  # fmt: skip
+    spec = SamplerSpec(steps=3, timesteps=(1000.0, 800.0, 450.0), guidance=3.0)
+    theirs = pipeline(
+        conditions=frames or None, prompt=PROMPTS[:1], negative_prompt=[NEGATIVE], **CLIP,
+        timesteps=[1000.0, 800.0, 450.0], guidance_scale=3.0, output_type="latent",
+        image_cond_noise_scale=0.0, generator=torch.Generator().manual_seed(0),
+    ).frames  # fmt: skip
+    cond, negative = conditions(adapter, 1)
+    if given == "last":
+        cond = adapter.with_image(cond, clip[:, :, 0], last=clip[:, :, -1])
+    elif given != "text":
+        cond = adapter.with_image(cond, clip[:, :, : 9 if given == "several" else 1])
+    ours = adapter.sample("teacher", spec, noise(1), cond, neg_cond=negative)
+    assert torch.equal(ours, theirs)
+    assert theirs.std() > 0.1
+    mask = None if given == "text" else adapter.trained_frames(cond).flatten().tolist()
+    assert mask == {"text": None, "several": [0, 0, 1]}.get(given, [0, 1, 1])
+
+
+@torch.no_grad()
+def test_features_are_those_of_the_clips_tokens(load):
+    """Tokens of a last frame stand before them."""
+    adapter, clip, t = load("0.9.7"), video(), torch.tensor([500.0])
+    cond = adapter.with_image(conditions(adapter, 1)[0], clip[:, :, 0], last=clip[:, :, -1])
+    features: dict[int, Tensor | None] = {1: None}
+    adapter.forward("teacher", noise(1), t, cond, features=features)
+    assert features[1] is not None
+    assert features[1].shape == (1, 32, 3, 2, 3)
+    own = {name: value for name, value in cond.tensors.items() if name != "last_latents"}
+    other: dict[int, Tensor | None] = {1: None}
+    adapter.forward("teacher", noise(1), t, Condition(own), features=other)
+    assert other[1] is not None
+    difference = (features[1] - other[1]).abs()
+    assert 1e-4 < difference.max() < 1  # at the same places, of a clip that sees a frame more
+
+
+def test_frames_that_do_not_fit_are_refused(load):
+    clip = video()
+    adapter = load("0.9.5")
+    cond = conditions(adapter, 1)[0]
+    for images, last, reason in (
+        (clip[:, :, 0], clip[:, :, -1], "reads first ones alone"),
+        (clip[:, :, :8], None, r"8k \+ 1"),
+        (clip, None, "leaves nothing"),
+        (clip[:, :, 0, :32], None, r"must be \[1, 3, 64, 96\]"),
+    ):
+        with pytest.raises(ConditioningError, match=reason):
+            adapter.with_image(cond, images, last=last)
+    pair = load("0.9.7").with_image(cond, clip[:, :, 0], last=clip[:, :, -1])
+    with pytest.raises(ConditioningError, match="models of LTXPipeline read none"):
+        adapter.forward("teacher", noise(1), torch.tensor([500.0]), pair)
+    short = Condition({**cond.tensors, "image_latents": torch.zeros(1, 8, 3, 2, 3)})
+    with pytest.raises(ConditioningError, match="K from 1 to 2"):
+        adapter.forward("teacher", noise(1), torch.tensor([500.0]), short)
 
 
 @pytest.mark.parametrize("backend", ["flash", "_native_flash", "sage_varlen", "_native_npu"])

@@ -20,12 +20,14 @@ from diffusers import LTXPipeline
 from distill_adapters_ltx import PLUGIN, LTXPipelineConfig
 from distill_conditioning import ShardWriter, preprocess
 from distill_diffusers.calls.tokens import pack, unpack
+from distill_media import read_mp4, write_mp4
 from distill_protocols import ConfigError, ModelBundle, RowGenerators, SamplerSpec
 from distill_runfile.cli import EXIT_INCOMPLETE
 from distill_runfile.read import read_config
 from distill_train.build import Run, build
 from distill_train.cli import main
 from distill_train.run import run as run_app
+from PIL import Image
 from ranks import run_on_ranks
 from safetensors.torch import load_file
 from tiny_run import one_process
@@ -235,6 +237,41 @@ def test_validation_decodes_clips(run_file, tmp_path):
     }  # fmt: skip
     run_app(read_config(run_file("finetune", 1, validation=validation)))
     assert (tmp_path / "out" / "validation" / "iteration-000001" / "student" / "001.mp4").is_file()
+
+
+def test_a_run_on_clips_that_go_on_from_frames_and_end_in_one(run_file, folder_of, tmp_path):
+    """0.9.7: from clips to a data set, a trained student, validation and an export."""
+    source = str(folder_of("0.9.7"))
+    adapter = PLUGIN.adapter(ModelBundle({}), LTXPipelineConfig(**CLIP), source=source)
+    generator = torch.Generator().manual_seed(0)
+    clips = [(f"{i}", PROMPT, torch.rand(3, 17, 64, 96, generator=generator)) for i in range(4)]
+    with ShardWriter(tmp_path / "pairs") as writer:
+        preprocess(
+            clips, adapter, writer, negative_prompt=NEGATIVE, first_frames=9, last_frame=True
+        )
+    for number, (_, _, clip) in enumerate(clips[:2]):
+        frames = (clip * 255).byte().permute(1, 2, 3, 0).numpy()
+        write_mp4(frames, tmp_path / f"{number}.mp4", fps=24, smallest_side=1)
+        Image.fromarray(frames[-1]).save(tmp_path / f"{number}.png")
+    validation = {
+        "prompts": [PROMPT, "a"], "views": {"student": {"role": "student"}}, "fps": 24,
+        "videos": [str(tmp_path / f"{n}.mp4") for n in (0, 1)], "video_frames": 9,
+        "last_images": [str(tmp_path / f"{n}.png") for n in (0, 1)],
+    }  # fmt: skip
+    file = run_file(
+        "dmd2", 4, data={"path": str(tmp_path / "pairs")}, validation=validation,
+        models={name: {"path": source} for name in METHODS["dmd2"][0]},
+    )  # fmt: skip
+    run_app(read_config(file))
+    start = load_file(folder_of("0.9.7") / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert 1e-4 < largest_difference(start, read_weights(tmp_path / "out")) < 0.1
+    folder = tmp_path / "out" / "validation" / "iteration-000004" / "student"
+    one, two = (read_mp4(folder / name) for name in ("000.mp4", "001.mp4"))
+    assert (one != two).any()
+    record = json.loads((tmp_path / "out" / "student" / "sampler_spec.json").read_text())
+    assert record["call"]["timesteps"] == [1000.0, 700.0]
+    assert record["timestep_deviation"] < 1e-3
+    assert any("stochastic sampling goes wrong" in note for note in record["notes"])
 
 
 @pytest.mark.parametrize("name", ["dmd2_2b", "finetune_2b"])

@@ -100,7 +100,10 @@ def values(folder_of, tmp_path):
         variant, path = VARIANTS[name], folder_of(name)
         adapter = WanAdapter(ModelBundle({}), PLUGIN, variant.config, source=path)
         with ShardWriter(tmp_path / "data") as writer:
-            preprocess(clips(), adapter, writer, negative_prompt="", first_frames=variant.image)
+            preprocess(
+                clips(), adapter, writer, negative_prompt="", first_frames=variant.image,
+                last_frame=variant.pair,
+            )  # fmt: skip
         roles = {"student": {"path": path}}
         options = {"student_sampler": {"steps": 2, "guidance": 1.0}}
         if method == "dmd2":

@@ -129,7 +129,8 @@ def test_a_call_of_every_variant_takes_what_is_planned(name, folder_of, monkeypa
     monkeypatch.setattr(adapter, "call_transformer", call)
     cond = Condition({"text": torch.randn(2, config.max_sequence_length, 16)})
     if VARIANTS[name].image:
-        cond = wan.with_image(cond, torch.rand(2, 3, config.height, config.width))
+        first, last = torch.rand(2, 2, 3, config.height, config.width)
+        cond = wan.with_image(cond, first, last=last if VARIANTS[name].pair else None)
     wan.forward("student", torch.randn(2, *wan.latent_shape), torch.full((2,), 950.0), cond)
     ((hidden, times, text, image),) = calls
     values = {"latents": hidden, "t": times, "text": text}

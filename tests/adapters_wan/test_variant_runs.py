@@ -25,13 +25,15 @@ def started(values, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("i2v-2.1", "dmd2"), ("i2v-experts", "dmd2"), ("ti2v", "dmd2"), ("t2v-experts", "finetune")],
+    [("flf2v", "dmd2"), ("i2v-experts", "dmd2"), ("ti2v", "dmd2"), ("t2v-experts", "finetune")],
 )
 def test_a_run_validates_clips_that_begin_with_the_pictures(values, tmp_path, name, method):
     given = values(name, method)
     if VARIANTS[name].image:
         pictures = [picture(tmp_path / f"{i}.png", value) for i, value in enumerate((20, 230))]
         given["validation"]["images"] = pictures
+        if VARIANTS[name].pair:
+            given["validation"]["last_images"] = pictures[::-1]
     run(started(given, tmp_path))
     folder = tmp_path / "out" / "validation" / "iteration-000004" / "student"
     one, two = (read_mp4(folder / name) for name in ("000.mp4", "001.mp4"))
@@ -67,8 +69,22 @@ def test_a_picture_of_another_size_or_kind_ends_a_run_before_its_first_step(valu
         assert not (tmp_path / "out" / "validation").exists()
 
 
-def test_a_model_that_reads_text_alone_takes_no_picture(values, tmp_path):
-    given = values("t2v-experts")
-    given["validation"]["images"] = [picture(tmp_path / "a.png", 9)] * 2
-    with pytest.raises(Exception, match="would have no effect"):
-        run(started(given, tmp_path))
+@pytest.mark.parametrize(
+    ("name", "keys", "message"),
+    [
+        ("t2v-experts", ("images",), r"validation\.images: role .* reads text alone"),
+        ("flf2v", ("images",), r"validation\.images: role .*: no last frame is given"),
+        ("i2v-2.1", ("images", "last_images"), "reads first ones alone"),
+        ("ti2v", ("images", "videos"), "videos beside images"),
+        ("ti2v", ("videos",), r"validation\.videos: .*4k \+ 1"),
+        ("ti2v", ("last_images",), "no first frame is given"),
+    ],
+)
+def test_frames_that_the_models_cannot_be_given_are_problems_of_the_file(
+    values, tmp_path, name, keys, message
+):
+    given = values(name)
+    given["validation"] |= dict.fromkeys(keys, [picture(tmp_path / "a.png", 9)] * 2)
+    given["validation"] |= {"video_frames": 4} if "videos" in keys else {}
+    with pytest.raises(ConfigError, match=message):
+        started(given, tmp_path)

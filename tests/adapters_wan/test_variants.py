@@ -73,8 +73,11 @@ def condition(name, adapter, batch=2, seed=1, image=True):
     variant = VARIANTS[name]
     cond = Condition({"text": normal(batch, variant.config.max_sequence_length, 16, seed=seed)})
     if image and variant.image:
-        frames = torch.stack([picture(variant, seed=10 * seed + i) for i in range(batch)])
-        cond = adapter.with_image(cond, frames)
+        first, last = (
+            torch.stack([picture(variant, seed=10 * seed + i + end) for i in range(batch)])
+            for end in (0, 5)
+        )
+        cond = adapter.with_image(cond, first, last=last if variant.pair else None)
     return cond
 
 
@@ -88,7 +91,7 @@ SPECS = {
 }
 
 
-def clips(name, loaded, folder, record, images, use_image=True):
+def clips(name, loaded, folder, record, images, use_image=True, last=None):
     """(ours, theirs) of the same noise, of the pipeline that ``model_index.json`` names."""
     import diffusers
 
@@ -103,6 +106,7 @@ def clips(name, loaded, folder, record, images, use_image=True):
     pipe = getattr(diffusers, kind).from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     given = {"image": pil(images)} if use_image and variant.image else {}
+    given |= {} if last is None else {"last_image": pil(last)}
     if spec.stochastic:  # its scheduler takes a generator a row too, but nobody hands them on
         fresh = [torch.Generator().manual_seed(100 + n) for n in range(len(PROMPTS))]
         pipe.scheduler.step = partial(pipe.scheduler.step, generator=fresh)
@@ -110,9 +114,14 @@ def clips(name, loaded, folder, record, images, use_image=True):
         prompt=PROMPTS, negative_prompt="left", latents=noise, output_type="pt", **given,
         **record["call"],
     ).frames.permute(0, 2, 1, 3, 4)  # fmt: skip
-    frames = torch.stack([images] * len(PROMPTS)) if given else None
+    cond = adapter.encode_condition(PROMPTS)
+    if given:
+        first, end = (
+            None if one is None else torch.stack([one] * len(PROMPTS)) for one in (images, last)
+        )
+        cond = adapter.with_image(cond, first, last=end)
     latents = adapter.sample(
-        "student", spec, noise, adapter.encode_condition(PROMPTS, frames),
+        "student", spec, noise, cond,
         neg_cond=adapter.encode_neg_condition("left"),
         generators=RowGenerators(
             [torch.Generator().manual_seed(100 + n) for n in range(len(PROMPTS))]
@@ -140,7 +149,13 @@ def test_the_stock_pipeline_gives_the_same_clip_bit_for_bit(
     weights, request = bundle["student"].weight_sources(), ExportRequest(sampler=spec)
     record = exporter.export(role, weights, tmp_path / "s", request)
     exporter.verify(role, weights, tmp_path / "s", request)
-    ours, theirs = clips(name, loaded, tmp_path / "s", record, picture(variant))
+    last = picture(variant, seed=5) if variant.pair else None
+    ours, theirs = clips(name, loaded, tmp_path / "s", record, picture(variant), last=last)
+    if name == "i2v-experts":  # nothing but the mask states which frames are given
+        last = picture(variant, seed=5)
+        both, pipes = clips(name, loaded, tmp_path / "s", record, picture(variant), last=last)
+        assert torch.equal(both, pipes)
+        assert not torch.allclose(both, ours, atol=1e-3)
     assert ours.std() > 1e-3
     assert not torch.allclose(ours[0], ours[1], atol=1e-3)
     assert torch.equal(ours, theirs)
@@ -192,8 +207,10 @@ def test_model_inputs_by_hand(name, loaded, record_calls):
     assert torch.equal(given["encoder_hidden_states"], text)
     if variant.channels:
         assert torch.equal(x[0][:, :4], x_t)
-        assert torch.equal(x[0][:, 4:8, 0], torch.ones(2, 4, 4, 6))
-        assert not x[0][:, 4:8, 1:].any()
+        mask = torch.zeros(4, 3)
+        mask[:, 0] = 1
+        mask[-1, -1] = variant.pair
+        assert torch.equal(x[0][:, 4:8], mask[None, ..., None, None].expand(2, -1, -1, 4, 6))
         assert torch.equal(x[0][:, 8:], cond.tensors["image_latents"])
         assert torch.equal(given["timestep"], torch.cat([t, t]))
     elif variant.expand:
@@ -206,8 +223,10 @@ def test_model_inputs_by_hand(name, loaded, record_calls):
         assert torch.equal(x[0], x_t)
     embeds = given["encoder_hidden_states_image"]
     if variant.embeds:  # the picture stays beside the negative text
-        assert torch.equal(embeds, torch.cat([cond.tensors["image_embeds"]] * 2))
-        assert embeds.shape == (4, 17, 20)
+        own = cond.tensors["image_embeds"]
+        assert own.shape == (2, 34 if variant.pair else 17, 20)
+        # Two pictures of a row are two rows, which the model puts together again.
+        assert torch.equal(embeds, torch.cat([own, own]).view(-1, 17, 20))
     else:
         assert embeds is None
 
@@ -249,6 +268,32 @@ def test_one_time_for_all_tokens_is_one_time_a_token(loaded, record_calls):
 
 
 @torch.no_grad()
+def test_a_clip_goes_on_from_several_frames(loaded, record_calls):
+    """TI2V: the latents of five pixel frames are two frames of the clip, at t = 0."""
+    adapter, _ = loaded("ti2v")
+    video = torch.stack([picture(VARIANTS["ti2v"], seed=n) for n in range(9)], dim=1)[None]
+    text = condition("ti2v", adapter, batch=1, image=False)
+    cond = adapter.with_image(text, video[:, :, :5])
+    whole = adapter.normalize_latents(adapter.encode(video))
+    assert torch.allclose(cond.tensors["image_latents"], whole[:, :, :2], atol=1e-5)
+    assert adapter.trained_frames(cond).flatten().tolist() == [0, 0, 1]
+    x_t, t = normal(1, *SHAPE), torch.tensor([700.0])
+    with record_calls("ti2v") as calls:
+        x0 = adapter.forward("student", x_t, t, cond, fwd_pred_type="x0")
+    [(_, given)] = calls
+    assert torch.equal(given["hidden_states"][:, :, :2], cond.tensors["image_latents"])
+    assert torch.equal(given["hidden_states"][:, :, 2:], x_t[:, :, 2:])
+    assert given["timestep"].tolist() == [[0.0] * 12 + [700.0] * 6]
+    assert torch.equal(x0[:, :, :2], cond.tensors["image_latents"])
+    clip = adapter.sample("student", SamplerSpec(steps=2), x_t, cond)
+    assert torch.equal(clip[:, :, :2], cond.tensors["image_latents"])
+    with pytest.raises(ConditioningError, match="leaves nothing"):
+        adapter.with_image(text, video)
+    with pytest.raises(ConditioningError, match=r"4k \+ 1"):
+        adapter.with_image(text, video[:, :, :4])
+
+
+@torch.no_grad()
 @EVERY
 def test_pictures_are_read(name, loaded):
     """Another picture gives another clip, where one is read at all."""
@@ -257,7 +302,7 @@ def test_pictures_are_read(name, loaded):
     one = condition(name, adapter, batch=1, seed=1)
     two = condition(name, adapter, batch=1, seed=2)
     results = []
-    for key in [k for k in one.tensors if k != "text"]:
+    for key in [k for k in one.tensors if k not in ("text", "image_mask")]:
         changed = Condition({**one.tensors, key: two.tensors[key]})
         v, w = (adapter.forward("student", x_t, t, cond) for cond in (one, changed))
         assert not torch.allclose(v, w, atol=1e-4), key
@@ -435,15 +480,25 @@ def test_conditions_that_do_not_fit_are_refused(loaded):
     pictured = image.tensors["image_latents"]
     assert "text alone" in message("t2v", Condition({**plain.tensors, "image_latents": pictured}))
     first = condition("ti2v", loaded("ti2v")[0], batch=1)
-    assert "must be [B, 4, 1, 4, 6]" in message(
+    assert "must be [B, 4, K, 4, 6] with K from 1 to 2" in message(
         "ti2v", Condition({**first.tensors, "image_latents": pictured})
     )
+    pair = condition("flf2v", loaded("flf2v")[0], batch=1)
+    one = Condition({**pair.tensors, "image_embeds": pair.tensors["image_embeds"][:, :17]})
+    assert "[B, 34, 20]" in message("flf2v", one)
 
 
 def test_pictures_that_do_not_fit_are_refused(loaded):
     cond = condition("t2v", loaded("t2v")[0], batch=1)
     with pytest.raises(ConditioningError, match="text alone"):
         loaded("t2v")[0].with_image(cond, torch.zeros(1, 3, 32, 48))
+    first = torch.zeros(1, 3, 32, 48)
+    with pytest.raises(ConditioningError, match="reads first ones alone"):
+        loaded("i2v-2.1")[0].with_image(cond, first, last=first)
+    with pytest.raises(ConditioningError, match="5 first frames are given, and the model reads"):
+        loaded("i2v-2.1")[0].with_image(cond, torch.zeros(1, 3, 5, 32, 48))
+    with pytest.raises(ConditioningError, match=r"must be \[1, 3, 32, 48\]"):
+        loaded("flf2v")[0].with_image(cond, first, last=first[..., :32])
     for shape in ((1, 3, 48, 32), (2, 3, 32, 48), (3, 32, 48)):
         with pytest.raises(ConditioningError, match=r"must be \[1, 3, 32, 48\]"):
             loaded("ti2v")[0].with_image(cond, torch.zeros(shape))
@@ -458,7 +513,8 @@ def test_pictures_that_do_not_fit_are_refused(loaded):
         ("t2v", "transformer", {"in_channels": 9}, "neither a text-to-video"),
         ("i2v-2.1", "index", {"expand_timesteps": True}, "one of the two"),
         ("t2v", "transformer", {"image_dim": 20}, "no latents of it"),
-        ("i2v-2.1", "transformer", {"pos_embed_seq_len": 514}, "first and a last frame"),
+        ("t2v", "transformer", {"pos_embed_seq_len": 514}, "first and a last frame"),
+        ("i2v-2.1", "transformer", {"pos_embed_seq_len": 33}, "as many of each"),
         ("t2v", "index", {"transformer": [None, None]}, "names no transformer"),
     ],
 )

@@ -16,9 +16,9 @@ import yaml
 from distill_conditioning import DataConfig, LatentDataset, SampleShape, dataset_info
 from distill_preprocess.cli import main
 from distill_preprocess.encoding import Encoder
-from distill_preprocess.request import cut_of, needs_first_frames, read_request
-from distill_protocols import Condition
-from distill_runfile.cli import EXIT_FAILED, EXIT_OK
+from distill_preprocess.request import cut_of, given_frames_of, read_request
+from distill_protocols import Condition, GivenFrames
+from distill_runfile.cli import EXIT_OK, EXIT_USAGE
 from media_files import moving_frames, write_video
 from stored_files import columns, write_parquet
 
@@ -32,7 +32,7 @@ def root(tmp_path_factory) -> Path:
     wan_variants.template(root / "template")
     ltx_pipelines.build(root / "ltx")
     hunyuan_pipelines.build15(root / "hunyuan15", "i2v")
-    for name in ("t2v", "i2v-2.1", "ti2v"):
+    for name in ("t2v", "i2v-2.1", "flf2v", "ti2v"):
         wan_variants.build(name, root / "template", root / name)
     return root
 
@@ -46,7 +46,7 @@ def _threads():
 
 def write(root: Path, tmp_path: Path, name: str, **changes: Any) -> Path:
     pipeline = {"num_frames": 9, "height": 32, "width": 64 if name == "ltx" else 48}
-    pipeline["max_sequence_length"] = 512 if name == "i2v-2.1" else 6
+    pipeline["max_sequence_length"] = 512 if name in ("i2v-2.1", "flf2v") else 6
     if name == "hunyuan15":
         pipeline["glyph_sequence_length"] = 6
     values = {
@@ -69,18 +69,29 @@ def write(root: Path, tmp_path: Path, name: str, **changes: Any) -> Path:
     [
         ("t2v", 16, False, {}),
         ("i2v-2.1", 16, True, {}),
+        ("flf2v", 16, True, {}),
         ("ti2v", 24, False, {}),
         ("ti2v", 24, True, {"first_frames": True}),
         ("ltx", 25, False, {}),
+        ("ltx", 25, True, {"first_frames": True}),
         ("hunyuan15", 24, True, {}),
     ],
-    ids=["t2v", "i2v", "ti2v", "ti2v-first-frames", "ltx", "hunyuan15"],
+    ids=[
+        "t2v",
+        "i2v",
+        "flf2v",
+        "ti2v",
+        "ti2v-first-frames",
+        "ltx",
+        "ltx-first-frames",
+        "hunyuan15",
+    ],
 )
 def test_a_data_set_fits_its_model(root, tmp_path, name, rate, image, changes):
     file = write(root, tmp_path, name, **changes)
     config = read_request(file)
     assert cut_of(config).fps == rate
-    assert needs_first_frames(config) == image
+    assert given_frames_of(config).first == image
     weights = list((root / name).glob("transformer*/*.safetensors"))
     assert weights
     for path in weights:
@@ -144,28 +155,42 @@ def test_fastvideos_samples_of_image_to_video_are_taken_as_they_are(root, tmp_pa
     assert main(["--config", str(file), "--dry-run"]) == EXIT_OK
 
 
-def test_each_caption_is_given_the_frame_that_its_clip_begins_with():
+def test_each_caption_is_given_the_frames_that_its_clip_begins_and_ends_with():
     given: list[Any] = []
 
     class Images:
-        def with_image(self, rows, pictures, frames):
-            given[:] = pictures, frames
+        def with_image(self, rows, pictures, frames, last=None):
+            given[:] = pictures, frames, last
             return rows
 
     adapter: Any = SimpleNamespace(images=Images())
-    encoder = Encoder(adapter=adapter, first_frames=True, dtype="fp32", cache=None, fingerprint={})
+    encoder = Encoder(
+        adapter=adapter, given=GivenFrames(first=1, last=True), dtype="float32", cache=None,
+        fingerprint={},
+    )  # fmt: skip
     video = torch.arange(5.0)[None, :, None, None].expand(3, 5, 2, 2)  # each frame its number
-    encoder.add_first_frames(Condition({"text": torch.ones(2, 4)}), video)
-    pictures, frames = given
+    encoder.add_given_frames(Condition({"text": torch.ones(2, 4)}), video)
+    pictures, frames, last = given
     assert torch.equal(pictures, torch.zeros(2, 3, 2, 2))
     assert frames == 5
+    assert torch.equal(last, torch.full((2, 3, 2, 2), 4.0))
 
 
-def test_first_frames_for_a_model_that_reads_none_are_refused(root, tmp_path, capsys):
-    file = write(root, tmp_path, "ltx", first_frames=True)
-    assert main(["--config", str(file)]) == EXIT_FAILED
-    assert "reads text alone" in capsys.readouterr().err
-    file = write(root, tmp_path, "t2v", first_frames=True)
-    assert main(["--config", str(file)]) == EXIT_FAILED
-    assert "read text alone" in capsys.readouterr().err
-    assert main(["--config", str(write(root, tmp_path, "t2v"))]) == EXIT_OK
+@pytest.mark.parametrize(
+    ("name", "changes", "problem"),
+    [
+        ("t2v", {"first_frames": True}, "first_frames: frames of a clip are given, and the model"),
+        ("t2v", {"last_frame": True}, "last_frame: frames of a clip are given, and the model"),
+        ("i2v-2.1", {"first_frames": False}, "first_frames: no first frame is given"),
+        ("i2v-2.1", {"last_frame": True}, "last_frame: a last frame is given, and the model reads"),
+        ("flf2v", {"last_frame": False}, "last_frame: no last frame is given"),
+        ("ti2v", {"first_frames": 3}, "first_frames: 3 first frames are given, and there must be"),
+        ("ltx", {"first_frames": 9}, "leaves nothing to be made"),
+        ("ti2v", {"first_frames": 0}, "0 counts frames"),
+    ],
+)
+def test_frames_that_a_model_cannot_be_given_are_problems_of_the_file(
+    root, tmp_path, capsys, name, changes, problem
+):
+    assert main(["--config", str(write(root, tmp_path, name, **changes))]) == EXIT_USAGE
+    assert problem in capsys.readouterr().err

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from distill_adapters_wan import PLUGIN as WAN
-from distill_protocols import ConfigError
+from distill_protocols import ConfigError, FrameConditions
 from distill_runfile.read import read_config
 
 VIEWS: dict[str, Any] = {"a": {"role": "student"}, "b": {"role": "teacher"}}
@@ -49,7 +49,8 @@ def test_what_is_wrong_is_said(values, write, validation, problem):
 
 
 def test_a_picture_beside_every_frame_ends_with_the_clip(values, write, monkeypatch):
-    monkeypatch.setattr(type(WAN), "needs_image", lambda *_: True)
+    always = FrameConditions(first="always")
+    monkeypatch.setattr(type(WAN), "frame_conditions", lambda *_: always)
     values["pipeline_config"]["causal"] = {"roles": ["student"], "chunk_frames": 1}
     values["validation"] = section(views={"a": LONG, "b": {**LONG, "latent_frames": 3}})
     with pytest.raises(ConfigError) as error:

@@ -18,6 +18,7 @@ from diffusers import WanPipeline
 from distill_adapters_ltx import PLUGIN as LTX
 from distill_adapters_ltx import LTXPipelineConfig
 from distill_adapters_wan import PLUGIN as WAN
+from distill_media import read_last_frames
 from distill_protocols import (
     ConditioningError,
     ConfigError,
@@ -31,6 +32,7 @@ from distill_runfile.cli import EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 from distill_sample import open_model, read_sample_source
 from distill_sample.cli import main
 from distill_sample.model import Model
+from media_files import moving_frames, write_video
 from PIL import Image
 from ranks import run_on_ranks
 from sample_app.conftest import PROMPTS, TEACHER
@@ -211,24 +213,49 @@ def test_a_role_that_is_not_causal_is_not_streamed(out, capsys):
     assert "--latent-frames: 'student' is not causal" in capsys.readouterr().err
 
 
-def test_a_model_of_pictures_begins_with_the_one_that_it_is_given(tmp_path):
+def test_a_model_of_pictures_begins_and_ends_with_those_that_it_is_given(tmp_path, capsys):
     template = wan_variants.template(tmp_path / "template")
-    path = wan_variants.build("i2v-2.1", template, tmp_path / "i2v")
-    folder = exported(WAN, wan_variants.VARIANTS["i2v-2.1"].config, path, tmp_path / "student")
-    model = open_model(folder)
-    with pytest.raises(ConditioningError, match="each clip begins with a picture"):
-        model.sample(["waves"])
+    path = wan_variants.build("flf2v", template, tmp_path / "flf2v")
+    folder = exported(WAN, wan_variants.VARIANTS["flf2v"].config, path, tmp_path / "student")
+    with pytest.raises(ConditioningError, match="no first frame is given"):
+        open_model(folder).sample(["waves"])
     wide, blue = tmp_path / "wide.png", tmp_path / "blue.jpg"
     Image.linear_gradient("L").resize((400, 100)).save(wide)
     Image.new("RGB", (90, 300), (20, 30, 200)).save(blue)
     to = tmp_path / "to"
     args = [str(folder), "--prompt", "waves", "--prompt", "rain", "--to", str(to)]
+    assert main([*args, "--image", str(wide)]) == EXIT_USAGE
+    assert "--image: role 'student': no last frame is given" in capsys.readouterr().err
+    args += ["--last-image", str(wide)]
     assert main([*args, "--image", str(wide), "--image", str(blue)]) == EXIT_OK
     names = ("000-waves-student.mp4", "001-rain-student.mp4")
     both = [frames_of(to / name)[0] for name in names]
     assert abs(both[0].astype(float) - both[1]).mean() > 1
     assert main([*args, "--image", str(wide)]) == EXIT_OK
     assert (frames_of(to / names[0])[0] == both[0]).all()
+    args[-1] = str(blue)
+    assert main([*args, "--image", str(wide)]) == EXIT_OK
+    assert (frames_of(to / names[0])[-1] != both[0]).any()
+
+
+def test_a_clip_goes_on_from_the_last_frames_of_a_video(tmp_path, capsys):
+    template = wan_variants.template(tmp_path / "template")
+    path = wan_variants.build("ti2v", template, tmp_path / "ti2v")
+    folder = exported(WAN, wan_variants.VARIANTS["ti2v"].config, path, tmp_path / "student")
+    frames = moving_frames(12, 64, 96)
+    video = write_video(tmp_path / "before.mp4", frames)
+    args = [str(folder), "--prompt", "waves", "--to", str(tmp_path / "to")]
+    for count, problem in (("4", "there must be 4k + 1"), ("9", "leaves nothing to be made")):
+        assert main([*args, "--video", str(video), "--video-frames", count]) == EXIT_USAGE
+        assert problem in capsys.readouterr().err
+    assert main([*args, "--video", str(video), "--video-frames", "5"]) == EXIT_OK
+    # The codec is causal: what is given is decoded as if nothing came after it.
+    end = torch.from_numpy(read_last_frames(video, 5, (32, 48))).permute(3, 0, 1, 2)[None] / 255
+    model = open_model(folder)
+    given = model.adapter.decode(model.adapter.normalize_latents(model.adapter._codec.encode(end)))
+    clip = model.sample(["waves"], images=end)
+    assert torch.allclose(clip[:, :, :5], given, atol=1e-5)
+    assert not torch.allclose(clip[:, :, :1], given[:, :, 4:], atol=1e-2)
 
 
 def test_another_family_is_sampled_by_the_same_command(tmp_path):
@@ -262,6 +289,9 @@ def test_another_family_is_sampled_by_the_same_command(tmp_path):
         (["FROM", "--prompt", "a", "--prompt", "b", "--latent-frames", "9"],
          ["streams one video", "not causal"]),
         (["FROM", "--prompt", "a", "--image", "none.png"], ["there is no file none.png"]),
+        (["FROM", "--prompt", "a", "--image", "BINARY", "--video", "BINARY"],
+         ["--image beside --video", "role 'student': frames of a clip are given, and the model"]),
+        (["EXPORT", "--prompt", "a", "--last-image", "BINARY"], ["the model reads text alone"]),
         (["FROM", "--prompt", "a", "--steps", "2", "--guidance", "-1"], ["must be at least 0"]),
         (["FROM", "--prompts", "BINARY"], ["is no list of prompts, one a line in UTF-8"]),
         (["EXPORT", "--prompt", "a", "--also", "teacher"], ["holds one role"]),

@@ -43,7 +43,12 @@ class Conditioning:
     def negative(self) -> Condition:
         return Condition({"text": torch.zeros(1, *TEXT)})
 
-    def encode(self, prompts: Sequence[str], images: Tensor | None = None) -> Condition:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        images: Tensor | None = None,
+        last_images: Tensor | None = None,
+    ) -> Condition:
         raise NotImplementedError
 
 

@@ -425,7 +425,7 @@ def _use_pipeline(folder: Path, *, plan: bool = True, encode: bool = False) -> N
     ]
     PLUGIN.condition_shapes(config, source=path)
     PLUGIN.latent_tokens(config, source=path)
-    PLUGIN.needs_image(role, config)
+    PLUGIN.frame_conditions(role, config)
     PLUGIN.expert_ranges(role, config)
     if not problems and plan:
         PLUGIN.plan(role, config)

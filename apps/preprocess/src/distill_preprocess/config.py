@@ -53,7 +53,10 @@ class PreprocessConfig:
             pipeline_config are those of this file where it has none.
         captions: what is done to captions.
         clips: how clips are cut; their size is that of pipeline_config.
-        first_frames: store what an image-to-video model reads of each clip's first frame; default:
+        first_frames: store what an image-to-video model reads of each clip's first frame; or a
+            number: of so many first frames, for a model that goes on from them. Default: where the
+            model cannot do without.
+        last_frame: store what a model reads of each clip's last frame, beside the first; default:
             where the model cannot do without.
         latent_dtype: of the stored latents.
         batch_size: clips that the VAE encodes together.
@@ -73,7 +76,8 @@ class PreprocessConfig:
     run_file: str | None = field(default=None, validator=_not_empty, metadata={"path": ()})
     captions: CaptionsConfig = field(factory=CaptionsConfig)
     clips: CutConfig = field(factory=CutConfig)
-    first_frames: bool | None = None
+    first_frames: bool | int | None = field(default=None)
+    last_frame: bool | None = None
     latent_dtype: Literal["float16", "bfloat16", "float32"] = field(
         default="float16", validator=in_(("float16", "bfloat16", "float32"))
     )
@@ -91,6 +95,13 @@ class PreprocessConfig:
     cpu_threads: int | None = field(
         default=None, validator=optional(at_least(1, "leave it out for torch's choice"))
     )
+
+    @first_frames.validator
+    def _check_first_frames(
+        self, attribute: Attribute[bool | int | None], value: bool | int | None
+    ) -> None:
+        if value is not None and value is not False and value < 1:
+            raise ValueError(f"{value} counts frames, at least 1. Write false for none")
 
     @sources.validator
     def _check_sources(

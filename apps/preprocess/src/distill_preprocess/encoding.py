@@ -18,15 +18,16 @@ from distill_conditioning import (
     UnitRecord,
 )
 from distill_conditioning.format import TRAJECTORY
+from distill_conditioning.preprocessing import add_given_frames
 from distill_conditioning.reading import read_conditions
 from distill_conditioning.writing import DTYPES, LatentDtype, check_finite
 from distill_media import STORED_TEXT, ClipShape, MediaClip, MediaError, MediaItem, StoredSample
 from distill_protocols import (
     Condition,
-    ConditioningError,
     DataError,
     DistillAdapter,
     Fingerprint,
+    GivenFrames,
     LatentShape,
 )
 from torch import Tensor
@@ -122,6 +123,7 @@ class Encoder:
     """The adapter, and how it is used.
 
     Attributes:
+        given: frames of each clip that become part of its condition.
         cache: folder of encoded captions; None: none are kept.
         fingerprint: of text encoder and tokenizer.
         stored: None: samples are encoded here.
@@ -129,7 +131,7 @@ class Encoder:
     """
 
     adapter: DistillAdapter
-    first_frames: bool
+    given: GivenFrames
     dtype: LatentDtype
     cache: Path | None
     fingerprint: Fingerprint
@@ -155,20 +157,14 @@ class Encoder:
         check_finite([clip.id for clip in clips], latents, "latents")
         return latents, videos
 
-    def add_first_frames(self, rows: Condition, video: Tensor) -> Condition:
-        """Add what the model reads of the first frame of ``video`` [3, F, H, W] to each row.
+    def add_given_frames(self, rows: Condition, video: Tensor) -> Condition:
+        """Add what the model reads of the given frames of ``video`` [3, F, H, W] to each row.
 
         Raises:
-            ConditioningError: the model reads none.
+            ConditioningError: the model reads no such frames.
         """
-        images = self.adapter.images
-        if images is None:
-            raise ConditioningError(
-                "first frames are asked for, but this family reads text alone; they would have no "
-                "effect. Leave first_frames out, or use an image-to-video model"
-            )
-        pictures = video[None, :, 0].expand(len(rows), -1, -1, -1)
-        return images.with_image(rows, pictures, video.shape[1]).to("cpu")
+        videos = video[None].expand(len(rows), -1, -1, -1, -1)
+        return add_given_frames(self.adapter.images, rows, videos, self.given).to("cpu")
 
 
 @define(eq=False)
@@ -332,8 +328,8 @@ class UnitWriter:
         self.captions.encode([caption for item, _ in batch for caption in item.captions])
         for (item, clip), latent, video in zip(batch, latents, videos, strict=True):
             rows = self.captions.of(item.captions)
-            if self.encoder.first_frames:
-                rows = self.encoder.add_first_frames(rows, video)
+            if self.encoder.given:
+                rows = self.encoder.add_given_frames(rows, video)
             # Copied: a view would keep the whole batch in memory.
             self._add(clip.id, item.captions, rows, shape, {"latents": latent.clone()})
 

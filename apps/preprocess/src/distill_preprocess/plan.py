@@ -14,8 +14,8 @@ from distill_preprocess.request import (
     Request,
     buckets_of,
     cut_of,
+    given_frames_of,
     items_of,
-    needs_first_frames,
     scene_cuts_of,
 )
 
@@ -61,8 +61,16 @@ def _shapes(config: Request) -> list[str]:
     cut = cut_of(config)
     shapes = ", ".join(map(str, buckets_of(config)))
     rate = "frames as they are" if cut.fps in ("keep", None) else f"{cut.fps:g} frames a second"
-    first = ", with first frames" if needs_first_frames(config) else ""
-    return [f"  clips of {shapes} (frames x height x width), {rate}, {cut.take}{first}"]
+    return [f"  clips of {shapes} (frames x height x width), {rate}, {cut.take}{_given(config)}"]
+
+
+def _given(config: Request) -> str:
+    """Say which frames of the clips are stored for the condition."""
+    given = given_frames_of(config)
+    if not given:
+        return ""
+    first = "first frames" if given.first == 1 else f"{given.first} first frames"
+    return f", with {first}{' and last ones' if given.last else ''}"
 
 
 def _captions(config: Request, usable: list[MediaItem]) -> list[str]:

@@ -15,7 +15,7 @@ from distill_media import (
     read_items,
     read_scene_cuts,
 )
-from distill_protocols import Problem
+from distill_protocols import FrameConditions, GivenFrames, Problem
 from distill_runfile import ComponentsConfig, read_components
 
 from distill_preprocess.config import OdePairsConfig, PreprocessConfig
@@ -67,15 +67,34 @@ def scene_cuts_of(config: Request) -> Mapping[str, Sequence[float]]:
     return {} if file is None else read_scene_cuts(Path(file))
 
 
-def needs_first_frames(config: Request) -> bool:
-    """Tell whether what a model reads of a first frame is stored."""
+def given_frames_of(config: Request) -> GivenFrames:
+    """Return the frames of each clip whose tensors are stored with it, to be given to a model."""
     own = config.section
     if not own.has_clips:
-        return False
-    if own.first_frames is not None:
-        return own.first_frames
+        return GivenFrames()
+    least = [readable.least for readable in _readable_frames(config)]
+    first = max((one.first for one in least), default=0)
+    last = any(one.last for one in least)
+    return GivenFrames(
+        first=first if own.first_frames is None else int(own.first_frames),
+        last=last if own.last_frame is None else own.last_frame,
+    )
+
+
+def _readable_frames(config: Request) -> list[FrameConditions]:
     family, pipeline = config.family_plugin, config.pipeline
-    return any(family.needs_image(role.spec, pipeline) for role in config.roles.values())
+    return [family.frame_conditions(role.spec, pipeline) for role in config.roles.values()]
+
+
+def _given_problems(config: Request) -> Iterator[Problem]:
+    """Report frames that are to be given and that a model cannot be given, or cannot do without."""
+    given = given_frames_of(config)
+    key = "last_frame" if config.section.first_frames is None else "first_frames"
+    shortest = min((shape.frames for shape in buckets_of(config)), default=None)
+    for readable in _readable_frames(config):
+        if (problem := readable.problem(given, shortest)) is not None:
+            yield Problem((SECTION, key), problem)
+            return
 
 
 def stored_conditions_of(config: Request) -> Mapping[str, str] | None:
@@ -107,10 +126,12 @@ def _stored_problems(config: Request) -> Iterator[Problem]:
             "FastVideo's files have text embeddings and what Wan reads of a first frame, and the "
             "models of this request read more or other parts. Encode the videos themselves",
         )
-    if config.section.first_frames:
-        yield Problem(
-            (SECTION, "first_frames"), "there are no frames in files of latents. Leave it out"
-        )
+    for key, value in (
+        ("first_frames", config.section.first_frames),
+        ("last_frame", config.section.last_frame),
+    ):
+        if value:
+            yield Problem((SECTION, key), "there are no frames in files of latents. Leave it out")
 
 
 def _pair_problems(config: Request, pairs: OdePairsConfig) -> Iterator[Problem]:
@@ -127,9 +148,9 @@ def _pair_problems(config: Request, pairs: OdePairsConfig) -> Iterator[Problem]:
             (SECTION, "captions"),
             "the states of a pair belong to its prompt as it was, and to no other. Leave it out",
         )
-    family, pipeline = config.family_plugin, config.pipeline
-    needs_image = any(family.needs_image(role.spec, pipeline) for role in config.roles.values())
-    if needs_image or config.section.first_frames:
+    own = config.section
+    needs_frames = any(readable.least for readable in _readable_frames(config))
+    if needs_frames or own.first_frames or own.last_frame:
         yield Problem(
             (SECTION, "ode_pairs"),
             "pairs hold prompts and states, and no first frames, which are asked for (by the "
@@ -171,6 +192,7 @@ def _problems(config: Request) -> Iterator[Problem]:
         yield from _pair_problems(config, own.ode_pairs)
     if not own.has_clips:
         return
+    yield from _given_problems(config)
     if not buckets_of(config):
         yield Problem(
             ("recipe", "family"),

@@ -25,8 +25,8 @@ from distill_preprocess.request import (
     Request,
     buckets_of,
     cut_of,
+    given_frames_of,
     items_of,
-    needs_first_frames,
     scene_cuts_of,
     stored_conditions_of,
     stored_shapes_of,
@@ -89,7 +89,7 @@ def _make(
         loaded.enter_context(adapter.keep_encoders_loaded())
         encoder = Encoder(
             adapter=adapter,
-            first_frames=needs_first_frames(config),
+            given=given_frames_of(config),
             dtype=own.latent_dtype,
             cache=None if own.cache is None else Path(own.cache),
             fingerprint=adapter.condition_fingerprint(),
@@ -166,7 +166,7 @@ def make_adapter(config: Request, device: torch.device) -> DistillAdapter:
 def settings(config: Request) -> dict[str, object]:
     """Collect all that decides a sample beside its item and the weights, which each unit's record
     names: what a folder must have been begun with to go on."""
-    own = config.section
+    own, given = config.section, given_frames_of(config)
     clips = {**to_plain(evolve(cut_of(config), scene_cuts=None)), "cuts": scene_cuts_of(config)}
     if not own.clips.crop_bars:  # so that folders of earlier releases go on
         del clips["crop_bars"]
@@ -175,7 +175,9 @@ def settings(config: Request) -> dict[str, object]:
         "shapes": [str(shape) for shape in buckets_of(config)],
         "negative_prompt": config.conditioning.negative_prompt,
         "clips": clips,
-        "first_frames": needs_first_frames(config),
+        # As releases that knew one first frame alone wrote it, where there are no others.
+        "first_frames": bool(given.first) if given.first < 2 else given.first,
+        **({"last_frame": True} if given.last else {}),
         "latent_dtype": own.latent_dtype,
         # The bits of a latent depend on how many are computed together.
         "batch_size": own.batch_size,

@@ -74,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts", type=Path, metavar="FILE", help="a text file, one prompt a line")
     add("--image", type=Path, action="append", default=[], metavar="FILE",
         help="first frame: one for all prompts, or one for each; scaled and cropped")  # fmt: skip
+    add("--last-image", type=Path, action="append", default=[], metavar="FILE",
+        help="last frame, beside --image")  # fmt: skip
+    add("--video", type=Path, action="append", default=[], metavar="FILE",
+        help="instead of --image: a video that the clip goes on from")  # fmt: skip
+    add("--video-frames", type=cli.positive_integer("frames"), default=1, metavar="N",
+        help="last frames of the video that the clip begins with (default 1)")  # fmt: skip
     add("--to", type=Path, metavar="FOLDER",
         help="default: samples/ in the run's output folder, or beside the export")  # fmt: skip
     add("--role", metavar="NAME", help="of a run; default: student")
@@ -110,12 +116,7 @@ def _read(args: argparse.Namespace) -> tuple[SampleSource, Request]:
     problems = []
     if not prompts:
         problems.append("no prompt: give --prompt TEXT or --prompts FILE")
-    if len(args.image) not in (0, 1, len(prompts)):
-        problems.append(
-            f"--image: {len(args.image)} pictures for {len(prompts)} prompts; give one for all, or "
-            "one for each"
-        )
-    problems += [f"--image: there is no file {path}" for path in args.image if not path.is_file()]
+    problems += _file_problems(args, len(prompts))
     if args.latent_frames and (len(prompts) > 1 or args.also):
         problems.append("--latent-frames streams one video: give one --prompt, and no --also")
     samplers, wrong = _samplers(args)
@@ -129,13 +130,12 @@ def _read(args: argparse.Namespace) -> tuple[SampleSource, Request]:
         raise ConfigError([*problems, *error.problems]) from error
     if args.latent_frames:
         problems += _stream_problems(source, args.latent_frames)
-    if problems:
-        raise ConfigError(problems)
-    if source.main in samplers:
-        cli.say(f"{source.main} is sampled as these options say, not as it was trained")
     request = Request(
         prompts=tuple(prompts),
         images=tuple(args.image),
+        last_images=tuple(args.last_image),
+        videos=tuple(args.video),
+        video_frames=args.video_frames,
         seed=args.seed,
         batch=args.batch,
         latent_frames=args.latent_frames,
@@ -144,15 +144,48 @@ def _read(args: argparse.Namespace) -> tuple[SampleSource, Request]:
         format=args.format,
         fps=args.fps or source.fps,
     )
+    problems += _given_problems(source, request)
+    if problems:
+        raise ConfigError(problems)
+    if source.main in samplers:
+        cli.say(f"{source.main} is sampled as these options say, not as it was trained")
     return source, request
+
+
+def _file_problems(args: argparse.Namespace, prompts: int) -> list[str]:
+    """Report pictures and videos that are not there, or are too few or too many."""
+    problems = []
+    files = {"--image": args.image, "--last-image": args.last_image, "--video": args.video}
+    for option, paths in files.items():
+        if len(paths) not in (0, 1, prompts):
+            problems.append(
+                f"{option}: {len(paths)} files for {prompts} prompts; give one for all, or one for "
+                "each"
+            )
+        problems += [f"{option}: there is no file {path}" for path in paths if not path.is_file()]
+    if args.image and args.video:
+        problems.append("--image beside --video: a clip begins with one of the two. Give one")
+    return problems
+
+
+def _given_problems(source: SampleSource, request: Request) -> list[str]:
+    """Report frames that the models cannot be given, or cannot do without."""
+    option = "--last-image" if request.last_images else "--video" if request.videos else "--image"
+    family, pipeline = source.family_plugin, source.pipeline
+    frames = next(iter(family.clip_shapes(pipeline)), (None,))[0]
+    for name, role in source.roles.items():
+        readable = family.frame_conditions(role.spec, pipeline)
+        if (problem := readable.problem(request.given, frames)) is not None:
+            return [f"{option}: role {name!r}: {problem}"]
+    return []
 
 
 def _stream_problems(source: SampleSource, frames: int) -> list[str]:
     family, pipeline = source.family_plugin, source.pipeline
     if source.main in family.capabilities(pipeline).causal_roles:
         shape = family.latent_shape(pipeline, source=source.components)
-        reads_picture = family.needs_image(source.roles[source.main].spec, pipeline)
-        if shape is None or not reads_picture or frames <= shape[1]:
+        readable = family.frame_conditions(source.roles[source.main].spec, pipeline)
+        if shape is None or readable.first != "always" or frames <= shape[1]:
             return []
         return [
             f"--latent-frames {frames}: {source.main!r} reads its first frame beside every frame "

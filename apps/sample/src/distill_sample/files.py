@@ -11,6 +11,7 @@ from distill_media import (
     Mp4Writer,
     SheetRow,
     clips_to_gif,
+    read_last_frames,
     shrink,
     write_contact_sheet,
     write_sheet_gif,
@@ -115,9 +116,9 @@ def write_sheets(
             yield film
 
 
-def read_first_frames(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
-    """Read pictures as first frames [B, 3, H_px, W_px] in [0, 1], scaled and cropped to ``size``
-    (height, width) about their middle.
+def read_pictures(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
+    """Read pictures as frames [B, 3, H_px, W_px] in [0, 1], scaled and cropped to ``size`` (height,
+    width) about their middle.
 
     Raises:
         DataError: a file is no picture.
@@ -130,9 +131,20 @@ def read_first_frames(paths: Sequence[Path], size: tuple[int, int]) -> Tensor:
                 picture = ImageOps.fit(upright, (size[1], size[0]), Image.Resampling.LANCZOS)
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(
-                f"{path} cannot be read as a picture ({error}); a clip cannot begin with it. Save "
-                "it again, or name another"
+                f"{path} cannot be read as a picture ({error}), and no frame of a clip can be made "
+                "of it. Save it again, or name another"
             ) from error
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         frames.append(pixels.view(*size, 3).permute(2, 0, 1).float() / 255)
     return torch.stack(frames)
+
+
+def read_video_ends(paths: Sequence[Path], count: int, size: tuple[int, int]) -> Tensor:
+    """Read the last ``count`` frames of videos as [B, 3, count, H_px, W_px] in [0, 1], scaled and
+    cropped to ``size`` (height, width) about their middle.
+
+    Raises:
+        DataError: a file is no video, or is shorter.
+    """
+    ends = [torch.from_numpy(read_last_frames(path, count, size)) for path in paths]
+    return torch.stack(ends).permute(0, 4, 1, 2, 3).float() / 255

@@ -18,6 +18,7 @@ from distill_protocols import (
     ConditioningError,
     ContractError,
     DistillAdapter,
+    GivenFrames,
     RowGenerators,
     SamplerSpec,
     WeightSource,
@@ -58,6 +59,7 @@ class Model:
         role: str | None = None,
         sampler: SamplerSpec | None = None,
         images: Tensor | None = None,
+        last_images: Tensor | None = None,
         batch: int = 1,
         first: int = 0,
     ) -> Tensor:
@@ -69,15 +71,18 @@ class Model:
         Args:
             role: None: the one that was asked for.
             sampler: None: the role's own.
-            images: first frames [B, 3, H_px, W_px] in [0, 1], for models that take one.
+            images: first frames [B, 3, H_px, W_px] in [0, 1], for models that take one; or of each
+                clip several that it goes on from, [B, 3, K, H_px, W_px].
+            last_images: last frames [B, 3, H_px, W_px], beside first ones.
             batch: clips sampled at once.
             first: number of the first clip, where these are some of many.
 
         Raises:
-            ConditioningError: a model that cannot do without a first frame gets none.
+            ConditioningError: a model gets frames that it does not read, or not those that it
+                cannot do without.
         """
         name, spec = self._choose(role, sampler)
-        cond = self._encode(name, prompts, images)
+        cond = self._encode(name, prompts, images, last_images)
         clips = []
         for start in range(0, len(prompts), batch):
             rows = list(range(start, min(start + batch, len(prompts))))
@@ -109,7 +114,7 @@ class Model:
 
         Args:
             frames: latent frames of the whole video, which may be longer than the run's clips.
-            image: first frame [3, H_px, W_px].
+            image: first frame [3, H_px, W_px], or several, [3, K, H_px, W_px].
 
         Raises:
             ContractError: the role is not causal.
@@ -164,14 +169,23 @@ class Model:
             raise ContractError(f"nothing says how {name!r} is sampled. Give a sampler")
         return name, spec
 
-    def _encode(self, role: str, prompts: Sequence[str], images: Tensor | None) -> Condition:
-        spec = self.source.roles[role].spec
-        if images is None and self.source.family_plugin.needs_image(spec, self.source.pipeline):
-            raise ConditioningError(
-                f"{role!r} is an image-to-video model: each clip begins with a picture, and there "
-                "is none. Give one a prompt (--image)"
-            )
-        return self.conditioning.encode(prompts, images).to(self.device)
+    def _encode(
+        self,
+        role: str,
+        prompts: Sequence[str],
+        images: Tensor | None,
+        last_images: Tensor | None = None,
+    ) -> Condition:
+        several = images is not None and images.dim() == 5
+        given = GivenFrames(
+            first=0 if images is None else images.shape[2] if several else 1,
+            last=last_images is not None,
+        )
+        spec, pipeline = self.source.roles[role].spec, self.source.pipeline
+        problem = self.source.family_plugin.frame_conditions(spec, pipeline).problem(given)
+        if problem is not None:
+            raise ConditioningError(f"role {role!r}: {problem}")
+        return self.conditioning.encode(prompts, images, last_images).to(self.device)
 
     def _negative(self, spec: SamplerSpec) -> Condition | None:
         return self.conditioning.negative().to(self.device) if spec.guided else None

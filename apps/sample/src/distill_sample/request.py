@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from attrs import frozen
+from distill_protocols import GivenFrames
 
 
 @frozen(kw_only=True)
@@ -14,6 +15,9 @@ class Request:
 
     Attributes:
         images: first frames: none, one for all prompts, or one for each.
+        last_images: beside them last frames, as many.
+        videos: instead of images, videos that the clips go on from: one for all, or one for each.
+        video_frames: so many last frames of a video are the first ones of its clip.
         seed: of the first clip; clip n has ``seed + n``.
         batch: clips at once.
         latent_frames: of a streamed video; None: whole clips.
@@ -24,6 +28,9 @@ class Request:
 
     prompts: tuple[str, ...]
     images: tuple[Path, ...]
+    last_images: tuple[Path, ...]
+    videos: tuple[Path, ...]
+    video_frames: int
     seed: int
     batch: int
     latent_frames: int | None
@@ -31,3 +38,9 @@ class Request:
     to: Path
     format: Literal["mp4", "gif", "png"]
     fps: float
+
+    @property
+    def given(self) -> GivenFrames:
+        """The frames that are given of each clip."""
+        first = self.video_frames if self.videos else int(bool(self.images))
+        return GivenFrames(first=first, last=bool(self.last_images))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from attrs import frozen
 from distill_runfile import cli
 from distill_runtime import ALONE, RowPartition, counted, device_type
 from distill_trainer import Distribution
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from distill_sample.files import (
     clip_stem,
-    read_first_frames,
+    read_pictures,
+    read_video_ends,
     thumbnails,
     write_clip,
     write_sheets,
@@ -51,23 +53,49 @@ def run(source: SampleSource, request: Request) -> None:
             ranks=ranks,
         )
         _log.info("%s of %s on %s", ", ".join(source.roles), source.name, distribution.device)
-        images = _read_images(model, request)
+        given = _read_given(model, request)
         with model.adapter.keep_encoders_loaded():
             model.prepare(request.prompts)
         if request.latent_frames is not None:
-            _stream(model, request, images)
+            _stream(model, request, given)
         else:
-            _sample(model, request, images, RowPartition(ranks, len(request.prompts)))
+            _sample(model, request, given, RowPartition(ranks, len(request.prompts)))
 
 
-def _read_images(model: Model, request: Request) -> Tensor | None:
-    if not request.images:
-        return None
-    images = read_first_frames(request.images, model.clip_size())
-    return images if len(images) > 1 else images.expand(len(request.prompts), -1, -1, -1)
+@frozen(kw_only=True, eq=False)
+class _Given:
+    """Frames that are given, one row a prompt: see ``Model.sample``."""
+
+    images: Tensor | None
+    last_images: Tensor | None
+
+    def __getitem__(self, rows: list[int]) -> _Given:
+        """Return those of some prompts."""
+        return _Given(
+            images=None if self.images is None else self.images[rows],
+            last_images=None if self.last_images is None else self.last_images[rows],
+        )
 
 
-def _sample(model: Model, request: Request, images: Tensor | None, rows: RowPartition) -> None:
+def _read_given(model: Model, request: Request) -> _Given:
+    images = last = None
+    if request.videos:
+        images = read_video_ends(request.videos, request.video_frames, model.clip_size())
+    elif request.images:
+        images = read_pictures(request.images, model.clip_size())
+    if request.last_images:
+        last = read_pictures(request.last_images, model.clip_size())
+    count = len(request.prompts)
+    return _Given(images=_for_each(images, count), last_images=_for_each(last, count))
+
+
+def _for_each(pictures: Tensor | None, count: int) -> Tensor | None:
+    if pictures is None or len(pictures) == count:
+        return pictures
+    return pictures.expand(count, *pictures.shape[1:])
+
+
+def _sample(model: Model, request: Request, given: _Given, rows: RowPartition) -> None:
     """Make the clips of this rank's prompts; the first rank draws the sheets of all."""
     record = SampleRecord(model, request)
     rows.ranks.run_on_first(record.remove_former)
@@ -75,7 +103,7 @@ def _sample(model: Model, request: Request, images: Tensor | None, rows: RowPart
         sheet = [
             row
             for role in model.source.roles
-            if (row := _sample_role(model, request, images, rows, record, role))
+            if (row := _sample_role(model, request, given, rows, record, role))
         ]
         if rows.ranks.is_first:
             for path in write_sheets(
@@ -89,7 +117,7 @@ def _sample(model: Model, request: Request, images: Tensor | None, rows: RowPart
 def _sample_role(
     model: Model,
     request: Request,
-    images: Tensor | None,
+    given: _Given,
     rows: RowPartition,
     record: SampleRecord,
     role: str,
@@ -103,7 +131,8 @@ def _sample_role(
             [request.prompts[row] for row in chunk],
             seed=request.seed,
             role=role,
-            images=None if images is None else images[chunk],
+            images=given[chunk].images,
+            last_images=given[chunk].last_images,
             batch=len(chunk),
             first=chunk[0],
         )
@@ -119,7 +148,7 @@ def _sample_role(
     return None if gathered is None else (label, gathered)
 
 
-def _stream(model: Model, request: Request, images: Tensor | None) -> None:
+def _stream(model: Model, request: Request, given: _Given) -> None:
     assert request.latent_frames is not None
     role, [prompt] = model.source.main, request.prompts
     record = SampleRecord(model, request)
@@ -131,7 +160,7 @@ def _stream(model: Model, request: Request, images: Tensor | None) -> None:
             prompt,
             frames=request.latent_frames,
             seed=request.seed,
-            image=None if images is None else images[0],
+            image=None if given.images is None else given.images[0],
         )
         path = _write_chunks(_timed(chunks, seconds), request, clip_stem(0, prompt, role))
     cli.say(f"{len(seconds)} chunks: {path}")

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from attrs import evolve
 from distill_diffusers.descriptions import LatentInfo, ModelDescription
-from distill_diffusers.family import DiffusersFamily
+from distill_diffusers.family import CAPABILITIES, DiffusersFamily
 from distill_diffusers.fingerprints import text_settings
 from distill_diffusers.model_configs import read_integer
+from distill_protocols import Capabilities, Fingerprint, FrameConditions, RoleSpec, WeightsError
 
 from distill_adapters_ltx.config import LTXPipelineConfig
 from distill_adapters_ltx.kind import (
     LTX,
+    PIPELINE,
     TEXT,
     TEXT_MASK,
     clip_problems,
+    frame_conditions,
     latent_info,
+    padding_entry,
     unsupported,
 )
 from distill_adapters_ltx.published import PUBLISHED
@@ -27,14 +32,27 @@ if TYPE_CHECKING:
 
 
 class LtxFamily(DiffusersFamily[LTXPipelineConfig]):
-    """LTX-Video from text, as ``LTXPipeline`` calls it, on diffusers' own modules."""
+    """LTX-Video from text and from given frames, as its pipelines call it, on diffusers' own
+    modules."""
 
     name = "ltx"
     contract = 2
-    help = "LTX-Video 0.9.0 to 0.9.5, from Diffusers-format folders or hub ids"
+    help = "LTX-Video 0.9.0 to 0.9.8, from Diffusers-format folders or hub ids"
     config_class = LTXPipelineConfig
     kind = LTX
     published = PUBLISHED
+
+    def capabilities(self, config: LTXPipelineConfig) -> Capabilities:
+        return evolve(CAPABILITIES, supports_frame_times=True, supports_image_condition=True)
+
+    def frame_conditions(self, role: RoleSpec, config: LTXPipelineConfig) -> FrameConditions:
+        """Give first frames, and of a model of ``LTXConditionPipeline`` the last one."""
+        if role.heads is not None:
+            return FrameConditions()
+        try:
+            return frame_conditions(self.describe(role.path).call_options[PIPELINE])
+        except WeightsError:
+            return FrameConditions()
 
     def unsupported(self, model: ModelDescription, config: LTXPipelineConfig) -> Iterator[str]:
         return unsupported(model)
@@ -65,6 +83,14 @@ class LtxFamily(DiffusersFamily[LTXPipelineConfig]):
 
     def text_settings(self, config: LTXPipelineConfig) -> Mapping[str, object]:
         return text_settings(config.max_sequence_length, config.text_encoder_precision)
+
+    def fingerprint(self, config: LTXPipelineConfig, *, source: str) -> Fingerprint:
+        """Name what ``DiffusersFamily`` does, and whether T5 attends to the padding."""
+        fingerprint = super().fingerprint(config, source=source)
+        try:
+            return {**fingerprint, **padding_entry(self.describe(source).call_options[PIPELINE])}
+        except WeightsError:
+            return fingerprint
 
     def call_model(self, role: RoleHandle, inputs: Mapping[str, Tensor]) -> Tensor:
         from distill_adapters_ltx.adapter import call_transformer

@@ -1,7 +1,7 @@
-"""How a Wan model is called: from text or from a first frame, with one expert or two.
+"""How a Wan model is called: from text or from given frames, with one expert or two.
 
 What is true of any flow-matching model is in ``distill_diffusers.adapter``. Here are the checks of
-Wan's conditions, first frames, experts, causal roles and times for each frame.
+Wan's conditions, given frames, experts, causal roles and times for each frame.
 
 Letters: B batch, C channels, T latent frames, H and W latent height and width, L tokens, D width.
 """
@@ -16,6 +16,12 @@ from distill_diffusers.adapter import VelocityCall, checked_rollout, device_of
 from distill_diffusers.calls import flow
 from distill_diffusers.calls.conditions import read_condition
 from distill_diffusers.calls.features import Features
+from distill_diffusers.calls.given_frames import (
+    frame_times,
+    insert_frames,
+    predicted_frames,
+    read_given_latents,
+)
 from distill_diffusers.components.images import ImageEncoder
 from distill_diffusers.components.statistics import LatentStatistics
 from distill_diffusers.family import DiffusersFamily
@@ -29,7 +35,6 @@ from distill_protocols import (
     Chunk,
     ChunkCall,
     Condition,
-    ConditioningError,
     ContractError,
     ExpertRouting,
     Fingerprint,
@@ -49,20 +54,28 @@ from distill_adapters_wan.causal.roles import CausalRoles, PreparedCall, token_t
 from distill_adapters_wan.config import WanPipelineConfig
 from distill_adapters_wan.experts import Experts, boundary_of, ranges, stated_ratio
 from distill_adapters_wan.images.conditions import (
-    append_image_channels,
-    frame_times,
-    insert_first_frame,
+    frame_mask,
+    read_image_channels,
     read_image_embeds,
-    read_image_latents,
+    refuse_images,
 )
-from distill_adapters_wan.images.shapes import EMBEDS, LATENTS, TEXT, ImageKind, image_kind
+from distill_adapters_wan.images.shapes import (
+    EMBEDS,
+    LATENTS,
+    MASK,
+    TEXT,
+    ImageKind,
+    frame_conditions,
+    image_kind,
+    reads_pairs,
+)
 from distill_adapters_wan.text import encode_text, wan_encoders
 
 
 class WanAdapter(FamilyAdapter):
     """``DistillAdapter``, ``ExpertRouting``, ``ImageConditioning`` and ``CausalRollout`` of Wan.
 
-    A condition is ``{"text": [B, L, D]}`` and, of a model that reads a first frame, what
+    A condition is ``{"text": [B, L, D]}`` and, of a model that reads given frames, what
     ``distill_adapters_wan.images.conditions`` states.
 
     Args:
@@ -100,9 +113,9 @@ class WanAdapter(FamilyAdapter):
         )
         _refuse_mixed_conditions(self.models)
         # Of the source where there are no roles, as when data are made.
-        self._image_kind = next(map(_image_kind, self.models.values()), None) or image_kind(
-            self.transformer, family.describe(source).call_options["expand_timesteps"]
-        )
+        self._image_kind: ImageKind = next(
+            map(_image_kind, self.models.values()), None
+        ) or image_kind(self.transformer, family.describe(source).call_options["expand_timesteps"])
         self._text = encoders
         self._images = ImageEncoder(source, device=device)
         self._causal = CausalRoles(bundle, config.causal)
@@ -120,7 +133,7 @@ class WanAdapter(FamilyAdapter):
 
     @property
     def images(self) -> ImageConditioning:
-        """This adapter: a model may read a first frame."""
+        """This adapter: a model may read given frames."""
         return self
 
     # -- model calls --------------------------------------------------------------------------
@@ -175,29 +188,34 @@ class WanAdapter(FamilyAdapter):
     def _model_inputs(
         self, role: RoleHandle, prepared: PreparedCall, cond: Condition, *, like_pipeline: bool
     ) -> tuple[Tensor, Tensor]:
-        """Put a picture where the model reads it; times are [B], or one a token."""
+        """Put given frames where the model reads them; times are [B], or one a token."""
         kind, x_t, t, frames = _image_kind(role), prepared.x_t, prepared.t, prepared.frames
-        image = read_image_latents(cond, kind, x_t, frames)
-        if kind == "frame" and (image is not None or like_pipeline):
+        transformer = transformer_of(role)
+        if kind != "frame":
+            times = token_times(transformer, x_t, t)
+            if kind == "channels":
+                return torch.cat([x_t, read_image_channels(cond, x_t, frames)], dim=1), times
+            refuse_images(cond)
+            return x_t, times
+        given = read_given_latents(cond, LATENTS, x_t, self._latent_shape[1])
+        if given is None:
             # WanPipeline gives such a model one t a token, always. Where nothing must repeat its
             # bits, a t that all tokens share gives the same to 4e-6, without a row of modulation
             # for each token.
-            t = frame_times(t, frames, first_is_given=image is not None)
-        times = token_times(transformer_of(role), x_t, t)
-        if image is None:
-            return x_t, times
-        insert = append_image_channels if kind == "channels" else insert_first_frame
-        return insert(x_t, image, frames), times
+            t = frame_times(t, frames, 0) if like_pipeline else t
+            return x_t, token_times(transformer, x_t, t)
+        times = token_times(transformer, x_t, frame_times(t, frames, given.shape[2]))
+        return insert_frames(x_t, given, frames), times
 
     def insert_given_frames(
         self, role: RoleHandle, x: Tensor, cond: Condition, first_frame: int = 0
     ) -> Tensor:
-        """Put the first frame that ``cond`` gives, if any, in the place of a predicted one."""
+        """Put the first frames that ``cond`` gives, if any, in the place of predicted ones."""
         if _image_kind(role) != "frame":
             return x
+        given = read_given_latents(cond.expand(len(x)), LATENTS, x, self._latent_shape[1])
         frames = (range(first_frame, first_frame + x.shape[2]),)
-        image = read_image_latents(cond.expand(len(x)), "frame", x, frames)
-        return x if image is None else insert_first_frame(x, image, frames)
+        return x if given is None else insert_frames(x, given, frames)
 
     def check_features(self, role: RoleHandle, w: float) -> None:
         """See ``FlowMatchingAdapter.check_features``; a causal role has none either."""
@@ -240,66 +258,50 @@ class WanAdapter(FamilyAdapter):
         boundary = boundary_of(model, own, self._config.boundary_ratio)
         return Experts(role=role.name, modules=role.transformers, boundary=boundary)
 
-    # -- first frames -------------------------------------------------------------------------
+    # -- given frames -------------------------------------------------------------------------
 
     def trained_frames(self, cond: Condition, frames: int | None = None) -> Tensor | None:
-        """Return 0 on the first frame where ``cond`` gives it as a frame (TI2V-5B), else None.
+        """Return 0 on the first frames where ``cond`` gives them as frames (TI2V-5B), else None.
 
         A picture in channels of its own (Wan 2.1 and A14B) leaves every frame to be predicted.
-        """
-        image = cond.tensors.get(LATENTS)
-        if image is None or image.shape[2] != 1 or self._image_kind != "frame":
-            return None
-        frames = self._latent_shape[1] if frames is None else frames
-        mask = torch.ones(1, 1, frames, 1, 1, device=image.device)
-        mask[:, :, 0] = 0
-        return mask
-
-    @torch.no_grad()
-    def with_image(self, cond: Condition, images: Tensor, frames: int | None = None) -> Condition:
-        """Add to ``cond`` what the models read of first frames [B, 3, H_px, W_px] in [0, 1].
-
-        Args:
-            frames: of the clips that begin so, in pixels; None: those of the run's largest clip of
-                this size.
 
         Raises:
-            ConditioningError: the models read none, pictures are of another size than the run's
-                clips, or there is not one for each row of ``cond``.
+            ConditioningError: all frames of the clip are given.
+        """
+        given = cond.tensors.get(LATENTS)
+        if given is None or self._image_kind != "frame":
+            return None
+        return predicted_frames(given, self._latent_shape[1] if frames is None else frames)
+
+    @torch.no_grad()
+    def with_image(
+        self,
+        cond: Condition,
+        images: Tensor,
+        frames: int | None = None,
+        last: Tensor | None = None,
+    ) -> Condition:
+        """See ``ImageConditioning.with_image``.
+
+        Raises:
+            ConditioningError: the models read no such frames, pictures are of another size than
+                the run's clips, or there is not one for each row of ``cond``.
             WeightsError: Wan 2.1 reads CLIP's embedding, and the source has no image encoder.
         """
-        kind = self._image_kind
-        if kind == "none":
-            raise ConditioningError(
-                "there is a first frame, but the models of this run read text alone; it would have "
-                "no effect. Leave it out, or use an image-to-video model"
-            )
-        largest = (self._config.num_frames, self._config.height, self._config.width)
-        clips = [largest, *sorted(self._clip_shapes, reverse=True)]
-        fitting = [
-            clip
-            for clip in clips
-            if tuple(images.shape) == (len(cond), 3, *clip[1:]) and frames in (None, clip[0])
-        ]
-        if not fitting:
-            sizes = dict.fromkeys(f"[{len(cond)}, 3, {h}, {w}]" for _, h, w in clips)
-            raise ConditioningError(
-                f"first frames are {list(images.shape)}, they must be {' or '.join(sizes)}: one a "
-                "row of the condition, of the size of the run's clips. Scale and crop them before"
-            )
-        num_frames = fitting[0][0]
-        mean, std = self._statistics.mean, self._statistics.std
-        first = images.to(mean.device).float().unsqueeze(2)
-        if kind == "channels":
-            # Grey, 0 in the VAE's range, as WanImageToVideoPipeline fills up the clip.
-            rest = torch.full_like(first, 0.5).expand(-1, -1, num_frames - 1, -1, -1)
-            first = torch.cat([first, rest], dim=2)
-        # One at a time, and normalised as that pipeline does: both round otherwise together or in
-        # normalize_latents.
-        raw = torch.cat([self._codec.encode(clip) for clip in first.split(1)])
-        tensors = {LATENTS: (raw - mean.to(raw)) * (1.0 / std.to(raw))}
+        readable = frame_conditions(self.transformer, self._image_kind, self.frames_a_latent)
+        given = self.given_pixels(readable, len(cond), images, frames, last)
+        first, end = given.first, given.last
+        video = first if self._image_kind == "frame" else _with_grey(first, end, given.frames)
+        raw = self._codec.encode_each(video)
+        mean, std = self._statistics.mean.to(raw), self._statistics.std.to(raw)
+        # As WanImageToVideoPipeline does: it rounds otherwise in normalize_latents.
+        tensors = {LATENTS: (raw - mean) * (1.0 / std)}
+        if end is not None:
+            mask = frame_mask(raw.shape[2]).to(raw.device)
+            tensors[MASK] = mask.expand(len(raw), -1, -1)
         if self.transformer.get("image_dim") is not None:
-            tensors[EMBEDS] = self._images.encode(images)
+            pictures = first if end is None else torch.cat([first, end], dim=2)
+            tensors[EMBEDS] = self._images.encode(pictures.transpose(1, 2))
         return Condition(tensors).merged_onto(cond)
 
     # -- latents and conditions ---------------------------------------------------------------
@@ -309,18 +311,14 @@ class WanAdapter(FamilyAdapter):
         wide = flow.widen(latents)
         return wide / (1.0 / self._statistics.std.to(wide)) + self._statistics.mean.to(wide)
 
-    def encode_condition(self, raw_cond: Sequence[str], images: Tensor | None = None) -> Condition:
-        """Encode to ``{"text": [B, L, D]}`` fp32, padded to L = max_sequence_length with zeros.
-
-        Args:
-            images: first frames, see ``with_image``.
-        """
-        text = encode_text(self._text, raw_cond, self._config.max_sequence_length)
-        cond = Condition({TEXT: text})
-        return cond if images is None else self.with_image(cond, images)
+    def encode_condition(self, raw_cond: Sequence[str]) -> Condition:
+        """Encode to ``{"text": [B, L, D]}`` fp32, padded to L = max_sequence_length with zeros."""
+        return Condition(
+            {TEXT: encode_text(self._text, raw_cond, self._config.max_sequence_length)}
+        )
 
     def condition_fingerprint(self) -> Fingerprint:
-        """Name UMT5, its tokenizer and settings, and an encoder of first frames if there is one."""
+        """Name UMT5, its tokenizer and settings, and an encoder of pictures if there is one."""
         return {**super().condition_fingerprint(), **image_fingerprint(self._codec.source)}
 
     # -- causal roles -------------------------------------------------------------------------
@@ -480,19 +478,32 @@ def _image_kind(role: RoleHandle) -> ImageKind:
     return image_kind(transformer_of(role).config, expand)
 
 
-_CONDITIONS: Mapping[tuple[ImageKind, bool], str] = {
-    ("none", False): "text",
-    ("frame", False): "text, or a first frame in its place",
-    ("channels", False): "text and a first frame's latents",
-    ("channels", True): "text, a first frame's latents and its CLIP embedding",
+def _with_grey(first: Tensor, last: Tensor | None, frames: int) -> Tensor:
+    """Fill clips [B, 3, frames, H, W] up between pictures with grey, 0 in the VAE's range, as
+    ``WanImageToVideoPipeline`` does."""
+    ends = [] if last is None else [last]
+    length = frames - first.shape[2] - len(ends)
+    grey = torch.full_like(first[:, :, :1], 0.5).expand(-1, -1, length, -1, -1)
+    return torch.cat([first, grey, *ends], dim=2)
+
+
+_CONDITIONS: Mapping[tuple[ImageKind, bool, bool], str] = {
+    ("none", False, False): "text",
+    ("frame", False, False): "text, or first frames in their place",
+    ("channels", False, False): "text and a first frame's latents",
+    ("channels", True, False): "text, a first frame's latents and its CLIP embedding",
+    ("channels", True, True): "text, latents of a first and a last frame and their CLIP embeddings",
 }
-"""By image kind, and whether the model reads CLIP's embedding."""
+"""By image kind, whether the model reads CLIP's embedding, and whether of two pictures."""
 
 
 def _refuse_mixed_conditions(roles: Mapping[str, RoleHandle]) -> None:
     """Refuse roles of two kinds: one condition goes to all roles of a step."""
     conditions = {
-        name: _CONDITIONS[_image_kind(role), _reads_embeds(role)] for name, role in roles.items()
+        name: _CONDITIONS[
+            _image_kind(role), _reads_embeds(role), reads_pairs(transformer_config(role))
+        ]
+        for name, role in roles.items()
     }
     if len(set(conditions.values())) > 1:
         each = "; ".join(f"{name} reads {tensors}" for name, tensors in conditions.items())

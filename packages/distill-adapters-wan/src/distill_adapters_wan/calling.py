@@ -15,6 +15,7 @@ from distill_protocols.plugins import EMPTY
 from torch import Tensor
 
 from distill_adapters_wan.experts import HIGH
+from distill_adapters_wan.images.shapes import reads_pairs
 from distill_adapters_wan.kind import WAN
 
 
@@ -41,12 +42,17 @@ def call_transformer(
         hidden: x_t [B, C, T, H, W], with the channels of a picture for a model that reads one so.
         times: [B], or one a token.
         text: [B, L, D].
-        image: a picture's embedding [B, tokens, D], for a model that reads one.
+        image: a picture's embedding [B, tokens, D], for a model that reads one; that of a first and
+            a last frame has the tokens of both.
         module: the expert.
         arguments: further ones of the transformer.
     """
+    transformer = transformer_of(role, module)
+    if image is not None and reads_pairs(transformer.config):
+        # Its embedder takes the pictures of a row as two rows, and puts them together again.
+        image = image.unflatten(1, (2, -1)).flatten(0, 1)
     with call_in_precision(role, module, WAN, hidden.device) as dtype:
-        (v,) = transformer_of(role, module)(
+        (v,) = transformer(
             hidden_states=hidden.to(dtype),
             timestep=times.float(),
             encoder_hidden_states=text.to(dtype),

@@ -15,6 +15,7 @@ from distill_protocols import (
     Chunk,
     Fingerprint,
     ForeignNames,
+    FrameConditions,
     Problem,
     RoleSpec,
     WeightsError,
@@ -32,6 +33,7 @@ from distill_adapters_wan.images.shapes import (
     TEXT,
     ImageKind,
     clip_tokens,
+    frame_conditions,
     image_kind,
     needed_shapes,
 )
@@ -39,7 +41,7 @@ from distill_adapters_wan.kind import WAN
 from distill_adapters_wan.names import fastvideo as fastvideo_names
 from distill_adapters_wan.names import original as original_names
 from distill_adapters_wan.published import PUBLISHED
-from distill_adapters_wan.shape import clip_problems, latent_info, unsupported
+from distill_adapters_wan.shape import clip_problems, latent_info, pair_problem, unsupported
 
 if TYPE_CHECKING:
     from distill_protocols import DistillAdapter, Exporter, ModelBundle, RoleHandle
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 
 
 class WanFamily(DiffusersFamily[WanPipelineConfig]):
-    """Wan 2.1 and 2.2, from text and from a first frame, on diffusers' own modules."""
+    """Wan 2.1 and 2.2, from text and from given frames, on diffusers' own modules."""
 
     name = "wan"
     contract = 2
@@ -79,8 +81,12 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
     def fit_problems(
         self, role: RoleSpec, config: WanPipelineConfig, model: ModelDescription
     ) -> Iterator[str]:
-        """Report where the clip does not fit, and where a causal role's model cannot be causal."""
+        """Report where clip and image encoder do not fit, and where a causal role's model cannot
+        be causal."""
         yield from super().fit_problems(role, config, model)
+        tokens = _clip_tokens(config.components or role.path)
+        if (problem := pair_problem(model.main, tokens)) is not None:
+            yield problem
         if config.causal is not None and role.name in config.causal.roles:
             for transformer in model.transformers.values():
                 yield from causal_problems(config.causal, transformer)
@@ -149,7 +155,7 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
         self, config: WanPipelineConfig, *, source: str
     ) -> Mapping[str, tuple[int, ...]]:
         """Give ``text`` [L, D], and ``image_latents`` and, for Wan 2.1, ``image_embeds`` of an
-        image-to-video model."""
+        image-to-video model; of one of first and last frames ``image_mask``, too."""
         try:
             model = self.describe(source)
         except WeightsError:
@@ -173,13 +179,18 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
     def fingerprint(self, config: WanPipelineConfig, *, source: str) -> Fingerprint:
         return {**super().fingerprint(config, source=source), **image_fingerprint(source)}
 
-    def needs_image(self, role: RoleSpec, config: WanPipelineConfig) -> bool:
+    def frame_conditions(self, role: RoleSpec, config: WanPipelineConfig) -> FrameConditions:
+        """Give the first frame of an image-to-video model, and the last one or further ones of
+        those that read them."""
         if role.heads is not None:
-            return False
+            return FrameConditions()
         try:
-            return _image_kind(self.describe(role.path)) == "channels"
+            model = self.describe(role.path)
         except WeightsError:
-            return False
+            return FrameConditions()
+        latents = self.latents(config.components or role.path)
+        stride = latent_info({}).stride_t if latents is None else latents.stride_t
+        return frame_conditions(model.main, _image_kind(model), stride)
 
     def expert_ranges(
         self, role: RoleSpec, config: WanPipelineConfig

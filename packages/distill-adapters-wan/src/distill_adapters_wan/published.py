@@ -25,6 +25,7 @@ _COMMON: Mapping[str, object] = {
 _SMALL = {**_COMMON, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 _LARGE = {**_COMMON, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
 _IMAGE_21 = {**_LARGE, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+_PAIR_21 = {**_IMAGE_21, "pos_embed_seq_len": 514}
 _IMAGE_22 = {**_LARGE, "in_channels": 36}
 _DENSE_5B = {
     **_COMMON,
@@ -49,6 +50,9 @@ PUBLISHED: Mapping[str, PublishedModel] = {
     ),
     "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": PublishedModel(
         transformers={"transformer": _IMAGE_21}, latents=_VAE_21
+    ),
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": PublishedModel(
+        transformers={"transformer": _PAIR_21}, latents=_VAE_21
     ),
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": PublishedModel(
         transformers={"transformer": _LARGE, "transformer_2": _LARGE},

@@ -8,9 +8,8 @@ from distill_diffusers.descriptions import LatentInfo, ModelDescription, as_json
 from distill_diffusers.model_configs import read_integer, read_integers
 
 from distill_adapters_wan.config import WanPipelineConfig
+from distill_adapters_wan.images.shapes import MASK_CHANNELS, PAIR_TOKENS, reads_pairs
 
-MASK_CHANNELS = 4
-"""Beside a picture's latents: which of the four pixel frames of a latent frame are given."""
 TEXT_TOKENS = 512
 """Fixed in diffusers' attention, which separates text from a picture's embedding by it."""
 
@@ -50,11 +49,24 @@ def unsupported(model: ModelDescription, boundary_ratio: float | None = None) ->
                 f"{name} takes a picture as channels, and its pipeline gives one as a first frame "
                 "too (expand_timesteps); a model has one of the two. Mend model_index.json"
             )
-        if config.get("pos_embed_seq_len") is not None:
+        tokens = config.get(PAIR_TOKENS)
+        if tokens is not None and (inputs == outputs or read_integer(config, PAIR_TOKENS) % 2):
             yield (
-                f"{name} reads a first and a last frame (pos_embed_seq_len); this adapter gives a "
-                "first frame alone. Use an image-to-video model"
+                f"{name} has positions for {tokens} tokens of a first and a last frame "
+                f"({PAIR_TOKENS}); there must be as many of each, in a model that reads a picture "
+                "as channels. Use a model of first and last frames (FLF2V) as it was published"
             )
+
+
+def pair_problem(transformer: Mapping[str, object], tokens: int) -> str | None:
+    """Say why an image encoder that makes ``tokens`` of a picture does not fit the transformer."""
+    expected = transformer.get(PAIR_TOKENS)
+    if not reads_pairs(transformer) or expected == 2 * tokens:
+        return None
+    return (
+        f"the transformer has positions for {expected} tokens of two pictures ({PAIR_TOKENS}), and "
+        f"the image encoder makes {tokens} of each. Use the image encoder of the same model"
+    )
 
 
 def _expert_problems(model: ModelDescription, boundary_ratio: float | None) -> Iterator[str]:

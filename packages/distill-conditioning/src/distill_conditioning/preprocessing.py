@@ -12,6 +12,7 @@ from distill_protocols import (
     ConditionEncoder,
     ConditioningError,
     DataError,
+    GivenFrames,
     ImageConditioning,
 )
 from torch import Tensor
@@ -27,7 +28,7 @@ class ClipEncoder(ConditionEncoder, Protocol):
 
     @property
     def images(self) -> ImageConditioning | None:
-        """Used only with ``first_frames``."""
+        """Used only where frames are given."""
         ...
 
     def latent_fingerprint(self) -> Mapping[str, str]:
@@ -46,15 +47,17 @@ def preprocess(
     *,
     negative_prompt: str | None,
     batch_size: int = 8,
-    first_frames: bool = False,
+    first_frames: int = 0,
+    last_frame: bool = False,
 ) -> int:
     """Encode ``clips`` and add them to ``writer``; return their number.
 
     Args:
         clips: read once, ``batch_size`` at a time; all of one size.
         negative_prompt: encoded into the data set's constants; None leaves them out.
-        first_frames: let the encoder add what an image-to-video model reads of each clip's first
-            frame to its condition.
+        first_frames: let the encoder add what the model reads of so many first frames of each clip
+            to its condition; 1 (or True) for image to video.
+        last_frame: and of its last one.
 
     Raises:
         DataError: a clip of another shape or range, or two of one id.
@@ -64,7 +67,8 @@ def preprocess(
         writer.record(_fingerprint(encoder))
         if negative_prompt is not None:
             writer.set_negative(negative_prompt, encoder.encode_neg_condition(negative_prompt))
-        samples = _add_clips(clips, encoder, writer, batch_size, first_frames=first_frames)
+        given = GivenFrames(first=int(first_frames), last=last_frame)
+        samples = _add_clips(clips, encoder, writer, batch_size, given)
         # Again: parts that had to be downloaded have a fingerprint only once they were used.
         writer.record(_fingerprint(encoder))
         return samples
@@ -74,13 +78,30 @@ def _fingerprint(encoder: ClipEncoder) -> dict[str, str]:
     return {**encoder.latent_fingerprint(), **encoder.condition_fingerprint()}
 
 
-def _add_first_frames(encoder: ClipEncoder, cond: Condition, videos: Tensor) -> Condition:
-    if encoder.images is None:
+def add_given_frames(
+    images: ImageConditioning | None,
+    cond: Condition,
+    videos: Tensor,
+    given: GivenFrames,
+) -> Condition:
+    """Add to ``cond`` what a model reads of the given frames of clips.
+
+    Args:
+        images: of the adapter.
+        videos: [B, 3, F, H_px, W_px] in [0, 1].
+
+    Raises:
+        ConditioningError: the models read no such frames.
+    """
+    if images is None:
         raise ConditioningError(
-            "first_frames is set, but this family reads text alone. Leave it out, or use an "
-            "image-to-video model"
+            "frames of the clips are to be given, but this family reads text alone; they would "
+            "have no effect. Leave first_frames out, or use an image-to-video model"
         )
-    return encoder.images.with_image(cond, videos[:, :, 0], videos.shape[2])
+    first = videos[:, :, 0] if given.first == 1 else videos[:, :, : given.first]
+    if given.last:
+        return images.with_image(cond, first, videos.shape[2], last=videos[:, :, -1])
+    return images.with_image(cond, first, videos.shape[2])
 
 
 def _add_clips(
@@ -88,8 +109,7 @@ def _add_clips(
     encoder: ClipEncoder,
     writer: ShardWriter,
     batch_size: int,
-    *,
-    first_frames: bool,
+    given: GivenFrames,
 ) -> int:
     seen: set[str] = set()
     for batch in _batches(clips, batch_size):
@@ -105,8 +125,8 @@ def _add_clips(
             except DataError as error:
                 raise DataError(f"{', '.join(ids)}: {error}") from error
             cond = _encode_captions(encoder, captions)
-            if first_frames:
-                cond = _add_first_frames(encoder, cond, videos)
+            if given:
+                cond = add_given_frames(encoder.images, cond, videos, given)
             writer.add(ids, captions, latents, cond)
     return len(seen)
 

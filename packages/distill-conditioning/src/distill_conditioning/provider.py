@@ -100,15 +100,22 @@ class CachedConditioning:
             self._negative = row.to(self._device)
         return self._negative
 
-    def encode(self, prompts: Sequence[str], images: Tensor | None = None) -> Condition:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        images: Tensor | None = None,
+        last_images: Tensor | None = None,
+    ) -> Condition:
         """Return the conditions of ``prompts``, one row each in their order, fp32.
 
         Args:
-            images: first frames [B, 3, H_px, W_px] in [0, 1]; encoded whenever they are given.
+            images: first frames [B, 3, H_px, W_px] in [0, 1], or several of each clip, [B, 3, K,
+                H_px, W_px]; encoded whenever they are given.
+            last_images: last frames [B, 3, H_px, W_px], beside first ones.
 
         Raises:
             ConditioningError: there are no prompts, ranks ask for different ones, or the models
-                take no images or none of this size.
+                take no images, not these ones or none of this size.
         """
         if not prompts:
             raise ConditioningError("no prompt to encode; give at least one")
@@ -121,16 +128,18 @@ class CachedConditioning:
         if images is None:
             return texts.to(self._device)
         what = f"images of {list(prompts)}"
-        [cond] = self._get_from_first(what, lambda: [self._add_images(texts, images)])
+        [cond] = self._get_from_first(what, lambda: [self._add_images(texts, images, last_images)])
         return cond.to(self._device)
 
-    def _add_images(self, texts: Condition, images: Tensor) -> Condition:
+    def _add_images(self, texts: Condition, images: Tensor, last: Tensor | None) -> Condition:
         if self._encoder.images is None:
             raise ConditioningError(
                 "there is a first frame, but this family reads text alone; it would have no "
                 "effect. Leave it out, or use an image-to-video model"
             )
-        return self._encoder.images.with_image(texts, images).to("cpu")
+        if last is None:
+            return self._encoder.images.with_image(texts, images).to("cpu")
+        return self._encoder.images.with_image(texts, images, last=last).to("cpu")
 
     def _encode_texts(self, prompts: Sequence[str]) -> list[Condition]:
         return self._cache.rows(

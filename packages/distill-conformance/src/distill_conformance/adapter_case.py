@@ -16,6 +16,7 @@ from distill_protocols import (
     Condition,
     DistillAdapter,
     FamilyPlugin,
+    GivenFrames,
     ImageConditioning,
     ModelBundle,
     RoleHandle,
@@ -197,26 +198,38 @@ class AdapterCase:
         return ((0.0, 1000.0),) if experts is None else experts.expert_ranges(role)
 
     def condition(self, rows: int = ROWS, *, image: bool | None = None) -> Condition:
-        """Return the case's prompts in turn, with a picture each where a role cannot do without.
+        """Return the case's prompts in turn, with the frames that a role cannot do without.
 
         Encoded once, as a family may read its encoder anew for each encoding.
 
         Args:
             image: True or False: with one, or without.
         """
+        least = self.least_frames
         if image is None:
-            image = any(
-                self.plugin.needs_image(spec, self.config)
-                for spec in self.roles
-                if spec.heads is None
-            )
+            image = bool(least)
         if (rows, image) not in self._conditions:
             prompts = [self.prompts[i % len(self.prompts)] for i in range(rows)]
             cond = self.adapter.encode_condition(prompts)
             if image:
-                cond = self.images.with_image(cond, self.pictures(rows))
+                cond = self.with_pictures(cond, rows)
             self._conditions[rows, image] = cond
         return self._conditions[rows, image]
+
+    @cached_property
+    def least_frames(self) -> GivenFrames:
+        """The frames that some role cannot do without."""
+        models = [spec for spec in self.roles if spec.heads is None]
+        least = [self.plugin.frame_conditions(spec, self.config).least for spec in models]
+        first = max((one.first for one in least), default=0)
+        return GivenFrames(first=first, last=any(one.last for one in least))
+
+    def with_pictures(self, cond: Condition, rows: int = ROWS, *, seed: int = 5) -> Condition:
+        """Add a first frame to each row, and a last one where a role cannot do without."""
+        first = self.pictures(rows, seed=seed)
+        if not self.least_frames.last:
+            return self.images.with_image(cond, first)
+        return self.images.with_image(cond, first, last=self.pictures(rows, seed=seed + 100))
 
     @cached_property
     def negative(self) -> Condition:

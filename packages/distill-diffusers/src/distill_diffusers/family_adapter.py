@@ -11,13 +11,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
-from distill_protocols import Condition, DataError, ModelBundle, RoleHandle, WeightsError
+from distill_protocols import (
+    Condition,
+    ConditioningError,
+    DataError,
+    FrameConditions,
+    GivenFrames,
+    ModelBundle,
+    RoleHandle,
+    WeightsError,
+)
 from torch import Tensor
 
 from distill_diffusers.adapter import FlowMatchingAdapter, VelocityCall, device_of
 from distill_diffusers.architecture import patch_size
 from distill_diffusers.calls.conditions import read_condition
 from distill_diffusers.calls.features import FeatureLayout
+from distill_diffusers.calls.given_frames import GivenPixels
 from distill_diffusers.components.codec import VideoCodec
 from distill_diffusers.components.encoders import TextEncoders
 from distill_diffusers.components.statistics import LatentStatistics
@@ -77,6 +87,9 @@ class FamilyAdapter(FlowMatchingAdapter):
         """Configuration of the run's transformers, of ``source`` where there are no roles."""
         self._family: DiffusersFamily[Any] = family
         self._clip_shapes = family.clip_shapes(config)
+        self._largest_clip = (config.num_frames, config.height, config.width)
+        self.frames_a_latent = info.stride_t
+        """Pixel frames that the VAE makes one latent frame of, after the first."""
         self.condition_rows = family.condition_rows(self.transformer, config)
         """By name, the shape of one row of each tensor of a condition."""
         for name, role in self.models.items():
@@ -136,6 +149,49 @@ class FamilyAdapter(FlowMatchingAdapter):
                 f"models take {known}. Cut, scale and crop them before"
             )
         return super().encode(video)
+
+    def given_pixels(
+        self,
+        readable: FrameConditions,
+        rows: int,
+        images: Tensor,
+        frames: int | None,
+        last: Tensor | None,
+    ) -> GivenPixels:
+        """Check what ``ImageConditioning.with_image`` is given, for a condition of ``rows`` rows.
+
+        Args:
+            readable: which frames the models can be given.
+
+        Raises:
+            ConditioningError: they can not be given these; or pictures are of another size than the
+                run's clips, or not one a row.
+        """
+        first = images if images.dim() == 5 else images.unsqueeze(-3)
+        given = GivenFrames(first=first.shape[-3], last=last is not None)
+        if (problem := readable.problem(given)) is not None:
+            raise ConditioningError(problem)
+        clips = [self._largest_clip, *sorted(self._clip_shapes, reverse=True)]
+        pictures = [first.select(-3, 0), *([] if last is None else [last])]
+        sizes = {tuple(picture.shape) for picture in pictures}
+        fitting = [
+            clip for clip in clips if sizes == {(rows, 3, *clip[1:])} and frames in (None, clip[0])
+        ]
+        if not fitting:
+            known = dict.fromkeys(f"[{rows}, 3, {h}, {w}]" for _, h, w in clips)
+            raise ConditioningError(
+                f"pictures are {' and '.join(str(list(size)) for size in sorted(sizes))}, they "
+                f"must be {' or '.join(known)}: one a row of the condition, of the size of the "
+                "run's clips. Scale and crop them before"
+            )
+        if (problem := readable.problem(given, fitting[0][0])) is not None:
+            raise ConditioningError(problem)
+        device = self._statistics.mean.device
+        return GivenPixels(
+            first=first.to(device).float(),
+            last=None if last is None else last.to(device).float().unsqueeze(2),
+            frames=fitting[0][0],
+        )
 
     def feature_layout(self, role: RoleHandle, module: str, x_t: Tensor) -> FeatureLayout:
         """See ``FlowMatchingAdapter.feature_layout``."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         group_clips,
         plan_clips,
         read_clips,
+        read_last_frames,
     )
     from distill_media.drawing.encoding import (
         Mp4Writer,
@@ -83,6 +84,7 @@ __all__ = [
     "read_animation",
     "read_clips",
     "read_items",
+    "read_last_frames",
     "read_mp4",
     "read_scene_cuts",
     "scale_to_height",
@@ -97,7 +99,15 @@ __all__ = [
 
 _LAZY = {
     **dict.fromkeys(
-        ["MediaClip", "PlannedClip", "decode_clips", "group_clips", "plan_clips", "read_clips"],
+        [
+            "MediaClip",
+            "PlannedClip",
+            "decode_clips",
+            "group_clips",
+            "plan_clips",
+            "read_clips",
+            "read_last_frames",
+        ],
         "clips",
     ),
     **dict.fromkeys(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from attrs import frozen
@@ -104,7 +105,7 @@ def plan_clips(
         raise MediaError(item.id, item.problem)
     if item.place is None:
         raise MediaError(item.id, "it is a prompt without a clip")
-    with _naming(item):
+    with _naming(item.id):
         if item.place.is_picture:
             height, width = read_picture_size(item.place, cut.max_pixels)
             bars = NO_BARS
@@ -150,7 +151,7 @@ def decode_clips(
         MediaError: as ``read_clips``.
     """
     first = planned[0]
-    with _naming(first.item):
+    with _naming(first.item.id):
         if first.info is None:
             pixels, notes = read_picture(first.place, cut.max_pixels)
             frames = frame_picture(pixels, _framing(first, pixels.shape[0], pixels.shape[1], cut))
@@ -171,6 +172,35 @@ def decode_clips(
         )
         for clip, frames in zip(planned, results, strict=True)
     ]
+
+
+def read_last_frames(path: Path, count: int, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Read the last frames of a video, as they are stored and not at another rate.
+
+    Args:
+        size: (height, width) that they are scaled and cropped to, about their middle; None: that of
+            the video.
+
+    Returns:
+        [count, H, W, 3] uint8, RGB.
+
+    Raises:
+        MediaError: it cannot be read, or is shorter.
+    """
+    place, most = MediaPlace(path, path.name), CutConfig().max_pixels
+    with _naming(str(path)):
+        info = read_info(place, most)
+        if len(info.numbers) < count:
+            raise VideoError(
+                f"it has {len(info.numbers)} frames, and the last {count} are asked for. Use a "
+                "longer video, or ask for fewer"
+            )
+        height, width = size or (round(info.height), round(info.width))
+        shape = ClipShape(count, height, width)
+        framing = frame_for(shape, info.height, info.width, crop="center", seed=0, name=path.name)
+        places = range(len(info.numbers) - count, len(info.numbers))
+        [frames] = read_frames(place, info, [Wanted(places, framing)], max_pixels=most)
+    return frames
 
 
 def _framing(clip: PlannedClip, height: float, width: float, cut: CutConfig) -> Framing:
@@ -206,14 +236,14 @@ def _said_of(bars: Bars) -> list[str]:
 
 
 @contextlib.contextmanager
-def _naming(item: MediaItem) -> Iterator[None]:
-    """Give reasons the item's name."""
+def _naming(name: str) -> Iterator[None]:
+    """Give reasons the name of the item or file."""
     try:
         yield
     except (VideoError, NoBucketError) as error:
-        raise MediaError(item.id, str(error)) from error
+        raise MediaError(name, str(error)) from error
     except OSError as error:
-        raise MediaError(item.id, f"it cannot be read ({error.strerror or error})") from error
+        raise MediaError(name, f"it cannot be read ({error.strerror or error})") from error
 
 
 def _windows(

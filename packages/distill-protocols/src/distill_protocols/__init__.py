@@ -28,6 +28,7 @@ from distill_protocols.errors import (
 )
 from distill_protocols.exports import Exporter, ExportRecord, ExportRequest, ForeignNames
 from distill_protocols.fingerprint import WHOLE_ENCODER, Fingerprint
+from distill_protocols.given_frames import FrameConditions, GivenFrames
 from distill_protocols.lazy import lazy_exports
 from distill_protocols.method_config import HealthKind, MethodConfig
 from distill_protocols.metrics import (
@@ -197,7 +198,9 @@ __all__ = [
     "FamilyPlugin",
     "Fingerprint",
     "ForeignNames",
+    "FrameConditions",
     "FsdpPolicy",
+    "GivenFrames",
     "Group",
     "HealthKind",
     "HeldOutEvaluating",

@@ -337,7 +337,8 @@ class ExpertRouting(Protocol):
 
 
 class ImageConditioning(Protocol):
-    """Conditions with a picture (``supports_image_condition``)."""
+    """Conditions with frames of the clip: the first one or several, and the last
+    (``supports_image_condition``; ``FamilyPlugin.frame_conditions`` says which)."""
 
     def trained_frames(self, cond: Condition, frames: int | None = None) -> Tensor | None:
         """1 where the model predicts and 0 where the condition states what is there, fp32,
@@ -351,15 +352,25 @@ class ImageConditioning(Protocol):
         """
         ...
 
-    def with_image(self, cond: Condition, images: Tensor, frames: int | None = None) -> Condition:
-        """``cond`` and what the model reads of a first frame [B, 3, H_px, W_px] in [0, 1].
+    def with_image(
+        self,
+        cond: Condition,
+        images: Tensor,
+        frames: int | None = None,
+        last: Tensor | None = None,
+    ) -> Condition:
+        """``cond`` and what the model reads of frames of its clips, in [0, 1].
 
         Args:
+            images: first frames [B, 3, H_px, W_px]; or several of each clip, which goes on from
+                them, [B, 3, K, H_px, W_px].
             frames: of pixels, of the clip that begins so; None: those of the run's largest clip of
                 this size. It is given wherever the clip is known.
+            last: last frames [B, 3, H_px, W_px]. It is given only where there are any.
 
         Raises:
-            ConditioningError: the model reads none, or the picture has another size than clips.
+            ConditioningError: the model reads no such frames (``FrameConditions.problem``), or they
+                have another size than clips.
         """
         ...
 

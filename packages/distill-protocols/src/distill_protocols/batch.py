@@ -177,10 +177,17 @@ class ConditioningProvider(Protocol):
         """
         ...
 
-    def encode(self, prompts: Sequence[str], images: Tensor | None = None) -> Condition:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        images: Tensor | None = None,
+        last_images: Tensor | None = None,
+    ) -> Condition:
         """Conditions of ``prompts``, encoded once and cached by prompt and encoder.
 
         Args:
-            images: a first frame for each, [B, 3, H_px, W_px] in [0, 1].
+            images: a first frame for each, [B, 3, H_px, W_px] in [0, 1], or several, [B, 3, K,
+                H_px, W_px].
+            last_images: a last frame for each, [B, 3, H_px, W_px].
         """
         ...

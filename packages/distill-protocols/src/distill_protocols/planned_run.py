@@ -30,7 +30,7 @@ class PlannedRun:
         time_limits: by role, the t [low, high) that it can be called at, of those that have one
             expert of several (``RoleOptions.experts``) or a model that knows no other times; 1000
             is in the last range.
-        pictured: names of the roles that cannot be called without a first frame, and get none.
+        pictured: names of the roles that cannot be called without given frames, and get none.
         clip_frames: latent frames of the run's clips, those of the largest first; empty: not known.
         chunks: divides a video of a number of latent frames as a role, by name, does; None: not
             known.
@@ -115,8 +115,9 @@ class PlannedRun:
             yield Problem(
                 "role",
                 f"{role!r} is an image-to-video model, and prompts alone bring no first frame to "
-                "sample it from. In validation, name one a prompt (validation.images); elsewhere "
-                "leave this out, and look at the export through its own pipeline",
+                "sample it from. In validation, name one a prompt (validation.images, and "
+                "last_images for a model of first and last frames); elsewhere leave this out, and "
+                "look at the export through its own pipeline",
             )
         if spec.guidance_2 is not None and role in self.single:
             yield Problem(

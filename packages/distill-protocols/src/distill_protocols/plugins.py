@@ -24,6 +24,7 @@ from distill_protocols.causal import Chunk
 from distill_protocols.errors import PluginError
 from distill_protocols.exports import ExportRequest, ForeignNames
 from distill_protocols.fingerprint import Fingerprint
+from distill_protocols.given_frames import FrameConditions
 from distill_protocols.method_config import MethodConfig
 from distill_protocols.metrics import Metric, MetricInput, MetricInputs, MetricNumber, MetricParts
 from distill_protocols.planned_run import PlannedRun
@@ -264,8 +265,21 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
         before anything is loaded; empty: this family does not know, and nothing is compared."""
         return EMPTY
 
+    def frame_conditions(self, role: RoleSpec, config: ConfigT) -> FrameConditions:
+        """Return which frames of a clip the role's model can be given.
+
+        By default a first frame where ``capabilities`` state that conditions may hold one.
+        """
+        if self.needs_image(role, config):
+            return FrameConditions(first="always")
+        is_read = self.capabilities(config).supports_image_condition
+        return FrameConditions(first="optional" if is_read else "never")
+
     def needs_image(self, role: RoleSpec, config: ConfigT) -> bool:
-        """Return whether the role cannot be called without a first frame in its condition."""
+        """Return whether the role cannot be called without a first frame in its condition.
+
+        A family that overrides ``frame_conditions`` says it there.
+        """
         return False
 
     def expert_ranges(self, role: RoleSpec, config: ConfigT) -> Mapping[str, tuple[float, float]]:

@@ -370,5 +370,7 @@ def planned_run(draft: Draft) -> PlannedRun:
         chunks=chunks,
         experts=frozenset(name for name, own in ranges.items() if len(own) > 1),
         time_limits={n: next(iter(own.values())) for n, own in ranges.items() if len(own) == 1},
-        pictured=frozenset(name for name, spec in specs if plugin.needs_image(spec, config)),
+        pictured=frozenset(
+            name for name, spec in specs if plugin.frame_conditions(spec, config).least
+        ),
     )

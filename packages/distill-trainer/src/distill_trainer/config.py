@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from attrs import Attribute, field, frozen
 from attrs.validators import optional
-from distill_protocols import SamplerSpec
+from distill_protocols import GivenFrames, SamplerSpec
 from distill_protocols.validators import above, at_least, file_name_problem, within
 
 
@@ -314,6 +314,10 @@ class ValidationConfig:
         prompts: one clip each; none where only losses are measured.
         images: PNG or JPEG files, the first frame of each prompt's clip, of the size of the run's
             clips: for image-to-video models, and others that take one.
+        last_images: beside them, the last frame of each prompt's clip.
+        videos: instead of images, a video for each prompt whose clip goes on from its last frames,
+            of the size of the run's clips: for models that read several first frames.
+        video_frames: so many of a video's last frames are the clip's first ones.
         seed: of the noise (clip n begins as a stock pipeline's after ``torch.manual_seed(seed +
             n)``, as in apps/sample), and of the held-out samples' order; the run's own generators
             are not touched.
@@ -337,6 +341,9 @@ class ValidationConfig:
     at_end: bool = True
     prompts: tuple[str, ...] = field(default=())
     images: tuple[str, ...] = field(default=(), metadata={"path": ()})
+    last_images: tuple[str, ...] = field(default=(), metadata={"path": ()})
+    videos: tuple[str, ...] = field(default=(), metadata={"path": ()})
+    video_frames: int = field(default=1, validator=at_least(1, "a clip goes on from a frame"))
     seed: int = field(default=0, validator=at_least(0, "seeds count from 0; take any other"))
     fps: float = field(
         default=8.0, validator=within(0.1, 240, "players show no other speeds; 8 is customary")
@@ -380,19 +387,29 @@ class ValidationConfig:
                 "0.05 is customary"
             )
 
+    @property
+    def given(self) -> GivenFrames:
+        """The frames that are given of each prompt's clip."""
+        first = self.video_frames if self.videos else int(bool(self.images))
+        return GivenFrames(first=first, last=bool(self.last_images))
+
     @images.validator
-    def _check_images(self, attribute: object, value: tuple[str, ...]) -> None:
+    @last_images.validator
+    @videos.validator
+    def _check_files(self, attribute: Attribute[tuple[str, ...]], value: tuple[str, ...]) -> None:
         if value and len(value) != len(self.prompts):
             raise ValueError(
-                f"{len(value)} images for {len(self.prompts)} prompts; there must be one for each "
-                "prompt, or none at all"
+                f"{len(value)} {attribute.name} for {len(self.prompts)} prompts; there must be one "
+                "for each prompt, or none at all"
             )
         missing = [path for path in value if not Path(path).is_file()]
         if missing:
             raise ValueError(
                 f"{', '.join(missing)}: no such file, and a validation would fail in the middle of "
-                "the run. Name PNG or JPEG files of the size of the run's clips"
+                "the run. Name files of the size of the run's clips"
             )
+        if value and attribute.name == "videos" and self.images:
+            raise ValueError("videos beside images; a clip begins with one of the two")
 
     @views.validator
     def _check_views(self, attribute: object, value: dict[str, ViewConfig]) -> None:

@@ -23,6 +23,8 @@ from distill_protocols import (
     Condition,
     ConditioningError,
     Fingerprint,
+    FrameConditions,
+    GivenFrames,
     ImageConditioning,
     ModelBundle,
     RoleHandle,
@@ -136,19 +138,28 @@ class HunyuanVideo15Adapter(ScaledLatentsAdapter):
         return None
 
     @torch.no_grad()
-    def with_image(self, cond: Condition, images: Tensor, frames: int | None = None) -> Condition:
+    def with_image(
+        self,
+        cond: Condition,
+        images: Tensor,
+        frames: int | None = None,
+        last: Tensor | None = None,
+    ) -> Condition:
         """Add to ``cond`` what the models read of first frames [B, 3, H_px, W_px] in [0, 1].
 
         Args:
             frames: of no effect, as only the first is encoded.
 
         Raises:
-            ConditioningError: the models read none, pictures are of another size than the run's
-                clips, or there is not one for each row of ``cond``.
+            ConditioningError: the models read none, or no last frame; pictures are of another size
+                than the run's clips, or there is not one for each row of ``cond``.
             WeightsError: the source has no image encoder.
         """
         if not self._reads_image:
             raise ConditioningError(_reads_text_alone)
+        given = GivenFrames(first=1, last=last is not None)
+        if (problem := FrameConditions(first="always").problem(given)) is not None:
+            raise ConditioningError(problem)
         sizes = dict.fromkeys((len(cond), 3, *clip[1:]) for clip in self._clip_shapes)
         if tuple(images.shape) not in sizes:
             raise ConditioningError(

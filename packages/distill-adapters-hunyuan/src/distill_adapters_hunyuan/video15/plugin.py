@@ -10,7 +10,7 @@ from distill_diffusers.descriptions import LatentInfo, ModelDescription
 from distill_diffusers.family import DiffusersFamily
 from distill_diffusers.fingerprints import image_fingerprint, text_settings
 from distill_diffusers.model_configs import read_integer
-from distill_protocols import Capabilities, Fingerprint, RoleSpec, WeightsError
+from distill_protocols import Capabilities, Fingerprint, FrameConditions, RoleSpec, WeightsError
 from distill_protocols.plugins import EMPTY
 
 from distill_adapters_hunyuan.video.kind import latent_info
@@ -72,13 +72,15 @@ class HunyuanVideo15Family(DiffusersFamily[HunyuanVideo15Config]):
         """Give 24, which the models were trained on."""
         return 24.0
 
-    def needs_image(self, role: RoleSpec, config: HunyuanVideo15Config) -> bool:
+    def frame_conditions(self, role: RoleSpec, config: HunyuanVideo15Config) -> FrameConditions:
+        """Give the first frame of an image-to-video model."""
         if role.heads is not None:
-            return False
+            return FrameConditions()
         try:
-            return reads_image(self.describe(role.path))
+            is_read = reads_image(self.describe(role.path))
         except WeightsError:
-            return False
+            return FrameConditions()
+        return FrameConditions(first="always" if is_read else "never")
 
     def condition_rows(
         self, transformer: Mapping[str, object], config: HunyuanVideo15Config

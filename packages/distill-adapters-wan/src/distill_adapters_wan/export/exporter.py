@@ -23,7 +23,7 @@ from distill_protocols import ExportRequest, RoleSpec
 from torch import Tensor, nn
 
 from distill_adapters_wan.config import WanPipelineConfig
-from distill_adapters_wan.images.shapes import CLIP_TOKENS, image_kind
+from distill_adapters_wan.images.shapes import CLIP_TOKENS, PAIR_TOKENS, image_kind, reads_pairs
 from distill_adapters_wan.names.original import to_diffusers, to_original
 from distill_adapters_wan.shape import TEXT_TOKENS
 
@@ -111,7 +111,9 @@ class WanExporter(PipelineExporter[WanPipelineConfig]):
             "encoder_hidden_states": text.to(dtype),
         }
         if config.image_dim is not None:
-            image = torch.randn(1, CLIP_TOKENS, config.image_dim, generator=generator)
+            pair = reads_pairs(config)
+            tokens = config[PAIR_TOKENS] // 2 if pair else CLIP_TOKENS
+            image = torch.randn(1 + pair, tokens, config.image_dim, generator=generator)
             probe["encoder_hidden_states_image"] = image.to(dtype)
         return probe
 
@@ -149,11 +151,12 @@ class WanExporter(PipelineExporter[WanPipelineConfig]):
         model = self.family.describe(role.path)
         kind = image_kind(model.main, model.call_options["expand_timesteps"])
         if kind == "channels":
-            yield "pass the first frame as `image`, of the clip's size"
+            last = ", and the last one as `last_image`" if reads_pairs(model.main) else ""
+            yield f"pass the first frame as `image`, of the clip's size{last}"
         elif kind == "frame" and request.format == "diffusers":
             yield (
                 "the folder is WanPipeline's (text); WanImageToVideoPipeline.from_pretrained"
-                "(folder) takes a first frame as `image`"
+                "(folder) takes a first frame as `image`, and no further ones"
             )
 
     # -- ComfyUI ------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ _BLOCK: Mapping[str, str] = {
 }
 _TABLE = "scale_shift_table"
 """Same name in both, at the top and in each block, and no module's weight."""
+_PAIR_POSITIONS = "condition_embedder.image_embedder.pos_embed"
+"""Same name in both, and no module's weight; of models of first and last frames."""
 
 _NAME = re.compile(r"(blocks\.\d+\.)?(.+)\.(weight|bias)")
 _TABLE_NAME = re.compile(rf"(blocks\.\d+\.)?{_TABLE}")
@@ -140,7 +142,7 @@ def _inverse(table: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def _renamed(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str | None:
-    if _TABLE_NAME.fullmatch(name):
+    if _TABLE_NAME.fullmatch(name) or name == _PAIR_POSITIONS:
         return name
     match = _NAME.fullmatch(name)
     if match is None:

@@ -336,7 +336,7 @@ def check_images(case: AdapterCase) -> None:
     case.need("supports_image_condition")
     text = case.condition(image=False)
     try:
-        pictured = case.images.with_image(text, case.pictures())
+        pictured = case.with_pictures(text)
     except ConditioningError:
         applies_if(False, "the models of this case read no picture, and declare it")
         return
@@ -346,7 +346,7 @@ def check_images(case: AdapterCase) -> None:
         all(len(value) == ROWS for value in pictured.tensors.values()),
         "a tensor of a condition with pictures has not one row a prompt",
     )
-    other = case.images.with_image(text, case.pictures(seed=8))
+    other = case.with_pictures(text, seed=8)
     _, height, width = case.clip_shape
     with must_raise(ConditioningError, "a picture of another size than the clips"):
         case.images.with_image(text, normal(ROWS, 3, height + 8, width).sigmoid())
@@ -377,7 +377,7 @@ def check_needs_image(case: AdapterCase) -> None:
     needy = [
         spec.name
         for spec in case.roles
-        if spec.heads is None and case.plugin.needs_image(spec, case.config)
+        if spec.heads is None and case.plugin.frame_conditions(spec, case.config).least
     ]
     applies_if(bool(needy), "no role needs a picture")
     text = case.condition(image=False)

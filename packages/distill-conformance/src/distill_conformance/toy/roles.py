@@ -38,7 +38,12 @@ class ToyConditioning:
             raise ConditioningError("this run has no negative condition")
         return Condition({"text": torch.full((1, TEXT_DIM), -0.5)})
 
-    def encode(self, prompts: Sequence[str], images: Tensor | None = None) -> Condition:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        images: Tensor | None = None,
+        last_images: Tensor | None = None,
+    ) -> Condition:
         return Condition({"text": torch.zeros(len(prompts), TEXT_DIM)})
 
 

@@ -71,7 +71,9 @@ def collect_features(
         # block, which is called again in the backward pass, without them.
         first = len(output) - len(features)
         for index, hidden in zip(list(features), output[first:], strict=True):
-            tokens = hidden[:, : math.prod(layout.patches)] if layout.others_follow else hidden
+            # Tokens before those of the clip are of given frames.
+            count = math.prod(layout.patches)
+            tokens = hidden[:, :count] if layout.others_follow else hidden[:, -count:]
             features[index] = unpack(tokens.float(), layout.patches)
         return output[:first]
 

@@ -51,6 +51,11 @@ class VideoCodec:
             [self.encode_part(vae, part.to(self._device)) for part in pixels.split(clips)]
         )
 
+    def encode_each(self, clips: Tensor) -> Tensor:
+        """Encode clips one at a time, as pipelines encode pictures: several together round
+        otherwise."""
+        return torch.cat([self.encode(clip) for clip in clips.split(1)])
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode raw latents to clips [B, 3, F, H_px, W_px] in [0, 1], as diffusers does."""

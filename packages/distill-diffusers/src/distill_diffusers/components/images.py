@@ -1,4 +1,4 @@
-"""An encoder of pictures and its image processor, through which models read a first frame."""
+"""An encoder of pictures and its image processor, through which models read given frames."""
 
 from __future__ import annotations
 
@@ -57,19 +57,24 @@ class ImageEncoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Encode pictures [B, 3, H, W] in [0, 1] to hidden states [B, L, D].
+        """Encode pictures [B, 3, H, W] in [0, 1], or several a row [B, N, 3, H, W].
 
-        As the pipelines encode the same pictures in 8 bits, which frames of a video are. One at a
-        time, as they do.
+        Returns:
+            hidden states [B, N L, D], those of a row's pictures after each other.
+
+        As the pipelines encode the same pictures in 8 bits, which frames of a video are. One row at
+        a time, as they do.
         """
         processor, encoder = self._load()
+        several = images if images.dim() == 5 else images.unsqueeze(1)
         rows = []
-        for image in (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8):
-            pixels = processor(images=image, return_tensors="pt").to(self._device)
+        for row in (several.clamp(0, 1) * 255).round().to("cpu", torch.uint8):
+            pixels = processor(images=list(row), return_tensors="pt").to(self._device)
             output = encoder(**pixels, output_hidden_states=True)
             layer = self._kind.layer
-            rows.append(output.last_hidden_state if layer is None else output.hidden_states[layer])
-        return torch.cat(rows)
+            hidden = output.last_hidden_state if layer is None else output.hidden_states[layer]
+            rows.append(hidden.flatten(0, 1))
+        return torch.stack(rows)
 
     def _load(self) -> tuple[Any, Any]:
         # On first use: without torchvision, transformers 5 prints a warning when it is imported.

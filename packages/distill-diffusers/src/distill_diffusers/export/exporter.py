@@ -22,6 +22,7 @@ from distill_protocols import (
     ExportRequest,
     LoraSpec,
     RoleSpec,
+    SamplerSpec,
     TensorInfo,
     WeightsError,
     WeightSource,
@@ -124,6 +125,10 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
             **{name: config[name] for name in self.config_arguments},
         }
 
+    def grid_of(self, role: RoleSpec, sampler: SamplerSpec) -> StepGrid:
+        """Return what the scheduler of the role's pipeline starts from; by default ``grid``."""
+        return self.grid
+
     @abc.abstractmethod
     def probe(self, module: nn.Module, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """Draw seeded inputs of a few tokens for a transformer, by argument name.
@@ -217,7 +222,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
         other steps than the student was trained for."""
         if request.format not in FORMATS:
             return
-        schedule = stock_schedule(request.sampler, self.grid)
+        schedule = stock_schedule(request.sampler, self.grid_of(role, request.sampler))
         if schedule.deviation > TOLERABLE_DEVIATION:
             own = ", ".join(f"{1000 * sigma:.6g}" for sigma in request.sampler.sigmas())
             stock = ", ".join(f"{t:.6g}" for t in schedule.timesteps)
@@ -327,7 +332,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
         found = self.family.export_problems(role, request)
         if problems := [f"{'.'.join(p.path)}: {p.message}" for p in found]:
             raise WeightsError(f"role {role.name!r} cannot be exported so; {'; '.join(problems)}")
-        schedule = stock_schedule(request.sampler, self.grid)
+        schedule = stock_schedule(request.sampler, self.grid_of(role, request.sampler))
         # No reader has an embedding of exit steps: a critic is exported as it is called without.
         weights = {name: own for name, own in weights.items() if name != EXIT_EMBEDDING}
         modules = self._checked_modules(role, weights)

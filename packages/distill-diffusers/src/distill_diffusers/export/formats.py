@@ -15,6 +15,7 @@ from distill_protocols import (
     LoraSpec,
     Precision,
     RoleSpec,
+    SamplerSpec,
     WeightSource,
 )
 from torch import Tensor, nn
@@ -177,9 +178,8 @@ class StockPipeline(Protocol):
         """Classes of transformer, VAE and pipeline."""
         ...
 
-    @property
-    def grid(self) -> StepGrid:
-        """What the pipeline's scheduler starts from."""
+    def grid_of(self, role: RoleSpec, sampler: SamplerSpec) -> StepGrid:
+        """Return what the pipeline's scheduler starts from."""
         ...
 
     @property

@@ -110,7 +110,7 @@ def _check_components(pipeline: StockPipeline, export: Export, folder: Path) -> 
     vae, info = _from_pretrained(load_class(pipeline.kind.vae), folder, "vae")
     _refuse_unmatched(folder / "vae", info)
     made, expected = (
-        _scheduler_steps(pipeline, scheduler, export.request.sampler.steps)
+        _scheduler_steps(pipeline, scheduler, export)
         for scheduler in (
             _read_scheduler(pipeline, export, folder, vae),
             export.schedule.scheduler(),
@@ -139,13 +139,14 @@ def _read_scheduler(pipeline: StockPipeline, export: Export, folder: Path, vae: 
 
 
 def _scheduler_steps(
-    pipeline: StockPipeline, scheduler: Any, steps: int
+    pipeline: StockPipeline, scheduler: Any, export: Export
 ) -> tuple[str, list[float], list[float]]:
     """Return the class, and timesteps and noise levels as the pipeline has them made.
 
     Noise levels too, as some schedulers round t to whole numbers.
     """
-    pipeline.grid.set_timesteps(scheduler, steps)
+    sampler = export.request.sampler
+    pipeline.grid_of(export.role, sampler).set_timesteps(scheduler, sampler.steps)
     return type(scheduler).__name__, scheduler.timesteps.tolist(), scheduler.sigmas.tolist()
 
 

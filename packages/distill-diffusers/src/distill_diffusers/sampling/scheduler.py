@@ -111,6 +111,33 @@ class UniformGrid(StepGrid):
 
 
 @frozen
+class GivenTimes(StepGrid):
+    """The sampler's own noise levels: of pipelines whose call takes a list of ``timesteps``."""
+
+    of: Sequence[float]
+
+    def set_timesteps(self, scheduler: StockScheduler, steps: int) -> None:
+        # As the scheduler derives them from timesteps alone, of which it warns.
+        sigmas = np.array(self.timesteps, np.float32) / 1000
+        options: Any = {"sigmas": sigmas, "timesteps": self.timesteps}
+        scheduler.set_timesteps(**options)
+
+    @property
+    def timesteps(self) -> list[float]:
+        """The argument of the call: t of each step, from 0 to 1000."""
+        return [1000 * sigma for sigma in self.of]
+
+    def last(self, steps: int, shift: float) -> float:
+        return self.of[-1]
+
+    def sigmas(self, steps: int, shift: float, terminal: float) -> list[float]:
+        return list(self.of)
+
+    def unipc(self, steps: int) -> np.ndarray:
+        return np.array(self.of)
+
+
+@frozen
 class _UniPCGrid(StepGrid):
     """What UniPCMultistepScheduler makes of a pipeline's grid, but for the 1e-6 that it takes off
     a first noise level of 1."""
@@ -187,7 +214,8 @@ def stock_schedule(spec: SamplerSpec, grid: StepGrid | None = None) -> StockSche
         return _unipc_schedule(spec, grid)
     sigmas = spec.sigmas()
     config: dict[str, Any] = {"shift": 1.0, "stochastic_sampling": spec.stochastic}
-    if spec.steps > 1:  # with one step shift_terminal would divide by 1 - s = 0
+    # With one step shift_terminal would divide by 1 - s = 0.
+    if spec.steps > 1 and not isinstance(grid, GivenTimes):
         config["shift"], config["shift_terminal"] = _nearest(sigmas, grid)
     scheduler: Any = FlowMatchEulerDiscreteScheduler(**config)
     grid.set_timesteps(scheduler, spec.steps)

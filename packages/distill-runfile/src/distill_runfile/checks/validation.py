@@ -19,8 +19,10 @@ def check_validation(draft: Draft) -> Iterator[Problem]:
     """Whether the role of each view can be sampled with the view's settings."""
     if draft.validation is None:
         return
-    # A first frame for each prompt is what image-to-video models lack otherwise.
-    run = evolve(draft.run, pictured=frozenset()) if draft.validation.images else draft.run
+    given = draft.validation.given
+    # Frames of each prompt's clip are what image-to-video models lack otherwise.
+    run = evolve(draft.run, pictured=frozenset()) if given else draft.run
+    yield from _given_problems(draft, draft.validation)
     for name, view in draft.validation.views.items():
         problems = (
             *run.role_problems(view.role, ema=view.ema),
@@ -35,6 +37,22 @@ def check_validation(draft: Draft) -> Iterator[Problem]:
     if draft.validation.x0 is not None:
         yield from _prediction_problems(run, draft.validation.x0)
     yield from _held_out_problems(draft, draft.validation)
+
+
+def _given_problems(draft: Draft, validation: ValidationConfig) -> Iterator[Problem]:
+    """Whether the models can be given the frames that are given of the prompts' clips."""
+    if draft.family is None or not (given := validation.given):
+        return
+    plugin, config = draft.family.plugin, draft.family.config
+    frames = next(iter(plugin.clip_shapes(config)), (None,))[0]
+    key = "last_images" if given.first == 0 else "videos" if validation.videos else "images"
+    for role in draft.run.roles.values():
+        if role.heads is not None:
+            continue
+        problem = plugin.frame_conditions(role, config).problem(given, frames)
+        if problem is not None:
+            yield Problem(("validation", key), f"role {role.name!r}: {problem}")
+            return
 
 
 def _is_not_causal(draft: Draft, role: str) -> str | None:
@@ -56,7 +74,8 @@ def _is_longer_than_its_picture(draft: Draft, role: str, frames: int) -> str | N
         return None
     longest = draft.run.clip_frames[0]
     spec, family = draft.roles[role].spec, draft.family
-    if frames <= longest or not family.plugin.needs_image(spec, family.config):
+    readable = family.plugin.frame_conditions(spec, family.config)
+    if frames <= longest or readable.first != "always":
         return None
     return (
         f"{frames}, but {role!r} reads its first frame beside every frame of a clip, and there are "

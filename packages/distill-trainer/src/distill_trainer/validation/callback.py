@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from attrs import asdict
-from distill_media import caption_clips, enlarge, read_mp4, shrink
+from distill_media import caption_clips, enlarge, read_last_frames, read_mp4, shrink
 from distill_protocols import (
     Callback,
     Condition,
@@ -126,8 +126,7 @@ class ValidationCallback(Callback):
         run.method.bundle.require_roles(view.role for view in self._views)
         if not self._views:
             return
-        images = read_images(self.config.images) if self.config.images else None
-        self._cond = self._conditioning.encode(self.config.prompts, images)
+        self._cond = self._encode(self.config)
         self._kept = {
             view.name: f"{KEPT}/{view.role}-{self._key(run, view)}"
             for view in self._views
@@ -156,6 +155,17 @@ class ValidationCallback(Callback):
             _log(run, run.iteration, self._validate(run, run.iteration))
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _encode(self, config: ValidationConfig) -> Condition:
+        """Encode the prompts, and the frames that are given of their clips."""
+        encode = self._conditioning.encode
+        if config.videos:
+            images = read_video_ends(config.videos, config.video_frames)
+        else:
+            images = read_images(config.images) if config.images else None
+        if not config.last_images:
+            return encode(config.prompts, images)
+        return encode(config.prompts, images, last_images=read_images(config.last_images))
 
     def _validate(self, run: RunState, iteration: int) -> dict[str, float]:
         """Return what was measured, by name of the metric."""
@@ -420,10 +430,24 @@ def read_images(paths: Sequence[str]) -> Tensor:
                 f"{path} cannot be read as a PNG or JPEG image ({error}); a clip cannot begin "
                 "with it. Save it again, or name another."
             ) from error
-    sizes = {tuple(image.shape[1:]) for image in images}
+    return _stack(images, paths)
+
+
+def read_video_ends(paths: Sequence[str], count: int) -> Tensor:
+    """Read the last ``count`` frames of videos as [B, 3, count, H_px, W_px] in [0, 1].
+
+    Raises:
+        DataError: a file is no video or shorter, or they are not of one size.
+    """
+    ends = [torch.from_numpy(read_last_frames(Path(path), count)) for path in paths]
+    return _stack([frames.permute(3, 0, 1, 2) / 255 for frames in ends], paths)
+
+
+def _stack(images: Sequence[Tensor], paths: Sequence[str]) -> Tensor:
+    sizes = {tuple(image.shape[-2:]) for image in images}
     if len(sizes) > 1:
         raise DataError(
-            f"the images {', '.join(paths)} have several sizes (height, width): {sorted(sizes)}; "
-            "all must have the size of the run's clips. Scale and crop them."
+            f"{', '.join(paths)} have several sizes (height, width): {sorted(sizes)}; all must "
+            "have the size of the run's clips. Scale and crop them."
         )
-    return torch.stack(images)
+    return torch.stack(list(images))
