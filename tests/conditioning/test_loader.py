@@ -369,6 +369,44 @@ def test_dropout_leaves_latents_ids_and_the_data_set_alone(dataset_of):
     assert _equal(before, dataset.read(torch.arange(9)))
 
 
+@given(batch_size=batch_sizes, world_size=world_sizes, seed=seeds)
+def test_one_of_several_negatives_knows_only_seed_epoch_and_sample(
+    dataset_of, batch_size, world_size, seed
+):
+    negatives = Condition({"text": torch.arange(3.0)[:, None, None].expand(3, 3, 4)})
+
+    def first_epoch(batch_size: int, world_size: int) -> dict[int, float]:
+        chosen: dict[int, float] = {}
+        for rank in range(world_size):
+            loader = LatentLoader(
+                dataset_of(23), batch_size=batch_size, seed=seed, dropout=1.0, negative=negatives,
+                rank=rank, world_size=world_size,
+            )  # fmt: skip
+            for number, batch in enumerate(islice(loader, -(-23 // (batch_size * world_size)))):
+                first = number * batch_size * world_size + rank
+                text = batch.cond.tensors["text"]
+                assert torch.equal(text, text[:, :1, :1].expand_as(text))
+                for row, sample in enumerate(_numbers(batch)):
+                    if first + row * world_size < 23:
+                        chosen[sample] = float(text[row, 0, 0])
+        return chosen
+
+    whole = first_epoch(23, 1)
+    assert first_epoch(batch_size, world_size) == whole
+    assert set(whole.values()) <= {0.0, 1.0, 2.0}
+
+
+def test_several_negatives_are_drawn_equally_often_and_anew(dataset_of):
+    negatives = Condition({"text": torch.arange(3.0)[:, None, None].expand(3, 3, 4)})
+    loader = LatentLoader(
+        dataset_of(23, shuffle=False), batch_size=23, seed=1, dropout=1.0, negative=negatives
+    )
+    epochs = [batch.cond.tensors["text"][:, 0, 0] for batch in islice(loader, 60)]
+    assert not torch.equal(epochs[0], epochs[1])
+    share = torch.stack(epochs).flatten().long().bincount() / (23 * 60)
+    assert (share - 1 / 3).abs().max() < 4 * (2 / 9 / (23 * 60)) ** 0.5
+
+
 def test_dropout_without_a_fitting_negative_is_refused(dataset_of):
     dataset = dataset_of(5)
     with pytest.raises(ConditioningError, match="negative_prompt"):

@@ -56,6 +56,35 @@ def test_the_empty_prompt_is_a_prompt(provide, encoder):
     assert encoder.calls == [""]
 
 
+def test_several_negatives_are_one_row_each_the_samplers_own_first(encoder, tmp_path, make_folder):
+    folder = make_folder(tmp_path / "data", 3, negative="ugly")
+    texts = ["blurred", "ugly", ""]
+    expected = [_text(encoder.encode_neg_condition(text)) for text in texts]
+    encoder.calls.clear()
+    provider = CachedConditioning(
+        ConditioningConfig(negative_prompt="blurred", more_negative_prompts=("ugly", "")),
+        encoder=encoder,
+        dataset=LatentDataset(DataConfig(path=str(folder))),
+        output_dir=tmp_path / "run",
+    )
+    for _ in range(2):
+        assert torch.equal(_text(provider.negatives()), torch.cat(expected))
+    assert torch.equal(_text(provider.negative()), expected[0])
+    assert encoder.calls == ["blurred", ""]  # the data set holds the other
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"more_negative_prompts": ("ugly",)}, "beside no negative_prompt"),
+        ({"negative_prompt": "a", "more_negative_prompts": ("b", "a")}, "'a': stands there twice"),
+    ],
+)
+def test_further_negatives_that_make_no_sense_are_refused(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        ConditioningConfig(**options)
+
+
 def test_no_negative_is_refused_with_both_ways_out(provide, encoder):
     with pytest.raises(ConditioningError, match=r"negative_prompt.*preprocess"):
         provide().negative()

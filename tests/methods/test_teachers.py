@@ -8,6 +8,7 @@ import torch
 from distill_conformance.toy import (
     CAPABILITIES,
     LATENT_SHAPE,
+    TEXT_DIM,
     ToyAdapter,
     ToyConditioning,
     toy_batch,
@@ -22,6 +23,7 @@ from distill_methods import (
 )
 from distill_methods.teachers.ensemble import Teachers
 from distill_protocols import (
+    Condition,
     ContractError,
     PlannedRun,
     RandomStreams,
@@ -73,13 +75,13 @@ def build(method, config, *, names=NAMES, adapter=ToyAdapter, able=CAPABILITIES)
     )
 
 
-def mixed(method, x_t, t, text, guidance: float) -> torch.Tensor:
+def mixed(method, x_t, t, text, guidance: float, negative: float = -0.5) -> torch.Tensor:
     """sum_i a_i (u + w_i (c - u)) in v, by hand."""
     s = (t / 1000).view(-1, 1, 1, 1, 1)
     total = torch.zeros_like(x_t)
     for name, weight, w in (("near", 0.75, guidance), ("far", 0.5, 2.0), ("bad", -0.25, 1.0)):
         net = method.bundle[name].modules["transformer"]
-        c, u = net(x_t, t, text), net(x_t, t, torch.full_like(text, -0.5))
+        c, u = net(x_t, t, text), net(x_t, t, torch.full_like(text, negative))
         total += weight * (x_t - s * (u + w * (c - u)))
     return total
 
@@ -101,6 +103,46 @@ def test_dmd2_follows_the_weighted_sum_of_guided_teachers():
     torch.testing.assert_close(result.outputs["teacher_x0"], real.detach(), rtol=1e-4, atol=1e-5)
     result.loss_map["total_loss"].backward()
     assert {name for name, g in gradients(method.bundle).items() if g} == {"student"}
+
+
+class Negatives(ToyConditioning):
+    def negatives(self) -> Condition:
+        return Condition({"text": torch.tensor([-0.5, 0.25])[:, None].expand(2, TEXT_DIM)})
+
+
+def test_each_sample_draws_one_of_several_negatives():
+    roles = bundle(*NAMES)
+    method = DMD2Method(
+        roles,
+        ToyAdapter(roles, capabilities=CAPABILITIES),
+        DMD2Config(real_score_guidance_scale=3.0, teachers=TEACHERS, generator_update_interval=2),
+        conditioning=Negatives(),
+        streams=RandomStreams(0),
+    )
+    teachers = Teachers(method.context, method.config)
+    batch, rows = toy_batch(8), []
+    x_t, t, text = batch.clean_latents, torch.full((8,), 500.0), batch.cond.tensors["text"]
+    for _ in range(2):
+        given = teachers.predict(x_t, t, batch.cond, pred_type="x0")
+        (purpose,) = [key for key in method.streams.state_dict() if key.endswith(".negative")]
+        both = [mixed(method, x_t, t, text, 3.0, negative=value) for value in (-0.5, 0.25)]
+        matches = [((given - one).flatten(1).abs().amax(dim=1) < 1e-4) for one in both]
+        assert torch.equal(matches[0], ~matches[1])  # of each row one or the other
+        rows.append(matches[0].tolist())
+    assert 0 < sum(rows[0]) < 8
+    assert rows[0] != rows[1]
+    streams = RandomStreams(0)
+    streams.load_state_dict({purpose: torch.tensor(0)})
+    drawn = streams.rows(purpose.removeprefix("rows/"), 8).integers(2)
+    assert (drawn == 0).tolist() == rows[0]
+
+
+def test_one_negative_is_not_drawn():
+    method = build(
+        DMD2Method, DMD2Config(generator_update_interval=2), names=("student", "teacher", "critic")
+    )
+    method.single_train_step(toy_batch(2), 2)
+    assert not [key for key in method.streams.state_dict() if key.endswith(".negative")]
 
 
 def test_teacher_only_learns_the_weighted_sum():

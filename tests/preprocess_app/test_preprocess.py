@@ -557,3 +557,30 @@ def test_a_second_start_is_refused_while_one_is_writing(begun, capsys):
     with claim_folder(begun / "data", "worker-0"):
         assert main(["--config", str(begun / "data.yaml")]) == EXIT_FAILED
     assert "another process is writing there" in capsys.readouterr().err
+
+
+def test_several_negative_prompts_are_stored_and_found_by_their_texts(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("the digit one\n")
+    file = write_request(tmp_path, sources=[{"prompts": "./prompts.txt"}])
+    values = yaml.safe_load(file.read_text())
+    texts = ["", "the digit two", "moving up"]
+    values["conditioning"] = {"negative_prompt": "", "more_negative_prompts": texts[1:]}
+    file.write_text(yaml.safe_dump(values))
+    assert main(["--config", str(file)]) == EXIT_OK
+    dataset = LatentDataset(DataConfig(path=str(tmp_path / "data")))
+    adapter = PLUGIN.adapter(
+        ModelBundle({}), WanPipelineConfig(**PIPELINE), source=str(TINY / "wan")
+    )
+    for text in texts:
+        stored = dataset.negative(text)
+        assert stored is not None
+        expected = adapter.encode_neg_condition(text).tensors["text"]
+        assert torch.equal(stored.condition.tensors["text"], expected)
+    assert dataset.negative().prompt == ""
+    assert dataset.negative("moving down") is None
+    assert dataset_info(tmp_path / "data").problems == ()
+    values["conditioning"]["more_negative_prompts"] = texts[2:]
+    file.write_text(yaml.safe_dump(values))
+    capsys.readouterr()
+    assert main(["--config", str(file)]) == EXIT_FAILED
+    assert "more_negative_prompts was" in capsys.readouterr().err

@@ -98,6 +98,10 @@ def _make(
         )
         # Also by those that have no unit left: whoever is the last writes it.
         negative = _negative(config, adapter)
+        more_negatives = {
+            prompt: _encode_negative(prompt, adapter)
+            for prompt in config.conditioning.more_negative_prompts
+        }
         files = CaptionFiles(folder, items, encoder)
         if own.has_clips:
             files.encode(missing, own.batch_size)
@@ -111,6 +115,7 @@ def _make(
         negative=negative,
         latent_dtype=own.latent_dtype,
         trajectory_times=() if own.ode_pairs is None else own.ode_pairs.times,
+        more_negatives=more_negatives,
     )
     if summary is None:
         left = len(folder.missing())
@@ -167,6 +172,7 @@ def settings(config: Request) -> dict[str, object]:
     """Collect all that decides a sample beside its item and the weights, which each unit's record
     names: what a folder must have been begun with to go on."""
     own, given = config.section, given_frames_of(config)
+    more = config.conditioning.more_negative_prompts
     clips = {**to_plain(evolve(cut_of(config), scene_cuts=None)), "cuts": scene_cuts_of(config)}
     if not own.clips.crop_bars:  # so that folders of earlier releases go on
         del clips["crop_bars"]
@@ -174,6 +180,7 @@ def settings(config: Request) -> dict[str, object]:
         "family": config.recipe.family,
         "shapes": [str(shape) for shape in buckets_of(config)],
         "negative_prompt": config.conditioning.negative_prompt,
+        **({"more_negative_prompts": list(more)} if more else {}),
         "clips": clips,
         # As releases that knew one first frame alone wrote it, where there are no others.
         "first_frames": bool(given.first) if given.first < 2 else given.first,
@@ -349,10 +356,14 @@ def _negative(config: Request, adapter: DistillAdapter) -> tuple[str, Condition]
     prompt = config.conditioning.negative_prompt
     if prompt is None:
         return None
+    return prompt, _encode_negative(prompt, adapter)
+
+
+def _encode_negative(prompt: str, adapter: DistillAdapter) -> Condition:
     condition = adapter.encode_neg_condition(prompt).to("cpu")
     if len(condition) != 1:
         raise DataError(f"the negative prompt {prompt!r} gave {len(condition)} rows, and not one")
-    return prompt, condition
+    return condition
 
 
 def _opening(

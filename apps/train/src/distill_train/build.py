@@ -271,7 +271,7 @@ def _exporter(config: RunConfig) -> Exporter | None:
 
 
 def _negative(config: RunConfig, conditioning: CachedConditioning) -> Condition | None:
-    return conditioning.negative() if config.conditioning.drops else None
+    return conditioning.negatives() if config.conditioning.drops else None
 
 
 def _callbacks(config: RunConfig, parts: RunParts, losses: LossEvaluator | None) -> list[Callback]:

@@ -122,6 +122,9 @@ class ConditioningConfig:
     Attributes:
         negative_prompt: the unconditional side of guidance. Left out, the data set's own is used;
             "" is a prompt too (that of Diffusers), and not the same as leaving it out.
+        more_negative_prompts: further ones. Training draws one of all of them for each sample, each
+            as often, where a teacher is guided and where a caption is dropped; samplers take
+            ``negative_prompt``.
         dropout: share of samples whose condition is replaced by the negative one, drawn anew for
             each sample in each epoch. 0.1 is customary where guidance is to be learnt. Or a share
             by name of a condition tensor, ``{text: 0.1, image_embeds: 0.1}``, each drawn by itself;
@@ -130,8 +133,23 @@ class ConditioningConfig:
     """
 
     negative_prompt: str | None = None
+    more_negative_prompts: tuple[str, ...] = field(default=())
     dropout: float | dict[str, float] = field(default=0.0, validator=_is_a_share)
     cache: str | None = field(default=None, validator=_not_empty, metadata={"path": ()})
+
+    @more_negative_prompts.validator
+    def _check_more(self, attribute: object, value: tuple[str, ...]) -> None:
+        if value and self.negative_prompt is None:
+            raise ValueError(
+                f"{len(value)} beside no negative_prompt, which samplers take: a clip is sampled "
+                "by one. Write one of them there"
+            )
+        prompts = [self.negative_prompt, *value]
+        if doubled := sorted({str(text) for text in prompts if prompts.count(text) > 1}):
+            raise ValueError(
+                f"{', '.join(map(repr, doubled))}: stands there twice; each is drawn as often. "
+                "Write it once"
+            )
 
     @property
     def drops(self) -> bool:

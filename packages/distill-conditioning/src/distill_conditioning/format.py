@@ -12,15 +12,16 @@
                                  samples have up to K captions, -1 for those that one has less;
                                  trajectory [N, K, C, T, H, W] (optional), normalised: the states
                                  of the teacher's sampling at each of ``trajectory_times``
-    constants.safetensors        negative.<name> [1, ...] (optional)
+    constants.safetensors        negative.<name> [1, ...] (optional);
+                                 negatives.<name> [N, ...] of further negative prompts (optional)
 
 All samples of a shard have one ``SampleShape``; shards may differ.
 
 What is no tensor is one JSON object under ``distill`` in a file's safetensors metadata (one,
 because safetensors writes several in random order and equal data shall give equal bytes): a
 shard's ``{"ids", "captions", "rows"}`` (``rows``: shape of a whole row of each condition), the
-constants' ``{"negative_prompt", "encoder"}`` (``encoder`` is not read any more: what computed them
-is in the index).
+constants' ``{"negative_prompt", "more_negative_prompts", "encoder"}`` (``encoder`` is not read any
+more: what computed them is in the index).
 
 **Version 1** has one shape in the whole data set (``latent_shape`` and ``conditions`` of the
 index), whole rows of conditions and no ``rows``, and one caption a sample. It is read as before.
@@ -65,12 +66,16 @@ LENGTHS = "lengths."
 """Begins the names of the lengths of those that are stored without the zeros at their ends."""
 NEGATIVE = "negative."
 """Begins the names of the tensors of the negative condition."""
+MORE_NEGATIVES = "negatives."
+"""Begins the names of those of further ones, a row each, in the order of their prompts."""
 TRAJECTORY = "trajectory"
 
 _MAX_SIZE = 1 << 24
 """Of latents along an axis."""
 _MAX_ROW = 1 << 17
 """Of a row of a condition along an axis: more than the tokens of any prompt."""
+
+_MORE_PROMPTS = "more_negative_prompts"
 
 REBUILD = "Preprocess the clips again, or copy the data set anew from where it was whole."
 
@@ -385,6 +390,15 @@ def read_negative_prompt(file: Path, metadata: Mapping[str, object]) -> str:
     if not isinstance(prompt, str) or not isinstance(encoder, str | None):
         raise DataError(f"{file}: names no negative prompt. {REBUILD}")
     return prompt
+
+
+def read_more_negative_prompts(file: Path, metadata: Mapping[str, object]) -> list[str]:
+    """Take the further negative prompts from the metadata of the constants in ``file``.
+
+    Raises:
+        DataError: they are no list of texts.
+    """
+    return read_texts(file, metadata, _MORE_PROMPTS) if _MORE_PROMPTS in metadata else []
 
 
 def read_metadata(file: Path) -> dict[str, object]:

@@ -26,6 +26,7 @@ from distill_conditioning.order import (
     BucketOrder,
     choose_caption,
     choose_clip,
+    choose_negative,
     drops_condition,
     epoch_order,
     rank_positions,
@@ -61,7 +62,7 @@ class LatentLoader:
         dropout: chance that a sample's condition is replaced by ``negative``; or by name of a
             condition tensor, each drawn by itself. One that ``negative`` does not hold, such as an
             image, is replaced by zeros then, as Diffusers does.
-        negative: one row; needed where ``dropout`` is above 0.
+        negative: needed where ``dropout`` is above 0; of several rows one is drawn for each sample.
         group_size: samples of an iteration, all micro steps and ranks together; None: there is one
             micro step.
         rank, world_size: among the data-parallel ranks.
@@ -235,7 +236,11 @@ class LatentLoader:
             draws = [choose_caption(self.seed, *own, key=choice.key) for own in choice.samples]
             captions = torch.tensor(draws)
         batch = self.dataset.read(choice.numbers, captions, clip=choice.clip)
-        self._dropout.apply(batch.cond, choice.dropped)
+        negatives, count = torch.zeros(len(choice.samples), dtype=torch.int64), self._dropout.count
+        if count > 1:
+            draws = [choose_negative(self.seed, *n, count, key=choice.key) for n in choice.samples]
+            negatives = torch.tensor(draws)
+        self._dropout.apply(batch.cond, choice.dropped, negatives)
         return batch
 
     def _samples(self, bucket: int, epoch: int) -> Tensor:
@@ -283,12 +288,17 @@ class Dropout:
     """What takes the place of conditions, and how often.
 
     Attributes:
-        rates: by name of a condition tensor; under None, for all of ``row`` by one draw.
-        row: one row, on the CPU.
+        rates: by name of a condition tensor; under None, for all of ``rows`` by one draw.
+        rows: on the CPU; one of them for each sample.
     """
 
     rates: Mapping[str | None, float]
-    row: Condition
+    rows: Condition
+
+    @property
+    def count(self) -> int:
+        """Number of negative conditions."""
+        return max(1, len(self.rows))
 
     @classmethod
     def of(
@@ -303,7 +313,7 @@ class Dropout:
         rates: dict[str | None, float] = {**rate} if by_name else {None: cast(float, rate)}
         rates = {name: chance for name, chance in rates.items() if chance > 0}
         if not rates:
-            return cls(rates={}, row=Condition({}))
+            return cls(rates={}, rows=Condition({}))
         shapes = dataset.sources[0].index.shapes[0].conditions
         unknown = [name for name in rates if name is not None and name not in shapes]
         if unknown:
@@ -311,18 +321,17 @@ class Dropout:
                 f"condition dropout of {', '.join(map(str, unknown))}, but the samples have "
                 f"{', '.join(shapes)} alone. Name one of these"
             )
-        # Zeros of one number broadcast over rows of any shape: an image's depends on the bucket.
-        row = {name: torch.zeros(1) for name in rates if name is not None}
-        negative = _check_negative(negative, dataset, rate)
-        return cls(rates=rates, row=Condition({**row, **negative.tensors}))
+        return cls(rates=rates, rows=_check_negative(negative, dataset, rate))
 
-    def apply(self, cond: Condition, dropped: Mapping[str | None, Tensor]) -> None:
-        """Write ``row`` over rows of a batch's own tensors; those that it does not hold stay, as an
-        image does where a caption is dropped."""
-        for part, rows in dropped.items():
-            for name in self.row.tensors if part is None else (part,):
+    def apply(self, cond: Condition, dropped: Mapping[str | None, Tensor], chosen: Tensor) -> None:
+        """Write the chosen rows [B] over dropped rows of a batch's own tensors; tensors that they
+        do not hold stay, as an image does where a caption is dropped, or become zeros where they
+        are dropped by name."""
+        for part, is_dropped in dropped.items():
+            for name in self.rows.tensors if part is None else (part,):
                 own = cond.tensors[name]
-                own[rows] = self.row.tensors[name].to(own.dtype)
+                values = self.rows.tensors.get(name)
+                own[is_dropped] = 0 if values is None else values[chosen[is_dropped]].to(own.dtype)
 
 
 def _check_negative(negative: Condition | None, dataset: LatentDataset, rate: object) -> Condition:
@@ -335,7 +344,7 @@ def _check_negative(negative: Condition | None, dataset: LatentDataset, rate: ob
     shapes = {name: tuple(value.shape) for name, value in negative.tensors.items()}
     for source in dataset.sources:
         for shape in source.index.shapes:
-            needed = {name: (1, *row) for name, row in shape.conditions.items()}
+            needed = {name: (len(negative), *row) for name, row in shape.conditions.items()}
             if not shapes or not shapes.items() <= needed.items():
                 raise ConditioningError(
                     f"the negative condition is {shapes}, but the samples of {source.path} need "

@@ -102,6 +102,11 @@ def drops_condition(
     return derive_seed(seed, purpose, *key, epoch, sample) < rate * 2**63
 
 
+def choose_negative(seed: int, epoch: int, sample: int, count: int, *, key: Key = ()) -> int:
+    """Draw which of ``count`` negative conditions takes the place of the caption of ``sample``."""
+    return derive_seed(seed, "data.negative", *key, epoch, sample) % count
+
+
 def choose_caption(seed: int, epoch: int, sample: int, *, key: Key = ()) -> int:
     """Draw which caption of ``sample`` is read in ``epoch``: its remainder by their number."""
     return derive_seed(seed, "data.caption", *key, epoch, sample)

@@ -86,6 +86,7 @@ class CachedConditioning:
         folder = None if output_dir is None else Path(output_dir) / "cache"
         self._cache = ConditionCache(folder if config.cache is None else Path(config.cache))
         self._negative: Condition | None = None
+        self._negatives: Condition | None = None
         if dataset is not None:
             self._ranks.run_on_first(lambda: self._compare_encoders(dataset))
 
@@ -99,6 +100,23 @@ class CachedConditioning:
             [row] = self._get_from_first("the negative condition", lambda: [self._find_negative()])
             self._negative = row.to(self._device)
         return self._negative
+
+    def negatives(self) -> Condition:
+        """Return the negative condition and the further ones, one row each, fp32.
+
+        Raises:
+            ConditioningError: there is none.
+        """
+        more = self._config.more_negative_prompts
+        if self._negatives is None:
+            rows = [self.negative()]
+            if more:
+                found = self._get_from_first(
+                    f"negative conditions of {more}", lambda: [*map(self._find_prompt, more)]
+                )
+                rows += [row.to(self._device) for row in found]
+            self._negatives = Condition.cat(rows)
+        return self._negatives
 
     def encode(
         self,
@@ -178,16 +196,23 @@ class CachedConditioning:
 
     def _find_negative(self) -> Condition:
         prompt = self._config.negative_prompt
-        stored = self._dataset.negative(prompt) if self._dataset is not None else None
-        if stored is not None:
-            return stored.condition
-        if prompt is None:
+        if prompt is not None:
+            return self._find_prompt(prompt)
+        stored = self._dataset.negative() if self._dataset is not None else None
+        if stored is None:
             raise ConditioningError(
                 "there is no negative condition: no negative prompt is given, and the data set "
                 "holds no constants. Guidance and condition dropout need one. Set "
                 'ConditioningConfig.negative_prompt ("" is a prompt too), or preprocess the data '
                 "set with one."
             )
+        return stored.condition
+
+    def _find_prompt(self, prompt: str) -> Condition:
+        """Take the condition of a negative prompt from the data set, the cache or the encoder."""
+        stored = self._dataset.negative(prompt) if self._dataset is not None else None
+        if stored is not None:
+            return stored.condition
         [row] = self._cache.rows([prompt], "negative", self._fingerprint, self._encode_negative)
         return row
 

@@ -29,6 +29,7 @@ from distill_conditioning.dataset_info import data_info
 from distill_conditioning.format import (
     CONDITION,
     LENGTHS,
+    MORE_NEGATIVES,
     NEGATIVE,
     REBUILD,
     TRAJECTORY,
@@ -36,6 +37,7 @@ from distill_conditioning.format import (
     ShardEntry,
     find_levels,
     read_metadata,
+    read_more_negative_prompts,
     read_negative_prompt,
     read_shape,
     read_texts,
@@ -285,9 +287,11 @@ class LatentDataset:
             ConditioningError: a tensor of it is none of the samples'; or there are several, and
                 none is asked for.
         """
-        stored = [_read_negative(one) for one in self.sources if one.index.constants is not None]
-        if prompt is not None:
-            stored = [one for one in stored if one.prompt == prompt]
+        sets = [_read_negatives(one) for one in self.sources if one.index.constants is not None]
+        if prompt is None:
+            stored = [first for first, *_ in sets]
+        else:
+            stored = [one for negatives in sets for one in negatives if one.prompt == prompt]
         prompts = dict.fromkeys(one.prompt for one in stored)
         if len(prompts) > 1:
             raise ConditioningError(
@@ -313,26 +317,43 @@ class LatentDataset:
         return shard
 
 
-def _read_negative(source: DataSource) -> StoredNegative:
+def _read_negatives(source: DataSource) -> list[StoredNegative]:
+    """Read the negative condition, and the further ones after it."""
     assert source.index.constants is not None
     path = source.path / source.index.constants
     tensors, metadata = map_tensors(path)
-    condition = Condition(
-        {
-            name.removeprefix(NEGATIVE): _as_fp32(value)
+    prompts = {
+        NEGATIVE: [read_negative_prompt(path, metadata)],
+        MORE_NEGATIVES: read_more_negative_prompts(path, metadata),
+    }
+    found: list[StoredNegative] = []
+    for prefix, texts in prompts.items():
+        own = {
+            name.removeprefix(prefix): _as_fp32(value)
             for name, value in tensors.items()
-            if name.startswith(NEGATIVE)
+            if name.startswith(prefix)
         }
-    )
-    stored = {name: tuple(value.shape) for name, value in condition.tensors.items()}
+        if own or texts:
+            _check_negative_rows(path, own, len(texts), source)
+        rows = Condition(own)
+        found += [
+            StoredNegative(prompt=text, condition=rows[number : number + 1])
+            for number, text in enumerate(texts)
+        ]
+    return found
+
+
+def _check_negative_rows(
+    path: Path, tensors: Mapping[str, Tensor], rows: int, source: DataSource
+) -> None:
+    stored = {name: tuple(value.shape) for name, value in tensors.items()}
     for shape in source.index.shapes:
-        expected = {name: (1, *row) for name, row in shape.conditions.items()}
+        expected = {name: (rows, *row) for name, row in shape.conditions.items()}
         if not stored or not stored.items() <= expected.items():
             raise ConditioningError(
                 f"{path}: the negative condition holds {stored}, but the samples need "
                 f"{expected}; one must be able to stand for the other. {REBUILD}"
             )
-    return StoredNegative(prompt=read_negative_prompt(path, metadata), condition=condition)
 
 
 def _map_shard(file: _File, times: tuple[float, ...]) -> _Shard:

@@ -23,6 +23,7 @@ from typing import Any
 
 from attrs import frozen
 from distill_protocols import WHOLE_ENCODER, Condition, DataError, Fingerprint, OutputError
+from distill_protocols.plugins import EMPTY
 from distill_runtime import (
     UnreadableFileError,
     as_count,
@@ -196,6 +197,7 @@ class UnitFolder:
         negative: tuple[str, Condition] | None,
         latent_dtype: LatentDtype,
         trajectory_times: Sequence[float] = (),
+        more_negatives: Mapping[str, Condition] = EMPTY,
     ) -> Summary | None:
         """Write report, constants and index; None while a unit of another process is missing, or
         where another process is just writing them.
@@ -205,6 +207,7 @@ class UnitFolder:
         Args:
             negative: prompt and condition (one row).
             trajectory_times: levels t of the samples' trajectories, falling.
+            more_negatives: by prompt, further ones beside it.
 
         Raises:
             DataError: there is no sample at all, or units were computed by different parts.
@@ -218,12 +221,15 @@ class UnitFolder:
         except OutputError:
             return None
         with claim:
-            return self._finish(found, negative, latent_dtype, tuple(trajectory_times))
+            return self._finish(
+                found, negative, more_negatives, latent_dtype, tuple(trajectory_times)
+            )
 
     def _finish(
         self,
         found: Sequence[UnitRecord],
         negative: tuple[str, Condition] | None,
+        more_negatives: Mapping[str, Condition],
         latent_dtype: LatentDtype,
         trajectory_times: tuple[float, ...],
     ) -> Summary:
@@ -247,7 +253,7 @@ class UnitFolder:
             )
         if negative is not None:
             encoder = fingerprint.get(WHOLE_ENCODER)
-            write_constants(self.folder, *negative, encoder=encoder)
+            write_constants(self.folder, *negative, encoder=encoder, more=more_negatives)
         index = DatasetIndex(
             latent_dtype=latent_dtype,
             samples=sum(entry.samples for entry in shards),

@@ -41,6 +41,7 @@ from distill_conditioning.format import (
     INDEX_FILE,
     LENGTHS,
     METADATA_KEY,
+    MORE_NEGATIVES,
     NEGATIVE,
     DatasetIndex,
     SampleShape,
@@ -416,18 +417,26 @@ class ShardWriter:
 
 
 def write_constants(
-    folder: Path, prompt: str, condition: Condition, *, encoder: str | None
+    folder: Path,
+    prompt: str,
+    condition: Condition,
+    *,
+    encoder: str | None,
+    more: Mapping[str, Condition] = EMPTY,
 ) -> None:
     """Write the negative condition of a data set: one row, with its prompt.
 
     Args:
         encoder: ``DatasetIndex.encoder``, which earlier releases look for here too.
+        more: by prompt, further negative conditions of one row each.
     """
-    write_tensors(
-        folder / CONSTANTS_FILE,
-        {NEGATIVE + name: value for name, value in condition.tensors.items()},
-        {"negative_prompt": prompt, "encoder": encoder},
-    )
+    tensors = {NEGATIVE + name: value for name, value in condition.tensors.items()}
+    metadata: dict[str, object] = {"negative_prompt": prompt, "encoder": encoder}
+    if more:
+        rows = Condition.cat(list(more.values()))
+        tensors |= {MORE_NEGATIVES + name: value for name, value in rows.tensors.items()}
+        metadata["more_negative_prompts"] = list(more)
+    write_tensors(folder / CONSTANTS_FILE, tensors, metadata)
 
 
 def write_tensors(

@@ -18,7 +18,7 @@ class MethodContext:
 
     Attributes:
         name: of the method; the purposes of random streams begin with it.
-        negative: one row, where something is called with guidance.
+        negative: where something is called with guidance; of several rows each sample draws one.
         device: where the student computes.
         poll: called before each model call of a rollout; raises where the run shall stop
             (``StopFlag.poll``).
@@ -31,6 +31,15 @@ class MethodContext:
     negative: Condition | None
     device: torch.device
     poll: Callable[[], None]
+
+    def draw_negative(self, rows: int) -> Condition | None:
+        """Return the negative condition of ``rows`` samples: the one that there is, as one row, or
+        one of several for each, drawn from the stream ``<name>.negative``."""
+        if self.negative is None or len(self.negative) == 1:
+            return self.negative
+        generators = self.noise.streams.rows(f"{self.name}.negative", rows)
+        chosen = generators.integers(len(self.negative))
+        return self.negative[chosen.to(self.device)]
 
     def named(self, name: str) -> MethodContext:
         """Return the same under another name, for a second part that draws numbers of its own."""

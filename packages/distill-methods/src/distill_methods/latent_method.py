@@ -13,6 +13,7 @@ from distill_protocols import (
     RandomStreams,
     SamplerSpec,
     SampleView,
+    SeveralNegatives,
 )
 from distill_runtime import DistillMethod
 from torch import Tensor
@@ -66,7 +67,7 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
         self.config = config
         self.conditioning = conditioning
         self.noise = NoiseSampler(adapter, self.streams)
-        negative = conditioning.negative().to(self._device()) if config.needs_negative else None
+        negative = _negatives(conditioning).to(self._device()) if config.needs_negative else None
         self.context = MethodContext(
             name=self.name,
             bundle=bundle,
@@ -126,3 +127,9 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
         rows: Sequence[int],
     ) -> Tensor:
         return self.views.predict_latents(role, latents, t, cond, seed=seed, rows=rows)
+
+
+def _negatives(conditioning: ConditioningProvider) -> Condition:
+    if isinstance(conditioning, SeveralNegatives):
+        return conditioning.negatives()
+    return conditioning.negative()

@@ -94,6 +94,7 @@ if TYPE_CHECKING:
         ConditioningProvider,
         EpochLoader,
         LatentShape,
+        SeveralNegatives,
     )
     from distill_protocols.bundle import (
         DTYPES,
@@ -133,7 +134,7 @@ _LAZY = {
     ),
     **dict.fromkeys(
         ["Batch", "BatchLoader", "Condition", "ConditioningProvider", "EpochLoader",
-         "LatentShape"],
+         "LatentShape", "SeveralNegatives"],
         "batch",
     ),
     **dict.fromkeys(
@@ -249,6 +250,7 @@ __all__ = [
     "Sampler",
     "SamplerSpec",
     "Samples",
+    "SeveralNegatives",
     "Shared",
     "Solver",
     "StepRecord",

@@ -191,3 +191,12 @@ class ConditioningProvider(Protocol):
             last_images: a last frame for each, [B, 3, H_px, W_px].
         """
         ...
+
+
+@runtime_checkable
+class SeveralNegatives(Protocol):
+    """A ``ConditioningProvider`` with more than one negative condition, to be drawn from."""
+
+    def negatives(self) -> Condition:
+        """All of them, one row each; the first is ``ConditioningProvider.negative``."""
+        ...

@@ -287,6 +287,8 @@ def _conditioning(config: RunConfig) -> list[str]:
         source = "needed; the data set must bring it, or conditioning.negative_prompt name one"
     else:
         source = "none, and no step needs one"
+    if more := len(config.conditioning.more_negative_prompts):
+        source += f"; training draws one of it and {more} more for each sample"
     return [
         f"  negative condition: {source}",
         f"  condition dropout: {_inline(config.conditioning.dropout)}",

@@ -39,6 +39,7 @@ class Teachers:
         Args:
             t: [B], all of it in one expert's range of each teacher.
         """
+        negative = self._context.draw_negative(len(x_t))
         total: Tensor | None = None
         for name, (weight, guidance) in self._teachers.items():
             prediction = self._context.adapter.forward(
@@ -47,7 +48,7 @@ class Teachers:
                 t,
                 cond,
                 fwd_pred_type=pred_type,
-                neg_cond=self._context.negative,
+                neg_cond=negative,
                 cfg=self._guidance_at(name, t, guidance),
             )
             term = prediction if weight == 1 else weight * prediction
