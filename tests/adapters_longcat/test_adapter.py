@@ -1,4 +1,4 @@
-"""The adapter samples as the original does: from text."""
+"""The adapter samples as the original does: from text, a first frame, or going on from several."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ import torch
 from distill_adapters_longcat import PLUGIN, LongCatPipelineConfig
 from distill_adapters_longcat.adapter import scale_to
 from distill_adapters_longcat.export import LongCatGrid
+from distill_conformance.adapter_case import counted_calls
 from distill_diffusers.sampling.scheduler import stock_schedule
 from distill_protocols import (
     Condition,
     ConditioningError,
     DynamicShift,
+    GivenFrames,
     RoleSpec,
     SamplerSpec,
     WeightsError,
 )
-from longcat_inputs import LENGTH, latents, negative, normal, text
+from longcat_inputs import LENGTH, given, latents, negative, normal, text
 from safetensors.torch import load_file
 
 RECORDED = load_file(Path(__file__).parent / "original.safetensors")
@@ -47,9 +49,10 @@ def load(longcat_folder, tmp_path_factory):
     return load
 
 
-def condition() -> Condition:
-    embeds, mask = text()
-    return Condition({"text": embeds, "text_mask": mask})
+def condition(count: int, rows: int) -> Condition:
+    embeds, mask = text(rows)
+    frames = {"image_latents": given(count, rows)} if count else {}
+    return Condition({"text": embeds, "text_mask": mask, **frames})
 
 
 def negative_row() -> Condition:
@@ -63,14 +66,15 @@ def original_spec(steps: int, guidance: float) -> SamplerSpec:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("count", [0, 1, 2], ids=["text", "first-frame", "continuation"])
 @pytest.mark.parametrize("zero_pad", [True, False])
-def test_sampled_latents_are_the_originals(load, zero_pad, guidance):
-    adapter = load(zero_pad)
+def test_sampled_latents_are_the_originals(load, zero_pad, count, guidance):
+    adapter, rows = load(zero_pad), 2 if count == 0 else 1
     clean = adapter.sample(
-        "teacher", original_spec(4, guidance), latents(), condition(),
+        "teacher", original_spec(4, guidance), latents(rows), condition(count, rows),
         neg_cond=negative_row(),
     )  # fmt: skip
-    recorded = RECORDED[f"{zero_pad}.sample.{guidance:g}.0"]
+    recorded = RECORDED[f"{zero_pad}.sample.{guidance:g}.{count}"]
     torch.testing.assert_close(clean, recorded, rtol=0, atol=ATOL)
     assert recorded.std() > 0.1
 
@@ -83,6 +87,77 @@ def test_cfg_zero_leaves_what_is_orthogonal_to_the_unconditional():
     torch.testing.assert_close(residual, torch.zeros(3), rtol=0, atol=1e-4)
     torch.testing.assert_close(scale_to(7 * u, c), scaled)  # of u the direction alone matters
     torch.testing.assert_close(scale_to(u[1:2], c[1:2]), scaled[1:2])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_several_given_frames_are_read_once(load, guidance):
+    adapter = load()
+    with counted_calls(adapter.models["teacher"]) as calls:
+        adapter.sample(
+            "teacher", original_spec(4, guidance), latents(1), condition(2, 1),
+            neg_cond=negative_row(),
+        )  # fmt: skip
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@torch.no_grad()
+def test_training_and_sampling_predict_alike_on_given_frames(load, guidance):
+    """Training calls whole clips, sampling the frames behind a cache; the scale of CFG-zero is that
+    of the frames that are predicted in both."""
+    adapter, cond = load(), condition(2, 1)
+    x0 = adapter.forward(
+        "teacher", latents(1), torch.tensor([700.0]), cond,
+        fwd_pred_type="x0", cfg=guidance, neg_cond=negative_row(),
+    )  # fmt: skip
+    assert torch.equal(x0[:, :, :2], given(2, 1))
+    step = SamplerSpec(steps=1, timesteps=(700.0,), guidance=guidance)
+    sampled = adapter.sample("teacher", step, latents(1), cond, neg_cond=negative_row())
+    torch.testing.assert_close(sampled, x0, rtol=0, atol=ATOL)
+    mask = adapter.trained_frames(cond)
+    assert mask.flatten().tolist() == [0, 0, 1]
+    assert adapter.trained_frames(condition(0, 1)) is None
+
+
+def test_a_rollout_from_given_frames_is_the_sample_and_trains_through_them(load, longcat_folder):
+    role = RoleSpec(name="student", path=str(longcat_folder), trainable=True)
+    bundle = PLUGIN.load([role], CONFIG, device=CPU)
+    adapter = PLUGIN.adapter(bundle, CONFIG, source=str(longcat_folder))
+    spec, cond = original_spec(3, 1.0), condition(2, 1)
+    rollout = adapter.rollout("student", spec, latents(1), cond, exit_steps=[2])
+    sampled = adapter.sample("student", spec, latents(1), cond)
+    assert torch.equal(rollout.detach(), sampled)
+    rollout.square().mean().backward()
+    weights = bundle["student"].modules["dit"]
+    # Keys of given frames come through the first block alone where there are two.
+    gradient = weights.get_parameter("blocks.0.attn.qkv.weight").grad
+    assert gradient is not None
+    assert gradient.abs().max() > 0
+
+
+@torch.no_grad()
+def test_frames_are_given_as_pixels(load):
+    adapter = load()
+    cond = adapter.encode_condition(["a seven moving"])
+    video = normal(1, 3, 5, 32, 48, seed=6).sigmoid()
+    several = adapter.with_image(cond, video)
+    first = adapter.with_image(cond, video[:, :, 0])
+    assert several.tensors["image_latents"].shape == (1, 4, 2, 4, 6)
+    # The VAE is causal: the first latent frame knows no later ones.
+    torch.testing.assert_close(
+        several.tensors["image_latents"][:, :, :1], first.tensors["image_latents"]
+    )
+    raw = adapter.encode(torch.cat([video, video[:, :, :4]], dim=2))
+    torch.testing.assert_close(
+        adapter.normalize_latents(raw)[:, :, :2], several.tensors["image_latents"],
+        rtol=0, atol=1e-5,
+    )  # fmt: skip
+    with pytest.raises(ConditioningError, match="4k \\+ 1"):
+        adapter.with_image(cond, video[:, :, :4])
+    role = RoleSpec(name="teacher", path="meituan-longcat/LongCat-Video", trainable=False)
+    conditions = PLUGIN.frame_conditions(role, CONFIG)
+    assert conditions.problem(GivenFrames(first=13), 93) is None
+    assert conditions.problem(GivenFrames(first=1, last=True), 93) is not None
 
 
 @pytest.mark.parametrize("steps", [12, 16, 50])
@@ -121,6 +196,25 @@ def test_models_that_would_be_called_wrongly_are_refused(longcat_folder, tmp_pat
     assert any("config.json is missing" in p.message for p in PLUGIN.role_problems(role, CONFIG))
     with pytest.raises(WeightsError):
         PLUGIN.load([role], CONFIG, device=CPU)
+
+
+@pytest.mark.parametrize("trainable", [False, True], ids=["stored", "autocast"])
+def test_a_bf16_role_computes_in_bf16(longcat_folder, trainable):
+    """Modulation and the last layer stay in fp32, whichever way the rest gets to 16 bits."""
+    path = str(longcat_folder)
+    wide = RoleSpec(name="wide", path=path, trainable=False)
+    narrow = RoleSpec(name="narrow", path=path, trainable=trainable, precision="bf16")
+    bundle = PLUGIN.load([wide, narrow], CONFIG, device=CPU)
+    adapter = PLUGIN.adapter(bundle, CONFIG, source=path)
+    t, cond = torch.tensor([833.33, 211.7]), condition(0, 2)
+    with torch.no_grad():
+        a, b = (adapter.forward(role, latents(), t, cond) for role in ("wide", "narrow"))
+    assert b.dtype == torch.float32
+    assert 1e-4 < (a - b).abs().max() < 0.2
+    if trainable:
+        adapter.forward("narrow", latents(), t, condition(2, 2)).square().mean().backward()
+        gradients = [p.grad for p in bundle["narrow"].modules["dit"].parameters()]
+        assert all(g is not None and g.dtype == torch.float32 for g in gradients)
 
 
 def test_prompts_of_another_length_are_refused(load):

@@ -29,14 +29,14 @@ HUB_ID = "meituan-longcat/LongCat-Video"
 
 @pytest.fixture(scope="module")
 def data(longcat_folder, tmp_path_factory) -> Path:
-    """Encode four clips."""
+    """Encode four clips that go on from five frames."""
     folder = tmp_path_factory.mktemp("clips") / "data"
     source = str(longcat_folder)
     adapter = PLUGIN.adapter(ModelBundle({}), LongCatPipelineConfig(**CLIP), source=source)
     generator = torch.Generator().manual_seed(0)
     clips = ((f"{i}", PROMPT, torch.rand(3, 9, 32, 48, generator=generator)) for i in range(4))
     with ShardWriter(folder) as writer:
-        preprocess(clips, adapter, writer, negative_prompt=NEGATIVE)
+        preprocess(clips, adapter, writer, negative_prompt=NEGATIVE, first_frames=5)
     return folder
 
 
@@ -82,7 +82,7 @@ def train(file: Path) -> Run:
 
 
 def test_two_processes_that_shard_train_as_one_does(run_file, tmp_path):
-    """With blocks that are computed again in the backward pass."""
+    """On clips that go on from given frames, with blocks that are computed again."""
     models = {"student": {"activation_checkpointing": True}}
     options = {"student_sampler": {"steps": 2, "shift": 3.0, "guidance": 4.0}}
     fsdp = {"distributed": {"strategy": "fsdp2"}, "batch_size_per_device": 1}

@@ -72,7 +72,7 @@ class LongCatExporter(PipelineExporter[LongCatPipelineConfig]):
             )
 
     def pipeline_notes(self, role: RoleSpec, request: ExportRequest) -> Iterator[str]:
-        """Say what ``LongCatVideoPipeline`` does with guidance and times."""
+        """Say what ``LongCatVideoPipeline`` does with guidance, times and given frames."""
         if request.sampler.guidance < 1:
             yield (
                 f"LongCatVideoPipeline treats guidance_scale {request.sampler.guidance:g} as 1 (it "
@@ -80,7 +80,11 @@ class LongCatExporter(PipelineExporter[LongCatPipelineConfig]):
             )
         if request.sampler.guidance > 1:
             yield "pass the run's negative prompt; the pipeline's own default is the empty one"
-        yield ("`call` is for generate_t2v, which rounds t to the type of the pipeline's weights")
+        yield (
+            "`call` is for generate_t2v and generate_i2v; generate_vc must have enhance_hf=False. "
+            "The pipeline rounds t to the type of its weights, and draws given frames from what "
+            "the VAE makes of them (latent_dist.sample)"
+        )
 
     # -- LoRA ---------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from distill_diffusers.descriptions import LatentInfo, ModelDescription
 from distill_diffusers.kinds import ModelKind
 from distill_diffusers.model_configs import read_integer, read_integers
+from distill_protocols import FrameConditions
 
 from distill_adapters_longcat.published import LATENT_CHANNELS
 
@@ -15,8 +16,9 @@ PATCH = (1, 2, 2)
 """Latent frames, height and width of a token."""
 DIT = "dit"
 """Name of the transformer's folder."""
-TEXT, TEXT_MASK = "text", "text_mask"
-"""Tensors of a condition: UMT5's embeddings [B, L, D], and [B, L], 1 at tokens of the prompt."""
+TEXT, TEXT_MASK, GIVEN = "text", "text_mask", "image_latents"
+"""Tensors of a condition: UMT5's embeddings [B, L, D]; [B, L], 1 at tokens of the prompt; and, if
+the first frames of the clip are given, their normalised latents [B, C, frames, H, W]."""
 
 LONGCAT = ModelKind(
     transformer=f"distill_adapters_longcat.transformer:{CLASS}",
@@ -68,3 +70,12 @@ def clip_problems(info: LatentInfo, transformer: Mapping[str, object]) -> Iterat
             f"the VAE {info.channels}; they must be of one model family. Take both from one, or "
             "name the right `components`"
         )
+
+
+def frame_conditions(frames_a_latent: int) -> FrameConditions:
+    """Tell which frames of a clip can be given: none, the first, or several that it goes on from.
+
+    Args:
+        frames_a_latent: frames that the VAE makes one latent frame of, after the first.
+    """
+    return FrameConditions(first="optional", several=True, frames_a_latent=frames_a_latent)

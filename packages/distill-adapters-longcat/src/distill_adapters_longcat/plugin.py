@@ -10,7 +10,7 @@ from distill_diffusers.descriptions import LatentInfo, ModelDescription
 from distill_diffusers.family import CAPABILITIES, ROLE_OPTIONS, DiffusersFamily
 from distill_diffusers.fingerprints import text_settings
 from distill_diffusers.model_configs import read_integer
-from distill_protocols import Capabilities, RoleSpec
+from distill_protocols import Capabilities, FrameConditions, RoleSpec
 
 from distill_adapters_longcat.config import LongCatPipelineConfig
 from distill_adapters_longcat.kind import (
@@ -19,6 +19,7 @@ from distill_adapters_longcat.kind import (
     TEXT,
     TEXT_MASK,
     clip_problems,
+    frame_conditions,
     unsupported,
 )
 from distill_adapters_longcat.published import FRAME_RATE, PUBLISHED
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class LongCatFamily(DiffusersFamily[LongCatPipelineConfig]):
-    """LongCat-Video from text."""
+    """LongCat-Video from text, a first frame or the frames of a clip that it continues."""
 
     name = "longcat"
     contract = 2
@@ -39,10 +40,11 @@ class LongCatFamily(DiffusersFamily[LongCatPipelineConfig]):
     published = PUBLISHED
 
     def capabilities(self, config: LongCatPipelineConfig) -> Capabilities:
-        """Add a time for each frame; the original code has Euler's method alone."""
+        """Add a time for each frame and pictures; the original code has Euler's method alone."""
         return evolve(
             CAPABILITIES,
             supports_frame_times=True,
+            supports_image_condition=True,
             solvers=frozenset({"euler"}),
         )
 
@@ -77,12 +79,18 @@ class LongCatFamily(DiffusersFamily[LongCatPipelineConfig]):
     def condition_rows(
         self, transformer: Mapping[str, object], config: LongCatPipelineConfig
     ) -> Mapping[str, tuple[int, ...]]:
-        """Give ``text`` [L, D] and ``text_mask`` [L]."""
+        """Give ``text`` [L, D] and ``text_mask`` [L]; frames may be given or not."""
         length = config.max_sequence_length
         return {
             TEXT: (length, read_integer(transformer, "caption_channels", 4096)),
             TEXT_MASK: (length,),
         }
+
+    def frame_conditions(self, role: RoleSpec, config: LongCatPipelineConfig) -> FrameConditions:
+        if role.heads is not None:
+            return FrameConditions()
+        latents = self.latents(config.components or role.path)
+        return frame_conditions(config.frame_unit if latents is None else latents.stride_t)
 
     def text_settings(self, config: LongCatPipelineConfig) -> Mapping[str, object]:
         return text_settings(config.max_sequence_length, config.text_encoder_precision)

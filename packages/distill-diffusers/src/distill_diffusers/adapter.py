@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from typing import ClassVar
 
@@ -80,6 +80,8 @@ class VelocityCall:
             ``guided_velocity``.
         next_t: t of the sampler's next call [], 0 after the last; None outside of a sampler. Read
             by models of average velocities between two times (MeanFlow, Geng et al. 2025).
+        kept: what a family computed in earlier calls of the same sampler without gradient, by names
+            of its own; None where the call is none of a sampler.
     """
 
     caches: ChunkCall | CleanPast | None = None
@@ -88,6 +90,7 @@ class VelocityCall:
     like_pipeline: bool = False
     guidance: float | None = None
     next_t: Tensor | None = None
+    kept: MutableMapping[str, object] | None = None
 
 
 class FlowMatchingAdapter(abc.ABC):
@@ -597,12 +600,13 @@ class FlowMatchingAdapter(abc.ABC):
         self.check_sampler(handle, spec)
         # The sampler makes its calls in order, one a step.
         following = iter(torch.tensor([*spec.sigmas()[1:], 0.0]) * TRAIN_STEPS)
+        kept: dict[str, object] = {}
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             if poll is not None:
                 poll()
             w = self.sampler_guidance(handle, spec, t)
-            call = VelocityCall(like_pipeline=True, next_t=next(following))
+            call = VelocityCall(like_pipeline=True, kept=kept, next_t=next(following))
             batched = self.pipeline_batches_guidance
             return self.guided_velocity(handle, x, t, cond, neg_cond, w, call=call, batched=batched)
 
