@@ -28,7 +28,8 @@ CONFIGS = {
 }
 for _name, _model in PUBLISHED.items():
     for _config in _model.transformers.values():
-        if _config not in CONFIGS.values():
+        # FastVideo has no model of first and last frames, whose pictures have positions.
+        if _config not in CONFIGS.values() and "pos_embed_seq_len" not in _config:
             CONFIGS[_name] = _config
 
 

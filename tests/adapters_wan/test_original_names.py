@@ -37,7 +37,10 @@ def diffusers_shapes(config):
 
 
 def test_all_published_models_are_among_them():
-    same = {"Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"}  # as 480P: another training, one architecture
+    same = {
+        "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",  # as 480P: another training, one architecture
+        "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers",  # beside 480P's it has positions of the pictures
+    }
     assert set(PUBLISHED) - set(ORIGINAL) == same
 
 

@@ -23,6 +23,8 @@ EXPECTED = {
     # Comfy-Org's files: 32.8 GB in bf16, 16.4 GB in fp8; the exact count is the formula below.
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": 16_394_878_784,
     "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": 16_394_878_784,
+    # 480P's, and positions of 514 tokens of width 1280; no file was read.
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": 16_395_536_704,
     # 57,153,966,336 bytes / 4 for either expert.
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 14_288_491_584,
     # 1095 tensors of either expert's shards, counted.
@@ -47,7 +49,7 @@ def role_of(hub_id, **given):
     return RoleSpec(name="student", path=hub_id, trainable=True, **given)
 
 
-def count_parameters(d, f, layers, taken, given, image):
+def count_parameters(d, f, layers, taken, given, image, positions):
     """Count parameters of a Wan transformer of width d, FFN f, text 4096, frequencies 256."""
     linear = lambda i, o: i * o + o  # noqa: E731
     attention = 4 * linear(d, d) + 2 * d  # q, k, v, out; two norms over all heads
@@ -55,7 +57,7 @@ def count_parameters(d, f, layers, taken, given, image):
     block += (2 * linear(d, d) + d) if image else 0
     head = linear(4096, d) + linear(d, d) + linear(256, d) + linear(d, d) + linear(d, 6 * d)
     if image:
-        head += 2 * 1280 + linear(1280, 1280) + linear(1280, d) + 2 * d
+        head += positions * 1280 + 2 * 1280 + linear(1280, 1280) + linear(1280, d) + 2 * d
     ends = taken * 4 * d + d + linear(d, given * 4) + 2 * d
     return layers * block + head + ends
 
@@ -74,6 +76,7 @@ def test_parameter_counts(hub_id):
         numbers["in_channels"],
         numbers["out_channels"],
         numbers.get("image_dim"),
+        numbers.get("pos_embed_seq_len") or 0,
     )
     assert not list(PLUGIN.role_problems(role_of(hub_id), config_of(hub_id)))
     adapters = PLUGIN.plan(role_of(hub_id, lora=LoraSpec(rank=32)), config_of(hub_id))
@@ -123,8 +126,9 @@ def test_a_call_of_the_real_size(hub_id, on_meta):
     assert PLUGIN.latent_shape(config_of(hub_id), source=hub_id) == shape
     expected = PLUGIN.condition_shapes(config_of(hub_id), source=hub_id)
     assert expected["text"] == (512, 4096)
-    assert ("image_latents" in expected) == ("I2V-" in hub_id and "TI2V" not in hub_id)
-    assert ("image_embeds" in expected) == ("Wan2.1-I2V" in hub_id)
+    reads_pictures = "Wan2.1-I2V" in hub_id or "FLF2V" in hub_id
+    assert ("image_latents" in expected) == (reads_pictures or "Wan2.2-I2V" in hub_id)
+    assert ("image_embeds" in expected) == reads_pictures
     with torch.device("meta"):
         cond = {name: torch.empty(1, *size) for name, size in expected.items()}
         x_t = torch.empty(1, *shape)

@@ -1,4 +1,8 @@
-"""LongCat-Video passes the suite of families."""
+"""LongCat-Video passes the suite of families.
+
+Slow: the suite of LTX holds what both share in every run, and tests/adapters_longcat what is its
+own.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from distill_conformance import AdapterCase, AdapterSuite
 from family_fixtures import longcat_folder
 
 __all__ = ["longcat_folder"]
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

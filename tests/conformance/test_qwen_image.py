@@ -1,4 +1,8 @@
-"""Qwen-Image passes the suite of families."""
+"""Qwen-Image passes the suite of families.
+
+Slow: the suite of LTX holds what both share in every run, and tests/adapters_qwen_image what is its
+own.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from distill_conformance import AdapterCase, AdapterSuite
 from family_fixtures import qwen_image_folder
 
 __all__ = ["qwen_image_folder"]
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ PROMPTS = {"prompts": ["the digit one moving up"], "views": {"a": {"role": "stud
         ({"share": 0.1, "data": {"path": "x"}}, "validation.share: 0.1 beside data"),
         ({"data": {"path": str(TINY / "data")}}, "validation.data.path: "),
         ({"data": {"path": "./nowhere"}}, "validation.data.path: "),
-        ({"share": 0.1, "batches": 0}, "validation.batches: 0 must be at least 1"),
+        ({"share": 0.1, "batches": 0}, "validation.batches: 0 must be within [1, 10000]"),
     ],
 )
 def test_what_is_wrong_is_said(values, write, section, problem):

@@ -126,7 +126,8 @@ def _check_components(pipeline: StockPipeline, export: Export, folder: Path) -> 
 def _read_scheduler(pipeline: StockPipeline, export: Export, folder: Path, vae: Any) -> Any:
     """Read it through the pipeline that the index names; where there is no index, by itself."""
     if not pipeline.kind.has_index:
-        return export.schedule.scheduler_class.from_pretrained(folder, subfolder="scheduler")
+        config = read_json(folder / "scheduler" / "scheduler_config.json")
+        return export.schedule.scheduler_class.from_config(config)
     classes = {class_name(name): name for name in pipeline.kind.pipelines}
     index = read_json(folder / "model_index.json")
     modules = [name for name, entry in index.items() if isinstance(entry, list)]
