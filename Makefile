@@ -4,7 +4,7 @@
 help:           ## this list
 	@grep -E '^[a-z-]+: +##' $(MAKEFILE_LIST) | sed 's/: *## /\t/' | expand -t 16
 
-test:           ## everything that CI runs (9 minutes on two cores)
+test:           ## everything that CI runs (11 minutes on two cores)
 	uv run pytest
 
 slow:           ## the tests that take minutes; run before a release
