@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -254,23 +254,26 @@ def _take_pairs(
 ) -> None:
     """Take ODE pairs: their states as they are, their captions through the text encoder."""
     writer.encode_captions(items)
-    for item in items:
-        try:
-            writer.add_pair(item, pairs.read(item))
-        except DataError as error:  # a value that is not finite, too
-            report.skip_for(item, error)
-        else:
-            report.note(item, ())
-    writer.finish(report.take())
+    _take_each(writer, items, lambda item: writer.add_pair(item, pairs.read(item)), report)
 
 
 def _take_unit(
     writer: UnitWriter, items: Sequence[MediaItem], reader: StoredReader, report: _Report
 ) -> None:
     """Take samples that were encoded elsewhere."""
+    _take_each(writer, items, lambda item: writer.add_stored(item, reader.read(item)), report)
+
+
+def _take_each(
+    writer: UnitWriter,
+    items: Sequence[MediaItem],
+    take: Callable[[MediaItem], None],
+    report: _Report,
+) -> None:
+    """Take what needs no decoding item by item, and finish the unit."""
     for item in items:
         try:
-            writer.add_stored(item, reader.read(item))
+            take(item)
         except DataError as error:  # a value that is not finite, too
             report.skip_for(item, error)
         else:

@@ -18,7 +18,6 @@ from typing import cast
 
 import torch
 from distill_diffusers.adapter import VelocityCall, device_of
-from distill_diffusers.calls import flow
 from distill_diffusers.calls.conditions import read_condition
 from distill_diffusers.calls.given_frames import (
     frame_times,
@@ -141,8 +140,7 @@ class LongCatAdapter(FamilyAdapter):
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
         """Compute z / (1 / std) + mean per channel, which rounds as the original does."""
-        wide = flow.widen(latents)
-        return wide / (1.0 / self._statistics.std.to(wide)) + self._statistics.mean.to(wide)
+        return self._statistics.denormalize_by_inverse(latents)
 
     def encode_condition(self, raw_cond: Sequence[str]) -> Condition:
         """Encode prompts as the original does: UMT5 does not attend to the padding, and the
@@ -171,9 +169,9 @@ class LongCatAdapter(FamilyAdapter):
         readable = frame_conditions(self.frames_a_latent)
         pixels = self.given_pixels(readable, len(cond), images, frames, last)
         raw = self._codec.encode_each(pixels.first)
-        mean, std = self._statistics.mean.to(raw), self._statistics.std.to(raw)
-        # In the original's order of operations, which rounds otherwise than normalize_latents.
-        return Condition({GIVEN: (raw - mean) * (1.0 / std)}).merged_onto(cond)
+        # In the original's order of operations.
+        given = self._statistics.normalize_by_inverse(raw)
+        return Condition({GIVEN: given}).merged_onto(cond)
 
 
 def _read_once(role: RoleHandle, given: Tensor, call: VelocityCall) -> tuple[KeysAndValues, ...]:

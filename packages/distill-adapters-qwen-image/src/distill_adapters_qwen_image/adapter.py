@@ -51,14 +51,13 @@ class QwenImageAdapter(FamilyAdapter):
         *,
         source: str,
     ) -> None:
-        self._device = device_of(bundle)
         self._length = config.max_sequence_length
         self._text = TextEncoders.single(
             source,
             ENCODER,
             length=self._length,
             precision=config.text_encoder_precision,
-            device=self._device,
+            device=device_of(bundle),
         )
         super().__init__(
             bundle,
@@ -112,7 +111,7 @@ class QwenImageAdapter(FamilyAdapter):
 
     def encode_condition(self, raw_cond: Sequence[str]) -> Condition:
         """Encode prompts; see ``encode_prompts``."""
-        return Condition(encode_prompts(self._text, raw_cond, self._length, self._device))
+        return encode_prompts(self._text, raw_cond, self._length)
 
 
 def call_transformer(role: RoleHandle, inputs: Mapping[str, Tensor]) -> Tensor:

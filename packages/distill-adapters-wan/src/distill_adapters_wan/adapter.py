@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
 import torch
 from distill_diffusers.adapter import VelocityCall, checked_rollout, device_of
-from distill_diffusers.calls import flow
 from distill_diffusers.calls.conditions import read_condition
 from distill_diffusers.calls.features import Features
 from distill_diffusers.calls.given_frames import (
@@ -293,9 +292,8 @@ class WanAdapter(FamilyAdapter):
         first, end = given.first, given.last
         video = first if self._image_kind == "frame" else _with_grey(first, end, given.frames)
         raw = self._codec.encode_each(video)
-        mean, std = self._statistics.mean.to(raw), self._statistics.std.to(raw)
-        # As WanImageToVideoPipeline does: it rounds otherwise in normalize_latents.
-        tensors = {LATENTS: (raw - mean) * (1.0 / std)}
+        # As WanImageToVideoPipeline does.
+        tensors = {LATENTS: self._statistics.normalize_by_inverse(raw)}
         if end is not None:
             mask = frame_mask(raw.shape[2]).to(raw.device)
             tensors[MASK] = mask.expand(len(raw), -1, -1)
@@ -308,8 +306,7 @@ class WanAdapter(FamilyAdapter):
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
         """Compute z / (1 / std) + mean per channel, which rounds as WanPipeline does."""
-        wide = flow.widen(latents)
-        return wide / (1.0 / self._statistics.std.to(wide)) + self._statistics.mean.to(wide)
+        return self._statistics.denormalize_by_inverse(latents)
 
     def encode_condition(self, raw_cond: Sequence[str]) -> Condition:
         """Encode to ``{"text": [B, L, D]}`` fp32, padded to L = max_sequence_length with zeros."""

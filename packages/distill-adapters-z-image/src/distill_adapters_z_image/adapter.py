@@ -50,14 +50,13 @@ class ZImageAdapter(ImageAdapter):
         *,
         source: str,
     ) -> None:
-        self._device = device_of(bundle)
         self._config = config
         self._text = TextEncoders.single(
             source,
             ENCODER,
             length=config.max_sequence_length,
             precision=config.text_encoder_precision,
-            device=self._device,
+            device=device_of(bundle),
         )
         super().__init__(bundle, family, config, source=source, encoders=self._text)
 
@@ -75,7 +74,9 @@ class ZImageAdapter(ImageAdapter):
         features: Features | None = None,
     ) -> Tensor:
         """See ``FlowMatchingAdapter.guided_velocity``; one call where all guidance is cut off."""
-        if w not in (0, 1) and bool(self._is_late(t).all()):
+        # Asked of the config first: of t on a device the host would wait for the answer.
+        cut_off = self._config.cfg_truncation < 1
+        if cut_off and w not in (0, 1) and bool(self._is_late(t).all()):
             w = 1
         return super().guided_velocity(
             role, x_t, t, cond, neg_cond, w, call=call, batched=batched, features=features
@@ -101,7 +102,7 @@ class ZImageAdapter(ImageAdapter):
     def encode_condition(self, raw_cond: Sequence[str]) -> Condition:
         """Encode prompts; see ``encode_prompts``."""
         length = self._config.max_sequence_length
-        return Condition(encode_prompts(self._text, raw_cond, length, self._device))
+        return encode_prompts(self._text, raw_cond, length)
 
     def _is_late(self, t: Tensor) -> Tensor:
         """Tell of each t [B] whether guidance is cut off there."""

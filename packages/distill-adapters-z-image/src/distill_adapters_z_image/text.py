@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from distill_diffusers.components.encoders import TextEncoders
-from distill_protocols import ConditioningError
+from distill_diffusers.components.encoders import LoadedEncoder, TextEncoders
+from distill_protocols import Condition
 from torch import Tensor
 
 from distill_adapters_z_image.kind import TEXT, TEXT_MASK
@@ -16,35 +16,25 @@ PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 """What Qwen3's own template makes of one message with thinking enabled."""
 
 
-@torch.no_grad()
-def encode_prompts(
-    encoders: TextEncoders, prompts: Sequence[str], length: int, device: torch.device
-) -> dict[str, Tensor]:
+def encode_prompts(encoders: TextEncoders, prompts: Sequence[str], length: int) -> Condition:
     """Encode to ``text`` [B, length, D], zeros beyond the prompt, and ``text_mask`` [B, length].
-
-    One prompt is encoded at a time, so that a row depends on its prompt alone.
 
     Raises:
         ConditioningError: no prompts.
         WeightsError: as ``TextEncoders.loaded``.
     """
-    if not prompts:
-        raise ConditioningError("no prompts to encode; give one a sample (it may be empty)")
-    rows, masks = [], []
-    with encoders.loaded() as text:
-        for prompt in prompts:
-            tokens = text.tokenizer(
-                PROMPT.format(prompt),
-                padding="max_length",
-                max_length=length,
-                truncation=True,
-                return_tensors="pt",
-            ).to(device)
-            mask = tokens.attention_mask.bool()
-            output = text.encoder(tokens.input_ids, mask, output_hidden_states=True)
-            embedded = output.hidden_states[-2][mask].float()
-            row = embedded.new_zeros(length, embedded.shape[1])
-            row[: len(embedded)] = embedded
-            rows.append(row)
-            masks.append((torch.arange(length, device=device) < len(embedded)).float())
-    return {TEXT: torch.stack(rows), TEXT_MASK: torch.stack(masks)}
+
+    def embed(text: LoadedEncoder, prompt: str, device: torch.device) -> Tensor:
+        tokens = text.tokenizer(
+            PROMPT.format(prompt),
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(device)
+        mask = tokens.attention_mask.bool()
+        output = text.encoder(tokens.input_ids, mask, output_hidden_states=True)
+        return output.hidden_states[-2][mask]
+
+    hidden, mask = encoders.embed_each(prompts, length, embed)
+    return Condition({TEXT: hidden, TEXT_MASK: mask})

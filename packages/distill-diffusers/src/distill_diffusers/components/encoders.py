@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from attrs import frozen
 from distill_protocols import DTYPES, CaptionTokens, ConditioningError, Precision, WeightsError
 from distill_protocols.plugins import EMPTY
@@ -220,6 +221,35 @@ class TextEncoders:
         hidden = output.last_hidden_state if layer is None else output.hidden_states[layer]
         return without_padding(hidden[:, skip:], mask[:, skip:])
 
+    @torch.no_grad()
+    def embed_each(
+        self,
+        prompts: Sequence[str],
+        length: int,
+        embed: Callable[[LoadedEncoder, str, torch.device], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Encode prompts one at a time by ``text_encoder``: a row depends on its prompt alone.
+
+        Args:
+            embed: gives the hidden states [K, D] of one prompt, K at most ``length``; the device is
+                the encoder's.
+
+        Returns:
+            hidden states [B, L, D] with L = ``length``, 0 beyond the prompt, and 1 at its tokens
+            [B, L]; both fp32.
+
+        Raises:
+            ConditioningError: no prompts.
+            WeightsError: as ``loaded``.
+        """
+        _require_prompts(prompts)
+        with self.loaded() as text:
+            rows = [embed(text, prompt, self._device).float() for prompt in prompts]
+        hidden = torch.stack([F.pad(row, (0, 0, 0, length - len(row))) for row in rows])
+        counts = torch.tensor([len(row) for row in rows], device=hidden.device)
+        mask = torch.arange(length, device=hidden.device) < counts[:, None]
+        return hidden, mask.float()
+
     @contextlib.contextmanager
     def keep_loaded(self) -> Iterator[None]:
         """Keep each encoder in memory from its first use within to the end of the block."""
@@ -245,8 +275,7 @@ class TextEncoders:
         self, name: str, prompts: Sequence[str], length: int | None
     ) -> Iterator[tuple[Any, Any]]:
         """Enter with an encoder in memory, and the tokens of ``prompts`` and their mask."""
-        if not prompts:
-            raise ConditioningError("no prompts to encode; give one a sample (it may be empty)")
+        _require_prompts(prompts)
         with self.loaded(name) as text:
             if length is None:
                 length = self._longest_prompt(name, text.tokenizer.model_max_length)
@@ -283,6 +312,11 @@ class TextEncoders:
         check_vocabulary(tokenizer, encoder, folder / part.tokenizer)
         part.check(encoder, folder / part.encoder)
         return LoadedEncoder(tokenizer, encoder.to(self._device))
+
+
+def _require_prompts(prompts: Sequence[str]) -> None:
+    if not prompts:
+        raise ConditioningError("no prompts to encode; give one a sample (it may be empty)")
 
 
 def without_padding(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,6 +80,7 @@ class ImageEncoder:
         # On first use: without torchvision, transformers 5 prints a warning when it is imported.
         import transformers
 
+        # By the library's own lookup: which class a processor's name is depends on torchvision.
         model_class = getattr(transformers, self._kind.model)
         processor_class = getattr(transformers, self._kind.processor)
         folder = fetch(self._source, ("image_encoder", *IMAGE_PROCESSORS))

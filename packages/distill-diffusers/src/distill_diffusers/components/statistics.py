@@ -10,6 +10,7 @@ from attrs import frozen
 from distill_protocols import WeightsError
 from torch import Tensor
 
+from distill_diffusers.calls import flow
 from distill_diffusers.folders import fetch
 from distill_diffusers.model_configs import read_config, read_number
 from distill_diffusers.weights.sources import module_weights
@@ -86,6 +87,18 @@ class LatentStatistics:
         mean, std = (tensors[name].float().view(1, -1, 1, 1, 1) for name in _NAMES)
         factor = read_number(read_config(folder / "config.json"), "scaling_factor", 1.0)
         return cls(mean=mean, std=std / factor)
+
+    def normalize_by_inverse(self, raw: Tensor) -> Tensor:
+        """Compute ``(raw - mean) (1 / std)`` [B, C, T, H, W], which rounds as Wan's code does and
+        otherwise than ``normalize_latents``."""
+        mean, std = self.mean.to(raw), self.std.to(raw)
+        return (raw - mean) * (1.0 / std)
+
+    def denormalize_by_inverse(self, latents: Tensor) -> Tensor:
+        """Compute ``z / (1 / std) + mean`` [B, C, T, H, W] in fp32 or wider, which rounds as Wan's
+        code does."""
+        wide = flow.widen(latents)
+        return wide / (1.0 / self.std.to(wide)) + self.mean.to(wide)
 
     def to(self, device: torch.device) -> LatentStatistics:
         """Copy them to ``device``."""
