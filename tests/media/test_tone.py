@@ -21,7 +21,7 @@ from distill_media.tone import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-PQ, HLG, WIDE = 16, 18, 9
+PQ, HLG, WIDE, UNNAMED = 16, 18, 9, 2
 """Transfers and primaries as ITU-T H.273 numbers them."""
 COLOURS = [(150, 40, 40), (40, 150, 40), (40, 40, 150), (120, 120, 120)]
 TO_BT2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
@@ -74,18 +74,19 @@ def test_greys_stay_grey_and_rise(transfer):
     assert grey[-1, 1] == 255
 
 
-def write_hdr(path: Path, codes: np.ndarray, transfer: int) -> Path:
-    """Write frames [F, H, W, 3] uint16 with ten bits, as a phone does."""
+def write_hdr(path: Path, codes: np.ndarray, transfer: int, named: int = WIDE) -> Path:
+    """Write frames [F, H, W, 3] uint16 of BT.2020 with ten bits, as a phone does, that name their
+    primaries and matrix or not."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=8)
         stream.height, stream.width = codes.shape[1:3]
         stream.pix_fmt = "yuv444p10le"
         context = stream.codec_context
-        context.color_trc, context.color_primaries, context.colorspace = transfer, WIDE, WIDE
+        context.color_trc, context.color_primaries, context.colorspace = transfer, named, named
         for pixels in codes:
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb48le")
             frame = frame.reformat(format="yuv444p10le", dst_colorspace=WIDE, dst_color_range=1)
-            frame.color_trc, frame.color_primaries, frame.colorspace = transfer, WIDE, WIDE
+            frame.color_trc, frame.color_primaries, frame.colorspace = transfer, named, named
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
@@ -97,10 +98,11 @@ def read(path: Path) -> MediaClip:
     return clip
 
 
-def test_a_video_of_pq_has_the_colours_of_sdr_and_says_so(tmp_path):
+@pytest.mark.parametrize("named", [WIDE, UNNAMED])
+def test_a_video_of_pq_has_the_colours_of_sdr_and_says_so(tmp_path, named):
     picture = np.repeat(np.repeat(np.array(COLOURS).reshape(2, 2, 3), 16, 0), 16, 1)
     codes = to_codes(sdr_light(picture) @ TO_BT2020.T)
-    clip = read(write_hdr(tmp_path / "a.mkv", np.stack([codes] * 3), PQ))
+    clip = read(write_hdr(tmp_path / "a.mkv", np.stack([codes] * 3), PQ, named))
     assert clip.notes == ("is HDR (PQ); its tones are mapped to SDR",)
     found = [clip.frames[1, row, column] for row in (8, 24) for column in (8, 24)]
     assert np.abs(np.array(found, int) - COLOURS).max() <= 6

@@ -102,7 +102,11 @@ class PairShapes:
     latents: tuple[LatentShape, ...]
 
     def check(self, item: MediaItem, states: Tensor) -> None:
-        """Raises: MediaError: ``states`` [S, C, T, H, W] are others."""
+        """Compare the states [S, C, T, H, W] of a pair.
+
+        Raises:
+            MediaError: their number or size is another than the run's.
+        """
         if len(states) != self.states:
             raise MediaError(
                 item.id,
@@ -279,7 +283,7 @@ class UnitWriter:
             states: [S, C, T, H, W], normalised; the last one is the clip.
 
         Raises:
-            MediaError: they are as many or of a size that nobody asked for.
+            MediaError: their number or size is another than the run's.
             DataError: a state is not finite.
         """
         assert self.encoder.pairs is not None

@@ -121,7 +121,11 @@ class PtPairs(PairFile):
             raise MediaError(item.id, f"{error}. Make the pair again, or remove it") from error
 
     def _pairs(self, file: Path) -> list[tuple[str, Tensor]]:
-        """Raises: ValueError: the file needs code to be read, or holds other things."""
+        """Load the pairs of a file, unless they are those of the last one.
+
+        Raises:
+            ValueError: the file needs code to be read, or holds other things.
+        """
         if self._open is None or self._open[0] != file:
             self._open = (file, list(_pairs_of(_load(file))))
         return self._open[1]

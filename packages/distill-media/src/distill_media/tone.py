@@ -79,20 +79,20 @@ def to_sdr(pixels: np.ndarray, transfer: Transfer, *, wide: bool) -> np.ndarray:
     Args:
         wide: the primaries are those of BT.2020, and not BT.709's (matrix: ITU-R BT.2087).
     """
-    light = _light_of_codes(transfer)[pixels]
+    light = _build_light_table(transfer)[pixels]
     if transfer == "HLG":
         light = scene_to_nits(light)
     largest = np.maximum(light.max(axis=-1, keepdims=True), 1e-6)
-    light *= _rolled_off()[_steps(largest / PEAK)] / largest
+    light *= _build_roll_off_table()[_number_light(largest / PEAK)] / largest
     if wide:
         light = light @ _TO_BT709.T
-    return _shown()[_steps(light / REFERENCE_WHITE)]
+    return _build_sdr_table()[_number_light(light / REFERENCE_WHITE)]
 
 
 # -- tables, as each of these formulas has a power or two for every value of a clip ----------------
 
 
-def _steps(light: np.ndarray) -> np.ndarray:
+def _number_light(light: np.ndarray) -> np.ndarray:
     """Number light in [0, 1] by its root, so that dark tones have as many numbers as they need."""
     return np.round(np.sqrt(np.clip(light, 0, 1)) * _LAST).astype(np.uint16)
 
@@ -101,19 +101,19 @@ _LAST = 65_535
 
 
 @functools.cache
-def _light_of_codes(transfer: Transfer) -> np.ndarray:
+def _build_light_table(transfer: Transfer) -> np.ndarray:
     code = np.arange(_LAST + 1) / _LAST
     return (pq_to_nits(code) if transfer == "PQ" else hlg_to_scene(code)).astype(np.float32)
 
 
 @functools.cache
-def _rolled_off() -> np.ndarray:
-    """``roll_off`` of light, by its number among the ``_steps`` up to ``PEAK``."""
+def _build_roll_off_table() -> np.ndarray:
+    """``roll_off`` of light, by ``_number_light`` of it relative to ``PEAK``."""
     return roll_off((np.arange(_LAST + 1) / _LAST) ** 2 * PEAK).astype(np.float32)
 
 
 @functools.cache
-def _shown() -> np.ndarray:
-    """SDR pixels by number among the ``_steps``; the inverse of ITU-R BT.1886, as screens have."""
+def _build_sdr_table() -> np.ndarray:
+    """SDR pixels by ``_number_light``; the inverse of ITU-R BT.1886, as screens have."""
     light = (np.arange(_LAST + 1) / _LAST) ** 2
     return np.round(255 * light ** (1 / 2.4)).astype(np.uint8)
