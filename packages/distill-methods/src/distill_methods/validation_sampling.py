@@ -96,7 +96,7 @@ class ViewSampler:
                     generators=generators,
                     poll=self.poll,
                 )
-            causal = _causal(self.adapter, view)
+            causal = _require_causal(self.adapter, view)
             chunks = causal.chunks(view.role, view.latent_frames)
             parts = causal.stream(
                 view.role,
@@ -138,14 +138,14 @@ class ViewSampler:
 
 
 def _decode_in_chunks(adapter: LatentDiffusion, view: SampleView, latents: Tensor) -> Tensor:
-    causal = _causal(adapter, view)
+    causal = _require_causal(adapter, view)
     parts = [latents[:, :, c.span] for c in causal.chunks(view.role, latents.shape[2])]
     with torch.no_grad():
         # Frames leave the device as they are made: a long video would not fit beside the models.
         return torch.cat([clip.cpu() for clip in causal.decode_stream(parts)], dim=2)
 
 
-def _causal(adapter: LatentDiffusion, view: SampleView) -> CausalRollout:
+def _require_causal(adapter: LatentDiffusion, view: SampleView) -> CausalRollout:
     causal = adapter.causal
     if causal is None or view.role not in adapter.capabilities.causal_roles:
         raise CapabilityError(
