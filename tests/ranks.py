@@ -89,6 +89,8 @@ def run_rank(
         "gloo", f"file://{store}/store", rank=rank, world_size=size,
         timeout=timedelta(seconds=timeout),
     )  # fmt: skip
+    # Or a rank that ends at once closes connections that another is still making.
+    distributed.barrier()
     try:
         pipe.send(target(*args))
     except BaseException:
