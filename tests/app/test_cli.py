@@ -41,6 +41,18 @@ def test_help_and_a_missing_config(capsys):
     assert "--config RUN.yaml is needed" in capsys.readouterr().err
 
 
+def test_a_reader_that_is_gone_changes_nothing():
+    """As `apps/train --dry-run | head -1`: no message, and the status that it has anyway."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "import sys; from distill_train.cli import main; sys.exit(main(['--plugins']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_plugins_are_listed(capsys):
     assert main(["--plugins"]) == 0
     out = capsys.readouterr().out

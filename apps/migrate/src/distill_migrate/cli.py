@@ -28,6 +28,7 @@ interrupted.
 """
 
 
+@cli.outlive_readers()
 def main(argv: list[str] | None = None) -> int:
     """Run the app; returns the exit status."""
     args = _parser().parse_args(argv)

@@ -27,6 +27,7 @@ stopped on request, 130 interrupted before anything was made.
 """
 
 
+@cli.outlive_readers()
 def main(argv: list[str] | None = None) -> int:
     """Run the app; returns the exit status."""
     args = _parser().parse_args(argv)

@@ -30,6 +30,7 @@ _MOST_SHOWN = 8
 _MOST_RUNS = 32
 
 
+@cli.outlive_readers()
 def main(argv: list[str] | None = None) -> int:
     """Run the app; returns the exit status."""
     args = _parser().parse_args(argv)

@@ -37,6 +37,7 @@ interrupted.
 _MOST_PROMPT_BYTES = 1 << 24
 
 
+@cli.outlive_readers()
 def main(argv: list[str] | None = None) -> int:
     """Run the app; returns the exit status."""
     args = _parser().parse_args(argv)

@@ -46,6 +46,7 @@ ends with 0, as any other status would start the run again.
 """
 
 
+@cli.outlive_readers()
 def main(argv: list[str] | None = None) -> int:
     """Run the app; returns the exit status."""
     args = _parser().parse_args(argv)

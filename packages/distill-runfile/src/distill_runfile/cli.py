@@ -24,6 +24,8 @@ from distill_protocols import (
 )
 from distill_runtime import printable
 
+from distill_runfile.pipes import outlive_readers as outlive_readers
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
