@@ -11,6 +11,7 @@ import torch
 from distill_adapters_wan import PLUGIN
 from distill_adapters_wan.names.original import to_original
 from distill_diffusers.weights.extraction import extract, factors
+from distill_diffusers.weights.starts import PatchedWeights
 from distill_protocols import (
     ExportRequest,
     LoraSpec,
@@ -607,6 +608,16 @@ def test_an_expert_that_never_moved_is_left_out_of_a_lora(experts, config, tmp_p
     checked = exporter.verify(role, weights, tmp_path / "s", request)
     assert checked["transformer"]["layers"] == 0
     assert checked["transformer_2"]["layers"] > 0
+    back = PLUGIN.start_weights(role, str(tmp_path / "s"))
+    source = weights["transformer"]
+    read = back["transformer"].read(source.describe())
+    assert all(torch.equal(v, read[n]) for n, v in source.read(source.describe()).items())
+    assert isinstance(back["transformer_2"], PatchedWeights)
+    # A file that is lost is no expert that never moved.
+    wider = {**record, "files": {**record["files"], "pytorch_lora_weights.safetensors": 1}}
+    (tmp_path / "s" / "sampler_spec.json").write_text(json.dumps(wider))
+    with pytest.raises(WeightsError, match="holds weights of transformer_2"):
+        PLUGIN.start_weights(role, str(tmp_path / "s"))
     for file in record["files"]:
         (tmp_path / "s" / file).unlink()
     with pytest.raises(WeightsError, match=r"is missing, and .* differs from the base's"):

@@ -581,6 +581,10 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         names = self._foreign_names()
         sources: dict[str, WeightSource] = {}
         for module, config in configs.items():
+            if module not in start.files:
+                own = folder_weights(role.path, (module,), has_index=self.kind.has_index)
+                sources[module] = own[module]
+                continue
             state = build_on_meta(self.kind, config).state_dict()
             if not start.is_lora:
                 sources[module] = starts.whole_weights(start, module, names)

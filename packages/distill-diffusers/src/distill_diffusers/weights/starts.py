@@ -24,6 +24,7 @@ from distill_protocols import (
     WeightsError,
     WeightSource,
 )
+from distill_protocols.exports import SPEC_FILE
 from distill_runtime import parse_json
 from torch import Tensor
 
@@ -52,11 +53,14 @@ class Start:
         where: what was asked for, for messages.
         files: by module.
         is_lora: whether they hold adapters and differences.
+        keeps_others: whether a module without files keeps the weights of the role's path, because
+            an export found nothing in it that differs from them.
     """
 
     where: str
     files: Mapping[str, tuple[Path, ...]]
     is_lora: bool
+    keeps_others: bool = False
 
     def source(self, module: str) -> FileWeights:
         """Open the files of ``module``, under the names that are in them."""
@@ -107,7 +111,8 @@ def find_start(
         for module in modules
     }
     if any(file.is_file() for file in loras.values()):
-        return _start(path, {m: (file,) for m, file in loras.items() if file.is_file()})
+        start = _start(path, {m: (file,) for m, file in loras.items() if file.is_file()})
+        return evolve(start, keeps_others=_has_all_loras(folder, loras.values()))
     if pair := _single_files(folder, modules):
         return _start(path, pair)
     files = _files_of(folder)
@@ -115,7 +120,8 @@ def find_start(
 
 
 def choose_files(start: Start, modules: Collection[str], role: RoleSpec) -> Start:
-    """Leave of ``start`` what ``role`` starts with: the files of all of its ``modules``.
+    """Leave of ``start`` what ``role`` starts with: the files of all of its ``modules``, or of
+    those that differ from its path.
 
     Files that name no module are those of a role's only expert.
 
@@ -126,7 +132,9 @@ def choose_files(start: Start, modules: Collection[str], role: RoleSpec) -> Star
     chosen = {name: files for name, files in start.files.items() if name in modules}
     if role.experts and len(modules) == len(start.files) == 1:
         chosen = dict(zip(modules, start.files.values(), strict=True))
-    if chosen.keys() != set(modules) or (not role.experts and len(chosen) < len(start.files)):
+    # Adapters are not merged into a base: each expert of a LoRA role needs its own.
+    is_whole = chosen.keys() == set(modules) or (start.keeps_others and chosen and not role.lora)
+    if not is_whole or (not role.experts and len(chosen) < len(start.files)):
         raise WeightsError(
             f"{start.where} holds weights of {', '.join(start.files)}, and role {role.name!r} is "
             f"built of {', '.join(modules)}; a role starts with all of its transformers. Name a "
@@ -444,6 +452,17 @@ def _single_files(folder: Path, modules: tuple[str, ...]) -> dict[str, tuple[Pat
                 names = {modules[0]: first, module: f"{first}-{module}"}
                 return {m: (folder / f"{stem}.safetensors",) for m, stem in names.items()}
     return {}
+
+
+def _has_all_loras(folder: Path, loras: Iterable[Path]) -> bool:
+    """Return whether ``folder`` is an export of ours, and holds those of ``loras`` that it wrote.
+
+    A LoRA of somebody else, of which only one expert's file is here, may have lost the other.
+    """
+    if not (folder / SPEC_FILE).is_file():
+        return False
+    files = read_json(folder / SPEC_FILE).get("files")
+    return isinstance(files, dict) and all(f.is_file() for f in loras if f.name in files)
 
 
 def _holds_only_gguf(folder: Path) -> bool:
