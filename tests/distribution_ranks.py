@@ -253,7 +253,10 @@ class ToyDistillation(DistillMethod[None]):
 
 
 class StepRecorder(Callback):
-    """Record losses and norms, and check that no role has a gradient outside its turn."""
+    """Record losses and norms, and check that no role has a gradient outside its turn.
+
+    Gradients are measured loss by loss in each iteration, which must not change a number.
+    """
 
     name = "recorder"
 
@@ -261,6 +264,10 @@ class StepRecorder(Callback):
         self.losses: list[float] = []
         self.norms: list[dict[str, float]] = []
         self.stepped: list[tuple[str, ...]] = []
+        self.measured: set[str] = set()
+
+    def on_step_start(self, run: RunState) -> None:
+        run.measure_losses = True
 
     def on_before_optimizer_step(self, run: RunState) -> None:
         stepping = run.method.get_optimizers(run.iteration)
@@ -278,6 +285,7 @@ class StepRecorder(Callback):
         norms = {k: v for k, v in step.metrics.items() if k.startswith("grad_norm")}
         assert not any(isinstance(v, DTensor) for v in norms.values())
         self.norms.append({k: float(v) for k, v in norms.items()})
+        self.measured |= {k for k in step.metrics if k.startswith("loss_grad_norm")}
         self.stepped.append(step.stepped)
 
 
@@ -309,6 +317,8 @@ class Outcome:
     weights: dict[str, Any]
     buffers: dict[str, Any]
     averages: dict[str, Any]
+    measured: frozenset[str] = field(factory=frozenset)
+    """Names of gradient norms of single losses."""
     sharded: frozenset[str] = field(factory=frozenset)
     units: frozenset[str] = field(factory=frozenset)
     """Names of the student's modules that FSDP gathers one at a time."""
@@ -404,6 +414,7 @@ def collect_outcome(method: DistillMethod[Any], recorder: StepRecorder) -> Outco
             for name, value in ema.weights().items()
             if f"{key}.{name}" in parameters
         },
+        measured=frozenset(recorder.measured),
         units=frozenset(
             name
             for name, part in next(iter(bundle["student"].modules.values())).named_modules()

@@ -146,6 +146,7 @@ def test_policies_change_no_number() -> None:
     for outcome in outcomes:
         units = {"", "blocks.0", "blocks.1"} if "student" in outcome.sharded else set()
         assert outcome.units == units
+        assert bool(outcome.measured) == (not outcome.sharded), "no gradients of single losses"
     sharded = [outcome.sharded for outcome in outcomes]
     everything = {"student", "critic", "teacher"}
     assert sharded[5:8] == [{"critic", "teacher"}, {"student", "critic"}, {"teacher"}]
