@@ -391,7 +391,7 @@ def test_a_stop_in_the_first_iteration_leaves_the_folder_free(tiny, tmp_path, mo
     config = tiny("finetune", training={"max_train_steps": 2}, checkpoint={"resume": "none"})
     for _ in range(2):
         assert main(["--config", str(config)]) == EXIT_STOPPED, capsys.readouterr().err
-        assert "stopped after iteration 0 of 2: received SIGTERM" in capsys.readouterr().err
+        assert "stopped after iteration 0 of 2: received SIGTERM" in capsys.readouterr().out
         assert not (tmp_path / "out" / "run.json").exists()
 
 

@@ -89,6 +89,15 @@ def test_one_check_alone_is_no_alarm_unless_the_run_says_so(alarm, signal, wrong
     assert list(alarms(history({signal: wrong}), patience=1)) == [alarm]
 
 
+def test_the_loss_that_adds_most_to_exploding_gradients_is_named():
+    role = "student.transformer"
+    parts = {f"loss_grad_norm/{role}/dmd_loss": 0.4, f"loss_grad_norm/{role}/gan_loss": 5.0}
+    late = {f"grad_norm/{role}": 5.1} | parts
+    assert "by gan_loss" in alarms(history(late, late))[f"gradients of {role}"].message
+    del late[f"loss_grad_norm/{role}/gan_loss"]
+    assert "by " not in alarms(history(late, late))[f"gradients of {role}"].message
+
+
 @pytest.mark.parametrize("alarm", ["collapse", "saturation", "motion", "losses", "normaliser"])
 def test_a_rule_that_is_off_says_nothing(alarm):
     signal, wrong = next((s, w) for a, s, w, _ in CASES if a.split(" ")[0] == alarm)

@@ -156,7 +156,17 @@ def test_a_method_may_measure_more(setups: Setups, monkeypatch: pytest.MonkeyPat
     kind = type(method)
 
     class More(kind):  # type: ignore[misc, valid-type]
+        calls = 0
+
+        def state_dict(self) -> dict[str, object]:
+            return {**super().state_dict(), "calls": self.calls}
+
+        def load_state_dict(self, state: Mapping[str, Any]) -> None:
+            super().load_state_dict(state)
+            self.calls = state["calls"]
+
         def evaluate_held_out(self, batch: Batch, iteration: int) -> dict[str, Tensor]:
+            self.calls += 1  # of a state that a step moves, as a run of its own would
             assert not torch.is_grad_enabled()
             assert not self.bundle["student"].modules["transformer"].training
             return {"latent_mean": batch.clean_latents.mean()}
@@ -168,6 +178,7 @@ def test_a_method_may_measure_more(setups: Setups, monkeypatch: pytest.MonkeyPat
     expected = sum(float(batch.clean_latents.mean()) for batch in data) / 2
     assert losses.held_out["latent_mean"] == pytest.approx(expected)
     assert losses.metrics()["validation/drift/latent_mean"] == 0
+    assert method.calls == 0, "it is as it was"
 
 
 @pytest.mark.parametrize("strategy", ["none", "fsdp"])

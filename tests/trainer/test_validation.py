@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from distill_media import SheetRow, read_mp4, write_contact_sheet
-from distill_protocols import Callback, ModelBundle
+from distill_protocols import Callback, ModelBundle, SamplerSpec
 from distill_trainer import (
     DistillTrainer,
     EmaCallback,
@@ -163,11 +164,11 @@ class Counting(Sampling):
 
 def _run_with_teacher(
     folder: Path, *, start: int = 0, path: str = "a", teacher_seed: int = 9,
-    latent_frames: int | None = None, **changes: Any,
+    view: Mapping[str, Any] | None = None, **changes: Any,
 ) -> tuple:  # fmt: skip
     method, tracker = Counting(teacher_seed), MemoryTracker()
     views = {
-        "teacher": ViewConfig(role="teacher", latent_frames=latent_frames),
+        "teacher": ViewConfig(role="teacher", **(view or {})),
         "live": ViewConfig(role="student"),
     }
     callback = ValidationCallback(
@@ -204,7 +205,7 @@ def test_a_frozen_view_is_sampled_once_and_kept_over_a_resume(tmp_path: Path) ->
     others: tuple[dict[str, Any], ...]
     others = (
         {"path": "b"}, {"teacher_seed": 8}, {"seed": 5}, {"prompts": ("a seven", "a two")},
-        {"fps": 4.0}, {"latent_frames": 9},
+        {"fps": 4.0}, {"view": {"latent_frames": 9}}, {"view": {"sampler": SamplerSpec(steps=3)}},
     )  # fmt: skip
     for changes in others:
         assert _run_with_teacher(tmp_path, start=8, **changes)[0][0] == "teacher", changes

@@ -1,12 +1,12 @@
 """What the callback `health` costs at its defaults, as a share of the training.
 
-    uv run python tools/bench/health.py [--names dmd2 consistency]
+    uv run python tools/bench/health.py [--names dmd2 consistency] [--runs 1]
 
 One process trains the shipped tiny run file and lets health watch every other stretch between two
 checks, in the order on, off, off, on: so a busy machine, and a run that becomes slower or faster,
-meet both alike. Each pair of stretches gives a ratio of their CPU times, and all of them a mean
-with its standard error. What health does before the first update is timed by itself, and laid over
-the run once.
+meet both alike. Each pair of stretches gives a ratio of their CPU times, and all of them (of
+several runs, where one has few checks) a mean with its standard error. What health does before the
+first update is timed by itself, and laid over the run once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from attrs import frozen
 from distill_evaluation.health.callback import HealthCallback
 from distill_protocols import Callback, RunState, StepRecord
 from distill_runfile.read import read_config
@@ -76,13 +77,46 @@ class Toggled(Callback):
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the callback health costs.")
     parser.add_argument("--names", nargs="+", default=["dmd2", "consistency"])
+    parser.add_argument("--runs", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name in args.names:
-        print(measure(name), flush=True)
+        print(describe(name, [measure(name) for _ in range(args.runs)]), flush=True)
 
 
-def measure(name: str) -> str:
+@frozen(kw_only=True)
+class Timed:
+    """CPU seconds of a run.
+
+    Attributes:
+        pairs: of stretches with and without health.
+        start: of what comes before the first update.
+    """
+
+    steps: int
+    every: int
+    pairs: tuple[tuple[float, float], ...]
+    start: float
+
+
+def describe(name: str, runs: list[Timed]) -> str:
+    ratios = [on / off - 1 for run in runs for on, off in run.pairs]
+    steps, every = runs[0].steps, runs[0].every
+    checks = steps // every
+    stretch = statistics.median(off for run in runs for _, off in run.pairs)
+    start = statistics.median(run.start for run in runs)
+    before = start / (checks * stretch)
+    error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else float("nan")
+    return (
+        f"{name}: {checks} checks in {steps} iterations, one every {every}; a stretch takes "
+        f"{stretch:.3g} s of CPU time without; with it {statistics.mean(ratios):.2%} more "
+        f"(standard error {error:.2%}, {len(ratios)} pairs, from {min(ratios):.2%} to "
+        f"{max(ratios):.2%}); before the first update {start:.2g} s, {before:.2%} of the "
+        f"run: {statistics.mean(ratios) + before:.2%} in all"
+    )
+
+
+def measure(name: str) -> Timed:
     values: dict[str, Any] | None = read_source(TINY / f"{name}.yaml").values
     assert values is not None, f"{name}.yaml cannot be read"
     with tempfile.TemporaryDirectory() as folder:
@@ -109,18 +143,8 @@ def measure(name: str) -> str:
             toggled = Toggled(health, every)
             run.trainer.callbacks["health"] = toggled
             run.trainer.run(run.method, run.loader)
-    pairs = list(zip(toggled.on, toggled.off, strict=False))
-    ratios = [on / off - 1 for on, off in pairs]
-    checks, stretch = steps // every, statistics.median(toggled.off)
-    before = toggled.start / (checks * stretch)
-    error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else float("nan")
-    return (
-        f"{name}: {checks} checks in {steps} iterations, one every {every}; a stretch takes "
-        f"{stretch:.3g} s of CPU time without; with it {statistics.mean(ratios):.2%} more "
-        f"(standard error {error:.2%}, {len(ratios)} pairs, from {min(ratios):.2%} to "
-        f"{max(ratios):.2%}); before the first update {toggled.start:.2g} s, {before:.2%} of the "
-        f"run: {statistics.mean(ratios) + before:.2%} in all"
-    )
+    pairs = tuple(zip(toggled.on, toggled.off, strict=False))
+    return Timed(steps=steps, every=every, pairs=pairs, start=toggled.start)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,13 @@ _FILES = (
 def describe_end(config: RunConfig, result: TrainResult, seconds: float) -> str:
     """Describe how a run ended, where its results are, and the commands that come next."""
     output = Path(config.training.output_dir)
-    end = f"stopped ({result.stop_reason})" if result.stop_reason else "finished"
+    end = "stopped" if result.stop_reason else "finished"
+    why = f": {result.stop_reason};" if result.stop_reason else " in"
     updates = ", ".join(f"{key} {count:,}" for key, count in result.updates.items())
     rows = list(_results(config, output))
     width = max((len(what) for what, _ in rows), default=0)
     lines = [
-        f"{end} after iteration {result.iteration:,} of {config.training.max_train_steps:,} in "
+        f"{end} after iteration {result.iteration:,} of {config.training.max_train_steps:,}{why} "
         f"{_duration(seconds)}; updates: {updates}",
         *(f"  {what.ljust(width)}  {where}" for what, where in rows),
     ]

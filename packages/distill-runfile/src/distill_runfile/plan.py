@@ -231,7 +231,7 @@ def _data(config: RunConfig) -> list[str]:
     share = (config.validation.share if config.validation else None) or 0.0
     held_out = sum(count_held_out(len(bucket), share) for bucket in buckets)
     lines = [
-        f"  {info.samples:,} samples in {shards} shard(s), {text}; the run sees each "
+        f"  {info.samples:,} samples in {counted(shards, 'shard')}, {text}; the run sees each "
         f"{seen / (info.samples - held_out):.2f} times"
     ]
     if held_out:

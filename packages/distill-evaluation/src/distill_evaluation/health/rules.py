@@ -295,7 +295,7 @@ def _losses(rule: LossesRule, history: History, patience: int) -> Iterator[Findi
 
 def _normaliser(rule: NormaliserRule, history: History, patience: int) -> Iterator[Finding]:
     values, newest = history.values("normaliser"), history.newest("normaliser", patience)
-    if len(values) <= patience or not newest or values[0] <= 0:
+    if not newest or values[0] <= 0:
         return
     first = values[0]
     cases = (

@@ -87,12 +87,6 @@ class ProgressCallback(Callback):
 
     def on_train_end(self, run: RunState) -> None:
         self.close()
-        if run.stop_reason is not None and run.ranks.is_first:
-            print(
-                f"stopped after iteration {run.iteration} of {run.max_train_steps}: "
-                f"{run.stop_reason}",
-                file=self._out,
-            )
 
     def on_exception(self, run: RunState, error: BaseException) -> None:
         # The bar's line must be ended, or the traceback starts behind it.
@@ -150,8 +144,8 @@ class ProgressCallback(Callback):
             if done == 0:
                 self._last_work_line, self._has_work_line = now, False
             is_due = now - self._last_work_line >= self.seconds_between_work_lines
-            # What was shown to be under way is shown to be done.
-            if done and (is_due or (done >= total and self._has_work_line)):
+            # What was shown to be under way is shown to be done, once.
+            if self._has_work_line if done >= total else done and is_due:
                 self._last_work_line, self._has_work_line = now, done < total
                 print(f"{what}: {done}/{total}", file=self._out, flush=True)
         elif self._bar is not None:
