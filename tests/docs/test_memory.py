@@ -19,10 +19,10 @@ def test_a_row_says_what_fits():
         name="wan/a",
         strategy="fsdp2",
         is_written=False,
-        peaks={8: 80 * 10**9, 16: 10**11, 64: None},
+        peaks={1: 2 * 10**11, 8: 80 * 10**9, 16: 10**11, 64: None},
     )
     assert render_row(row) == (
-        "| [wan/a](../../configs/wan/a.yaml) | `strategy: fsdp2` | **80.0** | 100.0 |  |"
+        "| [wan/a](../../configs/wan/a.yaml) | `strategy: fsdp2` | 200.0 | **80.0** | 100.0 |  |"
     )
 
 

@@ -42,6 +42,9 @@ def _child(pipe: Any, folder: Path, launcher: str | None, moment: float) -> None
     if launcher is not None:
         os.environ[launcher] = "1"
         signals.REPEATED_SIGINT_SECONDS = moment
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 2)  # as behind a tee, which Ctrl-C ends first
     handler = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     method = _Slow(alternating().bundle, 2)

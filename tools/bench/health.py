@@ -107,12 +107,13 @@ def describe(name: str, runs: list[Timed]) -> str:
     start = statistics.median(run.start for run in runs)
     before = start / (checks * stretch)
     error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else float("nan")
+    each = ", ".join(f"{ratio:.1%}" for ratio in sorted(ratios))
     return (
         f"{name}: {checks} checks in {steps} iterations, one every {every}; a stretch takes "
         f"{stretch:.3g} s of CPU time without; with it {statistics.mean(ratios):.2%} more "
-        f"(standard error {error:.2%}, {len(ratios)} pairs, from {min(ratios):.2%} to "
-        f"{max(ratios):.2%}); before the first update {start:.2g} s, {before:.2%} of the "
-        f"run: {statistics.mean(ratios) + before:.2%} in all"
+        f"(standard error {error:.2%}, median {statistics.median(ratios):.2%}; {len(ratios)} pairs: "
+        f"{each}); before the first update {start:.2g} s, {before:.2%} of the run: "
+        f"{statistics.mean(ratios) + before:.2%} in all"
     )
 
 

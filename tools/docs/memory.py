@@ -13,36 +13,26 @@ from attrs import evolve, frozen
 from distill_protocols import ConfigError
 from distill_runfile import RunConfig, read_config
 from distill_runfile.planning.memory import Planner
-from distill_runtime import replace_file
+from distill_runtime import counted, replace_file
 
 from docs.sections import ROOT
 
 PAGE = ROOT / "docs" / "reference" / "memory.md"
-RUN_FILES = (
-    "wan/dmd2_1.3b",
-    "wan/dmd2_gan_1.3b",
-    "wan/dmd2_1.3b_teacher_14b",
-    "wan/self_forcing_1.3b",
-    "wan/rcm_1.3b",
-    "wan/consistency_1.3b",
-    "wan/teacher_only_1.3b",
-    "wan/finetune_1.3b",
-    "wan/dmd2_14b",
-    "wan/dmd2_2.2_a14b",
-    "wan/dmd2_2.2_i2v_a14b",
-    "wan/finetune_2.2_ti2v_5b",
-    "ltx/dmd2_2b",
-    "ltx/dmd2_2b_lora",
-    "hunyuan/finetune_13b",
-    "hunyuan/dmd2_13b",
-    "hunyuan/dmd2_13b_lora",
-    "hunyuan/finetune_1.5_480p",
-    "hunyuan/finetune_1.5_480p_i2v_lora",
-    "hunyuan/dmd2_1.5_480p",
-    "longcat/dmd2_13.6b",
-    "longcat/dmd2_13.6b_lora",
-)
-PROCESSES = (8, 16, 64)
+
+
+def _find_run_files() -> tuple[str, ...]:
+    """Name all shipped run files that train a model of full size, Wan's first."""
+    files = [
+        file
+        for file in sorted((ROOT / "configs").glob("*/*.yaml"))
+        if file.parent.name != "tiny" and re.search("^training:", file.read_text(), re.M)
+    ]
+    files.sort(key=lambda file: file.parent.name != "wan")
+    return tuple(f"{file.parent.name}/{file.stem}" for file in files)
+
+
+RUN_FILES = _find_run_files()
+PROCESSES = (1, 8, 16, 64)
 DEVICE = 80 * 10**9
 _TABLE = re.compile(r"(?<=<!-- made by: uv run tools/docs memory -->\n).*?(?=<!-- end -->)", re.S)
 
@@ -112,7 +102,7 @@ def render_table() -> str:
     os.environ["HF_HUB_OFFLINE"] = "1"
     today = datetime.date.today().isoformat()
     versions = ", ".join(f"{name} {version(name)}" for name in ("distill-runfile", "diffusers"))
-    head = " | ".join(f"{count} processes" for count in PROCESSES)
+    head = " | ".join(counted(count, "process", "processes") for count in PROCESSES)
     lines = [
         f"Planned on {today} with {versions}.",
         "",

@@ -54,8 +54,10 @@ def stop_on_signals(run: RunState) -> Iterator[None]:
             if same_seconds
             else "Ctrl-C again: at once"
         )
-        # os.write, as print and logging may be what the signal has just interrupted.
-        os.write(2, f"\n{name}: stopping at the next safe point ({again})\n".encode())
+        # os.write, as print and logging may be what the signal has just interrupted. A tee that
+        # read this has got the same Ctrl-C, and may be gone.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{name}: stopping at the next safe point ({again})\n".encode())
 
     former = {
         number: signal.signal(number, handle_signal) for number in (signal.SIGTERM, signal.SIGINT)
