@@ -84,6 +84,11 @@ def test_jsonl_appends_and_does_not_join_a_torn_line(tmp_path: Path) -> None:
     lines = path.read_text().splitlines()
     assert len(lines) == 3
     assert json.loads(lines[2])["iteration"] == 2
+    tracker = JsonlTracker(path)
+    with path.open("a") as file:
+        file.write('{"iterat')
+    tracker.resume(2)
+    assert path.read_text().splitlines() == lines, "half a line is dropped by a resume"
 
 
 def test_a_run_writes_what_its_configuration_names(tmp_path: Path) -> None:

@@ -108,10 +108,11 @@ def describe(name: str, runs: list[Timed]) -> str:
     before = start / (checks * stretch)
     error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else float("nan")
     each = ", ".join(f"{ratio:.1%}" for ratio in sorted(ratios))
+    middle = statistics.median(ratios)
     return (
         f"{name}: {checks} checks in {steps} iterations, one every {every}; a stretch takes "
         f"{stretch:.3g} s of CPU time without; with it {statistics.mean(ratios):.2%} more "
-        f"(standard error {error:.2%}, median {statistics.median(ratios):.2%}; {len(ratios)} pairs: "
+        f"(standard error {error:.2%}, median {middle:.2%}; {len(ratios)} pairs: "
         f"{each}); before the first update {start:.2g} s, {before:.2%} of the run: "
         f"{statistics.mean(ratios) + before:.2%} in all"
     )
