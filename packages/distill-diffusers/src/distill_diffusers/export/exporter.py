@@ -214,7 +214,8 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
         if request.format == "lora":
             yield (
                 "a LoRA file holds no scheduler: give the base's pipeline "
-                f"{schedule.class_name}.from_config(`scheduler`) to sample as `sampler` states"
+                f"{schedule.class_name}.from_config(...) of `scheduler` in {SPEC_FILE}, which also "
+                "has the arguments of the call"
             )
 
     def warnings(self, role: RoleSpec, request: ExportRequest) -> Iterator[str]:
