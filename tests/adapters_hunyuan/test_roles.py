@@ -1,14 +1,11 @@
-"""LoRA roles on one set of weights, and two processes that shard."""
+"""LoRA roles on one set of weights."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import yaml
-from app_ranks import largest_difference, read_losses, read_weights
-from app_ranks import train as train_rank
 from family_cases import FAMILIES, PreparedFamily, train
-from ranks import run_on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -56,24 +53,3 @@ def test_lora_roles_share_the_teachers_weights(prepared, tmp_path, name):
     # W x + B A x, and (W + B A) x.
     torch.testing.assert_close(theirs, at_levels, rtol=0, atol=1e-4)
     assert (tmp_path / "out" / "lora" / "pytorch_lora_weights.safetensors").is_file()
-
-
-@pytest.mark.slow  # three processes of ten seconds each
-@pytest.mark.parametrize("name", ["HunyuanVideo", "HunyuanVideo 1.5 I2V"])
-def test_two_processes_that_shard_train_as_one_does(prepared, tmp_path, name):
-    family = prepared(name)
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
-    one = family.write(tmp_path / "one", "dmd2")
-    shared = {"distributed": {"strategy": "fsdp2"}, "batch_size_per_device": 1}
-    two = change(family.write(tmp_path / "two", "dmd2"), training=shared)
-    assert run_on_ranks(train_rank, one, size=1) == [""]
-    assert run_on_ranks(train_rank, two, size=2) == ["", ""]
-    a, b = (read_losses(tmp_path / folder / "out") for folder in ("one", "two"))
-    assert len(a) == 5
-    for iteration, numbers in a.items():
-        for key, value in numbers.items():
-            if key.startswith("loss/"):
-                assert b[iteration][key] == pytest.approx(value, rel=2e-4), (iteration, key)
-    first, second = (read_weights(tmp_path / folder / "out") for folder in ("one", "two"))
-    assert largest_difference(first, second) < 2e-4

@@ -39,13 +39,15 @@ class Rollout(NamedTuple):
         """Return the clips and their statistics, detached, for logs.
 
         ``student_std`` is over all exit steps, which hides that early ones are too soft and late
-        ones too sharp; ``student_std/exit_<step>`` is of the frames that left at one.
+        ones too sharp; ``student_std/exit_<step>`` is of the frames that left at one. Both are
+        means over clips of one clip's deviation: the deviation of a batch would depend on how many
+        processes and micro steps divide it.
         """
         x0 = self.x0.detach()
         return {
             "student_x0": x0,
             "student_mean": x0.mean(),
-            "student_std": x0.std(),
+            "student_std": x0.flatten(1).std(dim=1).mean(),
             "exit_step": self.exit_steps.float().mean(),
             **self._std_by_exit(x0),
         }
@@ -56,10 +58,9 @@ class Rollout(NamedTuple):
         numbers: dict[str, Tensor] = {}
         for step in exits.unique().tolist():
             # Places and not a mask: their number is known without asking the device.
-            rows, places = (
-                (index.to(x0.device)) for index in (exits == step).nonzero(as_tuple=True)
-            )
-            numbers[f"student_std/exit_{step}"] = frames[rows, places].std()
+            places = [(row == step).nonzero()[:, 0].to(x0.device) for row in exits]
+            of_clips = [clip[i].std() for clip, i in zip(frames, places, strict=True) if len(i)]
+            numbers[f"student_std/exit_{step}"] = torch.stack(of_clips).mean()
         return numbers
 
 

@@ -113,7 +113,7 @@ class DistributionMatching:
                 "teacher_x0": teacher_x0,
                 "critic_x0": critic_x0,
                 "dmd_normaliser": dmd_normaliser(x, teacher_x0, loss_mask).mean(),
-                "dmd_gradient_rms": gradient.square().mean().sqrt(),
+                "dmd_gradient_rms": gradient.square().flatten(1).mean(dim=1).sqrt().mean(),
                 "score_distance": (critic_x0 - teacher_x0).abs().mean(),
             }
         if self._gan is None:
