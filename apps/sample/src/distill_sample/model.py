@@ -143,8 +143,8 @@ class Model:
     def prepare(self, prompts: Sequence[str]) -> None:
         """Encode prompts, and the negative one where a role is guided, all at once."""
         self.conditioning.encode(prompts)
-        if any(self.spec(role).guided for role in self.source.roles):
-            self.conditioning.negative()
+        for role in self.source.roles:
+            self._negative(self.spec(role))
 
     def spec(self, role: str) -> SamplerSpec:
         """How a role is sampled unless a caller says otherwise."""
@@ -188,7 +188,9 @@ class Model:
         return self.conditioning.encode(prompts, images, last_images).to(self.device)
 
     def _negative(self, spec: SamplerSpec) -> Condition | None:
-        return self.conditioning.negative().to(self.device) if spec.guided else None
+        if not self.adapter.capabilities.reads_negative(*spec.guidances):
+            return None
+        return self.conditioning.negative().to(self.device)
 
 
 def open_model(

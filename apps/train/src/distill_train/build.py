@@ -310,6 +310,7 @@ def _callbacks(config: RunConfig, parts: RunParts, losses: LossEvaluator | None)
                 parts.conditioning,
                 identities=_identities(config),
                 losses=losses,
+                capabilities=parts.adapter.capabilities,
             )
         )
     callbacks += [

@@ -122,7 +122,7 @@ class ReportCallback(Callback):
         self.judge = None if config.judge is None else judge_of(metric_parts)
         self._judge_record = describe_judge(config, self.judge)
         self._metrics = self._build_metrics(metric_parts)
-        if any(self._spec(entry).guided for entry in config.entries.values()):
+        if any(self._reads_negative(self._spec(entry)) for entry in config.entries.values()):
             parts.conditioning.negative()
         # Encoded now and kept by the provider: a prompt must not fail after days of training.
         for prompts in (self.prompts, config.sheet_prompts):
@@ -264,6 +264,9 @@ class ReportCallback(Callback):
                 numbers |= one.metric.combine(one.metric.measure(samples))
         return numbers
 
+    def _reads_negative(self, spec: SamplerSpec) -> bool:
+        return self.parts.adapter.capabilities.reads_negative(*spec.guidances)
+
     def _spec(self, entry: ReportEntry) -> SamplerSpec:
         spec = entry.sampler or self.parts.method.sampler_spec
         if spec is None:
@@ -393,7 +396,7 @@ class ReportCallback(Callback):
         """
         adapter = self.parts.adapter
         device = next(iter(cond.tensors.values())).device
-        negative = self.parts.conditioning.negative() if spec.guided else None
+        negative = self.parts.conditioning.negative() if self._reads_negative(spec) else None
         chunks = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
         generators = [
             RowGenerators.seeded(self.config.seed, purpose, chunk, device) for chunk in chunks

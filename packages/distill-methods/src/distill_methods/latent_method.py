@@ -35,7 +35,8 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
     writes ``single_train_step``.
 
     Args:
-        conditioning: gives the negative condition, unless nothing is guided.
+        conditioning: gives the negative condition, unless nothing is guided, or guidance is
+            an input of the models (``Capabilities.embeds_guidance``).
 
     Raises:
         RoleError: a role is missing, or trainable (or frozen) where it must not be.
@@ -67,7 +68,8 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
         self.config = config
         self.conditioning = conditioning
         self.noise = NoiseSampler(adapter, self.streams)
-        negative = _negatives(conditioning).to(self._device()) if config.needs_negative else None
+        guided = config.needs_negative and not adapter.capabilities.embeds_guidance
+        negative = _negatives(conditioning).to(self._device()) if guided else None
         self.context = MethodContext(
             name=self.name,
             bundle=bundle,

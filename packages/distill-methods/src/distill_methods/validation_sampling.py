@@ -84,7 +84,8 @@ class ViewSampler:
         noise = generators.normal((channels, view.latent_frames or frames, height, width))
         role = self.bundle[view.role]
         device = role.call_device
-        negative = self.conditioning.negative().to(device) if spec.guided else None
+        reads_negative = self.adapter.capabilities.reads_negative(*spec.guidances)
+        negative = self.conditioning.negative().to(device) if reads_negative else None
         with torch.no_grad(), role.frozen(), role.averaged(ema=view.ema):
             if view.latent_frames is None:
                 return self.adapter.sample(

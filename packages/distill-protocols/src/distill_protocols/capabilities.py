@@ -31,6 +31,8 @@ class Capabilities:
         supports_exits: a role may have an embedding of exit steps (``RoleSpec.exits``), and the
             adapter has ``exits``.
         supports_jvp: a call can be differentiated along a direction: the adapter has ``tangents``.
+        embeds_guidance: guidance w is an input of the models, so that a guided call is one, and
+            reads no negative condition unless w is 0.
         solvers: those of ``SamplerSpec`` that ``sample`` knows.
         causal_roles: roles of this run whose chunks do not see later ones; all others see the
             whole clip.
@@ -46,9 +48,14 @@ class Capabilities:
     supports_decode: bool = False
     supports_exits: bool = False
     supports_jvp: bool = False
+    embeds_guidance: bool = False
     supported_pred_types: frozenset[PredType] = field(default=frozenset({"v"}), converter=frozenset)
     solvers: frozenset[Solver] = field(default=frozenset({"euler"}), converter=frozenset)
     causal_roles: frozenset[str] = field(default=frozenset(), converter=frozenset)
+
+    def reads_negative(self, *guidances: float) -> bool:
+        """Return whether a call with one of ``guidances`` reads a negative condition."""
+        return any(w == 0 if self.embeds_guidance else w != 1 for w in guidances)
 
     def missing(self, needed: Iterable[str]) -> tuple[str, ...]:
         """Return names in ``needed`` that are not true here.

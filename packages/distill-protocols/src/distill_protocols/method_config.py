@@ -22,9 +22,9 @@ HealthKind = Literal[
 
 student_loss: of the student, where a rise is a sign of harm. matching_loss: DMD's, which is none.
 critic_loss: of the network that follows the student's own clips. student_std: standard deviation of
-the student's clean latents in training. normaliser: by which DMD's gradient is divided.
-score_distance: between the clean clips that critic and teacher predict. discriminator_accuracy:
-share that a discriminator classifies correctly; half is guessing.
+the clean latents of one of the student's clips in training, on average. normaliser: by which DMD's
+gradient is divided. score_distance: between the clean clips that critic and teacher predict.
+discriminator_accuracy: share that a discriminator classifies correctly; half is guessing.
 """
 
 
@@ -90,7 +90,8 @@ class MethodConfig(ABC):
     @property
     def needs_negative(self) -> bool:
         """Whether a step, or sampling the student, calls a model with guidance, so that a
-        negative condition must exist."""
+        negative condition must exist, unless the models have guidance as an input
+        (``Capabilities.embeds_guidance``)."""
         return False
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from attrs import field, frozen
 
+from distill_protocols.capabilities import Capabilities
 from distill_protocols.causal import Chunk
 from distill_protocols.problems import Problem
 from distill_protocols.roles import RoleSpec
@@ -26,6 +27,7 @@ class PlannedRun:
         averaged: roles of which some callback keeps an average.
         student_sampler: the method's own, where it states one.
         has_negative: whether there will be a negative condition.
+        reads_negative: whether calls with these guidances read one (``Capabilities``).
         experts: names of the roles that have more than one expert; None: not known.
         time_limits: by role, the t [low, high) that it can be called at, of those that have one
             expert of several (``RoleOptions.experts``) or a model that knows no other times; 1000
@@ -41,6 +43,7 @@ class PlannedRun:
     averaged: frozenset[str] = frozenset()
     student_sampler: SamplerSpec | None = None
     has_negative: bool = True
+    reads_negative: Callable[..., bool] = Capabilities().reads_negative
     experts: frozenset[str] | None = None
     time_limits: Mapping[str, tuple[float, float]] = field(factory=dict)
     pictured: frozenset[str] = frozenset()
@@ -137,7 +140,7 @@ class PlannedRun:
                 f"{self.describe_limits(role)}, and this sampler also takes t = "
                 f"{', '.join(f'{t:.6g}' for t in missed)}. {way_out}",
             )
-        if spec.guided and not self.has_negative:
+        if self.reads_negative(*spec.guidances) and not self.has_negative:
             w = next(w for w in spec.guidances if w != 1)
             yield Problem(
                 "sampler.guidance",

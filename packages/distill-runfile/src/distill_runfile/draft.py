@@ -17,6 +17,7 @@ from distill_conditioning import DataInfo
 from distill_conditioning.config import ConditioningConfig, DataConfig
 from distill_protocols import (
     CallbackPlugin,
+    Capabilities,
     Chunk,
     DynamicShift,
     FamilyPlugin,
@@ -159,6 +160,13 @@ class Draft:
         if self.conditioning is None or self.conditioning.negative_prompt is not None:
             return True
         return None if self.datasets is None else bool(self.datasets.negative_prompts)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the family can do; nothing where it is not known."""
+        if self.family is None:
+            return Capabilities()
+        return self.family.plugin.capabilities(self.family.config)
 
 
 @define
@@ -348,6 +356,7 @@ def planned_run(draft: Draft) -> PlannedRun:
         averaged=frozenset(averaged),
         student_sampler=UNKNOWN_SAMPLER if method is None else method.config.student_sampler,
         has_negative=draft.has_negative is not False,
+        reads_negative=draft.capabilities.reads_negative,
     )
     if draft.family is None:
         return run

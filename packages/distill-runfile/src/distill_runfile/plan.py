@@ -278,7 +278,7 @@ def _callbacks(config: RunConfig) -> list[str]:
 def _conditioning(config: RunConfig) -> list[str]:
     prompt = config.conditioning.negative_prompt
     stored = () if missing_data(config.data) else data_info(config.data).negative_prompts
-    needed = config.method.needs_negative or config.conditioning.drops
+    needed = config.guides_by_two_calls or config.conditioning.drops
     if stored and (prompt is None or prompt in stored):
         source = f"in the data set's constants (prompt {prompt or stored[0]!r})"
     elif prompt is not None:

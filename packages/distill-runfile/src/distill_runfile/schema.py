@@ -246,6 +246,12 @@ class RunConfig(ModelsConfig):
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def guides_by_two_calls(self) -> bool:
+        """Whether the method guides a model, and each guided call is one of two conditions."""
+        embeds_guidance = self.family_plugin.capabilities(self.pipeline).embeds_guidance
+        return self.method.needs_negative and not embeds_guidance
+
 
 def components_source(
     family: FamilyPlugin[Any], pipeline: object, roles: Mapping[str, Role]

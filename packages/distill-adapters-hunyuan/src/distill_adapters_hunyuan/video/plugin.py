@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from attrs import evolve
 from distill_diffusers.descriptions import LatentInfo, ModelDescription
 from distill_diffusers.family import DiffusersFamily
 from distill_diffusers.fingerprints import text_settings
 from distill_diffusers.model_configs import read_integer
+from distill_protocols import Capabilities
 
 from distill_adapters_hunyuan.video.config import HunyuanVideoConfig
 from distill_adapters_hunyuan.video.kind import (
@@ -23,14 +25,7 @@ from distill_adapters_hunyuan.video.kind import (
 )
 
 if TYPE_CHECKING:
-    from distill_protocols import (
-        CallPlan,
-        DistillAdapter,
-        Exporter,
-        ModelBundle,
-        RoleHandle,
-        RoleSpec,
-    )
+    from distill_protocols import DistillAdapter, Exporter, ModelBundle, RoleHandle
     from torch import Tensor
 
 
@@ -43,6 +38,10 @@ class HunyuanVideoFamily(DiffusersFamily[HunyuanVideoConfig]):
     config_class = HunyuanVideoConfig
     kind = HUNYUAN_VIDEO
     published = PUBLISHED
+
+    def capabilities(self, config: HunyuanVideoConfig) -> Capabilities:
+        """Give those of every family here; guidance is an input of the transformer."""
+        return evolve(super().capabilities(config), embeds_guidance=True)
 
     def unsupported(self, model: ModelDescription, config: HunyuanVideoConfig) -> Iterator[str]:
         return unsupported(model)
@@ -72,21 +71,6 @@ class HunyuanVideoFamily(DiffusersFamily[HunyuanVideoConfig]):
 
     def text_settings(self, config: HunyuanVideoConfig) -> Mapping[str, object]:
         return text_settings(config.max_sequence_length, config.text_encoder_precision)
-
-    def plan_call(
-        self,
-        role: RoleSpec,
-        config: HunyuanVideoConfig,
-        *,
-        source: str,
-        batch: int,
-        guided: bool = False,
-        input_gradient: bool = False,
-    ) -> CallPlan | None:
-        """See ``DiffusersFamily.plan_call``; a guided call is one of the same batch."""
-        return super().plan_call(
-            role, config, source=source, batch=batch, input_gradient=input_gradient
-        )
 
     def call_model(self, role: RoleHandle, inputs: Mapping[str, Tensor]) -> Tensor:
         from distill_adapters_hunyuan.video.adapter import call_transformer

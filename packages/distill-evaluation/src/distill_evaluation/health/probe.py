@@ -118,7 +118,8 @@ class Probe:
         # On the CPU, so that a seed means the same clips on every device.
         generators = RowGenerators.seeded(self._seed, "health.sample", rows)
         noise = generators.normal(self._examples.latent_shape).to(role.call_device)
-        negative = parts.conditioning.negative() if who.sampler.guided else None
+        reads_negative = parts.adapter.capabilities.reads_negative(*who.sampler.guidances)
+        negative = parts.conditioning.negative() if reads_negative else None
         with torch.no_grad(), role.frozen():
             return parts.adapter.sample(
                 who.role,

@@ -31,7 +31,8 @@ def check_conditioning(draft: Draft) -> Iterator[Problem]:
 
 
 def _reasons(draft: Draft) -> Iterator[str]:
-    if draft.method is not None and draft.method.config.needs_negative:
+    guided = draft.method is not None and draft.method.config.needs_negative
+    if draft.method is not None and guided and not draft.capabilities.embeds_guidance:
         name = draft.method.plugin.name
         yield f"{name} guides a model, u + w (c - u), and u is its prediction for it"
     if draft.conditioning is not None and draft.conditioning.drops:

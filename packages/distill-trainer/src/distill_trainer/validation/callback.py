@@ -13,6 +13,7 @@ from attrs import asdict
 from distill_media import caption_clips, enlarge, read_last_frames, read_mp4, shrink
 from distill_protocols import (
     Callback,
+    Capabilities,
     Condition,
     ConditioningProvider,
     DataError,
@@ -88,6 +89,7 @@ class ValidationCallback(Callback):
         identities: by role, what its weights and clips are known by (paths, sizes), for kept
             clips. Of a role that is not there its name is all that is known.
         losses: measures losses on held-out data; None: none are.
+        capabilities: of the adapter, which say whether guidance reads a negative condition.
     """
 
     name = "validation"
@@ -99,8 +101,10 @@ class ValidationCallback(Callback):
         *,
         identities: Mapping[str, object] | None = None,
         losses: LossEvaluator | None = None,
+        capabilities: Capabilities | None = None,
     ) -> None:
         self.config = config
+        self._capabilities = capabilities or Capabilities()
         self._conditioning = conditioning
         self._identities = identities or {}
         self._losses = losses
@@ -340,7 +344,7 @@ class ValidationCallback(Callback):
         digest = hashlib.sha256(json_text(named).encode())
         # What the prompts became, and not their encoder's name: pictures are in it as well.
         conditions = [self._cond]
-        if spec is not None and spec.guided:
+        if spec is not None and self._capabilities.reads_negative(*spec.guidances):
             conditions.append(self._conditioning.negative())
         for condition in conditions:
             for name, value in sorted(condition.tensors.items()):
