@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from distill_protocols import DTYPES, CallPlan, RoleHandle, RoleSpec, WeightsError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -45,25 +46,33 @@ class CallBytes:
         forward: most at once, from the last block on.
         backward: most at once, to the end of the last block's.
         outside: most at once before and after these.
+        held_of: by block, those of ``held`` that were made from its call on to the next one's.
+        entered: by block, what was alive when it was called.
     """
 
     held: int
     forward: int
     backward: int
     outside: int
+    held_of: Mapping[str, int]
+    entered: Mapping[str, int]
 
     @property
     def most(self) -> int:
         """The most at once, at any moment."""
         return max(self.forward, self.backward, self.outside)
 
-    def with_more_blocks(self, longer: CallBytes, shorter: CallBytes, count: int) -> CallBytes:
-        """Add ``count`` more blocks, where ``longer`` has one more of them than ``shorter``."""
-        return CallBytes(
-            held=self.held + count * (longer.held - shorter.held),
-            forward=self.forward + count * (longer.forward - shorter.forward),
-            backward=self.backward + count * (longer.backward - shorter.backward),
-            outside=self.outside,
+    def with_more_blocks(self, name: str, count: int) -> CallBytes:
+        """Add ``count`` more blocks to the list ``name``, each like its second of three.
+
+        Casts of weights are kept to the end of a forward pass, and may be gone after it.
+        """
+        held = count * self.held_of[f"{name}.1"]
+        return evolve(
+            self,
+            held=self.held + held,
+            forward=self.forward + count * (self.entered[f"{name}.2"] - self.entered[f"{name}.1"]),
+            backward=self.backward + held,
         )
 
 
@@ -76,11 +85,11 @@ def plan_call(
     *,
     input_gradient: bool = False,
 ) -> CallPlan:
-    """Plan a call from models of two and of three blocks, as each further block adds the same; of
-    several lists of blocks, each in turn.
+    """Plan a call from a model of three blocks in each of its lists, as each further block adds
+    what the second one does.
 
-    Not of one, which is the first and the last block at once: its input comes from the embedding,
-    and takes no gradient in a LoRA role.
+    Not the first, whose input comes from the embedding and takes no gradient in a LoRA role, and
+    not the last, in which most is alive at once.
 
     Nothing is computed and no memory taken: tensors are fake ones of the CPU, whose autocast
     casts as an accelerator's does, and attention is its flash kernel (no matrix of tokens by
@@ -96,14 +105,13 @@ def plan_call(
     Raises:
         WeightsError: a call cannot be made: layers do not fit each other, or the inputs.
     """
-    full = inspect_model(kind, config).config
-    blocks = {name: read_integer(full, name) for name in kind.depths}
-    two = {name: min(count, 2) for name, count in blocks.items()}
-    short = plan = _plan_of(kind, config, two, role, call, shapes, input_gradient)
-    for name, count in blocks.items():
-        if count > 2:
-            longer = _plan_of(kind, config, {**two, name: 3}, role, call, shapes, input_gradient)
-            plan = plan.with_more_blocks(longer, short, count - 2)
+    architecture = inspect_model(kind, config)
+    blocks = {name: read_integer(architecture.config, name) for name in kind.depths}
+    few = {name: min(count, 3) for name, count in blocks.items()}
+    plan = _plan_of(kind, config, few, role, call, shapes, input_gradient)
+    for name, count in zip(architecture.block_lists, blocks.values(), strict=False):
+        if count > 3:
+            plan = plan.with_more_blocks(name, count - 3)
     return CallPlan(held=plan.held if role.trainable else 0, most=plan.most)
 
 
@@ -232,27 +240,45 @@ def measure_call(role: RoleHandle, call: ModelCall, inputs: Mapping[str, Tensor]
     ]
     before: list[int] = []
     backward: list[int] = []
+    entered: dict[str, int] = {}
+    last = role.blocks[name][-1]
 
-    def enter_last_block(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if before:
+    def enter(block: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if block in entered:
             return  # once more, for the backward pass of a checkpointed block
+        entered[block] = alive.now
+        alive.maker = block
+        if block != last:
+            return
         before.append(alive.take_peak())
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if hidden.requires_grad:
             hidden.register_hook(lambda _: backward.append(alive.take_peak()))
 
-    last = module.get_submodule(role.blocks[name][-1])
-    hooks.append(last.register_forward_pre_hook(enter_last_block, with_kwargs=True))
+    for block in role.blocks[name]:
+
+        def enter_block(_: nn.Module, args: Any, kwargs: Any, block: str = block) -> None:
+            enter(block, args, kwargs)
+
+        layer = module.get_submodule(block)
+        hooks.append(layer.register_forward_pre_hook(enter_block, with_kwargs=True))
     is_differentiated = role.trainable or inputs[LATENTS].requires_grad
     with alive, _without_fusion_warnings(), torch.set_grad_enabled(is_differentiated):
         loss = call(role, inputs).float().square().mean()
-        held, forward = alive.now, alive.take_peak()
+        held, held_of, forward = alive.now, dict(alive.made), alive.take_peak()
         if is_differentiated:
             loss.backward()
     for hook in hooks:
         hook.remove()
     rest = max(*before, alive.take_peak())
-    return CallBytes(held=held, forward=forward, backward=max(backward, default=rest), outside=rest)
+    return CallBytes(
+        held=held,
+        forward=forward,
+        backward=max(backward, default=rest),
+        outside=rest,
+        held_of=held_of,
+        entered=entered,
+    )
 
 
 @contextlib.contextmanager
@@ -278,6 +304,10 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = 0
+        self.maker = ""
+        """Who makes storages from now on."""
+        self.made: Counter[str] = Counter()
+        """Of ``now``, by who made it."""
         self._peak = 0
         self._seen: dict[int, Any] = {t.untyped_storage()._cdata: None for t in known}
 
@@ -290,16 +320,18 @@ class _LiveBytes(TorchDispatchMode):
 
     def _count(self, value: Tensor) -> None:
         storage = value.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size, maker = storage._cdata, storage.nbytes(), self.maker
         if key in self._seen:
             return
 
         def free(_: Any) -> None:
             self._seen.pop(key, None)
             self.now -= size
+            self.made[maker] -= size
 
         self._seen[key] = weakref.ref(storage, free)
         self.now += size
+        self.made[maker] += size
         self._peak = max(self._peak, self.now)
 
     def take_peak(self) -> int:
