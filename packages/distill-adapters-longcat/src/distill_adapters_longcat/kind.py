@@ -26,6 +26,7 @@ LONGCAT = ModelKind(
     has_index=False,
     modules=(DIT,),
     stored_like="x_embedder.proj.weight",
+    time_embedder="t_embedder",
     # All linear layers of a block but its modulation: attention as in SimpleTuner, and the MLP.
     lora_targets=("qkv", "proj", "q_linear", "kv_linear", "w1", "w2", "w3"),
     depths=("depth",),

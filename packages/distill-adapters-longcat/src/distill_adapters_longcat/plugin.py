@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from attrs import evolve
 from distill_diffusers.descriptions import LatentInfo, ModelDescription
-from distill_diffusers.family import CAPABILITIES, ROLE_OPTIONS, DiffusersFamily
+from distill_diffusers.family import ROLE_OPTIONS, DiffusersFamily
 from distill_diffusers.fingerprints import text_settings
 from distill_diffusers.model_configs import read_integer
 from distill_protocols import Capabilities, FrameConditions, RoleSpec
@@ -42,7 +42,7 @@ class LongCatFamily(DiffusersFamily[LongCatPipelineConfig]):
     def capabilities(self, config: LongCatPipelineConfig) -> Capabilities:
         """Add a time for each frame and pictures; the original code has Euler's method alone."""
         return evolve(
-            CAPABILITIES,
+            super().capabilities(config),
             supports_frame_times=True,
             supports_image_condition=True,
             solvers=frozenset({"euler"}),

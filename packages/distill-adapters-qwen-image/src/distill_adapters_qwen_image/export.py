@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from distill_diffusers.export import verification
 from distill_diffusers.export.exporter import PipelineExporter
-from distill_diffusers.export.formats import ExportFormat, Written, write_single_files
+from distill_diffusers.export.formats import ExportFormat
 from distill_diffusers.sampling.scheduler import UniformGrid
 from distill_protocols import ExportRequest, RoleSpec
 from torch import Tensor, nn
@@ -35,15 +34,7 @@ class QwenImageExporter(PipelineExporter[QwenImageConfig]):
 
     def formats(self) -> Mapping[str, ExportFormat]:
         """Add ``comfyui``."""
-
-        def verify(export: Any, folder: Any) -> Any:
-            return verification.verify_single_files(self, export, folder, str, to_diffusers=())
-
-        def write(export: Any, stage: Any) -> Written:
-            write_single_files(export, stage, str)
-            return Written()
-
-        return {**super().formats(), "comfyui": ExportFormat(write=write, verify=verify)}
+        return {**super().formats(), "comfyui": self.file_of_own_names()}
 
     def probe(self, module: nn.Module, dtype: torch.dtype) -> Mapping[str, Any]:
         """Draw seeded inputs of four tokens and eight of text, the last two masked."""

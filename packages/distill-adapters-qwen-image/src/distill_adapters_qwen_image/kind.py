@@ -23,6 +23,7 @@ QWEN_IMAGE = ModelKind(
     pipelines=("diffusers.pipelines.qwenimage.pipeline_qwenimage:QwenImagePipeline",),
     call_options=MappingProxyType({PIPELINE: "QwenImagePipeline"}),
     stored_like="txt_norm.weight",
+    time_embedder="time_text_embed.timestep_embedder",
     # What DiffSynth-Studio adapts (examples/qwen_image/model_training/lora/Qwen-Image.sh).
     lora_targets=(
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj"),

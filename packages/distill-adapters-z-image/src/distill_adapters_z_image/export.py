@@ -1,4 +1,4 @@
-"""One Z-Image role where other tools can read it: a pipeline folder or a LoRA."""
+"""One Z-Image role where other tools can read it: a pipeline folder, a LoRA, a ComfyUI file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from distill_diffusers.export.exporter import PipelineExporter
+from distill_diffusers.export.formats import ExportFormat
 from distill_diffusers.sampling.scheduler import UniformGrid
 from distill_protocols import ExportRequest, RoleSpec
 from torch import Tensor, nn
@@ -15,10 +16,12 @@ from distill_adapters_z_image.config import ZImageConfig
 
 
 class ZImageExporter(PipelineExporter[ZImageConfig]):
-    """``Exporter`` of the family, for ``ZImagePipeline``.
+    """``Exporter`` of the family, for ``ZImagePipeline``; beside ``diffusers`` and ``lora``:
 
-    ComfyUI reads the LoRA file as it is (Comfy-Org/ComfyUI, comfy/lora.py, where Lumina2 has these
-    names too); its own model file has query, key and value in one tensor.
+    - ``comfyui``: ``<name>.safetensors`` under diffusers' own names. ComfyUI knows Z-Image by them,
+      and joins query, key and value itself (Comfy-Org/ComfyUI, comfy/model_detection.py,
+      ``convert_diffusers_mmdit``). It reads the LoRA file as it is (comfy/lora.py, where Lumina2
+      has these names too).
     """
 
     config_arguments = (
@@ -31,6 +34,10 @@ class ZImageExporter(PipelineExporter[ZImageConfig]):
         """Return arguments of ``ZImagePipeline.__call__``, whose guidance is c + g (c - u)."""
         call = super().call_arguments(role, request)
         return {**call, "guidance_scale": request.sampler.guidance - 1}
+
+    def formats(self) -> Mapping[str, ExportFormat]:
+        """Add ``comfyui``."""
+        return {**super().formats(), "comfyui": self.file_of_own_names()}
 
     def probe(self, module: nn.Module, dtype: torch.dtype) -> Mapping[str, Any]:
         """Draw seeded inputs of a picture of four tokens and a text of eight."""

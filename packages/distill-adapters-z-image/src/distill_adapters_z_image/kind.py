@@ -23,6 +23,7 @@ Z_IMAGE = ModelKind(
     pipelines=("diffusers.pipelines.z_image.pipeline_z_image:ZImagePipeline",),
     call_options=MappingProxyType({PIPELINE: "ZImagePipeline"}),
     stored_like="x_pad_token",
+    time_embedder="t_embedder",
     # What DiffSynth-Studio adapts (examples/z_image/model_training/lora/Z-Image.sh).
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"),
     # Not the refiners of text and picture before them: hidden states are those of picture and text.

@@ -74,6 +74,9 @@ class ZImageFamily(DiffusersFamily[ZImageConfig]):
         shapes = super().call_shapes(role, config, latents)
         return shapes and {name: shape for name, shape in shapes.items() if name != TEXT_MASK}
 
+    def export_formats(self) -> Mapping[str, str]:
+        return {**super().export_formats(), "comfyui": "one file under the names that ComfyUI has"}
+
     def text_settings(self, config: ZImageConfig) -> Mapping[str, object]:
         return text_settings(config.max_sequence_length, config.text_encoder_precision)
 

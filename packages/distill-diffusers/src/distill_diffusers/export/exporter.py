@@ -45,12 +45,14 @@ from distill_diffusers.export.files import (
 from distill_diffusers.export.formats import (
     DIFFUSERS_LORA,
     LORA_STEM,
+    Comparisons,
     Export,
     ExportFormat,
     LoraContents,
     LoraNames,
     Written,
     adapter_factors,
+    write_single_files,
 )
 from distill_diffusers.export_rules import FORMATS
 from distill_diffusers.family import ConfigT, DiffusersFamily
@@ -148,6 +150,19 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
                 verify=lambda export, folder: verification.verify_lora(self, export, folder),
             ),
         }
+
+    def file_of_own_names(self) -> ExportFormat:
+        """Return the format of one file a transformer under diffusers' names, for readers that
+        know the model by them."""
+
+        def write(export: Export, stage: Path) -> Written:
+            write_single_files(export, stage, str)
+            return Written()
+
+        def verify(export: Export, folder: Path) -> Comparisons:
+            return verification.verify_single_files(self, export, folder, str, to_diffusers=())
+
+        return ExportFormat(write=write, verify=verify)
 
     def lora_files(self, export: Export, module: str) -> Mapping[str, LoraNames]:
         """Return the files of a module's adapters: file name -> how it names what it holds.
