@@ -19,7 +19,7 @@ __all__ = ["installed", "sd3"]
 CELLS = [
     pytest.param(
         family, method, id=f"{family}-{method}",
-        marks=() if (family, method) in QUICK else pytest.mark.slow,  # 99 cells of 5 s each
+        marks=() if (family, method) in QUICK else pytest.mark.slow,  # 126 cells of 5 s each
     )
     for family in FAMILIES for method in METHODS
 ]  # fmt: skip
