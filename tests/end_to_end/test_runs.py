@@ -380,7 +380,9 @@ def test_sigterm_amid_many_micro_steps_does_not_wait_for_the_rest(tiny, tmp_path
     assert [line["iteration"] for line in numbers] == [1, 2]
 
 
-def test_a_stop_in_the_first_iteration_leaves_the_folder_free(tiny, tmp_path, monkeypatch, capsys):
+def test_a_stop_in_the_first_iteration_leaves_the_folder_free(
+    tiny, tmp_path, monkeypatch, capsys, caplog
+):
     from distill_methods import FinetuneMethod
 
     def stopped(method, batch, iteration):
@@ -391,7 +393,7 @@ def test_a_stop_in_the_first_iteration_leaves_the_folder_free(tiny, tmp_path, mo
     config = tiny("finetune", training={"max_train_steps": 2}, checkpoint={"resume": "none"})
     for _ in range(2):
         assert main(["--config", str(config)]) == EXIT_STOPPED, capsys.readouterr().err
-        assert "stopped after iteration 0 of 2: received SIGTERM" in capsys.readouterr().out
+        assert "stopped after iteration 0 of 2: received SIGTERM" in caplog.text
         assert not (tmp_path / "out" / "run.json").exists()
 
 
