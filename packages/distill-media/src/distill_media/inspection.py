@@ -24,8 +24,8 @@ BAR_SHARE = 0.04
 
 def find_notes(frames: np.ndarray) -> Iterator[str]:
     """Yield what is odd about a clip [F, H, W, 3] uint8; each continues "it ..."."""
-    small = frames[:, :: _step(frames.shape[1]), :: _step(frames.shape[2])].astype(np.int16)
-    brightness = small.max(axis=3)
+    small = frames[:, :: _step(frames.shape[1]), :: _step(frames.shape[2])].copy()
+    brightness = np.maximum(np.maximum(small[..., 0], small[..., 1]), small[..., 2])
     black = (brightness <= BLACK).mean(axis=(1, 2)) > 0.99
     if black.all():
         yield "is black"
@@ -39,7 +39,8 @@ def find_notes(frames: np.ndarray) -> Iterator[str]:
         yield f"has black bars {where} ({share}); crop_bars cuts them off"
     if len(frames) < 2:
         return
-    change = np.abs(np.diff(small, axis=0)).mean(axis=(1, 2, 3))
+    early, late = small[:-1], small[1:]
+    change = (np.maximum(early, late) - np.minimum(early, late)).mean(axis=(1, 2, 3))
     if change.max() < STATIC:
         yield "does not move"
     usual = float(np.median(change))

@@ -26,7 +26,7 @@ class Orientation:
     exact: bool = True
 
     def apply(self, frame: np.ndarray) -> np.ndarray:
-        """Turn a frame [H, W, 3] upright; a view."""
+        """Turn a frame, or one color of it, [H, W, ...] upright; a view."""
         if self.transposed:
             frame = frame.swapaxes(0, 1)
         return frame[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from distill_media.buckets import Framing
 from distill_media.items import MediaPlace
 from distill_media.orientation import UPRIGHT
-from distill_media.video import VideoError, to_rgb
+from distill_media.video import VideoError, write_rgb
 
 _ORIENTATION = 0x0112
 """Of EXIF: how the picture is turned; from 5 on, rows are shown as columns."""
@@ -71,7 +71,9 @@ def _open_picture(place: MediaPlace, max_pixels: int) -> Iterator[Image.Image]:
 def frame_picture(pixels: np.ndarray, framing: Framing) -> np.ndarray:
     """Scale and crop a picture [H, W, 3]; [1, H', W', 3]."""
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-    return to_rgb(frame, framing, UPRIGHT, is_video=False)[None]
+    result = np.empty((1, framing.height, framing.width, 3), np.uint8)
+    write_rgb(frame, framing, UPRIGHT, result[0], is_video=False)
+    return result
 
 
 def _to_array(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -42,6 +42,10 @@ _UNSPECIFIED, _BT2020 = 2, 9
 """Of matrix and primaries, in the numbers of ITU-T H.273."""
 
 
+_RGB_PLANES, _ALPHA_PLANE = (2, 0, 1), 3
+"""Of frames that are stored a plane a color: green, blue, red, alpha."""
+
+
 class VideoError(ValueError):
     """A video cannot be used; the message states why, without its name."""
 
@@ -216,10 +220,15 @@ class _Target:
         return self.number < other.number
 
 
-def to_rgb(
-    frame: VideoFrame, framing: Framing, orientation: Orientation, *, is_video: bool = True
-) -> np.ndarray:
-    """Scale, turn and crop one frame; [H, W, 3] uint8."""
+def write_rgb(
+    frame: VideoFrame,
+    framing: Framing,
+    orientation: Orientation,
+    pixels: np.ndarray,
+    *,
+    is_video: bool = True,
+) -> None:
+    """Scale, turn and crop one frame, and write it to ``pixels`` [H, W, 3] uint8."""
     height, width = framing.scaled_height, framing.scaled_width
     if orientation.transposed:
         height, width = width, height
@@ -231,22 +240,31 @@ def to_rgb(
             space = Colorspace.BT2020
         elif frame.height >= _HD_ROWS:
             space = Colorspace.ITU709
-    pixels = frame.reformat(
+    # One plane a color: swscale makes the same values as of packed pixels, in a third of the time.
+    scaled = frame.reformat(
         width=width,
         height=height,
-        format="rgb48le" if transfer is not None else "rgba" if has_alpha else "rgb24",
+        format="gbrp16le" if transfer is not None else "gbrap" if has_alpha else "gbrp",
         src_colorspace=space,
         interpolation=_SCALING,
         threads=1,
-    ).to_ndarray()
-    if transfer is not None:
-        pixels = to_sdr(pixels, transfer, wide=frame.color_primaries in (_UNSPECIFIED, _BT2020))
-    elif has_alpha:  # before black, as players show it
-        alpha = pixels[..., 3:].astype(np.uint16)
-        pixels = ((pixels[..., :3] * alpha + 127) // 255).astype(np.uint8)
-    upright = orientation.apply(pixels)
+    )
     rows = slice(framing.top, framing.top + framing.height)
-    return upright[rows, framing.left : framing.left + framing.width]
+    columns = slice(framing.left, framing.left + framing.width)
+
+    def cut(plane: int) -> np.ndarray:
+        return orientation.apply(_view_plane(scaled, plane))[rows, columns]
+
+    if transfer is not None:
+        is_wide = frame.color_primaries in (_UNSPECIFIED, _BT2020)
+        stacked = np.stack([cut(plane) for plane in _RGB_PLANES], axis=-1)
+        pixels[...] = to_sdr(stacked, transfer, wide=is_wide)
+        return
+    for color, plane in enumerate(_RGB_PLANES):
+        pixels[..., color] = cut(plane)
+    if has_alpha:  # before black, as players show it
+        alpha = cut(_ALPHA_PLANE).astype(np.uint16)[..., None]
+        pixels[...] = (pixels * alpha + 127) // 255
 
 
 # -- details --------------------------------------------------------------------------------------
@@ -378,4 +396,12 @@ def _fill(
 
 
 def _put(target: _Target, frame: VideoFrame, info: VideoInfo) -> None:
-    target.result[target.row] = to_rgb(frame, target.framing, info.orientation)
+    write_rgb(frame, target.framing, info.orientation, target.result[target.row])
+
+
+def _view_plane(frame: VideoFrame, number: int) -> np.ndarray:
+    """Return a plane of a frame, [H, W] of 8 or 16 bits, without the padding of its lines."""
+    plane = frame.planes[number]
+    kind = np.dtype("u1" if frame.format.components[0].bits == 8 else "<u2")
+    lines = np.frombuffer(plane, kind).reshape(plane.height, plane.line_size // kind.itemsize)
+    return lines[:, : plane.width]
