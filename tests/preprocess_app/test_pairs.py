@@ -1,4 +1,4 @@
-"""ODE pairs of CausVid and Self-Forcing become a data set of trajectories."""
+"""ODE pairs of CausVid, Self-Forcing and FastVideo become a data set of trajectories."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,7 +18,7 @@ from distill_preprocess.cli import main
 from distill_protocols import ModelBundle
 from distill_runfile.cli import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 from preprocess_requests import PIPELINE, TINY, write_request
-from stored_files import write_lmdb
+from stored_files import WIDTH, columns, write_lmdb, write_parquet
 
 TIMES = [1000.0, 757.0, 522.0]
 PROMPTS = ["the digit one moving up", "the digit two moving left", "the digit one moving up"]
@@ -97,6 +98,35 @@ def test_clips_without_states_are_latents(tmp_path, states):
     info = dataset_info(tmp_path / "data")
     assert info.problems == ()
     assert info.index.trajectory_times == ()
+
+
+def test_trajectories_of_fastvideo_are_those_of_the_next_step(tmp_path, states, capsys):
+    # Each step's t; what is stored is the state after it.
+    began = np.array([1000, 995, 937, 833], np.float32)
+    rows = []
+    for number, own in enumerate(states.transpose(2, 3).numpy()):  # [S, C, T, H, W]
+        row = {"id": f"text_{number}", "caption": PROMPTS[number], "media_type": "text"}
+        row |= columns("text_embedding", np.zeros((5, WIDTH), np.float32), "float32")
+        row |= columns("trajectory_latents", own[None], "float32")
+        rows.append(row | columns("trajectory_timesteps", began, "float32"))
+    rows.append(rows[0] | {"id": "other"} | columns("trajectory_timesteps", began / 2, "float32"))
+    write_parquet(tmp_path / "ode/data_chunk_0.parquet", rows)
+    file = request(tmp_path, tmp_path / "ode", ode_pairs={"times": [995.0, 833.0]})
+    assert main(["--config", file]) == EXIT_OK
+    report = (tmp_path / "data/report.jsonl").read_text()
+    assert "no level t = 995 among those stored (497.5, 468.5, 416.5, 0)" in report
+    data = LatentDataset(DataConfig(path=str(tmp_path / "data")), times=(995.0, 833.0))
+    batch = data.read(torch.arange(3))
+    ours = states.transpose(2, 3)
+    assert torch.equal(batch.trajectory, ours[:, [0, 2]])
+    adapter = PLUGIN.adapter(
+        ModelBundle({}), WanPipelineConfig(**PIPELINE), source=str(TINY / "wan")
+    )
+    assert torch.equal(batch.latents, adapter.denormalize_latents(ours[:, 3]))
+    assert [data.caption(number) for number in range(len(data))] == PROMPTS
+    wrong = write_request(tmp_path, sources=[{"latents": "./ode"}], output_dir="./latents")
+    assert main(["--config", str(wrong)]) == EXIT_FAILED
+    assert "become data for kd by ode_pairs" in capsys.readouterr().err
 
 
 class Runs:

@@ -27,13 +27,15 @@ def _falls(_config: object, _attribute: object, value: tuple[float, ...]) -> Non
 
 @frozen(kw_only=True)
 class OdePairsConfig:
-    """ODE pairs of CausVid or Self-Forcing: prompts, and states of a teacher's sampling.
+    """ODE pairs of CausVid, Self-Forcing or FastVideo: prompts, and states of a teacher's sampling.
 
     Attributes:
-        path: a folder of .pt files, one such file, or an LMDB (``distill-preprocess[lmdb]``).
-        times: levels t of the states, which the files do not record, falling and without the clip
-            itself at 0. CausVid's script stores 1000, 756.76 and 521.74, Self-Forcing's 1000, 960,
-            888.89 and 727.27. Empty where there are clips alone.
+        path: a folder of .pt files, one such file, an LMDB (``distill-preprocess[lmdb]``), or
+            FastVideo's parquet of ODE trajectories.
+        times: levels t of the states, falling and without the clip itself at 0. CausVid's script
+            stores 1000, 756.76 and 521.74, Self-Forcing's 1000, 960, 888.89 and 727.27, and
+            neither records them. FastVideo's parquet does: these are taken of them. Empty where
+            there are clips alone.
     """
 
     path: str = field(validator=_not_empty, metadata={"path": ()})

@@ -1,11 +1,12 @@
-"""ODE pairs of CausVid and Self-Forcing: a prompt, and a teacher's states from noise to its clip.
+"""ODE pairs of other codes: a prompt, and a teacher's states from noise to its clip.
 
 ``.pt``  {prompt: [1, S, T, C, H, W]}, one file or more; or {"prompts": [...], "latents": [...]}
 LMDB     ``latents_shape`` "N S T C H W" ("N T C H W": clips alone), ``latents_<n>_data`` float16,
          ``prompts_<n>_data`` UTF-8
+parquet  FastVideo's, see ``distill_media.stored``
 
 States are normalised and fall from noise to the clip, which is the last. Their levels t are
-recorded nowhere.
+recorded in the parquet alone.
 
 Source: tianweiy/CausVid, causvid/models/wan/generate_ode_pairs.py, causvid/data.py and
 causvid/ode_data/create_lmdb_iterative.py; guandeh17/Self-Forcing, utils/lmdb.py.
@@ -16,16 +17,19 @@ from __future__ import annotations
 import math
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from attrs import define, field
-from distill_media import MediaError, MediaItem
+from attrs import define, evolve, field
+from distill_conditioning.format import find_levels
+from distill_media import MediaError, MediaItem, TrajectoryReader, items_of_trajectories
 from distill_media.items import StoredRow
 from distill_protocols import DataError
 from torch import Tensor
+
+from distill_preprocess.config import OdePairsConfig
 
 LMDB_FILE = "data.mdb"
 _MOST_VALUES = 1 << 32
@@ -52,20 +56,23 @@ class PairFile(Protocol):
         ...
 
 
-def open_pairs(path: Path) -> PairFile:
-    """Open a folder of ``.pt`` files, one of them, or an LMDB.
+def open_pairs(config: OdePairsConfig) -> PairFile:
+    """Open a folder of ``.pt`` files, one of them, an LMDB, or FastVideo's parquet.
 
     Raises:
         DataError: it is none of these.
     """
+    path = Path(config.path)
+    if path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet"))):
+        return ParquetPairs(path, config.times)
     database = path / LMDB_FILE if path.is_dir() else path
     if database.suffix == ".mdb" and database.is_file():
         return LmdbPairs(path)
     files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
     if not files or not all(file.is_file() and file.suffix == ".pt" for file in files):
         raise DataError(
-            f"{path}: holds no ODE pairs, which are .pt files or an LMDB ({LMDB_FILE}). Name the "
-            "folder that CausVid or Self-Forcing has written them to"
+            f"{path}: holds no ODE pairs, which are .pt files, an LMDB ({LMDB_FILE}) or parquet. "
+            "Name the folder that CausVid, Self-Forcing or FastVideo has written them to"
         )
     return PtPairs(files)
 
@@ -224,6 +231,35 @@ class LmdbPairs(PairFile):
         if value is None:
             raise LookupError(f"there is no {key}")
         return value
+
+
+@define(eq=False)
+class ParquetPairs(PairFile):
+    """FastVideo's parquet, which holds the state after each step of sampling.
+
+    Attributes:
+        times: levels of the states that are read, beside the clip.
+    """
+
+    path: Path
+    times: Sequence[float]
+    _reader: TrajectoryReader = field(factory=TrajectoryReader)
+
+    def items(self) -> Iterator[MediaItem]:
+        for item, stored in items_of_trajectories(self.path):
+            problem = item.problem or self._problem(stored)
+            yield item if problem is None else evolve(item, problem=problem)
+
+    def read(self, item: MediaItem) -> Tensor:
+        states, stored = self._reader.read(item)
+        return torch.from_numpy(states[[*find_levels(self.times, stored), len(states) - 1]])
+
+    def _problem(self, stored: Sequence[float]) -> str | None:
+        try:
+            find_levels(self.times, stored)
+        except DataError as error:
+            return f"{error}. Write some of these as times; 0 is the clip and not named"
+        return None
 
 
 def _row_of(item: MediaItem) -> StoredRow:

@@ -45,7 +45,7 @@ def items_of(config: Request) -> list[MediaItem]:
         return read_items(own.sources, own.captions)
     from distill_preprocess.pairs import open_pairs  # torch
 
-    return list(open_pairs(Path(own.ode_pairs.path)).items())
+    return list(open_pairs(own.ode_pairs).items())
 
 
 def buckets_of(config: Request) -> tuple[ClipShape, ...]:

@@ -138,7 +138,7 @@ def _make_units(
 ) -> None:
     own, encoder = config.section, files.encoder
     reader = StoredReader(tuple(encoder.stored.names) if encoder.stored is not None else ())
-    pairs = None if own.ode_pairs is None else open_pairs(Path(own.ode_pairs.path))
+    pairs = None if own.ode_pairs is None else open_pairs(own.ode_pairs)
     progress = Progress(sum(len(folder.items_of(unit)) for unit in units), "items", _log)
     with _results(config, items, folder, units) as results:
         for unit in units:

@@ -49,7 +49,13 @@ if TYPE_CHECKING:
         write_sheet_mp4,
     )
     from distill_media.inspection import find_notes
-    from distill_media.stored import STORED_TEXT, StoredReader, StoredSample
+    from distill_media.stored import (
+        STORED_TEXT,
+        StoredReader,
+        StoredSample,
+        TrajectoryReader,
+        items_of_trajectories,
+    )
 
 __all__ = [
     "STORED_TEXT",
@@ -69,6 +75,7 @@ __all__ = [
     "SourceConfig",
     "StoredReader",
     "StoredSample",
+    "TrajectoryReader",
     "caption_clips",
     "choose_bucket",
     "clips_to_gif",
@@ -80,6 +87,7 @@ __all__ = [
     "enlarge",
     "find_notes",
     "group_clips",
+    "items_of_trajectories",
     "plan_clips",
     "read_animation",
     "read_clips",
@@ -131,7 +139,16 @@ _LAZY = {
         "drawing.sheets",
     ),
     "find_notes": "inspection",
-    **dict.fromkeys(["STORED_TEXT", "StoredReader", "StoredSample"], "stored"),
+    **dict.fromkeys(
+        [
+            "STORED_TEXT",
+            "StoredReader",
+            "StoredSample",
+            "TrajectoryReader",
+            "items_of_trajectories",
+        ],
+        "stored",
+    ),
 }
 
 __getattr__ = lazy_exports(__name__, _LAZY)

@@ -1,4 +1,4 @@
-"""FastVideo's parquet files: latents and text embeddings that are encoded already.
+"""FastVideo's parquet files: latents and text embeddings that are encoded already, or trajectories.
 
 A tensor X is three columns: ``X_bytes`` (C order), ``X_shape`` and ``X_dtype``. ``vae_latent`` is
 the VAE's posterior mean, not normalised; ``first_frame_latent`` [C, T, H, W] is that of the first
@@ -6,26 +6,35 @@ frame and grey ones after it, normalised; ``clip_feature`` [257, 1280] the last 
 hidden states. The dtype column is honoured, whatever it says; FastVideo's own reader takes
 everything for float32.
 
-Source: hao-ai-lab/FastVideo, fastvideo/dataset/dataloader/schema.py and
-fastvideo/pipelines/preprocess/preprocess_pipeline_i2v.py.
+``trajectory_latents`` [1, S, C, T, H, W] are normalised states, ``trajectory_timesteps`` [S] the t
+that each of S steps began at. A state is stored after its step, so it is at the t of the next one,
+and the last state is the clip; the noise that sampling began with is not there.
+
+Source: hao-ai-lab/FastVideo, fastvideo/dataset/dataloader/schema.py,
+fastvideo/pipelines/preprocess/preprocess_pipeline_i2v.py and _ode_trajectory.py, and
+fastvideo/pipelines/stages/denoising.py.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from distill_protocols import DataError
 
 from distill_media.errors import MediaError
 from distill_media.items import MediaItem, StoredRow
 
 LATENTS, STORED_TEXT = "vae_latent", "text_embedding"
-AXES = {LATENTS: 4, STORED_TEXT: 2, "first_frame_latent": 4, "clip_feature": 2}
+STATES, STEPS = "trajectory_latents", "trajectory_timesteps"
+AXES = {
+    LATENTS: 4, STORED_TEXT: 2, "first_frame_latent": 4, "clip_feature": 2, STATES: 5, STEPS: 1,
+}  # fmt: skip
 """Of the tensors that are known, by name."""
 _DTYPES = ("float16", "float32", "float64", "bfloat16")
 _MOST_VALUES = 1 << 30
@@ -82,52 +91,135 @@ class StoredReader:
             raise MediaError(item.id, f"{reason}. Make the parquet file again") from error
 
 
+@define(eq=False)
+class TrajectoryReader:
+    """Reads trajectories row by row, in their order: one may have hundreds of megabytes."""
+
+    _next: StoredRow | None = None
+    _rows: Iterator[Mapping[str, Any]] = field(factory=lambda: iter(()))
+
+    def read(self, item: MediaItem) -> tuple[np.ndarray, tuple[float, ...]]:
+        """Read the states [S, C, T, H, W] of ``item`` in fp32, and the t of each.
+
+        Raises:
+            MediaError: the file or the row is damaged.
+        """
+        row = item.stored
+        if row is None or item.problem is not None:
+            raise MediaError(item.id, item.problem or "it is no row of a parquet file")
+        try:
+            first = evolve(row, row=0)
+            if self._next is None or evolve(self._next, row=0) != first or self._next.row > row.row:
+                self._rows, self._next = _stream_group(row.path, row.group, [STATES, STEPS]), first
+            values = next(itertools.islice(self._rows, row.row - self._next.row, None))
+            self._next = evolve(row, row=row.row + 1)
+            states, times = _tensor(values, STATES), _times_of_states(values)
+            if len(states) != len(times):
+                raise ValueError(f"it has {len(states)} states and {len(times)} timesteps")
+        except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
+            self._next = None
+            reason = f"its row in {row.path.name} cannot be read ({error})"
+            raise MediaError(item.id, f"{reason}. Make the parquet file again") from error
+        return states, times
+
+
+def _times_of_states(values: Mapping[str, Any]) -> tuple[float, ...]:
+    """Return the t of each stored state: that of the next step, and 0 of the clip."""
+    began = [round(float(time), 6) for time in _tensor(values, STEPS)]
+    return (*began[1:], 0.0)
+
+
 def items_of_stored(folder: Path) -> Iterator[MediaItem]:
     """Yield the rows of all parquet files below ``folder``, files by their paths.
 
     Raises:
         DataError: there is none, or one that is damaged or of another layout.
     """
+    for file, name in _parquet_files(folder):
+        with _opened(file) as parquet:
+            if f"{STATES}_bytes" in parquet.schema_arrow.names:
+                raise DataError(
+                    f"{file}: holds trajectories, which become data for kd by ode_pairs. Write "
+                    "ode_pairs: {path: ...} in place of sources"
+                )
+            columns = _tensor_columns([STORED_TEXT])
+            _check_columns(file, parquet, ["id", "caption", *columns], "t2v, i2v or text_only")
+            for row, values in _rows_of(file, parquet, ["id", "caption"]):
+                yield _item_of(row, values, name)
+
+
+def items_of_trajectories(folder: Path) -> Iterator[tuple[MediaItem, tuple[float, ...]]]:
+    """Yield the rows of all parquet files of trajectories below ``folder``, each with the t of its
+    states; without any where that cannot be read.
+
+    Raises:
+        DataError: there is none, or one that is damaged or of another layout.
+    """
+    for file, name in _parquet_files(folder):
+        with _opened(file) as parquet:
+            columns = ["id", "caption", *_tensor_columns([STEPS])]
+            needed = [*columns, *_tensor_columns([STATES])]
+            _check_columns(file, parquet, needed, "ODE trajectories")
+            for row, values in _rows_of(file, parquet, columns):
+                item = _item_of(row, values, name)
+                try:
+                    yield item, _times_of_states(values)
+                except (ValueError, TypeError) as error:
+                    yield evolve(item, problem=f"{error}. Make the parquet file again"), ()
+
+
+def _parquet_files(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield each file, and how ids begin that are of it."""
     files = sorted(folder.rglob("*.parquet")) if folder.is_dir() else [folder]
     if not files or not all(file.is_file() for file in files):
         raise DataError(f"{folder}: there is no .parquet file. Name the folder of FastVideo's")
     for file in files:
-        yield from _items_of_file(file, file.relative_to(folder) if folder.is_dir() else file)
+        yield file, file.relative_to(folder) if folder.is_dir() else file
 
 
-def _items_of_file(file: Path, name: Path) -> Iterator[MediaItem]:
+def _check_columns(file: Path, parquet: Any, needed: Sequence[str], kinds: str) -> None:
+    if missing := sorted(set(needed) - set(parquet.schema_arrow.names)):
+        raise DataError(
+            f"{file}: lacks the column(s) {', '.join(missing)}, so it is none of FastVideo's "
+            f"data sets ({kinds}). Name another, or encode the videos"
+        )
+
+
+def _rows_of(
+    file: Path, parquet: Any, columns: Sequence[str]
+) -> Iterator[tuple[StoredRow, Mapping[str, Any]]]:
+    for group in range(parquet.num_row_groups):
+        table = parquet.read_row_group(group, columns=columns).to_pylist()
+        for row, values in enumerate(table):
+            yield StoredRow(file, group, row), values
+
+
+def _item_of(row: StoredRow, values: Mapping[str, Any], name: Path) -> MediaItem:
+    caption = values["caption"]
+    is_text = isinstance(caption, str)
+    return MediaItem(
+        id=f"{name.as_posix()}/{values['id']}",
+        captions=(caption,) if is_text else (),
+        stored=row,
+        problem=None if is_text else "its caption is no text. Make the file again",
+    )
+
+
+def _tensor_columns(tensors: Sequence[str]) -> list[str]:
+    return [f"{name}_{part}" for name in tensors for part in ("bytes", "shape", "dtype")]
+
+
+def _stream_group(file: Path, group: int, tensors: Sequence[str]) -> Iterator[Mapping[str, Any]]:
     with _opened(file) as parquet:
-        columns = set(parquet.schema_arrow.names)
-        needed = {
-            "id",
-            "caption",
-            f"{STORED_TEXT}_bytes",
-            f"{STORED_TEXT}_shape",
-            f"{STORED_TEXT}_dtype",
-        }
-        if missing := sorted(needed - columns):
-            raise DataError(
-                f"{file}: lacks the column(s) {', '.join(missing)}, so it is none of FastVideo's "
-                "data sets of latents (t2v, i2v or text_only). Name another, or encode the videos"
-            )
-        for group in range(parquet.num_row_groups):
-            table = parquet.read_row_group(group, columns=["id", "caption"]).to_pylist()
-            for row, values in enumerate(table):
-                caption = values["caption"]
-                is_text = isinstance(caption, str)
-                yield MediaItem(
-                    id=f"{name.as_posix()}/{values['id']}",
-                    captions=(caption,) if is_text else (),
-                    stored=StoredRow(file, group, row),
-                    problem=None if is_text else "its caption is no text. Make the file again",
-                )
+        columns = _tensor_columns(tensors)
+        for batch in parquet.iter_batches(batch_size=1, row_groups=[group], columns=columns):
+            yield from batch.to_pylist()
 
 
 def _read_group(file: Path, group: int, tensors: Sequence[str]) -> list[Mapping[str, Any]]:
-    wanted = [f"{name}_{part}" for name in tensors for part in ("bytes", "shape", "dtype")]
     with _opened(file) as parquet:
         names = set(parquet.schema_arrow.names)
-        columns = [name for name in wanted if name in names]
+        columns = [name for name in _tensor_columns(tensors) if name in names]
         return parquet.read_row_group(group, columns=columns).to_pylist()
 
 
