@@ -1,7 +1,8 @@
 """Which share of a tiny step the run waits for its data.
 
-    uv run python tools/bench/loader.py [--steps 40] [--methods finetune dmd2]
+    uv run python tools/bench/loader.py [--steps 40] [--methods finetune dmd2 kd_causal]
 
+kd's files read ``outputs/tiny-trajectories``, which configs/tiny/trajectories.yaml makes.
 Runs of the shipped tiny files, cut short, each without workers and with one: the sum of
 ``time/data`` over the sum of ``time/iteration`` of ``metrics.jsonl``, without the first iterations.
 Both are of the same iterations of one run, so a busy box slows them alike.
@@ -26,6 +27,9 @@ from tiny_file import tiny_values, write_changed  # noqa: E402
 WARM_UP = 5
 
 
+TRAJECTORIES = {"kd", "kd_causal"}
+
+
 def wait_share(folder: Path, method: str, steps: int, workers: int) -> tuple[float, float, float]:
     """Return the share, and the median milliseconds waited for data and of an iteration."""
     output_dir = folder / f"{method}-{workers}"
@@ -38,6 +42,8 @@ def wait_share(folder: Path, method: str, steps: int, workers: int) -> tuple[flo
         "checkpoint": {"export": None, "every_steps": None, "keep_best": None},
     }  # fmt: skip
     values = tiny_values(method) | {"callbacks": {"step_timer": {}}}
+    if method in TRAJECTORIES:
+        values["data"] = {"path": str(ROOT / "outputs/tiny-trajectories")}
     file = write_changed(folder / f"{output_dir.name}.yaml", values, changes)
     run(read_config(file))
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()

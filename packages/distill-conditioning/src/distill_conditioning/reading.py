@@ -6,9 +6,12 @@ Letters: N samples of a shard, P distinct captions of it, B batch, C T H W as ev
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from attrs import frozen
 from distill_protocols import (
@@ -20,6 +23,7 @@ from distill_protocols import (
     LatentShape,
 )
 from distill_runtime import sha256_of_file
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -61,34 +65,11 @@ class _Table:
     shape: tuple[int, ...]
     ends: Tensor | None = None
 
-    def read(self, rows: Tensor) -> Tensor:
-        """Read rows by number, in fp32 where they are floats: [B, *shape]."""
+    def row(self, number: int) -> Tensor:
+        """Return a row as it is stored, without the zeros after it; a view."""
         if self.ends is None:
-            return _as_fp32(self.values[rows])
-        kind = torch.float32 if self.values.is_floating_point() else self.values.dtype
-        padded = torch.zeros(len(rows), *self.shape, dtype=kind)
-        for place, row in enumerate(rows.tolist()):
-            first, end = int(self.ends[row - 1]) if row else 0, int(self.ends[row])
-            padded[place, : end - first] = self.values[first:end]
-        return padded
-
-
-@frozen(eq=False, kw_only=True)
-class _Shard:
-    latents: Tensor | None
-    conditions: Mapping[str, _Table]
-    condition_id: Tensor
-    """[N, K], -1 where a sample has less than K captions."""
-    ids: list[str]
-    captions: list[str]
-    trajectory: Tensor | None
-    levels: Tensor
-    """Numbers of the levels of ``trajectory`` that are read."""
-
-    def rows(self, samples: Tensor, choices: Tensor) -> Tensor:
-        """Return the rows of conditions of ``samples``, by the remainder of ``choices``."""
-        own = self.condition_id[samples]
-        return own[torch.arange(len(own)), choices % (own >= 0).sum(dim=1)]
+            return self.values[number]
+        return self.values[int(self.ends[number - 1]) if number else 0 : int(self.ends[number])]
 
 
 @frozen(kw_only=True)
@@ -102,6 +83,36 @@ class _File:
     @property
     def path(self) -> Path:
         return self.source.path / self.entry.file
+
+
+@frozen(eq=False, kw_only=True)
+class _Shard:
+    file: _File
+    latents: Tensor | None
+    conditions: Mapping[str, _Table]
+    condition_id: NDArray[np.int64]
+    """[N, K], -1 where a sample has less than K captions. Rows of numpy are found in a tenth of the
+    time of torch's, and a batch of tiny clips asks for many."""
+    ids: list[str]
+    captions: list[str]
+    trajectory: Tensor | None
+    levels: Tensor | None
+    """Numbers of the levels of ``trajectory`` that are read; None: all, as they are stored."""
+
+    def caption_numbers(self, row: int) -> list[int]:
+        """Return which captions, and so which rows of conditions, a sample has."""
+        numbers: list[int] = self.condition_id[row].tolist()
+        return [number for number in numbers if number >= 0]
+
+    def states(self, row: int) -> Tensor | None:
+        """Return the states of a sample that are read, [S, C, T, H, W]."""
+        if self.trajectory is None or self.levels is None:
+            return None if self.trajectory is None else self.trajectory[row]
+        return self.trajectory[row].index_select(0, self.levels)
+
+    def id(self, row: int) -> str:
+        """Return the id of a sample, after the name of its data set if there are several."""
+        return self.file.prefix + self.ids[row]
 
 
 class LatentDataset:
@@ -146,13 +157,11 @@ class LatentDataset:
         if config.verify == "full":
             self._compare_hashes()
         self._shards: list[_Shard | None] = [None] * len(self._files)
-        counts = torch.tensor([file.entry.samples for file in self._files])
         self._times = times
-        self._ends = counts.cumsum(0)
-        self._starts = self._ends - counts
+        self._ends = list(itertools.accumulate(file.entry.samples for file in self._files))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     @property
     def computed_by(self) -> Fingerprint:
@@ -178,28 +187,16 @@ class LatentDataset:
         Raises:
             DataError: a shard that is damaged, with its name; or samples of different shapes.
         """
-        shards = self._shards_of(samples)
-        size = self._common_shape(shards).latents
-        rows = samples - self._starts[shards]
-        latents = torch.empty(len(samples), *size or ())
-        states = torch.empty(len(samples), len(self._times), *size or ())
-        ids = [""] * len(samples)
-        for number in shards.unique().tolist():
-            shard = self._open(number)
-            places = (shards == number).nonzero()[:, 0]
-            inside = rows[places]
-            if shard.latents is not None:
-                latents[places] = shard.latents[inside].float()
-            if shard.trajectory is not None:
-                states[places] = shard.trajectory[inside[:, None], shard.levels].float()
-            for place, row in zip(places.tolist(), inside.tolist(), strict=True):
-                ids[place] = self._files[number].prefix + shard.ids[row]
+        places = self._locate_all(samples)
+        has_latents = self._common_shape(places).latents is not None
+        latents = [shard.latents[row] for shard, row in places if shard.latents is not None]
+        states = [states for shard, row in places if (states := shard.states(row)) is not None]
         return Batch(
-            latents=None if size is None else latents,
+            latents=_stack(latents) if has_latents else None,
             latent_shape=clip,
-            cond=self._read_conditions(samples, shards, choices),
-            ids=tuple(ids),
-            trajectory=states if self._times else None,
+            cond=self._read_conditions(places, choices),
+            ids=tuple(shard.id(row) for shard, row in places),
+            trajectory=_stack(states) if self._times else None,
         )
 
     def read_conditions(self, samples: Tensor, choices: Tensor | None = None) -> Condition:
@@ -208,7 +205,7 @@ class LatentDataset:
         Raises:
             DataError: a shard that is damaged, or conditions of different shapes.
         """
-        return self._read_conditions(samples, self._shards_of(samples), choices)
+        return self._read_conditions(self._locate_all(samples), choices)
 
     def has_several_captions(self, samples: Tensor) -> bool:
         """Tell whether one of the shards that hold ``samples`` has samples with several captions.
@@ -216,36 +213,25 @@ class LatentDataset:
         Raises:
             DataError: a shard that is damaged.
         """
-        numbers = self._shards_of(samples).unique().tolist()
-        return any(self._open(number).condition_id.shape[1] > 1 for number in numbers)
+        return any(shard.condition_id.shape[1] > 1 for shard, _ in self._locate_all(samples))
 
     def _read_conditions(
-        self, samples: Tensor, shards: Tensor, choices: Tensor | None
+        self, places: Sequence[tuple[_Shard, int]], choices: Tensor | None
     ) -> Condition:
-        choices = torch.zeros_like(samples) if choices is None else choices
-        tables: dict[str, Tensor] = {}
-        for number in shards.unique().tolist():
-            shard = self._open(number)
-            places = (shards == number).nonzero()[:, 0]
-            rows = shard.rows(samples[places] - self._starts[number], choices[places])
+        draws: list[int] = [0] * len(places) if choices is None else choices.tolist()
+        tables: dict[str, list[Tensor]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for (shard, row), draw in zip(places, draws, strict=True):
+            numbers = shard.caption_numbers(row)
+            number = numbers[draw % len(numbers)]
             for name, table in shard.conditions.items():
-                value = table.read(rows)
-                if name not in tables:
-                    tables[name] = value.new_empty(len(samples), *value.shape[1:])
-                if tables[name].shape[1:] != value.shape[1:]:
-                    self._common_shape(shards)  # raises
-                tables[name][places] = value
-        return Condition(tables)
+                if shapes.setdefault(name, table.shape) != table.shape:
+                    self._common_shape(places)  # raises
+                tables.setdefault(name, []).append(table.row(number))
+        return Condition({name: _pad(rows, shapes[name]) for name, rows in tables.items()})
 
-    def _shards_of(self, samples: Tensor) -> Tensor:
-        """Return the number of the shard of each sample; all are open then."""
-        shards = torch.searchsorted(self._ends, samples, right=True)
-        for number in shards.unique().tolist():
-            self._open(number)  # a damaged one is noticed before memory is taken for what it says
-        return shards
-
-    def _common_shape(self, shards: Tensor) -> SampleShape:
-        files = [self._files[number] for number in shards.unique().tolist()]
+    def _common_shape(self, places: Sequence[tuple[_Shard, int]]) -> SampleShape:
+        files = [shard.file for shard in dict.fromkeys(shard for shard, _ in places)]
         shapes = [file.entry.shape for file in files]
         if any(shape != shapes[0] for shape in shapes):
             raise DataError(
@@ -261,18 +247,23 @@ class LatentDataset:
     def captions(self, sample: int) -> tuple[str, ...]:
         """Return all captions of one sample."""
         shard, row = self._locate(sample)
-        numbers: list[int] = shard.condition_id[row].tolist()
-        return tuple(shard.captions[n] for n in numbers if n >= 0)
+        return tuple(shard.captions[number] for number in shard.caption_numbers(row))
 
     def id(self, sample: int) -> str:
         """Return the id of one sample, after the name of its data set if there are several."""
-        number = int(torch.searchsorted(self._ends, sample, right=True))
         shard, row = self._locate(sample)
-        return self._files[number].prefix + shard.ids[row]
+        return shard.id(row)
+
+    def _locate_all(self, samples: Tensor) -> list[tuple[_Shard, int]]:
+        """Return shard and row of each sample; all shards are open then, so that a damaged one is
+        noticed before memory is taken for what it says."""
+        numbers: list[int] = samples.tolist()
+        return [self._locate(number) for number in numbers]
 
     def _locate(self, sample: int) -> tuple[_Shard, int]:
-        number = int(torch.searchsorted(self._ends, sample, right=True))
-        return self._open(number), sample - int(self._starts[number])
+        number = bisect.bisect_right(self._ends, sample)
+        shard = self._open(number)
+        return shard, sample - self._ends[number] + shard.file.entry.samples
 
     def negative(self, prompt: str | None = None) -> StoredNegative | None:
         """Read a negative condition of the data sets (fp32); None if they have none.
@@ -361,17 +352,23 @@ def _map_shard(file: _File, times: tuple[float, ...]) -> _Shard:
     tensors, metadata = map_tensors(path)
     _check_tensors(path, tensors, entry, len(index.trajectory_times))
     ids = tensors["condition_id"]
+    levels = find_levels(times, index.trajectory_times)
     shard = _Shard(
+        file=file,
         latents=tensors.get("latents"),
         conditions={
             name: _table(path, tensors, name, shape)
             for name, shape in entry.shape.conditions.items()
         },
-        condition_id=ids if ids.ndim == 2 else ids[:, None],
+        condition_id=(ids if ids.ndim == 2 else ids[:, None]).numpy(),
         ids=read_texts(path, metadata, "ids"),
         captions=read_texts(path, metadata, "captions"),
         trajectory=tensors.get(TRAJECTORY) if times else None,
-        levels=torch.tensor(find_levels(times, index.trajectory_times)),
+        levels=(
+            None
+            if levels == tuple(range(len(index.trajectory_times)))
+            else torch.tensor(levels, dtype=torch.int64)
+        ),
     )
     _check_rows(path, shard, entry.samples)
     return shard
@@ -439,6 +436,22 @@ def _check_rows(path: Path, shard: _Shard, samples: int) -> None:
         )
 
 
+def _stack(rows: Sequence[Tensor]) -> Tensor:
+    """Copy rows of one shape out of their files, [B, ...], in fp32 where they are floats."""
+    return _as_fp32(torch.stack(list(rows)))
+
+
+def _pad(rows: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Stack rows, with zeros after those that are shorter than ``shape``."""
+    if all(row.shape == shape for row in rows):
+        return _stack(rows)
+    kind = torch.float32 if rows[0].is_floating_point() else rows[0].dtype
+    padded = torch.zeros(len(rows), *shape, dtype=kind)
+    for place, row in enumerate(rows):
+        padded[place, : len(row)] = row
+    return padded
+
+
 def _as_fp32(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value
 
@@ -456,7 +469,7 @@ def read_conditions(path: Path) -> dict[str, Condition]:
     }
     return {
         caption: Condition(
-            {name: table.read(torch.tensor([row])) for name, table in tables.items()}
+            {name: _pad([table.row(row)], table.shape) for name, table in tables.items()}
         )
         for row, caption in enumerate(read_texts(path, metadata, "captions"))
     }
