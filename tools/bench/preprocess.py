@@ -1,80 +1,123 @@
-"""Preprocessing: does the VAE wait for the decoder, and does memory stay flat?
+"""Preprocessing: does anything wait but for the slower of decoder and VAE, and is memory flat?
 
-    uv run python tools/bench/preprocess.py [--samples 10000]
+    uv run python tools/bench/preprocess.py [--clips 12] [--samples 10000]
 
-Two measurements with the shipped tiny Wan, on the CPU:
-
-- Throughput: the slower of decoder and VAE alone, against both together. The VAE is one that sleeps
-  as long as a clip takes on an accelerator, because on a CPU both would use the same cores.
-- Memory: resident size while so many samples are made by the real VAE.
+- Throughput: 720p videos become clips of 32 x 32 by the shipped tiny VAE, and of 480 x 832 by one
+  that sleeps as long as a clip takes on an accelerator. The decoder alone (PyAV, one thread, every
+  frame up to the last that is taken, neither scaled nor made RGB) and the VAE alone are measured in
+  the same run, before and after; all by one decoding thread.
+- Memory: resident size while so many samples are made by the tiny VAE.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
+import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import av  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from distill_conditioning import UnitFolder  # noqa: E402
-from distill_media import decode_clips, read_items  # noqa: E402
-from distill_media.clips import group_clips, plan_clips  # noqa: E402
-from distill_preprocess.encoding import Encoder, to_video  # noqa: E402
+from distill_media import (  # noqa: E402
+    MediaClip,
+    PlannedClip,
+    decode_clips,
+    group_clips,
+    plan_clips,
+    read_items,
+)
+from distill_preprocess.encoding import Encoder  # noqa: E402
 from distill_preprocess.request import Request, buckets_of, cut_of, read_request  # noqa: E402
 from distill_preprocess.run import run  # noqa: E402
 from media_files import moving_frames, write_video  # noqa: E402
-from preprocess_requests import write_request  # noqa: E402
+from preprocess_requests import TINY, write_request  # noqa: E402
 
 
 def write_clips(folder: Path, count: int, frames: int, height: int, width: int) -> None:
     for number in range(count):
         path = write_video(
-            folder / f"clips/{number:04d}.mp4", moving_frames(frames, height, width, seed=number)
+            folder / f"clips/{number:04d}.mp4",
+            moving_frames(frames, height, width, seed=number),
+            options={"crf": "23"},
         )
         path.with_suffix(".txt").write_text(f"the digit {number % 9}")
 
 
-def request(folder: Path, name: str, **changes: object) -> Request:
+def request(folder: Path, name: str, pipeline: Mapping[str, int], **changes: object) -> Request:
     file = write_request(folder, output_dir=f"./{name}", **changes)
     values = yaml.safe_load(file.read_text())
+    values["pipeline_config"] |= pipeline
+    values["models"]["teacher"]["path"] = str(copy_model(folder / "wan"))
     file.write_text(yaml.safe_dump(values))
     return read_request(file)
 
 
-def decode_alone(config: Request) -> float:
-    """Seconds that one thread takes to decode all clips."""
+def copy_model(folder: Path) -> Path:
+    """Copy the tiny Wan, with positions for clips of 480p; its transformer is never loaded."""
+    if not folder.exists():
+        shutil.copytree(TINY / "wan", folder)
+        file = folder / "transformer/config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "rope_max_seq_len": 64}))
+    return folder
+
+
+def planned_groups(config: Request) -> list[list[PlannedClip]]:
+    items = read_items(config.section.sources, config.section.captions)
+    plans = (plan_clips(item, buckets_of(config), cut_of(config)) for item in items)
+    return [group for plan in plans for group in group_clips(plan)]
+
+
+def time_bare_decoder(groups: Sequence[Sequence[PlannedClip]]) -> float:
+    """Seconds that PyAV alone takes for all frames up to the last of each video's clips."""
     began = time.perf_counter()
-    for item in read_items(config.section.sources, config.section.captions):
-        for group in group_clips(plan_clips(item, buckets_of(config), cut_of(config))):
-            decode_clips(group, cut_of(config))
+    for group in groups:
+        last = max(number for clip in group for number in clip.numbers)
+        with av.open(str(group[0].place.path)) as container:
+            container.streams.video[0].thread_count = 1
+            for number, _ in enumerate(container.decode(video=0)):
+                if number == last:
+                    break
+    return time.perf_counter() - began
+
+
+def time_decoding(groups: Sequence[Sequence[PlannedClip]], config: Request) -> float:
+    """Seconds that one thread takes for all clips, scaled and as RGB."""
+    began = time.perf_counter()
+    for group in groups:
+        decode_clips(group, cut_of(config))
     return time.perf_counter() - began
 
 
 @contextlib.contextmanager
-def sleeping_vae(seconds: float) -> Iterator[list[tuple[float, float]]]:
-    """Within: encoding a clip sleeps, as a thread does that waits for an accelerator. Yields when
-    each encoding began and ended."""
+def timed_vae(seconds: float | None) -> Iterator[list[tuple[float, float]]]:
+    """Within: encoding a clip sleeps, as a thread does that waits for an accelerator; None: it is
+    encoded. Yields when each encoding began and ended."""
     encode, spent = Encoder.encode_clips, []
 
-    def sleep(encoder: Encoder, clips):
+    def watch(encoder: Encoder, clips: Sequence[MediaClip]) -> torch.Tensor:
         began = time.perf_counter()
-        latents = torch.zeros(len(clips), *encoder.adapter.latent_shape)
-        time.sleep(seconds)
+        if seconds is None:
+            latents = encode(encoder, clips)
+        else:
+            latents = torch.zeros(len(clips), *encoder.adapter.latent_shape)
+            time.sleep(seconds)
         spent.append((began, time.perf_counter()))
-        return latents, to_video(clips)
+        return latents
 
-    Encoder.encode_clips = sleep  # type: ignore[method-assign]
+    Encoder.encode_clips = watch  # type: ignore[method-assign]
     try:
         yield spent
     finally:
@@ -82,20 +125,32 @@ def sleeping_vae(seconds: float) -> Iterator[list[tuple[float, float]]]:
 
 
 def measure_throughput(folder: Path, clips: int) -> None:
-    write_clips(folder, clips, 60, 480, 640)
-    common = {"batch_size": 1, "items_per_unit": 8, "clips": {"fps": 8}}
-    alone = decode_alone(request(folder, "unused", **common)) / clips
-    print(f"decoder alone, one thread: {1000 * alone:.0f} ms a clip")
-    for ratio in (0.5, 2.0):
-        with sleeping_vae(ratio * alone) as spent:
-            run(request(folder, f"data-{ratio}", decode_workers=1, **common))
-        total = spent[-1][1] - spent[0][0]
-        vae = sum(end - begin for begin, end in spent)
-        slower = max(vae, alone * clips)
-        print(
-            f"VAE {1000 * vae / clips:.0f} ms a clip: together {1000 * total / clips:.0f} ms, from "
-            f"the first clip to the last; {100 * slower / total:.0f} % of the slower of the two"
-        )
+    write_clips(folder, clips, 130, 720, 1280)
+    for pipeline, fps, ratios in (
+        ({"num_frames": 9, "height": 32, "width": 32}, 8, (None,)),
+        ({"num_frames": 81, "height": 480, "width": 832}, 5, (0.5, 1.0, 2.0)),
+    ):
+        common = {"batch_size": 1, "items_per_unit": 8, "decode_workers": 1, "clips": {"fps": fps}}
+        config = request(folder, "unused", pipeline, **common)
+        groups = planned_groups(config)
+        bare, own = time_bare_decoder(groups), time_decoding(groups, config)
+        print(f"{pipeline}: bare decoder {1e3 * bare / clips:.0f} ms a clip, ours {own / bare:.2f}")
+        for ratio in ratios:
+            sleep = None if ratio is None else ratio * own / clips
+            with timed_vae(sleep) as spent:
+                name = f"data-{pipeline['height']}-{ratio}"
+                began = time.perf_counter()
+                run(request(folder, name, pipeline, **common))
+            total = spent[-1][1] - spent[0][0]
+            vae = sum(end - begin for begin, end in spent)
+            after = time_bare_decoder(groups)
+            print(
+                f"  VAE {1e3 * vae / clips:.0f} ms, together {1e3 * total / clips:.0f} ms a clip "
+                f"(with its start {time.perf_counter() - after - began:.1f} s), bare decoder "
+                f"afterwards {1e3 * after / clips:.0f}: {vae / total:.0%} of the VAE alone, "
+                f"{(bare + after) / 2 / total:.0%} of the bare decoder, {own / total:.0%} of ours",
+                flush=True,
+            )
 
 
 def resident() -> float:
@@ -115,7 +170,7 @@ def measure_memory(folder: Path, samples: int) -> None:
 
     UnitFolder.finish_unit = measured  # type: ignore[method-assign]
     config = request(
-        folder, "data", batch_size=10, items_per_unit=1, clips={"fps": 8, "take": "windows"}
+        folder, "data", {}, batch_size=10, items_per_unit=1, clips={"fps": 8, "take": "windows"}
     )
     began = time.perf_counter()
     run(config)
@@ -129,13 +184,15 @@ def measure_memory(folder: Path, samples: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--samples", type=int, default=10_000)
-    parser.add_argument("--clips", type=int, default=48)
+    parser.add_argument("--clips", type=int, default=12)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
-        measure_throughput(Path(name) / "throughput", arguments.clips)
-        measure_memory(Path(name) / "memory", arguments.samples)
+        if arguments.clips:
+            measure_throughput(Path(name) / "throughput", arguments.clips)
+        if arguments.samples:
+            measure_memory(Path(name) / "memory", arguments.samples)
 
 
 if __name__ == "__main__":

@@ -58,9 +58,10 @@ def preview(config: Request, count: int, *, limit: int | None = None) -> None:
     for decoded in stream:
         if isinstance(decoded.result, MediaError):
             skipped.append(decoded.result)
+            _log.info("skipped %s", decoded.result)
         elif decoded.item.id not in seen:  # one clip of each video
             seen.add(decoded.item.id)
-            video = to_video([decoded.result])
+            video = to_video([decoded.result], torch.device("cpu"))
             latents = adapter.normalize_latents(adapter.encode(video))
             back = adapter.decode(latents).cpu()
             notes = [*decoded.notes, *(n for c in decoded.item.captions for n in said.get(c, ()))]

@@ -89,6 +89,7 @@ def _make(
         loaded.enter_context(adapter.keep_encoders_loaded())
         encoder = Encoder(
             adapter=adapter,
+            device=device,
             given=given_frames_of(config),
             dtype=own.latent_dtype,
             cache=None if own.cache is None else Path(own.cache),
