@@ -149,6 +149,9 @@ def test_added_items_become_units_behind_those_before(tmp_path):
     assert not (tmp_path / "index.json").exists()  # the former one vouches for what was
     finish(folder)
     assert open_folder(tmp_path, grown).is_complete()
+    shard = folder.shard_path(1, 0)
+    shard.write_bytes(shard.read_bytes() + b"more")
+    assert open_folder(tmp_path, grown).missing() == [1]  # it is not as it was written
 
 
 def test_other_items_settings_and_parts_are_refused(tmp_path):

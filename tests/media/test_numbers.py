@@ -17,7 +17,7 @@ from distill_media.timing import (
     split_scenes,
     starts,
 )
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from media_files import moving_frames, numbered_frames
 
@@ -39,6 +39,7 @@ def timeline_of(steps: list[float]) -> Timeline:
     st.lists(SHAPES, min_size=1, max_size=8),
     st.integers(1, 100), st.integers(16, 1200), st.integers(16, 1200),
 )  # fmt: skip
+@example([ClipShape(n, 32, 48) for n in (9, 81, 121, 49)], 100, 64, 96)
 def test_a_bucket_is_never_longer_or_larger_than_the_video(shapes, frames, height, width):
     fitting = [s for s in shapes if s.frames <= frames and s.height <= height and s.width <= width]
     try:

@@ -190,12 +190,14 @@ def test_a_tar_is_read_by_keys_and_never_extracted(tmp_path):
         "d.mp4": b"D",
         "d.json": b"{",
         "e.cls": b"7",
+        "001/a.mp4": b"A",
+        "001/a.txt": b"of another folder",
     }
     write_tar(tmp_path / "000.tar", members)
     found = items(tars=str(tmp_path))
     assert {name: item.captions for name, item in found.items()} == {
         "000/000/a.mp4": ("first",), "000/b.webm": ("second",), "000/../c.png": ("third",),
-        "000/d.mp4": (),
+        "000/d.mp4": (), "000/001/a.mp4": ("of another folder",),
     }  # fmt: skip
     assert "d.json" in found["000/d.mp4"].problem
     with found["000/b.webm"].place.open() as file:

@@ -14,6 +14,7 @@ import torch
 import wan_variants
 import yaml
 from distill_conditioning import DataConfig, LatentDataset, SampleShape, dataset_info
+from distill_media import ClipShape, MediaClip
 from distill_preprocess.cli import main
 from distill_preprocess.encoding import Encoder
 from distill_preprocess.request import cut_of, given_frames_of, read_request
@@ -165,15 +166,16 @@ def test_each_caption_is_given_the_frames_that_its_clip_begins_and_ends_with():
 
     adapter: Any = SimpleNamespace(images=Images())
     encoder = Encoder(
-        adapter=adapter, given=GivenFrames(first=1, last=True), dtype="float32", cache=None,
-        fingerprint={},
+        adapter=adapter, device=torch.device("cpu"), given=GivenFrames(first=1, last=True),
+        dtype="float32", cache=None, fingerprint={},
     )  # fmt: skip
-    video = torch.arange(5.0)[None, :, None, None].expand(3, 5, 2, 2)  # each frame its number
-    encoder.add_given_frames(Condition({"text": torch.ones(2, 4)}), video)
+    frames = np.repeat(np.arange(0, 255, 51, np.uint8), 12).reshape(5, 2, 2, 3)  # fifths
+    clip = MediaClip(id="a", shape=ClipShape(5, 2, 2), frames=frames)
+    encoder.add_given_frames(Condition({"text": torch.ones(2, 4)}), clip)
     pictures, frames, last = given
     assert torch.equal(pictures, torch.zeros(2, 3, 2, 2))
     assert frames == 5
-    assert torch.equal(last, torch.full((2, 3, 2, 2), 4.0))
+    assert torch.equal(last, torch.full((2, 3, 2, 2), 0.8))
 
 
 @pytest.mark.parametrize(
