@@ -403,5 +403,7 @@ def _view_plane(frame: VideoFrame, number: int) -> np.ndarray:
     """Return a plane of a frame, [H, W] of 8 or 16 bits, without the padding of its lines."""
     plane = frame.planes[number]
     kind = np.dtype("u1" if frame.format.components[0].bits == 8 else "<u2")
-    lines = np.frombuffer(memoryview(plane), kind).reshape(plane.height, plane.line_size // kind.itemsize)
+    lines = np.frombuffer(memoryview(plane), kind).reshape(
+        plane.height, plane.line_size // kind.itemsize
+    )
     return lines[:, : plane.width]
