@@ -387,15 +387,19 @@ def test_captions_that_are_encoded_are_kept_over_a_stop(whole, begun, monkeypatc
         return encode(self, texts, *more)
 
     monkeypatch.setattr(WanAdapter, "encode_condition", watch)
-    with monkeypatch.context() as stopping:
-        stopping.setattr(preprocessing, "decode_ahead", stop)
-        assert main(["--config", str(begun / "data.yaml")]) == EXIT_STOPPED
-    assert set(encoded) == set(CAPTIONS)
-    assert len(list((begun / "data").glob(".captions-*"))) == 4  # units
-    encoded.clear()
-    # What a kill leaves behind, of a file that is being written and of another encoder's.
-    for name in ("..captions-00000-0.1.part.safetensors", ".captions-00000-0.safetensors"):
-        (begun / "data" / name).touch()
+    file = begun / "data.yaml"
+    values = yaml.safe_load(file.read_text())
+    for precision in ("bf16", "fp32"):  # another encoder's captions are not taken
+        values["pipeline_config"]["text_encoder_precision"] = precision
+        file.write_text(yaml.safe_dump(values))
+        with monkeypatch.context() as stopping:
+            stopping.setattr(preprocessing, "decode_ahead", stop)
+            assert main(["--config", str(file)]) == EXIT_STOPPED
+        assert set(encoded) == set(CAPTIONS)
+        encoded.clear()
+    assert len(list((begun / "data").glob(".captions-*"))) == 2 * 4  # units
+    # What a kill leaves behind of a file that is being written.
+    (begun / "data" / "..captions-00000-0.1.part.safetensors").touch()
     assert main(["--config", str(begun / "data.yaml")]) == EXIT_OK
     assert not encoded
     assert contents(begun / "data") == contents(whole / "data")
