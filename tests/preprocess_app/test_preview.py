@@ -32,7 +32,8 @@ def clips(tmp_path):
 
 
 def test_a_preview_shows_clips_what_the_vae_makes_of_them_and_what_is_odd(clips):
-    file = write_request(clips)
+    windows = {"fps": 8, "take": "windows", "stride": 3}  # of two clips each the first is shown
+    file = write_request(clips, clips=windows)
     assert main(["--config", str(file), "--preview", "9"]) == EXIT_OK
     assert sorted(path.name for path in (clips / "data").iterdir()) == [
         "preview.html", "preview.png",
@@ -44,6 +45,7 @@ def test_a_preview_shows_clips_what_the_vae_makes_of_them_and_what_is_odd(clips)
     assert "bad &lt;i&gt;.mp4: it is empty" in page
     assert "<li class='note'>is black</li>" in page
     assert "the encoder reads 8" in page
+    assert page.count("comes back from the VAE with") == 1  # not of the black one
     assert not re.search(r"src=['\"](?!data:)|https?://", page)  # one file, and no other
     pictures = re.findall(r"src='data:image/webp;base64,([^']+)'", page)
     assert len(pictures) == 4

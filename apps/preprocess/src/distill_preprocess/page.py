@@ -13,8 +13,6 @@ from distill_media import MediaError, encode_animation, scale_to_height
 
 from distill_preprocess.shown import Shown
 
-LOW_PSNR = 25.0
-"""dB, below which what the VAE gives back is visibly not what it was given."""
 _SIDE = 240
 _MOST_FRAMES = 48
 
@@ -41,7 +39,7 @@ def write_page(
     path: Path, title: str, shown: Sequence[Shown], skipped: Sequence[MediaError]
 ) -> None:
     """Write the page; texts of files are escaped."""
-    flagged = sum(bool(_notes(sample)) for sample in shown)
+    flagged = sum(bool(sample.notes) for sample in shown)
     bad = "".join(f"<li>{escape(str(error))}</li>" for error in skipped)
     parts = [
         "<!doctype html><meta charset='utf-8'>",
@@ -61,7 +59,7 @@ def _article(sample: Shown) -> str:
         f"<figure><img src='{_animation(frames)}' alt=''><figcaption>{name}</figcaption></figure>"
         for name, frames in (("source", sample.source), ("through the VAE", sample.decoded))
     )
-    notes = "".join(f"<li class='note'>{escape(note)}</li>" for note in _notes(sample))
+    notes = "".join(f"<li class='note'>{escape(note)}</li>" for note in sample.notes)
     return (
         f"<article><div>{figures}</div><div>"
         f"<p class='caption'>{escape(sample.caption) or '<i>no caption</i>'}</p>"
@@ -69,11 +67,6 @@ def _article(sample: Shown) -> str:
         f"<div class='facts'>{escape(sample.shape)} &middot; {sample.psnr:.1f} dB</div>"
         f"<ul>{notes}</ul></div></article>"
     )
-
-
-def _notes(sample: Shown) -> list[str]:
-    low = [f"comes back with {sample.psnr:.1f} dB alone"] * (sample.psnr < LOW_PSNR)
-    return [*sample.notes, *low]
 
 
 def _animation(frames: np.ndarray) -> str:

@@ -24,6 +24,8 @@ from distill_preprocess.shown import Shown
 _log = logging.getLogger(__name__)
 
 PAGE, SHEET = "preview.html", "preview.png"
+LOW_PSNR = 25.0
+"""dB, below which what the VAE gives back is visibly not what it was given."""
 
 
 @torch.no_grad()
@@ -84,15 +86,16 @@ def _show(
     back: torch.Tensor,
     notes: Sequence[str],
 ) -> Shown:
-    error = float((video - back).square().mean())
+    psnr = -10 * math.log10(max(float((video - back).square().mean()), 1e-10))
+    low = [f"comes back from the VAE with {psnr:.1f} dB"] if psnr < LOW_PSNR else []
     return Shown(
         id=clip.id,
         caption=" | ".join(item.captions),
         shape=str(clip.shape),
         source=clip.frames,
         decoded=to_uint8(back[0]).numpy(),
-        psnr=-10 * math.log10(max(error, 1e-10)),
-        notes=tuple(dict.fromkeys(notes)),
+        psnr=psnr,
+        notes=tuple(dict.fromkeys([*notes, *low])),
     )
 
 
