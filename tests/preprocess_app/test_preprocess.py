@@ -549,7 +549,8 @@ def test_a_dry_run_says_what_would_be_made_and_makes_nothing(begun, capsys):
     assert main(["--config", str(begun / "data.yaml"), "--dry-run", "--limit", "5"]) == EXIT_OK
     out = capsys.readouterr().out
     assert "clips of 9 x 32 x 32 (frames x height x width), 8 frames a second, head" in out
-    assert "5 items, 0 of which cannot be used" in out
+    assert "5 items, " in out
+    assert "; 0 cannot be used as they are listed" in out
     assert "clips: 5 of 9 x 32 x 32\n" in out
     assert "3 units of 2 items" in out
     assert not (begun / "data").exists()

@@ -37,8 +37,8 @@ def describe(config: Request, limit: int | None) -> str:
     lines = [
         f"data for {config.recipe.family}, by VAE and encoders of {config.source}",
         *_shapes(config),
-        f"  {len(items):,} items, {len(items) - len(usable):,} of which cannot be used; the first: "
-        f"{items[0].id}",
+        f"  {counted(len(items), 'item')}, {items[0].id} the first; "
+        f"{len(items) - len(usable):,} cannot be used as they are listed",
         *_captions(config, usable),
         *_problems(items),
         *_clips(config, usable),
@@ -124,7 +124,7 @@ def _clips(config: Request, usable: Sequence[MediaItem]) -> list[str]:
     empty = [str(shape) for shape in buckets if not counts[shape]]
     if empty and counts:
         lines.append(
-            f"  no clip falls into {', '.join(empty)}. Add clips that do, or take it out of "
+            f"  no clip falls into {', '.join(empty)}. Add clips that do, or leave it out of "
             "pipeline_config"
         )
     lines += [f"  {len(bad):,} of those would be skipped:"] * bool(bad)
