@@ -18,6 +18,7 @@ from typing import Any
 import diffusers
 import hunyuan_pipelines
 import longcat_pipelines
+import ltx2_pipelines
 import ltx_pipelines
 import qwen_image_pipelines
 import sd3_pipelines
@@ -31,7 +32,16 @@ from distill_adapters_qwen_image import adapter as qwen_image
 from distill_adapters_wan import CausalConfig
 from distill_conditioning import ShardWriter, preprocess
 from distill_diffusers.calls.tokens import pack, unpack
-from distill_protocols import Condition, ModelBundle, SamplerSpec
+from distill_protocols import (
+    Condition,
+    LatentParts,
+    ModelBundle,
+    RowGenerators,
+    SamplerSpec,
+    draw_noise,
+    main_part,
+    one_tensor,
+)
 from distill_runfile.read import read_config
 from distill_runfile.structure import to_plain
 from distill_train.build import Run, build
@@ -89,6 +99,7 @@ class FamilyCase:
         to_stock: latents [B, C, T, H, W] as the pipeline takes and gives them.
         from_stock: back again.
         fixture: of pytest, which installs the plugin; "" where it is installed.
+        takes_latents: whether the pipeline takes the noise; otherwise it draws the adapter's.
         atol: how far the stock pipeline's latents may be from the adapter's at equal noise levels;
             0: bit for bit.
         levels_atol: and at the sampler's own, which its scheduler rounds to fp32.
@@ -105,6 +116,7 @@ class FamilyCase:
     to_stock: Callable[[Tensor], Tensor] = lambda latents: latents
     from_stock: Callable[[Tensor], Tensor] = lambda latents: latents
     fixture: str = ""
+    takes_latents: bool = True
     atol: float = 0.0
     levels_atol: float = 1e-5
 
@@ -149,6 +161,24 @@ def _hunyuan15(version: str, pipeline: str, width: int, **options: Any) -> Famil
     )  # fmt: skip
 
 
+def _ltx2(prepare: Callable[[Any, Any], None] = lambda pipeline, config: None, **config: Any):
+    return FamilyCase(
+        plugin="distill_adapters_ltx2:PLUGIN",
+        build=ltx2_pipelines.build,
+        pipeline_config={
+            "num_frames": 17, "height": 64, "width": 96, "max_sequence_length": 8,
+            "stg_scale": 1.0, "stg_blocks": (1,), "guidance_rescale": 0.7, **config,
+        },
+        pipeline="LTX2Pipeline",
+        prepare=prepare,
+        from_stock=ltx2_pipelines.normalised,
+        takes_latents=False,
+        # Clean latents and back to v: the pipeline rounds once more, and encodes both prompts
+        # together.
+        atol=1e-5,
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, FamilyCase] = {
     "Wan 2.1": _wan("t2v"),
     "Wan 2.1 causal": _wan(
@@ -170,6 +200,8 @@ FAMILIES: dict[str, FamilyCase] = {
         to_stock=pack,
         from_stock=lambda latents: unpack(latents, (3, 2, 3)),
     ),
+    "LTX-2": _ltx2(prepare=ltx2_pipelines.isolate),
+    "LTX-2 with sound": _ltx2(audio=True, modality_scale=3.0),
     "HunyuanVideo": FamilyCase(
         plugin="distill_adapters_hunyuan.video.plugin:PLUGIN",
         build=hunyuan_pipelines.build,
@@ -227,6 +259,8 @@ QUICK = {
     ("HunyuanVideo", "dmd2"),
     ("HunyuanVideo 1.5 I2V", "finetune"),
     ("LTX-Video", "causvid"),
+    ("LTX-2", "finetune"),
+    ("LTX-2 with sound", "dmd2"),
     ("LongCat-Video", "dmd2"),
     ("Qwen-Image", "rcm"),
     ("Z-Image", "ladd"),
@@ -278,6 +312,8 @@ class PreparedFamily:
         folder = self._root / "data"
         if not folder.exists():
             adapter = self.plugin.adapter(ModelBundle({}), self.config, source=str(self.path))
+            if adapter.parts is not None:
+                adapter.encode = partial(_encode_with_noise, adapter, adapter.encode)
             draws = torch.Generator().manual_seed(0)
             clips = (
                 (f"{i}", (PROMPT, "a")[i % 2], torch.rand(3, *self.clip_size, generator=draws))
@@ -360,16 +396,16 @@ class PreparedFamily:
         pipeline.set_progress_bar_config(disable=True)
         copy_out_of_mapped_files(pipeline)
         self.case.prepare(pipeline, self.config)
-        generator = torch.Generator().manual_seed(1)
-        noise = torch.randn(1, *run.adapter.latent_shape, generator=generator)
+        noise = draw_noise(run.adapter, run.adapter.latent_shape, RowGenerators.of_clips(1, [0]))
         call = {**record["call"], "prompt": PROMPT, "negative_prompt": NEGATIVE}
         if self.case.picture:
             with Image.open(self.picture) as image:
                 call["image"] = image.copy()
-        (theirs,) = pipeline(
-            output_type="latent", return_dict=False,
-            latents=self.case.to_stock(noise).contiguous(), **call,
-        )  # fmt: skip
+        if self.case.takes_latents:
+            call["latents"] = self.case.to_stock(one_tensor(noise)).contiguous()
+        else:
+            call["generator"] = torch.Generator().manual_seed(1)
+        theirs, *_ = pipeline(output_type="latent", return_dict=False, **call)
         cond, negative = (self.condition(run, prompt) for prompt in (PROMPT, NEGATIVE))
         timesteps = record["sampler"]["timesteps"]
         spec = SamplerSpec(
@@ -380,7 +416,15 @@ class PreparedFamily:
         at_levels, at_spec = (
             run.adapter.sample("student", s, noise, cond, neg_cond=negative) for s in (exact, spec)
         )
-        return self.case.from_stock(theirs), at_levels, at_spec
+        return self.case.from_stock(theirs), main_part(at_levels), main_part(at_spec)
+
+
+def _encode_with_noise(adapter: Any, encode: Callable[[Tensor], Tensor], video: Tensor):
+    """Encode clips, and give them further parts of noise: what sound would be."""
+    draws, main = torch.Generator().manual_seed(3), encode(video)
+    shapes = adapter.part_shapes(tuple(main.shape[1:]))
+    noise = {n: torch.randn(len(main), *shape, generator=draws) for n, shape in shapes.items()}
+    return LatentParts({**noise, next(iter(shapes)): main})
 
 
 def _plain(keys: Mapping[str, Any]) -> dict[str, Any]:

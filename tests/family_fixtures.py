@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import hunyuan_pipelines
 import longcat_pipelines
+import ltx2_pipelines
 import ltx_pipelines
 import pytest
 import qwen_image_pipelines
@@ -47,6 +48,20 @@ def hunyuan_folder(tmp_path_factory):
                 built[version] = hunyuan_pipelines.build(base / version)
             else:
                 built[version] = hunyuan_pipelines.build15(base / version, version)
+        return built[version]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ltx2_folder(tmp_path_factory):
+    """Return the pipeline folder of a version of LTX-2, built on first use; no test may change
+    it."""
+    base, built = tmp_path_factory.mktemp("ltx2"), {}
+
+    def folder(version: str) -> Path:
+        if version not in built:
+            built[version] = ltx2_pipelines.build(base / version, version)
         return built[version]
 
     return folder

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from distill_evaluation.judge import Judge
-from distill_protocols import Condition, SamplerSpec
+from distill_protocols import Capabilities, Condition, SamplerSpec
 from distill_runtime import DistillMethod
 from torch import Tensor
 
@@ -30,6 +30,8 @@ class Method(DistillMethod[None]):
 
 class Adapter:
     """Latents are pixels; a sample is its noise. Counts what it was asked to do."""
+
+    capabilities = Capabilities()
 
     def __init__(self) -> None:
         judge = Judge.load(JUDGE).network.config

@@ -19,6 +19,7 @@ from distill_evaluation.report import ReportCallback
 from distill_methods import FinetuneConfig, FinetuneMethod
 from distill_protocols import (
     Callback,
+    Capabilities,
     Condition,
     DistillError,
     ModelBundle,
@@ -158,6 +159,7 @@ class Pixels:
     bundle: ModelBundle
     latent_shape: tuple[int, ...]
     calls: list[int] = field(factory=list)
+    capabilities = Capabilities()
 
     def decode(self, latents: Tensor) -> Tensor:
         return torch.sigmoid(latents)

@@ -21,7 +21,14 @@ from distill_conditioning import (
 )
 from distill_conditioning.reading import map_tensors
 from distill_conditioning.writing import write_tensors
-from distill_protocols import Condition, ConditioningError, DataError, OutputError
+from distill_protocols import (
+    Condition,
+    ConditioningError,
+    DataError,
+    LatentParts,
+    OutputError,
+    one_tensor,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -37,6 +44,45 @@ def _some(count: int, seed: int = 0) -> tuple[list[str], list[str], torch.Tensor
     text = torch.randn(count, 3, 4, generator=generator)[[i // 2 * 2 for i in range(count)]]
     latents = torch.randn(count, 2, 3, 4, 5, generator=generator)
     return [f"id {i}" for i in range(count)], captions, latents, Condition({"text": text})
+
+
+def test_several_parts_are_read_where_a_run_has_them(tmp_path):
+    """The first part decides the size; without the names of the others it is read alone."""
+    ids, captions, latents, condition = _some(3)
+    sound = torch.randn(3, 1, 6, 1, 2)
+    both = LatentParts({"video": latents, "audio": sound})
+    with ShardWriter(tmp_path / "both", latent_dtype="float32") as writer:
+        writer.add(ids, captions, both, condition)
+    with ShardWriter(tmp_path / "video", latent_dtype="float32") as writer:
+        writer.add(ids, captions, latents, condition)
+    shape = {"video": (2, 3, 4, 5), "audio": (1, 6, 1, 2)}
+    order = torch.tensor([2, 0])
+
+    dataset = _open(tmp_path / "both", verify="full", parts=("video", "audio"))
+    read = dataset.read(order)
+    assert isinstance(read.latents, LatentParts)
+    assert read.latents.shapes == shape
+    assert torch.equal(read.latents.tensors["video"], latents[order])
+    assert torch.equal(read.latents.tensors["audio"], sound[order])
+    assert read.latent_shape == shape["video"]
+    assert torch.equal(
+        one_tensor(_open(tmp_path / "both").read(order).clean_latents), latents[order]
+    )
+
+    wanted = [SampleShape(latents=shape["video"], conditions={}, parts=shape)]
+    known = {name: dataset_info(tmp_path / name, shapes=wanted, needs_latents=True).problems
+             for name in ("both", "video")}  # fmt: skip
+    assert not known["both"]
+    assert "one tensor" in known["video"][0]
+    assert not dataset_info(tmp_path / "video", shapes=wanted).problems
+    with pytest.raises(DataError, match="one tensor"):
+        _open(tmp_path / "video", parts=("video", "audio"))
+    index = json.loads((tmp_path / "video" / "index.json").read_text())
+    assert "parts" not in index["shapes"][0]  # as it was before there were any
+
+    bad = LatentParts({"video": latents, "audio": torch.full_like(sound, float("nan"))})
+    with pytest.raises(DataError, match=r"latents\.audio"), ShardWriter(tmp_path / "nan") as writer:
+        writer.add(ids, captions, bad, condition)
 
 
 @given(cuts=st.lists(st.integers(1, 4), min_size=1, max_size=5), shard_bytes=st.integers(1, 3000))

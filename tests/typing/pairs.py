@@ -18,6 +18,8 @@ from distill_adapters_longcat import LongCatAdapter
 from distill_adapters_longcat.plugin import PLUGIN as LONGCAT_FAMILY
 from distill_adapters_ltx import LtxAdapter
 from distill_adapters_ltx.plugin import PLUGIN as LTX_FAMILY
+from distill_adapters_ltx2 import Ltx2Adapter
+from distill_adapters_ltx2.plugin import PLUGIN as LTX2_FAMILY
 from distill_adapters_qwen_image import QwenImageAdapter
 from distill_adapters_qwen_image.plugin import PLUGIN as QWEN_IMAGE_FAMILY
 from distill_adapters_wan import WanAdapter
@@ -81,6 +83,7 @@ ADAPTERS: tuple[type[DistillAdapter], ...] = (
     HunyuanVideo15Adapter,
     HunyuanVideoAdapter,
     LongCatAdapter,
+    Ltx2Adapter,
     LtxAdapter,
     QwenImageAdapter,
     WanAdapter,
@@ -92,6 +95,7 @@ PLUGINS: tuple[Plugin, ...] = (
     HUNYUAN_VIDEO15_PLUGIN,
     HUNYUAN_VIDEO_PLUGIN,
     LONGCAT_FAMILY,
+    LTX2_FAMILY,
     LTX_FAMILY,
     QWEN_IMAGE_FAMILY,
     WAN_FAMILY,

@@ -17,6 +17,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "distill-adapters-hunyuan": ("adapters_hunyuan",),
     "distill-adapters-longcat": ("adapters_longcat",),
     "distill-adapters-ltx": ("adapters_ltx",),
+    "distill-adapters-ltx2": ("adapters_ltx2",),
     "distill-adapters-qwen-image": ("adapters_qwen_image",),
     "distill-adapters-wan": ("adapters_wan",),
     "distill-adapters-z-image": ("adapters_z_image",),

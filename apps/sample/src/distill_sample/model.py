@@ -22,6 +22,8 @@ from distill_protocols import (
     RowGenerators,
     SamplerSpec,
     WeightSource,
+    draw_noise,
+    map_latents,
 )
 from distill_runtime import ALONE, Ranks, device_type
 from torch import Tensor
@@ -87,10 +89,11 @@ class Model:
         for start in range(0, len(prompts), batch):
             rows = list(range(start, min(start + batch, len(prompts))))
             generators = RowGenerators.of_clips(seed, [first + row for row in rows])
+            noise = draw_noise(self.adapter, self.adapter.latent_shape, generators)
             latents = self.adapter.sample(
                 name,
                 spec,
-                generators.normal(self.adapter.latent_shape).to(self.device),
+                map_latents(lambda tensor: tensor.to(self.device), noise),
                 cond[torch.tensor(rows)],
                 neg_cond=self._negative(spec),
                 generators=generators,

@@ -153,10 +153,15 @@ def build(
 
 def _open_dataset(config: RunConfig, data: DataConfig, adapter: DistillAdapter) -> LatentDataset:
     clips = tuple(dict.fromkeys([adapter.latent_shape, *config.latent_shapes]))
+    # A method that makes its own clips is given no others, and needs no data with all their parts.
+    parts: tuple[str, ...] = ()
+    if adapter.parts is not None and config.method.needs_latents:
+        parts = tuple(adapter.parts.part_shapes(adapter.latent_shape))
     return LatentDataset(
         data,
         shapes=[SampleShape(latents=clip, conditions={}) for clip in clips],
         clips=clips,
+        parts=parts,
         times=config.method.trajectory_times,
     )
 

@@ -16,7 +16,7 @@ from distill_conditioning import (
     ShardRows,
     TrajectoryFolder,
 )
-from distill_protocols import Condition, DistillAdapter, RowGenerators
+from distill_protocols import Condition, DistillAdapter, RowGenerators, draw_noise, one_tensor
 from distill_runfile import SampledConfig, to_plain
 from distill_runfile.progress import Progress
 from distill_runtime import Worker, claim_folder, counted, readable_bytes, sigterm_as_interrupt
@@ -149,7 +149,7 @@ class Teacher:
         clean = self.adapter.sample(
             self.role,
             self.config.sampler,
-            noise.normal(self.adapter.latent_shape).to(self.device),
+            one_tensor(draw_noise(self.adapter, self.adapter.latent_shape, noise)).to(self.device),
             cond.to(self.device),
             neg_cond=self.negative,
             on_step=keep,

@@ -38,11 +38,14 @@ from distill_protocols import (
     ExpertRouting,
     Fingerprint,
     ImageConditioning,
+    LatentsT,
     ModelBundle,
     RoleHandle,
     RowGenerators,
     SamplerSpec,
     WeightsError,
+    one_tensor,
+    restore_parts,
 )
 from torch import Tensor
 
@@ -336,14 +339,14 @@ class WanAdapter(FamilyAdapter):
         self,
         role: str,
         spec: SamplerSpec,
-        noise: Tensor,
+        noise: LatentsT,
         cond: Condition,
         *,
         neg_cond: Condition | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
-        on_step: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
+        on_step: Callable[[int, LatentsT], None] | None = None,
+    ) -> LatentsT:
         """See ``FlowMatchingAdapter.sample``; a causal role samples chunk by chunk (``stream``).
 
         Raises:
@@ -359,25 +362,26 @@ class WanAdapter(FamilyAdapter):
                 f"role {role!r} is causal and samples chunk by chunk, so there is no x_t of a "
                 "whole clip to call on_step with. Sample a role that is not causal"
             )
-        self.check_clip_noise(noise)
-        parts = (noise[:, :, chunk.span] for chunk in self.chunks(role, noise.shape[2]))
+        x = one_tensor(noise)
+        self.check_clip_noise(x)
+        chunks = (x[:, :, chunk.span] for chunk in self.chunks(role, x.shape[2]))
         clean = self.stream(
-            role, spec, parts, cond, neg_cond=neg_cond, generators=generators, poll=poll
+            role, spec, chunks, cond, neg_cond=neg_cond, generators=generators, poll=poll
         )
-        return torch.cat(list(clean), dim=2)
+        return restore_parts(torch.cat(list(clean), dim=2), noise)
 
     def rollout(
         self,
         role: str,
         spec: SamplerSpec,
-        noise: Tensor,
+        noise: LatentsT,
         cond: Condition,
         *,
         exit_steps: Sequence[int],
         requires_grad: Sequence[bool] | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
-    ) -> Tensor:
+    ) -> LatentsT:
         """See ``Sampler.rollout``; the past of a causal role is that of stream "rollout".
 
         Raises:
@@ -389,17 +393,19 @@ class WanAdapter(FamilyAdapter):
                 role, spec, noise, cond, exit_steps=exit_steps,
                 requires_grad=requires_grad, generators=generators, poll=poll,
             )  # fmt: skip
-        chunks = self.chunks(role, noise.shape[2])
+        x = one_tensor(noise)
+        chunks = self.chunks(role, x.shape[2])
         gradients = checked_rollout(role, spec, exit_steps, requires_grad, chunks=len(chunks))
-        handle, noise = self._bundle[role], self.checked_noise(noise)
-        parts = (noise[:, :, chunk.span] for chunk in chunks)
+        handle, x = self._bundle[role], self.checked_noise(x)
+        parts = (x[:, :, chunk.span] for chunk in chunks)
         velocity = self._chunk_velocity(handle, spec, cond, None, poll, ChunkCall.ROLLOUT)
         self.clear_caches(role, stream=ChunkCall.ROLLOUT)
         try:
             clean = sampler.sample_chunks(
                 velocity, spec, parts, generators, exit_steps=exit_steps, requires_grad=gradients
             )
-            return self.insert_given_frames(handle, torch.cat(list(clean), dim=2), cond)
+            clips = self.insert_given_frames(handle, torch.cat(list(clean), dim=2), cond)
+            return restore_parts(clips, noise)
         finally:
             self.clear_caches(role, stream=ChunkCall.ROLLOUT)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from attrs import field, frozen
@@ -14,6 +14,7 @@ from distill_conditioning.fingerprints import compare_fingerprints
 from distill_conditioning.format import (
     REBUILD,
     DatasetIndex,
+    LatentSize,
     SampleShape,
     find_levels,
     read_index,
@@ -234,13 +235,24 @@ def _latent_problems(
     if not index.has_latents:
         return [f"{folder}: holds captions alone. {_MAKE_LATENTS}"] if needs_latents else []
     known = [list(shape.latents) for shape in shapes if shape.latents is not None]
+    parts = {shape.latents: shape.parts for shape in shapes}
     return [
+        f"{folder}: latents are {_list_parts(shape.parts)}, but clips of this run have the parts "
+        f"{_list_parts(wanted)}, and the method reads all of them. Use a data set that has them, a "
+        "method that makes its own clips (dmd2), or the model without the other parts."
+        for shape in index.shapes
+        if needs_latents and (wanted := parts.get(shape.latents)) and wanted != shape.parts
+    ] + [
         f"{folder}: latents are {list(shape.latents)} [C, T, H, W], but the model takes "
         f"{' or '.join(map(str, known))}. Preprocess clips of the run's size with the run's VAE, "
         "or run with the frames, height and width of the data set."
         for shape in index.shapes
         if known and shape.latents is not None and list(shape.latents) not in known
     ]
+
+
+def _list_parts(parts: Mapping[str, LatentSize]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in parts.items()) or "one tensor"
 
 
 def _condition_problems(

@@ -5,6 +5,8 @@
     index.json                   DatasetIndex; written last, so that it vouches for the rest
     shard-00000.safetensors      latents [N, C, T, H, W], raw posterior means; none in a data set
                                  of captions alone;
+                                 latents.<name> [N, C, T, H, W] of further parts (optional), such as
+                                 the sound of clips with ``parts`` in their shape;
                                  conditions.<name> [P, L, ...], the shard's distinct conditions, or
                                  [sum of lengths, ...] without the zero rows at the end of each;
                                  lengths.<name> [P] int64, of those that were cut so;
@@ -60,6 +62,8 @@ INDEX_FILE = "index.json"
 CONSTANTS_FILE = "constants.safetensors"
 METADATA_KEY = "distill"
 
+PART = "latents."
+"""Begins the names of a shard's tensors of further parts of latents."""
 CONDITION = "conditions."
 """Begins the names of a shard's condition tensors."""
 LENGTHS = "lengths."
@@ -79,6 +83,9 @@ _MORE_PROMPTS = "more_negative_prompts"
 
 REBUILD = "Preprocess the clips again, or copy the data set anew from where it was whole."
 
+LatentSize = tuple[int, int, int, int]
+"""(C, T, H, W)."""
+
 
 @frozen(kw_only=True)
 class SampleShape:
@@ -87,13 +94,17 @@ class SampleShape:
     Attributes:
         latents: (C, T, H, W); None: there are captions alone.
         conditions: of one row of each condition tensor, ``{"text": (L, D)}``.
+        parts: of each part of latents by name, where they are several; the first is ``latents``.
     """
 
-    latents: tuple[int, int, int, int] | None
+    latents: LatentSize | None
     conditions: Mapping[str, tuple[int, ...]]
+    parts: Mapping[str, LatentSize] = MappingProxyType({})
 
     def __str__(self) -> str:
         latents = "captions alone" if self.latents is None else f"latents {list(self.latents)}"
+        if self.parts:
+            latents = f"latents { ({name: list(shape) for name, shape in self.parts.items()}) }"
         rows = ", ".join(f"{name} {list(shape)}" for name, shape in self.conditions.items())
         return f"{latents}, conditions {rows or 'none'}"
 
@@ -174,7 +185,7 @@ class DatasetIndex:
             latents = {"latent_shape": shape.latents}
             values = {**head, **latents, **dtype, "conditions": shape.conditions, **rest}
         else:
-            values = {**head, **dtype, "shapes": [attrs.asdict(shape) for shape in shapes], **rest}
+            values = {**head, **dtype, "shapes": [_as_json(shape) for shape in shapes], **rest}
             for shard, entry in zip(self.shards, plain, strict=True):
                 entry["shape"] = shapes.index(shard.shape)
         values |= {"shards": plain, "constants": self.constants}
@@ -315,11 +326,26 @@ def _shapes(values: Mapping[str, Any]) -> list[SampleShape]:
     return [_shape(**shape) for shape in values["shapes"]]
 
 
-def _shape(*, latents: Any, conditions: Any) -> SampleShape:
-    return SampleShape(
+def _as_json(shape: SampleShape) -> dict[str, object]:
+    # Without parts it is as before there were any: equal data give equal bytes.
+    values = attrs.asdict(shape)
+    return values if shape.parts else {k: v for k, v in values.items() if k != "parts"}
+
+
+def _shape(*, latents: Any, conditions: Any, parts: Any = MappingProxyType({})) -> SampleShape:
+    shape = SampleShape(
         latents=None if latents is None else _latent_shape(latents),
         conditions=row_shapes(conditions),
+        parts={as_text(name): _latent_shape(size) for name, size in parts.items()},
     )
+    if shape.parts and next(iter(shape.parts.values())) != shape.latents:
+        raise ValueError("the first of several parts is the latents")
+    return shape
+
+
+def part_tensor(name: str, shape: SampleShape) -> str:
+    """Return the name of the tensor that a shard holds a part of latents in."""
+    return "latents" if name == next(iter(shape.parts)) else f"{PART}{name}"
 
 
 def row_shapes(value: Any) -> dict[str, tuple[int, ...]]:
@@ -437,10 +463,15 @@ def read_shape(file: Path) -> SampleShape:
             if name.startswith(CONDITION):
                 rows.setdefault(name.removeprefix(CONDITION), shape[1:])
         latents = shapes.get("latents")
-        return SampleShape(
-            latents=None if latents is None else _latent_shape(latents[1:]), conditions=rows
+        stored = metadata.get("parts", [])
+        parts = [as_text(name) for name in stored] if isinstance(stored, list) else []
+        sizes = [shapes["latents" if i == 0 else PART + n][1:] for i, n in enumerate(parts)]
+        return _shape(
+            latents=None if latents is None else latents[1:],
+            conditions=rows,
+            parts=dict(zip(parts, sizes, strict=True)),
         )
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{file}: the shapes in its header are damaged ({error!r}). {REBUILD}"
         ) from error

@@ -10,7 +10,14 @@ from typing import cast
 
 import torch
 from attrs import evolve, frozen
-from distill_protocols import Batch, Condition, ConditioningError, DataError, LatentShape
+from distill_protocols import (
+    Batch,
+    Condition,
+    ConditioningError,
+    DataError,
+    LatentShape,
+    map_latents,
+)
 from torch import Tensor
 
 from distill_conditioning.buckets import (
@@ -365,7 +372,7 @@ def _copy_to(batch: Batch, device: torch.device) -> Batch:
 
     return evolve(
         batch,
-        latents=None if batch.latents is None else move(batch.latents),
+        latents=None if batch.latents is None else map_latents(move, batch.latents),
         cond=Condition({name: move(value) for name, value in batch.cond.tensors.items()}),
         trajectory=None if batch.trajectory is None else move(batch.trajectory),
     )

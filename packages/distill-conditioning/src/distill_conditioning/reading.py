@@ -20,6 +20,8 @@ from distill_protocols import (
     ConditioningError,
     DataError,
     Fingerprint,
+    LatentParts,
+    Latents,
     LatentShape,
 )
 from distill_runtime import sha256_of_file
@@ -40,6 +42,7 @@ from distill_conditioning.format import (
     SampleShape,
     ShardEntry,
     find_levels,
+    part_tensor,
     read_metadata,
     read_more_negative_prompts,
     read_negative_prompt,
@@ -89,6 +92,8 @@ class _File:
 class _Shard:
     file: _File
     latents: Tensor | None
+    parts: Mapping[str, Tensor]
+    """Of ``latents`` that are several, those that are read."""
     conditions: Mapping[str, _Table]
     condition_id: NDArray[np.int64]
     """[N, K], -1 where a sample has less than K captions. Rows of numpy are found in a tenth of the
@@ -128,6 +133,8 @@ class LatentDataset:
         shapes: those of samples that the model takes, see ``dataset_info``; empty takes what
             there is.
         clips: (C, T, H, W) of the clips that are to be made for captions alone, one or several.
+        parts: names of the parts of latents that are read, where samples have several; empty: the
+            main one alone, as one tensor.
         times: levels t of the stored trajectories that are read with each sample, in this order;
             none are read by default, as they are several times the size of the latents.
 
@@ -141,6 +148,7 @@ class LatentDataset:
         *,
         shapes: Sequence[SampleShape] = (),
         clips: Sequence[LatentShape] = (),
+        parts: Sequence[str] = (),
         times: tuple[float, ...] = (),
     ) -> None:
         info = data_info(config, shapes=shapes, times=times)
@@ -154,9 +162,17 @@ class LatentDataset:
             for source in self.sources
             for entry in source.index.shards
         ]
+        for shape in (shape for source in self.sources for shape in source.index.shapes):
+            if parts and tuple(shape.parts) != tuple(parts):
+                raise DataError(
+                    f"{', '.join(str(one.path) for one in self.sources)}: latents are "
+                    f"{', '.join(shape.parts) or 'one tensor'}, and {', '.join(parts)} are to be "
+                    "read. Use a data set that has these parts"
+                )
         if config.verify == "full":
             self._compare_hashes()
         self._shards: list[_Shard | None] = [None] * len(self._files)
+        self._parts = tuple(parts)
         self._times = times
         self._ends = list(itertools.accumulate(file.entry.samples for file in self._files))
 
@@ -191,8 +207,16 @@ class LatentDataset:
         has_latents = self._common_shape(places).latents is not None
         latents = [shard.latents[row] for shard, row in places if shard.latents is not None]
         states = [states for shard, row in places if (states := shard.states(row)) is not None]
+        read: Latents | None = _stack(latents) if has_latents else None
+        if has_latents and self._parts:
+            read = LatentParts(
+                {
+                    name: _stack([shard.parts[name][row] for shard, row in places])
+                    for name in self._parts
+                }
+            )
         return Batch(
-            latents=_stack(latents) if has_latents else None,
+            latents=read,
             latent_shape=clip,
             cond=self._read_conditions(places, choices),
             ids=tuple(shard.id(row) for shard, row in places),
@@ -304,7 +328,7 @@ class LatentDataset:
     def _open(self, number: int) -> _Shard:
         shard = self._shards[number]
         if shard is None:
-            shard = self._shards[number] = _map_shard(self._files[number], self._times)
+            shard = self._shards[number] = _map_shard(self._files[number], self._times, self._parts)
         return shard
 
 
@@ -347,7 +371,7 @@ def _check_negative_rows(
             )
 
 
-def _map_shard(file: _File, times: tuple[float, ...]) -> _Shard:
+def _map_shard(file: _File, times: tuple[float, ...], parts: Sequence[str]) -> _Shard:
     path, entry, index = file.path, file.entry, file.source.index
     tensors, metadata = map_tensors(path)
     _check_tensors(path, tensors, entry, len(index.trajectory_times))
@@ -356,6 +380,7 @@ def _map_shard(file: _File, times: tuple[float, ...]) -> _Shard:
     shard = _Shard(
         file=file,
         latents=tensors.get("latents"),
+        parts={name: tensors[part_tensor(name, entry.shape)] for name in parts},
         conditions={
             name: _table(path, tensors, name, shape)
             for name, shape in entry.shape.conditions.items()
@@ -389,11 +414,14 @@ def _check_tensors(
     expected |= {name: expected[name][1:] for name in cut}
     if latents is not None:
         expected["latents"] = latents
+        for name, size in entry.shape.parts.items():
+            expected[part_tensor(name, entry.shape)] = size
         if levels:
             expected[TRAJECTORY] = (levels, *latents)
     ids = tensors.get("condition_id")
     counted = ids is not None and ids.dtype == torch.int64 and ids.ndim in (1, 2)
-    floats = [tensors[name] for name in ("latents", TRAJECTORY) if name in tensors]
+    named = {"latents", TRAJECTORY, *(part_tensor(n, entry.shape) for n in entry.shape.parts)}
+    floats = [tensors[name] for name in named if name in tensors]
     if found != expected or not counted or not all(v.is_floating_point() for v in floats):
         raise DataError(
             f"{path}: one row of its tensors is {found}, but the index states {expected}. {REBUILD}"
@@ -419,7 +447,8 @@ def _table(path: Path, tensors: Mapping[str, Tensor], name: str, shape: tuple[in
 
 def _check_rows(path: Path, shard: _Shard, samples: int) -> None:
     counts = {len(shard.condition_id), len(shard.ids), samples}
-    counts |= {len(value) for value in (shard.latents, shard.trajectory) if value is not None}
+    stored = (shard.latents, shard.trajectory, *shard.parts.values())
+    counts |= {len(value) for value in stored if value is not None}
     captions = len(shard.captions)
     rows = {
         len(table.values if table.ends is None else table.ends)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -22,7 +22,10 @@ from distill_protocols import (
     ConditioningError,
     DataError,
     Fingerprint,
+    LatentParts,
+    Latents,
     TensorInfo,
+    main_part,
 )
 from distill_protocols.plugins import EMPTY
 from distill_runtime import (
@@ -46,6 +49,7 @@ from distill_conditioning.format import (
     DatasetIndex,
     SampleShape,
     ShardEntry,
+    part_tensor,
     read_shape,
     shard_file,
     split_fingerprint,
@@ -72,12 +76,16 @@ class ShardRows:
     Conditions are kept as they will be stored: without the zeros at the end of each row, and in
     bf16 where that is all the precision that they have.
 
+    Args:
+        parts: names of the parts of latents, the main one first; empty: latents are one tensor.
+
     Attributes:
         bytes: size of the file to be, without names and header.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Iterable[str] = ()) -> None:
         self.bytes = 0
+        self._parts = list(parts)
         self._ids: list[str] = []
         self._keys: list[list[_Key]] = []
         self._columns: dict[str, list[Tensor]] = {}
@@ -132,6 +140,8 @@ class ShardRows:
             tensors |= _join_rows(name, shape, [row[name] for row in self._table.values()])
         captions = [caption for caption, _ in self._table]
         metadata = {"ids": self._ids, "captions": captions, "rows": shapes}
+        if self._parts:
+            metadata["parts"] = self._parts
         write_tensors(path, tensors, metadata)
         return shard_entry(path, len(self))
 
@@ -303,15 +313,15 @@ class ShardWriter:
         self,
         ids: Sequence[str],
         captions: Sequence[str | Sequence[str]],
-        latents: Tensor | None,
+        latents: Latents | None,
         condition: Condition,
     ) -> None:
         """Append B samples of one size.
 
         Args:
             captions: one a sample, or several, of which the loader chooses one in each epoch.
-            latents: [B, C, T, H, W], raw posterior means, not normalised; None in a data set of
-                captions alone.
+            latents: [B, C, T, H, W], raw posterior means, not normalised, or several parts of them;
+                None in a data set of captions alone.
             condition: a row for each caption, in the order of ``captions``.
 
         Raises:
@@ -332,9 +342,15 @@ class ShardWriter:
         number = self._find_shape(ids, latents, condition)
         columns: list[dict[str, Tensor]] = [{} for _ in ids]
         if latents is not None:
-            stored = latents.detach().to("cpu", DTYPES[self._latent_dtype], copy=True)
-            check_finite(ids, stored, "latents")
-            columns = [{"latents": row} for row in stored]
+            shape, dtype = self._shapes[number], DTYPES[self._latent_dtype]
+            parts = {"latents": main_part(latents)}
+            if isinstance(latents, LatentParts):
+                parts = {part_tensor(name, shape): v for name, v in latents.tensors.items()}
+            for name, tensor in parts.items():
+                stored = tensor.detach().to("cpu", dtype, copy=True)
+                check_finite(ids, stored, name)
+                for column, row in zip(columns, stored, strict=True):
+                    column[name] = row
         first = 0
         for sample, own, column in zip(ids, texts, columns, strict=True):
             self._rows[number].add(sample, own, condition[first : first + len(own)], column)
@@ -383,18 +399,20 @@ class ShardWriter:
             if kind is None:
                 self.close()
 
-    def _find_shape(self, ids: Sequence[str], latents: Tensor | None, condition: Condition) -> int:
+    def _find_shape(self, ids: Sequence[str], latents: Latents | None, condition: Condition) -> int:
         """Return the number of the samples' shape, a new one if need be."""
         rows = {name: tuple(value.shape[1:]) for name, value in condition.tensors.items()}
         size = None
         if latents is not None:
-            if latents.ndim != 5:
+            main = main_part(latents)
+            if main.ndim != 5:
                 raise DataError(
-                    f"{ids[0]}: latents are {list(latents.shape[1:])}; they must be [C, T, H, W]"
+                    f"{ids[0]}: latents are {list(main.shape[1:])}; they must be [C, T, H, W]"
                 )
-            channels, frames, height, width = latents.shape[1:]
+            channels, frames, height, width = main.shape[1:]
             size = (channels, frames, height, width)
-        shape = SampleShape(latents=size, conditions=rows)
+        parts = latents.shapes if isinstance(latents, LatentParts) else {}
+        shape = SampleShape(latents=size, conditions=rows, parts=parts)
         if shape in self._shapes:
             return self._shapes.index(shape)
         for other in self._shapes:
@@ -406,14 +424,14 @@ class ShardWriter:
                     "to be batched. Preprocess the others into a folder of their own."
                 )
         self._shapes.append(shape)
-        self._rows.append(ShardRows())
+        self._rows.append(ShardRows(shape.parts))
         return len(self._shapes) - 1
 
     def _finish_shard(self, number: int) -> None:
         path = self.folder / shard_file(len(self._shards))
         self._shards.append(self._rows[number].write(path))
         self.samples += len(self._rows[number])
-        self._rows[number] = ShardRows()
+        self._rows[number] = ShardRows(self._shapes[number].parts)
 
 
 def write_constants(

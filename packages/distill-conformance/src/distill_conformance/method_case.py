@@ -18,6 +18,7 @@ from distill_protocols import (
     RandomStreams,
     StepResult,
     TrainableMethod,
+    map_latents,
 )
 from torch import Tensor
 
@@ -27,12 +28,14 @@ Models = tuple[DistillAdapter, ModelBundle]
 
 
 def _toy_models(case: MethodCase) -> Callable[[int], Models]:
-    return lambda seed: toy_models(case.config.roles, seed=seed, causal_roles=case.causal_roles)
+    return lambda seed: toy_models(
+        case.config.roles, seed=seed, causal_roles=case.causal_roles, sound=case.sound
+    )
 
 
 def _toy_batches(case: MethodCase) -> Callable[[int, int], Batch]:
     levels = len(case.config.trajectory_times)
-    return lambda size, seed: toy_batch(size, seed, levels=levels)
+    return lambda size, seed: toy_batch(size, seed, levels=levels, sound=case.sound)
 
 
 @define(eq=False, kw_only=True)
@@ -43,6 +46,7 @@ class MethodCase:
         plugin: the method, as its entry point names it.
         config: its options.
         causal_roles: roles of the toy models that are causal.
+        sound: whether the toy models' clips are two named tensors.
         accumulation_config: options with which nothing is drawn once a micro batch (such as the
             step at which a rollout ends), for comparing cuts of one batch; left out, ``config``.
         models: seed -> adapter and bundle, with optimizers and schedulers of the trained roles,
@@ -59,6 +63,7 @@ class MethodCase:
     plugin: MethodPlugin[Any]
     config: MethodConfig
     causal_roles: Sequence[str] = ()
+    sound: bool = False
     accumulation_config: MethodConfig = Factory(lambda case: case.config, takes_self=True)
     models: Callable[[int], Models] = Factory(_toy_models, takes_self=True)
     batch: Callable[[int, int], Batch] = Factory(_toy_batches, takes_self=True)
@@ -159,7 +164,7 @@ def part(batch: Batch, start: int, stop: int) -> Batch:
     rows = slice(start, stop)
     return evolve(
         batch,
-        latents=batch.clean_latents[rows],
+        latents=map_latents(lambda latents: latents[rows], batch.clean_latents),
         cond=batch.cond[rows],
         ids=batch.ids[rows],
         trajectory=None if batch.trajectory is None else batch.trajectory[rows],

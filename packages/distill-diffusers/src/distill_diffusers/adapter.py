@@ -9,7 +9,8 @@ A family writes one class on ``FlowMatchingAdapter``. It must say
 
 Everything else (noise, guidance, hidden states, derivatives, sampling, rollouts, latents) is here,
 and each step that some model does otherwise is a method of its own to override:
-``combine_guidance`` (norm-rescaled, CFG-zero), ``guided_velocity`` (guidance as an input),
+``combine_guidance`` (norm-rescaled, CFG-zero), ``guide_calls`` (guidance by more than two calls),
+``guided_velocity`` (guidance as an input),
 ``choose_module`` (experts), ``feature_layout`` (where hidden states are), ``insert_given_frames``
 (a first frame that is not predicted), ``start_latents`` (samplers that do not begin at pure noise),
 ``denormalize_latents``. Models of another noise schedule or prediction are called through
@@ -43,13 +44,22 @@ from distill_protocols import (
     ExpertRouting,
     Fingerprint,
     ImageConditioning,
+    JointLatents,
+    LatentParts,
+    Latents,
+    LatentsT,
     ModelBundle,
+    PartShapes,
     PredType,
     RoleHandle,
     RowGenerators,
     SamplerSpec,
     Tangents,
     WeightsError,
+    flatten_parts,
+    main_part,
+    map_latents,
+    restore_parts,
 )
 from torch import Tensor
 
@@ -80,6 +90,8 @@ class VelocityCall:
             ``guided_velocity``.
         next_t: t of the sampler's next call [], 0 after the last; None outside of a sampler. Read
             by models of average velocities between two times (MeanFlow, Geng et al. 2025).
+        parts: shapes of latents of several parts, which calls have as rows [B, 1, 1, 1, N]
+            (``cut_parts``); None: x_t is one tensor.
         kept: what a family computed in earlier calls of the same sampler without gradient, by names
             of its own; None where the call is none of a sampler.
     """
@@ -90,6 +102,7 @@ class VelocityCall:
     like_pipeline: bool = False
     guidance: float | None = None
     next_t: Tensor | None = None
+    parts: PartShapes | None = None
     kept: MutableMapping[str, object] | None = None
 
 
@@ -198,6 +211,23 @@ class FlowMatchingAdapter(abc.ABC):
         """Combine two velocities by guidance w; by default ``u + w (c - u)``, in fp32."""
         return flow.guide(cond, uncond, w)
 
+    def guide_calls(
+        self,
+        role: RoleHandle,
+        conditional: Tensor,
+        unconditional: Tensor,
+        w: float,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition,
+        call: VelocityCall,
+    ) -> Tensor:
+        """Guide by the two calls that were made; by default ``combine_guidance`` of them.
+
+        A family whose guidance needs further calls (LTX-2) makes them here.
+        """
+        return self.combine_guidance(conditional, unconditional, w, x_t, t)
+
     def start_latents(self, noise: Tensor, sigma: float) -> Tensor:
         """Make x at ``sigma``, the first level of a sampler, of standard normal noise; by default
         it is the noise, which is exact at sigma = 1."""
@@ -250,26 +280,35 @@ class FlowMatchingAdapter(abc.ABC):
         """This adapter, where the kind states where its time embedding is."""
         return self if self._capabilities.supports_exits else None
 
+    @property
+    def parts(self) -> JointLatents | None:
+        """None: a family whose clips are several named tensors overrides it."""
+        return None
+
     # -- noise schedule -----------------------------------------------------------------------
 
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def add_noise(self, x0: LatentsT, noise: LatentsT, t: Tensor) -> LatentsT:
         """See ``flow.add_noise``."""
-        return flow.add_noise(x0, noise, t)
+        return map_latents(lambda x0, noise: flow.add_noise(x0, noise, t), x0, noise)
 
-    def pred_to_x0(self, pred: Tensor, x_t: Tensor, t: Tensor, pred_type: PredType = "v") -> Tensor:
+    def pred_to_x0(
+        self, pred: LatentsT, x_t: LatentsT, t: Tensor, pred_type: PredType = "v"
+    ) -> LatentsT:
         """See ``flow.pred_to_x0``."""
-        return flow.pred_to_x0(pred, x_t, t, pred_type)
+        return map_latents(lambda p, x_t: flow.pred_to_x0(p, x_t, t, pred_type), pred, x_t)
 
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor, pred_type: PredType = "v") -> Tensor:
+    def target(
+        self, x0: LatentsT, noise: LatentsT, t: Tensor, pred_type: PredType = "v"
+    ) -> LatentsT:
         """See ``flow.target``."""
-        return flow.target(x0, noise, t, pred_type)
+        return map_latents(lambda x0, noise: flow.target(x0, noise, t, pred_type), x0, noise)
 
     # -- model calls --------------------------------------------------------------------------
 
     def forward(
         self,
         role: str,
-        x_t: Tensor,
+        x_t: LatentsT,
         t: Tensor,
         cond: Condition,
         *,
@@ -278,7 +317,7 @@ class FlowMatchingAdapter(abc.ABC):
         cfg: float | None = None,
         caches: ChunkCall | CleanPast | None = None,
         features: Features | None = None,
-    ) -> Tensor:
+    ) -> LatentsT:
         """Predict ``fwd_pred_type`` with ``role``: [B, C, T, H, W], fp32.
 
         ``cfg`` of None or 1 calls the model on ``cond`` alone, 0 on ``neg_cond`` alone. Any other
@@ -297,7 +336,8 @@ class FlowMatchingAdapter(abc.ABC):
             ContractError: ``features`` of a block that is not there, ``t`` of several modules, or
                 a chunk that does not follow what is cached.
         """
-        flow.sigma_of(t, x_t)  # refuses t that is rounded or of another shape
+        x, shapes = self.flatten(x_t)
+        flow.sigma_of(t, x)  # refuses t that is rounded or of another shape
         handle = self._bundle[role]
         w = 1.0 if cfg is None else cfg
         self._check_call(handle, t, caches)
@@ -305,17 +345,35 @@ class FlowMatchingAdapter(abc.ABC):
             self.check_features(handle, w)
         v = self.guided_velocity(
             handle,
-            x_t,
+            x,
             t,
             cond,
             neg_cond,
             w,
-            call=VelocityCall(caches=caches),
+            call=VelocityCall(caches=caches, parts=shapes),
             batched=self._batch_guidance and not isinstance(caches, ChunkCall),
             features=features,
         )
         first_frame = caches.first_frame if isinstance(caches, ChunkCall) else 0
-        return self._prediction(handle, v, x_t, t, cond, fwd_pred_type, first_frame)
+        prediction = self._prediction(handle, v, x, t, cond, fwd_pred_type, first_frame)
+        return restore_parts(prediction, x_t)
+
+    def flatten(self, latents: Latents) -> tuple[Tensor, PartShapes | None]:
+        """Return latents as the calls of this class take them, and the shapes of their parts: all
+        that it computes is elementwise, so several parts are one row.
+
+        Raises:
+            ContractError: several parts, of a family or a run that has one tensor; or one.
+        """
+        if isinstance(latents, LatentParts) != (self.parts is not None):
+            found = f"parts {list(latents.shapes)}" if isinstance(latents, LatentParts) else "one"
+            raise ContractError(
+                f"latents of {found}, and clips of this run are "
+                f"{'several named tensors' if self.parts is not None else 'one tensor'}. Give "
+                "those that normalize_latents and the sampler of this adapter return"
+            )
+        shapes = latents.shapes if isinstance(latents, LatentParts) else None
+        return flatten_parts(latents), shapes
 
     def exit_count(self, role: str) -> int:
         """See ``ExitConditioning.exit_count``."""
@@ -433,7 +491,7 @@ class FlowMatchingAdapter(abc.ABC):
         else:
             conditional = self.velocity(role, x_t, t, cond, call)
             unconditional = self.velocity(role, x_t, t, negative, negative_call)
-        return self.combine_guidance(conditional, unconditional, w, x_t, t)
+        return self.guide_calls(role, conditional, unconditional, w, x_t, t, cond, call)
 
     def velocity(
         self,
@@ -489,39 +547,44 @@ class FlowMatchingAdapter(abc.ABC):
         self,
         role: str,
         spec: SamplerSpec,
-        noise: Tensor,
+        noise: LatentsT,
         cond: Condition,
         *,
         neg_cond: Condition | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
-        on_step: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
+        on_step: Callable[[int, LatentsT], None] | None = None,
+    ) -> LatentsT:
         """Sample normalised clean latents [B, C, T, H, W]; see ``sampler.sample``.
 
         Raises:
             ContractError: noise of another shape than the run's clips, not one generator a row
                 for a stochastic spec, or ``guidance_2`` for a role of one module.
         """
-        self.check_clip_noise(noise)
-        handle = self._bundle[role]
-        velocity = self._sampler_velocity(handle, spec, cond, neg_cond, poll)
-        start = self.start_latents(noise, spec.sigmas()[0])
-        clean = sampler.sample(velocity, spec, start, generators, on_step=on_step)
-        return self.insert_given_frames(handle, clean, cond)
+        self.check_clip_noise(main_part(noise))
+        handle, (x, shapes) = self._bundle[role], self.flatten(noise)
+        velocity = self._sampler_velocity(handle, spec, cond, neg_cond, poll, shapes)
+        clean = sampler.sample(
+            velocity,
+            spec,
+            self.start_latents(x, spec.sigmas()[0]),
+            generators,
+            on_step=on_step and (lambda step, x: on_step(step, restore_parts(x, noise))),
+        )
+        return restore_parts(self.insert_given_frames(handle, clean, cond), noise)
 
     def rollout(
         self,
         role: str,
         spec: SamplerSpec,
-        noise: Tensor,
+        noise: LatentsT,
         cond: Condition,
         *,
         exit_steps: Sequence[int],
         requires_grad: Sequence[bool] | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
-    ) -> Tensor:
+    ) -> LatentsT:
         """See ``Sampler.rollout``.
 
         Raises:
@@ -529,17 +592,18 @@ class FlowMatchingAdapter(abc.ABC):
                 ``requires_grad``, as the whole clip is one chunk.
         """
         gradients = checked_rollout(role, spec, exit_steps, requires_grad, chunks=1)
-        handle, noise = self._bundle[role], self.checked_noise(noise)
-        velocity = self._sampler_velocity(handle, spec, cond, None, poll)
+        self.checked_noise(main_part(noise))
+        handle, (x, shapes) = self._bundle[role], self.flatten(noise)
+        velocity = self._sampler_velocity(handle, spec, cond, None, poll, shapes)
         clean = sampler.sample(
             velocity,
             spec,
-            self.start_latents(noise, spec.sigmas()[0]),
+            self.start_latents(x, spec.sigmas()[0]),
             generators,
             exit_step=exit_steps[0],
             requires_grad=gradients[0],
         )
-        return self.insert_given_frames(handle, clean, cond)
+        return restore_parts(self.insert_given_frames(handle, clean, cond), noise)
 
     def check_clip_noise(self, noise: Tensor) -> None:
         """Refuse noise that is not of the run's clips.
@@ -596,6 +660,7 @@ class FlowMatchingAdapter(abc.ABC):
         cond: Condition,
         neg_cond: Condition | None,
         poll: Callable[[], None] | None,
+        parts: PartShapes | None,
     ) -> sampler.Velocity:
         self.check_sampler(handle, spec)
         # The sampler makes its calls in order, one a step.
@@ -606,7 +671,7 @@ class FlowMatchingAdapter(abc.ABC):
             if poll is not None:
                 poll()
             w = self.sampler_guidance(handle, spec, t)
-            call = VelocityCall(like_pipeline=True, kept=kept, next_t=next(following))
+            call = VelocityCall(like_pipeline=True, kept=kept, next_t=next(following), parts=parts)
             batched = self.pipeline_batches_guidance
             return self.guided_velocity(handle, x, t, cond, neg_cond, w, call=call, batched=batched)
 
@@ -627,8 +692,14 @@ class FlowMatchingAdapter(abc.ABC):
         """Bring the transformer's output back to [B, C, T, H, W]."""
         return latents
 
-    def normalize_latents(self, latents: Tensor) -> Tensor:
-        """(z - mean) / std per channel, with the VAE's own statistics; fp32, or fp64 of fp64."""
+    def normalize_latents(self, latents: LatentsT) -> LatentsT:
+        """(z - mean) / std per channel, with the VAE's own statistics; fp32, or fp64 of fp64.
+
+        A family whose latents have several parts overrides it.
+        """
+        return map_latents(self._normalize, latents)
+
+    def _normalize(self, latents: Tensor) -> Tensor:
         wide = flow.widen(latents)
         return (wide - self._statistics.mean.to(wide)) / self._statistics.std.to(wide)
 
@@ -645,9 +716,10 @@ class FlowMatchingAdapter(abc.ABC):
         """Encode clips [B, 3, F, H_px, W_px] in [0, 1] to raw (not normalised) latents."""
         return self._codec.encode(video)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode normalised latents to clips [B, 3, F, H_px, W_px] in [0, 1], without gradient."""
-        return self._codec.decode(self.denormalize_latents(latents.detach()))
+    def decode(self, latents: Latents) -> Tensor:
+        """Decode normalised latents, of several parts the main one, to clips [B, 3, F, H_px, W_px]
+        in [0, 1], without gradient."""
+        return self._codec.decode(self.denormalize_latents(main_part(latents).detach()))
 
     # -- conditions ---------------------------------------------------------------------------
 

@@ -111,6 +111,13 @@ def condition_fingerprint(
     return entries | {WHOLE_ENCODER: _hash_whole_encoder(folder, parts, settings)}
 
 
+def module_fingerprint(source: str, name: str) -> dict[str, str]:
+    """Name a module of diffusers in the folder ``name`` of a folder or hub id; empty where it is
+    not whole on this machine."""
+    folder = locate(source)
+    return {} if folder is None else _module_entries(folder / name, DIFFUSERS_STEM, name)
+
+
 def image_fingerprint(source: str) -> dict[str, str]:
     """Name the encoder of first frames and its processor; empty where there is none."""
     folder = locate(source)

@@ -31,6 +31,8 @@ from distill_protocols import (
     Shared,
     StepRecord,
     StopRequested,
+    draw_noise,
+    main_part,
 )
 from distill_runtime import RowPartition, to_uint8
 from torch import Tensor
@@ -401,22 +403,21 @@ class ReportCallback(Callback):
         generators = [
             RowGenerators.seeded(self.config.seed, purpose, chunk, device) for chunk in chunks
         ]
-        noise = [own.normal(adapter.latent_shape) for own in generators]
+        noise = [draw_noise(adapter, adapter.latent_shape, own) for own in generators]
         parts = []
         start = time.perf_counter()
         for i, chunk in enumerate(chunks):
             run.report_progress(f"report: clips of {entry.role}", i, len(chunks))
-            parts.append(
-                adapter.sample(
-                    entry.role,
-                    spec,
-                    noise[i],
-                    cond[torch.tensor(chunk) // clips_per_prompt],
-                    neg_cond=negative,
-                    generators=generators[i],
-                    poll=self.parts.method.stop.poll,
-                )
+            clips = adapter.sample(
+                entry.role,
+                spec,
+                noise[i],
+                cond[torch.tensor(chunk) // clips_per_prompt],
+                neg_cond=negative,
+                generators=generators[i],
+                poll=self.parts.method.stop.poll,
             )
+            parts.append(main_part(clips))
         run.report_progress(f"report: clips of {entry.role}", len(chunks), len(chunks))
         latents = torch.cat(parts).cpu()  # waits for the device, so that the clock is right
         return latents.to(device), time.perf_counter() - start

@@ -9,11 +9,14 @@ from distill_protocols import (
     Batch,
     Condition,
     ConditioningProvider,
+    Latents,
+    LatentsT,
     ModelBundle,
     RandomStreams,
     SamplerSpec,
     SampleView,
     SeveralNegatives,
+    map_latents,
 )
 from distill_runtime import DistillMethod
 from torch import Tensor
@@ -111,23 +114,24 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
 
     def sample_latents(
         self, view: SampleView, cond: Condition, *, seed: int, rows: Sequence[int]
-    ) -> Tensor:
+    ) -> Latents:
         return self.views.sample_latents(view, cond, seed=seed, rows=rows)
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
+    def decode_latents(self, latents: Latents) -> Tensor:
         self.stop.poll()
-        return self.adapter.decode(latents.to(self.context.device))
+        device = self.context.device
+        return self.adapter.decode(map_latents(lambda tensor: tensor.to(device), latents))
 
     def predict_latents(
         self,
         role: str,
-        latents: Tensor,
+        latents: LatentsT,
         t: float,
         cond: Condition,
         *,
         seed: int,
         rows: Sequence[int],
-    ) -> Tensor:
+    ) -> LatentsT:
         return self.views.predict_latents(role, latents, t, cond, seed=seed, rows=rows)
 
 

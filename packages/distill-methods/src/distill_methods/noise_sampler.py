@@ -8,7 +8,17 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from distill_protocols import Batch, Chunk, ContractError, RandomStreams, RowGenerators
+from distill_protocols import (
+    Batch,
+    Chunk,
+    ContractError,
+    Latents,
+    LatentsT,
+    RandomStreams,
+    RowGenerators,
+    draw_noise,
+    map_latents,
+)
 from torch import Tensor
 
 from distill_methods.contracts import LatentDiffusion, expert_ranges_of
@@ -25,8 +35,8 @@ from distill_methods.time_sampling import MAX_T, TimeRange, TimeSampling, probab
 class NoisedLatents(NamedTuple):
     """``x_t = (1 - s) x0 + s noise``; x_t and noise [B, C, T, H, W], t [B] or [B, T]."""
 
-    x_t: Tensor
-    noise: Tensor
+    x_t: Latents
+    noise: Latents
     t: Tensor
 
 
@@ -44,7 +54,7 @@ class NoiseSampler:
 
     def add_noise_at_random_time(
         self,
-        x0: Tensor,
+        x0: Latents,
         purpose: str,
         iteration: int,
         time: TimeSampling,
@@ -162,15 +172,18 @@ class NoiseSampler:
             indices = indices.clamp(max=_last_above_zero(exits.weights))
         return torch.tensor(exits.steps, device=indices.device)[indices]
 
-    def clip_noise(self, batch: Batch, purpose: str) -> Tensor:
+    def clip_noise(self, batch: Batch, purpose: str) -> Latents:
         """Draw the noise that the clips of ``batch`` can begin with, [B, C, T, H, W]."""
         rows = self.streams.rows(purpose, len(batch))
-        return standard_noise(batch.latent_shape, rows, batch.device)
+        noise = draw_noise(self._adapter, batch.latent_shape, rows)
+        return map_latents(lambda tensor: tensor.to(batch.device), noise)
 
-    def noise_like(self, latents: Tensor, purpose: str) -> Tensor:
+    def noise_like(self, latents: LatentsT, purpose: str) -> LatentsT:
         """Draw standard normal noise, fp32, like ``latents`` [B, C, T, H, W]."""
         rows = self.streams.rows(purpose, len(latents))
-        return standard_noise(latents.shape[1:], rows, latents.device)
+        return map_latents(
+            lambda tensor: standard_noise(tensor.shape[1:], rows, tensor.device), latents
+        )
 
 
 def _index_of(u: float, probabilities: Sequence[float]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
-from distill_protocols import Batch
+from distill_protocols import Batch, Latents, main_part, map_latents
 from torch import Tensor
 
 from distill_methods.context import MethodContext
@@ -13,6 +13,7 @@ from distill_methods.contracts import chunks_of
 from distill_methods.exits import ExitSteps, weight_within
 from distill_methods.latent_config import LatentMethodConfig, RolloutSource
 from distill_methods.maths import repeat_per_frame
+from distill_methods.parts import measure_parts, name_parts
 from distill_methods.time_sampling import TimeRange, fraction_within
 
 
@@ -29,7 +30,7 @@ class Rollout(NamedTuple):
         same_on_all_ranks: whether all ranks have the same ``exits``, in their only row.
     """
 
-    x0: Tensor
+    x0: Latents
     exit_steps: Tensor
     exits: Tensor
     loss_mask: Tensor | None = None
@@ -43,13 +44,13 @@ class Rollout(NamedTuple):
         means over clips of one clip's deviation: the deviation of a batch would depend on how many
         processes and micro steps divide it.
         """
-        x0 = self.x0.detach()
+        clips = map_latents(Tensor.detach, self.x0)
         return {
-            "student_x0": x0,
-            "student_mean": x0.mean(),
-            "student_std": x0.flatten(1).std(dim=1).mean(),
+            **name_parts("student_x0", clips),
+            **measure_parts("student_mean", Tensor.mean, clips),
+            **measure_parts("student_std", lambda x: x.flatten(1).std(dim=1).mean(), clips),
             "exit_step": self.exit_steps.float().mean(),
-            **self._std_by_exit(x0),
+            **self._std_by_exit(main_part(clips)),
         }
 
     def _std_by_exit(self, x0: Tensor) -> dict[str, Tensor]:

@@ -11,14 +11,20 @@ from distill_protocols import (
     CausalRollout,
     Condition,
     ConditioningProvider,
+    Latents,
+    LatentsT,
     ModelBundle,
     RowGenerators,
     SamplerSpec,
     SampleView,
+    draw_noise,
+    map_latents,
+    one_tensor,
 )
 from torch import Tensor
 
 from distill_methods.contracts import LatentDiffusion
+from distill_methods.maths import standard_noise
 
 
 @frozen(kw_only=True, eq=False)
@@ -70,20 +76,21 @@ class ViewSampler:
             if view.latent_frames is None:
                 clips[view.name] = self.adapter.decode(latents)
             else:
-                clips[view.name] = _decode_in_chunks(self.adapter, view, latents)
+                clips[view.name] = _decode_in_chunks(self.adapter, view, one_tensor(latents))
         return clips
 
     def sample_latents(
         self, view: SampleView, cond: Condition, *, seed: int, rows: Sequence[int]
-    ) -> Tensor:
+    ) -> Latents:
         """Sample normalised latents [B, C, T, H, W] of one view. Arguments and errors are those of
         ``sample_clips``."""
         spec = view.sampler or self.default_spec
         generators = RowGenerators.of_clips(seed, rows)
         channels, frames, height, width = self.adapter.latent_shape
-        noise = generators.normal((channels, view.latent_frames or frames, height, width))
+        shape = (channels, view.latent_frames or frames, height, width)
         role = self.bundle[view.role]
         device = role.call_device
+        noise = draw_noise(self.adapter, shape, generators)
         reads_negative = self.adapter.capabilities.reads_negative(*spec.guidances)
         negative = self.conditioning.negative().to(device) if reads_negative else None
         with torch.no_grad(), role.frozen(), role.averaged(ema=view.ema):
@@ -91,7 +98,7 @@ class ViewSampler:
                 return self.adapter.sample(
                     view.role,
                     spec,
-                    noise.to(device),
+                    map_latents(lambda tensor: tensor.to(device), noise),
                     cond.to(device),
                     neg_cond=negative,
                     generators=generators,
@@ -102,7 +109,7 @@ class ViewSampler:
             parts = causal.stream(
                 view.role,
                 spec,
-                (noise[:, :, chunk.span].to(device) for chunk in chunks),
+                (one_tensor(noise)[:, :, chunk.span].to(device) for chunk in chunks),
                 cond.to(device),
                 neg_cond=negative,
                 generators=generators,
@@ -113,13 +120,13 @@ class ViewSampler:
     def predict_latents(
         self,
         role: str,
-        latents: Tensor,
+        latents: LatentsT,
         t: float,
         cond: Condition,
         *,
         seed: int,
         rows: Sequence[int],
-    ) -> Tensor:
+    ) -> LatentsT:
         """Return x0 [B, C, T, H, W] that ``role`` predicts of ``latents`` noised to ``t``, without
         guidance. The noise follows from ``seed`` and a row's place alone.
 
@@ -131,9 +138,13 @@ class ViewSampler:
         self.poll()
         handle = self.bundle[role]
         device = handle.call_device
-        noise = RowGenerators.seeded(seed, "look.x0", rows).normal(latents.shape[1:]).to(device)
+        generators = RowGenerators.seeded(seed, "look.x0", rows)
         times = torch.full((len(latents),), t, device=device)
-        x_t = self.adapter.add_noise(latents.to(device), noise, times)
+        clean = map_latents(lambda tensor: tensor.to(device), latents)
+        noise = map_latents(
+            lambda tensor: standard_noise(tensor.shape[1:], generators, device), clean
+        )
+        x_t = self.adapter.add_noise(clean, noise, times)
         with torch.no_grad(), handle.frozen():
             return self.adapter.forward(role, x_t, times, cond.to(device), fwd_pred_type="x0")
 

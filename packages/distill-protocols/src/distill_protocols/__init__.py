@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distill_protocols.capabilities import Capabilities, PredType
+from distill_protocols.capabilities import ONE_TENSOR, Capabilities, PredType
 from distill_protocols.causal import Chunk, ChunkCall, CleanPast
 from distill_protocols.errors import (
     CapabilityError,
@@ -81,11 +81,13 @@ if TYPE_CHECKING:
         ExitConditioning,
         ExpertRouting,
         ImageConditioning,
+        JointLatents,
         LatentCodec,
         NoiseSchedule,
         OptionalContracts,
         Sampler,
         Tangents,
+        draw_noise,
     )
     from distill_protocols.batch import (
         Batch,
@@ -93,7 +95,6 @@ if TYPE_CHECKING:
         Condition,
         ConditioningProvider,
         EpochLoader,
-        LatentShape,
         SeveralNegatives,
     )
     from distill_protocols.bundle import (
@@ -114,6 +115,19 @@ if TYPE_CHECKING:
         SummaryTracker,
         Tracker,
     )
+    from distill_protocols.latents import (
+        LatentParts,
+        Latents,
+        LatentShape,
+        LatentsT,
+        PartShapes,
+        cut_parts,
+        flatten_parts,
+        main_part,
+        map_latents,
+        one_tensor,
+        restore_parts,
+    )
     from distill_protocols.method import (
         HeldOutEvaluating,
         LatentViews,
@@ -128,14 +142,19 @@ if TYPE_CHECKING:
 _LAZY = {
     **dict.fromkeys(
         ["CausalRollout", "ConditionEncoder", "Denoiser", "Discriminating", "DistillAdapter",
-         "ExitConditioning", "ExpertRouting", "ImageConditioning", "LatentCodec", "NoiseSchedule",
-         "OptionalContracts", "Sampler", "Tangents"],
+         "ExitConditioning", "ExpertRouting", "ImageConditioning", "JointLatents", "LatentCodec",
+         "NoiseSchedule", "OptionalContracts", "Sampler", "Tangents", "draw_noise"],
         "adapter",
     ),
     **dict.fromkeys(
         ["Batch", "BatchLoader", "Condition", "ConditioningProvider", "EpochLoader",
-         "LatentShape", "SeveralNegatives"],
+         "SeveralNegatives"],
         "batch",
+    ),
+    **dict.fromkeys(
+        ["LatentParts", "LatentShape", "Latents", "LatentsT", "PartShapes", "cut_parts",
+         "flatten_parts", "main_part", "map_latents", "one_tensor", "restore_parts"],
+        "latents",
     ),
     **dict.fromkeys(
         ["DTYPES", "ModelBundle", "RestartableSchedule", "RoleHandle", "WeightAverage"], "bundle"
@@ -158,6 +177,7 @@ __all__ = [
     "CONTRACT_VERSION",
     "DTYPES",
     "EXIT_EMBEDDING",
+    "ONE_TENSOR",
     "WHOLE_ENCODER",
     "Batch",
     "BatchLoader",
@@ -206,9 +226,13 @@ __all__ = [
     "HealthKind",
     "HeldOutEvaluating",
     "ImageConditioning",
+    "JointLatents",
     "LatentCodec",
+    "LatentParts",
     "LatentShape",
     "LatentViews",
+    "Latents",
+    "LatentsT",
     "LoraSpec",
     "MethodConfig",
     "MethodPlugin",
@@ -224,6 +248,7 @@ __all__ = [
     "NonFiniteLossError",
     "OptionalContracts",
     "OutputError",
+    "PartShapes",
     "PlannedRun",
     "Plugin",
     "PluginError",
@@ -270,7 +295,14 @@ __all__ = [
     "WeightSource",
     "WeightsError",
     "below",
+    "cut_parts",
     "derive_seed",
+    "draw_noise",
+    "flatten_parts",
+    "main_part",
+    "map_latents",
+    "one_tensor",
+    "restore_parts",
     "shift_sigma",
 ]  # fmt: skip
 

@@ -4,6 +4,9 @@ Small Protocols, one per need; a method asks only for those that it uses. All te
 boundary are normalised latents [B, C, T, H, W] in fp32 unless a name states otherwise, and t is a
 float tensor [B] in [0, 1000], t = 1000 sigma, never cast to bf16 or int. Where the capability
 ``supports_frame_times`` is given, t may be [B, T], one a frame.
+
+Where a signature has ``Latents``, the clips of a run with ``supports_latent_parts`` are
+``LatentParts``, all of which have the same t; those of any other run are one tensor.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from distill_protocols.batch import Condition
 from distill_protocols.capabilities import Capabilities, PredType
 from distill_protocols.causal import Chunk, ChunkCall, CleanPast
 from distill_protocols.fingerprint import Fingerprint
+from distill_protocols.latents import LatentParts, Latents, LatentShape, LatentsT, PartShapes
 from distill_protocols.random import RowGenerators
 from distill_protocols.sampler import SamplerSpec
 
@@ -25,15 +29,19 @@ from distill_protocols.sampler import SamplerSpec
 class NoiseSchedule(Protocol):
     """Flow matching: ``x_t = (1 - s) x0 + s eps``, ``v = eps - x0``. All in fp32 or wider."""
 
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def add_noise(self, x0: LatentsT, noise: LatentsT, t: Tensor) -> LatentsT:
         """x_t. Exactly ``x0`` at t = 0 and exactly ``noise`` at t = 1000."""
         ...
 
-    def pred_to_x0(self, pred: Tensor, x_t: Tensor, t: Tensor, pred_type: PredType = "v") -> Tensor:
+    def pred_to_x0(
+        self, pred: LatentsT, x_t: LatentsT, t: Tensor, pred_type: PredType = "v"
+    ) -> LatentsT:
         """Clean latents from a prediction of ``pred_type``."""
         ...
 
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor, pred_type: PredType = "v") -> Tensor:
+    def target(
+        self, x0: LatentsT, noise: LatentsT, t: Tensor, pred_type: PredType = "v"
+    ) -> LatentsT:
         """What a model that predicts ``pred_type`` should return at (x0, noise, t)."""
         ...
 
@@ -44,7 +52,7 @@ class Denoiser(Protocol):
     def forward(
         self,
         role: str,
-        x_t: Tensor,
+        x_t: LatentsT,
         t: Tensor,
         cond: Condition,
         *,
@@ -53,7 +61,7 @@ class Denoiser(Protocol):
         cfg: float | None = None,
         caches: ChunkCall | CleanPast | None = None,
         features: MutableMapping[int, Tensor | None] | None = None,
-    ) -> Tensor:
+    ) -> LatentsT:
         """Return the prediction of ``role``, of type ``fwd_pred_type``, fp32.
 
         Args:
@@ -156,7 +164,7 @@ class LatentCodec(Protocol):
 
     def to_model_layout(self, latents: Tensor) -> Tensor: ...
     def from_model_layout(self, latents: Tensor) -> Tensor: ...
-    def normalize_latents(self, latents: Tensor) -> Tensor:
+    def normalize_latents(self, latents: LatentsT) -> LatentsT:
         """(z - mean) / std per channel."""
         ...
 
@@ -173,8 +181,9 @@ class LatentCodec(Protocol):
         """Raw (not normalised) latents [B, C, T, H, W] of clips [B, 3, F, H_px, W_px] in [0, 1]."""
         ...
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Clips [B, 3, F, H_px, W_px] in [0, 1] from normalised latents, without gradient."""
+    def decode(self, latents: Latents) -> Tensor:
+        """Clips [B, 3, F, H_px, W_px] in [0, 1] from normalised latents (of several parts the main
+        one), without gradient."""
         ...
 
 
@@ -259,14 +268,14 @@ class Sampler(Protocol):
         self,
         role: str,
         spec: SamplerSpec,
-        noise: Tensor,
+        noise: LatentsT,
         cond: Condition,
         *,
         neg_cond: Condition | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
-        on_step: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
+        on_step: Callable[[int, LatentsT], None] | None = None,
+    ) -> LatentsT:
         """Normalised clean latents [B, C, T, H, W].
 
         Args:
@@ -284,14 +293,14 @@ class Sampler(Protocol):
         self,
         role: str,
         spec: SamplerSpec,
-        noise: Tensor,
+        noise: LatentsT,
         cond: Condition,
         *,
         exit_steps: Sequence[int],
         requires_grad: Sequence[bool] | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
-    ) -> Tensor:
+    ) -> LatentsT:
         """Return the role's clean latents [B, C, T, H, W] as training takes them: sampled by
         ``spec``, but each chunk left at its exit step, whose call alone is made with gradient.
 
@@ -375,6 +384,19 @@ class ImageConditioning(Protocol):
         ...
 
 
+class JointLatents(Protocol):
+    """Clips whose latents are several named tensors (``supports_latent_parts``)."""
+
+    def part_shapes(self, main: LatentShape) -> PartShapes:
+        """Shapes of all parts of a clip whose main part has the shape ``main``, it first."""
+        ...
+
+    @property
+    def part_weights(self) -> Mapping[str, float]:
+        """What the mean of each part counts in a loss, by name."""
+        ...
+
+
 class OptionalContracts(Protocol):
     """What an adapter may support beyond calling and sampling its models.
 
@@ -414,6 +436,11 @@ class OptionalContracts(Protocol):
         """``supports_exits``."""
         ...
 
+    @property
+    def parts(self) -> JointLatents | None:
+        """``supports_latent_parts``."""
+        ...
+
 
 class DistillAdapter(
     NoiseSchedule,
@@ -425,3 +452,16 @@ class DistillAdapter(
     Protocol,
 ):
     """One family's adapter: the mandatory contracts, and the optional ones as attributes."""
+
+
+def draw_noise(adapter: OptionalContracts, shape: LatentShape, rows: RowGenerators) -> Latents:
+    """Draw the noise that clips begin with, fp32: of each part in turn, as pipelines do.
+
+    Args:
+        shape: (C, T, H, W) of a clip, of several parts that of the main one.
+        rows: one generator a clip.
+    """
+    if not adapter.capabilities.supports_latent_parts or adapter.parts is None:
+        return rows.normal(shape)
+    shapes = adapter.parts.part_shapes(shape)
+    return LatentParts({name: rows.normal(part) for name, part in shapes.items()})

@@ -13,9 +13,7 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 from distill_protocols.errors import DataError
-
-LatentShape = tuple[int, int, int, int]
-"""(C, T, H, W)."""
+from distill_protocols.latents import Latents, LatentShape, main_part, map_latents
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -75,8 +73,9 @@ class Batch:
     """One micro batch.
 
     Attributes:
-        latents: raw (not normalised) clean latents [B, C, T, H, W], fp32; None: the data are
-            captions alone, for methods that need no more (``MethodConfig.needs_latents``).
+        latents: raw (not normalised) clean latents [B, C, T, H, W], fp32, or several parts of them
+            (``supports_latent_parts``); None: the data are captions alone, for methods that need no
+            more (``MethodConfig.needs_latents``).
         cond: conditions of the B samples, dropout already applied.
         ids: one id a sample, for error messages and logs.
         trajectory: [B, K, C, T, H, W], fp32: what a teacher's sampling of ``latents`` was at K
@@ -88,7 +87,7 @@ class Batch:
             all ranks and in all micro batches of an iteration.
     """
 
-    latents: Tensor | None
+    latents: Latents | None
     cond: Condition
     ids: tuple[str, ...]
     trajectory: Tensor | None = None
@@ -99,13 +98,14 @@ class Batch:
 
     @property
     def latent_shape(self) -> LatentShape:
-        """(C, T, H, W) of the clips of this batch, one of the run's shapes.
+        """(C, T, H, W) of the clips of this batch, one of the run's shapes; of several parts that
+        of the main one.
 
         Raises:
             DataError: captions alone, of which nothing says how large their clips are.
         """
         if self.latents is not None:
-            _, channels, frames, height, width = self.latents.shape
+            _, channels, frames, height, width = main_part(self.latents).shape
             return channels, frames, height, width
         if self._shape is None:
             raise DataError(
@@ -114,7 +114,7 @@ class Batch:
         return self._shape
 
     @property
-    def clean_latents(self) -> Tensor:
+    def clean_latents(self) -> Latents:
         """``latents`` of a method that needs them.
 
         Raises:
@@ -130,14 +130,18 @@ class Batch:
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
-        tensors = self.cond.tensors.values() if self.latents is None else (self.latents,)
+        if self.latents is not None:
+            return self.latents.device
+        tensors = self.cond.tensors.values()
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch on ``device``."""
         return evolve(
             self,
-            latents=None if self.latents is None else self.latents.to(device),
+            latents=None
+            if self.latents is None
+            else map_latents(lambda latents: latents.to(device), self.latents),
             cond=self.cond.to(device),
             trajectory=None if self.trajectory is None else self.trajectory.to(device),
         )

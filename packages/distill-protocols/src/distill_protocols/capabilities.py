@@ -13,6 +13,9 @@ from distill_protocols.sampler import Solver
 PredType = Literal["v", "x0", "eps"]
 """What a model call returns: velocity ``eps - x0``, clean latents, or noise."""
 
+ONE_TENSOR = "one_latent_tensor"
+"""What a method needs that cannot train latents of several parts."""
+
 
 @frozen(kw_only=True)
 class Capabilities:
@@ -30,6 +33,8 @@ class Capabilities:
         supports_frame_times: t may be [B, T], a time of its own for each frame, for any role.
         supports_exits: a role may have an embedding of exit steps (``RoleSpec.exits``), and the
             adapter has ``exits``.
+        supports_latent_parts: clips of this run are several named tensors, and the adapter has
+            ``parts``.
         supports_jvp: a call can be differentiated along a direction: the adapter has ``tangents``.
         embeds_guidance: guidance w is an input of the models, so that a guided call is one, and
             reads no negative condition unless w is 0.
@@ -47,6 +52,7 @@ class Capabilities:
     supports_image_condition: bool = False
     supports_decode: bool = False
     supports_exits: bool = False
+    supports_latent_parts: bool = False
     supports_jvp: bool = False
     embeds_guidance: bool = False
     supported_pred_types: frozenset[PredType] = field(default=frozenset({"v"}), converter=frozenset)
@@ -60,7 +66,8 @@ class Capabilities:
     def missing(self, needed: Iterable[str]) -> tuple[str, ...]:
         """Return names in ``needed`` that are not true here.
 
-        ``pred:x0`` asks for a prediction type, ``causal:student`` for a role that is causal.
+        ``pred:x0`` asks for a prediction type, ``causal:student`` for a role that is causal,
+        ``one_latent_tensor`` for clips that are not several named ones.
 
         Raises:
             CapabilityError: a name that no adapter could have.
@@ -72,13 +79,15 @@ class Capabilities:
                 have = name.removeprefix("pred:") in self.supported_pred_types
             elif name.startswith("causal:"):
                 have = name.removeprefix("causal:") in self.causal_roles
+            elif name == ONE_TENSOR:
+                have = not self.supports_latent_parts
             elif name in known:
                 have = bool(getattr(self, name))
             else:
                 raise CapabilityError(
                     f"{name!r} is no capability; there are {', '.join(sorted(known))} and "
-                    "'pred:v', 'pred:x0', 'pred:eps', 'causal:<role>'. The method that asks for "
-                    "it must be mended."
+                    f"'pred:v', 'pred:x0', 'pred:eps', 'causal:<role>', '{ONE_TENSOR}'. The method "
+                    "that asks for it must be mended."
                 )
             if not have:
                 lacking.append(name)

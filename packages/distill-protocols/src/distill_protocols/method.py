@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from distill_protocols.batch import Condition
 from distill_protocols.bundle import ModelBundle
+from distill_protocols.latents import Latents, LatentsT
 from distill_protocols.random import RandomStreams
 from distill_protocols.sampler import SamplerSpec, SampleView
 from distill_protocols.stop import StopFlag
@@ -136,24 +137,24 @@ class LatentViews(Protocol):
 
     def sample_latents(
         self, view: SampleView, cond: Condition, *, seed: int, rows: Sequence[int]
-    ) -> Tensor:
+    ) -> Latents:
         """Normalised latents [B, C, T, H, W] of the clips that ``sample_for_logging`` gives."""
         ...
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
+    def decode_latents(self, latents: Latents) -> Tensor:
         """Clips [B, 3, F, H_px, W_px] in [0, 1] of normalised latents [B, C, T, H, W]."""
         ...
 
     def predict_latents(
         self,
         role: str,
-        latents: Tensor,
+        latents: LatentsT,
         t: float,
         cond: Condition,
         *,
         seed: int,
         rows: Sequence[int],
-    ) -> Tensor:
+    ) -> LatentsT:
         """x0 [B, C, T, H, W] that ``role``, with its live weights and without guidance, predicts of
         ``latents`` noised to ``t``.
 

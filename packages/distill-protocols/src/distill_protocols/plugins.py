@@ -218,6 +218,13 @@ class FamilyPlugin(ABC, Generic[ConfigT]):
         """(C, T, H, W) of the run's latents; None where that is unknown without weights."""
         return None
 
+    def part_shapes(
+        self, config: ConfigT, latents: tuple[int, int, int, int], *, source: str
+    ) -> Mapping[str, tuple[int, int, int, int]]:
+        """Shapes of all parts of a clip whose main part has the shape ``latents``, it first; empty:
+        latents are one tensor."""
+        return EMPTY
+
     def latent_tokens(self, config: ConfigT, *, source: str) -> int | None:
         """Tokens that the model makes of one clip, which a dynamic shift depends on; None where
         that is unknown, or nothing depends on it."""

@@ -39,6 +39,7 @@ def check_capabilities(case: AdapterCase) -> None:
         ("supports_features", "discriminators", adapter.discriminators),
         ("supports_jvp", "tangents", adapter.tangents),
         ("supports_exits", "exits", adapter.exits),
+        ("supports_latent_parts", "parts", adapter.parts),
     ):
         require(
             (there is not None) == (not stated.missing([name])),

@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 from distill_protocols import (
     CONTRACT_VERSION,
+    ONE_TENSOR,
     Capabilities,
     CapabilityError,
     ConditioningError,
@@ -130,6 +131,8 @@ def _without(capabilities: Capabilities, name: str) -> Capabilities:
     if name.startswith("causal:"):
         roles = capabilities.causal_roles - {name.removeprefix("causal:")}
         return attrs.evolve(capabilities, causal_roles=roles)
+    if name == ONE_TENSOR:
+        return attrs.evolve(capabilities, supports_latent_parts=True)
     return attrs.evolve(capabilities, **{name: False})
 
 

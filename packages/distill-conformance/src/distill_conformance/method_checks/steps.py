@@ -6,7 +6,7 @@ import json
 
 import torch
 from attrs import evolve
-from distill_protocols import Batch, Condition, DataError, SampleView, StepResult
+from distill_protocols import Batch, Condition, DataError, SampleView, StepResult, map_latents
 
 from distill_conformance.failures import (
     applies_if,
@@ -261,7 +261,9 @@ def _joined(*parts: Batch) -> Batch:
     held = [p.trajectory for p in parts if p.trajectory is not None]
     return evolve(
         parts[0],
-        latents=torch.cat([p.clean_latents for p in parts]),
+        latents=map_latents(
+            lambda *tensors: torch.cat(tensors), *(part.clean_latents for part in parts)
+        ),
         cond=Condition.cat([p.cond for p in parts]),
         ids=tuple(identity for p in parts for identity in p.ids),
         trajectory=torch.cat(held) if held else None,

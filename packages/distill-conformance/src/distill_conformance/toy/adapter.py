@@ -31,21 +31,35 @@ from distill_protocols import (
     Discriminating,
     ExitConditioning,
     Fingerprint,
+    JointLatents,
+    LatentParts,
+    Latents,
+    LatentShape,
+    LatentsT,
     ModelBundle,
+    PartShapes,
     PredType,
     RowGenerators,
     SamplerSpec,
     Tangents,
     derive_seed,
+    main_part,
+    map_latents,
+    one_tensor,
+    restore_parts,
 )
 from torch import Tensor
 
 from distill_conformance.toy.networks import (
     CAPABILITIES,
+    CLIP,
     CONDITION_FINGERPRINT,
     LATENT_FINGERPRINT,
     LATENT_SHAPE,
     MEAN,
+    SOUND,
+    SOUND_SHAPE,
+    SOUND_WEIGHT,
     STD,
     TEXT_DIM,
     ToyConfig,
@@ -102,27 +116,45 @@ class ToyAdapter:
     def exits(self) -> ExitConditioning | None:
         return self if self.capabilities.supports_exits else None
 
+    @property
+    def parts(self) -> JointLatents | None:
+        return self if self.config.sound else None
+
+    def part_shapes(self, main: LatentShape) -> PartShapes:
+        return {CLIP: main, SOUND: SOUND_SHAPE}
+
+    @property
+    def part_weights(self) -> Mapping[str, float]:
+        return {CLIP: 1.0, SOUND: SOUND_WEIGHT}
+
     # -- noise schedule -------------------------------------------------------------------------
 
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def add_noise(self, x0: LatentsT, noise: LatentsT, t: Tensor) -> LatentsT:
         s = _over_pixels(t)
-        return (1 - s) * x0 + s * noise
+        return map_latents(lambda x0, noise: (1 - s) * x0 + s * noise, x0, noise)
 
-    def pred_to_x0(self, pred: Tensor, x_t: Tensor, t: Tensor, pred_type: PredType = "v") -> Tensor:
+    def pred_to_x0(
+        self, pred: LatentsT, x_t: LatentsT, t: Tensor, pred_type: PredType = "v"
+    ) -> LatentsT:
         s = _over_pixels(t)
         if pred_type == "x0":
             return pred
-        return x_t - s * pred if pred_type == "v" else (x_t - s * pred) / (1 - s)
+        if pred_type == "v":
+            return map_latents(lambda v, x_t: x_t - s * v, pred, x_t)
+        return map_latents(lambda eps, x_t: (x_t - s * eps) / (1 - s), pred, x_t)
 
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor, pred_type: PredType = "v") -> Tensor:
-        return {"v": noise - x0, "x0": x0, "eps": noise}[pred_type]
+    def target(
+        self, x0: LatentsT, noise: LatentsT, t: Tensor, pred_type: PredType = "v"
+    ) -> LatentsT:
+        v = map_latents(torch.sub, noise, x0)
+        return {"v": v, "x0": x0, "eps": noise}[pred_type]
 
     # -- model calls ----------------------------------------------------------------------------
 
     def forward(
         self,
         role: str,
-        x_t: Tensor,
+        x_t: LatentsT,
         t: Tensor,
         cond: Condition,
         *,
@@ -131,30 +163,52 @@ class ToyAdapter:
         cfg: float | None = None,
         caches: ChunkCall | CleanPast | None = None,
         features: MutableMapping[int, Tensor | None] | None = None,
-    ) -> Tensor:
-        self._check_inputs(x_t, t)
+    ) -> LatentsT:
+        if isinstance(x_t, LatentParts) != self.config.sound:
+            raise ContractError(f"latents are {type(x_t).__name__}; sound is {self.config.sound}")
+        self._check_inputs(main_part(x_t), t)
         w = 1.0 if cfg is None else cfg
-        past = self._past_of(role, x_t, caches)
-        text = self._text(cond, len(x_t))
-        if features is not None:
-            self._fill_features(role, features, (x_t, t, text, past), w)
-        if w == 1:
-            v = self._net(role)(x_t, t, text, past)
-        else:
-            if neg_cond is None:
-                raise ConditioningError(
-                    f"guidance {w:g} without a negative condition; only 1 needs none"
-                )
-            v = self._net(role)(x_t, t, self._text(neg_cond, len(x_t)), past)
-            if w != 0:
-                v = v + w * (self._net(role)(x_t, t, text, past) - v)
-        if isinstance(caches, ChunkCall) and caches.store:
-            self._past.setdefault((role, caches.stream), []).append(x_t.detach())
-        self.calls.append(ToyCall(role, tuple(t.flatten().tolist()), v.requires_grad, cfg))
+        others = _means_of_others(x_t)
+
+        def predict(part: Tensor) -> Tensor:
+            past = others(part) if self.config.sound else self._past_of(role, part, caches)
+            text = self._text(cond, len(part))
+            if features is not None:
+                self._fill_features(role, features, (part, t, text, past), w)
+            v = self._guided(role, part, t, cond, neg_cond, w, past)
+            if isinstance(caches, ChunkCall) and caches.store:
+                self._past.setdefault((role, caches.stream), []).append(part.detach())
+            return v
+
+        v = map_latents(predict, x_t)
+        with_gradient = main_part(v).requires_grad
+        self.calls.append(ToyCall(role, tuple(t.flatten().tolist()), with_gradient, cfg))
         if fwd_pred_type == "v":
             return v
         s = _over_pixels(t)
-        return x_t - s * v if fwd_pred_type == "x0" else x_t + (1 - s) * v
+        if fwd_pred_type == "x0":
+            return map_latents(lambda x_t, v: x_t - s * v, x_t, v)
+        return map_latents(lambda x_t, v: x_t + (1 - s) * v, x_t, v)
+
+    def _guided(
+        self,
+        role: str,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition,
+        neg_cond: Condition | None,
+        w: float,
+        past: Tensor | None,
+    ) -> Tensor:
+        text = self._text(cond, len(x_t))
+        if w == 1:
+            return self._net(role)(x_t, t, text, past)
+        if neg_cond is None:
+            raise ConditioningError(
+                f"guidance {w:g} without a negative condition; only 1 needs none"
+            )
+        v = self._net(role)(x_t, t, self._text(neg_cond, len(x_t)), past)
+        return v if w == 0 else v + w * (self._net(role)(x_t, t, text, past) - v)
 
     def exit_count(self, role: str) -> int:
         embedding = self.bundle[role].modules.get(EXIT_EMBEDDING)
@@ -316,17 +370,18 @@ class ToyAdapter:
         self,
         role: str,
         spec: SamplerSpec,
-        noise: Tensor,
+        noise: LatentsT,
         cond: Condition,
         *,
         neg_cond: Condition | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
-        on_step: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
-        self._check_latents(noise)
-        if noise.shape[2] != LATENT_SHAPE[1]:
-            raise ContractError(f"noise of {noise.shape[2]} frames; clips have {LATENT_SHAPE[1]}")
+        on_step: Callable[[int, LatentsT], None] | None = None,
+    ) -> LatentsT:
+        frames = main_part(noise).shape[2]
+        self._check_latents(main_part(noise))
+        if frames != LATENT_SHAPE[1]:
+            raise ContractError(f"noise of {frames} frames; clips have {LATENT_SHAPE[1]}")
         if on_step is not None and role in self.capabilities.causal_roles:
             raise ContractError(f"role {role!r} is causal: it has no x_t of a whole clip")
         chunks = self.chunks(role)
@@ -341,16 +396,16 @@ class ToyAdapter:
         self,
         role: str,
         spec: SamplerSpec,
-        noise: Tensor,
+        noise: LatentsT,
         cond: Condition,
         *,
         exit_steps: Sequence[int],
         requires_grad: Sequence[bool] | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
-    ) -> Tensor:
-        self._check_latents(noise)
-        chunks = self.chunks(role, noise.shape[2])
+    ) -> LatentsT:
+        self._check_latents(main_part(noise))
+        chunks = self.chunks(role, main_part(noise).shape[2])
         flags = [True] * len(chunks) if requires_grad is None else list(requires_grad)
         if not len(chunks) == len(exit_steps) == len(flags):
             raise ContractError(
@@ -370,50 +425,54 @@ class ToyAdapter:
         self,
         role: str,
         spec: SamplerSpec,
-        noise: Tensor,
+        noise: LatentsT,
         cond: Condition,
         *,
         exits: Sequence[int],
         requires_grad: Sequence[bool],
         generators: RowGenerators | None = None,
         **options: Any,
-    ) -> Tensor:
+    ) -> LatentsT:
         causal = role in self.capabilities.causal_roles
-        chunks = self.chunks(role, noise.shape[2])
-        if causal:
-            self.clear_caches(role, stream=ChunkCall.ROLLOUT)
+        if not causal:
+            return self._walk(
+                role, spec, noise, cond, generators=generators, exit_step=exits[0],
+                requires_grad=requires_grad[0], **options,
+            )  # fmt: skip
+        x = one_tensor(noise)
+        chunks = self.chunks(role, x.shape[2])
+        self.clear_caches(role, stream=ChunkCall.ROLLOUT)
         parts: list[Tensor] = []
         try:
             for chunk, step, trains in zip(chunks, exits, requires_grad, strict=True):
-                at = (chunk.first, ChunkCall.ROLLOUT) if causal else None
+                at = (chunk.first, ChunkCall.ROLLOUT)
                 parts.append(
                     self._walk(
-                        role, spec, noise[:, :, chunk.span], cond, generators=generators, at=at,
+                        role, spec, x[:, :, chunk.span], cond, generators=generators, at=at,
                         exit_step=step, requires_grad=trains, **options,
                     )
                 )  # fmt: skip
-                if at is not None and chunk is not chunks[-1]:
+                if chunk is not chunks[-1]:
                     self._store(role, spec, parts[-1], cond, generators, at)
         finally:
-            if causal:
-                self.clear_caches(role, stream=ChunkCall.ROLLOUT)
-        return torch.cat(parts, dim=2)
+            self.clear_caches(role, stream=ChunkCall.ROLLOUT)
+        return restore_parts(torch.cat(parts, dim=2), noise)
 
     def _walk(
         self,
         role: str,
         spec: SamplerSpec,
-        noise: Tensor,
+        noise: LatentsT,
         cond: Condition,
         *,
         neg_cond: Condition | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
-        on_step: Callable[[int, Tensor], None] | None = None,
+        on_step: Callable[[int, LatentsT], None] | None = None,
         at: tuple[int, str] | None = None,
         exit_step: int | None = None,
         requires_grad: bool = False,
-    ) -> Tensor:
+    ) -> LatentsT:
         """Return one chunk from noise to the x0 of the exit step; ``at``: its first frame and
         stream."""
         if spec.solver not in self.capabilities.solvers:
@@ -437,10 +496,10 @@ class ToyAdapter:
             if step == last:
                 return x0
             if spec.stochastic and generators is not None:
-                fresh = generators.normal(noise.shape[1:])
+                fresh = map_latents(_drawn_like(generators), noise)
                 x_t = self.add_noise(x0, fresh, torch.full_like(t, 1000 * after))
             else:
-                x_t = x_t + (after - now) * v
+                x_t = map_latents(lambda x_t, v, ds=after - now: x_t + ds * v, x_t, v)
         raise AssertionError("a spec has at least one step")
 
     @torch.no_grad()
@@ -468,8 +527,8 @@ class ToyAdapter:
     def from_model_layout(self, latents: Tensor) -> Tensor:
         return latents
 
-    def normalize_latents(self, latents: Tensor) -> Tensor:
-        return (latents - MEAN) / STD
+    def normalize_latents(self, latents: LatentsT) -> LatentsT:
+        return map_latents(lambda latents: (latents - MEAN) / STD, latents)
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
         return latents * STD + MEAN
@@ -478,8 +537,8 @@ class ToyAdapter:
         return torch.logit(video, eps=1e-6)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        return torch.sigmoid(self.denormalize_latents(latents))
+    def decode(self, latents: Latents) -> Tensor:
+        return torch.sigmoid(self.denormalize_latents(main_part(latents)))
 
     def encode_condition(self, raw_cond: Sequence[str]) -> Condition:
         rows = [
@@ -506,7 +565,23 @@ def _over_pixels(t: Tensor) -> Tensor:
     return (t / 1000).view(-1, 1, 1, 1, 1)
 
 
-def _one_a_row(generators: RowGenerators | None, noise: Tensor) -> RowGenerators:
+def _means_of_others(x_t: Latents) -> Callable[[Tensor], Tensor]:
+    """Return what a part reads of the others: their mean over all cells, like the part."""
+    parts = x_t.tensors.values() if isinstance(x_t, LatentParts) else ()
+    means = [part.mean(dim=(2, 3, 4), keepdim=True) for part in parts]
+
+    def of(part: Tensor) -> Tensor:
+        others = [mean for mean, one in zip(means, parts, strict=True) if one is not part]
+        return torch.stack(others).sum(dim=0).expand_as(part)
+
+    return of
+
+
+def _drawn_like(generators: RowGenerators) -> Callable[[Tensor], Tensor]:
+    return lambda part: generators.normal(part.shape[1:])
+
+
+def _one_a_row(generators: RowGenerators | None, noise: Latents) -> RowGenerators:
     if generators is None or len(generators) != len(noise):
         count = "no" if generators is None else str(len(generators))
         raise ContractError(f"{count} generators for {len(noise)} rows; there must be one a row")

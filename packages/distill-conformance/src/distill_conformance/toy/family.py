@@ -46,6 +46,7 @@ from distill_conformance.toy.adapter import ToyAdapter
 from distill_conformance.toy.networks import (
     CAPABILITIES,
     CONDITION_FINGERPRINT,
+    JOINT,
     LATENT_FINGERPRINT,
     LATENT_SHAPE,
     TEXT_DIM,
@@ -65,6 +66,8 @@ class ToyFamily(FamilyPlugin[ToyConfig]):
     config_class: ClassVar[type] = ToyConfig
 
     def capabilities(self, config: ToyConfig) -> Capabilities:
+        if config.sound:
+            return evolve(CAPABILITIES, **JOINT)
         if not config.causal_roles:
             return CAPABILITIES
         return evolve(

@@ -15,6 +15,10 @@ from distill_protocols import (
 from torch import Tensor, nn
 
 LATENT_SHAPE = (3, 2, 4, 4)
+CLIP, SOUND = "clip", "sound"
+"""Names of the parts of latents, where there are two."""
+SOUND_SHAPE = (3, 5, 1, 2)
+SOUND_WEIGHT = 0.25
 TEXT_DIM = 5
 WIDTH = 24
 MEAN, STD = 0.5, 2.0
@@ -30,6 +34,14 @@ CAPABILITIES = Capabilities(
     supported_pred_types=frozenset({"v", "x0", "eps"}),
 )
 """Of a run without causal roles."""
+JOINT = {
+    "supports_latent_parts": True,
+    "supports_exits": False,
+    "supports_features": False,
+    "supports_frame_times": False,
+    "supports_jvp": False,
+}
+"""What is otherwise in a run of clips with sound."""
 
 
 @frozen(kw_only=True)
@@ -38,9 +50,11 @@ class ToyConfig:
 
     Attributes:
         causal_roles: roles that make frame after frame, each a chunk of its own.
+        sound: whether clips have a second part, ``SOUND``, beside ``CLIP``.
     """
 
     causal_roles: frozenset[str] = field(default=frozenset(), converter=frozenset)
+    sound: bool = False
 
 
 class ToyNet(nn.Module):

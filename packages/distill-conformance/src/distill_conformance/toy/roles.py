@@ -14,6 +14,8 @@ from distill_protocols import (
     Condition,
     ConditioningError,
     DiscriminatorSpec,
+    LatentParts,
+    Latents,
     ModelBundle,
     RoleHandle,
     RoleNeed,
@@ -24,7 +26,14 @@ from torch import Tensor
 
 from distill_conformance.toy.adapter import ToyAdapter
 from distill_conformance.toy.family import ToyFamily
-from distill_conformance.toy.networks import LATENT_SHAPE, TEXT_DIM, ToyConfig
+from distill_conformance.toy.networks import (
+    CLIP,
+    LATENT_SHAPE,
+    SOUND,
+    SOUND_SHAPE,
+    TEXT_DIM,
+    ToyConfig,
+)
 
 
 @frozen
@@ -48,7 +57,11 @@ class ToyConditioning:
 
 
 def toy_models(
-    needs: Sequence[RoleNeed], *, seed: int = 0, causal_roles: Iterable[str] = ()
+    needs: Sequence[RoleNeed],
+    *,
+    seed: int = 0,
+    causal_roles: Iterable[str] = (),
+    sound: bool = False,
 ) -> tuple[ToyAdapter, ModelBundle]:
     """Roles as a method needs them, each with weights of its own, and optimizers of those that
     are trained.
@@ -56,7 +69,7 @@ def toy_models(
     Args:
         needs: ``MethodConfig.roles``; a discriminator reads the first of its ``features_of``.
     """
-    config = ToyConfig(causal_roles=causal_roles)
+    config = ToyConfig(causal_roles=causal_roles, sound=sound)
     specs = [
         RoleSpec(
             name=need.name,
@@ -85,15 +98,19 @@ def add_optimizers(role: RoleHandle, *, lr: float = 1e-3, decay: float = 0.98) -
         role.schedulers[key] = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)
 
 
-def toy_batch(size: int, seed: int = 0, *, levels: int = 0) -> Batch:
+def toy_batch(size: int, seed: int = 0, *, levels: int = 0, sound: bool = False) -> Batch:
     """Random latents and texts; row n is the same in a batch of any size.
 
     Args:
         levels: states of a teacher's trajectory that each sample holds.
+        sound: whether the clips have both parts.
     """
     rows = RowGenerators.seeded(seed, "toy.batch", range(size))
+    latents: Latents = rows.normal(LATENT_SHAPE)
+    if sound:
+        latents = LatentParts({CLIP: latents, SOUND: rows.normal(SOUND_SHAPE)})
     return Batch(
-        latents=rows.normal(LATENT_SHAPE),
+        latents=latents,
         cond=Condition({"text": rows.normal((TEXT_DIM,))}),
         ids=tuple(f"sample-{i}" for i in range(size)),
         trajectory=rows.normal((levels, *LATENT_SHAPE)) if levels else None,

@@ -67,7 +67,9 @@ class LatentStatistics:
         return cls.of_channels(*(cast(Sequence[float], config[name]) for name in _NAMES))
 
     @classmethod
-    def of_buffers(cls, source: str) -> LatentStatistics:
+    def of_buffers(
+        cls, source: str, vae: str = "vae", shape: Sequence[int] = (1, -1, 1, 1, 1)
+    ) -> LatentStatistics:
         """Read them off the VAE's weights (LTX-Video), where they are buffers.
 
         Normalised latents are ``(z - mean) scaling_factor / std`` there, so std is that of the file
@@ -75,16 +77,18 @@ class LatentStatistics:
 
         Args:
             source: Diffusers folder or hub id.
+            vae: folder of the VAE in it.
+            shape: of both, where there are not just one for each channel (LTX-2's sound).
 
         Raises:
             WeightsError: the weights are missing or damaged, or have no such buffers.
         """
-        folder = fetch(source, ("vae",)) / "vae"
+        folder = fetch(source, (vae,)) / vae
         weights = module_weights(folder)
         if missing := [name for name in _NAMES if name not in weights.describe()]:
             raise WeightsError(_missing(f"the weights in {folder}", missing))
         tensors = weights.read(_NAMES)
-        mean, std = (tensors[name].float().view(1, -1, 1, 1, 1) for name in _NAMES)
+        mean, std = (tensors[name].float().view(*shape) for name in _NAMES)
         factor = read_number(read_config(folder / "config.json"), "scaling_factor", 1.0)
         return cls(mean=mean, std=std / factor)
 

@@ -17,6 +17,9 @@ from distill_protocols import (
     RowGenerators,
     RunParts,
     SamplerSpec,
+    draw_noise,
+    main_part,
+    map_latents,
 )
 from distill_runtime import RowPartition
 from torch import Tensor
@@ -98,6 +101,8 @@ class Probe:
         self._examples = parts.examples(prompts)
         self._teacher = teacher
         self._times = () if teacher is None else _callable_times(parts.adapter, teacher, times)
+        if parts.adapter.capabilities.supports_latent_parts:
+            self._times = ()  # a teacher reads all parts, and what is measured is the main one
         self._decodes = not parts.adapter.capabilities.missing(["supports_decode"])
 
     def measure(self, who: Sampled, ranks: RankGroup) -> dict[str, float]:
@@ -118,8 +123,9 @@ class Probe:
         if self._examples.latents is None:
             return {}
         partition = RowPartition(ranks, len(self._examples))
-        own = self._examples.latents[torch.tensor(partition.own)]
-        latents = self._parts.adapter.normalize_latents(own)
+        rows = torch.tensor(partition.own)
+        own = map_latents(lambda latents: latents[rows], self._examples.latents)
+        latents = main_part(self._parts.adapter.normalize_latents(own))
         return self._numbers(latents, partition.own, partition.own, partition, 1)
 
     # -- inside -------------------------------------------------------------------------------
@@ -133,19 +139,24 @@ class Probe:
         role = parts.method.bundle[who.role]
         # On the CPU, so that a seed means the same clips on every device.
         generators = RowGenerators.seeded(self._seed, "health.sample", rows)
-        noise = generators.normal(self._examples.latent_shape).to(role.call_device)
+        device = role.call_device
+        noise = map_latents(
+            lambda tensor: tensor.to(device),
+            draw_noise(parts.adapter, self._examples.latent_shape, generators),
+        )
         reads_negative = parts.adapter.capabilities.reads_negative(*who.sampler.guidances)
         negative = parts.conditioning.negative() if reads_negative else None
         with torch.no_grad(), role.frozen():
-            return parts.adapter.sample(
+            clips = parts.adapter.sample(
                 who.role,
                 who.sampler,
                 noise,
-                cond.to(role.call_device),
-                neg_cond=None if negative is None else negative.to(role.call_device),
+                cond.to(device),
+                neg_cond=None if negative is None else negative.to(device),
                 generators=generators,
                 poll=parts.method.stop.poll,
             )
+        return main_part(clips)
 
     def _numbers(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from distill_protocols import Condition, RoleError
+from distill_protocols import Condition, RoleError, one_tensor
 from torch import Tensor
 
 from distill_methods.adversarial.config import DiscriminatorOptions
@@ -114,7 +114,7 @@ class Adversary:
         # enable_grad: the derivative is taken whether or not the caller records one. x_t is made
         # again of the same noise and t, so that it has a derivative by the clip.
         with torch.enable_grad(), bundle[DISCRIMINATOR].frozen(), bundle[self.on].frozen():
-            x_t = self._context.adapter.add_noise(clips, noised.noise, noised.t)
+            x_t = self._context.adapter.add_noise(clips, one_tensor(noised.noise), noised.t)
             logits = self._call_discriminator(x_t, noised.t, cond, through_features=True)
             loss = generator_loss(logits)
             # The derivative of a mean is about 1 / numel, below what fp16 holds. A power of two
@@ -134,8 +134,9 @@ class Adversary:
             noised_fake: the student's clips, without history, and the noise and t of both.
         """
         t, through = noised_fake.t, self._trains_features
-        real_t = self._context.adapter.add_noise(real, noised_fake.noise, t)
-        logits_fake = self._call_discriminator(noised_fake.x_t, t, cond, through_features=through)
+        fake_t, noise = one_tensor(noised_fake.x_t), one_tensor(noised_fake.noise)
+        real_t = self._context.adapter.add_noise(real, noise, t)
+        logits_fake = self._call_discriminator(fake_t, t, cond, through_features=through)
         logits_real = self._call_discriminator(real_t, t, cond, through_features=through)
         loss = discriminator_loss(logits_fake, logits_real)
         terms = {"gan_discriminator_loss": loss}

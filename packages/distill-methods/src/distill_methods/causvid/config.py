@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attrs import frozen
-from distill_protocols import ExitSpec
+from distill_protocols import ONE_TENSOR, ExitSpec
 
 from distill_methods.distribution_matching.config import MatchingConfig
 from distill_methods.roles import STUDENT
@@ -36,4 +36,4 @@ class CausVidConfig(MatchingConfig):
     @property
     def capabilities(self) -> tuple[str, ...]:
         """Capabilities that the adapter must have."""
-        return (*super().capabilities, "supports_frame_times", f"causal:{STUDENT.name}")
+        return (*super().capabilities, ONE_TENSOR, "supports_frame_times", f"causal:{STUDENT.name}")

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from attrs import Attribute, field, frozen
 from attrs.validators import in_, optional
-from distill_protocols import PlannedRun, Problem, RoleNeed, SamplerSpec
+from distill_protocols import ONE_TENSOR, PlannedRun, Problem, RoleNeed, SamplerSpec
 from distill_protocols.validators import above, at_least
 
 from distill_methods.distribution_matching.config import is_unguided
@@ -187,7 +187,7 @@ class ConsistencyConfig(TeachersConfig):
     @property
     def capabilities(self) -> tuple[str, ...]:
         """Capabilities that the adapter must have."""
-        jvp = ("supports_jvp",) if self.continuous else ()
+        jvp = ("supports_jvp", ONE_TENSOR) if self.continuous else ()
         return ("pred:v", "pred:x0", *jvp, *(("supports_cfg",) if self.needs_negative else ()))
 
     def problems(self, run: PlannedRun) -> Iterator[Problem]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from distill_protocols import Batch, ContractError
+from distill_protocols import Batch, ContractError, map_latents, one_tensor
 from torch import Tensor
 
 from distill_methods.consistency.config import (
@@ -23,6 +23,7 @@ from distill_methods.maths import (
     tangent_loss,
     x0_distance,
 )
+from distill_methods.parts import measure_parts, name_parts, sum_part_losses
 from distill_methods.teachers.ensemble import Teachers
 from distill_methods.time_sampling import TimeRange, fraction_within
 
@@ -95,12 +96,25 @@ class DiscreteConsistency:
         # target towards the prediction, so that errors spread to where there are none.
         with torch.no_grad():
             velocity = self._teachers.predict(x_t, t, batch.cond)
-            x_next = x_t + ((t_next - t) / 1000).view(-1, 1, 1, 1, 1) * velocity
+            step = ((t_next - t) / 1000).view(-1, 1, 1, 1, 1)
+            x_next = map_latents(lambda x, v: x + step * v, x_t, velocity)
             target = adapter.forward("student", x_next, t_next, batch.cond, fwd_pred_type="x0")
         student = adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="x0")
         huber_c = self._config.huber_c if self._config.loss == "huber" else None
-        loss = x0_distance(student, target, huber_c, loss_mask_of(adapter, batch))
-        return ConsistencyResult(loss, {"student_x0": student.detach(), "target_x0": target})
+        loss, part_losses = sum_part_losses(
+            adapter,
+            "consistency_loss",
+            lambda x, x_target, mask: x0_distance(x, x_target, huber_c, mask),
+            student,
+            target,
+            loss_mask=loss_mask_of(adapter, batch),
+        )
+        outputs = {
+            **measure_parts("student_x0", Tensor.detach, student),
+            **name_parts("target_x0", target),
+            **part_losses,
+        }
+        return ConsistencyResult(loss, outputs)
 
     def _sample_pairs(self, count: int, iteration: int) -> tuple[Tensor, Tensor]:
         """Draw (t, t') of each sample, each [B]."""
@@ -159,10 +173,11 @@ class ContinuousConsistency:
         """``outputs``: ``student_x0`` and ``teacher_x0`` at t; ``tangent_rms``, the root mean
         square of g (nan: a derivative was not finite, and its samples were left out)."""
         adapter = self._context.adapter
-        x0 = adapter.normalize_latents(batch.clean_latents)
-        x_t, _, t = self._context.noise.add_noise_at_random_time(
+        x0 = adapter.normalize_latents(one_tensor(batch.clean_latents))
+        noised = self._context.noise.add_noise_at_random_time(
             x0, self._context.name, iteration, self._config.time, "student", *self._teachers.names
         )
+        x_t, t = one_tensor(noised.x_t), noised.t
         velocity = adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="v")
         loss_mask = loss_mask_of(adapter, batch)
         with torch.no_grad():

@@ -9,7 +9,14 @@ may differ from the teacher. A critic that is told the step has the score of eac
 from __future__ import annotations
 
 import torch
-from distill_protocols import Condition, ContractError, PredType
+from distill_protocols import (
+    Condition,
+    ContractError,
+    Latents,
+    PredType,
+    map_latents,
+    one_tensor,
+)
 from torch import Tensor
 
 from distill_methods.context import MethodContext
@@ -41,15 +48,15 @@ class Critic:
             )
 
     def predict(
-        self, x_t: Tensor, t: Tensor, cond: Condition, rollout: Rollout, pred_type: PredType
-    ) -> Tensor:
+        self, x_t: Latents, t: Tensor, cond: Condition, rollout: Rollout, pred_type: PredType
+    ) -> Latents:
         """Predict ``pred_type`` at x_t, clips of ``rollout`` with noise; t is [B]."""
         if self._spec is None:
             return self._context.adapter.forward("critic", x_t, t, cond, fwd_pred_type=pred_type)
         # Where all frames of a clip left at one step, one row of the embedding is for all of them.
         exits = rollout.exits if self._spec.by_frame else rollout.exits[:, :1]
         return self._exits.forward_at_exits(
-            "critic", x_t, t, cond, exits=exits, fwd_pred_type=pred_type
+            "critic", one_tensor(x_t), t, cond, exits=exits, fwd_pred_type=pred_type
         )
 
 
@@ -69,7 +76,7 @@ class TeachersByExit:
         return self._teachers[0].names
 
     @torch.no_grad()
-    def predict(self, x_t: Tensor, t: Tensor, cond: Condition, rollout: Rollout) -> Tensor:
+    def predict(self, x_t: Latents, t: Tensor, cond: Condition, rollout: Rollout) -> Latents:
         """Predict x0 [B, C, T, H, W] at x_t, clips of ``rollout`` with noise; t is [B].
 
         Where clips or frames of the micro batch have different guidances, the teachers are called
@@ -78,7 +85,7 @@ class TeachersByExit:
         # Clean data (CausVid) has the last one's: nothing is learned from it.
         exits = rollout.exits.clamp(max=len(self._teachers) - 1)
         wanted = exits.unique().tolist() if rollout.same_on_all_ranks else None
-        total: Tensor | None = None
+        total: Latents | None = None
         for step, teachers in enumerate(self._teachers):
             # Of exits that differ between ranks all are called: the ranks of a sharded teacher
             # must make the same calls, or they wait for each other for ever.
@@ -89,6 +96,8 @@ class TeachersByExit:
                 total = x0
                 continue
             is_here = (exits == step)[:, None, :, None, None].to(x0.device)
-            total = torch.where(is_here, x0, total)
+            total = map_latents(
+                lambda own, rest, here=is_here: torch.where(here, own, rest), x0, total
+            )
         assert total is not None  # Every rollout has an exit.
         return total

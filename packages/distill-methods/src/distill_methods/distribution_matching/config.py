@@ -8,7 +8,7 @@ from typing import Literal, Self, get_args
 
 from attrs import Attribute, evolve, field, frozen
 from attrs.validators import in_, optional
-from distill_protocols import ExitSpec, HealthKind, RoleNeed, SamplerSpec
+from distill_protocols import ONE_TENSOR, ExitSpec, HealthKind, RoleNeed, SamplerSpec
 from distill_protocols.validators import above, at_least, within
 
 from distill_methods.adversarial.config import FDivergence, GanConfig
@@ -268,6 +268,7 @@ class MatchingConfig(TeachersConfig):
         optional_names = {
             "supports_cfg": self.needs_negative,
             "supports_features": self.gan is not None,
+            ONE_TENSOR: self.gan is not None or self.critic_exits,
             "supports_exits": self.critic_exits,
         }
         return ("pred:v", "pred:x0", *(name for name, needed in optional_names.items() if needed))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from distill_protocols import Batch, StepResult
+from distill_protocols import Batch, StepResult, map_latents, one_tensor
+from torch import Tensor
 
 from distill_methods.adversarial.adversary import Adversary
 from distill_methods.adversarial.config import GanConfig
@@ -13,6 +14,7 @@ from distill_methods.contracts import loss_mask_of
 from distill_methods.distribution_matching.by_exit import Critic, TeachersByExit
 from distill_methods.distribution_matching.config import MatchingConfig
 from distill_methods.maths import dmd_gradient, dmd_loss, dmd_normaliser, velocity_loss
+from distill_methods.parts import map_masked, measure_parts, name_parts, sum_part_losses
 from distill_methods.rollouts import RolloutFunction
 from distill_methods.turns import TurnResult, add_turns
 
@@ -108,19 +110,26 @@ class DistributionMatching:
             x_t, _, t = noised
             critic_x0 = self._critic.predict(x_t, t, batch.cond, rollout, "x0")
             teacher_x0 = self._teachers.predict(x_t, t, batch.cond, rollout)
-            gradient = dmd_gradient(x, critic_x0, teacher_x0, loss_mask)
-            outputs = rollout.outputs() | {
-                "teacher_x0": teacher_x0,
-                "critic_x0": critic_x0,
-                "dmd_normaliser": dmd_normaliser(x, teacher_x0, loss_mask).mean(),
-                "dmd_gradient_rms": gradient.square().flatten(1).mean(dim=1).sqrt().mean(),
-                "score_distance": (critic_x0 - teacher_x0).abs().mean(),
+            # Each part by a normaliser of its own: their scales of |x - r| differ.
+            gradients = map_masked(dmd_gradient, x, critic_x0, teacher_x0, loss_mask=loss_mask)
+            normaliser = map_masked(dmd_normaliser, x, teacher_x0, loss_mask=loss_mask)
+            distance = map_latents(torch.sub, critic_x0, teacher_x0)
+            outputs = {
+                **rollout.outputs(),
+                **name_parts("teacher_x0", teacher_x0),
+                **name_parts("critic_x0", critic_x0),
+                **measure_parts("dmd_normaliser", Tensor.mean, normaliser),
+                **measure_parts("dmd_gradient_rms", _mean_rms, gradients),
+                **measure_parts("score_distance", lambda d: d.abs().mean(), distance),
             }
         if self._gan is None:
-            loss = dmd_loss(x, gradient, loss_mask)
-            return TurnResult(loss, {"dmd_loss": loss}, outputs)
+            loss, part_losses = sum_part_losses(
+                context.adapter, "dmd_loss", dmd_loss, x, gradients, loss_mask=loss_mask
+            )
+            return TurnResult(loss, {"dmd_loss": loss}, outputs | part_losses)
 
         gan, adversary = self._gan
+        x, gradient = one_tensor(x), one_tensor(gradients)
         if gan.time is not None:  # Otherwise the discriminator reads the x_t of the scores.
             noised = context.noise.add_noise_at_random_time(
                 x.detach(), f"{context.name}.student.gan", iteration, gan.time, adversary.on
@@ -156,19 +165,35 @@ class DistributionMatching:
             target = context.adapter.target(rollout.x0, noise, t, "v")
         # Of the clip's frames; ``rollout.loss_mask`` is of the student's gradient alone.
         velocity = self._critic.predict(x_t, t, batch.cond, rollout, "v")
-        loss = velocity_loss(velocity, target, loss_mask=loss_mask_of(context.adapter, batch))
+        loss, part_losses = sum_part_losses(
+            context.adapter,
+            "critic_loss",
+            lambda v, v_target, mask: velocity_loss(v, v_target, loss_mask=mask),
+            velocity,
+            target,
+            loss_mask=loss_mask_of(context.adapter, batch),
+        )
         if self._gan is None:
-            return TurnResult(loss, {"critic_loss": loss}, rollout.outputs())
+            return TurnResult(loss, {"critic_loss": loss}, rollout.outputs() | part_losses)
 
         gan, adversary = self._gan
         with torch.no_grad():
             noised_fake = context.noise.add_noise_at_random_time(
-                rollout.x0, f"{context.name}.gan", iteration, self._config.gan_time, adversary.on
+                one_tensor(rollout.x0),
+                f"{context.name}.gan",
+                iteration,
+                self._config.gan_time,
+                adversary.on,
             )
-            real = context.adapter.normalize_latents(batch.clean_latents)
+            real = context.adapter.normalize_latents(one_tensor(batch.clean_latents))
         discriminator = adversary.discriminator_loss(real, noised_fake, batch.cond)
         return TurnResult(
             loss + gan.discriminator_weight * discriminator.loss,
             {"critic_loss": loss, **discriminator.terms},
             rollout.outputs() | discriminator.metrics,
         )
+
+
+def _mean_rms(gradient: Tensor) -> Tensor:
+    """Return the mean over clips of one clip's root mean square."""
+    return gradient.square().flatten(1).mean(dim=1).sqrt().mean()

@@ -7,7 +7,7 @@ from typing import Literal
 
 from attrs import field, frozen
 from attrs.validators import in_
-from distill_protocols import HealthKind, RoleNeed, SamplerSpec
+from distill_protocols import ONE_TENSOR, HealthKind, RoleNeed, SamplerSpec
 
 from distill_methods.latent_config import LatentMethodConfig
 from distill_methods.roles import STUDENT
@@ -58,6 +58,7 @@ class FinetuneConfig(LatentMethodConfig):
         """Capabilities that the adapter must have."""
         optional_names = {
             "supports_cfg": self.needs_negative,
+            ONE_TENSOR: self.times == "per_chunk" or self.past == "clean",
             "supports_frame_times": self.times == "per_chunk",
             "supports_teacher_forcing": self.past == "clean",
             f"causal:{STUDENT.name}": self.times == "per_chunk" or self.past == "clean",

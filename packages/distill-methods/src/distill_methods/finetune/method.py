@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from distill_protocols import Batch, CleanPast, StepResult
-from torch import Tensor
+from distill_protocols import Batch, CleanPast, Latents, StepResult, main_part, one_tensor
 
 from distill_methods.contracts import chunks_of, loss_mask_of
 from distill_methods.finetune.config import FinetuneConfig
 from distill_methods.latent_method import LatentMethod
 from distill_methods.maths import bsmntw_weight, velocity_loss
+from distill_methods.parts import name_parts, sum_part_losses
 
 
 class FinetuneMethod(LatentMethod[FinetuneConfig]):
@@ -43,7 +43,7 @@ class FinetuneMethod(LatentMethod[FinetuneConfig]):
         """Compute the weighted velocity loss of one micro batch."""
         x0 = self.adapter.normalize_latents(batch.clean_latents)
         per_chunk = self.config.times == "per_chunk"
-        chunks = chunks_of(self.adapter, "student", x0.shape[2]) if per_chunk else ()
+        chunks = chunks_of(self.adapter, "student", main_part(x0).shape[2]) if per_chunk else ()
         x_t, noise, t = self.noise.add_noise_at_random_time(
             x0, "finetune", iteration, self.config.time, "student", chunks=chunks
         )
@@ -52,15 +52,23 @@ class FinetuneMethod(LatentMethod[FinetuneConfig]):
         )
         weight = bsmntw_weight(t) if self.config.weighting == "bsmntw" else None
         target = self.adapter.target(x0, noise, t, "v")
-        loss = velocity_loss(velocity, target, weight, loss_mask_of(self.adapter, batch))
+        loss, part_losses = sum_part_losses(
+            self.adapter,
+            "velocity_loss",
+            lambda v, v_target, mask: velocity_loss(v, v_target, weight, mask),
+            velocity,
+            target,
+            loss_mask=loss_mask_of(self.adapter, batch),
+        )
         with torch.no_grad():
             student_x0 = self.adapter.pred_to_x0(velocity, x_t, t)
-        return StepResult({"total_loss": loss}, {"student_x0": student_x0})
+        return StepResult({"total_loss": loss}, name_parts("student_x0", student_x0) | part_losses)
 
-    def _clean_past(self, x0: Tensor) -> CleanPast | None:
+    def _clean_past(self, latents: Latents) -> CleanPast | None:
         """Return what chunks see before them; None: the noised chunks of the same call."""
         if self.config.past == "noisy":
             return None
+        x0 = one_tensor(latents)
         context = self.config.student_sampler.context_noise
         if context == 0:
             return CleanPast(latents=x0)

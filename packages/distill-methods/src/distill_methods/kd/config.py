@@ -7,7 +7,7 @@ from typing import Literal
 
 from attrs import field, frozen
 from attrs.validators import in_
-from distill_protocols import HealthKind, RoleNeed, SamplerSpec
+from distill_protocols import ONE_TENSOR, HealthKind, RoleNeed, SamplerSpec
 
 from distill_methods.latent_config import LatentMethodConfig, can_be_left_early
 from distill_methods.roles import STUDENT
@@ -69,8 +69,13 @@ class KDConfig(LatentMethodConfig):
     def capabilities(self) -> tuple[str, ...]:
         """Capabilities that the adapter must have."""
         if self.past == "clean":
-            return ("pred:x0", "supports_teacher_forcing", f"causal:{STUDENT.name}")
-        return ("pred:x0",)
+            return (
+                "pred:x0",
+                ONE_TENSOR,
+                "supports_teacher_forcing",
+                f"causal:{STUDENT.name}",
+            )
+        return ("pred:x0", ONE_TENSOR)
 
     def update_share(self, role: str, low: float, high: float) -> float:
         """See ``MethodConfig.update_share``."""

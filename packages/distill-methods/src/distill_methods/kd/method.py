@@ -16,6 +16,7 @@ from distill_protocols import (
     ModelBundle,
     RandomStreams,
     StepResult,
+    one_tensor,
 )
 from torch import Tensor
 
@@ -107,7 +108,7 @@ class KDMethod(LatentMethod[KDConfig]):
         Raises:
             ContractError: the batch holds no trajectory of the student's levels.
         """
-        x0 = self.adapter.normalize_latents(batch.clean_latents)
+        x0 = self.adapter.normalize_latents(one_tensor(batch.clean_latents))
         x_t, t, weight = self._sample_student_input(x0, batch, iteration)
         past = CleanPast(latents=x0) if self.config.past == "clean" else None
         student_x0 = self.adapter.forward(

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from attrs import field, frozen
 from attrs.validators import in_
-from distill_protocols import HealthKind, RoleNeed, SamplerSpec
+from distill_protocols import ONE_TENSOR, HealthKind, RoleNeed, SamplerSpec
 from distill_protocols.validators import at_least
 
 from distill_methods.adversarial.config import DiscriminatorOptions
@@ -101,7 +101,7 @@ class LaddConfig(DiscriminatorOptions, LatentMethodConfig):
     @property
     def capabilities(self) -> tuple[str, ...]:
         """Capabilities that the adapter must have."""
-        return ("pred:v", "pred:x0", "supports_features")
+        return ("pred:v", "pred:x0", "supports_features", ONE_TENSOR)
 
     def rollout_times(self, low: float, high: float) -> tuple[float, ...]:
         """See ``LatentMethodConfig.rollout_times``."""

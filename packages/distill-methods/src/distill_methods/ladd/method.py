@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import torch
-from distill_protocols import Batch, ConditioningProvider, ModelBundle, RandomStreams, StepResult
+from distill_protocols import (
+    Batch,
+    ConditioningProvider,
+    ModelBundle,
+    RandomStreams,
+    StepResult,
+    one_tensor,
+)
 
 from distill_methods.adversarial.adversary import Adversary
 from distill_methods.contracts import LatentDiffusion
@@ -81,7 +88,7 @@ class LaddMethod(LatentMethod[LaddConfig]):
         with torch.no_grad(), self.bundle["student"].frozen():
             rollout = self._rollout(batch, DISCRIMINATOR, iteration)
             noised = self._add_noise(rollout, DISCRIMINATOR, iteration)
-            real = self.adapter.normalize_latents(batch.clean_latents)
+            real = self.adapter.normalize_latents(one_tensor(batch.clean_latents))
         discriminator = self._adversary.discriminator_loss(real, noised, batch.cond)
         outputs = rollout.outputs() | discriminator.metrics
         return TurnResult(discriminator.loss, discriminator.terms, outputs)
@@ -89,12 +96,14 @@ class LaddMethod(LatentMethod[LaddConfig]):
     def _student_turn(self, batch: Batch, iteration: int) -> TurnResult:
         rollout = self._rollout(batch, "student", iteration)
         noised = self._add_noise(rollout, "student", iteration)
-        loss, logits_fake = self._adversary.generator_loss(rollout.x0, noised, batch.cond)
+        loss, logits_fake = self._adversary.generator_loss(
+            one_tensor(rollout.x0), noised, batch.cond
+        )
         outputs = rollout.outputs() | {"gan_fake_logit": logits_fake.mean()}
         return TurnResult(loss, {"gan_generator_loss": loss}, outputs)
 
     def _add_noise(self, rollout: Rollout, turn: str, iteration: int) -> NoisedLatents:
-        x0, time = rollout.x0.detach(), self.config.time
+        x0, time = one_tensor(rollout.x0).detach(), self.config.time
         return self.noise.add_noise_at_random_time(
             x0, f"ladd.{turn}", iteration, time, self._adversary.on
         )

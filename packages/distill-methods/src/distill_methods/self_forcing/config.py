@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from attrs import evolve, field, frozen
 from attrs.validators import optional
-from distill_protocols import Chunk, ExitSpec, PlannedRun, Problem
+from distill_protocols import ONE_TENSOR, Chunk, ExitSpec, PlannedRun, Problem
 from distill_protocols.validators import at_least
 
 from distill_methods.distribution_matching.config import MatchingConfig
@@ -90,7 +90,7 @@ class SelfForcingConfig(MatchingConfig):
         by_frame = self.told_exits is not None and self.told_exits.by_frame
         frame_times = ("supports_frame_times",) if by_frame else ()
         causal = ("supports_kv_cache", f"causal:{STUDENT.name}")
-        return (*super().capabilities, *frame_times, *causal)
+        return (*super().capabilities, ONE_TENSOR, *frame_times, *causal)
 
     @property
     def needs_latents(self) -> bool:

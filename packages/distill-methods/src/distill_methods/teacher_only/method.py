@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import torch
-from distill_protocols import Batch, ConditioningProvider, ModelBundle, RandomStreams, StepResult
-from torch import Tensor
+from distill_protocols import (
+    Batch,
+    ConditioningProvider,
+    Latents,
+    ModelBundle,
+    RandomStreams,
+    StepResult,
+)
 
 from distill_methods.contracts import LatentDiffusion, chunks_of, loss_mask_of
 from distill_methods.latent_method import LatentMethod
 from distill_methods.maths import velocity_loss, x0_loss_weight
+from distill_methods.parts import name_parts, sum_part_losses
 from distill_methods.teacher_only.config import TeacherOnlyConfig
 from distill_methods.teachers.ensemble import Teachers
 
@@ -68,16 +75,24 @@ class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
         target = self._teachers.predict(x_t, t, batch.cond)
         velocity = self.adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="v")
         weight = x0_loss_weight(t) if self.config.target == "x0" else None
-        loss = velocity_loss(velocity, target, weight, loss_mask_of(self.adapter, batch))
+        loss, part_losses = sum_part_losses(
+            self.adapter,
+            "velocity_loss",
+            lambda v, v_target, mask: velocity_loss(v, v_target, weight, mask),
+            velocity,
+            target,
+            loss_mask=loss_mask_of(self.adapter, batch),
+        )
         with torch.no_grad():
             outputs = {
-                "student_x0": self.adapter.pred_to_x0(velocity, x_t, t),
-                "teacher_x0": self.adapter.pred_to_x0(target, x_t, t),
+                **name_parts("student_x0", self.adapter.pred_to_x0(velocity, x_t, t)),
+                **name_parts("teacher_x0", self.adapter.pred_to_x0(target, x_t, t)),
+                **part_losses,
             }
         return StepResult({"total_loss": loss}, outputs)
 
     @torch.no_grad()
-    def _clean_latents(self, batch: Batch) -> Tensor:
+    def _clean_latents(self, batch: Batch) -> Latents:
         """Return clips of the data, or sample the student's own, [B, C, T, H, W]."""
         if self.config.input == "data":
             return self.adapter.normalize_latents(batch.clean_latents)

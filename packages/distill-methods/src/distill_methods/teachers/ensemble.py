@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from distill_protocols import Condition, ContractError, PredType
+from distill_protocols import Condition, ContractError, LatentsT, PredType, map_latents
 from torch import Tensor
 
 from distill_methods.context import MethodContext
@@ -32,15 +32,15 @@ class Teachers:
 
     @torch.no_grad()
     def predict(
-        self, x_t: Tensor, t: Tensor, cond: Condition, *, pred_type: PredType = "v"
-    ) -> Tensor:
+        self, x_t: LatentsT, t: Tensor, cond: Condition, *, pred_type: PredType = "v"
+    ) -> LatentsT:
         """Return the weighted prediction, like ``x_t``, without gradient.
 
         Args:
             t: [B], all of it in one expert's range of each teacher.
         """
         negative = self._context.draw_negative(len(x_t))
-        total: Tensor | None = None
+        total: LatentsT | None = None
         for name, (weight, guidance) in self._teachers.items():
             prediction = self._context.adapter.forward(
                 name,
@@ -51,8 +51,12 @@ class Teachers:
                 neg_cond=negative,
                 cfg=self._guidance_at(name, t, guidance),
             )
-            term = prediction if weight == 1 else weight * prediction
-            total = term if total is None else total + term
+            term = (
+                prediction
+                if weight == 1
+                else map_latents(lambda tensor, factor=weight: factor * tensor, prediction)
+            )
+            total = term if total is None else map_latents(torch.add, total, term)
         assert total is not None  # A config has at least one teacher.
         return total
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill_conditioning import DataConfig, DataInfo, SampleShape, data_info
-from distill_protocols import Problem
+from distill_protocols import ONE_TENSOR, Problem
 
 from distill_runfile.draft import Draft
 from distill_runfile.missing import data_key, made_by, missing_data
@@ -29,6 +29,9 @@ def describe_data(draft: Draft, data: DataConfig) -> DataInfo:
     take."""
     shapes: list[SampleShape] = []
     fingerprint = None
+    method = None if draft.method is None else draft.method.config
+    # A method that cannot read several parts is refused for that, and not for its data.
+    reads_parts = method is not None and ONE_TENSOR not in method.capabilities
     if draft.family is not None and draft.roles:
         plugin = draft.family.plugin
         source = components_source(plugin, draft.family.config, draft.roles)
@@ -42,8 +45,10 @@ def describe_data(draft: Draft, data: DataConfig) -> DataInfo:
                     **conditions,
                 }
             latents = plugin.latent_shape(config, source=source)
-            shapes.append(SampleShape(latents=latents, conditions=conditions))
-    method = None if draft.method is None else draft.method.config
+            parts = {}
+            if latents is not None and reads_parts:
+                parts = plugin.part_shapes(config, latents, source=source)
+            shapes.append(SampleShape(latents=latents, conditions=conditions, parts=parts))
     return data_info(
         data,
         shapes=shapes,

@@ -17,11 +17,14 @@ from distill_protocols import (
     Condition,
     ConditioningProvider,
     DataError,
+    Latents,
     RoleHandle,
     RunState,
     SamplerSpec,
     SampleView,
     StepRecord,
+    flatten_parts,
+    restore_parts,
 )
 from distill_runtime import (
     RowPartition,
@@ -178,7 +181,7 @@ class ValidationCallback(Callback):
         root = run.output_dir / "validation"
         clips: dict[str, np.ndarray | None] = {}
         work = len(self._views) + (self._losses is not None) + (self._predictions is not None)
-        latents: Tensor | None = None
+        latents: Latents | None = None
         for number, view in enumerate(self._views):
             run.report_progress("validation", number, work)
             # For methods that sample without polling. Of views that move nothing is written before
@@ -189,7 +192,7 @@ class ValidationCallback(Callback):
                 latents = own if own is not None else latents
             elif not run.ranks.run_on_first(lambda view=view: self._is_kept(root, view)):
                 own, pixels = self._sample(run, view)
-                whole = None if own is None else self._partition(run).gather(own.float())
+                whole = None if own is None else _gather(self._partition(run), own)
                 run.ranks.run_on_first(
                     lambda view=view, p=pixels, w=whole: self._keep(root, view, p, w)
                 )
@@ -204,7 +207,7 @@ class ValidationCallback(Callback):
     def _partition(self, run: RunState) -> RowPartition:
         return RowPartition(run.ranks, len(self.config.prompts))
 
-    def _sample(self, run: RunState, view: SampleView) -> tuple[Tensor | None, np.ndarray | None]:
+    def _sample(self, run: RunState, view: SampleView) -> tuple[Latents | None, np.ndarray | None]:
         """Return this rank's latents, of the view whose clips are noised; and clips of all prompts
         [N, T, H, W, 3] uint8 on rank 0."""
         assert self._cond is not None, "on_train_start has not run"
@@ -232,13 +235,13 @@ class ValidationCallback(Callback):
         return read_kept(folder, len(self.config.prompts)) is not None
 
     def _keep(
-        self, root: Path, view: SampleView, clips: np.ndarray | None, latents: Tensor | None
+        self, root: Path, view: SampleView, clips: np.ndarray | None, latents: Latents | None
     ) -> None:
         assert clips is not None, "rank 0 has all clips"
         write_kept(root / self._kept[view.name], clips, self.config.fps, latents)
 
     def _predict(
-        self, run: RunState, root: Path, latents: Tensor | None
+        self, run: RunState, root: Path, latents: Latents | None
     ) -> dict[float, np.ndarray]:
         """Return what ``Predictions.make`` does; nothing where it is not asked for.
 
@@ -455,3 +458,9 @@ def _stack(images: Sequence[Tensor], paths: Sequence[str]) -> Tensor:
             "have the size of the run's clips. Scale and crop them."
         )
     return torch.stack(list(images))
+
+
+def _gather(partition: RowPartition, latents: Latents) -> Latents | None:
+    """Return latents of all prompts on rank 0; elsewhere None."""
+    rows = partition.gather(flatten_parts(latents).float())
+    return None if rows is None else restore_parts(rows, latents)

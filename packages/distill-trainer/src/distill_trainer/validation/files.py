@@ -30,7 +30,7 @@ from distill_media import (
     write_contact_sheet,
     write_mp4,
 )
-from distill_protocols import DataError, SamplerSpec, TensorInfo
+from distill_protocols import DataError, LatentParts, Latents, SamplerSpec, TensorInfo, one_tensor
 from distill_runtime import (
     UnreadableFileError,
     as_count,
@@ -43,7 +43,6 @@ from distill_runtime import (
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 RECORD = "validation.json"
 SHEET = "sheet.png"
@@ -145,7 +144,7 @@ def read_frames(folder: Path, prompts: int, frames: int) -> np.ndarray:
     return cells.transpose(0, 2, 1, 3, 4)
 
 
-def write_kept(folder: Path, clips: np.ndarray, fps: float, latents: Tensor | None) -> None:
+def write_kept(folder: Path, clips: np.ndarray, fps: float, latents: Latents | None) -> None:
     """Write clips of a view that is sampled once, whole or not at all.
 
     Args:
@@ -156,20 +155,28 @@ def write_kept(folder: Path, clips: np.ndarray, fps: float, latents: Tensor | No
         shown = len(spread_frames(clips.shape[1], FRAMES_SHOWN))
         (stage / KEPT_RECORD).write_text(json_text({"files": files, "frames": shown}))
         if latents is not None:
-            kept = latents.float().contiguous().cpu()
-            info = TensorInfo(tuple(kept.shape), kept.dtype)
-            write_safetensors(stage / LATENTS, {"latents": info}, lambda name: kept)
+            named = {"latents": latents}
+            if isinstance(latents, LatentParts):  # numbered, as a file does not keep their order
+                parts = enumerate(latents.tensors.items())
+                named = {f"latents.{i}.{part}": tensor for i, (part, tensor) in parts}
+            kept = {name: one_tensor(one).float().contiguous().cpu() for name, one in named.items()}
+            infos = {name: TensorInfo(tuple(one.shape), one.dtype) for name, one in kept.items()}
+            write_safetensors(stage / LATENTS, infos, kept.__getitem__)
 
 
-def read_latents(folder: Path, rows: Sequence[int]) -> Tensor:
+def read_latents(folder: Path, rows: Sequence[int]) -> Latents:
     """Read kept latents of some prompts, [len(rows), C, T, H, W].
 
     Raises:
         DataError: they are not there, or damaged.
     """
     try:
-        return load_file(folder / LATENTS)["latents"][list(rows)]
-    except (OSError, SafetensorError, KeyError, IndexError) as error:
+        kept, index = load_file(folder / LATENTS), list(rows)
+        if "latents" in kept:
+            return kept["latents"][index]
+        places = sorted(kept, key=lambda name: int(name.split(".")[1]))
+        return LatentParts({name.split(".", 2)[2]: kept[name][index] for name in places})
+    except (OSError, SafetensorError, KeyError, IndexError, ValueError) as error:
         raise DataError(
             f"{folder / LATENTS} cannot be read ({error}); what roles predict is shown of these "
             "clips. Remove the folder, and they are made anew"

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from attrs import frozen
 from distill_media import shrink
-from distill_protocols import CapabilityError, Condition, LatentViews, RunState
+from distill_protocols import CapabilityError, Condition, Latents, LatentViews, RunState
 from distill_runtime import RowPartition, to_uint8
-from torch import Tensor
 
 from distill_trainer.config import PredictionsConfig, ViewConfig
 from distill_trainer.validation.files import LONGEST_SIDE
@@ -36,7 +35,7 @@ class Predictions:
         return (f"{self.view}, clean", *self.config.roles)
 
     def make(
-        self, run: RunState, latents: Tensor, cond: Condition, partition: RowPartition
+        self, run: RunState, latents: Latents, cond: Condition, partition: RowPartition
     ) -> dict[float, np.ndarray]:
         """Return, by t, clips of all prompts and columns [N, columns, T, H, W, 3] uint8 on rank 0;
         elsewhere nothing.
@@ -48,7 +47,7 @@ class Predictions:
         method, rows = latent_views(run), partition.own
         made: dict[float, np.ndarray] = {}
 
-        def show(values: Tensor) -> np.ndarray | None:
+        def show(values: Latents) -> np.ndarray | None:
             # Small before they are sent: all columns and times of all prompts come together.
             small = shrink(to_uint8(method.decode_latents(values)).numpy(), LONGEST_SIDE)
             gathered = partition.gather(torch.from_numpy(np.ascontiguousarray(small)))
