@@ -68,9 +68,7 @@ def test_the_package_imports_no_torch():
     code = (
         "import sys, distill_adapters_ltx as ltx\n"
         "ltx.LTXPipelineConfig(num_frames=9, height=32, width=32)\n"
-        "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)\n"
-        "ltx.LtxAdapter\n"
-        "assert 'torch' in sys.modules"
+        "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

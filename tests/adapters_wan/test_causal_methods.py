@@ -287,7 +287,7 @@ def gradient_by_formula(method, causal, batch, exit_steps, frames, learned):
     causals, specs, st.sampled_from([1, 2]), st.booleans(), st.booleans(),
     st.sampled_from([1, 3, 21, None]), st.integers(0, 2),
 )  # fmt: skip
-@settings(some, max_examples=16)
+@settings(some, max_examples=6)
 def test_a_step_is_its_formula_without_caches(
     build, causal, spec, size, same, checkpointed, gradient_frames, longer
 ):

@@ -15,6 +15,7 @@ from distill_adapters_wan import PLUGIN, WAN, WanPipelineConfig, adapter
 from distill_adapters_wan.calling import call_transformer
 from distill_diffusers.planning.calls import measure_call, plan_call
 from distill_protocols import Condition, FsdpPolicy, LoraSpec, RoleHandle, RoleSpec, WeightsError
+from slow_cases import slow_but
 from torch import Tensor
 from wan_variants import VARIANTS
 
@@ -82,7 +83,9 @@ def test_the_plan_has_each_tensor_that_is_loaded(folder, kind):
         assert tensor.block == block
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    "kind", slow_but(("trained", "checkpointed in bf16", "LoRA in bf16"), KINDS)
+)
 def test_a_call_takes_what_is_planned(folder, kind):
     """Fake tensors, two and three blocks, against real ones and all blocks."""
     spec = role(folder, kind)
@@ -111,7 +114,7 @@ def test_a_frozen_call_that_a_discriminator_reads_takes_what_is_planned(
     assert plan.most > PLUGIN.plan_call(spec, CLIP, source=spec.path, batch=3).most
 
 
-@pytest.mark.parametrize("name", list(VARIANTS))
+@pytest.mark.parametrize("name", slow_but(("flf2v", "i2v-experts", "ti2v"), VARIANTS))
 def test_a_call_of_every_variant_takes_what_is_planned(name, folder_of, monkeypatch):
     """Of what the adapter really gives its model: channels, embeddings, a time for each token."""
     config, path = VARIANTS[name].config, folder_of(name)
@@ -143,7 +146,9 @@ def test_a_call_of_every_variant_takes_what_is_planned(name, folder_of, monkeypa
     assert plan.held == pytest.approx(measured.held, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["trained", "trained in bf16", "LoRA"])
+@pytest.mark.parametrize(
+    "kind", slow_but(("trained in bf16",), ("trained", "trained in bf16", "LoRA"))
+)
 def test_planned_activations_are_those_that_autograd_saved(folder, kind):
     """By another way of counting: autograd's own hooks, in a real call."""
     spec = role(folder, kind)

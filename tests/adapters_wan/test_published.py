@@ -13,6 +13,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from distill_adapters_wan import PLUGIN, PUBLISHED, WanAdapter, WanPipelineConfig
 from distill_protocols import Condition, LoraSpec, ModelBundle, RoleHandle, RoleSpec
+from slow_cases import slow_but
 
 EXPECTED = {
     # hub id: parameters of one transformer, and where the number is published.
@@ -117,7 +118,13 @@ LATENTS = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("hub_id", [name for name in PUBLISHED if "I2V-14B-480P" not in name])
+@pytest.mark.parametrize(
+    "hub_id",
+    slow_but(
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"),
+        [name for name in PUBLISHED if "I2V-14B-480P" not in name],
+    ),
+)
 def test_a_call_of_the_real_size(hub_id, on_meta):
     """Shapes through the whole model, the condition's, and the expert of either side."""
     adapter, role = on_meta(hub_id)

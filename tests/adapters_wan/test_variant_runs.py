@@ -9,6 +9,7 @@ from distill_protocols import ConfigError
 from distill_runfile.read import read_config
 from distill_train.run import run
 from PIL import Image
+from slow_cases import slow_but
 from wan_variants import VARIANTS
 
 
@@ -25,7 +26,11 @@ def started(values, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("flf2v", "dmd2"), ("i2v-experts", "dmd2"), ("ti2v", "dmd2"), ("t2v-experts", "finetune")],
+    slow_but(
+        ("flf2v-dmd2", "t2v-experts-finetune"),
+        [("flf2v", "dmd2"), ("i2v-experts", "dmd2"), ("ti2v", "dmd2"), ("t2v-experts", "finetune")],
+        "-".join,
+    ),
 )
 def test_a_run_validates_clips_that_begin_with_the_pictures(values, tmp_path, name, method):
     given = values(name, method)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,19 @@ ROOT = Path(__file__).resolve().parents[2]
 def tiny(tmp_path: Path) -> Callable[..., Path]:
     """Return ``tiny("dmd2", training={...})``, which writes that run file; None drops a key."""
 
-    def make(name: str, file: str = "run.yaml", **changes: Any) -> Path:
-        values = tiny_values(name)
-        values["training"] |= {"output_dir": str(tmp_path / "out"), "global_batch_size": 4}
-        return write_changed(tmp_path / file, values, changes)
+    return partial(write_tiny, tmp_path)
 
-    return make
+
+@pytest.fixture(scope="session", name="write_tiny")
+def _write_tiny() -> Callable[..., Path]:
+    return write_tiny
+
+
+def write_tiny(folder: Path, name: str, file: str = "run.yaml", **changes: Any) -> Path:
+    """Write a shipped run file with four clips a batch, whose output is ``folder/out``."""
+    values = tiny_values(name)
+    values["training"] |= {"output_dir": str(folder / "out"), "global_batch_size": 4}
+    return write_changed(folder / file, values, changes)
 
 
 def app(*args: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:

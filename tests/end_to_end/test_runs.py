@@ -345,7 +345,7 @@ def test_sigterm_amid_many_micro_steps_does_not_wait_for_the_rest(tiny, tmp_path
     """The iteration under way is taken back: what is saved is the one before, whole."""
     changes = {
         "training": {
-            "max_train_steps": 2, "log_every": 1, "global_batch_size": 64,
+            "max_train_steps": 2, "log_every": 1, "global_batch_size": 24,
             "batch_size_per_device": 1,
         },
         "method_config": {"generator_update_interval": 2},

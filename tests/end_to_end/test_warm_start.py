@@ -25,14 +25,24 @@ def weights(checkpoint: Path, *parts: str) -> dict[str, torch.Tensor]:
     return {name: value for file in files for name, value in load_file(file).items()}
 
 
-@pytest.fixture
-def first_checkpoint(tiny, tmp_path) -> Path:
-    """Finetune with an average; return the checkpoint."""
-    config = tiny("finetune", "first.yaml", training={"max_train_steps": 2, **QUIET},
-                  checkpoint={"export": [{"role": "student", "folder": "student"}]})  # fmt: skip
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory, write_tiny) -> Path:
+    """Finetune with an average; return the output folder."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    config = write_tiny(
+        folder,
+        "finetune",
+        training={"max_train_steps": 2, **QUIET},
+        checkpoint={"export": [{"role": "student", "folder": "student"}]},
+    )
     assert main(["--config", str(config)]) == EXIT_OK
-    shutil.move(tmp_path / "out", tmp_path / "first")
-    return tmp_path / "first" / "checkpoint-000002"
+    return folder / "out"
+
+
+@pytest.fixture
+def first_checkpoint(finetuned, tmp_path) -> Path:
+    """Copy its output, so that a test may change it; return the checkpoint."""
+    return Path(shutil.copytree(finetuned, tmp_path / "first")) / "checkpoint-000002"
 
 
 def initial_weights(tiny, tmp_path, start: dict, **changes) -> dict[str, torch.Tensor]:

@@ -108,6 +108,7 @@ def accepted_keys(section) -> set[str]:
     return set(problem.split("accepts: ")[1].rstrip(")").split(", "))
 
 
+@settings(max_examples=10)
 @given(st.sampled_from(SECTIONS), st.from_regex(r"[a-z_]{1,12}", fullmatch=True))
 def test_14_an_unknown_key_anywhere_is_a_problem_that_names_it(tmp_path_factory, section, key):
     values = copy.deepcopy(RUN)

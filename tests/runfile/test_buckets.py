@@ -15,6 +15,7 @@ from distill_protocols import Condition, ConfigError
 from distill_runfile import read_config
 from distill_runfile.plan import _data
 from distill_train.cli import EXIT_OK, main
+from slow_cases import slow_but
 
 LARGEST, WIDE, PICTURE = (8, 3, 4, 4), (8, 2, 2, 6), (8, 1, 4, 6)
 BUCKETS = [
@@ -101,7 +102,7 @@ def train(values: dict[str, Any], write, out: Path, *, steps: int = 6) -> list[f
     return losses
 
 
-@pytest.mark.parametrize("method", ["finetune", "causvid", "self_forcing"])
+@pytest.mark.parametrize("method", slow_but(("causvid",), ("finetune", "causvid", "self_forcing")))
 def test_a_run_trains_on_clips_of_each_size(bucketed, write, tmp_path, seen, made, method):
     bucketed["data"]["path"] = write_data(tmp_path / "data", LARGEST, WIDE, PICTURE)
     causal = {"roles": ["student"], "chunk_frames": 1}
@@ -161,7 +162,7 @@ def test_a_bucket_that_does_not_fit_is_a_problem_of_its_role(bucketed, write):
 # -- captions alone ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["dmd2", "self_forcing", "teacher_only"])
+@pytest.mark.parametrize("method", slow_but(("dmd2",), ("dmd2", "self_forcing", "teacher_only")))
 def test_methods_that_make_their_own_clips_train_on_captions(
     bucketed, write, tmp_path, seen, made, method
 ):
