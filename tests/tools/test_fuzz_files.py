@@ -15,12 +15,17 @@ from fuzz_files.fuzz import fuzz
 from fuzz_files.kinds import Kind, SilentDifferenceError
 from fuzz_files.mutations import mutate_bytes, mutate_json, mutate_safetensors, mutate_yaml
 from fuzz_files.other_kinds import all_kinds
+from slow_cases import slow_but
 
 KINDS = all_kinds()
 torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+QUICK = [kind.name for kind in KINDS if not kind.name.startswith(("LTX", "SD 3"))]
+"""What other families read goes through the same readers, and building their models takes long."""
+
+
+@pytest.mark.parametrize("kind", slow_but(QUICK, KINDS, lambda kind: kind.name))
 def test_a_mutated_file_gives_an_error_or_its_content(kind):
     tally = fuzz(kind, 1, seed=12)
     assert tally.findings == ()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from mutation_test.mutants import find_mutants
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "mutation_test"
@@ -109,6 +110,7 @@ RESULTS = {
 }
 
 
+@pytest.mark.slow
 def test_each_change_meets_the_tests_that_reach_it(tmp_path):
     for name, content in PACKAGES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
