@@ -23,6 +23,8 @@ from wan_variants import build, template
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "format-2"
 EXPECTED: dict[str, Any] = json.loads((FIXTURE / "expected.json").read_text())
+OF_A_CLIP = ("student_std", "dmd_gradient_rms")
+"""Means over clips now, and numbers of a whole batch then."""
 
 
 def sha256(tensor: torch.Tensor) -> str:
@@ -43,8 +45,9 @@ def test_an_old_checkpoint_goes_on_with_the_same_numbers(tmp_path):
     ]
     # Not to the bit: processors of one name differ in the last bits. More may be logged now.
     for measurement, expected in zip(measured, EXPECTED["iterations"], strict=True):
-        known = {name: measurement[name] for name in expected}
-        assert known == pytest.approx(expected, rel=1e-4)
+        same = {n: value for n, value in expected.items() if not n.startswith(OF_A_CLIP)}
+        known = {name: measurement[name] for name in same}
+        assert known == pytest.approx(same, rel=1e-4)
 
 
 def test_an_old_data_set_is_read_as_it_was():
