@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import shutil
 import signal
@@ -229,16 +230,25 @@ def test_warnings_of_libraries_are_printed_without_control_characters(pipeline):
 
 def test_token_ids_beyond_the_embedding_are_refused(pipeline):
     file = pipeline / "tokenizer" / "tokenizer.json"
-    model = json.loads(file.read_text())["model"]
-    edit(file, model=model | {"vocab": model["vocab"] | {"new": 99}})
-    with pytest.raises(WeightsError, match=r"words up to number 99, and the encoder .* has 8 rows"):
-        encode(pipeline)
+    whole = json.loads(file.read_text())
+    model, marks = whole["model"], copy.deepcopy(whole["post_processor"])
+    (mark,) = marks["special_tokens"].values()
+    mark["ids"] = [98]
+    for number, changed in [
+        (99, {"model": model | {"vocab": model["vocab"] | {"new": 99}}}),
+        (98, {"model": model, "post_processor": marks}),
+    ]:
+        edit(file, **changed)
+        with pytest.raises(
+            WeightsError, match=rf"words up to number {number}, and the encoder .* has 8 rows"
+        ):
+            encode(pipeline)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [("crop_size", [10**9, 10**9]), ("crop_size", {"height": 25, "width": 24}), ("size", -1),
-     ("image_std", ["x", 1, 1]), ("image_mean", [0.5]), ("resample", "../x")],
+     ("do_center_crop", False), ("image_std", ["x", 1, 1]), ("image_mean", [0.5]), ("resample", "../x")],
 )  # fmt: skip
 def test_an_image_processor_is_tried_before_it_is_used(pipeline, tmp_path, name, value):
     folder = wan_variants.build("i2v-2.1", pipeline, tmp_path / "i2v")

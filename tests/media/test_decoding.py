@@ -307,6 +307,11 @@ def damaged_png(path: Path) -> Path:
     return truncated(path, 0.5)
 
 
+def unknown_codec(path: Path) -> Path:
+    write_video(path, moving_frames(24))
+    return written(path, path.read_bytes().replace(b"avc1", b"av?1"))
+
+
 def pipe(path: Path) -> Path:
     os.mkfifo(path)
     return path
@@ -331,6 +336,7 @@ BAD = {
     "folder.mp4": (lambda p: p.mkdir() or p, "it cannot be read"),
     "gone.mp4": (lambda p: p, "it cannot be read"),
     "picture.mp4": (lambda p: written(p, png_bytes()), "no video that can be read"),
+    "codec.mp4": (unknown_codec, "no decoder is known for its codec"),
     "header.mp4": (lambda p: written(p, b"\0\0\0\x18ftypmp42"), "no video|no frame"),
 }
 

@@ -97,6 +97,8 @@ def open_video(
                 raise VideoError(f"it has no video, only {kinds or 'nothing'}. Remove it")
             stream = streams[0]
             context = stream.codec_context
+            if context is None:  # its type says otherwise
+                raise VideoError("no decoder is known for its codec. Convert it to H.264, say")
             _check_size(context.width, context.height, max_pixels)
             # Again in the decoder, before it takes memory: a frame may be larger than the header.
             context.options = {"max_pixels": str(max_pixels)}

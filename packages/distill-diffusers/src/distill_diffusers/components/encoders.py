@@ -378,7 +378,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, encoder: nn.Module, fol
     """
     embedding = cast(PreTrainedModel, encoder).get_input_embeddings()
     rows = cast(nn.Embedding, embedding).num_embeddings
-    largest = max(tokenizer.get_vocab().values(), default=0)
+    # Marks around a prompt have numbers of their own in tokenizer.json, which no word need have.
+    marks = cast(list[int], tokenizer("", verbose=False)["input_ids"])
+    largest = max([*tokenizer.get_vocab().values(), *marks], default=0)
     if largest >= rows:
         raise WeightsError(
             f"{folder} has words up to number {largest}, and the encoder beside it has {rows} "

@@ -96,7 +96,8 @@ class ImageEncoder:
             _check_sizes(settings)
             # From its settings alone: a processor's folder may name code of its own.
             processor: Any = processor_class.from_dict(settings)
-            trial = processor(images=torch.zeros(3, 32, 32, dtype=torch.uint8), return_tensors="pt")
+            oblong = torch.zeros(3, 32, 48, dtype=torch.uint8)  # a square needs no crop
+            trial = processor(images=oblong, return_tensors="pt")
             made, side = tuple(trial["pixel_values"].shape), encoder.config.image_size
             if made != (1, 3, side, side):
                 raise ValueError(f"it makes pictures {made}, and the encoder reads {side} x {side}")
