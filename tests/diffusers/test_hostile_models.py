@@ -248,7 +248,8 @@ def test_token_ids_beyond_the_embedding_are_refused(pipeline):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("crop_size", [10**9, 10**9]), ("crop_size", {"height": 25, "width": 24}), ("size", -1),
-     ("do_center_crop", False), ("image_std", ["x", 1, 1]), ("image_mean", [0.5]), ("resample", "../x")],
+     ("do_center_crop", False), ("image_std", ["x", 1, 1]), ("image_mean", [0.5]),
+     ("resample", "../x")],
 )  # fmt: skip
 def test_an_image_processor_is_tried_before_it_is_used(pipeline, tmp_path, name, value):
     folder = wan_variants.build("i2v-2.1", pipeline, tmp_path / "i2v")
