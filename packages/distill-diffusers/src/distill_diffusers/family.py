@@ -507,9 +507,10 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         guided: bool = False,
         input_gradient: bool = False,
     ) -> CallPlan | None:
-        """Plan a call by the real module on fake tensors, of two and of three blocks.
+        """Plan a call by the real module on fake tensors, of three blocks in each list.
 
-        Of two experts it is either's call.
+        Of two experts it is either's call. A guided one is of the conditions of both sides, unless
+        guidance is an input of the models.
         """
         latents = self.latent_shape(config, source=source)
         if latents is None:
@@ -524,7 +525,8 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         shapes = self.call_shapes(role, config, latents)
         if shapes is None:
             return None
-        rows = 2 * batch if guided and config.cfg_batched else batch
+        both = guided and config.cfg_batched and not self.capabilities(config).embeds_guidance
+        rows = 2 * batch if both else batch
         return plan_call(
             self.planned_kind or self.kind,
             main,
