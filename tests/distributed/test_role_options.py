@@ -9,6 +9,7 @@ import pytest
 import yaml
 from app_ranks import read_losses, run_file, train
 from ranks import run_on_ranks
+from slow_cases import slow_but
 from tiny_file import TINY
 
 WAN = str(TINY / "wan")
@@ -56,11 +57,15 @@ def run(folder: Path, options: str, size: int, strategy: str | None) -> dict[int
 
 @pytest.mark.parametrize(
     ("options", "like", "strategy"),
-    [
-        ("offloaded", "plain", "fsdp2"),
-        ("compiled", "plain", "ddp"),
-        ("one base", "one base", "fsdp2"),
-    ],
+    slow_but(
+        ("offloaded",),
+        [
+            ("offloaded", "plain", "fsdp2"),
+            ("compiled", "plain", "ddp"),
+            ("one base", "one base", "fsdp2"),
+        ],
+        lambda case: case[0],
+    ),
 )
 def test_options_change_no_number(tmp_path, options, like, strategy):
     one, two = run(tmp_path, like, 1, None), run(tmp_path, options, 2, strategy)
