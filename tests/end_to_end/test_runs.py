@@ -346,6 +346,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_weights(tiny, tmp
         assert torch.equal(interrupted[key], value), key
 
 
+@pytest.mark.slow
 def test_sigterm_amid_many_micro_steps_does_not_wait_for_the_rest(tiny, tmp_path, caplog):
     """The iteration under way is taken back: what is saved is the one before, whole."""
     changes = {

@@ -166,20 +166,6 @@ def test_the_noise_that_the_pipeline_draws(stock):
     assert torch.equal(theirs, ours)
 
 
-@torch.no_grad()
-def test_two_calls_for_guidance_round_otherwise(stock):
-    """Only one call of 2B agrees bit for bit with an exported pipeline."""
-    pipeline, x, t = stock(), draw().squeeze(2), torch.full((4,), 640.0)
-    (text, pooled), (no_text, no_pooled) = (encode(pipeline, p) for p in (PROMPTS, NEGATIVES))
-
-    def call(x, text, pooled):
-        return pipeline.transformer(x, text, pooled, t[: len(x)], return_dict=False)[0]
-
-    both = call(torch.cat([x, x]), torch.cat([no_text, text]), torch.cat([no_pooled, pooled]))
-    apart = torch.cat([call(x, no_text, no_pooled), call(x, text, pooled)])
-    assert 0 < (both - apart).abs().max() < 1e-5
-
-
 def test_the_last_block_has_weights_that_change_nothing(stock):
     """Its text queries: the text that would come out of it is thrown away."""
     from copy import deepcopy

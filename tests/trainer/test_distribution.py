@@ -99,7 +99,7 @@ EACH = [
     [
         (2, None, None),
         (2, "fsdp2", None),
-        (4, "fsdp2", None),
+        pytest.param(4, "fsdp2", None, marks=pytest.mark.slow),
         (4, "hsdp", 2),
     ],
 )

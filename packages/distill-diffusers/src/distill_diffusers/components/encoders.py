@@ -379,7 +379,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, encoder: nn.Module, fol
     embedding = cast(PreTrainedModel, encoder).get_input_embeddings()
     rows = cast(nn.Embedding, embedding).num_embeddings
     # Marks around a prompt have numbers of their own in tokenizer.json, which no word need have.
-    marks = cast(list[int], tokenizer("", verbose=False)["input_ids"])
+    marks = cast(list[int], tokenizer("", truncation=True, max_length=MAX_TOKENS)["input_ids"])
     largest = max([*tokenizer.get_vocab().values(), *marks], default=0)
     if largest >= rows:
         raise WeightsError(

@@ -235,7 +235,7 @@ class Planner:
             training.accumulation(self.world_size) * self.world_size
         )
         differentiated = spec.trainable or judged
-        guided = not differentiated and config.guides_by_two_calls
+        guided = not differentiated and config.method.needs_negative
         mixed = spec.fsdp.mixed_precision if spec.fsdp and placement.sharded else None
         called = attrs.evolve(
             _as_built(spec),
