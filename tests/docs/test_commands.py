@@ -262,7 +262,7 @@ def test_the_first_run_and_what_follows(workplace):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["guides/lora.md", "guides/causal.md"])
+@pytest.mark.parametrize("page", ["guides/lora.md", "guides/causal.md", "methods/kd.md"])
 def test_guides_are_walked(workplace, page):
     walk(page)
 
