@@ -155,15 +155,14 @@ def largest_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> floa
 def assert_weights_alike(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
     """Compare weights that AdamW trained on sums which were added up in another order.
 
-    It divides by the root of a square: an element whose gradient is almost 0 steps with either
-    sign, here by at most 6e-4 a step, and a few updates are taken. So a tensor is compared as a
-    whole, and an element only coarsely.
+    All elements agree to 2e-4, but for three at most. AdamW divides by the root of a square: an
+    element whose gradient is almost 0 steps with either sign, here by at most 6e-4 an update, of
+    which a few are taken.
     """
     assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        difference = tensor.float() - b[name].float()
-        assert float(difference.square().mean().sqrt()) < 1e-4, name
-        assert float(difference.abs().max()) < 2e-3, name
+    differences = torch.cat([(a[name].float() - b[name].float()).abs().flatten() for name in a])
+    assert int((differences >= 2e-4).sum()) <= 3
+    assert float(differences.max()) < 2e-3
 
 
 torch.set_num_threads(1)

@@ -63,14 +63,7 @@ def unsupported(model: ModelDescription) -> Iterator[str]:
 
 def clip_problems(info: LatentInfo, transformer: Mapping[str, object]) -> Iterator[str]:
     """Say where a VAE does not fit a transformer."""
-    names = ("in_channels", "out_channels")
-    channels = {read_integer(transformer, name, LATENT_CHANNELS) for name in names}
-    if channels != {info.channels}:
-        yield (
-            f"the transformer has {' and '.join(map(str, sorted(channels)))} latent channels but "
-            f"the VAE {info.channels}; they must be of one model family. Take both from one, or "
-            "name the right `components`"
-        )
+    yield from info.channel_problems(transformer, LATENT_CHANNELS)
 
 
 def frame_conditions(frames_a_latent: int) -> FrameConditions:

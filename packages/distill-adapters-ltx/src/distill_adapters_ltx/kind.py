@@ -7,7 +7,6 @@ from types import MappingProxyType
 
 from distill_diffusers.descriptions import LatentInfo, ModelDescription
 from distill_diffusers.kinds import ModelKind
-from distill_diffusers.model_configs import read_integer, read_integers
 from distill_protocols import FrameConditions
 
 from distill_adapters_ltx.published import LATENT_CHANNELS, STRIDE_HW, STRIDE_T
@@ -39,18 +38,6 @@ LTX = ModelKind(
 )
 
 
-def latent_info(vae: Mapping[str, object]) -> LatentInfo:
-    """Read off ``vae/config.json`` what the VAE makes of pixels, as its class computes it."""
-    halvings = sum(read_integers(vae, "spatio_temporal_scaling", (True, True, True, False)))
-    stride_t = read_integer(vae, "temporal_compression_ratio", 0)
-    stride_hw = read_integer(vae, "spatial_compression_ratio", 0)
-    return LatentInfo(
-        channels=read_integer(vae, "latent_channels", LATENT_CHANNELS),
-        stride_t=stride_t or read_integer(vae, "patch_size_t", 1) * 2**halvings,
-        stride_hw=stride_hw or read_integer(vae, "patch_size", 4) * 2**halvings,
-    )
-
-
 def unsupported(model: ModelDescription) -> Iterator[str]:
     """Say why the adapter would call the model wrongly."""
     pipeline = model.call_options[PIPELINE]
@@ -70,14 +57,7 @@ def unsupported(model: ModelDescription) -> Iterator[str]:
 
 def clip_problems(info: LatentInfo, transformer: Mapping[str, object]) -> Iterator[str]:
     """Say where a VAE does not fit a transformer, or neither fits LTX's positions."""
-    names = ("in_channels", "out_channels")
-    channels = {read_integer(transformer, name, LATENT_CHANNELS) for name in names}
-    if channels != {info.channels}:
-        yield (
-            f"the transformer has {' and '.join(map(str, sorted(channels)))} latent channels but "
-            f"the VAE {info.channels}; they must be of one model family. Take both from one, or "
-            "name the right `components`"
-        )
+    yield from info.channel_problems(transformer, LATENT_CHANNELS)
     if (info.stride_t, info.stride_hw) != (STRIDE_T, STRIDE_HW):
         yield (
             f"a latent cell of the VAE spans {info.stride_t} frames of {info.stride_hw} x "

@@ -20,7 +20,6 @@ from distill_adapters_ltx.kind import (
     TEXT_MASK,
     clip_problems,
     frame_conditions,
-    latent_info,
     padding_entry,
     unsupported,
 )
@@ -63,7 +62,7 @@ class LtxFamily(DiffusersFamily[LTXPipelineConfig]):
         return clip_problems(latents, transformer)
 
     def latent_info(self, vae: Mapping[str, object]) -> LatentInfo:
-        return latent_info(vae)
+        return LatentInfo.of_ltx_vae(vae, (True, True, True, False))
 
     def latent_tokens(self, config: LTXPipelineConfig, *, source: str) -> int | None:
         """Count latent cells: each is one token."""

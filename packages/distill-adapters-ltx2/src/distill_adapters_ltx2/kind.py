@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from distill_diffusers.descriptions import LatentInfo
 from distill_diffusers.kinds import ModelKind
-from distill_diffusers.model_configs import read_integer, read_integers, read_number
+from distill_diffusers.model_configs import read_integer, read_number
 
 from distill_adapters_ltx2.config import LTX2PipelineConfig
 from distill_adapters_ltx2.published import (
@@ -48,18 +48,6 @@ LTX2 = ModelKind(
 )
 
 
-def latent_info(vae: Mapping[str, object]) -> LatentInfo:
-    """Read off ``vae/config.json`` what the VAE makes of pixels, as its class computes it."""
-    halvings = sum(read_integers(vae, "spatio_temporal_scaling", (True,) * 4))
-    stride_t = read_integer(vae, "temporal_compression_ratio", 0)
-    stride_hw = read_integer(vae, "spatial_compression_ratio", 0)
-    return LatentInfo(
-        channels=read_integer(vae, "latent_channels", LATENT_CHANNELS),
-        stride_t=stride_t or read_integer(vae, "patch_size_t", 1) * 2**halvings,
-        stride_hw=stride_hw or read_integer(vae, "patch_size", 4) * 2**halvings,
-    )
-
-
 def text_rows(
     transformer: Mapping[str, object], config: LTX2PipelineConfig
 ) -> dict[str, tuple[int, ...]]:
@@ -94,14 +82,7 @@ def clip_problems(
 ) -> Iterator[str]:
     """Say where a VAE does not fit a transformer, or neither fits LTX-2's positions, or the model
     cannot be guided as ``config`` asks."""
-    names = ("in_channels", "out_channels")
-    channels = {read_integer(transformer, name, LATENT_CHANNELS) for name in names}
-    if channels != {info.channels}:
-        yield (
-            f"the transformer has {' and '.join(map(str, sorted(channels)))} latent channels but "
-            f"the VAE {info.channels}; they must be of one model family. Take both from one, or "
-            "name the right `components`"
-        )
+    yield from info.channel_problems(transformer, LATENT_CHANNELS)
     if (info.stride_t, info.stride_hw) != (STRIDE_T, STRIDE_HW):
         yield (
             f"a latent cell of the VAE spans {info.stride_t} frames of {info.stride_hw} x "

@@ -18,7 +18,6 @@ from distill_adapters_ltx2.kind import (
     LTX2,
     VIDEO,
     clip_problems,
-    latent_info,
     part_shapes,
     text_rows,
     unsupported,
@@ -69,7 +68,7 @@ class Ltx2Family(DiffusersFamily[LTX2PipelineConfig]):
         return clip_problems(config, latents, transformer)
 
     def latent_info(self, vae: Mapping[str, object]) -> LatentInfo:
-        return latent_info(vae)
+        return LatentInfo.of_ltx_vae(vae, (True,) * 4)
 
     def latent_tokens(self, config: LTX2PipelineConfig, *, source: str) -> int | None:
         """Count latent cells of the pictures: each is one token."""

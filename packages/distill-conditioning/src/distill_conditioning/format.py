@@ -104,7 +104,7 @@ class SampleShape:
     def __str__(self) -> str:
         latents = "captions alone" if self.latents is None else f"latents {list(self.latents)}"
         if self.parts:
-            latents = f"latents { ({name: list(shape) for name, shape in self.parts.items()}) }"
+            latents = ", ".join(f"{name} {list(shape)}" for name, shape in self.parts.items())
         rows = ", ".join(f"{name} {list(shape)}" for name, shape in self.conditions.items())
         return f"{latents}, conditions {rows or 'none'}"
 

@@ -23,7 +23,7 @@ from distill_diffusers.folders import (
     transformer_names,
 )
 from distill_diffusers.kinds import TRAIN_STEPS, ModelKind
-from distill_diffusers.model_configs import MAX_SIZE, read_config, read_integer
+from distill_diffusers.model_configs import MAX_SIZE, read_config, read_integer, read_integers
 
 
 def _check_latent_size(_info: object, attribute: Attribute[int], value: int) -> None:
@@ -63,6 +63,38 @@ class LatentInfo:
             stride_t=read_integer(vae, "scale_factor_temporal", 4),
             stride_hw=read_integer(vae, "scale_factor_spatial", 8),
         )
+
+    @classmethod
+    def of_ltx_vae(cls, vae: Mapping[str, object], scaled: tuple[bool, ...]) -> LatentInfo:
+        """Read it off ``vae/config.json`` of an ``AutoencoderKLLTXVideo`` or
+        ``AutoencoderKLLTX2Video``, as the class computes it.
+
+        Args:
+            scaled: the class's default of ``spatio_temporal_scaling``.
+        """
+        halvings = sum(read_integers(vae, "spatio_temporal_scaling", scaled))
+        stride_t = read_integer(vae, "temporal_compression_ratio", 0)
+        stride_hw = read_integer(vae, "spatial_compression_ratio", 0)
+        return cls(
+            channels=read_integer(vae, "latent_channels", 128),
+            stride_t=stride_t or read_integer(vae, "patch_size_t", 1) * 2**halvings,
+            stride_hw=stride_hw or read_integer(vae, "patch_size", 4) * 2**halvings,
+        )
+
+    def channel_problems(self, transformer: Mapping[str, object], default: int) -> Iterator[str]:
+        """Say where a transformer takes or makes other channels than the VAE.
+
+        Args:
+            default: the class's default of ``in_channels`` and ``out_channels``.
+        """
+        names = ("in_channels", "out_channels")
+        channels = {read_integer(transformer, name, default) for name in names}
+        if channels != {self.channels}:
+            yield (
+                f"the transformer has {' and '.join(map(str, sorted(channels)))} latent channels "
+                f"but the VAE {self.channels}; they must be of one model family. Take both from "
+                "one, or name the right `components`"
+            )
 
 
 @frozen(kw_only=True)
