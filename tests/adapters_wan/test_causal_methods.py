@@ -580,14 +580,15 @@ def test_causvid_trains_one_of_two_experts_an_iteration(build):
 # -- finetune -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("context", [0.0, 100.0])
-@pytest.mark.parametrize("past", ["noisy", "clean"])
+@pytest.mark.parametrize(("past", "context", "most"), [
+    ("noisy", 0.0, None), ("clean", 0.0, None), ("clean", 100.0, None), ("clean", 100.0, 600.0),
+])  # fmt: skip
 @pytest.mark.parametrize("times", ["per_clip", "per_chunk"])
-def test_a_causal_finetune_by_hand(build, times, past, context):
+def test_a_causal_finetune_by_hand(build, times, past, context, most):
     """mean over samples, frames ... of w(t of the frame) |v - (eps - x0)|^2."""
     config = FinetuneConfig(
         time=TimeSampling(shift=3.0), weighting="bsmntw", times=times, past=past,
-        student_sampler=SamplerSpec(steps=2, context_noise=context),
+        student_sampler=SamplerSpec(steps=2, context_noise=context), past_t_max=most,
     )  # fmt: skip
     method, batch = build(config, causal={"chunk_frames": 2}), batch_of(2)
     with calls_of(method, "student") as calls:
@@ -603,9 +604,12 @@ def test_a_causal_finetune_by_hand(build, times, past, context):
     noise = streams.rows("finetune.noise", 2).normal(SHAPE)
     beside = None
     if past == "clean":
-        c = context / 1000
+        past_t = torch.full((2,), context)
+        if most is not None:
+            past_t += (most - context) * streams.rows("finetune.past.t", 2).uniform()
+        c = (past_t / 1000)[:, None, None, None, None]
         eps = streams.rows("finetune.past", 2).normal(SHAPE) if context else 0
-        beside = CleanPast(latents=(1 - c) * x0 + c * eps, t=torch.full((2,), context))
+        beside = CleanPast(latents=(1 - c) * x0 + c * eps, t=past_t)
     v = method.adapter.forward("student", (1 - s) * x0 + s * noise, t, batch.cond, caches=beside)
     bell = torch.exp(-2 * ((t.double() - 500) / 1000) ** 2)
     grid = torch.exp(-2 * (torch.linspace(-0.5, 0.5, 100001, dtype=torch.float64)) ** 2)

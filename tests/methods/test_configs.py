@@ -63,9 +63,36 @@ WRONG_OPTIONS = [
     (DMD2Config, {"score_t_max": 1001.0}, r"1001.0 must be within \[0, 1000\]"),
     (DMD2Config, {"score_t_max": float("nan")}, r"nan must be within \[0, 1000\]"),
     (DMD2Config, {"score_t_min": 980.0}, r"980.0 must be above score_t_min \(980.0\)"),
+    (DMD2Config, {"score_t_limits": "draw"}, "'clamp', 'truncate'.*got 'draw'"),
+    (
+        DMD2Config,
+        {"score_t_min": 0.0, "score_t_max": 1000.0, "score_t_limits": "truncate"},
+        "truncate has no effect",
+    ),
+    (DMD2Config, {"fake_score_guidance_scale": 2.0}, "which it never learns"),
+    (
+        DMD2Config,
+        {
+            "fake_score_guidance_scale": 2.0,
+            "critic_condition_dropout": 0.1,
+            "critic_exits": True,
+        },
+        "cannot be used with critic_exits",
+    ),
+    (DMD2Config, {"critic_condition_dropout": 1.5}, r"1.5 must be within \[0, 1\]"),
     (TeacherOnlyConfig, {"guidance_scale": -0.5}, "-0.5 must be at least 0.*away from"),
     (FinetuneConfig, {"weighting": "min_snr"}, "'none', 'bsmntw'.*got 'min_snr'"),
     (FinetuneConfig, {"times": "per_frame"}, "'per_clip', 'per_chunk'.*got 'per_frame'"),
+    (FinetuneConfig, {"past_t_max": 200.0}, "no effect.*Set past: clean"),
+    (
+        FinetuneConfig,
+        {
+            "past": "clean",
+            "student_sampler": SamplerSpec(steps=2, context_noise=100.0),
+            "past_t_max": 100.0,
+        },
+        r"must lie above student_sampler.context_noise \(100\)",
+    ),
     (FinetuneConfig, {"past": "dirty"}, "'noisy', 'clean'.*got 'dirty'"),
     (SelfForcingConfig, {"gradient_frames": 0}, "0 must be at least 1.*never learn"),
     (SelfForcingConfig, {"rollout_frames": (0, 4)}, r"\[0, 4\] must be \[min, max\]"),
@@ -80,6 +107,11 @@ WRONG_OPTIONS = [
     (TimeSampling, {"shift": -3.0}, "-3.0 must be above 0"),
     (TimeSampling, {"t_min": -5.0}, r"-5.0 must be within \[0, 1000\]"),
     (TimeSampling, {"t_max": 2000.0}, r"2000.0 must be within \[0, 1000\]"),
+    (
+        TimeSampling,
+        {"distribution": "logit_normal", "mean": -9.0, "t_min": 900.0, "limits": "truncate"},
+        "truncate draws t from 900 to 1000, where",
+    ),
     (TimeSampling, {"t_min": 500.0, "t_max": 400.0}, r"400.0 must be above t_min \(500.0\)"),
 ]
 

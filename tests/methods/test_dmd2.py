@@ -75,9 +75,16 @@ def test_a_critic_equal_to_the_teacher_gives_the_student_no_gradient():
     assert all(g.abs().max() == 0 for g in gradients(bundle)["student"])
 
 
-def test_the_student_turn_against_an_independent_formula():
+@pytest.mark.parametrize("critic_guidance", [1.0, 2.0])
+def test_the_student_turn_against_an_independent_formula(critic_guidance: float):
     """Everything by hand from the recorded draws: rollout, noise, guidance, normaliser, loss."""
-    method = build(generator_update_interval=2, real_score_guidance_scale=3.0, rollout="data")
+    method = build(
+        generator_update_interval=2,
+        real_score_guidance_scale=3.0,
+        rollout="data",
+        fake_score_guidance_scale=critic_guidance,
+        critic_condition_dropout=0.1,
+    )
     batch = toy_batch(2)
     result = method.single_train_step(batch, 2)
     result.loss_map["dmd_loss"].backward()
@@ -104,7 +111,8 @@ def test_the_student_turn_against_an_independent_formula():
     negative = torch.full_like(text, -0.5)
     c, n = (nets["teacher"](x_t, t, y) for y in (text, negative))
     real = x_t - s * (n + 3.0 * (c - n))
-    fake = x_t - s * nets["critic"](x_t, t, text)
+    c, n = (nets["critic"](x_t, t, y) for y in (text, negative))
+    fake = x_t - s * (n + critic_guidance * (c - n))
     g = (fake - real) / (x - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     x.backward((g / g.numel()).detach())
     expected = [p.grad for p in nets["student"].parameters()]
@@ -113,8 +121,12 @@ def test_the_student_turn_against_an_independent_formula():
     torch.testing.assert_close(result.loss_map["dmd_loss"], 0.5 * g.square().mean())
 
 
-@pytest.mark.parametrize("exit_step", [0, 1])
-def test_the_critic_turn_against_an_independent_formula(exit_step: int):
+@pytest.mark.parametrize(
+    ("exit_step", "error_of", "dropout"), [(0, "v", 0.0), (1, "x0", 0.0), (1, "eps", 0.9)]
+)
+def test_the_critic_turn_against_an_independent_formula(
+    exit_step: int, error_of: str, dropout: float
+):
     """Backward simulation by hand, then flow matching of the critic on the student's clip."""
     seed = next(
         seed
@@ -124,7 +136,12 @@ def test_the_critic_turn_against_an_independent_formula(exit_step: int):
         )
         == exit_step
     )
-    method = build(seed=seed, critic_time=TimeSampling(shift=2.0, t_min=50, t_max=900))
+    method = build(
+        seed=seed,
+        critic_time=TimeSampling(shift=2.0, t_min=50, t_max=900),
+        critic_loss=error_of,
+        critic_condition_dropout=dropout,
+    )
     batch = toy_batch(2)
     result = method.single_train_step(batch, 1)
     assert result.outputs["exit_step"] == exit_step
@@ -142,8 +159,12 @@ def test_the_critic_turn_against_an_independent_formula(exit_step: int):
     t = (1000 * 2 * u / (1 + u)).clamp(50, 900)
     noise = streams.rows("dmd2.critic.noise", 2).normal(LATENT_SHAPE)
     s = (t / 1000).view(-1, 1, 1, 1, 1)
-    v = critic((1 - s) * x + s * noise, t, text)
-    expected = (v - (noise - x)).square().mean()
+    x_t = (1 - s) * x + s * noise
+    dropped = streams.rows("dmd2.critic.dropout", 2).uniform() < dropout
+    seen = torch.where(dropped[:, None], torch.full_like(text, -0.5), text)
+    v = critic(x_t, t, seen)
+    errors = {"v": v - (noise - x), "x0": x_t - s * v - x, "eps": x_t + (1 - s) * v - noise}
+    expected = errors[error_of].square().mean()
     torch.testing.assert_close(result.loss_map["critic_loss"], expected, rtol=1e-5, atol=0)
 
 

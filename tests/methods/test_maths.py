@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from attrs import evolve
 from distill_methods import TimeSampling
 from distill_methods.maths import (
     bsmntw_weight,
@@ -17,7 +18,10 @@ from distill_methods.maths import (
     sample_timesteps_within,
     velocity_loss,
 )
+from distill_methods.time_sampling import probability_below, probability_within
 from distill_protocols import RowGenerators
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def column(*values: float) -> torch.Tensor:
@@ -107,6 +111,33 @@ def test_timesteps_follow_the_logit_normal_distribution():
         edge = 1000 / (1 + math.exp(-(1.0 + 0.5 * z)))
         expected = 0.5 * (1 + math.erf(z / math.sqrt(2)))
         assert (t < edge).float().mean().item() == pytest.approx(expected, abs=0.01)
+
+
+@given(
+    shift=st.floats(0.5, 12),
+    low=st.floats(100, 600),
+    width=st.floats(100, 400),
+    normal=st.booleans(),
+    split=st.floats(0.2, 0.8),
+)
+def test_truncated_times_keep_their_odds(
+    shift: float, low: float, width: float, normal: bool, split: float
+):
+    """Within the limits the distribution is that without limits, given that t lies there; nothing
+    gathers at a limit."""
+    free = TimeSampling(distribution="logit_normal" if normal else "uniform", shift=shift)
+    limited = evolve(free, t_min=low, t_max=low + width, limits="truncate")
+    place = low + split * width
+    share = probability_within(free, low, place) / probability_within(free, low, low + width)
+    assert probability_below(limited, place) == pytest.approx(share, abs=1e-9)
+    t = sample_timesteps(limited, RowGenerators.seeded(0, "t", range(400)))
+    assert low <= t.min() <= t.max() <= low + width
+    assert len(t.unique()) > 390
+    assert (t < place).float().mean().item() == pytest.approx(share, abs=0.13)  # 5 sigma
+    # Quantiles of a range of it (an expert's) are the same ones.
+    inside = sample_timesteps_within(torch.tensor([0.5]), limited, (low, place)).double()
+    expected = probability_below(limited, place) / 2
+    assert probability_below(limited, float(inside)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_bsmntw_weight_by_hand():

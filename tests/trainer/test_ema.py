@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from distill_protocols import CheckpointError
-from distill_trainer import ExponentialMovingAverage
+from distill_trainer import EmaConfig, ExponentialMovingAverage
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -44,6 +44,14 @@ def test_constant_weights_give_the_closed_form(
     value = average.state_dict()["0.weight"]
     torch.testing.assert_close(value, torch.full_like(value, expected), rtol=1e-5, atol=2e-5)
     assert average.updates == updates
+
+
+@given(half_life=st.floats(0.5, 1e4))
+def test_after_a_half_life_half_is_left(half_life: float) -> None:
+    config = EmaConfig(roles=("student",), half_life=half_life)
+    assert config.kept**half_life == pytest.approx(0.5)
+    with pytest.raises(ValueError, match=r"says the same as decay .* Leave one of them out"):
+        EmaConfig(roles=("student",), decay=0.9, half_life=half_life)
 
 
 def test_up_to_start_update_it_copies() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,9 +34,14 @@ from toy_trainer import (
 )
 
 
-@given(interval=st.integers(1, 5), accumulation=st.integers(1, 3), steps=st.integers(1, 11))
+@given(
+    interval=st.integers(1, 5),
+    accumulation=st.integers(1, 3),
+    steps=st.integers(1, 11),
+    per=st.sampled_from(["update", "iteration"]),
+)
 def test_scheduler_steps_optimizer_steps_and_averages_agree(
-    tmp_path_factory: pytest.TempPathFactory, interval: int, accumulation: int, steps: int
+    tmp_path_factory: pytest.TempPathFactory, interval: int, accumulation: int, steps: int, per: Any
 ) -> None:
     schedule = ScheduleConfig(name="cosine", warmup_steps=2)
     method = alternating(interval, horizon=9, optimizer=OptimizerConfig(lr=0.1, schedule=schedule))
@@ -43,7 +49,7 @@ def test_scheduler_steps_optimizer_steps_and_averages_agree(
         tmp_path_factory.mktemp("run"), steps,
         global_batch_size=2 * accumulation, batch_size_per_device=2,
     )  # fmt: skip
-    ema = EmaCallback(EmaConfig(roles=("student", "critic"), decay=0.9))
+    ema = EmaCallback(EmaConfig(roles=("student", "critic"), decay=0.9, per=per))
     result = DistillTrainer(config, callbacks=[ema]).run(method, batches())
 
     turns = steps // interval
@@ -53,7 +59,8 @@ def test_scheduler_steps_optimizer_steps_and_averages_agree(
         counted = {int(state["step"]) for state in optimizer.state.values()} or {0}
         assert counted == {expected[key]}
         assert method.scheduler_dict[key].last_epoch == expected[key]
-        assert method.bundle.by_module("ema")[key].updates == expected[key]
+        moves = expected[key] if per == "update" else steps
+        assert method.bundle.by_module("ema")[key].updates == moves
         rate = 0.1 * schedule_factor(schedule, expected[key], 9)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
 

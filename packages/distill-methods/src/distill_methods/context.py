@@ -41,6 +41,21 @@ class MethodContext:
         chosen = generators.integers(len(self.negative))
         return self.negative[chosen.to(self.device)]
 
+    def drop_condition(self, cond: Condition, rate: float, purpose: str) -> Condition:
+        """Replace the condition of some samples by the negative one, each with the chance ``rate``,
+        drawn from the stream ``purpose``."""
+        negative = self.draw_negative(len(cond))
+        assert negative is not None  # ``Critic`` checks it.
+        negative = negative.expand(len(cond)).merged_onto(cond)
+        dropped = (self.noise.streams.rows(purpose, len(cond)).uniform() < rate).to(self.device)
+        return Condition(
+            {
+                name: torch.where(dropped.view(-1, *[1] * (value.dim() - 1)), other, value)
+                for name, value in cond.tensors.items()
+                for other in [negative.tensors[name]]
+            }
+        )
+
     def named(self, name: str) -> MethodContext:
         """Return the same under another name, for a second part that draws numbers of its own."""
         return evolve(self, name=name)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from distill_protocols import RowGenerators, shift_sigma
@@ -27,6 +28,7 @@ from distill_methods.time_sampling import (
     TimeSampling,
     probability_below,
     probability_within,
+    unlimited_range,
 )
 
 # Minimum over [0, 1000] of the bell of ``bsmntw_weight``, at both ends, and its mean above that.
@@ -124,10 +126,13 @@ def x0_regression_loss(
     return _mean_per_sample(error, loss_mask).mean()
 
 
-def x0_loss_weight(t: Tensor) -> Tensor:
-    """Return s^2, [B]: with this weight ``velocity_loss`` is ``mean |x0 - x0_target|^2``, as
-    ``x0 = x_t - s v``."""
-    return (_widen(t) / 1000).square()
+def velocity_weight(t: Tensor, error_of: Literal["v", "x0", "eps"]) -> Tensor | None:
+    """Return the weight, like ``t``, with which ``velocity_loss`` is the squared error of another
+    prediction: s^2 of ``x0 = x_t - s v``, (1 - s)^2 of ``eps = x_t + (1 - s) v``; None of v."""
+    if error_of == "v":
+        return None
+    s = _widen(t) / 1000
+    return (s if error_of == "x0" else 1 - s).square()
 
 
 def bsmntw_weight(t: Tensor) -> Tensor:
@@ -226,11 +231,13 @@ def tangent_loss(
 
 
 def sample_timesteps(time: TimeSampling, rows: RowGenerators, shape: Sequence[int] = ()) -> Tensor:
-    """Draw ``t = clamp(1000 S_k(u), t_min, t_max)`` for each row: fp32 [B, *shape] on the
-    generators' device.
+    """Draw ``t = clamp(1000 S_k(u), t_min, t_max)`` for each row, or t within these limits
+    (``TimeSampling.limits``): fp32 [B, *shape] on the generators' device.
 
     u is uniform, or ``sigmoid(N(mean, std))`` (SD3, Esser et al. 2024, eq. 19 and 23).
     """
+    if time.limits == "truncate":
+        return sample_timesteps_within(rows.uniform(shape), time, (time.t_min, time.t_max))
     if time.distribution == "uniform":
         u = rows.uniform(shape)
     else:
@@ -250,6 +257,8 @@ def sample_timesteps_within(quantiles: Tensor, time: TimeSampling, time_range: T
     # The inverse distribution function at quantiles of the range alone. In fp64, as ndtri is
     # steep near 0 and 1.
     q = probability_below(time, low) + quantiles.double() * probability_within(time, low, high)
+    first, last = unlimited_range(time)
+    q = first + q * (last - first)
     if time.distribution == "uniform":
         u = q
     else:

@@ -30,12 +30,20 @@ class Critic:
     """The critic's predictions, which is told the exit steps of clips where the config says so.
 
     Raises:
-        ContractError: it was loaded with another number of exit steps.
+        ContractError: it was loaded with another number of exit steps, or it shall learn without a
+            condition and there is no negative one.
     """
 
     def __init__(self, context: MethodContext, config: MatchingConfig) -> None:
         self._context = context
         self._spec = config.told_exits
+        self._guidance = config.fake_score_guidance_scale
+        if config.critic_condition_dropout and context.negative is None:
+            raise ContractError(
+                f"critic_condition_dropout: {config.critic_condition_dropout} replaces conditions "
+                "by the negative one, and there is none, as guidance is an input of these models. "
+                "Leave it out"
+            )
         if self._spec is None:
             return
         self._exits = require_contract(context.adapter.exits, "supports_exits", by=context.name)
@@ -46,6 +54,21 @@ class Critic:
                 f"student's sampler at {self._spec.count}. Load it with the role's need: RoleSpec("
                 "exits=config.told_exits)"
             )
+
+    def score(self, x_t: Latents, t: Tensor, cond: Condition, rollout: Rollout) -> Latents:
+        """Predict x0, guided as the config says, at x_t, clips of ``rollout`` with noise; t is
+        [B]."""
+        if self._guidance == 1:
+            return self.predict(x_t, t, cond, rollout, "x0")
+        return self._context.adapter.forward(
+            "critic",
+            x_t,
+            t,
+            cond,
+            fwd_pred_type="x0",
+            neg_cond=self._context.draw_negative(len(cond)),
+            cfg=self._guidance,
+        )
 
     def predict(
         self, x_t: Latents, t: Tensor, cond: Condition, rollout: Rollout, pred_type: PredType

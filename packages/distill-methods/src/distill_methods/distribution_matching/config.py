@@ -16,10 +16,13 @@ from distill_methods.exits import ExitChoice, exit_choice_problem, exit_weights,
 from distill_methods.latent_config import ROLLOUT_METRICS, can_be_left_early
 from distill_methods.roles import CRITIC, DISCRIMINATOR, STUDENT, discriminator
 from distill_methods.teachers.config import NEGATIVE_GUIDANCE, DefaultGuidance, TeachersConfig
-from distill_methods.time_sampling import TimeSampling, probability_within
+from distill_methods.time_sampling import TimeLimits, TimeSampling, probability_within
 
 Guidances = tuple[float, ...]
 """w for each exit step."""
+
+CriticLoss = Literal["v", "x0", "eps"]
+"""Which of the critic's predictions its squared error is of."""
 
 _SCALE = "t = 1000 sigma runs from 0 (clean) to 1000 (noise)"
 
@@ -50,6 +53,15 @@ def _is_above_t_min(config: MatchingConfig, _attribute: object, value: float) ->
         )
 
 
+def _is_a_score_time(config: MatchingConfig, _attribute: object, value: TimeLimits) -> None:
+    TimeSampling(  # which says what is wrong with these limits
+        shift=config.score_shift,
+        t_min=config.score_t_min,
+        t_max=config.score_t_max,
+        limits=value,
+    )
+
+
 def _is_an_exit_choice(config: MatchingConfig, _attribute: object, value: ExitChoice) -> None:
     if problem := exit_choice_problem(value, config.student_sampler.steps):
         raise ValueError(problem)
@@ -70,6 +82,21 @@ def _is_guidance(config: MatchingConfig, attribute: object, value: float | Guida
         raise ValueError(
             f"{list(value)} has {len(value)} numbers, and student_sampler takes "
             f"{config.student_sampler.steps} steps. Give one for each exit step, or one for all"
+        )
+
+
+def _is_guidance_of_the_critic(config: MatchingConfig, _attribute: object, value: float) -> None:
+    if value == 1:
+        return
+    if not config.critic_condition_dropout:
+        raise ValueError(
+            f"{value} guides the critic by what it predicts under the negative condition, which it "
+            "never learns. Set critic_condition_dropout, 0.1 say, or leave this at 1"
+        )
+    if config.critic_exits:
+        raise ValueError(
+            f"{value} cannot be used with critic_exits: a critic that is told the exit is called "
+            "without guidance. Leave one of them out"
         )
 
 
@@ -127,15 +154,23 @@ class MatchingConfig(TeachersConfig):
             w = s + 1: their 3.5 is 4.5 here, Self-Forcing's 3.0 is 4.0.
         real_score_guidance_scale_2: w of the teacher's expert for the low noise levels, where it
             has two; left out, the same.
+        fake_score_guidance_scale: w of the critic's score in the student's turn (DMD2's
+            ``fake_guidance_scale``). Above 1 needs ``critic_condition_dropout``.
+        critic_condition_dropout: chance that the critic learns a clip under the negative condition.
         teachers: several teachers by role, in the place of the one role ``teacher``: the clean
             clip that the student is led to is the weighted sum of theirs.
         student_sampler: how the student is sampled, in the rollout as in validation and in the
             export. Write ``stochastic: true`` for the few-step sampler of the paper. Its
             guidance must be 1.
         score_shift: flow shift of the t at which teacher and critic predict a student's clip.
-        score_t_min: lower clamp of that t: below, teacher and critic see no difference.
-        score_t_max: upper clamp of that t: above, both see only noise.
+        score_t_min: lower limit of that t: below, teacher and critic see no difference.
+        score_t_max: upper limit of that t: above, both see only noise.
+        score_t_limits: clamp: what lies beyond them becomes the limit itself. truncate: only t
+            between them are drawn.
         critic_time: the t at which the critic is trained; left out: the same as the scores'.
+        critic_loss: what the critic's squared error is of. v: flow matching (Self-Forcing,
+            FastVideo). x0: its error times s^2 (FastGen), so that low noise counts little. eps:
+            times (1 - s)^2 (DMD2's own code), so that high noise does.
         gan: a discriminator whose loss is added to the student's, or whose density ratio weights
             the student's gradient; left out: none.
         f_divergence: which divergence of student and teacher is minimised (f-distill, Xu et al.
@@ -157,6 +192,12 @@ class MatchingConfig(TeachersConfig):
     real_score_guidance_scale_2: float | None = field(
         default=None, validator=optional(at_least(0, NEGATIVE_GUIDANCE))
     )
+    critic_condition_dropout: float = field(
+        default=0.0, validator=within(0, 1, "it is the chance of each clip")
+    )
+    fake_score_guidance_scale: float = field(
+        default=1.0, validator=[at_least(0, NEGATIVE_GUIDANCE), _is_guidance_of_the_critic]
+    )
     student_sampler: SamplerSpec = field(
         default=SamplerSpec(steps=4, shift=5.0, stochastic=True),
         validator=[is_unguided, can_be_left_early],
@@ -167,7 +208,11 @@ class MatchingConfig(TeachersConfig):
     )
     score_t_min: float = field(default=20.0, validator=within(0, 1000, _SCALE))
     score_t_max: float = field(default=980.0, validator=[within(0, 1000, _SCALE), _is_above_t_min])
+    score_t_limits: TimeLimits = field(
+        default="clamp", validator=[in_(get_args(TimeLimits)), _is_a_score_time]
+    )
     critic_time: TimeSampling | None = None
+    critic_loss: CriticLoss = field(default="v", validator=in_(get_args(CriticLoss)))
     gan: GanConfig | None = None
     f_divergence: FDivergence = field(
         default="reverse_kl", validator=[in_(get_args(FDivergence)), _has_a_density_ratio]
@@ -259,7 +304,9 @@ class MatchingConfig(TeachersConfig):
 
     @property
     def needs_negative(self) -> bool:
-        """Whether a teacher is called with a negative condition."""
+        """Whether a teacher or the critic is called with a negative condition."""
+        if self.critic_condition_dropout:
+            return True
         return any(config.has_guided_teacher for config in self.by_exit)
 
     @property
@@ -276,7 +323,12 @@ class MatchingConfig(TeachersConfig):
     @property
     def score_time(self) -> TimeSampling:
         """Distribution of the t at which teacher and critic predict the student's clips."""
-        return TimeSampling(shift=self.score_shift, t_min=self.score_t_min, t_max=self.score_t_max)
+        return TimeSampling(
+            shift=self.score_shift,
+            t_min=self.score_t_min,
+            t_max=self.score_t_max,
+            limits=self.score_t_limits,
+        )
 
     @property
     def gan_time(self) -> TimeSampling:

@@ -13,7 +13,13 @@ from distill_methods.context import MethodContext
 from distill_methods.contracts import loss_mask_of
 from distill_methods.distribution_matching.by_exit import Critic, TeachersByExit
 from distill_methods.distribution_matching.config import MatchingConfig
-from distill_methods.maths import dmd_gradient, dmd_loss, dmd_normaliser, velocity_loss
+from distill_methods.maths import (
+    dmd_gradient,
+    dmd_loss,
+    dmd_normaliser,
+    velocity_loss,
+    velocity_weight,
+)
 from distill_methods.parts import map_masked, measure_parts, name_parts, sum_part_losses
 from distill_methods.rollouts import RolloutFunction
 from distill_methods.turns import TurnResult, add_turns
@@ -108,7 +114,7 @@ class DistributionMatching:
                 *self._teachers.names,
             )
             x_t, _, t = noised
-            critic_x0 = self._critic.predict(x_t, t, batch.cond, rollout, "x0")
+            critic_x0 = self._critic.score(x_t, t, batch.cond, rollout)
             teacher_x0 = self._teachers.predict(x_t, t, batch.cond, rollout)
             # Each part by a normaliser of its own: their scales of |x - r| differ.
             gradients = map_masked(dmd_gradient, x, critic_x0, teacher_x0, loss_mask=loss_mask)
@@ -163,12 +169,16 @@ class DistributionMatching:
                 rollout.x0, f"{context.name}.critic", iteration, time, "critic"
             )
             target = context.adapter.target(rollout.x0, noise, t, "v")
+            cond, dropout = batch.cond, self._config.critic_condition_dropout
+            if dropout:
+                cond = context.drop_condition(cond, dropout, f"{context.name}.critic.dropout")
         # Of the clip's frames; ``rollout.loss_mask`` is of the student's gradient alone.
-        velocity = self._critic.predict(x_t, t, batch.cond, rollout, "v")
+        velocity = self._critic.predict(x_t, t, cond, rollout, "v")
+        weight = velocity_weight(t, self._config.critic_loss)
         loss, part_losses = sum_part_losses(
             context.adapter,
             "critic_loss",
-            lambda v, v_target, mask: velocity_loss(v, v_target, loss_mask=mask),
+            lambda v, v_target, mask: velocity_loss(v, v_target, weight, mask),
             velocity,
             target,
             loss_mask=loss_mask_of(context.adapter, batch),

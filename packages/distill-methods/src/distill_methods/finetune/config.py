@@ -11,7 +11,24 @@ from distill_protocols import ONE_TENSOR, HealthKind, RoleNeed, SamplerSpec
 
 from distill_methods.latent_config import LatentMethodConfig
 from distill_methods.roles import STUDENT
-from distill_methods.time_sampling import TimeSampling, probability_within
+from distill_methods.time_sampling import MAX_T, TimeSampling, probability_within
+
+
+def _is_noisier_than_context(
+    config: FinetuneConfig, _attribute: object, value: float | None
+) -> None:
+    if value is None:
+        return
+    if config.past != "clean":
+        raise ValueError(
+            f"{value} has no effect: with past: noisy chunks see the noised chunks of the same "
+            "call. Set past: clean, or leave it out"
+        )
+    if not config.student_sampler.context_noise < value <= MAX_T:
+        raise ValueError(
+            f"{value} must lie above student_sampler.context_noise "
+            f"({config.student_sampler.context_noise:g}) and at most at 1000, which is pure noise"
+        )
 
 
 @frozen(kw_only=True)
@@ -27,6 +44,9 @@ class FinetuneConfig(LatentMethodConfig):
         past: what a chunk of a causal student sees of those before it. noisy: the noised chunks of
             the same call. clean: the data (teacher forcing), noised to
             ``student_sampler.context_noise``, as in sampling; a call is then twice as long.
+        past_t_max: the clean past is noised to a t drawn for each clip, uniform between
+            ``context_noise`` and this, so that the student learns not to trust what it made; left
+            out: always to ``context_noise``.
         student_sampler: how the student is sampled in validation and export, guidance included.
     """
 
@@ -37,6 +57,7 @@ class FinetuneConfig(LatentMethodConfig):
     )
     past: Literal["noisy", "clean"] = field(default="noisy", validator=in_(("noisy", "clean")))
     student_sampler: SamplerSpec = field(default=SamplerSpec(steps=50, shift=5.0, guidance=5.0))
+    past_t_max: float | None = field(default=None, validator=_is_noisier_than_context)
 
     @property
     def roles(self) -> tuple[RoleNeed, ...]:

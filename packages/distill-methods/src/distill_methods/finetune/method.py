@@ -69,9 +69,12 @@ class FinetuneMethod(LatentMethod[FinetuneConfig]):
         if self.config.past == "noisy":
             return None
         x0 = one_tensor(latents)
-        context = self.config.student_sampler.context_noise
-        if context == 0:
+        context, most = self.config.student_sampler.context_noise, self.config.past_t_max
+        if context == 0 and most is None:
             return CleanPast(latents=x0)
         t = torch.full((len(x0),), context, device=x0.device)
+        if most is not None:
+            u = self.noise.streams.rows("finetune.past.t", len(x0)).uniform().to(x0.device)
+            t = context + (most - context) * u
         noise = self.noise.noise_like(x0, "finetune.past")
         return CleanPast(latents=self.adapter.add_noise(x0, noise, t), t=t)

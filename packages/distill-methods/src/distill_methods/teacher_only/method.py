@@ -14,7 +14,7 @@ from distill_protocols import (
 
 from distill_methods.contracts import LatentDiffusion, chunks_of, loss_mask_of
 from distill_methods.latent_method import LatentMethod
-from distill_methods.maths import velocity_loss, x0_loss_weight
+from distill_methods.maths import velocity_loss, velocity_weight
 from distill_methods.parts import name_parts, sum_part_losses
 from distill_methods.teacher_only.config import TeacherOnlyConfig
 from distill_methods.teachers.ensemble import Teachers
@@ -74,7 +74,7 @@ class TeacherOnlyMethod(LatentMethod[TeacherOnlyConfig]):
         )
         target = self._teachers.predict(x_t, t, batch.cond)
         velocity = self.adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="v")
-        weight = x0_loss_weight(t) if self.config.target == "x0" else None
+        weight = velocity_weight(t, self.config.target)
         loss, part_losses = sum_part_losses(
             self.adapter,
             "velocity_loss",

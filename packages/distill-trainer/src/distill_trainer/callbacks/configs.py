@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from attrs import field, frozen
-from attrs.validators import optional
+from attrs.validators import in_, optional
 from distill_protocols.validators import above, at_least
+
+_DECAY = 0.99
 
 
 @frozen(kw_only=True)
@@ -14,19 +18,42 @@ class EmaConfig:
     Attributes:
         roles: trainable roles to average.
         decay: d in e <- d e + (1 - d) p.
-        start_update: up to this update of a module its average only copies.
+        half_life: moves after which a weight counts half, in the place of ``decay``:
+            d = 2^(-1 / half_life).
+        per: update: an average moves when its module was updated. iteration: in every iteration
+            (FastVideo), so that with one update in N it moves N times towards the same weights.
+        start_update: up to this move of an average it only copies.
     """
 
     roles: tuple[str, ...] = field()
-    decay: float = field(default=0.99)
-    start_update: int = field(
-        default=0, validator=at_least(0, "it counts updates; 0 averages from the first one on")
+    decay: float = field(default=_DECAY)
+    half_life: float | None = field(
+        default=None, validator=optional(above(0, "a weight counts half after so many moves"))
     )
+    per: Literal["update", "iteration"] = field(
+        default="update", validator=in_(("update", "iteration"))
+    )
+    start_update: int = field(
+        default=0, validator=at_least(0, "it counts moves; 0 averages from the first one on")
+    )
+
+    @property
+    def kept(self) -> float:
+        """d, by whichever of the two keys is there."""
+        return self.decay if self.half_life is None else 0.5 ** (1 / self.half_life)
 
     @roles.validator
     def _check_roles(self, attribute: object, value: tuple[str, ...]) -> None:
         if not value:
             raise ValueError("[] must name a role: nothing would be averaged. Leave ema out")
+
+    @half_life.validator
+    def _check_half_life(self, attribute: object, value: float | None) -> None:
+        if value is not None and self.decay != _DECAY:
+            raise ValueError(
+                f"{value:g} says the same as decay ({self.decay:g}) in other words: the decay of "
+                f"this half-life is {0.5 ** (1 / value):.6g}. Leave one of them out"
+            )
 
     @decay.validator
     def _check_decay(self, attribute: object, value: float) -> None:

@@ -162,8 +162,8 @@ class EmaCallback(Callback):
     """Keeps an average of every module of the named roles, in ``RoleHandle.ema``.
 
     An average moves exactly when that module's own optimizer has stepped: not in iterations that
-    are another role's turn, and not where fp16 scaling left the step out. Its state is saved with
-    the role, not here.
+    are another role's turn, and not where fp16 scaling left the step out; or, where the config says
+    so, in every iteration. Its state is saved with the role, not here.
     """
 
     name = "ema"
@@ -183,16 +183,17 @@ class EmaCallback(Callback):
             for key, module in role.modules.items():
                 role.ema[key] = ExponentialMovingAverage(
                     module,
-                    self.config.decay,
+                    self.config.kept,
                     start_update=self.config.start_update,
                     names=None if role.trained is None else role.trained[key],
                 )
 
     def on_step_end(self, run: RunState, step: StepRecord) -> None:
-        if not step.stepped:
+        every_iteration = self.config.per == "iteration"
+        if not step.stepped and not every_iteration:
             return
         averages = run.method.bundle.by_module("ema")
         modules = run.method.model_dict
-        for key in step.stepped:
+        for key in averages if every_iteration else step.stepped:
             if key in averages:
                 averages[key].update(modules[key])
