@@ -131,6 +131,14 @@ CASES: dict[str, MethodCase] = {
         method=RCMMethod, config=RCMConfig(**SCORES, student_sampler=FOUR), experts=False,
         one_exit={"student_sampler": ONE},
     ),
+    "consistency, finite difference": MethodCase(
+        method=ConsistencyMethod,
+        config=ConsistencyConfig(
+            guidance_scale=2.0,
+            continuous=Continuous(tangent_warmup=3, derivative="finite_difference"),
+        ),
+        experts=False, students=("bidirectional",),
+    ),
     "kd": MethodCase(method=KDMethod, config=KDConfig(student_sampler=FOUR)),
     "finetune, diffusion forcing": _causal(
         FinetuneMethod, FinetuneConfig(time=TIME, times="per_chunk")

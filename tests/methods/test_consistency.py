@@ -20,9 +20,12 @@ from distill_methods import (
     ConsistencyMethod,
     Continuous,
     Discrete,
+    RCMConfig,
     TeacherTerm,
     TimeSampling,
 )
+from distill_methods.consistency.config import form_problems
+from distill_methods.derivatives import finite_difference
 from distill_methods.maths import normalised_tangent, x0_distance
 from distill_protocols import (
     CapabilityError,
@@ -32,6 +35,8 @@ from distill_protocols import (
     RoleSpec,
     SamplerSpec,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from slow_cases import slow_but
 from toy_roles import gradients, toy_bundle
 
@@ -291,6 +296,66 @@ def test_the_tangent_is_scms_in_trigflow():
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=1e-6)
 
 
+@given(
+    t=st.floats(0, 1000),
+    step=st.floats(0.01, 10),
+    coefficients=st.tuples(*[st.floats(-2, 2) for _ in range(3)]),
+)
+def test_a_difference_is_the_derivative_of_a_square_but_at_the_ends(t, step, coefficients):
+    """Of a x + b s + c s^2 along dx/ds = v it is a v + b + 2 c s exactly; where the interval is cut
+    off at 0 or 1000, at the middle of what is left."""
+    a, b, c = coefficients
+    x, v = (torch.full((1, 1, 1, 1, 1), n, dtype=torch.float64) for n in (0.7, -1.3))
+    actual = finite_difference(
+        lambda x, t: a * x + over(b * t / 1000 + c * (t / 1000) ** 2),
+        x, torch.tensor([t], dtype=torch.float64), v, step,
+    )  # fmt: skip
+    middle = (min(t + step, 1000) + max(t - step, 0)) / 2000
+    assert float(actual) == pytest.approx(a * -1.3 + b + 2 * c * middle, abs=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_difference_gives_the_loss_of_the_exact_derivative(seed: int):
+    """Loss, tangent and gradient of both, with the same draws; what was seen is below 1e-5."""
+    results = {}
+    for options in ({}, {"derivative": "finite_difference", "difference": 0.3}):
+        bundle = toy_bundle(student=1 + seed, teacher=7 + seed)
+        time = TimeSampling(t_min=1, t_max=1000)
+        form = Continuous(tangent_warmup=0, time=time, **options)
+        method = build(bundle=bundle, seed=seed, continuous=form)
+        result = method.single_train_step(toy_batch(6, seed=seed), 1)
+        result.loss_map["total_loss"].backward()
+        gradient = torch.cat([g.flatten() for g in gradients(bundle)["student"]])
+        results[form.derivative] = result, gradient
+        assert sum(call.with_gradient for call in method.adapter.calls) == 1
+    (exact, gradient), (near, near_gradient) = results.values()
+    losses = (result.loss_map["total_loss"] for result in (near, exact))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    tangents = (result.outputs["tangent_rms"] for result in (near, exact))
+    torch.testing.assert_close(*tangents, rtol=1e-5, atol=0)
+    assert (near_gradient - gradient).norm() < 1e-4 * gradient.norm()
+
+
+def test_what_a_derivative_needs_of_the_student_is_checked():
+    """Forward mode: kernels that have a rule. Differences: more digits than 16 bits have."""
+
+    def problems(derivative, **student):
+        run = PlannedRun(
+            roles={"student": RoleSpec(name="student", path="./x", trainable=True, **student)}
+        )
+        form = Continuous(derivative=derivative)
+        return [(".".join(p.path), p.message) for p in form_problems(form, run)]
+
+    assert not problems("jvp", attention_backend="_native_flash", precision="bf16")
+    ((path, message),) = problems("jvp", attention_backend="flash")
+    assert path == "continuous.derivative"
+    assert "Set derivative: finite_difference" in message
+    assert not problems("finite_difference", attention_backend="flash")
+    ((path, message),) = problems("finite_difference", precision="bf16")
+    assert path == "continuous.derivative"
+    assert "Set derivative: jvp, or precision: fp32" in message
+
+
 def test_at_the_beginning_of_the_warmup_it_is_the_teachers_velocity():
     """And at its end all of the derivative: the shares are those of the update."""
     assert [Continuous(tangent_warmup=4).warmup_at(n) for n in (1, 2, 4, 9)] == [
@@ -346,6 +411,8 @@ def test_frames_that_the_condition_gives_count_for_nothing():
     (Discrete, {"shift": 0.0}, "0.0 must be above 0"),
     (Continuous, {"tangent_warmup": -1}, "-1 must be at least 0"),
     (Continuous, {"tangent_c": 0.0}, "0.0 must be above 0"),
+    (Continuous, {"difference": 0.5}, "0.5 has no effect: derivative: jvp takes no difference"),
+    (Continuous, {"derivative": "finite_difference", "difference": 0.001}, "lost in rounding"),
     (ConsistencyConfig, {"discrete": Discrete(), "continuous": NOW}, "both stated"),
     (ConsistencyConfig, {"guidance_scale": -1.0}, "away from the prompt"),
     (ConsistencyConfig, {"student_sampler": SamplerSpec(steps=4, guidance=3.0)}, "3.0 must be 1"),
@@ -364,6 +431,9 @@ def test_roles_and_capabilities_follow_the_options():
     build(able=able)
     with pytest.raises(CapabilityError, match="supports_jvp"):
         build(able=able, continuous=NOW)
+    differences = Continuous(derivative="finite_difference")
+    build(able=able, continuous=differences)
+    assert RCMConfig(continuous=differences).capabilities.count("supports_jvp") == 0
     with pytest.raises(CapabilityError, match="supports_cfg"):
         build(able=attrs.evolve(CAPABILITIES, supports_cfg=False))
     assert not ConsistencyConfig(guidance_scale=1.0).needs_negative

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from attrs import Attribute, field, frozen
 from attrs.validators import in_, optional
 from distill_protocols import ONE_TENSOR, PlannedRun, Problem, RoleNeed, SamplerSpec
-from distill_protocols.validators import above, at_least
+from distill_protocols.validators import above, at_least, within
 
 from distill_methods.distribution_matching.config import is_unguided
 from distill_methods.latent_config import can_be_left_early
@@ -29,6 +29,21 @@ def _has_an_effect(config: Discrete, attribute: Attribute[float], value: float) 
     if config.loss == "l2" and value != attribute.default:
         raise ValueError(
             f"{value} has no effect: loss: l2 has no such number. Set loss: huber, or leave it out"
+        )
+
+
+Derivative = Literal["jvp", "finite_difference"]
+"""How the student is differentiated along the teacher's trajectory: in forward mode, or by the
+difference of two calls."""
+
+
+def _differences_have_an_effect(
+    config: Continuous, attribute: Attribute[float], value: float
+) -> None:
+    if config.derivative == "jvp" and value != attribute.default:
+        raise ValueError(
+            f"{value} has no effect: derivative: jvp takes no difference. Set derivative: "
+            "finite_difference, or leave it out"
         )
 
 
@@ -93,6 +108,11 @@ class Discrete:
         return tuple(zip(self.levels, ends, strict=True))
 
     @property
+    def capabilities(self) -> tuple[str, ...]:
+        """Capabilities that the adapter must have for this form."""
+        return ()
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics that the loss gives beside itself."""
         return ()
@@ -112,6 +132,11 @@ class Continuous:
         tangent_warmup: student updates over which the derivative of the student is raised from 0
             to its full weight; 0: full from the first. rCM: 1000 for 1.3B, 0 for 14B; sCM: 10000.
         tangent_c: c in ``g / (|g| + c)``, |g| over a whole sample; sCM's and rCM's 0.1.
+        derivative: jvp: in forward mode, exact, by one call whose attention runs without a fused
+            kernel. finite_difference: by two calls in fp32 as all others are made, with whatever
+            kernel, sharding or checkpointing; FastGen's ``use_jvp_finite_diff``, rCM's ``fd_type``.
+        difference: h of the latter, in units of t: ``(v(t + h) - v(t - h)) / 2h``. FastGen takes
+            0.001 t, rCM 0.0001 of its angle, which is about 0.1 here.
     """
 
     time: TimeSampling = field(default=TimeSampling(distribution="logit_normal", mean=0.7, std=1.6))
@@ -121,6 +146,19 @@ class Continuous:
     tangent_c: float = field(
         default=0.1, validator=above(0, "a sample without error would be divided by 0")
     )
+    derivative: Derivative = field(default="jvp", validator=in_(get_args(Derivative)))
+    difference: float = field(
+        default=0.1,
+        validator=[
+            within(0.01, 10, "a shorter one is lost in rounding, a longer one is no derivative"),
+            _differences_have_an_effect,
+        ],
+    )
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """Capabilities that the adapter must have for this form."""
+        return (ONE_TENSOR, *(("supports_jvp",) if self.derivative == "jvp" else ()))
 
     def warmup_at(self, update: int) -> float:
         """Return the weight of the derivative in the student's ``update`` (from 1)."""
@@ -148,7 +186,8 @@ class ConsistencyConfig(TeachersConfig):
         teachers: several teachers by role, in the place of the one role ``teacher``: the trajectory
             is that of the weighted sum of their guided predictions.
         discrete: the loss between neighbours on a grid; the default where neither is stated.
-        continuous: the loss without a grid; needs an adapter with ``supports_jvp``.
+        continuous: the loss without a grid; with ``derivative: jvp`` it needs an adapter with
+            ``supports_jvp``.
         student_sampler: how the student is sampled in validation and export. Its guidance must
             be 1.
     """
@@ -187,8 +226,8 @@ class ConsistencyConfig(TeachersConfig):
     @property
     def capabilities(self) -> tuple[str, ...]:
         """Capabilities that the adapter must have."""
-        jvp = ("supports_jvp", ONE_TENSOR) if self.continuous else ()
-        return ("pred:v", "pred:x0", *jvp, *(("supports_cfg",) if self.needs_negative else ()))
+        guided = ("supports_cfg",) if self.needs_negative else ()
+        return ("pred:v", "pred:x0", *self.form.capabilities, *guided)
 
     def problems(self, run: PlannedRun) -> Iterator[Problem]:
         """See ``MethodConfig.problems``."""
@@ -209,10 +248,31 @@ def form_problems(form: Discrete | Continuous, run: PlannedRun) -> Iterator[Prob
     low, _ = run.time_limits.get(STUDENT.name, (0.0, 0.0))
     if low > 0:
         yield Problem((), WITHOUT_LOW_NOISE)
-    if isinstance(form, Continuous) and run.experts and STUDENT.name in run.experts:
+    if not isinstance(form, Continuous):
+        return
+    if run.experts and STUDENT.name in run.experts:
         yield Problem("continuous", CONTINUOUS_WITH_EXPERTS)
+    if (student := run.roles.get(STUDENT.name)) is None:
+        return
+    if form.derivative == "finite_difference" and student.precision != "fp32":
+        yield Problem(
+            ("continuous", "derivative"),
+            f"'student' computes in {student.precision}, and the difference of two of its calls is "
+            "rounding error: on the tiny Wan it was off by 70 % and more, whatever the step. Set "
+            "derivative: jvp, or precision: fp32 of 'student'",
+        )
+    backend = student.attention_backend
+    if form.derivative == "jvp" and backend is not None and backend not in PLAIN_BACKENDS:
+        yield Problem(
+            ("continuous", "derivative"),
+            f"jvp differentiates each layer in forward mode, and the kernel {backend!r} of "
+            "'student' (attention_backend) has no such rule. Set derivative: finite_difference, "
+            "which makes calls like any other, or leave attention_backend out",
+        )
 
 
+PLAIN_BACKENDS = ("native", "_native_math", "_native_flash", "_native_efficient", "_native_cudnn")
+"""Attention backends that call torch's own function, which a call in forward mode replaces."""
 WITHOUT_LOW_NOISE = (
     "'student' has its model's expert for high noise levels alone, and the chain of targets ends "
     "at data, which only the other one reaches: it would be consistent with itself, and end "

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from distill_protocols import Batch, ContractError, map_latents, one_tensor
+from distill_protocols import Batch, Condition, ContractError, map_latents, one_tensor
 from torch import Tensor
 
 from distill_methods.consistency.config import (
@@ -17,6 +17,7 @@ from distill_methods.consistency.config import (
 )
 from distill_methods.context import MethodContext
 from distill_methods.contracts import expert_ranges_of, loss_mask_of, require_contract
+from distill_methods.derivatives import finite_difference
 from distill_methods.maths import (
     consistency_tangent,
     normalised_tangent,
@@ -149,7 +150,7 @@ class ContinuousConsistency:
 
     Raises:
         ContractError: the student has two experts, or the one for high noise levels alone.
-        CapabilityError: the adapter has no forward-mode derivatives.
+        CapabilityError: ``derivative: jvp``, and the adapter has no forward-mode derivatives.
     """
 
     def __init__(
@@ -164,8 +165,12 @@ class ContinuousConsistency:
         if len(ranges) > 1 or not ranges or ranges[0][0] > 0:
             raise ContractError(CONTINUOUS_WITH_EXPERTS if len(ranges) > 1 else WITHOUT_LOW_NOISE)
         self._context = context
-        self._tangents = require_contract(context.adapter.tangents, "supports_jvp", by=context.name)
         self._config = config
+        self._tangents = (
+            require_contract(context.adapter.tangents, "supports_jvp", by=context.name)
+            if config.derivative == "jvp"
+            else None
+        )
         self._teachers = teachers
         self._update_of = update_of
 
@@ -182,12 +187,7 @@ class ContinuousConsistency:
         loss_mask = loss_mask_of(adapter, batch)
         with torch.no_grad():
             teacher_velocity = self._teachers.predict(x_t, t, batch.cond)
-            # Multiplied by s before the call and not after it: the directions 1000 s and s v_T stay
-            # small where 16 bits would not hold 1000 times a derivative (sCM, section 5.1).
-            sigma = (t / 1000).view(-1, 1, 1, 1, 1)
-            _, scaled_derivative = self._tangents.forward_jvp(
-                "student", x_t, t, batch.cond, dx=sigma * teacher_velocity, dt=t
-            )
+            scaled_derivative = self._scaled_derivative(x_t, t, batch.cond, teacher_velocity)
             warmup = self._config.warmup_at(self._update_of(iteration))
             tangent = consistency_tangent(velocity, teacher_velocity, scaled_derivative, t, warmup)
             outputs = {
@@ -197,6 +197,27 @@ class ContinuousConsistency:
             }
             direction = normalised_tangent(tangent, self._config.tangent_c, loss_mask)
         return ConsistencyResult(tangent_loss(velocity, direction, t, loss_mask), outputs)
+
+    def _scaled_derivative(
+        self, x_t: Tensor, t: Tensor, cond: Condition, teacher_velocity: Tensor
+    ) -> Tensor:
+        """Return ``s dv/ds`` of the student along the teacher's trajectory, like ``x_t``."""
+        sigma = (t / 1000).view(-1, 1, 1, 1, 1)
+        if self._tangents is None:
+            adapter = self._context.adapter
+            return sigma * finite_difference(
+                lambda x, time: adapter.forward("student", x, time, cond, fwd_pred_type="v"),
+                x_t,
+                t,
+                teacher_velocity,
+                self._config.difference,
+            )
+        # Multiplied by s before the call and not after it: the directions 1000 s and s v_T stay
+        # small where 16 bits would not hold 1000 times a derivative (sCM, section 5.1).
+        _, derivative = self._tangents.forward_jvp(
+            "student", x_t, t, cond, dx=sigma * teacher_velocity, dt=t
+        )
+        return derivative
 
 
 def _group_pairs(config: Discrete, ranges: tuple[TimeRange, ...]) -> list[tuple[int, ...]]:

@@ -7,7 +7,7 @@ from typing import get_args
 
 from attrs import field, frozen
 from attrs.validators import in_
-from distill_protocols import ONE_TENSOR, PlannedRun, Problem
+from distill_protocols import PlannedRun, Problem
 from distill_protocols.validators import at_least
 
 from distill_methods.consistency.config import (
@@ -65,8 +65,7 @@ class RCMConfig(MatchingConfig):
     @property
     def capabilities(self) -> tuple[str, ...]:
         """Capabilities that the adapter must have."""
-        jvp = ("supports_jvp", ONE_TENSOR) if isinstance(self.form, Continuous) else ()
-        return (*super().capabilities, *jvp)
+        return (*super().capabilities, *self.form.capabilities)
 
     def problems(self, run: PlannedRun) -> Iterator[Problem]:
         """See ``MethodConfig.problems``."""
