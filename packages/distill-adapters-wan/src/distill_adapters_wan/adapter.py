@@ -357,11 +357,7 @@ class WanAdapter(FamilyAdapter):
                 role, spec, noise, cond,
                 neg_cond=neg_cond, generators=generators, poll=poll, on_step=on_step,
             )  # fmt: skip
-        if on_step is not None:
-            raise ContractError(
-                f"role {role!r} is causal and samples chunk by chunk, so there is no x_t of a "
-                "whole clip to call on_step with. Sample a role that is not causal"
-            )
+        _refuse_steps_of_a_causal_role(role, on_step)
         x = one_tensor(noise)
         self.check_clip_noise(x)
         chunks = (x[:, :, chunk.span] for chunk in self.chunks(role, x.shape[2]))
@@ -381,18 +377,20 @@ class WanAdapter(FamilyAdapter):
         requires_grad: Sequence[bool] | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
+        on_step: Callable[[int, LatentsT], None] | None = None,
     ) -> LatentsT:
         """See ``Sampler.rollout``; the past of a causal role is that of stream "rollout".
 
         Raises:
-            ContractError: as ``sample``; a guided spec; or not one exit step and one
-                ``requires_grad`` a chunk.
+            ContractError: as ``sample``, ``on_step`` of a causal role with it; a guided spec; or
+                not one exit step and one ``requires_grad`` a chunk.
         """
         if self._causal.config_of(role) is None:
             return super().rollout(
                 role, spec, noise, cond, exit_steps=exit_steps,
-                requires_grad=requires_grad, generators=generators, poll=poll,
+                requires_grad=requires_grad, generators=generators, poll=poll, on_step=on_step,
             )  # fmt: skip
+        _refuse_steps_of_a_causal_role(role, on_step)
         x = one_tensor(noise)
         chunks = self.chunks(role, x.shape[2])
         gradients = checked_rollout(role, spec, exit_steps, requires_grad, chunks=len(chunks))
@@ -513,4 +511,12 @@ def _refuse_mixed_conditions(roles: Mapping[str, RoleHandle]) -> None:
         raise WeightsError(
             f"the roles read different conditions ({each}), and one condition goes to all of them. "
             "Use models of one kind"
+        )
+
+
+def _refuse_steps_of_a_causal_role(role: str, on_step: object) -> None:
+    if on_step is not None:
+        raise ContractError(
+            f"role {role!r} is causal and samples chunk by chunk, so there is no x_t of a "
+            "whole clip to call on_step with. Sample a role that is not causal"
         )

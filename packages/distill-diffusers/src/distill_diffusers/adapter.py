@@ -584,6 +584,7 @@ class FlowMatchingAdapter(abc.ABC):
         requires_grad: Sequence[bool] | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
+        on_step: Callable[[int, LatentsT], None] | None = None,
     ) -> LatentsT:
         """See ``Sampler.rollout``.
 
@@ -602,6 +603,7 @@ class FlowMatchingAdapter(abc.ABC):
             generators,
             exit_step=exit_steps[0],
             requires_grad=gradients[0],
+            on_step=on_step and (lambda step, x: on_step(step, restore_parts(x, noise))),
         )
         return restore_parts(self.insert_given_frames(handle, clean, cond), noise)
 

@@ -300,6 +300,7 @@ class Sampler(Protocol):
         requires_grad: Sequence[bool] | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
+        on_step: Callable[[int, LatentsT], None] | None = None,
     ) -> LatentsT:
         """Return the role's clean latents [B, C, T, H, W] as training takes them: sampled by
         ``spec``, but each chunk left at its exit step, whose call alone is made with gradient.
@@ -315,6 +316,7 @@ class Sampler(Protocol):
                 role that is not causal). Ranks that share a sharded role must use the same.
             requires_grad: whether a chunk's exit call is made with gradient, where the caller's
                 mode allows it; None: all of them.
+            on_step: see ``sample``; the exit step is the last that it is called before.
         """
         ...
 

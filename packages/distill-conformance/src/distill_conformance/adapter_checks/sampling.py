@@ -197,8 +197,17 @@ def check_rollout_predicts_at_its_exit(case: AdapterCase) -> None:
             on_step=lambda _, x, seen=seen: seen.append(x),
         )  # fmt: skip
         for k, sigma in enumerate(THREE.sigmas()):
+            shown: list[Tensor] = []
             with torch.no_grad():
-                rolled = _rollout(case, role, THREE, [k])
+                rolled = _rollout(
+                    case, role, THREE, [k], on_step=lambda _, x, shown=shown: shown.append(x)
+                )
+            require(
+                len(shown) == k + 1 and all(map(torch.equal, shown, seen)),
+                f"on_step of a rollout of {role!r} that exits at step {k} was shown {len(shown)} "
+                "x_t, or not those of the sampler",
+            )
+            with torch.no_grad():
                 t = torch.full((ROWS,), 1000 * sigma)
                 x0 = case.adapter.forward(role, seen[k], t, cond, fwd_pred_type="x0")
             case.require_close(rolled, x0, f"a rollout of {role!r} that exits at step {k}")

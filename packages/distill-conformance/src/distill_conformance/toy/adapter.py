@@ -403,6 +403,7 @@ class ToyAdapter:
         requires_grad: Sequence[bool] | None = None,
         generators: RowGenerators | None = None,
         poll: Callable[[], None] | None = None,
+        on_step: Callable[[int, LatentsT], None] | None = None,
     ) -> LatentsT:
         self._check_latents(main_part(noise))
         chunks = self.chunks(role, main_part(noise).shape[2])
@@ -416,9 +417,11 @@ class ToyAdapter:
             raise ContractError(f"exit steps {list(exit_steps)} of a sampler of {spec.steps}")
         if spec.guided:
             raise ContractError("a rollout with guidance would learn through one call of two")
+        if on_step is not None and role in self.capabilities.causal_roles:
+            raise ContractError(f"role {role!r} is causal: it has no x_t of a whole clip")
         return self._walk_chunks(
-            role, spec, noise, cond, generators=generators, poll=poll, exits=exit_steps,
-            requires_grad=[flag and torch.is_grad_enabled() for flag in flags],
+            role, spec, noise, cond, generators=generators, poll=poll, on_step=on_step,
+            exits=exit_steps, requires_grad=[flag and torch.is_grad_enabled() for flag in flags],
         )  # fmt: skip
 
     def _walk_chunks(
