@@ -9,6 +9,7 @@ import torch
 from attrs import evolve, field, frozen
 from distill_adapters_wan import PLUGIN, CausalConfig
 from distill_methods import (
+    AnchorConfig,
     CausVidConfig,
     CausVidMethod,
     ConsistencyConfig,
@@ -24,6 +25,8 @@ from distill_methods import (
     KDMethod,
     LaddConfig,
     LaddMethod,
+    PhasedDMDConfig,
+    PhasedDMDMethod,
     RCMConfig,
     RCMMethod,
     SelfForcingConfig,
@@ -64,6 +67,7 @@ class MethodCase:
     Attributes:
         students: kinds of student that it takes.
         experts: it takes a student of two experts.
+        single: it takes a student of one.
         losses: of the student, each at a t of its own: an iteration may reach both of two experts.
         matches: it matches distributions: a critic equal to the teacher leaves it nothing to learn.
         one_exit: options under which no choice is drawn for each micro batch, so that divisions of
@@ -74,6 +78,7 @@ class MethodCase:
     config: Any
     students: tuple[str, ...] = ("bidirectional", "causal")
     experts: bool = True
+    single: bool = True
     losses: int = 1
     matches: bool = False
     one_exit: Mapping[str, Any] = field(factory=dict)
@@ -107,6 +112,22 @@ CASES: dict[str, MethodCase] = {
     "dmd2 alternate data": _dmd2(rollout="data"),
     "dmd2 every_step simulate": _dmd2(critic_update="every_step"),
     "dmd2 gan": _dmd2(gan=GanConfig(), f_divergence="js", rollout="data"),
+    "dmd2 anchor": MethodCase(
+        method=DMD2Method,
+        config=DMD2Config(
+            **SCORES, student_sampler=FOUR, anchor=AnchorConfig(teacher_steps=4, anchor_step=2)
+        ),
+        students=("bidirectional",),
+        one_exit={
+            "student_sampler": SamplerSpec(steps=2, timesteps=(1000, 950), stochastic=True)
+        },
+    ),
+    "phased_dmd": MethodCase(
+        method=PhasedDMDMethod,
+        config=PhasedDMDConfig(**SCORES, student_sampler=evolve(FOUR, stochastic=False)),
+        students=("bidirectional",), single=False, matches=True,
+        one_exit={"student_sampler": SamplerSpec(steps=2, timesteps=(1000, 700))},
+    ),
     "ladd": MethodCase(
         method=LaddMethod, config=LaddConfig(time=TIME, student_sampler=FOUR, rollout="simulate"),
         one_exit={"student_sampler": ONE},
@@ -169,6 +190,7 @@ PLACES = [
     # A last frame is more of the same condition, of which methods know nothing.
     if not kind.pair
     if case.experts or kind.experts == 1
+    if case.single or kind.experts == 2
     for student in case.students
 ]
 """All combinations that are possible."""

@@ -4,6 +4,7 @@
     uv run python tools/tiny_study.py students --seeds 0 1 2 --steps 2
     uv run python tools/tiny_study.py exits --seeds 0 1 2        # a critic that knows the exit
     uv run python tools/tiny_study.py experts --seeds 0 1 2      # two-expert teacher and students
+    uv run python tools/tiny_study.py phased --seeds 0 1 2       # Phased DMD, its parts alone
     uv run python tools/tiny_study.py causal --seeds 0 1 2       # KD, then Self-Forcing
     uv run python tools/tiny_study.py gan --seeds 0 1 2          # DMD2 with a discriminator
     uv run python tools/tiny_study.py table                      # markdown, from what was measured
@@ -63,6 +64,9 @@ def main() -> None:
     exits.add_argument("--steps", type=int, default=2)
     experts = commands.add_parser("experts")
     experts.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    phased = commands.add_parser("phased")
+    phased.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    phased.add_argument("--variants", nargs="+", choices=PHASED, default=list(PHASED))
     for name in ("causal", "gan"):
         commands.add_parser(name).add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     commands.add_parser("table")
@@ -84,6 +88,12 @@ def main() -> None:
         run("experts_teacher_4", expert_baseline_run())
         for seed in args.seeds:
             run(f"experts_student_4_seed{seed}", expert_student_run(seed))
+    elif args.command == "phased":
+        run("experts_teacher", expert_teacher_run(two_experts()))
+        for seed in args.seeds:
+            run(f"experts_student_4_seed{seed}", expert_student_run(seed))
+            for name in args.variants:
+                run(f"experts_{name}_4_seed{seed}", phased_run(seed, name))
     elif args.command == "causal":
         make_trajectories()
         for seed in args.seeds:
@@ -254,6 +264,32 @@ def expert_student_run(seed: int) -> dict[str, Any]:
     return values
 
 
+ANCHOR = {"teacher_steps": 8, "anchor_step": 2, "shift": 3.0}
+PHASED: dict[str, dict[str, Any]] = {
+    "phased": {"anchor": ANCHOR, "exit": [0, 2, 1, 1]},
+    "phased_sde": {"anchor": ANCHOR, "exit": [0, 2, 1, 1], "stochastic": True},
+    "phased_plain": {},
+    "phased_ida": {"anchor": ANCHOR, "exit": [0, 2, 1, 1], "critic_interpolation": 0.03},
+    "anchor": {"anchor": ANCHOR, "exit": [0, 2, 1, 1], "stochastic": True},
+}
+"""Options beside those of ``expert_student_run``; "anchor" is DMD2, all others are Phased DMD."""
+
+
+def phased_run(seed: int, name: str) -> dict[str, Any]:
+    """expert_student_run by phases, or with an anchor: as many iterations of as many clips.
+
+    The phases are trained equally often: with an anchor one high step of two is an exit.
+    """
+    values, options = expert_student_run(seed), dict(PHASED[name])
+    stochastic = options.pop("stochastic", False)
+    values["method_config"] |= options
+    values["method_config"]["student_sampler"] = EXPERT_STEPS | {"stochastic": stochastic}
+    if name != "anchor":
+        values["recipe"]["method"] = "phased_dmd"
+        del values["method_config"]["rollout"]
+    return values
+
+
 # -- runs and tables ---
 
 
@@ -343,7 +379,10 @@ def expert_rows() -> list[str]:
     if (STUDY / "experts_teacher_4" / "report.json").exists():
         best = min(entries("experts_teacher_4"), key=lambda e: e["frechet_distance"])
         lines.append(row(f"two-expert teacher, 4 steps, best of the grid ({best['name']})", [best]))
-    return lines + seed_rows("two-expert student, 4 steps", "experts_student_4_seed*")
+    lines += seed_rows("two-expert student, 4 steps", "experts_student_4_seed*")
+    for name in PHASED:
+        lines += seed_rows(f"two-expert student, 4 steps, {name}", f"experts_{name}_4_seed*")
+    return lines
 
 
 def seed_rows(label: str, pattern: str) -> list[str]:

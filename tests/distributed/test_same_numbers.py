@@ -66,7 +66,10 @@ STRATEGIES = [
 SHAPES = {
     "dmd2_every_step": (
         "dmd2",
-        {"critic_update": "every_step", "generator_update_interval": 2, "critic_exits": True},
+        {
+            "critic_update": "every_step", "generator_update_interval": 2, "critic_exits": True,
+            "critic_interpolation": 0.1,
+        },
     ),
     "dmd2_alternate": ("dmd2", {"critic_update": "alternate", "generator_update_interval": 2}),
     "dmd2_data": (

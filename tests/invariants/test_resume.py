@@ -33,6 +33,22 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
             "f_divergence": "js",
         },
     ),
+    "dmd2_anchor": (
+        ("student", "teacher", "critic"),
+        {
+            "real_score_guidance_scale": 1.5,
+            "anchor": {"teacher_steps": 4, "anchor_step": 2},
+            "critic_interpolation": 0.1,
+        },
+    ),
+    "phased_dmd": (
+        ("student", "teacher", "critic"),
+        {
+            "real_score_guidance_scale": 1.5,
+            "critic_interpolation": 0.1,
+            "student_sampler": {"steps": 2, "timesteps": [1000, 700]},
+        },
+    ),
     "ladd": (("student", "teacher", "discriminator"), {"r1_weight": 1.0}),
     "finetune": (("student",), {}),
     "teacher_only": (("student", "teacher"), {"guidance_scale": 1.5}),
@@ -54,8 +70,8 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         {"real_score_guidance_scale": 1.5, "continuous": {"tangent_warmup": 2}},
     ),
 }
-"""Name -> (roles, options besides the sampler)."""
-MATCHING = ("dmd2", "dmd2_gan", "rcm", "self_forcing", "causvid")
+"""Name -> (roles, options; the sampler is SAMPLER where they have none)."""
+MATCHING = ("dmd2", "dmd2_gan", "dmd2_anchor", "phased_dmd", "rcm", "self_forcing", "causvid")
 CAUSAL = ("self_forcing", "causvid")
 
 
@@ -80,7 +96,8 @@ class Case:
     def run_file(self, folder: Path, steps: int) -> dict[str, Any]:
         roles, options = METHODS[self.method]
         trained = [name for name in roles if name != "teacher"]
-        models: dict[str, dict[str, Any]] = {name: {"path": str(TINY / "wan")} for name in roles}
+        path = TINY / ("wan_experts" if self.method == "phased_dmd" else "wan")
+        models: dict[str, dict[str, Any]] = {name: {"path": str(path)} for name in roles}
         if "discriminator" in models:
             on = "critic" if "critic" in models else "teacher"
             models["discriminator"] = {"heads": {"on": on, "blocks": [1, 3], "width": 8}}
@@ -90,16 +107,19 @@ class Case:
             models[name]["precision"] = self.precision
             if self.lora:
                 models[name]["lora"] = {"rank": 2}
-        method = {**options, "student_sampler": SAMPLER}
+        method = {"student_sampler": SAMPLER, **options}
         if self.method in MATCHING:
             method |= {
                 "generator_update_interval": self.interval,
                 "critic_update": self.critic_update,
             }
-            if self.method not in CAUSAL:
+            if "critic_interpolation" in options:
+                method["critic_update"] = "every_step"
+            if self.method not in (*CAUSAL, "phased_dmd"):
                 method["rollout"] = self.rollout
+        name = self.method.removesuffix("_gan").removesuffix("_anchor")
         return {
-            "recipe": {"family": "wan", "method": self.method.removesuffix("_gan")},
+            "recipe": {"family": "wan", "method": name},
             "models": models,
             "training": {
                 "output_dir": str(folder), "max_train_steps": steps, "progress": False,
@@ -196,6 +216,8 @@ def test_13_n_steps_save_load_m_steps_is_n_plus_m_steps(case: Case):
 @given(cases)
 @example(Case(**{**asdict(DMD2), "method": "dmd2_gan", "workers": 0}))
 @example(Case(**{**asdict(DMD2), "precision": "fp16", "lora": True}))
+@example(Case(**{**asdict(DMD2), "method": "dmd2_anchor", "lora": True}))
+@example(Case(**{**asdict(DMD2), "method": "phased_dmd", "workers": 0}))
 @example(TEACHER_ONLY)
 @example(KD)
 @example(Case(**{**asdict(DMD2), "method": "self_forcing"}))

@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 from attrs import evolve
 from distill_methods import (
+    AnchorConfig,
     CausVidConfig,
     ConsistencyConfig,
     DMD2Config,
@@ -47,6 +48,16 @@ WRONG_OPTIONS = [
     (DMD2Config, {"exit": "last", "critic_exits": True}, "leave its sampler at the same step"),
     (SelfForcingConfig, {"last_step_only": True, "critic_exits": True}, "true has no effect"),
     (SelfForcingConfig, {"last_step_only": True, "exit": "last"}, "written otherwise"),
+    (DMD2Config, {"critic_interpolation": 1.0}, r"1.0 must be in \[0, 1\)"),
+    (DMD2Config, {"critic_interpolation": 0.03}, "not its turn. Use critic_update: every_step"),
+    (DMD2Config, {"anchor": AnchorConfig(), "exit": (1.0, 0.0, 0.0, 0.0)}, "nothing would be"),
+    (
+        DMD2Config,
+        {"anchor": AnchorConfig(), "student_sampler": SamplerSpec(steps=2, timesteps=(900, 400))},
+        "begins at t = 900, and an anchor is a way that begins at noise",
+    ),
+    (AnchorConfig, {"weight": 0.0}, "0.0 must be above 0"),
+    (AnchorConfig, {"anchor_step": 41}, r"41 must be one of the teacher's steps.*\(40\)"),
     (DMD2Config, {"rollout": "replay"}, "'simulate', 'data'.*got 'replay'"),
     (DMD2Config, {"student_sampler": SamplerSpec(steps=4, guidance=3.0)}, "guidance 3.0 must be 1"),
     *(

@@ -43,6 +43,8 @@ from distill_methods import (
     LaddConfig,
     LaddMethod,
     LatentDiffusion,
+    PhasedDMDConfig,
+    PhasedDMDMethod,
     RCMConfig,
     RCMMethod,
     SelfForcingConfig,
@@ -57,6 +59,7 @@ from distill_methods.plugins import (
     finetune,
     kd,
     ladd,
+    phased_dmd,
     rcm,
     self_forcing,
     teacher_only,
@@ -106,6 +109,7 @@ PLUGINS: tuple[Plugin, ...] = (
     finetune,
     kd,
     ladd,
+    phased_dmd,
     rcm,
     self_forcing,
     teacher_only,
@@ -148,6 +152,9 @@ def every_method(
     )
     yield KDMethod(bundle, adapter, KDConfig(), conditioning=conditioning, streams=streams)
     yield LaddMethod(bundle, adapter, LaddConfig(), conditioning=conditioning, streams=streams)
+    yield PhasedDMDMethod(
+        bundle, adapter, PhasedDMDConfig(), conditioning=conditioning, streams=streams
+    )
     yield RCMMethod(bundle, adapter, RCMConfig(), conditioning=conditioning, streams=streams)
     yield SelfForcingMethod(
         bundle, adapter, SelfForcingConfig(), conditioning=conditioning, streams=streams

@@ -1,5 +1,5 @@
 """Distillation methods and their maths: DMD2, Self-Forcing, CausVid, rCM, consistency (LCM, sCM),
-LADD, KD, teacher-only, finetune.
+LADD, KD, Phased DMD, teacher-only, finetune.
 
 Names that need torch are imported on first use: run files are checked before torch is imported.
 """
@@ -13,10 +13,12 @@ from distill_protocols.lazy import lazy_exports
 from distill_methods.adversarial.config import GanConfig
 from distill_methods.causvid.config import CausVidConfig
 from distill_methods.consistency.config import ConsistencyConfig, Continuous, Discrete
+from distill_methods.distribution_matching.whole_clips import AnchorConfig
 from distill_methods.dmd2.config import DMD2Config
 from distill_methods.finetune.config import FinetuneConfig
 from distill_methods.kd.config import KDConfig
 from distill_methods.ladd.config import LaddConfig
+from distill_methods.phased_dmd.config import PhasedDMDConfig
 from distill_methods.rcm.config import RCMConfig
 from distill_methods.self_forcing.config import SelfForcingConfig
 from distill_methods.teacher_only.config import TeacherOnlyConfig
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from distill_methods.finetune.method import FinetuneMethod
     from distill_methods.kd.method import KDMethod
     from distill_methods.ladd.method import LaddMethod
+    from distill_methods.phased_dmd.method import PhasedDMDMethod
     from distill_methods.rcm.method import RCMMethod
     from distill_methods.self_forcing.method import SelfForcingMethod
     from distill_methods.teacher_only.method import TeacherOnlyMethod
@@ -44,6 +47,7 @@ _LAZY = {
     "KDMethod": "kd.method",
     "LaddMethod": "ladd.method",
     "LatentDiffusion": "contracts",
+    "PhasedDMDMethod": "phased_dmd.method",
     "RCMMethod": "rcm.method",
     "SelfForcingMethod": "self_forcing.method",
     "TeacherOnlyMethod": "teacher_only.method",
@@ -51,6 +55,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AnchorConfig",
     "CausVidConfig",
     "CausVidMethod",
     "ConsistencyConfig",
@@ -67,6 +72,8 @@ __all__ = [
     "LaddConfig",
     "LaddMethod",
     "LatentDiffusion",
+    "PhasedDMDConfig",
+    "PhasedDMDMethod",
     "RCMConfig",
     "RCMMethod",
     "SelfForcingConfig",

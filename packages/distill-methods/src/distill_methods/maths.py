@@ -88,6 +88,47 @@ def dmd_loss(x: Tensor, gradient: Tensor, loss_mask: Tensor | None = None) -> Te
     return 0.5 * (error.mean() if loss_mask is None else _mean_per_sample(error, loss_mask).mean())
 
 
+def add_phase_noise(x_start: Tensor, noise: Tensor, t: Tensor, t_start: float) -> Tensor:
+    """Return ``x_t = a x_b + beta eps`` of clips that have the noise of ``t_start`` already, like
+    them (Phased DMD, arXiv:2510.27684; ModelTC/LightX2V@f8aee98b
+    ``lightx2v_train/trainers/phased_dmd/math.py``).
+
+    ``a = (1 - s) / (1 - s_b)`` and ``beta^2 = s^2 - a^2 s_b^2``: where x_b is ``(1 - s_b) x0 +
+    s_b eps'``, x_t is ``(1 - s) x0 + s eps''``. With t_start = 0 it is ``add_noise``.
+
+    Args:
+        x_start: x_b, clips at t_start [B, C, T, H, W].
+        t: [B], above ``t_start``.
+    """
+    a, beta = _phase_kernel(t, t_start)
+    return a * _widen(x_start) + beta * _widen(noise)
+
+
+def phase_velocity(x_start: Tensor, noise: Tensor, t: Tensor, t_start: float) -> Tensor:
+    """Return ``(s + (1 - s) s_b^2 / (1 - s_b)^2) / beta eps - x_b / (1 - s_b)``, whose mean given
+    x_t of ``add_phase_noise`` is the velocity of the clips' distribution at t.
+
+    Derivation: the kernel's score is ``-eps / beta``, and its mean given x_t is the score of x_t.
+    As ``score = -eps_hat / s`` and ``x_t = (1 - s) x0_hat + s eps_hat``, the velocity
+    ``eps_hat - x0_hat`` is ``-x_t / (1 - s) - s / (1 - s) score``. Put in, and x_t with it. With
+    t_start = 0 it is ``eps - x0``.
+
+    Its variance is that of 1 / (1 - s_b) clips and grows without bound as t nears ``t_start``.
+    """
+    s, s_b = _expand_sigma(t), t_start / 1000
+    _, beta = _phase_kernel(t, t_start)
+    of_noise = (s + (1 - s) * (s_b / (1 - s_b)) ** 2) / beta
+    return of_noise * _widen(noise) - _widen(x_start) / (1 - s_b)
+
+
+def _phase_kernel(t: Tensor, t_start: float) -> tuple[Tensor, Tensor]:
+    """Return a and beta, [B, 1, 1, 1, 1]."""
+    s, s_b = _expand_sigma(t), t_start / 1000
+    a = (1 - s) / (1 - s_b)
+    # As a product: s^2 and a^2 s_b^2 are nearly equal where t is near t_start.
+    return a, ((s - a * s_b) * (s + a * s_b)).sqrt()
+
+
 # -- regression -------------------------------------------------------------------------------
 
 
@@ -288,8 +329,13 @@ def repeat_per_frame(values: Tensor, frames: Sequence[int]) -> Tensor:
 
 def _noise_level_and_radius(t: Tensor) -> tuple[Tensor, Tensor]:
     """Return s and r = sqrt((1 - s)^2 + s^2), the length of (signal, noise), [B, 1, 1, 1, 1]."""
-    s = (_widen(t) / 1000).view(-1, 1, 1, 1, 1)
+    s = _expand_sigma(t)
     return s, ((1 - s).square() + s.square()).sqrt()
+
+
+def _expand_sigma(t: Tensor) -> Tensor:
+    """Return s of t [B], as [B, 1, 1, 1, 1]."""
+    return (_widen(t) / 1000).view(-1, 1, 1, 1, 1)
 
 
 def _mean_per_sample(value: Tensor, loss_mask: Tensor | None) -> Tensor:

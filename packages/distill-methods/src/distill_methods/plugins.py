@@ -10,6 +10,7 @@ from distill_methods.dmd2.config import DMD2Config
 from distill_methods.finetune.config import FinetuneConfig
 from distill_methods.kd.config import KDConfig
 from distill_methods.ladd.config import LaddConfig
+from distill_methods.phased_dmd.config import PhasedDMDConfig
 from distill_methods.rcm.config import RCMConfig
 from distill_methods.self_forcing.config import SelfForcingConfig
 from distill_methods.teacher_only.config import TeacherOnlyConfig
@@ -19,6 +20,13 @@ dmd2 = MethodPlugin(
     help="few-step student by distribution matching (student, teacher, critic)",
     config_class=DMD2Config,
     implementation="distill_methods.dmd2.method:DMD2Method",
+    contract=2,
+)
+phased_dmd = MethodPlugin(
+    name="phased_dmd",
+    help="two experts, each matched in its own phase (student, teacher, critic)",
+    config_class=PhasedDMDConfig,
+    implementation="distill_methods.phased_dmd.method:PhasedDMDMethod",
     contract=2,
 )
 ladd = MethodPlugin(

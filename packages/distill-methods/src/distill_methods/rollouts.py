@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,6 +29,9 @@ class Rollout(NamedTuple):
         loss_mask: 0 on frames that stay out of the student's loss, [1, 1, T, 1, 1]; None: those
             that the condition gives, if any.
         same_on_all_ranks: whether all ranks have the same ``exits``, in their only row.
+        x_end: the clips at ``t_end``, without gradient, where the student's part ends above 0: what
+            another expert goes on from (Phased DMD); None: it ends at ``x0``.
+        t_end: t of ``x_end``.
     """
 
     x0: Latents
@@ -35,6 +39,8 @@ class Rollout(NamedTuple):
     exits: Tensor
     loss_mask: Tensor | None = None
     same_on_all_ranks: bool = False
+    x_end: Latents | None = None
+    t_end: float = 0.0
 
     def outputs(self) -> dict[str, Tensor]:
         """Return the clips and their statistics, detached, for logs.
@@ -118,25 +124,7 @@ class StudentRollouts:
         )
         if self._source == "data":
             return self._denoise_data(batch, purpose, exit_steps)
-        return self._simulate(batch, purpose, exit_steps)
-
-    def _simulate(self, batch: Batch, purpose: str, exit_steps: ExitSteps) -> Rollout:
-        # k calls of the student without gradient, then one at level k: with gradient in its turn.
-        context, size = self._context, len(batch)
-        # Shared, as k decides how many calls there are: the ranks of a sharded student would
-        # otherwise wait for each other for ever.
-        k = context.noise.sample_shared_exit(f"{purpose}.exit_step", exit_steps)
-        x0 = context.adapter.rollout(
-            "student",
-            self._config.student_sampler,
-            context.noise.clip_noise(batch, f"{purpose}.rollout"),
-            batch.cond,
-            exit_steps=(k,) * len(chunks_of(context.adapter, "student", batch.latent_shape[1])),
-            generators=context.noise.streams.rows(f"{purpose}.rollout.fresh", size),
-            poll=context.poll,
-        )
-        steps = torch.full((size,), k, device=x0.device)
-        return Rollout(x0, steps, torch.tensor([[k]]), same_on_all_ranks=True)
+        return simulate(self._context, self._config, batch, purpose, exit_steps)
 
     def _denoise_data(self, batch: Batch, purpose: str, exit_steps: ExitSteps) -> Rollout:
         context, frames = self._context, ()
@@ -157,6 +145,39 @@ class StudentRollouts:
         exits = (repeat_per_frame(exits, frames) if frames else exits[:, None]).cpu()
         mean_steps = steps.float().mean(dim=1) if frames else steps
         return Rollout(x0, mean_steps, exits, same_on_all_ranks=False)
+
+
+def simulate(
+    context: MethodContext,
+    config: LatentMethodConfig,
+    batch: Batch,
+    purpose: str,
+    exit_steps: ExitSteps,
+    *,
+    on_step: Callable[[int, Latents], None] | None = None,
+) -> Rollout:
+    """Sample the student from noise up to a step k of ``exit_steps``: k calls without gradient,
+    then one at level k, with gradient where the caller's mode allows it.
+
+    Args:
+        on_step: see ``Sampler.rollout``; of students that are not causal.
+    """
+    size = len(batch)
+    # Shared, as k decides how many calls there are: the ranks of a sharded student would
+    # otherwise wait for each other for ever.
+    k = context.noise.sample_shared_exit(f"{purpose}.exit_step", exit_steps)
+    x0 = context.adapter.rollout(
+        "student",
+        config.student_sampler,
+        context.noise.clip_noise(batch, f"{purpose}.rollout"),
+        batch.cond,
+        exit_steps=(k,) * len(chunks_of(context.adapter, "student", batch.latent_shape[1])),
+        generators=context.noise.streams.rows(f"{purpose}.rollout.fresh", size),
+        poll=context.poll,
+        on_step=on_step,
+    )
+    steps = torch.full((size,), k, device=x0.device)
+    return Rollout(x0, steps, torch.tensor([[k]]), same_on_all_ranks=True)
 
 
 def allowed_exit_steps(

@@ -29,6 +29,8 @@ class PlannedRun:
         has_negative: whether there will be a negative condition.
         reads_negative: whether calls with these guidances read one (``Capabilities``).
         experts: names of the roles that have more than one expert; None: not known.
+        boundaries: by role, of those that have two experts, the t from which on the one for high
+            noise levels is called.
         time_limits: by role, the t [low, high) that it can be called at, of those that have one
             expert of several (``RoleOptions.experts``) or a model that knows no other times; 1000
             is in the last range.
@@ -45,6 +47,7 @@ class PlannedRun:
     has_negative: bool = True
     reads_negative: Callable[..., bool] = Capabilities().reads_negative
     experts: frozenset[str] | None = None
+    boundaries: Mapping[str, float] = field(factory=dict)
     time_limits: Mapping[str, tuple[float, float]] = field(factory=dict)
     pictured: frozenset[str] = frozenset()
     clip_frames: tuple[int, ...] = ()

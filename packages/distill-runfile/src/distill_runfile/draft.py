@@ -378,6 +378,9 @@ def planned_run(draft: Draft) -> PlannedRun:
         clip_frames=tuple(dict.fromkeys(shape[1] for shape in shapes if shape is not None)),
         chunks=chunks,
         experts=frozenset(name for name, own in ranges.items() if len(own) > 1),
+        boundaries={
+            n: max(low for low, _ in own.values()) for n, own in ranges.items() if len(own) > 1
+        },
         time_limits={n: next(iter(own.values())) for n, own in ranges.items() if len(own) == 1},
         pictured=frozenset(
             name for name, spec in specs if plugin.frame_conditions(spec, config).least

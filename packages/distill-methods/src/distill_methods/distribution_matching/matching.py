@@ -13,6 +13,7 @@ from distill_methods.context import MethodContext
 from distill_methods.contracts import loss_mask_of
 from distill_methods.distribution_matching.by_exit import Critic, TeachersByExit
 from distill_methods.distribution_matching.config import MatchingConfig
+from distill_methods.distribution_matching.noising import ClipNoising, ForwardNoising
 from distill_methods.maths import (
     dmd_gradient,
     dmd_loss,
@@ -60,14 +61,21 @@ class DistributionMatching:
 
     Args:
         rollout: makes the student's clips.
+        noising: how they are noised; None: as above.
     """
 
     def __init__(
-        self, context: MethodContext, config: MatchingConfig, rollout: RolloutFunction
+        self,
+        context: MethodContext,
+        config: MatchingConfig,
+        rollout: RolloutFunction,
+        *,
+        noising: ClipNoising | None = None,
     ) -> None:
         self._context = context
         self._config = config
         self._rollout = rollout
+        self._noising = noising or ForwardNoising(context)
         self._teachers = TeachersByExit(context, config)
         self._critic = Critic(context, config)
         self._gan: tuple[GanConfig, Adversary] | None = None
@@ -105,8 +113,8 @@ class DistributionMatching:
         # No gradient through noising and the two score models: g is the gradient of the KL by x
         # already (DMD, eq. 7).
         with torch.no_grad():
-            noised = context.noise.add_noise_at_random_time(
-                x,
+            noised = self._noising.add_noise(
+                rollout,
                 f"{context.name}.student",
                 iteration,
                 self._config.score_time,
@@ -165,16 +173,16 @@ class DistributionMatching:
             rollout = self._rollout(batch, "critic", iteration)
             time = self._config.critic_time or self._config.score_time
             # Fresh t and noise: one clip has any number of noised versions to learn from.
-            x_t, noise, t = context.noise.add_noise_at_random_time(
-                rollout.x0, f"{context.name}.critic", iteration, time, "critic"
+            noised = self._noising.add_noise(
+                rollout, f"{context.name}.critic", iteration, time, "critic"
             )
-            target = context.adapter.target(rollout.x0, noise, t, "v")
+            target = self._noising.velocity(rollout, noised)
             cond, dropout = batch.cond, self._config.critic_condition_dropout
             if dropout:
                 cond = context.drop_condition(cond, dropout, f"{context.name}.critic.dropout")
         # Of the clip's frames; ``rollout.loss_mask`` is of the student's gradient alone.
-        velocity = self._critic.predict(x_t, t, cond, rollout, "v")
-        weight = velocity_weight(t, self._config.critic_loss)
+        velocity = self._critic.predict(noised.x_t, noised.t, cond, rollout, "v")
+        weight = velocity_weight(noised.t, self._config.critic_loss)
         loss, part_losses = sum_part_losses(
             context.adapter,
             "critic_loss",

@@ -7,12 +7,12 @@ from typing import get_args
 from attrs import field, frozen
 from attrs.validators import in_
 
-from distill_methods.distribution_matching.config import MatchingConfig
+from distill_methods.distribution_matching.whole_clips import WholeClipConfig
 from distill_methods.latent_config import RolloutSource
 
 
 @frozen(kw_only=True)
-class DMD2Config(MatchingConfig):
+class DMD2Config(WholeClipConfig):
     """DMD2 (Yin et al. 2024, "Improved Distribution Matching Distillation").
 
     Attributes:

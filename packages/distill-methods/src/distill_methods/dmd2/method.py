@@ -5,6 +5,7 @@ from __future__ import annotations
 from distill_protocols import Batch, ConditioningProvider, ModelBundle, RandomStreams, StepResult
 
 from distill_methods.contracts import LatentDiffusion
+from distill_methods.distribution_matching.additions import WholeClipAdditions
 from distill_methods.distribution_matching.matching import DistributionMatching
 from distill_methods.dmd2.config import DMD2Config
 from distill_methods.latent_method import LatentMethod
@@ -18,7 +19,8 @@ class DMD2Method(LatentMethod[DMD2Config]):
 
         x = G(x_in, t_k)
 
-    and is trained by ``DistributionMatching``, which has the losses and the outputs. x_in is the
+    and is trained by ``DistributionMatching``, which has the losses and the outputs, with what
+    ``WholeClipAdditions`` adds where it is asked for. x_in is the
     student's own sampling from noise up to step k (section 4.5, backward simulation), or noised
     data.
 
@@ -48,6 +50,8 @@ class DMD2Method(LatentMethod[DMD2Config]):
         RoleError: a role is missing, a teacher is trainable, or student or critic is not.
         CapabilityError: the adapter lacks something in ``config.capabilities``.
         ConditioningError: a teacher is guided and there is no negative condition.
+        ContractError: an anchor or an interpolated critic of a causal student; or a critic whose
+            weights are not those of the student, to interpolate.
     """
 
     name = "dmd2"
@@ -64,7 +68,15 @@ class DMD2Method(LatentMethod[DMD2Config]):
         super().__init__(bundle, adapter, config, conditioning=conditioning, streams=streams)
         rollout = StudentRollouts(self.context, config, config.rollout)
         self._matching = DistributionMatching(self.context, config, rollout)
+        self._additions = WholeClipAdditions(self.context, config)
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
-        """See ``DistributionMatching.step``."""
-        return self._matching.step(batch, iteration)
+        """See ``DistributionMatching.step`` and ``WholeClipAdditions.add_to_step``."""
+        matched = self._matching.step(batch, iteration)
+        return self._additions.add_to_step(matched, batch, iteration)
+
+    def optimizers_schedulers_step(self, iteration: int) -> tuple[str, ...]:
+        """See ``DistillMethod.optimizers_schedulers_step``; the critic follows the student."""
+        stepped = super().optimizers_schedulers_step(iteration)
+        self._additions.after_update(stepped)
+        return stepped
