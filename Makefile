@@ -1,5 +1,5 @@
 # The tasks of this repository; `make` lists them.
-.PHONY: help test slow docs lint types tiny rebuild-tiny bench torture fuzz random-runs mutation wheels release metrics gates families
+.PHONY: help test slow docs lint types tiny rebuild-tiny bench gpu-check torture fuzz random-runs mutation wheels release metrics gates families
 
 help:           ## this list
 	@grep -E '^[a-z-]+: +##' $(MAKEFILE_LIST) | sed 's/: *## /\t/' | expand -t 16
@@ -38,6 +38,9 @@ bench:          ## trainer against a bare loop; start-up; checkpoints; memory of
 	uv run python tools/bench/checkpoint.py
 	uv run python tools/bench/export.py
 	uv run python tools/bench/loader.py
+
+gpu-check:      ## what only a GPU can tell, on one of them (8 minutes); ARGS=--cpu: whether it runs
+	uv run tools/gpu_check $(ARGS)
 
 random-runs:    ## draw 200 run files, run what is accepted, compare with stopped runs (an hour)
 	uv run python tools/random_runs.py
