@@ -15,6 +15,7 @@ from causal_reference import ReferenceProcessor, chunk_lists, seen_beside_clean,
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from distill_adapters_wan import PLUGIN, CausalConfig, WanPipelineConfig
 from distill_diffusers.calls import flow
+from distill_diffusers.roles import attention
 from distill_protocols import (
     CapabilityError,
     ChunkCall,
@@ -725,3 +726,33 @@ def test_a_model_that_cannot_be_causal(pipeline, config):
         "folds 2 latent frames" in problem.message
         for problem in PLUGIN.role_problems(role, attrs.evolve(config, causal=section))
     )
+
+
+def test_a_causal_role_has_the_kernel_that_is_named(pipeline_template):
+    def loaded(backend):
+        config = WanPipelineConfig(
+            num_frames=25, height=32, width=48, max_sequence_length=6,
+            causal=CausalConfig(roles=("student",), chunk_frames=2),
+        )  # fmt: skip
+        source = str(pipeline_template)
+        role = RoleSpec(name="student", path=source, trainable=True, attention_backend=backend)
+        bundle = PLUGIN.load([role], config, device=torch.device("cpu"))
+        enlarge(bundle["student"].modules["transformer"])
+        adapter = PLUGIN.adapter(bundle, config, source=source)
+        predict = functools.partial(
+            adapter.forward, "student", clip(1, 4), times(1, 4), text(1), caches=None
+        )
+        return bundle["student"].modules["transformer"], predict
+
+    outputs = []
+    for backend in (None, "native", "_native_math"):
+        _, predict = loaded(backend)
+        outputs.append(predict())
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    assert (outputs[0] - outputs[2]).abs().max() < SAME
+    transformer, predict = loaded("_native_math")
+    # No CPU has this one: it is really called, though the role was made causal before.
+    attention.set_backend(transformer, "_native_cudnn")
+    with pytest.raises(RuntimeError, match="No viable backend"):
+        predict()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import wan_ranks as wan
 from distill_adapters_wan import PLUGIN, CausalConfig, WanPipelineConfig
-from distill_protocols import CompileSpec, LoraSpec, WeightsError
+from distill_protocols import CapabilityError, CompileSpec, LoraSpec, WeightsError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_on_ranks
@@ -274,11 +274,26 @@ def test_an_attention_backend_is_that_of_its_role_and_torch_s_own_changes_no_num
 
 
 @pytest.mark.parametrize(
+    ("backend", "trainable"),
+    [("_native_cudnn", False), ("flex", True), ("_native_efficient", True)],
+)
+def test_a_kernel_that_this_device_does_not_have_is_refused_while_roles_are_loaded(
+    pipeline_template, backend, trainable
+):
+    role = spec(pipeline_template, trainable=trainable, attention_backend=backend)
+    with pytest.raises(CapabilityError) as error:
+        wan.load([role])
+    assert f"role 'teacher': attention backend {backend!r} does not run on cpu in fp32" in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize(
     ("backend", "causal", "message"),
     [
         ("native", False, None),
         ("fast", False, "diffusers knows no attention backend 'fast'"),
-        ("native", True, "has no effect on a causal role"),
+        ("native", True, None),
     ],
 )
 def test_attention_backends_that_are_refused(pipeline_template, backend, causal, message):

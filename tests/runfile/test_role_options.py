@@ -105,3 +105,39 @@ def test_a_family_that_cannot_estimate_a_call(values, write, monkeypatch, family
     assert "  weights fit, 80" in text
     assert "activations unknown: family 'wan' cannot estimate them for student" in text
     assert "  fits:" not in text
+
+
+def test_the_kernel_of_the_run_is_that_of_roles_without_their_own(values, write):
+    values["training"]["attention_backend"] = "_native_math"
+    values["models"]["teacher"]["attention_backend"] = "native"
+    config = read_config(write(values))
+    kernels = {name: role.spec.attention_backend for name, role in config.roles.items()}
+    assert kernels == {"student": "_native_math", "teacher": "native", "critic": "_native_math"}
+    assert config.resolved["models"]["critic"]["attention_backend"] == "_native_math"
+    assert "  critic: attention_backend: _native_math" in describe(config).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        ("fast", ["no attention backend 'fast'", "(for student, critic, which name none them"]),
+        ("flash3", ["'flash3' needs the package flash_attn_interface, which is not installed"]),
+    ],
+)
+def test_a_kernel_of_the_run_that_is_not_there_is_one_problem(values, write, kernel, words):
+    values["training"]["attention_backend"] = kernel
+    values["models"]["teacher"]["attention_backend"] = "native"
+    with pytest.raises(ConfigError) as excinfo:
+        read_config(write(values))
+    (problem,) = excinfo.value.problems
+    assert all(word in problem for word in ["training.attention_backend: ", *words]), problem
+
+
+def test_a_kernel_of_the_run_for_a_family_that_has_none(values, write, monkeypatch, family):
+    monkeypatch.setattr(Family, "role_options", lambda self, config: frozenset({"lora"}))
+    monkeypatch.setattr(Family, "attention_backends", lambda self, role, config: ())
+    values["training"]["attention_backend"] = "native"
+    with pytest.raises(ConfigError) as excinfo:
+        read_config(write(values))
+    (problem,) = excinfo.value.problems
+    assert "training.attention_backend: 'native' is none that family 'wan' has" in problem

@@ -13,7 +13,13 @@ from distill_checkpoint import claim_output_dir, find_newest_checkpoint, list_ch
 from distill_protocols import OutputError
 from distill_runfile import RunConfig, export_warnings
 from distill_runtime import counted, device_type, sigterm_as_interrupt
-from distill_trainer import Distribution, TrainResult, check_same_run
+from distill_trainer import (
+    FLASH_VERSIONS,
+    Distribution,
+    TrainResult,
+    check_same_run,
+    use_flash_version,
+)
 
 from distill_train.build import Run, build
 from distill_train.closing import describe_end
@@ -44,6 +50,7 @@ def run(
         # While weights are read; the trainer then finishes its iteration and saves.
         sigterm_as_interrupt(),
         Distribution.start(config.training.distributed, device_type()) as distribution,
+        use_flash_version(config.training.attention_backend, distribution.device),
     ):
         # Before the folder is claimed, which may be another one on each rank.
         check_same_run(distribution.ranks, config.resolved)
@@ -104,4 +111,20 @@ def _opening(config: RunConfig, distribution: Distribution, seconds: float) -> s
             f"{training.micro_batch(size)} samples each in "
             f"{counted(training.accumulation(size), 'micro step')}"
         )
-    return f"ready after {seconds:.1f} s on {devices}; output: {config.training.output_dir}"
+    return (
+        f"ready after {seconds:.1f} s on {devices}, attention: {_kernels(config)}; output: "
+        f"{config.training.output_dir}"
+    )
+
+
+def _kernels(config: RunConfig) -> str:
+    """Name the attention kernels, each with its roles where they differ."""
+    of_all = config.training.attention_backend
+    default = f"torch's choice ({of_all})" if of_all in FLASH_VERSIONS else "torch's choice"
+    roles: dict[str, list[str]] = {}
+    for name, role in config.roles.items():
+        if role.spec.heads is None:
+            roles.setdefault(role.spec.attention_backend or default, []).append(name)
+    if len(roles) == 1:
+        return next(iter(roles))
+    return ", ".join(f"{kernel} ({', '.join(names)})" for kernel, names in roles.items())

@@ -118,18 +118,6 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
             )
         yield from super().discriminator_problems(role, config)
 
-    def attention_problem(self, role: RoleSpec, config: WanPipelineConfig) -> str | None:
-        if role.name in self.capabilities(config).causal_roles:
-            return (
-                f"{role.attention_backend!r} has no effect on a causal role, whose self-attention "
-                "over chunks and cached frames is this package's own. Leave it out"
-            )
-        return super().attention_problem(role, config)
-
-    def attention_backends(self, role: RoleSpec, config: WanPipelineConfig) -> Collection[str]:
-        is_causal = role.name in self.capabilities(config).causal_roles
-        return () if is_causal else super().attention_backends(role, config)
-
     def export_formats(self) -> Mapping[str, str]:
         return {**super().export_formats(), "comfyui": "one file under the model's original names"}
 

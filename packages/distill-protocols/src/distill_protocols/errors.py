@@ -50,7 +50,8 @@ class RoleError(ContractError):
 
 
 class CapabilityError(ContractError):
-    """The adapter lacks a capability that the method needs."""
+    """The adapter lacks a capability that the method needs, or this machine one that a role asks
+    for."""
 
 
 class PluginError(ContractError):

@@ -11,6 +11,7 @@ from typing import Any
 
 from attrs import evolve, fields
 from distill_protocols import RoleNeed, RoleOptions, RoleSpec
+from distill_trainer.attention import FLASH_VERSIONS
 from distill_trainer.config import OptimizerConfig, TrainingConfig
 
 from distill_runfile.paths import resolve_path
@@ -31,7 +32,8 @@ def join_roles(
     training: TrainingConfig | None,
     how: Structuring,
 ) -> dict[str, Role]:
-    """Complete each role from the method's needs, its base, and ``training.optimizer``.
+    """Complete each role from the method's needs, its base, ``training.optimizer`` and
+    ``training.attention_backend``.
 
     A role without a model is left out.
 
@@ -43,6 +45,8 @@ def join_roles(
         spec = _role_spec(document, name, configs, needs.get(name))
         if spec is None:
             continue
+        if training is not None and config.heads is None and spec.attention_backend is None:
+            spec = evolve(spec, attention_backend=_kernel_of_all(training))
         optimizer = None
         if spec.trainable and training is not None:
             merged = {**to_plain(training.optimizer), **config.optimizer}
@@ -53,6 +57,12 @@ def join_roles(
             init_from = evolve(config.init_from, path=path, role=config.init_from.role or name)
         roles[name] = Role(spec=spec, optimizer=optimizer, init_from=init_from)
     return roles
+
+
+def _kernel_of_all(training: TrainingConfig) -> str | None:
+    """Return the kernel of roles that name none; None: torch's own choice, in any version."""
+    kernel = training.attention_backend
+    return None if kernel in FLASH_VERSIONS else kernel
 
 
 def _role_spec(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from distill_protocols.lazy import lazy_exports
 
+from distill_trainer.attention import FLASH_VERSIONS, use_flash_version
 from distill_trainer.callbacks.configs import (
     DebugDumpConfig,
     EmaConfig,
@@ -81,6 +82,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "FLASH_VERSIONS",
     "DDPTrainStepWrapper",
     "DebugDumpCallback",
     "DebugDumpConfig",
@@ -122,6 +124,7 @@ __all__ = [
     "check_same_run",
     "schedule_factor",
     "tracker_problems",
+    "use_flash_version",
 ]
 
 __getattr__ = lazy_exports(__name__, _LAZY)

@@ -139,6 +139,10 @@ class TrainingConfig:
         trackers: names of the trackers that numbers and clips go to.
         progress: a progress bar (plain lines where the output is no terminal).
         distributed: how the run is spread over processes.
+        attention_backend: kernel of the attention layers of every role that names none of its own
+            (``models.<role>.attention_backend``); ``flash3`` and ``flash4`` are versions of the
+            flash kernel that torch's own choice then takes, for all roles. Left out: torch's own
+            choice.
         cpu_threads: threads of one CPU operation, set by the app; left out, torch's own choice.
             1 is best for tiny models: more wait for each other, badly so on a busy machine.
     """
@@ -164,6 +168,7 @@ class TrainingConfig:
     trackers: tuple[str, ...] = field(default=("tensorboard", "jsonl"))
     progress: bool = True
     distributed: DistributedConfig = field(factory=DistributedConfig)
+    attention_backend: str | None = None
     cpu_threads: int | None = field(
         default=None,
         validator=optional(at_least(1, "work needs a thread. Leave it out for torch's own choice")),

@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from attrs import Factory, define, field, frozen
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel
 from distill_protocols import (
     CapabilityError,
@@ -340,11 +340,16 @@ class CausalSwitch:
 class CausalAttnProcessor:
     """Self-attention of one block, each group of queries over the keys that it sees.
 
-    Projections, norms and the rotation are those of diffusers' ``WanAttnProcessor``.
+    Projections, norms and the rotation are those of diffusers' ``WanAttnProcessor``, and so is the
+    name of the attribute by which ``set_attention_backend`` chooses the kernel.
+
+    Attributes:
+        layer: index of the block.
     """
 
     layer: int
     switch: CausalSwitch
+    _attention_backend: AttentionBackendName | None = field(default=None, alias="backend")
 
     def __call__(
         self,
@@ -371,11 +376,18 @@ class CausalAttnProcessor:
         if call.past is not None and call.past.stored:
             keys, values = zip(*call.past.layer(self.layer), strict=True)
             key, value = torch.cat([*keys, key], dim=1), torch.cat([*values, value], dim=1)
-        out = _attended(query, key, value, context).flatten(2, 3).type_as(query)
+        kernel = self._attention_backend
+        out = _attended(query, key, value, context, kernel).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
 
 
-def _attended(query: Tensor, key: Tensor, value: Tensor, context: BlockContext) -> Tensor:
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: BlockContext,
+    kernel: AttentionBackendName | None,
+) -> Tensor:
     """Attend group by group; all [B, tokens, heads, width], keys not rotated yet.
 
     Queries of one chunk see the same keys, so each group is one dense product over those keys, for
@@ -398,10 +410,11 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, context: BlockContext) 
         return _rotated(key[:, part], *shifted)
 
     def attend(group: Group) -> Tensor:
-        return _scaled_dot_product(
+        return dispatch_attention_fn(
             query[:, group.start * tokens : group.stop * tokens],
             _cat([key_span(span) for span in group.keys]),
             _cat([value[:, s.start * tokens : s.stop * tokens] for s in group.keys]),
+            backend=kernel,
         )
 
     return _cat([attend(group) for group in attention.groups])
@@ -418,11 +431,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out[..., 0::2] = even * cos - odd * sin
     out[..., 1::2] = even * sin + odd * cos
     return out
-
-
-def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # heads first
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
@@ -456,7 +464,8 @@ def _prepare(name: str, module: nn.Module, config: CausalConfig | None) -> None:
     transformer.rope.register_forward_pre_hook(switch.lengthen_tables)
     transformer.rope.register_forward_hook(switch.replace_tables)
     for layer, attention in enumerate(_self_attentions(transformer)):
-        attention.set_processor(CausalAttnProcessor(layer, switch))
+        kernel = attention.processor._attention_backend  # that of the role, if it has one
+        attention.set_processor(CausalAttnProcessor(layer, switch, kernel))
 
 
 def _switch_of(transformer: WanTransformer3DModel) -> CausalSwitch | None:

@@ -7,9 +7,15 @@ that has none of its own, which is put back here: a role's option is that role's
 
 from __future__ import annotations
 
+from typing import Any, cast
+
+import torch
 from diffusers.models import attention_dispatch
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import ModelMixin
+from distill_protocols import DTYPES, CapabilityError, Precision
 
 from distill_diffusers.kinds import ModelKind, class_name
 
@@ -85,3 +91,46 @@ def set_backend(module: ModelMixin, name: str) -> None:
         module.set_attention_backend(name)
     finally:
         registry.set_active_backend(active)
+
+
+def head_width(module: ModelMixin) -> int:
+    """Return the channels of a head of the first attention layer of ``module``."""
+    for part in module.modules():
+        if isinstance(part, (Attention, AttentionModuleMixin)):
+            layer = cast(Any, part)
+            return layer.to_q.out_features // layer.heads
+    raise CapabilityError(
+        f"{type(module).__name__} has no attention layer whose kernel diffusers could set. Leave "
+        "attention_backend out."
+    )
+
+
+def check_backend(
+    name: str, device: torch.device, precision: Precision, *, head_width: int, trainable: bool
+) -> None:
+    """Call the kernel ``name`` once as a role would, on few tokens.
+
+    diffusers knows which packages a kernel needs, but not on which devices and in which precisions
+    it runs, so that a run would otherwise fail in its first step.
+
+    Args:
+        head_width: channels of an attention head.
+        trainable: whether the role is differentiated.
+
+    Raises:
+        CapabilityError: the call, or its backward pass, fails.
+    """
+    tokens = torch.zeros(
+        (1, 128, 1, head_width), dtype=DTYPES[precision], device=device, requires_grad=trainable
+    )
+    try:
+        out = dispatch_attention_fn(tokens, tokens, tokens, backend=AttentionBackendName(name))
+        if trainable:
+            out.sum().backward()
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CapabilityError(
+            f"attention backend {name!r} does not run on {device.type} in {precision} with heads "
+            f"of {head_width} channels{', or not backwards' if trainable else ''}: {reason} Name "
+            "another, or leave it out for torch's own choice."
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -11,6 +12,7 @@ from attrs import frozen
 from distill_protocols import (
     DTYPES,
     EXIT_EMBEDDING,
+    CapabilityError,
     LoraSpec,
     ModelBundle,
     RoleHandle,
@@ -204,6 +206,7 @@ class RoleLoader:
         for name, module in modules.items():
             if role.attention_backend is not None:
                 attention.set_backend(module, role.attention_backend)
+                ranks.run_each(partial(_check_backend, role, module, device))
             if role.activation_checkpointing:
                 module.enable_gradient_checkpointing()
             if role.compile is not None:
@@ -437,6 +440,20 @@ def _leave_buffers_to_the_base(module: nn.Module) -> None:
     for part in module.modules():
         for name, buffer in list(part.named_buffers(recurse=False)):
             part.register_buffer(name, buffer, persistent=False)
+
+
+def _check_backend(role: RoleSpec, module: ModelMixin, device: torch.device) -> None:
+    assert role.attention_backend is not None
+    try:
+        attention.check_backend(
+            role.attention_backend,
+            torch.device(device),
+            role.precision,
+            head_width=attention.head_width(module),
+            trainable=role.trainable,
+        )
+    except CapabilityError as error:
+        raise CapabilityError(f"role {role.name!r}: {error}") from error
 
 
 def _check_alike(role: RoleSpec, built: _Built, ranks: Ranks) -> None:

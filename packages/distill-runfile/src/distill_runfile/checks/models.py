@@ -8,11 +8,14 @@ from typing import Any
 
 from distill_checkpoint import is_checkpoint_folder, list_checkpoints, role_problems
 from distill_protocols import LoraSpec, MethodConfig, Problem, below
+from distill_trainer.attention import FLASH_VERSIONS, flash_problem
 
 from distill_runfile.draft import ConfiguredFamily, Draft
 from distill_runfile.missing import is_missing, made_by
 from distill_runfile.schema import InitFromConfig, Role, is_local
 from distill_runfile.source import read_source
+
+_BACKEND = ("attention_backend",)
 
 
 def check_models(draft: Draft) -> Iterator[Problem]:
@@ -24,14 +27,35 @@ def check_models(draft: Draft) -> Iterator[Problem]:
         family.plugin.config_problems(family.config, draft.written_roles), "pipeline_config"
     )
     yield from _capability_problems(draft, family)
+    kernel = None if draft.training is None else draft.training.attention_backend
+    if (
+        kernel is not None
+        and kernel in FLASH_VERSIONS
+        and (problem := flash_problem(kernel)) is not None
+    ):
+        yield Problem(("training", *_BACKEND), problem)
+    of_all: dict[str, list[str]] = {}
+    honoured = "attention_backend" in family.plugin.role_options(family.config)
     for name, role in draft.roles.items():
         problems = list(family.plugin.role_problems(role.spec, family.config))
-        if all(problem.path != ("attention_backend",) for problem in problems):
-            problems += _backend_problems(role, family)  # unless the family gives its own reason
+        is_own = draft.role_configs[name].attention_backend is not None
+        # Unless the family gives its own reason, or honours no such key of a role at all.
+        if all(p.path != _BACKEND for p in problems) and (honoured or not is_own):
+            problems += _backend_problems(role, family)
+        if not is_own:
+            for problem in problems:
+                if problem.path == _BACKEND:
+                    of_all.setdefault(problem.message, []).append(name)
+            problems = [problem for problem in problems if problem.path != _BACKEND]
         yield from below(problems, "models", name)
         if role.init_from is not None and not _comes_from_checkpoint(draft, role):
             problems = _init_problems(draft, role.init_from, role, family)
             yield from below(problems, "models", name, "init_from")
+    for message, roles in of_all.items():
+        yield Problem(
+            ("training", *_BACKEND),
+            f"{message} (for {', '.join(roles)}, which name none themselves)",
+        )
 
 
 def check_method(draft: Draft) -> Iterator[Problem]:
@@ -84,13 +108,12 @@ def _capability_problems(draft: Draft, family: ConfiguredFamily) -> Iterator[Pro
 
 def _backend_problems(role: Role, family: ConfiguredFamily) -> Iterator[Problem]:
     backend = role.spec.attention_backend
-    honoured = "attention_backend" in family.plugin.role_options(family.config)
-    if backend is None or not honoured:
+    if backend is None:
         return
     known = family.plugin.attention_backends(role.spec, family.config)
     if backend not in known:
         yield Problem(
-            ("attention_backend",),
+            _BACKEND,
             f"{backend!r} is none that family {family.plugin.name!r} has for this role "
             f"({', '.join(known) or 'it has none'}). Name one of these, or leave it out for the "
             "library's own choice",
