@@ -10,6 +10,8 @@ from attrs import evolve, field, frozen
 from distill_adapters_wan import PLUGIN, CausalConfig
 from distill_methods import (
     AnchorConfig,
+    CausalConsistencyConfig,
+    CausalConsistencyMethod,
     CausVidConfig,
     CausVidMethod,
     ConsistencyConfig,
@@ -178,10 +180,24 @@ CASES: dict[str, MethodCase] = {
         ),
         matches=True, one_exit={"student_sampler": evolve(ONE, context_noise=100.0)},
     ),
+    "causal_consistency": MethodCase(
+        method=CausalConsistencyMethod,
+        config=CausalConsistencyConfig(
+            guidance_scale=2.0, discrete=Discrete(steps=8, shift=8.0, loss="l2"), target="student"
+        ),
+        students=("causal, as its teacher",),
+    ),
     "causvid": _causal(
         CausVidMethod, CausVidConfig(**SCORES, student_sampler=FOUR), matches=True
     ),
 }  # fmt: skip
+
+CAUSAL_ROLES: dict[str, tuple[str, ...]] = {
+    "bidirectional": (),
+    "causal": ("student",),
+    "causal, as its teacher": ("student", "teacher"),
+}
+"""By kind of student."""
 
 PLACES = [
     (name, variant, student)
@@ -224,8 +240,8 @@ class Setups:
         key = (variant, student)
         if key not in self._loaded:
             config, path = VARIANTS[variant].config, self._folder_of(variant)
-            if student == "causal":
-                config = evolve(config, causal=CausalConfig(roles=("student",), chunk_frames=1))
+            if causal := CAUSAL_ROLES[student]:
+                config = evolve(config, causal=CausalConfig(roles=causal, chunk_frames=1))
             roles = [
                 RoleSpec(name=role, path=path, trainable=role != "teacher")
                 for role in ("student", "teacher", "critic")

@@ -9,6 +9,8 @@ from torch import Tensor
 
 CAUSAL = ToyFamily().capabilities(ToyConfig(causal_roles={"student"}))
 """The student makes frame after frame."""
+BOTH_CAUSAL = ToyFamily().capabilities(ToyConfig(causal_roles={"student", "teacher"}))
+"""The teacher too."""
 
 
 def toy_bundle(*, lr: float = 1e-2, heads_on: str = "teacher", **seeds: int) -> ModelBundle:

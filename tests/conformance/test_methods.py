@@ -1,4 +1,4 @@
-"""All nine methods, with the options that change what a step calls, pass the suite of methods."""
+"""All methods, with the options that change what a step calls, pass the suite of methods."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from attrs import evolve
 from distill_conformance import MethodCase, MethodSuite
 from distill_methods import (
+    CausalConsistencyConfig,
     CausVidConfig,
     ConsistencyConfig,
     Continuous,
@@ -27,7 +28,10 @@ from distill_runtime import load_plugin
 FOUR = SamplerSpec(steps=4, shift=5.0, stochastic=True)
 ONE = SamplerSpec(steps=1, stochastic=True)
 SCORES: dict[str, Any] = {"generator_update_interval": 2, "student_sampler": FOUR}
-CAUSAL = ("causvid", "self_forcing", "kd, causal")
+CAUSAL = {
+    "causvid": ("student",), "self_forcing": ("student",), "kd, causal": ("student",),
+    "causal_consistency": ("student", "teacher"),
+}  # fmt: skip
 CONFIGS = {
     "finetune": FinetuneConfig(),
     "teacher_only": TeacherOnlyConfig(),
@@ -38,6 +42,9 @@ CONFIGS = {
     "ladd": LaddConfig(student_sampler=FOUR),
     "consistency": ConsistencyConfig(discrete=Discrete(steps=8, shift=8.0, skip=2)),
     "consistency, continuous": ConsistencyConfig(continuous=Continuous(tangent_warmup=3)),
+    "causal_consistency": CausalConsistencyConfig(
+        discrete=Discrete(steps=8, shift=8.0, loss="l2"), target="student"
+    ),
     "rcm": RCMConfig(**SCORES),
     "self_forcing": SelfForcingConfig(**SCORES),
     "causvid": CausVidConfig(**SCORES),
@@ -57,7 +64,7 @@ def case(request) -> MethodCase:
         config=config,
         accumulation_config=full,
         losses=2 if name == "rcm" else 1,
-        causal_roles=("student",) if name in CAUSAL else (),
+        causal_roles=CAUSAL.get(name, ()),
     )
 
 

@@ -11,6 +11,8 @@ from attrs import define, evolve, field, frozen
 from distill_conditioning.order import rank_positions
 from distill_conformance.toy import LATENT_SHAPE, ToyAdapter, ToyConditioning, toy_batch
 from distill_methods import (
+    CausalConsistencyConfig,
+    CausalConsistencyMethod,
     CausVidConfig,
     CausVidMethod,
     ConsistencyConfig,
@@ -39,7 +41,7 @@ from distill_runtime import DistillMethod
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
-from toy_roles import CAUSAL, gradients, toy_bundle
+from toy_roles import BOTH_CAUSAL, CAUSAL, gradients, toy_bundle
 
 ITERATIONS = (1, 2)  # the critic's turn and the student's
 
@@ -141,6 +143,12 @@ configs = (
     | st.builds(ConsistencyConfig, student_sampler=samplers, discrete=grids)
     | st.builds(ConsistencyConfig, student_sampler=samplers, continuous=tangents)
     | st.builds(
+        CausalConsistencyConfig,
+        student_sampler=samplers.map(lambda spec: evolve(spec, context_noise=60.0)),
+        discrete=grids,
+        target=st.just("student"),
+    )
+    | st.builds(
         RCMConfig,
         generator_update_interval=st.just(2),
         rollout=st.sampled_from(["simulate", "data"]),
@@ -149,6 +157,7 @@ configs = (
     )
 )
 METHODS: dict[type, Callable[..., DistillMethod]] = {
+    CausalConsistencyConfig: CausalConsistencyMethod,
     CausVidConfig: CausVidMethod,
     DMD2Config: DMD2Method,
     FinetuneConfig: FinetuneMethod,
@@ -182,9 +191,10 @@ def build(config: object, seed: int, rank: int, ranks: int) -> DistillMethod:
     names = [need.name for need in config.roles]
     on = "critic" if "critic" in names else "teacher"
     bundle = toy_bundle(heads_on=on, **{name: seed for seed, name in enumerate(names, start=1)})
+    able = BOTH_CAUSAL if isinstance(config, CausalConsistencyConfig) else CAUSAL
     return METHODS[type(config)](
         bundle,
-        Watched(bundle, capabilities=CAUSAL, stored=isinstance(config, KDConfig)),
+        Watched(bundle, capabilities=able, stored=isinstance(config, KDConfig)),
         config,
         conditioning=ToyConditioning(),
         streams=RandomStreams(seed, rank=rank, world_size=ranks),

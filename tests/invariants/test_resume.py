@@ -65,6 +65,10 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("student", "teacher"),
         {"guidance_scale": 1.5, "discrete": {"steps": 8, "skip": 2}},
     ),
+    "causal_consistency": (
+        ("student", "teacher"),
+        {"guidance_scale": 1.5, "discrete": {"steps": 8}},
+    ),
     "rcm": (
         ("student", "teacher", "critic"),
         {"real_score_guidance_scale": 1.5, "continuous": {"tangent_warmup": 2}},
@@ -72,7 +76,11 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 }
 """Name -> (roles, options; the sampler is SAMPLER where they have none)."""
 MATCHING = ("dmd2", "dmd2_gan", "dmd2_anchor", "phased_dmd", "rcm", "self_forcing", "causvid")
-CAUSAL = ("self_forcing", "causvid")
+CAUSAL = {
+    "self_forcing": ["student"], "causvid": ["student"],
+    "causal_consistency": ["student", "teacher"],
+}  # fmt: skip
+"""The causal roles."""
 
 
 @frozen(kw_only=True)
@@ -108,6 +116,8 @@ class Case:
             if self.lora:
                 models[name]["lora"] = {"rank": 2}
         method = {"student_sampler": SAMPLER, **options}
+        if self.method == "causal_consistency":
+            method["target"] = "ema" if self.ema else "student"
         if self.method in MATCHING:
             method |= {
                 "generator_update_interval": self.interval,
@@ -131,7 +141,7 @@ class Case:
             "pipeline_config": {
                 "num_frames": 9, "height": 32, "width": 32, "max_sequence_length": 8,
             } | (
-                {"causal": {"roles": ["student"], "chunk_frames": 1}}
+                {"causal": {"roles": CAUSAL[self.method], "chunk_frames": 1}}
                 if self.method in CAUSAL else {}
             ),
             "method_config": method,
@@ -220,6 +230,7 @@ def test_13_n_steps_save_load_m_steps_is_n_plus_m_steps(case: Case):
 @example(Case(**{**asdict(DMD2), "method": "phased_dmd", "workers": 0}))
 @example(TEACHER_ONLY)
 @example(KD)
+@example(Case(n=1, m=2, method="causal_consistency", accumulation=2))
 @example(Case(**{**asdict(DMD2), "method": "self_forcing"}))
 @example(Case(**{**asdict(DMD2), "method": "rcm", "precision": "bf16", "workers": 0}))
 def test_13_n_steps_save_load_m_steps_is_n_plus_m_steps_of_every_method(case: Case):

@@ -30,6 +30,8 @@ from distill_evaluation.health.plugin import health
 from distill_evaluation.page.plugin import page
 from distill_evaluation.plugins import report
 from distill_methods import (
+    CausalConsistencyConfig,
+    CausalConsistencyMethod,
     CausVidConfig,
     CausVidMethod,
     ConsistencyConfig,
@@ -53,6 +55,7 @@ from distill_methods import (
     TeacherOnlyMethod,
 )
 from distill_methods.plugins import (
+    causal_consistency,
     causvid,
     consistency,
     dmd2,
@@ -103,6 +106,7 @@ PLUGINS: tuple[Plugin, ...] = (
     QWEN_IMAGE_FAMILY,
     WAN_FAMILY,
     Z_IMAGE_FAMILY,
+    causal_consistency,
     causvid,
     consistency,
     dmd2,
@@ -140,6 +144,9 @@ def every_method(
 ) -> Iterator[TrainableMethod]:
     """Build every method from its class, as a program does that uses no plugin."""
     streams = RandomStreams(0)
+    yield CausalConsistencyMethod(
+        bundle, adapter, CausalConsistencyConfig(), conditioning=conditioning, streams=streams
+    )
     yield CausVidMethod(
         bundle, adapter, CausVidConfig(), conditioning=conditioning, streams=streams
     )

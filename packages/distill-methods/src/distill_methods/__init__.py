@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from distill_protocols.lazy import lazy_exports
 
 from distill_methods.adversarial.config import GanConfig
+from distill_methods.causal_consistency.config import CausalConsistencyConfig
 from distill_methods.causvid.config import CausVidConfig
 from distill_methods.consistency.config import ConsistencyConfig, Continuous, Discrete
 from distill_methods.distribution_matching.whole_clips import AnchorConfig
@@ -26,6 +27,7 @@ from distill_methods.teachers.config import TeacherTerm
 from distill_methods.time_sampling import TimeSampling
 
 if TYPE_CHECKING:
+    from distill_methods.causal_consistency.method import CausalConsistencyMethod
     from distill_methods.causvid.method import CausVidMethod
     from distill_methods.consistency.method import ConsistencyMethod
     from distill_methods.contracts import LatentDiffusion
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "ConsistencyMethod": "consistency.method",
+    "CausalConsistencyMethod": "causal_consistency.method",
     "CausVidMethod": "causvid.method",
     "DMD2Method": "dmd2.method",
     "FinetuneMethod": "finetune.method",
@@ -56,6 +59,8 @@ _LAZY = {
 
 __all__ = [
     "AnchorConfig",
+    "CausalConsistencyConfig",
+    "CausalConsistencyMethod",
     "CausVidConfig",
     "CausVidMethod",
     "ConsistencyConfig",

@@ -11,6 +11,7 @@ import torch
 from distill_protocols import (
     Batch,
     Chunk,
+    CleanPast,
     ContractError,
     Latents,
     LatentsT,
@@ -75,6 +76,26 @@ class NoiseSampler:
         ).to(x0.device)
         noise = self.noise_like(x0, f"{purpose}.noise")
         return NoisedLatents(self._adapter.add_noise(x0, noise, t), noise, t)
+
+    def clean_past(
+        self, x0: Tensor, purpose: str, context_noise: float, *, t_max: float | None = None
+    ) -> CleanPast:
+        """Return clips ``x0`` [B, C, T, H, W] as what chunks see before them (teacher forcing).
+
+        Args:
+            purpose: of the random streams, ``<purpose>.t`` and ``purpose`` itself for the noise.
+            context_noise: t that they are noised to, as in sampling; 0: not at all.
+            t_max: t is drawn for each clip, uniform between ``context_noise`` and this; None: it
+                is ``context_noise``.
+        """
+        if context_noise == 0 and t_max is None:
+            return CleanPast(latents=x0)
+        t = torch.full((len(x0),), context_noise, device=x0.device)
+        if t_max is not None:
+            u = self.streams.rows(f"{purpose}.t", len(x0)).uniform().to(x0.device)
+            t = context_noise + (t_max - context_noise) * u
+        noise = self.noise_like(x0, purpose)
+        return CleanPast(latents=self._adapter.add_noise(x0, noise, t), t=t)
 
     def sample_timesteps(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distill_protocols import MethodPlugin
 
+from distill_methods.causal_consistency.config import CausalConsistencyConfig
 from distill_methods.causvid.config import CausVidConfig
 from distill_methods.consistency.config import ConsistencyConfig
 from distill_methods.dmd2.config import DMD2Config
@@ -55,6 +56,13 @@ consistency = MethodPlugin(
     help="few-step student of the teacher's trajectory (student, teacher)",
     config_class=ConsistencyConfig,
     implementation="distill_methods.consistency.method:ConsistencyMethod",
+    contract=2,
+)
+causal_consistency = MethodPlugin(
+    name="causal_consistency",
+    help="few-step causal student of a causal teacher's trajectory (student, teacher)",
+    config_class=CausalConsistencyConfig,
+    implementation="distill_methods.causal_consistency.method:CausalConsistencyMethod",
     contract=2,
 )
 rcm = MethodPlugin(

@@ -6,7 +6,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from distill_protocols import Batch, Condition, ContractError, map_latents, one_tensor
+from distill_protocols import (
+    Batch,
+    CleanPast,
+    Condition,
+    ContractError,
+    Latents,
+    map_latents,
+    one_tensor,
+)
 from torch import Tensor
 
 from distill_methods.consistency.config import (
@@ -66,12 +74,28 @@ class DiscreteConsistency:
     If the student has two experts, the target is that of the one for t': an iteration's pairs have
     all their t in one expert's range and all their t' in one, drawn with their share of the grid
     as probability.
+
+    Args:
+        past_of: gives what the chunks of causal models see before them, of normalised clips; None:
+            the noised chunks of the same call.
+        averaged_target: the target comes from the average of the student's weights that the run
+            keeps (``RoleHandle.ema``), and not from the student as it is.
     """
 
-    def __init__(self, context: MethodContext, config: Discrete, *, teachers: Teachers) -> None:
+    def __init__(
+        self,
+        context: MethodContext,
+        config: Discrete,
+        *,
+        teachers: Teachers,
+        past_of: Callable[[Latents], CleanPast] | None = None,
+        averaged_target: bool = False,
+    ) -> None:
         self._context = context
         self._config = config
         self._teachers = teachers
+        self._past_of = past_of
+        self._averaged_target = averaged_target
         ranges = expert_ranges_of(context.adapter, "student", *teachers.names)
         student = expert_ranges_of(context.adapter, "student")
         if not student or student[0][0] > 0:
@@ -92,15 +116,20 @@ class DiscreteConsistency:
         t, t_next = self._sample_pairs(len(batch), iteration)
         noise = self._context.noise.noise_like(x0, f"{self._context.name}.noise")
         x_t = adapter.add_noise(x0, noise, t)
+        past = None if self._past_of is None else self._past_of(x0)
         # The target is a constant (theta^- of algorithm 2): it is nearer to the data, where the
         # boundary condition holds. With gradient through both calls, the loss would also pull the
         # target towards the prediction, so that errors spread to where there are none.
         with torch.no_grad():
-            velocity = self._teachers.predict(x_t, t, batch.cond)
+            velocity = self._teachers.predict(x_t, t, batch.cond, past=past)
             step = ((t_next - t) / 1000).view(-1, 1, 1, 1, 1)
             x_next = map_latents(lambda x, v: x + step * v, x_t, velocity)
-            target = adapter.forward("student", x_next, t_next, batch.cond, fwd_pred_type="x0")
-        student = adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="x0")
+            # Before the call with gradient, whose graph must not see weights that are exchanged.
+            with self._context.bundle["student"].averaged(ema=self._averaged_target):
+                target = adapter.forward(
+                    "student", x_next, t_next, batch.cond, fwd_pred_type="x0", caches=past
+                )
+        student = adapter.forward("student", x_t, t, batch.cond, fwd_pred_type="x0", caches=past)
         huber_c = self._config.huber_c if self._config.loss == "huber" else None
         loss, part_losses = sum_part_losses(
             adapter,

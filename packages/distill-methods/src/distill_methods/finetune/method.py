@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from distill_protocols import Batch, CleanPast, Latents, StepResult, main_part, one_tensor
+from distill_protocols import Batch, StepResult, main_part, one_tensor
 
 from distill_methods.contracts import chunks_of, loss_mask_of
 from distill_methods.finetune.config import FinetuneConfig
@@ -47,8 +47,16 @@ class FinetuneMethod(LatentMethod[FinetuneConfig]):
         x_t, noise, t = self.noise.add_noise_at_random_time(
             x0, "finetune", iteration, self.config.time, "student", chunks=chunks
         )
+        past = None  # The noised chunks of the same call.
+        if self.config.past == "clean":
+            past = self.noise.clean_past(
+                one_tensor(x0),
+                "finetune.past",
+                self.config.student_sampler.context_noise,
+                t_max=self.config.past_t_max,
+            )
         velocity = self.adapter.forward(
-            "student", x_t, t, batch.cond, fwd_pred_type="v", caches=self._clean_past(x0)
+            "student", x_t, t, batch.cond, fwd_pred_type="v", caches=past
         )
         weight = bsmntw_weight(t) if self.config.weighting == "bsmntw" else None
         target = self.adapter.target(x0, noise, t, "v")
@@ -63,18 +71,3 @@ class FinetuneMethod(LatentMethod[FinetuneConfig]):
         with torch.no_grad():
             student_x0 = self.adapter.pred_to_x0(velocity, x_t, t)
         return StepResult({"total_loss": loss}, name_parts("student_x0", student_x0) | part_losses)
-
-    def _clean_past(self, latents: Latents) -> CleanPast | None:
-        """Return what chunks see before them; None: the noised chunks of the same call."""
-        if self.config.past == "noisy":
-            return None
-        x0 = one_tensor(latents)
-        context, most = self.config.student_sampler.context_noise, self.config.past_t_max
-        if context == 0 and most is None:
-            return CleanPast(latents=x0)
-        t = torch.full((len(x0),), context, device=x0.device)
-        if most is not None:
-            u = self.noise.streams.rows("finetune.past.t", len(x0)).uniform().to(x0.device)
-            t = context + (most - context) * u
-        noise = self.noise.noise_like(x0, "finetune.past")
-        return CleanPast(latents=self.adapter.add_noise(x0, noise, t), t=t)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from distill_protocols import Condition, ContractError, LatentsT, PredType, map_latents
+from distill_protocols import CleanPast, Condition, ContractError, LatentsT, PredType, map_latents
 from torch import Tensor
 
 from distill_methods.context import MethodContext
@@ -32,12 +32,19 @@ class Teachers:
 
     @torch.no_grad()
     def predict(
-        self, x_t: LatentsT, t: Tensor, cond: Condition, *, pred_type: PredType = "v"
+        self,
+        x_t: LatentsT,
+        t: Tensor,
+        cond: Condition,
+        *,
+        pred_type: PredType = "v",
+        past: CleanPast | None = None,
     ) -> LatentsT:
         """Return the weighted prediction, like ``x_t``, without gradient.
 
         Args:
             t: [B], all of it in one expert's range of each teacher.
+            past: what the chunks of causal teachers see before them; None: those of ``x_t``.
         """
         negative = self._context.draw_negative(len(x_t))
         total: LatentsT | None = None
@@ -50,6 +57,7 @@ class Teachers:
                 fwd_pred_type=pred_type,
                 neg_cond=negative,
                 cfg=self._guidance_at(name, t, guidance),
+                caches=past,
             )
             term = (
                 prediction

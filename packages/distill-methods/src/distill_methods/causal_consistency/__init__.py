@@ -1,0 +1,1 @@
+"""Causal consistency: a causal student learns where its causal teacher's trajectories end."""
