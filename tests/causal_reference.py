@@ -34,19 +34,24 @@ def evict(past: list[int], *, size: int, window: int | None, sink: int) -> list[
     return past
 
 
-def seen_in_clip(frames: int, *, size, alone=False, window=None, sink=0) -> Seen:
+def seen_in_clip(
+    frames: int, *, size, alone=False, window=None, sink=0, positions="moving"
+) -> Seen:
     seen, past = [], []
     for chunk in chunk_lists(frames, size=size, alone=alone):
         keys = past + chunk
         for frame in chunk:
-            seen.append((keys, list(range(len(keys))), keys.index(frame)))
+            if positions == "kept":
+                seen.append((keys, keys, frame))
+            else:
+                seen.append((keys, list(range(len(keys))), keys.index(frame)))
         past = evict(keys, size=size, window=window, sink=sink)
     return seen
 
 
-def seen_beside_clean(frames: int, *, size, alone=False, window=None, sink=0) -> Seen:
+def seen_beside_clean(frames: int, *, size, alone=False, **window) -> Seen:
     """[clean; noisy]: noisy frames count on from ``frames``."""
-    clean = seen_in_clip(frames, size=size, alone=alone, window=window, sink=sink)
+    clean = seen_in_clip(frames, size=size, alone=alone, **window)
     noisy = [
         (
             [k if k not in chunk else frames + k for k in clean[frame][0]],

@@ -133,24 +133,25 @@ def rollout(adapter, x, t, cond, *, role="student", clean=None, stream="rollout"
 
 
 @st.composite
-def draw_sections(draw):
+def draw_sections(draw, most=9):
     """Draw numbers of the causal section and of a clip."""
     size, alone = draw(st.integers(1, 3)), draw(st.booleans())
-    frames = draw(st.integers(1, 9))
+    frames = draw(st.integers(1, most))
     if draw(st.booleans()):
         return {"chunk_frames": size, "first_frame_alone": alone}, frames
     sinks = [0, 1, 1 + size] if alone else [0, size, 2 * size]
     sink = draw(st.sampled_from(sinks))
     window = sink + size * draw(st.integers(1, 3))
+    positions = draw(st.sampled_from(["moving", "kept"])) if sink else "moving"
     return {
         "chunk_frames": size, "first_frame_alone": alone,
-        "window_frames": window, "sink_frames": sink,
+        "window_frames": window, "sink_frames": sink, "sink_positions": positions,
     }, frames  # fmt: skip
 
 
 def as_reference(numbers):
     keys = {"chunk_frames": "size", "first_frame_alone": "alone", "window_frames": "window",
-            "sink_frames": "sink"}  # fmt: skip
+            "sink_frames": "sink", "sink_positions": "positions"}  # fmt: skip
     return {keys[name]: value for name, value in numbers.items()}
 
 
@@ -181,7 +182,7 @@ def test_cached_chunks_equal_the_whole_clip(causal, drawn, batch):
 
 
 @property_based
-@given(draw_sections())
+@given(draw_sections(most=8))  # twice as many must fit the 16 positions of the stock model
 def test_teacher_forcing_equals_a_rollout_on_clean_pasts_and_the_reference(causal, drawn):
     numbers, frames = drawn
     adapter, bundle = causal(**numbers)
@@ -330,6 +331,22 @@ def test_a_still_video_with_a_sink_becomes_stationary(causal):
     chunks = out[:, :, 1:].unflatten(2, (-1, 2))
     assert torch.equal(chunks[:, :, 6:-1], chunks[:, :, 7:])
     assert not torch.allclose(chunks[:, :, 0], chunks[:, :, -1], atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_sink_that_keeps_its_rotation_falls_behind(causal):
+    """Equal until a frame has left the window, other numbers after it; and the positions end."""
+    config = {"chunk_frames": 2, "window_frames": 6, "sink_frames": 2}
+    x, t, cond = clip(1, 14), times(1, 14), text(1)
+    moving, kept = (
+        rollout(causal(**config, sink_positions=positions)[0], x, t, cond)
+        for positions in ("moving", "kept")
+    )
+    assert torch.allclose(moving[:, :, :6], kept[:, :, :6], atol=SAME)
+    assert not torch.allclose(moving[:, :, 6:], kept[:, :, 6:], atol=1e-3)
+    adapter, _ = causal(**config, sink_positions="kept")
+    with pytest.raises(ContractError, match=r"16 \(rope_max_seq_len\).*sink_positions moving"):
+        rollout(adapter, clip(1, 20), times(1, 20), cond)
 
 
 @torch.no_grad()
@@ -659,6 +676,7 @@ def test_chunks_divide_the_video(frames, size, alone):
         ({"window_frames": 7, "sink_frames": 1}, r"multiple of chunk_frames \(3\)"),
         ({"window_frames": 9, "sink_frames": 3, "first_frame_alone": True}, r"1 \+ a multiple"),
         ({"sink_frames": 3}, "no effect without window_frames"),
+        ({"sink_positions": "kept"}, "no effect without sink_frames"),
         ({"roles": ()}, "at least one role"),
         ({"roles": ("a", "a")}, "each once"),
     ],

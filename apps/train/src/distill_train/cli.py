@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from distill_runfile.cli import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED
 from distill_runtime import counted
 
 if TYPE_CHECKING:
-    from distill_runfile import RunConfig
+    from distill_runfile import RunConfig, Stage
 
 _log = logging.getLogger(__name__)
 
@@ -58,12 +58,16 @@ def main(argv: list[str] | None = None) -> int:
         _parser().error("--world-size and --device-memory go with --dry-run: they are of a plan")
     if args.dry_run and args.again:
         _parser().error("--again makes results, and --dry-run starts nothing: leave one out")
+    if args.chain and (args.again or args.models_json):
+        _parser().error("--chain is of several run files, and --again and --models_json of one")
     if not args.dry_run and _is_first() and sys.stderr.isatty():
         # At once: a person should see that something happens.
         cli.say(f"reading {args.config}", sys.stderr)
     try:
         from distill_runfile.read import read_config
 
+        if args.chain:
+            return _chain(args)
         config = read_config(
             args.config, args.models_json, planning=args.dry_run, world_size=args.world_size
         )
@@ -79,7 +83,11 @@ def main(argv: list[str] | None = None) -> int:
             f"{', '.join(results_of(config)) or 'none'})"
         )
     return cli.run_command(
-        lambda: _plan(config, args) if args.dry_run else _train(config, args),
+        lambda: (
+            cli.print_needs(_print_plan(config, args))
+            if args.dry_run
+            else _status_for_torchrun(_train(config, again=args.again, run_file=args.config))
+        ),
         interrupted=lambda: "interrupted: nothing was saved since the last checkpoint",
     )
 
@@ -91,20 +99,73 @@ def results_of(config: RunConfig) -> tuple[str, ...]:
     return (*export, *validation, *config.callbacks)
 
 
-def _plan(config: RunConfig, args: argparse.Namespace) -> int:
+def _print_plan(config: RunConfig, args: argparse.Namespace) -> Sequence[str]:
+    """Print what a run would be; returns what it still needs."""
     with _collector_off():
         from distill_runfile import plan_run, world_size_of
 
         world_size = args.world_size or world_size_of(os.environ)
         plan = plan_run(config, world_size=world_size, device_memory=args.device_memory)
         cli.say(plan.text)
-    return cli.print_needs(plan.needs)
+    return plan.needs
 
 
-def _train(config: RunConfig, args: argparse.Namespace) -> int:
+def _chain(args: argparse.Namespace) -> int:
+    """Plan or run the run of ``--config`` after those that it starts from.
+
+    Raises:
+        ConfigError: a file of the chain is wrong; found before the first run starts.
+    """
+    from distill_runfile import find_chain
+    from distill_runfile.read import read_config
+
+    stages = find_chain(args.config)
+    made: set[str] = set()
+    plans: list[RunConfig] = []
+    for stage in stages:
+        made |= set(map(str, stage.starts.values()))
+        plan = read_config(stage.file, planning=True, world_size=args.world_size, made_before=made)
+        plans.append(plan)
+    if args.dry_run:
+        return cli.run_command(
+            lambda: _print_plans(stages, plans, args),
+            interrupted=lambda: "interrupted: nothing was started",
+        )
+    if needs := [
+        f"{stage.file}: {part} is not there"
+        for stage, plan in zip(stages, plans, strict=True)
+        for part in plan.missing
+    ]:
+        raise ConfigError(needs)
+    from distill_train.chain import Chain
+
+    cli.show_logs()
+    chain = Chain(
+        stages=stages,
+        read=read_config,
+        run=lambda config, file: _train(config, again=(), run_file=file),
+        is_first=_is_first(),
+    )
+    return cli.run_command(
+        lambda: _status_for_torchrun(chain.run_all()),
+        interrupted=lambda: "interrupted: nothing was saved since the last checkpoint",
+    )
+
+
+def _print_plans(
+    stages: Sequence[Stage], plans: Sequence[RunConfig], args: argparse.Namespace
+) -> int:
+    needs: list[str] = []
+    for number, (stage, plan) in enumerate(zip(stages, plans, strict=True), start=1):
+        cli.say(f"stage {number} of {len(stages)}: {stage.file}\n")
+        needs += _print_plan(plan, args)
+        cli.say("")
+    return cli.print_needs(list(dict.fromkeys(needs)))
+
+
+def _train(config: RunConfig, *, again: Collection[str], run_file: Path) -> int:
     from distill_checkpoint import finished_iteration
 
-    again: Collection[str] = args.again
     output_dir, steps = Path(config.training.output_dir), config.training.max_train_steps
     is_finished = finished_iteration(output_dir) == steps and config.checkpoint.resume != "none"
     if is_finished and not again:
@@ -126,12 +187,19 @@ def _train(config: RunConfig, args: argparse.Namespace) -> int:
     )
     from distill_train.run import run
 
-    if run(config, again=again, run_file=args.config).stop_reason is None:
-        return EXIT_OK
-    # torchrun starts processes again that end with any status but 0, as often as its
-    # --max-restarts allows; a run that was asked to stop shall stay stopped.
+    result = run(config, again=again, run_file=run_file)
+    return EXIT_OK if result.stop_reason is None else EXIT_STOPPED
+
+
+def _status_for_torchrun(status: int) -> int:
+    """Return the exit status of this process: of a run that stopped on request 0 where torchrun
+    starts processes again.
+
+    It does so with any status but 0, as often as its ``--max-restarts`` allows, and a run that was
+    asked to stop shall stay stopped.
+    """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    return EXIT_OK if restarts > 0 else EXIT_STOPPED
+    return EXIT_OK if status == EXIT_STOPPED and restarts > 0 else status
 
 
 def _is_first() -> bool:
@@ -156,6 +224,12 @@ def _parser() -> argparse.ArgumentParser:
         _EPILOG,
     )
     parser.add_argument("--config", type=Path, metavar="RUN.yaml", help="the run file")
+    parser.add_argument(
+        "--chain",
+        action="store_true",
+        help="run before it the runs that it starts from (models.<role>.init_from), as far as "
+        "files in its folder make them; what is finished is left, what was stopped goes on",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",

@@ -59,10 +59,10 @@ _LAZY = {
 
 __all__ = [
     "AnchorConfig",
-    "CausalConsistencyConfig",
-    "CausalConsistencyMethod",
     "CausVidConfig",
     "CausVidMethod",
+    "CausalConsistencyConfig",
+    "CausalConsistencyMethod",
     "ConsistencyConfig",
     "ConsistencyMethod",
     "Continuous",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from distill_protocols.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from distill_runfile.chain import Stage, find_chain
     from distill_runfile.plan import RunPlan, describe, export_warnings, horizon, horizons, plan_run
     from distill_runfile.problems import LocatedProblem
     from distill_runfile.read import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from distill_runfile.structure import to_plain
 
 _LAZY = {
+    **dict.fromkeys(["Stage", "find_chain"], "chain"),
     **dict.fromkeys(
         ["RunPlan", "describe", "export_warnings", "horizon", "horizons", "plan_run"], "plan"
     ),
@@ -62,8 +64,10 @@ __all__ = [
     "RunConfig",
     "RunPlan",
     "SampledConfig",
+    "Stage",
     "describe",
     "export_warnings",
+    "find_chain",
     "horizon",
     "horizons",
     "plan_run",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from attrs import frozen
 from distill_conditioning.config import DataConfig
 
 from distill_runfile.draft import Draft
@@ -19,8 +20,20 @@ _WRITERS = {"training": "train", "trajectories": "trajectories", "preprocess": "
 _MOST_FILES = 200
 
 
-def missing_parts(draft: Draft) -> Iterator[str]:
-    """Yield what of a file's data and starts is not there, each with the command that makes it."""
+@frozen
+class Writer:
+    """A run file that writes a path, and the app that it is for."""
+
+    file: Path
+    app: str
+
+
+def missing_parts(draft: Draft, *, made_before: Collection[str] = ()) -> Iterator[str]:
+    """Yield what of a file's data and starts is not there, each with the command that makes it.
+
+    Args:
+        made_before: starts that a run before this one makes (``chain``).
+    """
     beside = draft.document.main.file
     for path in missing_data(draft.data) if draft.data is not None else ():
         yield f"the data set {path}{made_by(path, beside)}"
@@ -29,7 +42,7 @@ def missing_parts(draft: Draft) -> Iterator[str]:
         yield f"the held-out data set {held_out.path}{made_by(held_out.path, beside)}"
     for name, role in draft.roles.items():
         start = role.init_from
-        if start is not None and is_missing(start.path):
+        if start is not None and start.path not in made_before and is_missing(start.path):
             yield f"the start of {name}, {start.path}{made_by(start.path, beside)}"
 
 
@@ -51,12 +64,19 @@ def is_missing(path: str) -> bool:
 
 
 def made_by(path: str, beside: Path) -> str:
-    """Say which command makes ``path``, as the end of a sentence: one of the run files in the
-    folder of ``beside`` may write it. Empty where none does."""
+    """Say which command makes ``path``, as the end of a sentence; empty where none does."""
+    writer = find_writer(path, beside)
+    if writer is None:
+        return ""
+    return f" (which `uv run apps/{writer.app} --config {os.path.relpath(writer.file)}` makes)"
+
+
+def find_writer(path: str, beside: Path) -> Writer | None:
+    """Find the run file in the folder of ``beside`` that writes ``path``, if one does."""
     for file in sorted(beside.resolve().parent.glob("*.yaml"))[:_MOST_FILES]:
         if app := _writer_of(path, file):
-            return f" (which `uv run apps/{app} --config {os.path.relpath(file)}` makes)"
-    return ""
+            return Writer(file, app)
+    return None
 
 
 def _writer_of(path: str, file: Path) -> str | None:

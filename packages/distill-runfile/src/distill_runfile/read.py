@@ -7,7 +7,7 @@ passes of ``checks`` report problems, and what has none becomes a config (``sche
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +73,7 @@ def read_config(
     *,
     planning: bool = False,
     world_size: int | None = None,
+    made_before: Collection[str] = (),
 ) -> RunConfig:
     """Read and check a run file.
 
@@ -81,6 +82,7 @@ def read_config(
         planning: nothing will be started, so what is not there yet (data, weights that another run
             makes) is no problem, but listed in the config's ``missing``.
         world_size: processes that the run is meant for; None: as torchrun set it, or one.
+        made_before: of a plan: starts that a run before this one makes, and so are not missing.
 
     Raises:
         ConfigError: with every problem that was found, each ``file:line: key: message``.
@@ -145,7 +147,7 @@ def read_config(
         callback_plugins={name: callback.plugin for name, callback in draft.callbacks.items()},
         callbacks_off=draft.callback_section.off,
         resolved=resolved,
-        missing=tuple(missing_parts(draft)) if planning else (),
+        missing=tuple(missing_parts(draft, made_before=made_before)) if planning else (),
         notes=_notes(draft),
     )
 

@@ -7,9 +7,10 @@ other and the chunks before them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Literal
 
 from attrs import field, frozen
-from attrs.validators import optional
+from attrs.validators import in_, optional
 from distill_diffusers.model_configs import read_integer, read_integers
 from distill_protocols import Chunk
 from distill_protocols.validators import at_least
@@ -26,9 +27,12 @@ class CausalConfig:
             a chunk of its own.
         window_frames: the most that a chunk sees, itself and sink included, so what a rollout
             keeps in memory is bounded whatever the video's length; None: the whole past.
-        sink_frames: the first frames of the video, which stay in the window for good. When frames
-            between them and the window have left, they move up to it: positions are those within
-            the window (Xiao et al. 2024, StreamingLLM, section 3.2).
+        sink_frames: the first frames of the video, which stay in the window for good.
+        sink_positions: moving: when frames between sink and window have left, the sink moves up to
+            it: positions are those within the window (Xiao et al. 2024, StreamingLLM, section 3.2),
+            and a video may go on for ever. kept: keys keep their first rotation, so the sink falls
+            behind (Self-Forcing, LongLive): positions are those in the video, which ends where the
+            model's do.
     """
 
     roles: tuple[str, ...] = field()
@@ -40,6 +44,10 @@ class CausalConfig:
         default=None, validator=optional(at_least(1, "a chunk sees at least itself"))
     )
     sink_frames: int = field(default=0, validator=at_least(0, "it is a number of frames"))
+
+    sink_positions: Literal["moving", "kept"] = field(
+        default="moving", validator=in_(("moving", "kept"))
+    )
 
     @roles.validator
     def _check_roles(self, attribute: object, value: tuple[str, ...]) -> None:
@@ -76,6 +84,14 @@ class CausalConfig:
             raise ValueError(
                 f"{value} must be {first}a multiple of chunk_frames ({self.chunk_frames}), because "
                 "chunks stay whole"
+            )
+
+    @sink_positions.validator
+    def _check_sink_positions(self, attribute: object, value: str) -> None:
+        if value == "kept" and self.sink_frames == 0:
+            raise ValueError(
+                "kept has no effect without sink_frames: of frames in a window only distances "
+                "count, which are the same. Set sink_frames, or leave it out"
             )
 
     # -- what follows from it -----------------------------------------------------------------

@@ -104,6 +104,11 @@ class Past:
         """How many frames are kept."""
         return sum(s.chunk.frames for s in self.stored)
 
+    @property
+    def spans(self) -> tuple[range, ...]:
+        """Which frames are kept, chunk by chunk."""
+        return tuple(range(s.chunk.first, s.chunk.stop) for s in self.stored)
+
     def layer(self, index: int) -> list[KeysAndValues]:
         """Return one layer's keys and values, chunk by chunk."""
         return [s.layers[index] for s in self.stored]

@@ -77,6 +77,18 @@ def one_chunk(past: int, frames: int) -> Layout:
 
 
 @functools.lru_cache(maxsize=256)
+def one_chunk_in_video(past: tuple[range, ...], chunk: Chunk) -> Layout:
+    """Lay out a chunk after a cached past, each frame at its position in the video.
+
+    Args:
+        past: frames of the cached chunks.
+    """
+    before = sum(map(len, past))
+    group = Group(0, chunk.frames, (Span(0, before + chunk.frames),))
+    return Layout(before, (*past, range(chunk.first, chunk.stop)), (group,))
+
+
+@functools.lru_cache(maxsize=256)
 def clean_past(config: CausalConfig, frames: int) -> Layout:
     """Lay out [clean; noisy]: noisy chunks see clean pasts and themselves, clean ones block-causal.
 
@@ -94,7 +106,9 @@ def clean_past(config: CausalConfig, frames: int) -> Layout:
 def _past(config: CausalConfig, chunk: Chunk) -> Iterator[Span]:
     sink, window = config.past(chunk.first)
     if sink:
-        gap = (window.start if window else chunk.first) - sink.stop
+        gap = 0
+        if config.sink_positions == "moving":
+            gap = (window.start if window else chunk.first) - sink.stop
         yield Span(sink.start, sink.stop, gap)
     if window:
         yield Span(window.start, window.stop)

@@ -136,7 +136,10 @@ class CausalRoles:
     ) -> PreparedCall:
         chunk = _checked_chunk(config, request.first_frame, x_t.shape[2])
         past = self._caches.past(place, chunk, Caller.of(x_t, cond))
-        call = CausalCall(layout.one_chunk(past.frames, chunk.frames), past)
+        if config.sink_positions == "kept":
+            call = CausalCall(layout.one_chunk_in_video(past.spans, chunk), past)
+        else:
+            call = CausalCall(layout.one_chunk(past.frames, chunk.frames), past)
         frames = (range(chunk.first, chunk.stop),)
         if not request.store:
             return PreparedCall(x_t, t, call, frames=frames)
@@ -265,8 +268,8 @@ def _check_positions(prepared: PreparedCall, transformer: WanTransformer3DModel)
     if prepared.call is not None and prepared.call.layout.longest > has:
         raise ContractError(
             f"frame {prepared.call.layout.longest - 1} needs a position beyond the model's {has} "
-            "(rope_max_seq_len). Give CausalConfig window_frames: positions are then those within "
-            "the window"
+            "(rope_max_seq_len). Give CausalConfig window_frames, with sink_positions moving: "
+            "positions are then those within the window"
         )
 
 

@@ -40,7 +40,7 @@ class CausalConsistencyConfig(TeachersConfig):
     guidance_scale_2: float | None = field(
         default=None, validator=optional(at_least(0, NEGATIVE_GUIDANCE))
     )
-    discrete: Discrete = Discrete(steps=48, shift=5.0, loss="l2")
+    discrete: Discrete = field(default=Discrete(steps=48, shift=5.0, loss="l2"))
     target: Literal["ema", "student"] = field(default="ema", validator=in_(("ema", "student")))
     student_sampler: SamplerSpec = field(
         default=SamplerSpec(steps=4, shift=5.0, stochastic=True),
