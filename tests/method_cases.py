@@ -22,6 +22,11 @@ from distill_methods import (
     DMD2Method,
     FinetuneConfig,
     FinetuneMethod,
+    FlowMap,
+    FlowMapConfig,
+    FlowMapDMDConfig,
+    FlowMapDMDMethod,
+    FlowMapMethod,
     GanConfig,
     KDConfig,
     KDMethod,
@@ -45,6 +50,7 @@ from distill_protocols import (
     RandomStreams,
     RoleSpec,
     SamplerSpec,
+    TargetTimeSpec,
 )
 from distill_runtime import DistillMethod
 from distill_trainer import OptimizerConfig, build_optimizers
@@ -162,6 +168,21 @@ CASES: dict[str, MethodCase] = {
         ),
         experts=False, students=("bidirectional",),
     ),
+    "flow_map": MethodCase(
+        method=FlowMapMethod,
+        config=FlowMapConfig(flow_map=FlowMap(guidance_scale=2.0, time=TIME)),
+        experts=False, students=("flow_map",),
+    ),
+    "flow_map of data": MethodCase(
+        method=FlowMapMethod,
+        config=FlowMapConfig(flow_map=FlowMap(velocity="data", guidance_scale=2.0, time=TIME)),
+        experts=False, students=("flow_map",),
+    ),
+    "flow_map_dmd": MethodCase(
+        method=FlowMapDMDMethod,
+        config=FlowMapDMDConfig(**SCORES, flow_map=FlowMap(time=TIME), rollout_steps=(3,)),
+        experts=False, students=("flow_map",), losses=2, one_exit={"rollout_steps": (1,)},
+    ),
     "kd": MethodCase(method=KDMethod, config=KDConfig(student_sampler=FOUR)),
     "finetune, diffusion forcing": _causal(
         FinetuneMethod, FinetuneConfig(time=TIME, times="per_chunk")
@@ -196,6 +217,7 @@ CAUSAL_ROLES: dict[str, tuple[str, ...]] = {
     "bidirectional": (),
     "causal": ("student",),
     "causal, as its teacher": ("student", "teacher"),
+    "flow_map": (),
 }
 """By kind of student."""
 
@@ -242,10 +264,12 @@ class Setups:
             config, path = VARIANTS[variant].config, self._folder_of(variant)
             if causal := CAUSAL_ROLES[student]:
                 config = evolve(config, causal=CausalConfig(roles=causal, chunk_frames=1))
+            target_time = TargetTimeSpec() if student == "flow_map" else None
             roles = [
                 RoleSpec(name=role, path=path, trainable=role != "teacher")
                 for role in ("student", "teacher", "critic")
             ]
+            roles[0] = evolve(roles[0], target_time=target_time)
             heads = DiscriminatorSpec(on="teacher", blocks=(0, 1), width=8)
             roles.append(RoleSpec(name="discriminator", path=path, trainable=True, heads=heads))
             bundle = PLUGIN.load(roles, config, device=torch.device("cpu"))

@@ -61,6 +61,10 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("student", "teacher", "critic"),
         {"real_score_guidance_scale": 1.5, "critic_exits": True},
     ),
+    "flow_map": (
+        ("student", "teacher"),
+        {"flow_map": {"guidance_scale": 1.5}, "student_sampler": {"steps": 2, "shift": 3.0}},
+    ),
     "consistency": (
         ("student", "teacher"),
         {"guidance_scale": 1.5, "discrete": {"steps": 8, "skip": 2}},

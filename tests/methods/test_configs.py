@@ -25,6 +25,8 @@ from distill_methods.plugins import (
     consistency,
     dmd2,
     finetune,
+    flow_map,
+    flow_map_dmd,
     kd,
     ladd,
     rcm,
@@ -173,7 +175,8 @@ def test_options_that_need_a_causal_student():
 
 
 PLUGINS = [
-    causvid, consistency, dmd2, finetune, kd, ladd, rcm, self_forcing, teacher_only,
+    causvid, consistency, dmd2, finetune, flow_map, flow_map_dmd, kd, ladd, rcm, self_forcing,
+    teacher_only,
 ]  # fmt: skip
 
 

@@ -40,6 +40,10 @@ from distill_methods import (
     DMD2Method,
     FinetuneConfig,
     FinetuneMethod,
+    FlowMapConfig,
+    FlowMapDMDConfig,
+    FlowMapDMDMethod,
+    FlowMapMethod,
     KDConfig,
     KDMethod,
     LaddConfig,
@@ -60,6 +64,8 @@ from distill_methods.plugins import (
     consistency,
     dmd2,
     finetune,
+    flow_map,
+    flow_map_dmd,
     kd,
     ladd,
     phased_dmd,
@@ -111,6 +117,8 @@ PLUGINS: tuple[Plugin, ...] = (
     consistency,
     dmd2,
     finetune,
+    flow_map,
+    flow_map_dmd,
     kd,
     ladd,
     phased_dmd,
@@ -156,6 +164,12 @@ def every_method(
     yield DMD2Method(bundle, adapter, DMD2Config(), conditioning=conditioning, streams=streams)
     yield FinetuneMethod(
         bundle, adapter, FinetuneConfig(), conditioning=conditioning, streams=streams
+    )
+    yield FlowMapMethod(
+        bundle, adapter, FlowMapConfig(), conditioning=conditioning, streams=streams
+    )
+    yield FlowMapDMDMethod(
+        bundle, adapter, FlowMapDMDConfig(), conditioning=conditioning, streams=streams
     )
     yield KDMethod(bundle, adapter, KDConfig(), conditioning=conditioning, streams=streams)
     yield LaddMethod(bundle, adapter, LaddConfig(), conditioning=conditioning, streams=streams)

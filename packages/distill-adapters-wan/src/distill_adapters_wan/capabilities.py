@@ -9,6 +9,7 @@ from distill_adapters_wan.config import WanPipelineConfig
 CAPABILITIES = evolve(
     family.CAPABILITIES,
     supports_exits=True,
+    supports_flow_maps=True,
     supports_expert_routing=True,
     supports_frame_times=True,
     supports_image_condition=True,

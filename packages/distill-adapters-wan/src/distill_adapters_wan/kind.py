@@ -22,6 +22,8 @@ WAN = ModelKind(
     # DiffSynth-Studio train of Wan.
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"),
     time_embedder="condition_embedder.time_embedder",
+    time_features="condition_embedder.timesteps_proj",
+    target_embedder="condition_embedder.delta_embedder",
     foreign_layers=MappingProxyType(
         {
             "q": "to_q",

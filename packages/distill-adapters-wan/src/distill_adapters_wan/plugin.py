@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar
 
 from distill_diffusers.descriptions import LatentInfo, ModelDescription
@@ -13,6 +14,7 @@ from distill_diffusers.model_configs import read_config, read_integer
 from distill_protocols import (
     Capabilities,
     Chunk,
+    ExportRequest,
     Fingerprint,
     ForeignNames,
     FrameConditions,
@@ -117,6 +119,31 @@ class WanFamily(DiffusersFamily[WanPipelineConfig]):
                 "the heads on a role that is not",
             )
         yield from super().discriminator_problems(role, config)
+
+    def export_problems(self, role: RoleSpec, request: ExportRequest) -> Iterator[Problem]:
+        """Report, beside those of any role, what no reader of a flow map has."""
+        yield from super().export_problems(role, request)
+        if role.target_time is None:
+            return
+        if request.format != "diffusers":
+            yield Problem(
+                "format",
+                f"{request.format!r} has no place for the second time embedder of {role.name!r}, "
+                "which is a flow map. Use diffusers, whose AnyFlowPipeline has one",
+            )
+        if role.lora is not None:
+            yield Problem(
+                "role",
+                f"{role.name!r} is a flow map and a LoRA, and its second time embedder is in no "
+                "base that it could be merged into. Train it whole",
+            )
+        with suppress(WeightsError):  # nothing states how it is built: a problem of the path
+            if (kind := _image_kind(self.describe(role.path))) != "none":
+                yield Problem(
+                    "role",
+                    f"{role.name!r} reads given frames ({kind}), which AnyFlowPipeline gives its "
+                    "transformer in another way. Keep its checkpoints, or train a text model",
+                )
 
     def export_formats(self) -> Mapping[str, str]:
         return {**super().export_formats(), "comfyui": "one file under the model's original names"}

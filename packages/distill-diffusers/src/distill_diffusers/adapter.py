@@ -43,6 +43,7 @@ from distill_protocols import (
     ExitConditioning,
     ExpertRouting,
     Fingerprint,
+    FlowMaps,
     ImageConditioning,
     JointLatents,
     LatentParts,
@@ -73,6 +74,7 @@ from distill_diffusers.fingerprints import latent_fingerprint
 from distill_diffusers.kinds import TRAIN_STEPS, ModelKind
 from distill_diffusers.roles.discriminator import logits
 from distill_diffusers.roles.exits import ExitEmbedding, add_to_time_embedding
+from distill_diffusers.roles.target_time import mix_target_time, target_gate
 from distill_diffusers.sampling import sampler
 
 
@@ -88,8 +90,9 @@ class VelocityCall:
             bit for bit: where two computations are equal but for rounding, the pipeline's is due.
         guidance: w, of a family whose transformers read it as an input; it overrides
             ``guided_velocity``.
-        next_t: t of the sampler's next call [], 0 after the last; None outside of a sampler. Read
-            by models of average velocities between two times (MeanFlow, Geng et al. 2025).
+        next_t: the time that the call leads to: of the sampler's next call [], 0 after the last;
+            or [B] (``forward_to``). None: none is meant. Read by models of average velocities
+            between two times (MeanFlow, Geng et al. 2025).
         parts: shapes of latents of several parts, which calls have as rows [B, 1, 1, 1, N]
             (``cut_parts``); None: x_t is one tensor.
         kept: what a family computed in earlier calls of the same sampler without gradient, by names
@@ -281,6 +284,11 @@ class FlowMatchingAdapter(abc.ABC):
         return self if self._capabilities.supports_exits else None
 
     @property
+    def flow_maps(self) -> FlowMaps | None:
+        """This adapter, where the kind states where a second time embedder is."""
+        return self if self._capabilities.supports_flow_maps else None
+
+    @property
     def parts(self) -> JointLatents | None:
         """None: a family whose clips are several named tensors overrides it."""
         return None
@@ -412,6 +420,24 @@ class FlowMatchingAdapter(abc.ABC):
         v = self.guided_velocity(handle, x_t, t, cond, None, 1.0, call=call)
         return self._prediction(handle, v, x_t, t, cond, fwd_pred_type)
 
+    def forward_to(
+        self, role: str, x_t: Tensor, t: Tensor, target_t: Tensor, cond: Condition
+    ) -> Tensor:
+        """See ``FlowMaps.forward_to``."""
+        flow.sigma_of(t, x_t)
+        handle = self._bundle[role]
+        if target_gate(handle) is None:
+            raise ContractError(
+                f"role {role!r} is called from t to another time and was loaded without a second "
+                "time embedder. Load it with RoleSpec.target_time, or call forward"
+            )
+        if target_t.shape != t.shape or t.dim() != 1:
+            raise ContractError(
+                f"t is {list(t.shape)} and target_t {list(target_t.shape)}; both must be "
+                f"[{len(x_t)}], one a clip"
+            )
+        return self.velocity(handle, x_t, t, cond, VelocityCall(next_t=target_t))
+
     def _prediction(
         self,
         role: RoleHandle,
@@ -510,6 +536,11 @@ class FlowMatchingAdapter(abc.ABC):
             if features is not None:
                 layout = self.feature_layout(role, module, x_t)
                 around.enter_context(collect_features(role.modules[module], features, layout))
+            if (gate := target_gate(role)) is not None:
+                target_t = t if call.next_t is None else call.next_t.to(t).expand(x_t.shape[0])
+                around.enter_context(
+                    mix_target_time(self._kind, role.modules[module], target_t, gate)
+                )
             if call.exits is not None:
                 embedding = role.modules[EXIT_EMBEDDING](call.exits)
                 place = self._kind.time_embedder
@@ -641,13 +672,20 @@ class FlowMatchingAdapter(abc.ABC):
         """Refuse a spec that has no meaning for ``role``.
 
         Raises:
-            ContractError: ``guidance_2`` for a role whose only module is the kind's first.
+            ContractError: ``guidance_2`` for a role whose only module is the kind's first, or a
+                solver or noise for a flow map.
             CapabilityError: a solver that ``capabilities`` does not state.
         """
         if spec.solver not in self._capabilities.solvers:
             raise CapabilityError(
                 f"the sampler has solver {spec.solver}, and this family has "
                 f"{', '.join(sorted(self._capabilities.solvers))}. Use one of these"
+            )
+        if target_gate(role) is not None and (spec.stochastic or spec.solver != "euler"):
+            raise ContractError(
+                f"role {role.name!r} is a flow map, which goes from one step of the sampler to the "
+                f"next, and the sampler has stochastic {spec.stochastic} and solver {spec.solver}. "
+                "Use solver euler, without stochastic"
             )
         if spec.guidance_2 is not None and set(role.transformers) == {self._kind.modules[0]}:
             raise ContractError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import frozen
@@ -13,7 +14,7 @@ from distill_protocols import WeightsError
 from torch import nn
 
 from distill_diffusers.building import check_buffers, check_types, limited_building
-from distill_diffusers.kinds import ModelKind, class_name, load_class
+from distill_diffusers.kinds import TARGET_GATE, ModelKind, class_name, load_class
 from distill_diffusers.model_configs import read_integer
 
 if TYPE_CHECKING:
@@ -71,7 +72,14 @@ def inspect_model(kind: ModelKind, config: Mapping[str, object]) -> Architecture
             found in it.
     """
     written = json.dumps(dict(config), sort_keys=True)
-    return _inspect(kind.transformer, kind.block_lists, kind.lora_targets, kind.width, written)
+    return _inspect(
+        kind.transformer,
+        (kind.time_embedder, kind.target_embedder),
+        kind.block_lists,
+        kind.lora_targets,
+        kind.width,
+        written,
+    )
 
 
 def transformer_class(kind: ModelKind) -> type[ModelMixin]:
@@ -85,7 +93,7 @@ def build_on_meta(kind: ModelKind, config: Mapping[str, object]) -> ModelMixin:
     Raises:
         WeightsError: it builds none.
     """
-    return _on_meta(kind.transformer, config)
+    return _on_meta(kind.transformer, (kind.time_embedder, kind.target_embedder), config)
 
 
 def kept_in_fp32(kind: ModelKind) -> frozenset[str]:
@@ -158,12 +166,13 @@ def patch_size(config: Mapping[str, object]) -> tuple[int, int, int]:
 @lru_cache(maxsize=32)
 def _inspect(
     transformer: str,
+    embedders: tuple[str, str],
     block_lists: tuple[str, ...],
     lora_targets: tuple[str, ...],
     width: str,
     config: str,
 ) -> Architecture:
-    module = _on_meta(transformer, json.loads(config))
+    module = _on_meta(transformer, embedders, json.loads(config))
     block_lists = block_lists or find_block_lists(module)
     lists = {n: len(m) for n, m in module.named_modules() if isinstance(m, nn.ModuleList)}
     linear = {
@@ -195,13 +204,43 @@ def _inspect(
     )
 
 
-def _on_meta(transformer: str, config: Mapping[str, object]) -> ModelMixin:
+def add_target_embedder(
+    module: nn.Module, time_embedder: str, target_embedder: str, gate: object
+) -> None:
+    """Put a second time embedder beside the first, built alike, and its gate into the
+    configuration (``TARGET_GATE``): the transformer is a flow map then (``roles.target_time``).
+
+    Args:
+        time_embedder, target_embedder: see ``ModelKind``.
+
+    Raises:
+        WeightsError: it is not stated where a second one would be.
+    """
+    if not target_embedder:
+        raise WeightsError(
+            f"{type(module).__name__} cannot be a flow map: where a second time embedder is, is "
+            "not stated (ModelKind.target_embedder). Use a family that states it"
+        )
+    parent, _, name = target_embedder.rpartition(".")
+    embedder = copy.deepcopy(module.get_submodule(time_embedder))
+    module.get_submodule(parent).add_module(name, embedder)
+    configured: Any = module
+    configured.register_to_config(**{TARGET_GATE: gate})
+
+
+def _on_meta(
+    transformer: str, embedders: tuple[str, str], config: Mapping[str, object]
+) -> ModelMixin:
     model_class: type[ModelMixin] = load_class(transformer)
+    gate = config.get(TARGET_GATE)
+    config = {key: value for key, value in config.items() if key != TARGET_GATE}
     what = f"the configuration builds no {class_name(transformer)}"
     with limited_building(what, "it belongs to another model, or is damaged"):
         check_types(model_class, config)
         with torch.device("meta"):
             # From ConfigMixin, which every model class of diffusers has beside ModelMixin.
             module = model_class.from_config(dict(config))  # type: ignore[attr-defined]
+            if gate is not None:
+                add_target_embedder(module, *embedders, gate)
         check_buffers(module)
         return module

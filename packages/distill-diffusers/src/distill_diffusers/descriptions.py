@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from attrs import Attribute, evolve, field, frozen
-from distill_protocols import RoleSpec, WeightsError
+from distill_protocols import RoleSpec, TargetTimeSpec, WeightsError
 
 from distill_diffusers.folders import (
     folder_hint,
@@ -22,7 +22,7 @@ from distill_diffusers.folders import (
     read_json,
     transformer_names,
 )
-from distill_diffusers.kinds import TRAIN_STEPS, ModelKind
+from distill_diffusers.kinds import TARGET_GATE, TRAIN_STEPS, ModelKind
 from distill_diffusers.model_configs import MAX_SIZE, read_config, read_integer, read_integers
 
 
@@ -209,6 +209,14 @@ def choose_experts(model: ModelDescription, role: RoleSpec) -> ModelDescription:
         if not role.experts or name in role.experts
     }
     return evolve(model, transformers=chosen)
+
+
+def as_flow_map(model: ModelDescription, spec: TargetTimeSpec) -> ModelDescription:
+    """Describe ``model`` with a second time embedder in each of its transformers."""
+    configs = {
+        name: {**config, TARGET_GATE: spec.gate} for name, config in model.transformers.items()
+    }
+    return evolve(model, transformers=configs)
 
 
 def _call_option(folder: Path, name: str, value: object, default: object) -> object:

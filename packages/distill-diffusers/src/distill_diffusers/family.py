@@ -50,6 +50,7 @@ from distill_diffusers.descriptions import (
     LatentInfo,
     ModelDescription,
     PublishedModel,
+    as_flow_map,
     choose_experts,
     describe_model,
     differing_entries,
@@ -412,7 +413,8 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         Raises:
             WeightsError: nothing states how it is built, or it has no such expert.
         """
-        return choose_experts(self.describe(role.path), role)
+        model = choose_experts(self.describe(role.path), role)
+        return model if role.target_time is None else as_flow_map(model, role.target_time)
 
     def latents(self, source: str) -> LatentInfo | None:
         """Say what the VAE of a folder or hub id makes of pixels; None where it is not known, or
@@ -570,6 +572,7 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
         reads. Names and shapes are compared with the role's model."""
         from distill_diffusers.architecture import build_on_meta, inspect_model
         from distill_diffusers.lora import adapted_layers
+        from distill_diffusers.roles.target_time import with_target_embedder
         from distill_diffusers.weights import starts
         from distill_diffusers.weights.modules import ALL_OR_NOTHING, check_keys
         from distill_diffusers.weights.sources import folder_weights
@@ -589,7 +592,10 @@ class DiffusersFamily(FamilyPlugin[ConfigT]):
                 continue
             state = build_on_meta(self.kind, config).state_dict()
             if not start.is_lora:
-                sources[module] = starts.whole_weights(start, module, names)
+                whole = starts.whole_weights(start, module, names)
+                if role.target_time is not None:
+                    whole = with_target_embedder(self.kind, whole)
+                sources[module] = whole
                 check_keys(sources[module], state, ALL_OR_NOTHING)
                 continue
             lora = starts.read_lora(start, module, state, names, self.original_name)

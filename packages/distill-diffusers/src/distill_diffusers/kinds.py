@@ -12,6 +12,9 @@ from attrs import field, frozen
 TRAIN_STEPS = 1000.0
 """t at pure noise, of every family."""
 
+TARGET_GATE = "target_time_gate"
+"""Entry of the configuration of a transformer that is a flow map: g of its two time embeddings."""
+
 EXPERTS = "experts"
 """Entry of ``RoleHandle.call_options``: ``RoleOptions.experts``, where it names some."""
 
@@ -49,6 +52,10 @@ class ModelKind:
         time_embedder: dotted name of the layer that turns features of t into the embedding that
             modulates all blocks, which an embedding of exit steps is added to; empty: roles cannot
             be told exit steps.
+        time_features: dotted name of the layer that turns t into the input of ``time_embedder``;
+            needed beside ``target_embedder``.
+        target_embedder: dotted name that the second time embedder of a role has that is a flow map,
+            which is its name in exports; empty: roles cannot be flow maps.
         foreign_layers: names of layers in other codes -> theirs here, for hints.
     """
 
@@ -65,6 +72,8 @@ class ModelKind:
     width: str = ""
     attention_bias: bool = False
     time_embedder: str = ""
+    time_features: str = ""
+    target_embedder: str = ""
     foreign_layers: Mapping[str, str] = field(default=MappingProxyType({}))
 
 

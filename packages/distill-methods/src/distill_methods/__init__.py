@@ -1,5 +1,5 @@
 """Distillation methods and their maths: DMD2, Self-Forcing, CausVid, rCM, consistency (LCM, sCM),
-LADD, KD, Phased DMD, teacher-only, finetune.
+LADD, KD, Phased DMD, teacher-only, flow maps, finetune.
 
 Names that need torch are imported on first use: run files are checked before torch is imported.
 """
@@ -17,6 +17,8 @@ from distill_methods.consistency.config import ConsistencyConfig, Continuous, Di
 from distill_methods.distribution_matching.whole_clips import AnchorConfig
 from distill_methods.dmd2.config import DMD2Config
 from distill_methods.finetune.config import FinetuneConfig
+from distill_methods.flow_map.config import FlowMap, FlowMapConfig
+from distill_methods.flow_map_dmd.config import FlowMapDMDConfig
 from distill_methods.kd.config import KDConfig
 from distill_methods.ladd.config import LaddConfig
 from distill_methods.phased_dmd.config import PhasedDMDConfig
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from distill_methods.contracts import LatentDiffusion
     from distill_methods.dmd2.method import DMD2Method
     from distill_methods.finetune.method import FinetuneMethod
+    from distill_methods.flow_map.method import FlowMapMethod
+    from distill_methods.flow_map_dmd.method import FlowMapDMDMethod
     from distill_methods.kd.method import KDMethod
     from distill_methods.ladd.method import LaddMethod
     from distill_methods.phased_dmd.method import PhasedDMDMethod
@@ -47,6 +51,8 @@ _LAZY = {
     "CausVidMethod": "causvid.method",
     "DMD2Method": "dmd2.method",
     "FinetuneMethod": "finetune.method",
+    "FlowMapDMDMethod": "flow_map_dmd.method",
+    "FlowMapMethod": "flow_map.method",
     "KDMethod": "kd.method",
     "LaddMethod": "ladd.method",
     "LatentDiffusion": "contracts",
@@ -71,6 +77,11 @@ __all__ = [
     "Discrete",
     "FinetuneConfig",
     "FinetuneMethod",
+    "FlowMap",
+    "FlowMapConfig",
+    "FlowMapDMDConfig",
+    "FlowMapDMDMethod",
+    "FlowMapMethod",
     "GanConfig",
     "KDConfig",
     "KDMethod",

@@ -268,6 +268,45 @@ def tangent_loss(
     return 0.5 * (error.mean() if loss_mask is None else _mean_per_sample(error, loss_mask).mean())
 
 
+# -- flow maps --------------------------------------------------------------------------------
+
+
+def flow_map_target(velocity: Tensor, derivative: Tensor, t: Tensor, target_t: Tensor) -> Tensor:
+    """Return ``v - (s - s_r) du/ds``: the average velocity from t to r, like ``velocity``, if u is
+    (MeanFlow, Geng et al. 2025, eq. 6).
+
+    Args:
+        derivative: du/ds of the average along the trajectory.
+        target_t: r, [B].
+    """
+    length = (_widen(t) - _widen(target_t)).view(-1, 1, 1, 1, 1) / 1000
+    return _widen(velocity) - length * _widen(derivative)
+
+
+def flow_map_weight(t: Tensor) -> Tensor:
+    """Return ``15/4 s sqrt(1 - s)``, like ``t``: its mean over uniform s is 1 (AnyFlow,
+    arXiv:2605.13724; NVlabs/AnyFlow ``scheduling_flowmap_euler_discrete.py``, "beta08", which
+    normalises over its shifted table instead: one constant factor)."""
+    s = _widen(t) / 1000
+    return 15 / 4 * s * (1 - s).sqrt()
+
+
+def flow_map_loss(
+    pred: Tensor,
+    target: Tensor,
+    t: Tensor,
+    power: float,
+    c: float,
+    loss_mask: Tensor | None = None,
+) -> Tensor:
+    """Return ``mean w(t) d / stop(d + c)^p``, d a sample's mean square error (MeanFlow, Geng et al.
+    2025, eq. 22, with AnyFlow's weight of t)."""
+    error = _mean_per_sample((_widen(pred) - _widen(target)).square(), loss_mask)
+    # The weight is a constant: with p = 1 a loss of d / (d + c) would stop to learn where d >> c.
+    adaptive = (error.detach() + c).pow(-power)
+    return (flow_map_weight(t) * adaptive * error).mean()
+
+
 # -- noise levels and noise -------------------------------------------------------------------
 
 

@@ -9,6 +9,8 @@ from distill_methods.causvid.config import CausVidConfig
 from distill_methods.consistency.config import ConsistencyConfig
 from distill_methods.dmd2.config import DMD2Config
 from distill_methods.finetune.config import FinetuneConfig
+from distill_methods.flow_map.config import FlowMapConfig
+from distill_methods.flow_map_dmd.config import FlowMapDMDConfig
 from distill_methods.kd.config import KDConfig
 from distill_methods.ladd.config import LaddConfig
 from distill_methods.phased_dmd.config import PhasedDMDConfig
@@ -70,6 +72,20 @@ rcm = MethodPlugin(
     help="consistency and distribution matching together (student, teacher, critic)",
     config_class=RCMConfig,
     implementation="distill_methods.rcm.method:RCMMethod",
+    contract=2,
+)
+flow_map = MethodPlugin(
+    name="flow_map",
+    help="one student for any number of steps, by average velocities (student, teacher)",
+    config_class=FlowMapConfig,
+    implementation="distill_methods.flow_map.method:FlowMapMethod",
+    contract=2,
+)
+flow_map_dmd = MethodPlugin(
+    name="flow_map_dmd",
+    help="a flow map's own clips by distribution matching (student, teacher, critic)",
+    config_class=FlowMapDMDConfig,
+    implementation="distill_methods.flow_map_dmd.method:FlowMapDMDMethod",
     contract=2,
 )
 self_forcing = MethodPlugin(

@@ -67,6 +67,7 @@ from distill_protocols.roles import (
     RoleNeed,
     RoleOptions,
     RoleSpec,
+    TargetTimeSpec,
 )
 from distill_protocols.sampler import DynamicShift, SamplerSpec, SampleView, Solver, shift_sigma
 from distill_protocols.stop import StopFlag, StopRequested
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
         DistillAdapter,
         ExitConditioning,
         ExpertRouting,
+        FlowMaps,
         ImageConditioning,
         JointLatents,
         LatentCodec,
@@ -142,8 +144,8 @@ if TYPE_CHECKING:
 _LAZY = {
     **dict.fromkeys(
         ["CausalRollout", "ConditionEncoder", "Denoiser", "Discriminating", "DistillAdapter",
-         "ExitConditioning", "ExpertRouting", "ImageConditioning", "JointLatents", "LatentCodec",
-         "NoiseSchedule", "OptionalContracts", "Sampler", "Tangents", "draw_noise"],
+         "ExitConditioning", "ExpertRouting", "FlowMaps", "ImageConditioning", "JointLatents",
+         "LatentCodec", "NoiseSchedule", "OptionalContracts", "Sampler", "Tangents", "draw_noise"],
         "adapter",
     ),
     **dict.fromkeys(
@@ -218,6 +220,7 @@ __all__ = [
     "Exporter",
     "FamilyPlugin",
     "Fingerprint",
+    "FlowMaps",
     "ForeignNames",
     "FrameConditions",
     "FsdpPolicy",
@@ -285,6 +288,7 @@ __all__ = [
     "StorageError",
     "SummaryTracker",
     "Tangents",
+    "TargetTimeSpec",
     "TensorInfo",
     "TensorPlan",
     "TensorWeights",

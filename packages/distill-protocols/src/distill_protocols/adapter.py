@@ -138,6 +138,35 @@ class ExitConditioning(Protocol):
         ...
 
 
+class FlowMaps(Protocol):
+    """Roles that predict average velocities (``supports_flow_maps``): ``u(x_t, t, r)`` with
+    ``x_r = x_t - (s_t - s_r) u`` for the solution x of an ODE from t to r (MeanFlow, Geng et al.
+    2025, eq. 3).
+
+    ``Sampler`` calls such a role with r = the time of the next step, and ``Denoiser.forward`` with
+    r = t, where u is the velocity.
+    """
+
+    def forward_to(
+        self,
+        role: str,
+        x_t: Tensor,
+        t: Tensor,
+        target_t: Tensor,
+        cond: Condition,
+    ) -> Tensor:
+        """Return u of ``role`` from t to r, like ``x_t``, fp32.
+
+        Args:
+            t: [B].
+            target_t: r, like ``t`` and at most it.
+
+        Raises:
+            ContractError: the role is no flow map, or ``target_t`` has another shape.
+        """
+        ...
+
+
 class Tangents(Protocol):
     """Forward-mode differentiation (``supports_jvp``): what continuous-time consistency needs."""
 
@@ -436,6 +465,11 @@ class OptionalContracts(Protocol):
     @property
     def exits(self) -> ExitConditioning | None:
         """``supports_exits``."""
+        ...
+
+    @property
+    def flow_maps(self) -> FlowMaps | None:
+        """``supports_flow_maps``."""
         ...
 
     @property

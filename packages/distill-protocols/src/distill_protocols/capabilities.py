@@ -33,6 +33,8 @@ class Capabilities:
         supports_frame_times: t may be [B, T], a time of its own for each frame, for any role.
         supports_exits: a role may have an embedding of exit steps (``RoleSpec.exits``), and the
             adapter has ``exits``.
+        supports_flow_maps: a role may be told the time that a call leads to
+            (``RoleSpec.target_time``), and the adapter has ``flow_maps``.
         supports_latent_parts: clips of this run are several named tensors, and the adapter has
             ``parts``.
         supports_jvp: a call can be differentiated along a direction: the adapter has ``tangents``.
@@ -52,6 +54,7 @@ class Capabilities:
     supports_image_condition: bool = False
     supports_decode: bool = False
     supports_exits: bool = False
+    supports_flow_maps: bool = False
     supports_latent_parts: bool = False
     supports_jvp: bool = False
     embeds_guidance: bool = False

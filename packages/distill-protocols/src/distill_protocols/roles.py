@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from attrs import field, fields, frozen
 
-from distill_protocols.validators import above, at_least
+from distill_protocols.validators import above, at_least, within
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -33,6 +33,22 @@ class ExitSpec:
 
 
 @frozen(kw_only=True)
+class TargetTimeSpec:
+    """A second time embedder of a transformer, which tells it the time r that a call leads to.
+
+    Models of average velocities between two times, flow maps, have it (MeanFlow, Geng et al. 2025;
+    AnyFlow, arXiv:2605.13724). It starts as a copy of the first one.
+
+    Attributes:
+        gate: g of ``(1 - g) e(t) + g e2(r)``, which is e(t) at r = t where the two are alike.
+    """
+
+    gate: float = field(
+        default=0.25, validator=within(0, 1, "it is the share of the second time embedding")
+    )
+
+
+@frozen(kw_only=True)
 class RoleNeed:
     """A role that a method calls, and whether it trains it.
 
@@ -43,6 +59,7 @@ class RoleNeed:
         features_of: of a discriminator: the roles whose features it may read, one of them; empty:
             the role is a model by itself.
         exits: the exit steps that the role is told (``ExitConditioning``); None: none.
+        target_time: of a role that is a flow map (``FlowMaps``); None: it is told t alone.
     """
 
     name: str
@@ -51,6 +68,7 @@ class RoleNeed:
     reason: str = ""
     features_of: tuple[str, ...] = ()
     exits: ExitSpec | None = None
+    target_time: TargetTimeSpec | None = None
 
 
 @frozen(kw_only=True)
@@ -220,6 +238,7 @@ class RoleSpec(RoleOptions):
         trainable: whether the run trains it.
         precision: compute precision of its calls.
         exits: the exit steps that it is told, as the method needs it; None: none.
+        target_time: how it is told the time that a call leads to, as the method needs it.
     """
 
     name: str
@@ -227,3 +246,4 @@ class RoleSpec(RoleOptions):
     trainable: bool
     precision: Precision = "fp32"
     exits: ExitSpec | None = None
+    target_time: TargetTimeSpec | None = None

@@ -89,6 +89,7 @@ def _role_spec(
         path=_resolved(document, path, ("models", owner, "path")),
         trainable=trainable,
         exits=None if need is None else need.exits,
+        target_time=None if need is None else need.target_time,
         **options,
     )
 

@@ -19,10 +19,11 @@ from distill_diffusers.export.formats import (
     write_single_files,
 )
 from distill_diffusers.sampling.scheduler import StockSchedule
-from distill_protocols import ExportRequest, RoleSpec
+from distill_protocols import ExportRecord, ExportRequest, RoleSpec, WeightSource
 from torch import Tensor, nn
 
 from distill_adapters_wan.config import WanPipelineConfig
+from distill_adapters_wan.export.flow_map import FlowMapExporter
 from distill_adapters_wan.images.shapes import CLIP_TOKENS, PAIR_TOKENS, image_kind, reads_pairs
 from distill_adapters_wan.names.original import to_diffusers, to_original
 from distill_adapters_wan.shape import TEXT_TOKENS
@@ -62,6 +63,40 @@ class WanExporter(PipelineExporter[WanPipelineConfig]):
     components = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor")
 
     config_arguments = ("num_frames", "height", "width", "max_sequence_length")
+
+    def export(
+        self,
+        role: RoleSpec,
+        weights: Mapping[str, WeightSource],
+        folder: Path,
+        request: ExportRequest,
+    ) -> ExportRecord:
+        """See ``PipelineExporter.export``; a flow map becomes another pipeline's folder
+        (``FlowMapExporter``)."""
+        if role.target_time is not None:
+            return self._flow_maps.export(role, weights, folder, request)
+        return super().export(role, weights, folder, request)
+
+    def verify(
+        self,
+        role: RoleSpec,
+        weights: Mapping[str, WeightSource],
+        folder: Path,
+        request: ExportRequest,
+    ) -> ExportRecord:
+        """See ``PipelineExporter.verify``."""
+        if role.target_time is not None:
+            return self._flow_maps.verify(role, weights, folder, request)
+        return super().verify(role, weights, folder, request)
+
+    def warnings(self, role: RoleSpec, request: ExportRequest) -> Iterator[str]:
+        """See ``PipelineExporter.warnings``."""
+        if role.target_time is None:
+            yield from super().warnings(role, request)
+
+    @property
+    def _flow_maps(self) -> FlowMapExporter:
+        return FlowMapExporter(self.family, self.config, source=self.source)
 
     def call_arguments(self, role: RoleSpec, request: ExportRequest) -> Mapping[str, object]:
         """Return arguments of ``WanPipeline.__call__``; those of two experts have two guidances."""

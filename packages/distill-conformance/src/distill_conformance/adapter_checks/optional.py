@@ -39,6 +39,7 @@ def check_capabilities(case: AdapterCase) -> None:
         ("supports_features", "discriminators", adapter.discriminators),
         ("supports_jvp", "tangents", adapter.tangents),
         ("supports_exits", "exits", adapter.exits),
+        ("supports_flow_maps", "flow_maps", adapter.flow_maps),
         ("supports_latent_parts", "parts", adapter.parts),
     ):
         require(

@@ -117,6 +117,11 @@ class ToyAdapter:
         return self if self.capabilities.supports_exits else None
 
     @property
+    def flow_maps(self) -> None:
+        """The toys are told t alone."""
+        return None
+
+    @property
     def parts(self) -> JointLatents | None:
         return self if self.config.sound else None
 

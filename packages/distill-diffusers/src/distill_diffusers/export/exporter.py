@@ -131,6 +131,16 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
         """Return what the scheduler of the role's pipeline starts from; by default ``grid``."""
         return self.grid
 
+    def schedule_of(self, role: RoleSpec, sampler: SamplerSpec) -> StockSchedule:
+        """Return the scheduler that repeats ``sampler`` in the role's pipeline; by default the
+        nearest of ``FlowMatchEulerDiscreteScheduler`` or ``UniPCMultistepScheduler``."""
+        return stock_schedule(sampler, self.grid_of(role, sampler))
+
+    def transformer_configs(self, role: RoleSpec) -> Mapping[str, Mapping[str, object]]:
+        """Return the configurations of the role's transformers that are written, by name, of
+        ``kind``; by default those that it has."""
+        return self.family.describe_role(role).transformers
+
     @abc.abstractmethod
     def probe(self, module: nn.Module, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """Draw seeded inputs of a few tokens for a transformer, by argument name.
@@ -238,7 +248,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
         other steps than the student was trained for."""
         if request.format not in FORMATS:
             return
-        schedule = stock_schedule(request.sampler, self.grid_of(role, request.sampler))
+        schedule = self.schedule_of(role, request.sampler)
         if schedule.deviation > TOLERABLE_DEVIATION:
             own = ", ".join(f"{1000 * sigma:.6g}" for sigma in request.sampler.sigmas())
             stock = ", ".join(f"{t:.6g}" for t in schedule.timesteps)
@@ -348,7 +358,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
         found = self.family.export_problems(role, request)
         if problems := [f"{'.'.join(p.path)}: {p.message}" for p in found]:
             raise WeightsError(f"role {role.name!r} cannot be exported so; {'; '.join(problems)}")
-        schedule = stock_schedule(request.sampler, self.grid_of(role, request.sampler))
+        schedule = self.schedule_of(role, request.sampler)
         # No reader has an embedding of exit steps: a critic is exported as it is called without.
         weights = {name: own for name, own in weights.items() if name != EXIT_EMBEDDING}
         modules = self._checked_modules(role, weights)
@@ -371,7 +381,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
     def _checked_modules(
         self, role: RoleSpec, weights: Mapping[str, WeightSource]
     ) -> dict[str, nn.Module]:
-        configs = self.family.describe_role(role).transformers
+        configs = self.transformer_configs(role)
         if set(configs) != set(weights):
             raise WeightsError(
                 f"role {role.name!r} has weights of {', '.join(weights) or 'nothing'}, and "
@@ -432,7 +442,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
         for file in stage.glob("tokenizer*/tokenizer_config.json"):
             _name_tokenizer(file)
         if self.kind.has_index:
-            index = self._model_index(export, source, stage)
+            index = self.model_index(export, source, stage)
             write_json(stage / "model_index.json", index)
         path = portable_name(export.role.path)
         return Written(
@@ -444,7 +454,7 @@ class PipelineExporter(abc.ABC, Generic[ConfigT]):
             )
         )
 
-    def _model_index(self, export: Export, source: Path, stage: Path) -> dict[str, object]:
+    def model_index(self, export: Export, source: Path, stage: Path) -> dict[str, object]:
         """Compose the source's index with our scheduler, the role's transformers, and only what
         is there."""
         modules = list(export.modules)

@@ -26,7 +26,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
-from distill_diffusers.architecture import Architecture, inspect_model, transformer_class
+from distill_diffusers.architecture import (
+    Architecture,
+    add_target_embedder,
+    inspect_model,
+    transformer_class,
+)
 from distill_diffusers.descriptions import ModelDescription, choose_experts
 from distill_diffusers.folders import fetch
 from distill_diffusers.kinds import EXPERTS, ModelKind
@@ -48,6 +53,7 @@ from distill_diffusers.roles.discriminator import (
 from distill_diffusers.roles.exits import ExitEmbedding, InitialExits, build_exit_embedding
 from distill_diffusers.roles.injection import InitialAdapters, inject
 from distill_diffusers.roles.offload import offload_between_calls
+from distill_diffusers.roles.target_time import with_target_embedder
 from distill_diffusers.weights.filling import fill, move_buffers
 from distill_diffusers.weights.modules import (
     ALL_OR_NOTHING,
@@ -222,6 +228,7 @@ class RoleLoader:
                 role,
                 part,
                 weights.get(part.name),
+                kind=self.kind,
                 device=device,
                 seed=seed,
                 base=base,
@@ -332,6 +339,9 @@ class RoleLoader:
                 f"role {role.name!r} has activation_checkpointing, and diffusers has none for "
                 f"{type(module).__name__}. Leave it out"
             )
+        if role.target_time is not None:
+            embedders = self.kind.time_embedder, self.kind.target_embedder
+            add_target_embedder(module, *embedders, role.target_time.gate)
         architecture = inspect_model(self.kind, dict(module.config))
         trained: frozenset[str] = frozenset()
         if role.lora is not None:
@@ -381,6 +391,7 @@ def _fill(
     part: _Part,
     given: WeightSource | None,
     *,
+    kind: ModelKind,
     device: torch.device,
     seed: int,
     base: RoleHandle | None,
@@ -392,7 +403,7 @@ def _fill(
     own = {name: target for name, target in targets.items() if name not in shared}
     state = fill(
         own,
-        lambda: _source(role, part, own, given, seed=seed),
+        lambda: _source(role, part, own, given, kind=kind, seed=seed),
         ranks=ranks,
         device_of=lambda target: _storage_device(role, target, device),
     )
@@ -487,10 +498,13 @@ def _source(
     targets: Mapping[str, Tensor],
     given: WeightSource | None,
     *,
+    kind: ModelKind,
     seed: int,
 ) -> WeightSource:
     """Give the weights of all ``targets``, checked by name and shape."""
     base, adapters = _base_and_adapters(role, part.folder, given)
+    if role.target_time is not None:
+        base = with_target_embedder(kind, base)
     whole = {base_name(name): name for name in targets if not is_adapter(name)}
     places: dict[str, tuple[WeightSource, str]] = {}
     if whole:

@@ -36,6 +36,7 @@ from typing import Any, Protocol, Union
 import numpy as np
 import torch
 from attrs import frozen
+from diffusers.schedulers.scheduling_flow_map_euler_discrete import FlowMapEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
 )
@@ -158,7 +159,9 @@ class _UniPCGrid(StepGrid):
         return self.of.unipc(steps)
 
 
-StockScheduler = Union[FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler]  # noqa: UP007
+StockScheduler = Union[  # noqa: UP007
+    FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, FlowMapEulerDiscreteScheduler
+]
 
 
 @frozen(kw_only=True)
@@ -227,6 +230,25 @@ def stock_schedule(spec: SamplerSpec, grid: StepGrid | None = None) -> StockSche
         config=config,
         timesteps=timesteps,
         sampler_timesteps=tuple(1000 * sigma for sigma in sigmas),
+        deviation=_largest_difference(timesteps, sampler_times),
+    )
+
+
+def flow_map_schedule(spec: SamplerSpec) -> StockSchedule:
+    """Return the scheduler of flow maps, which walks ``S_k(1 - i/N)`` in fp64, or the times that
+    its pipeline's call is given."""
+    grid: StepGrid = GivenTimes(spec.sigmas())
+    config: dict[str, Any] = {"shift": 1.0}
+    if spec.timesteps is None and isinstance(spec.shift, float | int):
+        grid, config = SchedulerGrid(), {"shift": float(spec.shift)}
+    scheduler: Any = FlowMapEulerDiscreteScheduler(**config)
+    grid.set_timesteps(scheduler, spec.steps)
+    timesteps, sampler_times = scheduler.timesteps.tolist(), [1000 * s for s in spec.sigmas()]
+    return StockSchedule(
+        scheduler_class=FlowMapEulerDiscreteScheduler,
+        config=config,
+        timesteps=tuple(timesteps),
+        sampler_timesteps=tuple(sampler_times),
         deviation=_largest_difference(timesteps, sampler_times),
     )
 

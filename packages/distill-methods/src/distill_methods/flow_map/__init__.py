@@ -1,0 +1,1 @@
+"""Flow maps: one student for any number of steps."""
