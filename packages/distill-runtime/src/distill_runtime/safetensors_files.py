@@ -96,12 +96,15 @@ class _HashedFile:
         self._size = 0
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
         self._ahead: deque[tuple[Future[None], int]] = deque()
+        self._ahead_size = 0
+        """Bytes of all in ``_ahead``, counted once each: there may be thousands of small tensors."""
 
     def write(self, view: memoryview) -> None:
         self._size += len(view)
         try:
             # One thread hashes, so in this order; the view keeps its memory.
             self._ahead.append((self._hasher.submit(self._hash.update, view), len(view)))
+            self._ahead_size += len(view)
         except RuntimeError:
             # The interpreter ends while a save is under way: executors take nothing any more.
             self._wait_for_hash(0)
@@ -112,10 +115,12 @@ class _HashedFile:
 
     def _wait_for_hash(self, most: int) -> None:
         """Until at most so many bytes, or one tensor, are not hashed yet; 0: until all are."""
-        while self._ahead and sum(size for _, size in self._ahead) > most:
+        while self._ahead and self._ahead_size > most:
             if len(self._ahead) == 1 and most:
                 return
-            self._ahead.popleft()[0].result()
+            hashed, size = self._ahead.popleft()
+            hashed.result()
+            self._ahead_size -= size
 
     def __enter__(self) -> Self:
         return self
