@@ -97,7 +97,7 @@ class _HashedFile:
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
         self._ahead: deque[tuple[Future[None], int]] = deque()
         self._ahead_size = 0
-        """Bytes of all in ``_ahead``, counted once each: there may be thousands of small tensors."""
+        """Bytes in ``_ahead``, counted once each: there may be thousands of small tensors."""
 
     def write(self, view: memoryview) -> None:
         self._size += len(view)
