@@ -6,6 +6,7 @@ The stock ``AnyFlowTransformer3DModel`` with the student's weights is the indepe
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,13 @@ from attrs import evolve
 from diffusers.models.transformers.transformer_anyflow import AnyFlowTransformer3DModel
 from diffusers.pipelines.anyflow.pipeline_anyflow import AnyFlowPipeline
 from distill_adapters_wan import PLUGIN
-from distill_methods import FlowMap, FlowMapConfig, FlowMapMethod
+from distill_methods import (
+    FlowMap,
+    FlowMapConfig,
+    FlowMapDMDConfig,
+    FlowMapDMDMethod,
+    FlowMapMethod,
+)
 from distill_protocols import (
     Batch,
     Condition,
@@ -173,6 +180,49 @@ def test_the_loss_is_that_of_the_papers(folder: Path, tmp_path: Path, velocity: 
     names = [name for name, _ in bundle["student"].modules["transformer"].named_parameters()]
     theirs = torch.cat([of_net[name].grad.flatten() for name in names])
     assert (actual - theirs).norm() < 1e-3 * theirs.norm()
+
+
+def test_the_second_stage_starts_from_an_export(folder: Path, tmp_path: Path):
+    """``models.student.init_from``: every weight, those of the second time embedder too."""
+    _, bundle = build(folder)
+    out, role = tmp_path / "student", student(folder)
+    export(bundle, folder, out, SamplerSpec(steps=1))
+    assert not list(PLUGIN.start_problems(role, CONFIG, str(out)))
+    assert not list(PLUGIN.weights_problems(role, str(out)))
+    weights = {"student": PLUGIN.start_weights(role, str(out))}
+    again = PLUGIN.load([role], CONFIG, device=CPU, weights=weights)
+    expected = bundle["student"].modules["transformer"].state_dict()
+    for name, value in again["student"].modules["transformer"].state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_rollout_is_three_calls_of_which_all_learn(folder: Path):
+    """From noise to t_k, from there to t_{k+1}, and from there to the clip; the first and the last
+    step have one call less."""
+    roles = [student(folder), *(RoleSpec(name=n, path=str(folder), trainable=n == "critic")
+                                for n in ("teacher", "critic"))]  # fmt: skip
+    bundle = PLUGIN.load(roles, CONFIG, device=CPU)
+    adapter = PLUGIN.adapter(bundle, CONFIG, source=str(folder))
+    config = FlowMapDMDConfig(rollout_steps=(3,), student_sampler=SamplerSpec(steps=1, shift=1.0))
+    method = FlowMapDMDMethod(
+        bundle, adapter, config, conditioning=Conditioning(6), streams=RandomStreams(1)
+    )
+    batch = Batch(latents=normal(2, *SHAPE, seed=2), cond=TEXT, ids=("a", "b"))
+    streams, seen = RandomStreams(1), set()
+    for _ in range(8):
+        rollout = method._matching._rollout(batch, "student", 1)
+        k = int(rollout.exits)
+        seen.add(k)
+        x = streams.rows("flow_map_dmd.student.rollout", 2).normal(SHAPE)
+        times = sorted({1000.0, 1000 - 1000 * k / 3, 1000 - 1000 * (k + 1) / 3, 0.0}, reverse=True)
+        for t, target_t in itertools.pairwise(times):
+            ends = (torch.full((2,), value) for value in (t, target_t))
+            x = x - (t - target_t) / 1000 * adapter.forward_to("student", x, *ends, TEXT)
+        torch.testing.assert_close(rollout.x0, x, rtol=1e-4, atol=1e-5)
+        embedder = bundle["student"].modules["transformer"].condition_embedder.delta_embedder
+        (gradient,) = torch.autograd.grad(rollout.x0.sum(), [embedder.linear_1.weight])
+        assert gradient.any()
+    assert seen == {0, 1, 2}
 
 
 def test_what_a_flow_map_cannot_be_is_said(folder: Path):

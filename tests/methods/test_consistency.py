@@ -262,13 +262,15 @@ def trigflow_tangent(student, x_t, s, text, velocity):
     return F(z, angle), over(torch.cos(angle)) * df
 
 
-def test_the_tangent_is_scms_in_trigflow():
+@pytest.mark.parametrize("prior_weight", ["none", "inverse_noise"])
+def test_the_tangent_is_scms_in_trigflow(prior_weight: str):
     """The whole loss and its gradient, from F and df/dt of TrigFlow. Tolerance: fp32's nets."""
     bundle = toy_bundle(student=1, teacher=2)
     time = TimeSampling(distribution="logit_normal", mean=0.7, std=1.6)
     method = build(
-        bundle=bundle, guidance_scale=2.0, continuous=Continuous(tangent_warmup=0, time=time)
-    )
+        bundle=bundle, guidance_scale=2.0,
+        continuous=Continuous(tangent_warmup=0, time=time, prior_weight=prior_weight),
+    )  # fmt: skip
     batch = toy_batch(5)
     actual = method.single_train_step(batch, 1)
     actual.loss_map["total_loss"].backward()
@@ -288,7 +290,8 @@ def test_the_tangent_is_scms_in_trigflow():
         actual.outputs["tangent_rms"].double(), g.square().mean().sqrt(), rtol=1e-4, atol=0
     )
     g = math.sqrt(NUMEL) * g / (g.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1) + 0.1)
-    expected = 0.5 * (F - (F + g).detach()).square().mean()
+    weight = 1 / torch.tan(torch.atan2(s, 1 - s)) if prior_weight == "inverse_noise" else s / s
+    expected = 0.5 * (over(weight) * (F - (F + g).detach()).square()).mean()
     torch.testing.assert_close(actual.loss_map["total_loss"].double(), expected, rtol=1e-4, atol=0)
     expected.backward()
     assert not gradients(bundle)["teacher"]

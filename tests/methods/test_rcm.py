@@ -105,6 +105,35 @@ def test_the_warmup_counts_the_students_updates():
     assert shares == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
+@EVERY_FORM
+def test_a_run_may_begin_with_consistency_alone(form):
+    """Its turns are the student's, its gradient is that of the loss by itself, and the schedule of
+    matching begins after it."""
+    method, batch = build(consistency_warmup=3, consistency_weight=0.5, **form), toy_batch(3)
+    config = method.config
+    plain = build(**form).config
+    assert [config.turns(i) for i in range(1, 4)] == [("student",)] * 3
+    assert [config.turns(i) for i in range(4, 9)] == [plain.turns(i) for i in range(1, 6)]
+    assert [config.student_updates(i) for i in range(1, 8)] == [1, 2, 3, 3, 4, 4, 5]
+    result = method.single_train_step(batch, 3)
+    result.loss_map["total_loss"].backward()
+    assert {name for name, g in gradients(method.bundle).items() if g} == {"student"}
+    other = build(**form)
+    loss = build_consistency_loss(
+        other.context.named("rcm.consistency"),
+        other.config.form,
+        teachers=Teachers(other.context, ConsistencyConfig(guidance_scale=2.0)),
+        update_of=lambda _: 3,
+    )(batch, 3).loss
+    torch.testing.assert_close(result.loss_map["consistency_loss"], loss)
+    (0.5 * loss).backward()
+    pairs = zip(
+        gradients(method.bundle)["student"], gradients(other.bundle)["student"], strict=True
+    )
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_roles_and_capabilities_follow_the_options():
     config = RCMConfig()
     assert [need.name for need in config.roles] == ["student", "teacher", "critic"]

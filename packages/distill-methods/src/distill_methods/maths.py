@@ -252,20 +252,38 @@ def normalised_tangent(tangent: Tensor, c: float, loss_mask: Tensor | None = Non
     return direction if loss_mask is None else direction * loss_mask
 
 
-def tangent_loss(
-    velocity: Tensor, direction: Tensor, t: Tensor, loss_mask: Tensor | None = None
-) -> Tensor:
-    """Return ``0.5 mean (r v - stop(r v + direction))^2``, a scalar with
-    ``dL/dv = -r direction / numel`` (sCM, Lu & Song 2024, section 4.2).
+def consistency_prior_weight(t: Tensor) -> Tensor:
+    """Return ``(1 - s) / s`` of t >= 1, like ``t``: ``1 / tan(t)`` in TrigFlow's time (sCM, Lu &
+    Song 2024, section 4.2, adaptive weighting; NVlabs/FastGen ``sCM.py``,
+    ``prior_weighting_enabled``)."""
+    s = (_widen(t) / 1000).clamp(min=1e-3)
+    return (1 - s) / s
 
-    Its value is ``mean direction^2 / 2``, which is near 0.5 as long as there is an error: it does
-    not fall.
+
+def tangent_loss(
+    velocity: Tensor,
+    direction: Tensor,
+    t: Tensor,
+    loss_mask: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Return ``0.5 mean w (r v - stop(r v + direction))^2``, a scalar with
+    ``dL/dv = -w r direction / numel`` (sCM, Lu & Song 2024, section 4.2).
+
+    Without w its value is ``mean direction^2 / 2``, which is near 0.5 as long as there is an error:
+    it does not fall.
+
+    Args:
+        weight: one factor a sample, [B]; None means 1.
     """
     # r v is TrigFlow's network output F. As in ``dmd_loss``, the stop-gradient makes the
     # derivative by it the given direction, of opposite sign.
     scaled = _noise_level_and_radius(t)[1] * _widen(velocity)
     error = (scaled - (scaled + direction).detach()).square()
-    return 0.5 * (error.mean() if loss_mask is None else _mean_per_sample(error, loss_mask).mean())
+    if weight is None and loss_mask is None:
+        return 0.5 * error.mean()
+    means = _mean_per_sample(error, loss_mask)
+    return 0.5 * (means if weight is None else weight * means).mean()
 
 
 # -- flow maps --------------------------------------------------------------------------------

@@ -132,6 +132,8 @@ class Continuous:
         tangent_warmup: student updates over which the derivative of the student is raised from 0
             to its full weight; 0: full from the first. rCM: 1000 for 1.3B, 0 for 14B; sCM: 10000.
         tangent_c: c in ``g / (|g| + c)``, |g| over a whole sample; sCM's and rCM's 0.1.
+        prior_weight: none, or inverse_noise: each sample's loss is multiplied by ``(1 - s) / s``,
+            which is sCM's ``1 / tan(t)`` and favours low noise; below t = 1 it is that of 1.
         derivative: jvp: in forward mode, exact, by one call whose attention runs without a fused
             kernel. finite_difference: by two calls in fp32 as all others are made, with whatever
             kernel, sharding or checkpointing; FastGen's ``use_jvp_finite_diff``, rCM's ``fd_type``.
@@ -145,6 +147,9 @@ class Continuous:
     )
     tangent_c: float = field(
         default=0.1, validator=above(0, "a sample without error would be divided by 0")
+    )
+    prior_weight: Literal["none", "inverse_noise"] = field(
+        default="none", validator=in_(("none", "inverse_noise"))
     )
     derivative: Derivative = field(default="jvp", validator=in_(get_args(Derivative)))
     difference: float = field(

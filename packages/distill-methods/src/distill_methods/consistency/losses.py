@@ -27,6 +27,7 @@ from distill_methods.context import MethodContext
 from distill_methods.contracts import expert_ranges_of, loss_mask_of, require_contract
 from distill_methods.derivatives import finite_difference
 from distill_methods.maths import (
+    consistency_prior_weight,
     consistency_tangent,
     normalised_tangent,
     tangent_loss,
@@ -225,7 +226,9 @@ class ContinuousConsistency:
                 "tangent_rms": tangent.square().mean().sqrt(),
             }
             direction = normalised_tangent(tangent, self._config.tangent_c, loss_mask)
-        return ConsistencyResult(tangent_loss(velocity, direction, t, loss_mask), outputs)
+        is_weighted = self._config.prior_weight == "inverse_noise"
+        weight = consistency_prior_weight(t) if is_weighted else None
+        return ConsistencyResult(tangent_loss(velocity, direction, t, loss_mask, weight), outputs)
 
     def _scaled_derivative(
         self, x_t: Tensor, t: Tensor, cond: Condition, teacher_velocity: Tensor

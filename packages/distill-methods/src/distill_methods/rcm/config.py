@@ -31,6 +31,9 @@ class RCMConfig(MatchingConfig):
             ``100 / sqrt(D)`` here with ``continuous``, D = C T H W of a clip, as its tangent has
             norm 1 and ours root mean square 1: 0.07 for [16, 20, 60, 104]; with ``discrete``
             (``loss: l2``) it is 50.
+        consistency_warmup: iterations at the beginning in which the student alone steps, in each of
+            them, by consistency alone; the schedule of the others begins after them. rCM's is its
+            ``tangent_warmup``.
         continuous: the consistency loss without a grid; the default where neither is stated.
         discrete: the consistency loss on a grid, which needs no forward-mode derivative.
     """
@@ -38,6 +41,9 @@ class RCMConfig(MatchingConfig):
     rollout: RolloutSource = field(default="simulate", validator=in_(get_args(RolloutSource)))
     consistency_weight: float = field(
         default=0.07, validator=at_least(0, "the student would be led away from consistency")
+    )
+    consistency_warmup: int = field(
+        default=0, validator=at_least(0, "it counts iterations; 0 is none")
     )
     discrete: Discrete | None = None
     continuous: Continuous | None = field(default=None, validator=is_the_only_form)
@@ -51,12 +57,21 @@ class RCMConfig(MatchingConfig):
         """See ``LatentMethodConfig.rollout_times``."""
         return self.levels_until(low, high) if self.rollout == "simulate" else ()
 
+    def turns(self, iteration: int) -> tuple[str, ...]:
+        """See ``MatchingConfig.turns``; in the warmup the student alone."""
+        if iteration <= self.consistency_warmup:
+            return (STUDENT.name,)
+        return super().turns(iteration - self.consistency_warmup)
+
     def student_updates(self, iteration: int) -> int:
         """Return how many updates the student has had at the end of ``iteration``."""
-        return iteration // self.generator_update_interval
+        later = max(0, iteration - self.consistency_warmup)
+        return min(iteration, self.consistency_warmup) + later // self.generator_update_interval
 
     def metrics(self, iteration: int) -> tuple[str, ...]:
         """See ``MethodConfig.metrics``."""
+        if iteration <= self.consistency_warmup:
+            return ("loss/total_loss", "loss/consistency_loss", *self.form.metrics)
         names = super().metrics(iteration)
         if STUDENT.name not in self.turns(iteration):
             return names

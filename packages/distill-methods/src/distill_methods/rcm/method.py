@@ -28,9 +28,8 @@ class RCMMethod(LatentMethod[RCMConfig]):
     Deviations from NVlabs/rcm, beside those of ``ConsistencyMethod`` and ``DMD2Method``:
 
     - Both graphs are in memory at once; theirs are differentiated one after the other.
-    - The student steps in every N-th iteration from the beginning, by both losses. Theirs steps by
-      consistency alone, in all iterations, during the warmup of the tangent, which counts the
-      student's updates here.
+    - The warmup of consistency alone is an option of its own (``consistency_warmup``), and that of
+      the tangent counts the student's updates; theirs is one number.
     - The student's clips exit at a random step of the sampler; theirs at random times, or after 1
       to 4 fixed ones.
 
@@ -72,6 +71,10 @@ class RCMMethod(LatentMethod[RCMConfig]):
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:
         """Compute ``dmd_loss`` and ``consistency_loss`` (without its weight) in the student's turn,
         ``critic_loss`` in the critic's; ``total_loss`` is the sum."""
+        if iteration <= self.config.consistency_warmup:
+            loss, outputs = self._consistency_loss(batch, iteration)
+            total_loss = self.config.consistency_weight * loss
+            return StepResult({"total_loss": total_loss, "consistency_loss": loss}, outputs)
         losses, outputs = self._matching.step(batch, iteration)
         if "student" not in self.config.turns(iteration):
             return StepResult(losses, outputs)
