@@ -38,6 +38,8 @@ from distill_methods import (
     RCMMethod,
     SelfForcingConfig,
     SelfForcingMethod,
+    StreamingConfig,
+    StreamingMethod,
     TeacherOnlyConfig,
     TeacherOnlyMethod,
     TimeSampling,
@@ -200,6 +202,14 @@ CASES: dict[str, MethodCase] = {
             same_step_across_chunks=False, critic_update="every_step",
         ),
         matches=True, one_exit={"student_sampler": evolve(ONE, context_noise=100.0)},
+    ),
+    "streaming_long_tuning": _causal(
+        StreamingMethod,
+        StreamingConfig(
+            **SCORES, student_sampler=FOUR, video_frames=9, overlap_frames=1,
+            switch_probability=0.5,
+        ),
+        matches=True, one_exit={"student_sampler": ONE},
     ),
     "causal_consistency": MethodCase(
         method=CausalConsistencyMethod,

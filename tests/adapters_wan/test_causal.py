@@ -14,6 +14,7 @@ import torch
 from causal_reference import ReferenceProcessor, chunk_lists, seen_beside_clean, seen_in_clip
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from distill_adapters_wan import PLUGIN, CausalConfig, WanPipelineConfig
+from distill_checkpoint.state_dicts import pack, unpack
 from distill_diffusers.calls import flow
 from distill_diffusers.roles import attention
 from distill_protocols import (
@@ -25,6 +26,8 @@ from distill_protocols import (
     LoraSpec,
     RoleError,
     RoleSpec,
+    RowGenerators,
+    SamplerSpec,
     WeightsError,
 )
 from hypothesis import HealthCheck, given, settings
@@ -372,6 +375,109 @@ def test_without_a_window_the_positions_end(causal):
         rollout(adapter, clip(1, 20), times(1, 20), text(1))
     with pytest.raises(ContractError, match=r"window_frames"):
         adapter.forward("student", clip(1, 17), times(1, 17), text(1))
+
+
+# -- videos that go on ----------------------------------------------------------------------------
+
+SPEC = SamplerSpec(steps=2, timesteps=(1000, 600), stochastic=True)
+SECTIONS = (
+    {"chunk_frames": 2},
+    {"chunk_frames": 2, "window_frames": 6, "sink_frames": 2},
+    {"chunk_frames": 2, "window_frames": 6, "sink_frames": 2, "sink_positions": "kept"},
+)
+
+
+def extend(adapter, noise, cond, spans, *, stream="video", generators=None, **options):
+    """Extend a video by each of ``spans`` of frames."""
+    generators = generators or RowGenerators.seeded(0, "fresh", range(len(noise)))
+    return torch.cat(
+        [
+            adapter.extend(
+                "student", SPEC, noise[:, :, a:b], cond, first_frame=a, stream=stream,
+                exit_steps=[1] * ((b - a) // 2), generators=generators, **options,
+            )
+            for a, b in spans
+        ],
+        dim=2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_video_in_parts_is_the_rollout_of_the_whole(causal, section):
+    """Bit for bit, and so are the gradients of what was made with one."""
+    adapter, bundle = causal(**section)
+    transformer, cond, noise = bundle["student"].modules["transformer"], text(2), clip(2, 12)
+    generators = RowGenerators.seeded(0, "fresh", range(2))
+    whole = adapter.rollout(
+        "student", SPEC, noise, cond, exit_steps=[1] * 6, generators=generators,
+        requires_grad=[False] * 3 + [True] * 3,
+    )  # fmt: skip
+
+    def gradient(x):
+        transformer.zero_grad(set_to_none=True)
+        x[:, :, 6:].square().mean().backward()
+        return [p.grad.clone() for p in transformer.parameters() if p.grad is not None]
+
+    expected = gradient(whole)
+    adapter.clear_caches("student")
+    parts = extend(adapter, noise, cond, [(0, 2), (2, 6), (6, 12)])
+    assert torch.equal(parts, whole)
+    ours = gradient(parts)
+    assert len(ours) > 20
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    with pytest.raises(ContractError, match="no chunk of role 'student' begins at frame 13"):
+        adapter.extend("student", SPEC, noise, cond, first_frame=13, stream="video",
+                       exit_steps=[1] * 6)  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_video_goes_on_from_its_stored_past(causal, section):
+    """Through the files of a checkpoint, and under a condition that is equal but another object."""
+    adapter, _ = causal(**section)
+    cond, noise = text(2), clip(2, 12)
+    adapter.clear_caches("student")
+    extend(adapter, noise, cond, [(0, 8)])
+    packed, tensors = pack(adapter.past_state("student", stream="video"), "past")
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    expected = extend(adapter, noise, cond, [(8, 12)])
+    adapter.clear_caches("student")
+    adapter.load_past("student", unpack(packed, copies), text(2), stream="video")
+    assert torch.equal(extend(adapter, noise, text(2), [(8, 12)]), expected)
+    adapter.clear_caches("student")
+    assert adapter.past_state("student", stream="video") == {}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_past_that_is_made_anew_knows_the_new_prompt_alone(causal, section):
+    adapter, _ = causal(**section)
+    noise, frames = clip(2, 12), 4
+    adapter.clear_caches("student")
+    extend(adapter, noise, text(2), [(0, frames)])
+    before = adapter.past_state("student", stream="video")["transformer"]
+    adapter.rebuild_past("student", text(2, seed=9), stream="video")
+    after = adapter.past_state("student", stream="video")["transformer"]
+    for one, two in zip(before["chunks"], after["chunks"], strict=True):
+        assert torch.equal(one["x_t"], two["x_t"])
+        # Keys of the first layer are of frames alone; those above have read the prompt.
+        assert torch.equal(one["layers"][0][0], two["layers"][0][0])
+        assert not torch.allclose(one["layers"][1][0], two["layers"][1][0], atol=1e-3)
+    # Until a frame has left the window it is the past of a video that had this prompt all along.
+    adapter.rebuild_past("student", text(2), stream="video")
+    again = adapter.past_state("student", stream="video")["transformer"]
+    for one, two in zip(before["chunks"], again["chunks"], strict=True):
+        for first, second in zip(one["layers"], two["layers"], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    # And it goes on after a gap too.
+    extend(adapter, noise, text(2), [(frames, 10)])
+    adapter.rebuild_past("student", text(2, seed=9), stream="video")
+    extend(adapter, noise, text(2, seed=9), [(10, 12)])
+    kept = [
+        one["first"]
+        for one in adapter.past_state("student", stream="video")["transformer"]["chunks"]
+    ]
+    assert kept == ([0, 2, 4, 6, 8, 10] if "window_frames" not in section else [0, 10])
 
 
 # -- gradients ------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from distill_methods import (
     LaddConfig,
     RCMConfig,
     SelfForcingConfig,
+    StreamingConfig,
     TeacherOnlyConfig,
 )
 from distill_protocols import SamplerSpec
@@ -30,7 +31,7 @@ ONE = SamplerSpec(steps=1, stochastic=True)
 SCORES: dict[str, Any] = {"generator_update_interval": 2, "student_sampler": FOUR}
 CAUSAL = {
     "causvid": ("student",), "self_forcing": ("student",), "kd, causal": ("student",),
-    "causal_consistency": ("student", "teacher"),
+    "causal_consistency": ("student", "teacher"), "streaming_long_tuning": ("student",),
 }  # fmt: skip
 CONFIGS = {
     "finetune": FinetuneConfig(),
@@ -47,11 +48,19 @@ CONFIGS = {
     ),
     "rcm": RCMConfig(**SCORES),
     "self_forcing": SelfForcingConfig(**SCORES),
+    "streaming_long_tuning": StreamingConfig(**SCORES, video_frames=5, overlap_frames=1),
     "causvid": CausVidConfig(**SCORES),
     "kd": KDConfig(student_sampler=FOUR),
     "kd, causal": KDConfig(student_sampler=FOUR, past="clean"),
 }
-DRAWN_EXITS = ("dmd2", "dmd2, every step, gan", "ladd", "rcm", "self_forcing")
+DRAWN_EXITS = (
+    "dmd2",
+    "dmd2, every step, gan",
+    "ladd",
+    "rcm",
+    "self_forcing",
+    "streaming_long_tuning",
+)
 """A rollout's exit step is drawn once a micro batch; with one step there is no choice."""
 
 

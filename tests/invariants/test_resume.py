@@ -57,6 +57,15 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         ("student", "teacher", "critic"),
         {"real_score_guidance_scale": 1.5, "same_step_across_chunks": False},
     ),
+    "streaming_long_tuning": (
+        ("student", "teacher", "critic"),
+        {
+            "real_score_guidance_scale": 1.5,
+            "video_frames": 9,
+            "overlap_frames": 1,
+            "switch_probability": 0.5,
+        },
+    ),
     "causvid": (
         ("student", "teacher", "critic"),
         {"real_score_guidance_scale": 1.5, "critic_exits": True},
@@ -79,10 +88,13 @@ METHODS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     ),
 }
 """Name -> (roles, options; the sampler is SAMPLER where they have none)."""
-MATCHING = ("dmd2", "dmd2_gan", "dmd2_anchor", "phased_dmd", "rcm", "self_forcing", "causvid")
+MATCHING = (
+    "dmd2", "dmd2_gan", "dmd2_anchor", "phased_dmd", "rcm", "self_forcing", "causvid",
+    "streaming_long_tuning",
+)  # fmt: skip
 CAUSAL = {
     "self_forcing": ["student"], "causvid": ["student"],
-    "causal_consistency": ["student", "teacher"],
+    "causal_consistency": ["student", "teacher"], "streaming_long_tuning": ["student"],
 }  # fmt: skip
 """The causal roles."""
 
@@ -179,6 +191,7 @@ def everything(run: Run) -> dict[str, Any]:
         "schedulers": {key: s.state_dict() for key, s in by_module("schedulers").items()},
         "ema": {key: e.state_dict() for key, e in by_module("ema").items()},
         "method": run.method.state_dict(),
+        "method of this rank": run.method.rank_state(),
         "loader": run.loader.state_dict(),
         "streams": run.method.streams.state_dict(),
     }
@@ -235,6 +248,7 @@ def test_13_n_steps_save_load_m_steps_is_n_plus_m_steps(case: Case):
 @example(TEACHER_ONLY)
 @example(KD)
 @example(Case(n=1, m=2, method="causal_consistency", accumulation=2))
+@example(Case(n=2, m=3, method="streaming_long_tuning", accumulation=2, async_save=True))
 @example(Case(**{**asdict(DMD2), "method": "self_forcing"}))
 @example(Case(**{**asdict(DMD2), "method": "rcm", "precision": "bf16", "workers": 0}))
 def test_13_n_steps_save_load_m_steps_is_n_plus_m_steps_of_every_method(case: Case):

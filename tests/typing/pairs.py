@@ -55,6 +55,8 @@ from distill_methods import (
     RCMMethod,
     SelfForcingConfig,
     SelfForcingMethod,
+    StreamingConfig,
+    StreamingMethod,
     TeacherOnlyConfig,
     TeacherOnlyMethod,
 )
@@ -71,6 +73,7 @@ from distill_methods.plugins import (
     phased_dmd,
     rcm,
     self_forcing,
+    streaming_long_tuning,
     teacher_only,
 )
 from distill_protocols import (
@@ -124,6 +127,7 @@ PLUGINS: tuple[Plugin, ...] = (
     phased_dmd,
     rcm,
     self_forcing,
+    streaming_long_tuning,
     teacher_only,
     debug_dump,
     ema,
@@ -179,6 +183,9 @@ def every_method(
     yield RCMMethod(bundle, adapter, RCMConfig(), conditioning=conditioning, streams=streams)
     yield SelfForcingMethod(
         bundle, adapter, SelfForcingConfig(), conditioning=conditioning, streams=streams
+    )
+    yield StreamingMethod(
+        bundle, adapter, StreamingConfig(), conditioning=conditioning, streams=streams
     )
     yield TeacherOnlyMethod(
         bundle, adapter, TeacherOnlyConfig(), conditioning=conditioning, streams=streams

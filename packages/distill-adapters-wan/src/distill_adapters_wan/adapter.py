@@ -407,6 +407,63 @@ class WanAdapter(FamilyAdapter):
         finally:
             self.clear_caches(role, stream=ChunkCall.ROLLOUT)
 
+    def extend(
+        self,
+        role: str,
+        spec: SamplerSpec,
+        noise: Tensor,
+        cond: Condition,
+        *,
+        first_frame: int,
+        stream: str,
+        exit_steps: Sequence[int],
+        requires_grad: Sequence[bool] | None = None,
+        generators: RowGenerators | None = None,
+        poll: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """See ``CausalRollout.extend``.
+
+        Raises:
+            ContractError: as ``rollout``; or the frames are no whole chunks, or do not follow the
+                past.
+        """
+        handle, x = self._bundle[role], self.checked_noise(noise)
+        stop = first_frame + x.shape[2]
+        chunks = [chunk for chunk in self.chunks(role, stop) if chunk.first >= first_frame]
+        if not chunks or chunks[0].first != first_frame:
+            raise ContractError(
+                f"no chunk of role {role!r} begins at frame {first_frame}: a video is extended by "
+                "whole chunks. Take the frames from adapter.chunks(role, frames)"
+            )
+        gradients = checked_rollout(role, spec, exit_steps, requires_grad, chunks=len(chunks))
+        parts = x.split([chunk.frames for chunk in chunks], dim=2)
+        velocity = self._chunk_velocity(handle, spec, cond, None, poll, stream)
+        clean = sampler.sample_chunks(
+            velocity, spec, parts, generators, exit_steps=exit_steps, requires_grad=gradients,
+            first_frame=first_frame, stores_last=True,
+        )  # fmt: skip
+        return self.insert_given_frames(handle, torch.cat(list(clean), dim=2), cond, first_frame)
+
+    @torch.no_grad()
+    def rebuild_past(self, role: str, cond: Condition, *, stream: str) -> None:
+        """See ``CausalRollout.rebuild_past``."""
+        stored = self._causal.inputs(role, stream)
+        self.clear_caches(role, stream=stream)
+        for one in stored:
+            call = ChunkCall(first_frame=one.chunk.first, store=True, stream=stream, after_gap=True)
+            self.forward(role, one.x_t, one.t, cond, caches=call)
+
+    def past_state(self, role: str, *, stream: str) -> Mapping[str, object]:
+        """See ``CausalRollout.past_state``."""
+        return self._causal.state(role, stream)
+
+    def load_past(
+        self, role: str, state: Mapping[str, object], cond: Condition, *, stream: str
+    ) -> None:
+        """See ``CausalRollout.load_past``."""
+        tensors = tuple(cond.tensors[name] for name in sorted(cond.tensors))
+        self._causal.load(role, stream, state, tensors)
+
     @torch.no_grad()
     def stream(
         self,

@@ -88,6 +88,11 @@ def state_path(checkpoint: Path, kind: str, *names: str) -> Path:
     return checkpoint / kind / ".".join(as_file_name(name) for name in names)
 
 
+def method_path(checkpoint: Path, rank: int) -> Path:
+    """Return the path without suffix of what the method moves on one rank."""
+    return checkpoint / "method_ranks" / rank_key(rank)
+
+
 def json_of(state: Path) -> Path:
     """Return the JSON file of the state at ``state_path``."""
     return state.with_name(f"{state.name}.json")

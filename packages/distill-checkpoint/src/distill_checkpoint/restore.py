@@ -19,7 +19,14 @@ from distill_runtime import Ranks, counted, read_json
 from torch import Tensor
 
 from distill_checkpoint.changed_settings import DATA, changes_section
-from distill_checkpoint.manifest import Contents, json_of, rank_key, role_folder, state_path
+from distill_checkpoint.manifest import (
+    Contents,
+    json_of,
+    method_path,
+    rank_key,
+    role_folder,
+    state_path,
+)
 from distill_checkpoint.resume_plan import CALLBACKS, ResumePlan
 from distill_checkpoint.snapshot import (
     averages,
@@ -98,10 +105,27 @@ def load_state(
     loaded = {".".join(module) for module in plan.modules("optimizers")}
     updates = {name: count for name, count in method["updates"].items() if name in loaded}
     run.method.load_state_dict({**method, "updates": updates})
+    notes = _load_method_of_rank(folder, contents, run, ranks)
     assert contents.micro_steps is not None  # a checkpoint of weights alone is refused before
     run.micro_steps = contents.micro_steps
     # Last, as anything before may have drawn from torch's own generator.
-    return _load_state_of_rank(folder, run, ranks, plan)
+    return [*notes, *_load_state_of_rank(folder, run, ranks, plan)]
+
+
+def _load_method_of_rank(
+    folder: Path, contents: Contents, run: RunState, ranks: Ranks
+) -> list[str]:
+    """Load what the method moves on this rank: it is of its samples, so of another number
+    of ranks it begins anew."""
+    path = method_path(folder, ranks.rank)
+    if not method_path(folder, 0).parent.exists():
+        run.method.load_rank_state({})
+        return []
+    if contents.ranks != ranks.size:
+        run.method.load_rank_state({})
+        return ["what the method holds of each rank's samples (videos in the making) begins anew"]
+    run.method.load_rank_state(_read_state(path))
+    return []
 
 
 def _load_averages(folder: Path, run: RunState, plan: ResumePlan) -> None:

@@ -32,6 +32,7 @@ from distill_checkpoint.manifest import (
     Contents,
     ModuleKey,
     json_of,
+    method_path,
     rank_key,
     role_folder,
     state_path,
@@ -128,12 +129,14 @@ class Snapshot:
         documents: JSON, written by rank 0.
         by_rank0: tensors that rank 0 writes, in full.
         by_all_ranks: tensors that all ranks write together, each its shard.
+        by_this_rank: tensors of this rank alone, and the JSON that belongs to them.
     """
 
     iteration: int
     documents: dict[Path, Any] = field(factory=dict)
     by_rank0: dict[Path, LocalShard] = field(factory=dict)
     by_all_ranks: dict[Path, LocalShard] = field(factory=dict)
+    by_this_rank: dict[Path, tuple[Any, LocalShard]] = field(factory=dict)
 
     def write(self, folder: Path, ranks: Ranks) -> dict[str, FileInfo]:
         """Write it into ``folder``, all ranks together.
@@ -149,6 +152,10 @@ class Snapshot:
             written |= write_tensors(folder / path, shard, ranks=ranks)
 
         def write_own_and_list_all() -> dict[str, FileInfo]:
+            for path, (value, shard) in self.by_this_rank.items():
+                written.update(write_tensors(folder / path, shard))
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                written[folder / json_of(path)] = write_json(folder / json_of(path), value)
             if ranks.is_first:
                 for path, shard in self.by_rank0.items():
                     written.update(write_tensors(folder / path, shard))
@@ -194,6 +201,10 @@ def capture(
 
     def collect() -> dict[str, object]:
         _add_run_state(snapshot, run, callbacks, changes, ranks.size)
+        if own := run.method.rank_state():
+            path = method_path(Path(), ranks.rank)
+            packed, tensors = pack(own, path.as_posix())
+            snapshot.by_this_rank[path] = packed, LocalShard.of(tensors)
         return {
             "iteration": run.iteration,
             "loader": run.loader.state_dict(),
@@ -292,8 +303,13 @@ class SnapshotBuffers:
             snapshot,
             by_rank0=self._copy_shards(snapshot.by_rank0, before),
             by_all_ranks=self._copy_shards(snapshot.by_all_ranks, before),
+            by_this_rank={
+                path: (value, self._copy_shards({path: shard}, before)[path])
+                for path, (value, shard) in snapshot.by_this_rank.items()
+            },
         )
-        shards = [*snapshot.by_rank0.values(), *snapshot.by_all_ranks.values()]
+        of_this_rank = [shard for _, shard in snapshot.by_this_rank.values()]
+        shards = [*snapshot.by_rank0.values(), *snapshot.by_all_ranks.values(), *of_this_rank]
         if any(tensor.is_cuda for shard in shards for tensor in shard.local.values()):
             # Copies to pinned memory are only queued, and the next step writes to their source.
             torch.cuda.synchronize()

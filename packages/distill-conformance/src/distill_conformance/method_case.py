@@ -180,6 +180,7 @@ def saved_state(method: TrainableMethod) -> SavedRun:
     return copy.deepcopy(
         {
             "method": method.state_dict(),
+            "method_rank": dict(method.rank_state()),
             "streams": method.streams.state_dict(),
             "modules": {k: m.state_dict() for k, m in method.model_dict.items()},
             "optimizers": {k: o.state_dict() for k, o in method.optimizer_dict.items()},
@@ -198,3 +199,4 @@ def restore_state(method: TrainableMethod, state: SavedRun) -> None:
         scheduler.load_state_dict(state["schedulers"][key])
     method.streams.load_state_dict(state["streams"])
     method.load_state_dict(state["method"])
+    method.load_rank_state(state["method_rank"])

@@ -24,6 +24,7 @@ from distill_methods.ladd.config import LaddConfig
 from distill_methods.phased_dmd.config import PhasedDMDConfig
 from distill_methods.rcm.config import RCMConfig
 from distill_methods.self_forcing.config import SelfForcingConfig
+from distill_methods.streaming_long_tuning.config import StreamingConfig
 from distill_methods.teacher_only.config import TeacherOnlyConfig
 from distill_methods.teachers.config import TeacherTerm
 from distill_methods.time_sampling import TimeSampling
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from distill_methods.phased_dmd.method import PhasedDMDMethod
     from distill_methods.rcm.method import RCMMethod
     from distill_methods.self_forcing.method import SelfForcingMethod
+    from distill_methods.streaming_long_tuning.method import StreamingMethod
     from distill_methods.teacher_only.method import TeacherOnlyMethod
     from distill_methods.validation_sampling import ViewSampler
 
@@ -59,6 +61,7 @@ _LAZY = {
     "PhasedDMDMethod": "phased_dmd.method",
     "RCMMethod": "rcm.method",
     "SelfForcingMethod": "self_forcing.method",
+    "StreamingMethod": "streaming_long_tuning.method",
     "TeacherOnlyMethod": "teacher_only.method",
     "ViewSampler": "validation_sampling",
 }
@@ -94,6 +97,8 @@ __all__ = [
     "RCMMethod",
     "SelfForcingConfig",
     "SelfForcingMethod",
+    "StreamingConfig",
+    "StreamingMethod",
     "TeacherOnlyConfig",
     "TeacherOnlyMethod",
     "TeacherTerm",

@@ -16,6 +16,7 @@ from distill_methods.ladd.config import LaddConfig
 from distill_methods.phased_dmd.config import PhasedDMDConfig
 from distill_methods.rcm.config import RCMConfig
 from distill_methods.self_forcing.config import SelfForcingConfig
+from distill_methods.streaming_long_tuning.config import StreamingConfig
 from distill_methods.teacher_only.config import TeacherOnlyConfig
 
 dmd2 = MethodPlugin(
@@ -93,6 +94,13 @@ self_forcing = MethodPlugin(
     help="causal student by distribution matching of its own rollouts (student, teacher, critic)",
     config_class=SelfForcingConfig,
     implementation="distill_methods.self_forcing.method:SelfForcingMethod",
+    contract=2,
+)
+streaming_long_tuning = MethodPlugin(
+    name="streaming_long_tuning",
+    help="causal student by distribution matching of long videos (student, teacher, critic)",
+    config_class=StreamingConfig,
+    implementation="distill_methods.streaming_long_tuning.method:StreamingMethod",
     contract=2,
 )
 causvid = MethodPlugin(

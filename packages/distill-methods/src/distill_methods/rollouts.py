@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
-from distill_protocols import Batch, Latents, main_part, map_latents
+from distill_protocols import Batch, Condition, Latents, main_part, map_latents
 from torch import Tensor
 
 from distill_methods.context import MethodContext
@@ -32,6 +32,7 @@ class Rollout(NamedTuple):
         x_end: the clips at ``t_end``, without gradient, where the student's part ends above 0: what
             another expert goes on from (Phased DMD); None: it ends at ``x0``.
         t_end: t of ``x_end``.
+        cond: what the clips were made under; None: the batch's condition.
     """
 
     x0: Latents
@@ -41,6 +42,7 @@ class Rollout(NamedTuple):
     same_on_all_ranks: bool = False
     x_end: Latents | None = None
     t_end: float = 0.0
+    cond: Condition | None = None
 
     def outputs(self) -> dict[str, Tensor]:
         """Return the clips and their statistics, detached, for logs.

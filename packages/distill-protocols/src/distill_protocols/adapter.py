@@ -259,6 +259,56 @@ class CausalRollout(Protocol):
         """Forget the past of ``role``: of one stream, or of all."""
         ...
 
+    def extend(
+        self,
+        role: str,
+        spec: SamplerSpec,
+        noise: Tensor,
+        cond: Condition,
+        *,
+        first_frame: int,
+        stream: str,
+        exit_steps: Sequence[int],
+        requires_grad: Sequence[bool] | None = None,
+        generators: RowGenerators | None = None,
+        poll: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Return the next frames of a video as training takes them: ``Sampler.rollout``, but that
+        it goes on from the past of ``stream``, which it leaves longer by these frames, detached.
+
+        The past lasts until ``clear_caches``. Its keys stay as the weights of their time made them.
+
+        Args:
+            noise: of whole chunks [B, C, T, H, W].
+            first_frame: place of its first frame in the video, where the past ends.
+            exit_steps, requires_grad: of each of these chunks.
+
+        Raises:
+            ContractError: the frames are no whole chunks, or do not follow the past.
+        """
+        ...
+
+    def rebuild_past(self, role: str, cond: Condition, *, stream: str) -> None:
+        """Make the past of a video anew from the frames that are kept, under another condition and
+        by the role's present weights: what is seen stays, what was asked for is forgotten
+        (LongLive, Yang et al. 2025, KV recache)."""
+        ...
+
+    def past_state(self, role: str, *, stream: str) -> Mapping[str, object]:
+        """Return the past of a video for a checkpoint: nested mappings, lists, numbers and tensors,
+        which are the past's own and never written to again; empty where nothing is past."""
+        ...
+
+    def load_past(
+        self, role: str, state: Mapping[str, object], cond: Condition, *, stream: str
+    ) -> None:
+        """Put back what ``past_state`` gave, in the place of the past of ``stream``.
+
+        Args:
+            cond: the condition that it was made under.
+        """
+        ...
+
     def stream(
         self,
         role: str,

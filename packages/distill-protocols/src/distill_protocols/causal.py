@@ -45,6 +45,8 @@ class ChunkCall:
         store: keep this call's keys and values for the chunks to come, detached. The frames should
             then be as clean as later chunks shall see them, and t theirs.
         stream: name of the past that is meant. Two videos in the making have two.
+        after_gap: frames between the past's end and this chunk have left the window already, and
+            are not part of the past any more.
     """
 
     ROLLOUT: ClassVar[str] = "rollout"
@@ -52,6 +54,7 @@ class ChunkCall:
     first_frame: int = field(validator=at_least(0, "frames of a video count from 0"))
     store: bool = False
     stream: str = ROLLOUT
+    after_gap: bool = False
 
 
 @frozen(kw_only=True, eq=False)

@@ -129,6 +129,15 @@ class TrainableMethod(Protocol):
         """Restore what ``state_dict`` gave."""
         ...
 
+    def rank_state(self) -> Mapping[str, object]:
+        """Return what the method moves on this process alone: nested mappings, lists, numbers and
+        tensors, which are never written to again; empty: nothing. Taken before every iteration."""
+        ...
+
+    def load_rank_state(self, state: Mapping[str, object]) -> None:
+        """Restore what ``rank_state`` gave; of an empty state begin anew."""
+        ...
+
 
 @runtime_checkable
 class LatentViews(Protocol):

@@ -252,6 +252,16 @@ class DistillMethod(ABC, Generic[AdapterT]):
         if saved["grad_scaler"]:
             self._grad_scaler.load_state_dict(saved["grad_scaler"])
 
+    def rank_state(self) -> Mapping[str, object]:
+        """What the method moves on this process alone, of its own samples. Default: nothing.
+
+        Tensors are not copied: whoever overrides this never writes to them again.
+        """
+        return {}
+
+    def load_rank_state(self, state: Mapping[str, object]) -> None:
+        """Take back what ``rank_state`` gave; of an empty state begin anew."""
+
     # -- inside -------------------------------------------------------------------------------
 
     def _reached(self, iteration: int) -> dict[str, Optimizer]:

@@ -40,9 +40,16 @@ class Place:
 
 @frozen(eq=False)
 class StoredChunk:
-    """What one chunk stored, layer by layer."""
+    """What one chunk stored.
+
+    Attributes:
+        x_t, t: what the model was called on.
+        layers: of each.
+    """
 
     chunk: Chunk
+    x_t: Tensor
+    t: Tensor
     layers: tuple[KeysAndValues, ...]
 
 
@@ -127,14 +134,19 @@ class KvCaches:
     def __init__(self) -> None:
         self._pasts: dict[Place, Past] = {}
 
-    def past(self, place: Place, chunk: Chunk, caller: Caller) -> Past:
+    def past(self, place: Place, chunk: Chunk, caller: Caller, *, after_gap: bool = False) -> Past:
         """Return what ``chunk`` attends to.
+
+        Args:
+            after_gap: see ``ChunkCall``.
 
         Raises:
             ContractError: the past does not end where the chunk begins, or it is that of
                 another batch, size or condition.
         """
         past = self._pasts.get(place, Past(caller=caller))
+        if after_gap and past.next_frame < chunk.first:
+            past = evolve(past, next_frame=chunk.first)
         if past.next_frame != chunk.first:
             raise ContractError(
                 f"the chunk begins at frame {chunk.first}, but the past of {place} ends before "
@@ -149,6 +161,14 @@ class KvCaches:
                 "or give each video a stream of its own"
             )
         return past
+
+    def stored(self, role: str, stream: str) -> dict[Place, Past]:
+        """Return the pasts of one stream of a role, by expert and condition."""
+        return {
+            place: past
+            for place, past in list(self._pasts.items())
+            if (place.role, place.stream) == (role, stream)
+        }
 
     def keep(self, place: Place, past: Past) -> None:
         """Store ``past`` in the place of the former one."""

@@ -85,6 +85,55 @@ class CausalRoles:
         self._bundle.require_roles([role])
         self._caches.clear(role, stream)
 
+    def inputs(self, role: str, stream: str) -> tuple[StoredChunk, ...]:
+        """Return the chunks of a stream that are kept, which each expert has alike."""
+        return next((past.stored for past in self._caches.stored(role, stream).values()), ())
+
+    def state(self, role: str, stream: str) -> dict[str, object]:
+        """See ``CausalRollout.past_state``; by expert."""
+        return {
+            place.module: {
+                "shape": list(past.caller.shape),
+                "next_frame": past.next_frame,
+                "chunks": [
+                    {
+                        "first": stored.chunk.first, "x_t": stored.x_t, "t": stored.t,
+                        "layers": [list(pair) for pair in stored.layers],
+                    }
+                    for stored in past.stored
+                ],
+            }
+            for place, past in self._caches.stored(role, stream).items()
+            if not place.negative
+        }  # fmt: skip
+
+    def load(
+        self, role: str, stream: str, state: Mapping[str, Any], tensors: tuple[Tensor, ...]
+    ) -> None:
+        """See ``CausalRollout.load_past``.
+
+        Args:
+            tensors: of the condition.
+        """
+        self.clear(role, stream)
+        for module, past in state.items():
+            stored = tuple(
+                StoredChunk(
+                    Chunk(one["first"], one["x_t"].shape[2]),
+                    one["x_t"],
+                    one["t"],
+                    tuple((key, value) for key, value in one["layers"]),
+                )
+                for one in past["chunks"]
+            )
+            batch, height, width = past["shape"]
+            caller = Caller.of(stored[0].x_t, tensors)
+            assert caller.shape == (batch, height, width)
+            place = Place(role=role, module=module, negative=False, stream=stream)
+            self._caches.keep(
+                place, Past(caller=caller, stored=stored, next_frame=past["next_frame"])
+            )
+
     def cached_bytes(self, role: str) -> int:
         """Count the bytes that the caches of ``role`` hold."""
         return sum(size for place, size in self._caches.sizes().items() if place.role == role)
@@ -135,7 +184,7 @@ class CausalRoles:
         layer_count: int,
     ) -> PreparedCall:
         chunk = _checked_chunk(config, request.first_frame, x_t.shape[2])
-        past = self._caches.past(place, chunk, Caller.of(x_t, cond))
+        past = self._caches.past(place, chunk, Caller.of(x_t, cond), after_gap=request.after_gap)
         if config.sink_positions == "kept":
             call = CausalCall(layout.one_chunk_in_video(past.spans, chunk), past)
         else:
@@ -149,7 +198,8 @@ class CausalRoles:
             # None from here on: when checkpointing recomputes this forward, it stores nothing.
             kept, call.kept = call.kept or {}, None
             layers = tuple(kept[i] for i in range(layer_count))
-            self._caches.keep(place, past.with_chunk(StoredChunk(chunk, layers), config))
+            stored = StoredChunk(chunk, x_t.detach(), t, layers)
+            self._caches.keep(place, past.with_chunk(stored, config))
             return v
 
         return PreparedCall(x_t, t, call, keep, frames=frames)

@@ -366,6 +366,46 @@ class ToyAdapter:
         finally:
             self.clear_caches(role, stream=name)
 
+    def extend(
+        self,
+        role: str,
+        spec: SamplerSpec,
+        noise: Tensor,
+        cond: Condition,
+        *,
+        first_frame: int,
+        stream: str,
+        exit_steps: Sequence[int],
+        requires_grad: Sequence[bool] | None = None,
+        generators: RowGenerators | None = None,
+        poll: Callable[[], None] | None = None,
+    ) -> Tensor:
+        parts: list[Tensor] = []
+        flags = requires_grad or [True] * len(exit_steps)
+        for frame, (step, trains) in enumerate(zip(exit_steps, flags, strict=True)):
+            at = (first_frame + frame, stream)
+            x0 = self._walk(
+                role, spec, noise[:, :, frame : frame + 1], cond, generators=generators, poll=poll,
+                at=at, exit_step=step, requires_grad=trains and torch.is_grad_enabled(),
+            )  # fmt: skip
+            parts.append(one_tensor(x0))
+            self._store(role, spec, parts[-1], cond, generators, at)
+        return torch.cat(parts, dim=2)
+
+    def rebuild_past(self, role: str, cond: Condition, *, stream: str) -> None:
+        """The past of a toy model is its frames, which know of no condition."""
+
+    def past_state(self, role: str, *, stream: str) -> Mapping[str, object]:
+        frames = self._past.get((role, stream), [])
+        return {"frames": list(frames)} if frames else {}
+
+    def load_past(
+        self, role: str, state: Mapping[str, Any], cond: Condition, *, stream: str
+    ) -> None:
+        self.clear_caches(role, stream=stream)
+        if state:
+            self._past[role, stream] = list(state["frames"])
+
     def decode_stream(self, latents: Iterable[Tensor]) -> Generator[Tensor, None, None]:
         yield from map(self.decode, latents)
 

@@ -111,22 +111,27 @@ def sample_chunks(
     *,
     exit_steps: Iterable[int] | None = None,
     requires_grad: Iterable[bool] | None = None,
+    first_frame: int = 0,
+    stores_last: bool = False,
 ) -> Iterator[Tensor]:
     """Sample chunk after chunk by ``spec``, each on the past of those before it (Self-Forcing,
     Huang et al. 2025, algorithm 2).
 
-    A chunk becomes past by one more call, on its clean latents. The last chunk needs no such call.
+    A chunk becomes past by one more call, on its clean latents. The last chunk needs no such call,
+    unless another walk goes on from it.
 
     Args:
         noises: x of each chunk at the first sigma [B, C, T of the chunk, H, W]; the next is asked
             for only after the chunk before it was yielded.
         exit_steps, requires_grad: for each chunk, see ``sample``; None: the last step, without
             gradient.
+        first_frame: place in the video of the first chunk, where what is past ends.
+        stores_last: the last chunk becomes past too.
 
     Raises:
         ContractError: as ``sample``; or context noise (``spec``) without generators.
     """
-    first = 0
+    first = first_frame
     clean: Tensor | None = None
     exits = itertools.repeat(None) if exit_steps is None else exit_steps
     gradients = itertools.repeat(False) if requires_grad is None else requires_grad
@@ -143,6 +148,8 @@ def sample_chunks(
         )
         first += noise.shape[2]
         yield clean
+    if stores_last and clean is not None:
+        _store_past(velocity, clean, first - clean.shape[2], spec.context_noise, generators)
 
 
 @torch.no_grad()

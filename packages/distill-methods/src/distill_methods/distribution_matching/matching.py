@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from attrs import evolve
 from distill_protocols import Batch, StepResult, map_latents, one_tensor
 from torch import Tensor
 
@@ -107,6 +108,8 @@ class DistributionMatching:
     def _student_turn(self, batch: Batch, iteration: int) -> TurnResult:
         context = self._context
         rollout = self._rollout(batch, "student", iteration)
+        if rollout.cond is not None:
+            batch = evolve(batch, cond=rollout.cond)
         x, loss_mask = rollout.x0, rollout.loss_mask
         if loss_mask is None:
             loss_mask = loss_mask_of(context.adapter, batch)
@@ -171,6 +174,8 @@ class DistributionMatching:
         # No gradient: the critic is trained on the clips as data, and must not train the student.
         with torch.no_grad():
             rollout = self._rollout(batch, "critic", iteration)
+            if rollout.cond is not None:
+                batch = evolve(batch, cond=rollout.cond)
             time = self._config.critic_time or self._config.score_time
             # Fresh t and noise: one clip has any number of noised versions to learn from.
             noised = self._noising.add_noise(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from attrs import evolve, field, frozen
 from attrs.validators import optional
-from distill_protocols import ONE_TENSOR, Chunk, ExitSpec, PlannedRun, Problem
+from distill_protocols import ONE_TENSOR, ExitSpec, PlannedRun, Problem
 from distill_protocols.validators import at_least
 
+from distill_methods.chunks import Divide, ends_of_chunks
 from distill_methods.distribution_matching.config import MatchingConfig
 from distill_methods.exits import exit_weights
 from distill_methods.roles import STUDENT
@@ -115,10 +116,6 @@ class SelfForcingConfig(MatchingConfig):
                 return
 
 
-Divide = Callable[[int], tuple[Chunk, ...]]
-"""Divides a video of a number of latent frames into the student's chunks."""
-
-
 def gradient_frames(config: SelfForcingConfig, clip_frames: int) -> int:
     """Return how many frames at the end have gradient: never more than the scores see."""
     if config.gradient_frames is None:
@@ -136,7 +133,7 @@ def rollout_lengths(config: SelfForcingConfig, divide: Divide, clip_frames: int)
     low, high = config.rollout_frames
     if low < clip_frames:
         return ()
-    return tuple(end for end in _ends_of_chunks(divide, high) if low <= end)
+    return tuple(end for end in ends_of_chunks(divide, high) if low <= end)
 
 
 def rollout_problems(
@@ -146,7 +143,7 @@ def rollout_problems(
     lengths = rollout_lengths(config, divide, clip_frames)
     if not lengths:
         assert config.rollout_frames is not None
-        ends = _ends_of_chunks(divide, config.rollout_frames[1])
+        ends = ends_of_chunks(divide, config.rollout_frames[1])
         yield Problem(
             "rollout_frames",
             f"{list(config.rollout_frames)}: a rollout is made of whole chunks, which end at "
@@ -163,13 +160,3 @@ def rollout_problems(
             "chunk, so no chunk would be called with gradient and the student would never learn. "
             "Give at least that, or null",
         )
-
-
-def _ends_of_chunks(divide: Divide, frames: int) -> list[int]:
-    """Return where whole chunks end within ``frames``."""
-    ends = [chunk.stop for chunk in divide(frames)]
-    # The last chunk of a video of `frames` may be cut short: a longer video then has a chunk that
-    # goes on beyond it, and none ends there.
-    if divide(frames + 1)[len(ends) - 1].stop > frames:
-        ends.pop()
-    return ends

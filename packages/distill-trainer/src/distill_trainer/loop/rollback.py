@@ -38,6 +38,7 @@ class RollbackPoint:
         # Copies, because a loader or a method may return its own tables, which move on.
         self._loader = copy.deepcopy(run.loader.state_dict())
         self._method = copy.deepcopy(run.method.state_dict())
+        self._method_of_rank = run.method.rank_state()  # Never written to again: no copy.
         self._values = [read_buffer(module, name).clone() for module, name in self._buffers]
         self._streams = run.streams.state_dict()
         self._torch = torch.get_rng_state()
@@ -52,6 +53,7 @@ class RollbackPoint:
         for (module, name), value in zip(self._buffers, self._values, strict=True):
             read_buffer(module, name).copy_(value)
         run.method.load_state_dict(self._method)
+        run.method.load_rank_state(self._method_of_rank)
         run.loader.load_state_dict(self._loader)
         # Generators last: anything above may have drawn from them.
         run.streams.load_state_dict(self._streams)

@@ -190,7 +190,7 @@ def _unmoved(run: RunState) -> Iterator[None]:
     method = run.method
     buffers = persistent_buffers(method.bundle)
     values = [read_buffer(module, name).clone() for module, name in buffers]
-    state = copy.deepcopy(method.state_dict())
+    state, of_rank = copy.deepcopy(method.state_dict()), method.rank_state()
     generator = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     try:
@@ -199,6 +199,7 @@ def _unmoved(run: RunState) -> Iterator[None]:
         for (module, name), value in zip(buffers, values, strict=True):
             read_buffer(module, name).copy_(value)
         method.load_state_dict(state)
+        method.load_rank_state(of_rank)
         torch.set_rng_state(generator)
         if cuda is not None:
             torch.cuda.set_rng_state(cuda)
