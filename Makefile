@@ -32,12 +32,8 @@ tiny:           ## distil the shipped tiny teacher
 rebuild-tiny:   ## make the tiny Wan, its data and its judge anew (half an hour)
 	uv run tools/tiny_wan
 
-bench:          ## trainer against a bare loop; start-up; checkpoints; memory of exports; data (quiet box)
-	uv run python tools/bench/trainer_overhead.py
-	uv run python tools/bench/startup.py
-	uv run python tools/bench/checkpoint.py
-	uv run python tools/bench/export.py
-	uv run python tools/bench/loader.py
+bench:          ## what things cost, as ratios with their spread; make bench ARGS="--against FILE"
+	uv run tools/bench $(ARGS)
 
 gpu-check:      ## what only a GPU can tell, on one of them (8 minutes); ARGS=--cpu: whether it runs
 	uv run tools/gpu_check $(ARGS)

@@ -158,12 +158,15 @@ def read_raw(folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
                 tensor.copy_(file.get_tensor(name))
 
 
+def tensors_of(run: RunState) -> dict[str, dict[str, Tensor]]:
+    """Return what a checkpoint of ``run`` holds, by file and name."""
+    shards = capture(run, {}, ALONE, ChangesConfig()).by_all_ranks
+    return {str(path): dict(shard.local) for path, shard in shards.items()}
+
+
 def against_raw(root: Path, parameters: int, repeats: int) -> None:
     run = train(root / "train", parameters, 2, None)
-    tensors = {
-        str(path): dict(shard.local)
-        for path, shard in capture(run, {}, ALONE, ChangesConfig()).by_all_ranks.items()
-    }
+    tensors = tensors_of(run)
     size = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
     print(f"1. {parameters:,} parameters: weights, two moments, EMA: {size / MB:,.0f} MB")
     rounds = [one_round(root, run, tensors, turn) for turn in range(repeats + 1)][1:]

@@ -1,0 +1,1 @@
+"""What things cost; see ``__main__``."""
