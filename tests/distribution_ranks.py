@@ -228,6 +228,7 @@ class ToyDistillation(DistillMethod[None]):
         turn, x = self.turn(iteration), batch + noise
         losses: dict[str, Tensor] = {}
         extra: dict[str, Tensor] = {}
+        ended: list[Tensor] = []
         key = "net"
         if self.case.turns == "experts":
             key, other = "net", "net_2"
@@ -245,11 +246,17 @@ class ToyDistillation(DistillMethod[None]):
             # The gradient passes through the frozen role and does not reach its weights.
             with self.bundle["critic"].frozen():
                 losses["student"] = losses["student"] + self.call("critic", out).square().mean() / 9
+            of_turn = {"total_loss": losses["student"], **losses}
+            if turn == "both":  # The critic is called again, for a turn of its own.
+                of_turn = self.end_turn(of_turn)
+            ended.append(of_turn.pop("total_loss"))
+            losses = of_turn
         if turn in ("critic", "both"):
             with self.bundle["student"].frozen(), torch.no_grad():
                 sample = self.call("student", x, key)
             losses["critic"] = (self.call("critic", sample) - batch).square().mean()
-        return StepResult({"total_loss": sum(losses.values()), **losses, **extra}, {})  # type: ignore[dict-item]
+            ended.append(losses["critic"])
+        return StepResult({"total_loss": torch.stack(ended).sum(), **losses, **extra}, {})
 
 
 class StepRecorder(Callback):
@@ -630,12 +637,12 @@ def gradients_of_micro_steps(case: Case) -> list[list[float]]:
     """Return the sum of each of the student's gradients after each of two micro steps."""
     with Distribution.start(distributed_config(case), "cpu") as distribution:
         method = build_method(case, distribution)
-        step = distribution.prepare_step(method)
+        distribution.prepare(method)
         data = iter(Data(2, distribution.ranks, {}))
         sums = []
         for last in (False, True):
-            with distribution.micro_step(method, last=last):
-                step(next(data), 1).loss_map["total_loss"].backward()
+            with distribution.micro_step(method, 1, last=last):
+                method.single_train_step(next(data), 1).loss_map["total_loss"].backward()
             parameters = method.model_dict["student.net"].parameters()
             gradients = [p.grad for p in parameters if p.grad is not None]
             sums.append([float(full_array(gradient).sum()) for gradient in gradients])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import Counter
 
 import attrs
@@ -25,6 +26,7 @@ from distill_protocols import (
     RoleError,
     SamplerSpec,
     StopRequested,
+    keep_graph,
 )
 from toy_roles import gradients, toy_bundle
 
@@ -63,6 +65,57 @@ def test_two_losses_in_one_backward_are_independent(rollout: str):
         assert [name for name, values in expected.items() if values] == [role]
         for ours, theirs in zip(grads[role], expected[role], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+class Saved:
+    """A tensor that a graph keeps for its backward pass."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def step_of_two_turns(differentiate, **options):
+    """Take a step of both roles; also say how much of the critic's graph the student's turn finds.
+
+    Returns:
+        Gradients, losses, and the tensors that are saved for a backward pass once the critic's turn
+        has ended.
+    """
+    method = build(generator_update_interval=1, critic_update="every_step", **options)
+    saved: weakref.WeakSet[Saved] = weakref.WeakSet()
+    left: list[int] = []
+
+    def end_turn(losses):
+        losses = differentiate(losses)
+        left.append(len(saved))
+        return losses
+
+    def keep(tensor):
+        saved.add(one := Saved(tensor))
+        return one
+
+    method.end_turn = end_turn
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one.tensor):
+        losses = method.single_train_step(toy_batch(2), 1).loss_map
+    losses["total_loss"].backward()
+    return gradients(method.bundle), losses, left
+
+
+def test_the_critic_s_turn_ends_before_the_student_s_begins():
+    """The same gradients and losses to the bit, and nothing of the critic's graph is left."""
+
+    def differentiate(losses):
+        losses["total_loss"].backward()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    together, losses, kept = step_of_two_turns(keep_graph)
+    apart, ended, left = step_of_two_turns(differentiate)
+    assert kept[0] > 0
+    assert left == [0]
+    assert ended.keys() == losses.keys()
+    assert all(torch.equal(ended[name], losses[name]) for name in losses)
+    for role, expected in together.items():
+        assert all(map(torch.equal, apart[role], expected)), role
 
 
 def test_a_critic_equal_to_the_teacher_gives_the_student_no_gradient():

@@ -32,7 +32,6 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("weights", "gradients", "optimizer", "ema")
@@ -70,10 +69,11 @@ def measure_role(
 
 
 def distribute(module: nn.Module, config: RunConfig, role: str) -> nn.Module:
-    """Distribute ``module`` by torch's own means; return what is to be called."""
+    """Distribute ``module`` by torch's own means; return what is to be called.
+
+    Under ddp each process has all of it, and its gradients are averaged where they are.
+    """
     strategy = config.training.distributed.strategy
-    if strategy == "ddp" and config.roles[role].spec.trainable:
-        return DistributedDataParallel(module, gradient_as_bucket_view=True)
     if strategy == "fsdp2":
         mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
         planned = Planner().plan(config, config.roles[role].spec).modules[0].tensors

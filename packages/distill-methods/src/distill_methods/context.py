@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from attrs import evolve, frozen
-from distill_protocols import Condition, ModelBundle
+from distill_protocols import Condition, EndTurn, ModelBundle, keep_graph
 
 from distill_methods.contracts import LatentDiffusion
 from distill_methods.noise_sampler import NoiseSampler
@@ -20,6 +20,7 @@ class MethodContext:
         name: of the method; the purposes of random streams begin with it.
         negative: where something is called with guidance; of several rows each sample draws one.
         device: where the student computes.
+        end_turn: see ``EndingTurns``.
         poll: called before each model call of a rollout; raises where the run shall stop
             (``StopFlag.poll``).
     """
@@ -31,6 +32,7 @@ class MethodContext:
     negative: Condition | None
     device: torch.device
     poll: Callable[[], None]
+    end_turn: EndTurn = keep_graph
 
     def draw_negative(self, rows: int) -> Condition | None:
         """Return the negative condition of ``rows`` samples: the one that there is, as one row, or

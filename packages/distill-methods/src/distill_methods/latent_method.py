@@ -80,8 +80,10 @@ class LatentMethod(DistillMethod[LatentDiffusion], Generic[ConfigT]):
             noise=self.noise,
             negative=negative,
             device=self._device(),
-            # Looked up at each call, because a trainer gives each run a stop flag of its own.
+            # Looked up at each call, because a trainer gives each run a stop flag of its own, and
+            # each step the end of its turns.
             poll=lambda: self.stop.poll(),
+            end_turn=lambda losses: self.end_turn(losses),
         )
         self.views = ViewSampler(
             adapter=adapter,

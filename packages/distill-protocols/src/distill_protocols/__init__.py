@@ -131,10 +131,13 @@ if TYPE_CHECKING:
         restore_parts,
     )
     from distill_protocols.method import (
+        EndingTurns,
+        EndTurn,
         HeldOutEvaluating,
         LatentViews,
         StepResult,
         TrainableMethod,
+        keep_graph,
     )
     from distill_protocols.plans import CallPlan, ModulePlan, RolePlan, TensorPlan
     from distill_protocols.random import RandomStreams, RowGenerators, derive_seed
@@ -167,7 +170,16 @@ _LAZY = {
         "callbacks",
     ),
     **dict.fromkeys(
-        ["HeldOutEvaluating", "LatentViews", "StepResult", "TrainableMethod"], "method"
+        [
+            "EndTurn",
+            "EndingTurns",
+            "HeldOutEvaluating",
+            "LatentViews",
+            "StepResult",
+            "TrainableMethod",
+            "keep_graph",
+        ],
+        "method",
     ),
     **dict.fromkeys(["CallPlan", "ModulePlan", "RolePlan", "TensorPlan"], "plans"),
     **dict.fromkeys(["RandomStreams", "RowGenerators", "derive_seed"], "random"),
@@ -211,6 +223,8 @@ __all__ = [
     "DistillAdapter",
     "DistillError",
     "DynamicShift",
+    "EndTurn",
+    "EndingTurns",
     "EpochLoader",
     "ExitConditioning",
     "ExitSpec",
@@ -303,6 +317,7 @@ __all__ = [
     "derive_seed",
     "draw_noise",
     "flatten_parts",
+    "keep_graph",
     "main_part",
     "map_latents",
     "one_tensor",

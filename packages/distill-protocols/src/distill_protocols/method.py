@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,16 @@ class StepResult(NamedTuple):
 
     loss_map: dict[str, Tensor]
     outputs: dict[str, Tensor]
+
+
+EndTurn: TypeAlias = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Takes the losses of a turn that is over, ``total_loss`` among them, and returns them for the
+``loss_map`` of the step."""
+
+
+def keep_graph(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the losses as they are: the step's total loss is differentiated with their graph."""
+    return losses
 
 
 class TrainableMethod(Protocol):
@@ -137,6 +147,19 @@ class TrainableMethod(Protocol):
     def load_rank_state(self, state: Mapping[str, object]) -> None:
         """Restore what ``rank_state`` gave; of an empty state begin anew."""
         ...
+
+
+@runtime_checkable
+class EndingTurns(Protocol):
+    """A method whose step has several turns, whose graphs have nothing in common.
+
+    A step calls ``end_turn`` after each of them but the last one, and adds what it returns to its
+    ``loss_map``. While a trainer takes a step it differentiates there, and the losses have no graph
+    any more: the activations of one turn are gone before those of the next are made.
+    """
+
+    end_turn: EndTurn
+    """``keep_graph``, but while a trainer takes a step."""
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ from distill_protocols import (
     CapabilityError,
     Condition,
     ContractError,
+    EndTurn,
     ModelBundle,
     RandomStreams,
     RoleError,
@@ -20,6 +21,7 @@ from distill_protocols import (
     SampleView,
     StepResult,
     StopFlag,
+    keep_graph,
 )
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -44,6 +46,10 @@ class DistillMethod(ABC, Generic[AdapterT]):
     wait for the rest. The trainer then takes the iteration back as if it had never begun:
     generators, loader position, persistent buffers, ``state_dict``. What a step moves beyond these
     cannot be resumed either.
+
+    A step in which several roles step, each by a loss of its own, may compute one after the other
+    and pass the losses of each but the last to ``self.end_turn``, and what that returns on: a
+    trainer then differentiates them before the rest of the step begins (``EndingTurns``).
 
     Args:
         bundle: the roles.
@@ -72,6 +78,7 @@ class DistillMethod(ABC, Generic[AdapterT]):
         self.adapter = adapter
         self.streams = streams or RandomStreams(seed=0)
         self.stop = StopFlag()
+        self.end_turn: EndTurn = keep_graph
         bundle.require_roles(self.required_roles)
         for name in self.trained_roles:
             if name in bundle.roles and not bundle.roles[name].trainable:

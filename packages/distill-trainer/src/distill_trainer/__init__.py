@@ -40,7 +40,6 @@ if TYPE_CHECKING:
         StepTimerCallback,
     )
     from distill_trainer.callbacks.progress import ProgressCallback
-    from distill_trainer.distribution.ddp import DDPTrainStepWrapper
     from distill_trainer.distribution.launch import check_same_run
     from distill_trainer.distribution.strategy import Distribution
     from distill_trainer.loop.batches import RestartingLoader
@@ -54,7 +53,6 @@ if TYPE_CHECKING:
     from distill_trainer.validation.losses import HeldOutLosses, LossEvaluator
 
 _LAZY = {
-    "DDPTrainStepWrapper": "distribution.ddp",
     "DebugDumpCallback": "callbacks.diagnostics",
     "DistillTrainer": "loop.trainer",
     "Distribution": "distribution.strategy",
@@ -83,7 +81,6 @@ _LAZY = {
 
 __all__ = [
     "FLASH_VERSIONS",
-    "DDPTrainStepWrapper",
     "DebugDumpCallback",
     "DebugDumpConfig",
     "DistillTrainer",

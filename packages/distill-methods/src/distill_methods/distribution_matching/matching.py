@@ -24,7 +24,7 @@ from distill_methods.maths import (
 )
 from distill_methods.parts import map_masked, measure_parts, name_parts, sum_part_losses
 from distill_methods.rollouts import RolloutFunction
-from distill_methods.turns import TurnResult, add_turns
+from distill_methods.turns import TurnResult, run_turns
 
 
 class DistributionMatching:
@@ -51,8 +51,9 @@ class DistributionMatching:
     that the discriminator's logits give.
 
     ``MatchingConfig.turns`` states which roles step when. In an iteration in which student and
-    critic step, the two losses are added and differentiated at once. They share no graph: a turn
-    calls the other turn's role with its weights frozen and in eval mode, or without gradient.
+    critic step, the two losses are added, and the critic's is differentiated before the student's
+    turn begins (``EndingTurns``). They share no graph: a turn calls the other turn's role with its
+    weights frozen and in eval mode, or without gradient.
 
     ``outputs``: ``student_x0`` of the turn, its mean and std, and the (mean) exit step; in the
     student's turn ``teacher_x0`` and ``critic_x0``, the mean normaliser, the rms of g (before h)
@@ -93,17 +94,22 @@ class DistributionMatching:
         """Compute ``dmd_loss`` in the student's turn and ``critic_loss`` in the critic's; with
         ``gan`` ``gan_generator_loss`` and ``gan_discriminator_loss`` (and ``gan_r1``) too, all of
         them without their weights; ``total_loss`` is the sum with them."""
-        bundle, turns = self._context.bundle, self._config.turns(iteration)
-        results: list[TurnResult] = []
+        bundle, roles = self._context.bundle, self._config.turns(iteration)
+
+        def critic_turn() -> TurnResult:
+            with bundle["student"].frozen():
+                return self._critic_turn(batch, iteration)
+
+        def student_turn() -> TurnResult:
+            with bundle["critic"].frozen():
+                return self._student_turn(batch, iteration)
+
         # The critic first: where both step, the student's outputs are the ones to log. The
         # discriminator has no turn of its own: it is trained in the critic's.
-        if "critic" in turns:
-            with bundle["student"].frozen():
-                results.append(self._critic_turn(batch, iteration))
-        if "student" in turns:
-            with bundle["critic"].frozen():
-                results.append(self._student_turn(batch, iteration))
-        return add_turns(*results)
+        turns = {"critic": critic_turn, "student": student_turn}
+        return run_turns(
+            [turn for role, turn in turns.items() if role in roles], self._context.end_turn
+        )
 
     def _student_turn(self, batch: Batch, iteration: int) -> TurnResult:
         context = self._context

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from distill_protocols import (
     Batch,
@@ -19,7 +21,7 @@ from distill_methods.latent_method import LatentMethod
 from distill_methods.noise_sampler import NoisedLatents
 from distill_methods.roles import DISCRIMINATOR
 from distill_methods.rollouts import Rollout, StudentRollouts
-from distill_methods.turns import TurnResult, add_turns
+from distill_methods.turns import TurnResult, run_turns
 
 
 class LaddMethod(LatentMethod[LaddConfig]):
@@ -74,14 +76,13 @@ class LaddMethod(LatentMethod[LaddConfig]):
         """Compute ``gan_generator_loss`` in the student's turn, ``gan_discriminator_loss`` (and
         ``gan_r1``) in the discriminator's; ``total_loss`` is their sum, the penalty with its
         weight."""
-        turns = self.config.turns(iteration)
-        results: list[TurnResult] = []
+        roles = self.config.turns(iteration)
         # The discriminator first: where both step, the student's outputs are the ones to log.
-        if DISCRIMINATOR in turns:
-            results.append(self._discriminator_turn(batch, iteration))
-        if "student" in turns:
-            results.append(self._student_turn(batch, iteration))
-        return add_turns(*results)
+        turns = {DISCRIMINATOR: self._discriminator_turn, "student": self._student_turn}
+        return run_turns(
+            [partial(turn, batch, iteration) for role, turn in turns.items() if role in roles],
+            self.context.end_turn,
+        )
 
     def _discriminator_turn(self, batch: Batch, iteration: int) -> TurnResult:
         # No gradient: D is trained on the clips as data, and must not train the student.

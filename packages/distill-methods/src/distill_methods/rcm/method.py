@@ -27,7 +27,8 @@ class RCMMethod(LatentMethod[RCMConfig]):
 
     Deviations from NVlabs/rcm, beside those of ``ConsistencyMethod`` and ``DMD2Method``:
 
-    - Both graphs are in memory at once; theirs are differentiated one after the other.
+    - Both graphs of the student are in memory at once; theirs are differentiated one after the
+      other.
     - The warmup of consistency alone is an option of its own (``consistency_warmup``), and that of
       the tangent counts the student's updates; theirs is one number.
     - The student's clips exit at a random step of the sampler; theirs at random times, or after 1

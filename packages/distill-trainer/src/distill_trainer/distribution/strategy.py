@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from attrs import field, frozen
@@ -15,14 +15,13 @@ from distill_protocols import (
     RankError,
     RoleError,
     RoleHandle,
-    StepResult,
     TrainableMethod,
 )
 from distill_runtime import ALONE, Ranks, is_sharded
 from torch import Tensor, distributed, nn
 
 from distill_trainer.config import DistributedConfig
-from distill_trainer.distribution.ddp import DDPTrainStepWrapper
+from distill_trainer.distribution.averaging import GradientAverager
 from distill_trainer.distribution.launch import Launch, process_group
 from distill_trainer.distribution.tensors import persistent_buffers, read_buffer, reshard
 
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
 
 Strategy = Literal["none", "ddp", "fsdp2", "hsdp"]
 
-TrainStep = Callable[[Any, int], StepResult]
-"""(batch, iteration) -> the result of ``TrainableMethod.single_train_step``."""
-
 _SHARDING = ("fsdp2", "hsdp")
 
 
@@ -42,8 +38,8 @@ _SHARDING = ("fsdp2", "hsdp")
 class Distribution:
     """The processes of a run and what each of them holds.
 
-    A trained role is sharded (its parameters are DTensors), or every process has all of it: then
-    its step goes through DDP. In both, the gradient of a loss is its mean over the processes:
+    A trained role is sharded (its parameters are DTensors), or every process has all of it. In
+    both, the gradient of a loss is its mean over the processes:
     with losses that are means over equal batches, that of the global batch.
 
     Attributes:
@@ -155,21 +151,22 @@ class Distribution:
 
         shard_role(role, policy or FsdpPolicy(), self.mesh)
 
-    def prepare_step(self, method: TrainableMethod) -> TrainStep:
-        """Return ``method.single_train_step`` such that DDP, where it is needed, sees the step.
+    def prepare(self, method: TrainableMethod) -> None:
+        """Make weights that each process holds in full those of the first one.
 
         All processes call it alike, once before the first ``micro_step`` of a run.
         """
-        self._running.pop(method, None)  # its hooks, before others are hung on the same weights
-        running = _RunningMethod.prepare(method, self.ranks)
-        self._running[method] = running
-        return method.single_train_step if running.ddp is None else running.ddp.single_train_step
+        self._running[method] = _RunningMethod.prepare(method, self.ranks)
 
-    def micro_step(self, method: TrainableMethod, *, last: bool) -> AbstractContextManager[None]:
+    def micro_step(
+        self, method: TrainableMethod, iteration: int, *, last: bool
+    ) -> AbstractContextManager[None]:
         """Surround forward and backward of one micro step: gradients are averaged over processes in
         the last one only, and for all micro steps of the iteration."""
         running = self._running[method]
-        return running.micro_step(self.config, last=last) if running.distributed else _DO_NOTHING
+        if not running.distributed:
+            return _DO_NOTHING
+        return running.micro_step(self.config, iteration, last=last)
 
     def drop_gradients(self, method: TrainableMethod) -> None:
         """Forget an iteration that was left before its last micro step was done."""
@@ -188,12 +185,12 @@ class _RunningMethod:
     """A method under training.
 
     Attributes:
-        ddp: around its step, where each of several processes has all of a trained role.
+        averager: of gradients, where each of several processes has all of a trained role.
         sharded: the outermost sharded modules of all roles.
         buffers: the persistent buffers of trained roles (batch norm and the like).
     """
 
-    ddp: DDPTrainStepWrapper | None
+    averager: GradientAverager | None
     sharded: list[FSDPModule]
     buffers: list[tuple[nn.Module, str]]
 
@@ -208,12 +205,12 @@ class _RunningMethod:
 
             sharded = outermost_sharded(modules)
             for module in modules:
-                reshard(module)  # or DDP would take gathered copies for weights
+                reshard(module)  # or gathered copies would be taken for weights
         trained = [p for role in roles for key in role.modules
                    for p in role.trained_parameters(key).values()]  # fmt: skip
-        needs_ddp = several and not all(map(is_sharded, trained))
+        has_full = several and not all(map(is_sharded, trained))
         return cls(
-            ddp=DDPTrainStepWrapper(method) if needs_ddp else None,
+            averager=GradientAverager(method, ranks) if has_full else None,
             sharded=sharded,
             buffers=persistent_buffers(method.bundle) if several else [],
         )
@@ -221,10 +218,12 @@ class _RunningMethod:
     @property
     def distributed(self) -> bool:
         """Whether a micro step has anything to do with other processes or with FSDP."""
-        return bool(self.ddp is not None or self.sharded or self.buffers)
+        return bool(self.averager is not None or self.sharded or self.buffers)
 
     @contextlib.contextmanager
-    def micro_step(self, config: DistributedConfig, *, last: bool) -> Iterator[None]:
+    def micro_step(
+        self, config: DistributedConfig, iteration: int, *, last: bool
+    ) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             if self.sharded:
                 from distill_trainer.distribution.fsdp import sync_gradients
@@ -232,9 +231,9 @@ class _RunningMethod:
                 # Reducing in each micro step sends more, but no unsharded gradient waits between.
                 now = last or config.sync_every_micro_step
                 stack.enter_context(sync_gradients(self.sharded, now=now))
-            if self.ddp is not None:
-                stack.enter_context(self.ddp.micro_step(last=last))
             yield
+        if last and self.averager is not None:
+            self.averager.average(iteration)
         if last:
             # Each process moves the buffers by its own batches. Without this they would drift
             # apart, and the checkpoint would hold those of rank 0 alone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from distill_protocols import (
     Callback,
     ContractError,
     DataError,
+    EndingTurns,
+    EndTurn,
     RunState,
     StepRecord,
     StepResult,
@@ -20,7 +23,7 @@ from distill_protocols import (
 from distill_runtime import full_tensor
 from torch import Tensor
 
-from distill_trainer.distribution.strategy import Distribution, TrainStep
+from distill_trainer.distribution.strategy import Distribution
 from distill_trainer.distribution.tensors import total_norm
 from distill_trainer.loop.batches import TimedIterator
 from distill_trainer.loop.loss_gradients import NOTHING, LossGradients, measure_losses
@@ -38,7 +41,6 @@ class IterationRunner:
         callbacks: in the order of their hooks.
         guard: checks losses and gradients.
         distribution: averages gradients over processes.
-        train_step: of ``Distribution.prepare_step``.
         accumulation: micro steps per iteration.
     """
 
@@ -48,14 +50,12 @@ class IterationRunner:
         callbacks: Sequence[Callback],
         guard: FiniteGuard,
         distribution: Distribution,
-        train_step: TrainStep,
         accumulation: int,
     ) -> None:
         self._run = run
         self._callbacks = callbacks
         self._guard = guard
         self._distribution = distribution
-        self._train_step = train_step
         self._accumulation = accumulation
         self._batches = TimedIterator(iter(run.loader))
         self._measures_losses = True
@@ -109,24 +109,24 @@ class IterationRunner:
         ids: list[str] = []
         outputs: dict[str, Tensor] = {}
         parts = NOTHING
-        for micro_step in range(self._accumulation):
-            if micro_step:
+        for number in range(self._accumulation):
+            if number:
                 method.stop.poll()  # before the first one, the trainer itself has just asked
             outputs = {}  # frees those of the micro step before, which may be whole clips
-            which = f"of micro step {micro_step + 1} of {self._accumulation}"
+            which = f"of micro step {number + 1} of {self._accumulation}"
             run.enter(f"data {which}")
             batch = self._next_batch()
             batch_ids = method.batch_ids(batch)
             ids += batch_ids
             run.enter(f"forward and backward {which}")
-            last = micro_step + 1 == self._accumulation
-            with self._distribution.micro_step(method, last=last):
-                loss_map, outputs = self._take_step(batch)
-                if last and run.measure_losses:
-                    parts = self._measure_losses(loss_map)
-                micro_losses = self._differentiate(loss_map, batch_ids)
+            last = number + 1 == self._accumulation
+            micro_step = _MicroStep(self, batch_ids, measures=last and run.measure_losses)
+            with self._distribution.micro_step(method, iteration, last=last):
+                with _ending_turns(method, micro_step.end_turn):
+                    loss_map, outputs = self._take_step(batch)
+                losses.append(micro_step.end_turn(loss_map))
             del loss_map  # with its graph
-            losses.append(micro_losses)
+            parts = micro_step.parts
             metrics.append(
                 {name: full_tensor(value) for name, value in outputs.items() if value.ndim == 0}
             )
@@ -157,9 +157,9 @@ class IterationRunner:
     def _take_step(self, batch: Any) -> StepResult:
         method = self._run.method
         # autocast does nothing unless a method overrides it: each role's calls set their own
-        # precision. In one process _train_step is method.single_train_step itself.
+        # precision.
         with method.autocast():
-            loss_map, outputs = self._train_step(batch, self._run.iteration)
+            loss_map, outputs = method.single_train_step(batch, self._run.iteration)
         if "total_loss" not in loss_map:
             raise ContractError(
                 f"{type(method).__name__}.single_train_step returned the losses "
@@ -168,7 +168,7 @@ class IterationRunner:
             )
         return StepResult(loss_map, outputs)
 
-    def _measure_losses(self, loss_map: Mapping[str, Tensor]) -> LossGradients:
+    def measure_losses(self, loss_map: Mapping[str, Tensor]) -> LossGradients:
         """Return what each loss contributes; nothing where torch cannot tell."""
         if not self._measures_losses:
             return NOTHING
@@ -179,7 +179,7 @@ class IterationRunner:
             _log.info("gradients are not measured loss by loss in this run: %s", error)
             return NOTHING
 
-    def _differentiate(
+    def differentiate(
         self, loss_map: Mapping[str, Tensor], batch_ids: Sequence[str]
     ) -> dict[str, Tensor]:
         """Add the gradients of the total loss, and return all losses without their graph."""
@@ -192,6 +192,43 @@ class IterationRunner:
             loss = loss / self._accumulation
         method.grad_scaler.scale(loss).backward()
         return losses
+
+
+class _MicroStep:
+    """What one micro step has differentiated, turn by turn.
+
+    Args:
+        runner: differentiates.
+        batch_ids: of its samples, for error messages.
+        measures: whether gradients are measured loss by loss.
+    """
+
+    def __init__(
+        self, runner: IterationRunner, batch_ids: Sequence[str], *, measures: bool
+    ) -> None:
+        self._runner = runner
+        self._batch_ids = batch_ids
+        self._measures = measures
+        self.parts = NOTHING
+
+    def end_turn(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Differentiate ``losses["total_loss"]``, and return all losses without their graph."""
+        if self._measures:
+            self.parts = self.parts.joined(self._runner.measure_losses(losses))
+        return self._runner.differentiate(losses, self._batch_ids)
+
+
+@contextlib.contextmanager
+def _ending_turns(method: TrainableMethod, end_turn: EndTurn) -> Iterator[None]:
+    """Within: a method whose step has several turns hands over the losses of each."""
+    if not isinstance(method, EndingTurns):
+        yield
+        return
+    before, method.end_turn = method.end_turn, end_turn
+    try:
+        yield
+    finally:
+        method.end_turn = before
 
 
 def each_callback(callbacks: Iterable[Callback], run: RunState, hook: str) -> Iterator[Callback]:

@@ -31,6 +31,12 @@ class LossGradients:
     norms: Mapping[tuple[str, str], Tensor]
     alone: Mapping[str, str]
 
+    def joined(self, other: LossGradients) -> LossGradients:
+        """Return those of two turns, which have no module in common."""
+        return LossGradients(
+            norms={**self.norms, **other.norms}, alone={**self.alone, **other.alone}
+        )
+
     def metrics(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return ``loss_grad_norm/<role.module>/<loss>``.
 

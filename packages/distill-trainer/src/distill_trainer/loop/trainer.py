@@ -189,7 +189,7 @@ class DistillTrainer:
     ) -> TrainResult:
         callbacks = tuple(self.callbacks.values())
         # First of all, because it makes the weights of all ranks equal: averages begin with those.
-        train_step = distribution.prepare_step(run.method)
+        distribution.prepare(run.method)
         accumulation = self._accumulation(run.ranks.size)
         for callback in each_callback(callbacks, run, "on_train_start"):
             callback.on_train_start(run)
@@ -208,7 +208,7 @@ class DistillTrainer:
                 tracker.resume(resumed_from)
             if self._description is not None and isinstance(tracker, DescribedTracker):
                 tracker.describe(self._description)
-        iterations = IterationRunner(run, callbacks, guard, distribution, train_step, accumulation)
+        iterations = IterationRunner(run, callbacks, guard, distribution, accumulation)
         run.enter("start of training")
         # The stop is asked for first: after the last iteration too, all ranks must ask or none.
         while not run.method.stop.requested() and run.iteration < run.max_train_steps:
