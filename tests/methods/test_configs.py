@@ -58,6 +58,8 @@ WRONG_OPTIONS = [
         {"anchor": AnchorConfig(), "student_sampler": SamplerSpec(steps=2, timesteps=(900, 400))},
         "begins at t = 900, and an anchor is a way that begins at noise",
     ),
+    (DMD2Config, {"decoupled": True, "real_score_guidance_scale": 1.0}, "no teacher is guided"),
+    (DMD2Config, {"decoupled": True, "rollout": "data"}, "true needs rollout: simulate"),
     (AnchorConfig, {"weight": 0.0}, "0.0 must be above 0"),
     (AnchorConfig, {"anchor_step": 41}, r"41 must be one of the teacher's steps.*\(40\)"),
     (DMD2Config, {"rollout": "replay"}, "'simulate', 'data'.*got 'replay'"),

@@ -16,7 +16,7 @@ from distill_conformance.toy import (
     ToyConditioning,
     toy_batch,
 )
-from distill_methods import DMD2Config, DMD2Method, TimeSampling
+from distill_methods import DMD2Config, DMD2Method, TeacherTerm, TimeSampling
 from distill_methods.rollouts import Rollout
 from distill_protocols import (
     CapabilityError,
@@ -408,3 +408,83 @@ def test_a_failing_step_leaves_the_roles_as_they_were():
         module = method.bundle[role].modules["transformer"]
         assert module.training
         assert all(p.requires_grad for p in module.parameters())
+
+
+# -- decoupled guidance -------------------------------------------------------------------------
+
+
+def test_decoupled_guidance_against_an_independent_formula():
+    """The matching's part at the scores' t, the guidance's at another below the exit's, by hand."""
+    seed = next(
+        seed
+        for seed in itertools.count()
+        if torch.randint(
+            2, (), generator=RandomStreams(seed).get("dmd2.student.exit_step", shared=True)
+        )
+    )  # the second step, t = 750
+    method = build(
+        seed=seed, decoupled=True, generator_update_interval=2, real_score_guidance_scale=3.0
+    )
+    batch = toy_batch(2)
+    result = method.single_train_step(batch, 2)
+    result.loss_map["total_loss"].backward()
+    assert result.outputs["exit_step"] == 1
+    streams, nets = RandomStreams(seed), {
+        name: role.modules["transformer"] for name, role in method.bundle.roles.items()
+    }  # fmt: skip
+    text = batch.cond.tensors["text"]
+    x = result.outputs["student_x0"]
+
+    def noised(purpose: str, quantile: float) -> tuple[torch.Tensor, ...]:
+        low = 0.02 / (5 - 4 * 0.02)  # the inverse of S_5 at .02
+        u = streams.rows(f"{purpose}.t", 2).uniform()
+        u = low + u * (quantile - low) if quantile < 1 else u
+        t = (1000 * 5 * u / (1 + 4 * u)).clamp(20, 980)
+        s = (t / 1000).view(-1, 1, 1, 1, 1)
+        noise = streams.rows(f"{purpose}.noise", 2).normal(LATENT_SHAPE)
+        return (1 - s) * x + s * noise, t, s
+
+    x_t, t, s = noised("dmd2.student", 1.0)
+    x_a, t_a, s_a = noised("dmd2.augmentation", 0.75 / (5 - 4 * 0.75))
+    assert (t_a < 750).all()
+    with torch.no_grad():
+        fake = x_t - s * nets["critic"](x_t, t, text)
+        real = x_t - s * nets["teacher"](x_t, t, text)
+        c, u = (nets["teacher"](x_a, t_a, y) for y in (text, torch.full_like(text, -0.5)))
+        augmented = real + (3.0 - 1) * (-s_a) * (c - u)  # x0 = x - s v
+        g = (fake - real) - (augmented - real)
+        g = g / (x - augmented).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    torch.testing.assert_close(result.outputs["teacher_x0"], augmented, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.loss_map["dmd_loss"], 0.5 * g.square().mean())
+
+
+def test_guidance_decoupled_at_the_same_noise_is_dmds(monkeypatch: pytest.MonkeyPatch):
+    """Of several teachers with guidances of their own, by exit: the two parts add up to r."""
+    options = {
+        "generator_update_interval": 2, "real_score_guidance_scale": (2.0, 3.0),
+        "teachers": {
+            "teacher": TeacherTerm(weight=1.5),
+            "other": TeacherTerm(weight=-0.5, guidance_scale=1.5),
+        },
+    }  # fmt: skip
+    bundles = [toy_bundle(student=1, teacher=2, critic=3, other=4) for _ in range(2)]
+    for bundle in bundles:
+        bundle["other"].trainable = False
+        bundle["other"].optimizers.clear()
+        bundle["other"].schedulers.clear()
+        bundle["other"].set_trainable(False)
+    plain = build(bundle=bundles[0], **options)
+    expected = plain.single_train_step(toy_batch(2), 2)
+    method = build(bundle=bundles[1], decoupled=True, **options)
+    draw, seen = method.noise.add_noise_at_random_time, []
+
+    def same(*args: object, **kwargs: object) -> object:
+        seen.append(seen[0] if seen else draw(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(type(method.noise), "add_noise_at_random_time", staticmethod(same))
+    result = method.single_train_step(toy_batch(2), 2)
+    assert len(seen) == 2
+    torch.testing.assert_close(
+        result.outputs["teacher_x0"], expected.outputs["teacher_x0"], rtol=1e-4, atol=1e-5
+    )

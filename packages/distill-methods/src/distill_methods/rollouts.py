@@ -149,6 +149,12 @@ class StudentRollouts:
         return Rollout(x0, mean_steps, exits, same_on_all_ranks=False)
 
 
+def shared_exit(rollout: Rollout) -> int:
+    """Return the sampler step that all clips of ``rollout`` left at."""
+    assert rollout.exits.numel() == 1
+    return int(rollout.exits)
+
+
 def simulate(
     context: MethodContext,
     config: LatentMethodConfig,

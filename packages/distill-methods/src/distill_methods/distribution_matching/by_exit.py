@@ -8,6 +8,8 @@ may differ from the teacher. A critic that is told the step has the score of eac
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from distill_protocols import (
     Condition,
@@ -83,6 +85,21 @@ class Critic:
         )
 
 
+class ScoreTeachers(Protocol):
+    """The teachers in the student's turn: where its clips are led to."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Roles of the teachers."""
+        ...
+
+    def predict(
+        self, x_t: Latents, t: Tensor, cond: Condition, rollout: Rollout, iteration: int
+    ) -> Latents:
+        """Predict x0 [B, C, T, H, W] at x_t, clips of ``rollout`` with noise; t is [B]."""
+        ...
+
+
 class TeachersByExit:
     """The teachers' guided prediction, with the guidance of the step that each clip left at.
 
@@ -99,8 +116,10 @@ class TeachersByExit:
         return self._teachers[0].names
 
     @torch.no_grad()
-    def predict(self, x_t: Latents, t: Tensor, cond: Condition, rollout: Rollout) -> Latents:
-        """Predict x0 [B, C, T, H, W] at x_t, clips of ``rollout`` with noise; t is [B].
+    def predict(
+        self, x_t: Latents, t: Tensor, cond: Condition, rollout: Rollout, iteration: int
+    ) -> Latents:
+        """See ``ScoreTeachers.predict``.
 
         Where clips or frames of the micro batch have different guidances, the teachers are called
         once for each of them, and every frame takes its own.

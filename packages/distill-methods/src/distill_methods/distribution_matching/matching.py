@@ -12,7 +12,11 @@ from distill_methods.adversarial.config import GanConfig
 from distill_methods.adversarial.losses import density_ratio, divergence_weight
 from distill_methods.context import MethodContext
 from distill_methods.contracts import loss_mask_of
-from distill_methods.distribution_matching.by_exit import Critic, TeachersByExit
+from distill_methods.distribution_matching.by_exit import (
+    Critic,
+    ScoreTeachers,
+    TeachersByExit,
+)
 from distill_methods.distribution_matching.config import MatchingConfig
 from distill_methods.distribution_matching.noising import ClipNoising, ForwardNoising
 from distill_methods.maths import (
@@ -64,6 +68,7 @@ class DistributionMatching:
     Args:
         rollout: makes the student's clips.
         noising: how they are noised; None: as above.
+        teachers: where they are led to; None: as above.
     """
 
     def __init__(
@@ -73,12 +78,13 @@ class DistributionMatching:
         rollout: RolloutFunction,
         *,
         noising: ClipNoising | None = None,
+        teachers: ScoreTeachers | None = None,
     ) -> None:
         self._context = context
         self._config = config
         self._rollout = rollout
         self._noising = noising or ForwardNoising(context)
-        self._teachers = TeachersByExit(context, config)
+        self._teachers = teachers or TeachersByExit(context, config)
         self._critic = Critic(context, config)
         self._gan: tuple[GanConfig, Adversary] | None = None
         if config.gan is not None:
@@ -132,7 +138,7 @@ class DistributionMatching:
             )
             x_t, _, t = noised
             critic_x0 = self._critic.score(x_t, t, batch.cond, rollout)
-            teacher_x0 = self._teachers.predict(x_t, t, batch.cond, rollout)
+            teacher_x0 = self._teachers.predict(x_t, t, batch.cond, rollout, iteration)
             # Each part by a normaliser of its own: their scales of |x - r| differ.
             gradients = map_masked(dmd_gradient, x, critic_x0, teacher_x0, loss_mask=loss_mask)
             normaliser = map_masked(dmd_normaliser, x, teacher_x0, loss_mask=loss_mask)

@@ -8,6 +8,7 @@ from distill_methods.contracts import LatentDiffusion
 from distill_methods.distribution_matching.additions import WholeClipAdditions
 from distill_methods.distribution_matching.matching import DistributionMatching
 from distill_methods.dmd2.config import DMD2Config
+from distill_methods.dmd2.decoupled import DecoupledTeachers
 from distill_methods.latent_method import LatentMethod
 from distill_methods.rollouts import StudentRollouts
 
@@ -51,7 +52,7 @@ class DMD2Method(LatentMethod[DMD2Config]):
         CapabilityError: the adapter lacks something in ``config.capabilities``.
         ConditioningError: a teacher is guided and there is no negative condition.
         ContractError: an anchor or an interpolated critic of a causal student; or a critic whose
-            weights are not those of the student, to interpolate.
+            weights are not those of the student, to interpolate; or no t for decoupled guidance.
     """
 
     name = "dmd2"
@@ -67,7 +68,8 @@ class DMD2Method(LatentMethod[DMD2Config]):
     ) -> None:
         super().__init__(bundle, adapter, config, conditioning=conditioning, streams=streams)
         rollout = StudentRollouts(self.context, config, config.rollout)
-        self._matching = DistributionMatching(self.context, config, rollout)
+        teachers = DecoupledTeachers(self.context, config) if config.decoupled else None
+        self._matching = DistributionMatching(self.context, config, rollout, teachers=teachers)
         self._additions = WholeClipAdditions(self.context, config)
 
     def single_train_step(self, batch: Batch, iteration: int) -> StepResult:

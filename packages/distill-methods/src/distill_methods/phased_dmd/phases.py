@@ -9,7 +9,7 @@ from distill_methods.contracts import expert_ranges_of
 from distill_methods.maths import add_phase_noise, phase_velocity
 from distill_methods.noise_sampler import NoisedLatents
 from distill_methods.phased_dmd.config import TWO_EXPERTS, PhasedDMDConfig, Phases
-from distill_methods.rollouts import Rollout, allowed_exit_steps, simulate
+from distill_methods.rollouts import Rollout, allowed_exit_steps, shared_exit, simulate
 from distill_methods.time_sampling import MAX_T, TimeSampling
 
 
@@ -54,7 +54,7 @@ class PhasedRollouts:
             last[:] = [x]
 
         rollout = simulate(context, config, batch, purpose, exit_steps, on_step=keep)
-        t = config.student_levels[exit_of(rollout)]
+        t = config.student_levels[shared_exit(rollout)]
         if t < self._phases.boundary or config.student_sampler.stochastic:
             return rollout
         x0, x_t = one_tensor(rollout.x0).detach(), one_tensor(last[0])
@@ -77,7 +77,7 @@ class PhaseNoising:
     ) -> NoisedLatents:
         """See ``ClipNoising.add_noise``."""
         config, sampler, x0 = self._config, self._context.noise, one_tensor(rollout.x0)
-        is_high = config.student_levels[exit_of(rollout)] >= self._phases.boundary
+        is_high = config.student_levels[shared_exit(rollout)] >= self._phases.boundary
         in_phase = config.phase_time(self._phases, time, is_high=is_high)
         t = sampler.sample_timesteps(f"{purpose}.t", len(x0), iteration, in_phase, *roles)
         t = t.to(x0.device)
@@ -95,8 +95,3 @@ class PhaseNoising:
         return phase_velocity(
             one_tensor(rollout.x_end), one_tensor(noised.noise), noised.t, rollout.t_end
         )
-
-
-def exit_of(rollout: Rollout) -> int:
-    """Return the sampler step that all clips of ``rollout`` left at."""
-    return int(rollout.exits[0, 0])
