@@ -27,3 +27,11 @@ def discriminator(*on: str) -> RoleNeed:
         help="heads that distinguish the student's clips from the data's",
         features_of=on,
     )
+
+
+def roles_apart(roles: tuple[str, ...], student: str) -> tuple[tuple[str, ...], ...]:
+    """Divide the roles of an iteration into those beside ``student`` and the student itself: the
+    order in which their losses are differentiated (``MethodConfig.turns_apart``)."""
+    beside = tuple(name for name in roles if name != student)
+    own = tuple(name for name in roles if name == student)
+    return tuple(group for group in (beside, own) if group)

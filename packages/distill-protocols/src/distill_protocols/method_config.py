@@ -54,6 +54,12 @@ class MethodConfig(ABC):
     def turns(self, iteration: int) -> tuple[str, ...]:
         """Roles whose optimizers step in ``iteration`` (1-based): the whole update schedule."""
 
+    def turns_apart(self, iteration: int) -> tuple[tuple[str, ...], ...]:
+        """Return the roles of ``turns`` in groups, whose losses are differentiated one after the
+        other (``EndingTurns``), so that their activations are never in memory together; by default
+        one group."""
+        return (self.turns(iteration),)
+
     def metrics(self, iteration: int) -> tuple[str, ...]:
         """Return names of what a step of ``iteration`` measures, as trackers show them:
         ``loss/<term>`` of each loss, and the 0-d outputs by their own names.

@@ -14,7 +14,7 @@ from distill_protocols.validators import above, at_least, within
 from distill_methods.adversarial.config import FDivergence, GanConfig
 from distill_methods.exits import ExitChoice, exit_choice_problem, exit_weights, weight_within
 from distill_methods.latent_config import ROLLOUT_METRICS, can_be_left_early
-from distill_methods.roles import CRITIC, DISCRIMINATOR, STUDENT, discriminator
+from distill_methods.roles import CRITIC, DISCRIMINATOR, STUDENT, discriminator, roles_apart
 from distill_methods.teachers.config import NEGATIVE_GUIDANCE, DefaultGuidance, TeachersConfig
 from distill_methods.time_sampling import TimeLimits, TimeSampling, probability_within
 
@@ -256,6 +256,10 @@ class MatchingConfig(TeachersConfig):
         if iteration % self.generator_update_interval:
             return critic
         return (STUDENT.name,) if self.critic_update == "alternate" else (STUDENT.name, *critic)
+
+    def turns_apart(self, iteration: int) -> tuple[tuple[str, ...], ...]:
+        """Return the critic, with the discriminator, and the student."""
+        return roles_apart(self.turns(iteration), STUDENT.name)
 
     def metrics(self, iteration: int) -> tuple[str, ...]:
         """See ``MethodConfig.metrics``."""

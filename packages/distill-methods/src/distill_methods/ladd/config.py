@@ -18,7 +18,7 @@ from distill_methods.latent_config import (
     RolloutSource,
     can_be_left_early,
 )
-from distill_methods.roles import DISCRIMINATOR, STUDENT, TEACHER, discriminator
+from distill_methods.roles import DISCRIMINATOR, STUDENT, TEACHER, discriminator, roles_apart
 from distill_methods.time_sampling import TimeSampling, fraction_within, probability_within
 
 
@@ -76,6 +76,10 @@ class LaddConfig(DiscriminatorOptions, LatentMethodConfig):
             return (DISCRIMINATOR,)
         alternates = self.discriminator_update == "alternate"
         return (STUDENT.name,) if alternates else (STUDENT.name, DISCRIMINATOR)
+
+    def turns_apart(self, iteration: int) -> tuple[tuple[str, ...], ...]:
+        """Return the discriminator and the student."""
+        return roles_apart(self.turns(iteration), STUDENT.name)
 
     def metrics(self, iteration: int) -> tuple[str, ...]:
         """See ``MethodConfig.metrics``."""

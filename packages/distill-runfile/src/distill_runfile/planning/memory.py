@@ -40,7 +40,6 @@ class RoleMemory:
 
     Attributes:
         device, host: where what stays lies. ``device.gradients`` is there in this role's turn.
-        buckets: part of ``device.gradients`` that stays in turns which are not its own.
         called: on the device only while the role is called: gathered blocks, their gradients, or
             weights that wait in host memory otherwise.
         call: what a call takes beside weights; None: the family cannot estimate it.
@@ -50,7 +49,6 @@ class RoleMemory:
 
     device: ResidentBytes
     host: ResidentBytes
-    buckets: int = 0
     called: int = 0
     call: CallPlan | None = None
     judged_call: int = 0
@@ -77,8 +75,9 @@ class Turn:
 
     Attributes:
         staying: weights, optimizers, averages of all roles.
-        gradients: of the roles that are updated, and all buckets.
-        kept: activations that wait for the backward pass, of the roles that are updated.
+        gradients: of the roles that are updated.
+        kept: activations that wait for a backward pass, of those of the roles whose losses are
+            differentiated together (``MethodConfig.turns_apart``); the most at once.
         largest_call: the most that one call adds, whoever is called.
     """
 
@@ -121,7 +120,7 @@ class Planner:
     _plans: dict[RoleSpec, RolePlan] = field(factory=dict)
     _calls: dict[tuple[RoleSpec, int, bool, bool], CallPlan | None] = field(factory=dict)
     _totals: dict[tuple[RoleSpec, bool, int, int], TensorTotals] = field(factory=dict)
-    _sets: tuple[tuple[str, ...], ...] = ()
+    _sets: Mapping[tuple[str, ...], tuple[tuple[str, ...], ...]] = field(factory=dict)
 
     def run(self, config: RunConfig) -> RunMemory:
         """Plan every role and every turn."""
@@ -131,7 +130,10 @@ class Planner:
         beside = heads | read_by_heads(config)
         return RunMemory(
             roles=roles,
-            turns=tuple(_turn(turn, sets, roles, judged=bool({*turn} - beside)) for turn in sets),
+            turns=tuple(
+                _turn(turn, groups, roles, judged=bool({*turn} - beside))
+                for turn, groups in sets.items()
+            ),
         )
 
     def role(self, config: RunConfig, role: Role, rank: int = 0) -> RoleMemory:
@@ -142,7 +144,6 @@ class Planner:
         return RoleMemory(
             device=device,
             host=host,
-            buckets=totals.gradients if placement.buckets else 0,
             called=_called(role, placement, totals),
             call=self._call(config, role, placement),
             judged_call=self._judged_call_bytes(config, role, placement),
@@ -154,10 +155,9 @@ class Planner:
         spec = role.spec
         if is_sharded(spec, distributed, self.world_size):
             return RolePlacement(shards=group_size(distributed, self.world_size), sharded=True)
-        alone = self.world_size == 1 or not spec.trainable
-        return RolePlacement(buckets=not alone and any(spec.name in t for t in self._turns(config)))
+        return RolePlacement()
 
-    def _turns(self, config: RunConfig) -> tuple[tuple[str, ...], ...]:
+    def _turns(self, config: RunConfig) -> Mapping[tuple[str, ...], tuple[tuple[str, ...], ...]]:
         """``turns``, counted once: no suggestion changes the method."""
         self._sets = self._sets or turns(config)
         return self._sets
@@ -193,8 +193,6 @@ class Planner:
         gradients = resident.gradients
         if placement.sharded:
             gradients = max(gradients, self._unreduced_gradients(config, policy, totals))
-        elif placement.buckets and config.training.accumulation(self.world_size) > 1:
-            gradients *= 2  # those of earlier micro steps wait beside the buckets
         weights += resident.weights
         return attrs.evolve(resident, weights=weights, gradients=gradients), ResidentBytes()
 
@@ -394,17 +392,23 @@ def averaged_roles(config: RunConfig) -> set[str]:
     }
 
 
-def turns(config: RunConfig) -> tuple[tuple[str, ...], ...]:
-    """Return each set of roles that are updated together in some iteration, in the order of the
-    first."""
+def turns(config: RunConfig) -> dict[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Return each set of roles that are updated in the same iteration, in the order of the first,
+    with the groups of it whose losses are differentiated together."""
     steps = range(1, config.training.max_train_steps + 1)
-    sets = dict.fromkeys(config.method.turns(step) for step in steps)
-    return tuple(sets)
+    first: dict[tuple[str, ...], int] = {}
+    for step in steps:
+        first.setdefault(config.method.turns(step), step)
+    return {roles: config.method.turns_apart(step) for roles, step in first.items()}
+
+
+def _held(roles: Iterable[RoleMemory]) -> int:
+    return sum(role.call.held for role in roles if role.call)
 
 
 def _turn(
     updated: tuple[str, ...],
-    sets: Sequence[tuple[str, ...]],
+    groups: Sequence[Sequence[str]],
     roles: Mapping[str, RoleMemory],
     *,
     judged: bool,
@@ -412,16 +416,15 @@ def _turn(
     """Add up one turn.
 
     Args:
+        groups: of it, those whose losses are differentiated together.
         judged: whether a role is updated whose clips a discriminator judges, if there is one.
     """
     own = [roles[name] for name in updated]
-    # Of sets that have a role in common, the buckets of one are there.
-    others = {name for other in sets if not {*other} & {*updated} for name in other}
     return Turn(
         roles=updated,
         staying=sum(r.device.total - r.device.gradients for r in roles.values()),
-        gradients=sum(r.device.gradients for r in own) + sum(roles[n].buckets for n in others),
-        kept=sum(r.call.held for r in own if r.call),
+        gradients=sum(r.device.gradients for r in own),
+        kept=max((_held(roles[name] for name in group) for group in groups), default=0),
         largest_call=max(
             max(r.in_a_call, r.called + r.judged_call if judged else 0) for r in roles.values()
         ),

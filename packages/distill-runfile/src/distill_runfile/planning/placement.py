@@ -21,12 +21,10 @@ class RolePlacement:
     Attributes:
         shards: number of processes that share one copy of its weights.
         sharded: each of them holds a shard, and gathers a block to call it (FSDP2).
-        buckets: buckets hold its gradients (DDP), also while other roles are updated.
     """
 
     shards: int = 1
     sharded: bool = False
-    buckets: bool = False
 
 
 def strategy_of(config: DistributedConfig, world_size: int) -> Strategy:

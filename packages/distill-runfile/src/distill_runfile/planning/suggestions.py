@@ -262,7 +262,7 @@ def _beside_a_base(config: RunConfig, name: str, planner: Planner) -> Change:
         frozen = config.roles.get(base)
         if not role.spec.trainable or role.spec.lora or role.init_from or frozen is None:
             return None
-        whole = planner.placement(config, role).buckets
+        whole = planner.world_size > 1 and not planner.placement(config, role).sharded
         if frozen.spec.offload or (whole and frozen.spec.fsdp is not None):
             return None
         return _with_spec(
