@@ -14,6 +14,7 @@ from distill_methods import CausalConsistencyMethod
 from distill_protocols import ConfigError
 from distill_runfile import find_chain, read_source
 from distill_runfile.cli import EXIT_FAILED, EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE
+from distill_train.chain import read_last_losses
 from distill_train.cli import main
 
 TINY = Path(__file__).resolve().parents[2] / "configs" / "tiny"
@@ -120,3 +121,13 @@ def test_the_files_before_a_file_are_found_by_its_starts(tmp_path, capsys):
     )
     with pytest.raises(ConfigError, match="each waits for the other's result"):
         find_chain(last)
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"loss/total_loss": 1', b"\xff\n", b'[1]\n{"lr": 2.0}', b"1" * 9999]
+)
+def test_losses_of_a_stage_are_those_of_the_last_whole_line(tmp_path, damage):
+    file = tmp_path / "metrics.jsonl"
+    assert read_last_losses(file) == {}
+    file.write_bytes(b'{"loss/total_loss": 3.0}\n{"loss/total_loss": 2.5, "lr": 1.0}\n' + damage)
+    assert read_last_losses(file) == {"total_loss": 2.5}

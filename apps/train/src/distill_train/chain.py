@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from distill_checkpoint import finished_iteration
 from distill_protocols import WeightsError
 from distill_runfile import RunConfig, Stage
 from distill_runfile.cli import EXIT_OK, say
-from distill_runtime import counted
+from distill_runtime import UnreadableFileError, counted, parse_json, read_bytes
 
 RunStage = Callable[[RunConfig, Path], int]
 """Trains one run, or says that it is finished; returns the exit status."""
@@ -89,23 +89,24 @@ def describe_result(config: RunConfig) -> str:
     """Describe a finished run in a line: how far it went, its last losses, and its exports."""
     output = Path(config.training.output_dir)
     parts = [f"{config.recipe.method}, {config.training.max_train_steps:,} iterations"]
-    if losses := _last_losses(output / "metrics.jsonl"):
+    if losses := read_last_losses(output / "metrics.jsonl"):
         parts.append(", ".join(f"{name} {value:.4g}" for name, value in losses.items()))
     parts += [f"{export.role} in {output / export.folder}" for export in config.checkpoint.export]
     return "; ".join(parts)
 
 
-def _last_losses(file: Path) -> dict[str, float]:
-    """Return the losses of the last line that has any; none where no file is kept."""
-    losses: dict[str, float] = {}
-    if not file.exists():
-        return losses
-    for line in file.read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
-        found = {
-            name.removeprefix("loss/"): value
-            for name, value in values.items()
-            if name.startswith("loss/") and isinstance(value, float)
-        }
-        losses = found or losses
-    return losses
+def read_last_losses(file: Path) -> dict[str, float]:
+    """Return the losses of the last line that has any; none where no such file can be read. A line
+    that is damaged is left out, as it is only shown."""
+    with contextlib.suppress(UnreadableFileError):
+        for line in reversed(read_bytes(file).splitlines()):
+            with contextlib.suppress(UnreadableFileError):
+                values = parse_json(line, str(file))
+                losses = {
+                    name.removeprefix("loss/"): value
+                    for name, value in (values.items() if isinstance(values, dict) else ())
+                    if name.startswith("loss/") and isinstance(value, float)
+                }
+                if losses:
+                    return losses
+    return {}
