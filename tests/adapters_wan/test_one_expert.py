@@ -313,8 +313,10 @@ EQUAL = [
     (case, side)
     for case, row in CASES.items()
     for side in (HIGH, LOW)
-    if row.experts and not case.startswith(("consistency", "rcm"))
-    and not (side is HIGH and case.startswith("self_forcing"))
+    # A phased student has both experts; a causal teacher is none of these worlds'.
+    if row.experts and not case.startswith(("consistency", "rcm", "phased", "causal_consistency"))
+    and not (side is HIGH and case.startswith(("self_forcing", "streaming")))
+    and not (side is LOW and case == "dmd2 anchor")  # an anchor begins at noise
 ]  # fmt: skip
 
 

@@ -91,11 +91,12 @@ class LossEvaluator:
             StopRequested: the run is to stop; it is as it was before.
         """
         plan = TurnPlan.of(run.method, self._batches)
-        with _unmoved(run):
-            held_out, training = (
-                self._mean_losses(run, loader, start, plan)
-                for loader, start in zip(self._loaders, self._starts, strict=True)
-            )
+        found = []
+        for loader, start in zip(self._loaders, self._starts, strict=True):
+            # Both from the run's own state: a method may go on from what its last step left.
+            with _unmoved(run):
+                found.append(self._mean_losses(run, loader, start, plan))
+        held_out, training = found
         if not held_out and run.ranks.is_first:
             _log.warning(
                 "validation: %s returns total_loss alone, and roles step in turns, so that it is "
