@@ -33,7 +33,14 @@ from distill_methods.plugins import (
     self_forcing,
     teacher_only,
 )
-from distill_protocols import Chunk, MethodPlugin, PlannedRun, RoleSpec, SamplerSpec
+from distill_protocols import (
+    Capabilities,
+    Chunk,
+    MethodPlugin,
+    PlannedRun,
+    RoleSpec,
+    SamplerSpec,
+)
 from distill_runtime import load_plugin
 
 WRONG_OPTIONS = [
@@ -221,3 +228,14 @@ def test_rollouts_are_held_against_chunks_where_these_are_known():
     assert "2 is less than the 3 latent frames of the last chunk" in problem.message
     without_student = evolve(planned, roles={}, chunks=divide)
     assert not [p for p in config.problems(without_student) if "last chunk" in p.message]
+
+
+@pytest.mark.parametrize("config", [DMD2Config, SelfForcingConfig, CausVidConfig])
+def test_dropped_conditions_of_a_critic_need_a_negative_one(config: type):
+    dropping = config(critic_condition_dropout=0.1)
+    embeds = PlannedRun(roles={}, reads_negative=Capabilities(embeds_guidance=True).reads_negative)
+    (problem,) = dropping.problems(embeds)
+    assert problem.path == ("critic_condition_dropout",)
+    assert "0.1 replaces conditions by the negative one, and there is none" in problem.message
+    assert list(dropping.problems(PlannedRun(roles={}))) == []
+    assert list(config().problems(embeds)) == []

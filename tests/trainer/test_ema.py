@@ -49,7 +49,7 @@ def test_constant_weights_give_the_closed_form(
 @given(half_life=st.floats(0.5, 1e4))
 def test_after_a_half_life_half_is_left(half_life: float) -> None:
     config = EmaConfig(roles=("student",), half_life=half_life)
-    assert config.kept**half_life == pytest.approx(0.5)
+    assert config.decay_per_move**half_life == pytest.approx(0.5)
     with pytest.raises(ValueError, match=r"says the same as decay .* Leave one of them out"):
         EmaConfig(roles=("student",), decay=0.9, half_life=half_life)
 

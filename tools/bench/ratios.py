@@ -48,7 +48,8 @@ def measure_trainer(folder: Path, repeats: int) -> Iterator[Figure]:
 
 def race(folder: Path, method: str, repeats: int) -> list[float]:
     """Return CPU seconds of trainer over bare loop, of ``ITERATIONS`` each, iteration by iteration
-    in turns: two runs of one file, each in a thread, of which one works at a time."""
+    in turns: two runs of one file, each in a thread, of which one works at a time. They must end
+    with equal weights, or the comparison means nothing."""
     steps = ITERATIONS * (repeats + 2)
     values = run_values(folder, TINY, method)
     if method == "finetune":
@@ -76,6 +77,12 @@ def race(folder: Path, method: str, repeats: int) -> list[float]:
             thread.start()
         for thread in threads:
             thread.join()
+        for name, module in ours.method.model_dict.items():
+            other = bare.method.model_dict[name].state_dict()
+            if not all(
+                torch.equal(value, other[key]) for key, value in module.state_dict().items()
+            ):
+                raise SystemExit(f"{name} ended with other weights: this is not the same maths")
     sums = [
         [sum(of[first : first + ITERATIONS]) for first in range(ITERATIONS, steps, ITERATIONS)]
         for of in turns.seconds

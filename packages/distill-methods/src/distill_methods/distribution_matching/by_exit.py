@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distill_methods.context import MethodContext
 from distill_methods.contracts import require_contract
-from distill_methods.distribution_matching.config import MatchingConfig
+from distill_methods.distribution_matching.config import NO_NEGATIVE, MatchingConfig
 from distill_methods.rollouts import Rollout
 from distill_methods.teachers.ensemble import Teachers
 
@@ -41,11 +41,8 @@ class Critic:
         self._spec = config.told_exits
         self._guidance = config.fake_score_guidance_scale
         if config.critic_condition_dropout and context.negative is None:
-            raise ContractError(
-                f"critic_condition_dropout: {config.critic_condition_dropout} replaces conditions "
-                "by the negative one, and there is none, as guidance is an input of these models. "
-                "Leave it out"
-            )
+            reason = NO_NEGATIVE.format(config.critic_condition_dropout)
+            raise ContractError(f"critic_condition_dropout: {reason}")
         if self._spec is None:
             return
         self._exits = require_contract(context.adapter.exits, "supports_exits", by=context.name)

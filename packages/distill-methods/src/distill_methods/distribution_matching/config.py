@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import inf
 from typing import Literal, Self, get_args
 
 from attrs import Attribute, evolve, field, frozen
 from attrs.validators import in_, optional
-from distill_protocols import ONE_TENSOR, ExitSpec, HealthKind, RoleNeed, SamplerSpec
+from distill_protocols import (
+    ONE_TENSOR,
+    ExitSpec,
+    HealthKind,
+    PlannedRun,
+    Problem,
+    RoleNeed,
+    SamplerSpec,
+)
 from distill_protocols.validators import above, at_least, within
 
 from distill_methods.adversarial.config import FDivergence, GanConfig
@@ -23,6 +31,14 @@ Guidances = tuple[float, ...]
 
 CriticLoss = Literal["v", "x0", "eps"]
 """Which of the critic's predictions its squared error is of."""
+
+GUIDED = 2.0
+"""A guidance that every model which reads a negative condition reads it for."""
+
+NO_NEGATIVE = (
+    "{} replaces conditions by the negative one, and there is none, as guidance is an input of "
+    "these models. Leave it out"
+)
 
 _SCALE = "t = 1000 sigma runs from 0 (clean) to 1000 (noise)"
 
@@ -155,7 +171,7 @@ class MatchingConfig(TeachersConfig):
         real_score_guidance_scale_2: w of the teacher's expert for the low noise levels, where it
             has two; left out, the same.
         fake_score_guidance_scale: w of the critic's score in the student's turn (DMD2's
-            ``fake_guidance_scale``). Above 1 needs ``critic_condition_dropout``.
+            ``fake_guidance_scale``). Any but 1 needs ``critic_condition_dropout``.
         critic_condition_dropout: chance that the critic learns a clip under the negative condition.
         teachers: several teachers by role, in the place of the one role ``teacher``: the clean
             clip that the student is led to is the weighted sum of theirs.
@@ -249,6 +265,14 @@ class MatchingConfig(TeachersConfig):
         return tuple(
             evolve(self, real_score_guidance_scale=w) for w in self.real_score_guidance_scale
         )
+
+    def problems(self, run: PlannedRun) -> Iterator[Problem]:
+        """See ``MethodConfig.problems``."""
+        yield from super().problems(run)
+        if self.critic_condition_dropout and not run.reads_negative(GUIDED):
+            yield Problem(
+                "critic_condition_dropout", NO_NEGATIVE.format(self.critic_condition_dropout)
+            )
 
     def turns(self, iteration: int) -> tuple[str, ...]:
         """Return the roles that step in ``iteration`` (1-based): the whole update schedule."""

@@ -38,7 +38,7 @@ class EmaConfig:
     )
 
     @property
-    def kept(self) -> float:
+    def decay_per_move(self) -> float:
         """d, by whichever of the two keys is there."""
         return self.decay if self.half_life is None else 0.5 ** (1 / self.half_life)
 

@@ -183,7 +183,7 @@ class EmaCallback(Callback):
             for key, module in role.modules.items():
                 role.ema[key] = ExponentialMovingAverage(
                     module,
-                    self.config.kept,
+                    self.config.decay_per_move,
                     start_update=self.config.start_update,
                     names=None if role.trained is None else role.trained[key],
                 )
